@@ -1,0 +1,104 @@
+"""Gates: how a router's outputs become one weight per token and expert. Every public function here is a gate.
+
+A gate is ``gate(p, z, **options) -> g``, with
+
+* ``p`` [n, s]: the router applied to x (before dropout), one row per token; None for a module without a router;
+* ``z`` [n, e, r]: ``A_e x`` of every expert, for gates that route by it; None where the experts' ranks differ;
+* ``g`` [n, e]: the weight of every expert, in the bank's order; None stands for all ones.
+
+Options come from :class:`~coterie.types.GateSpec`. To add a gate, add a function: its name is what a method names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Gate = Callable[..., Tensor | None]
+
+
+def constant(p: Tensor | None, z: Tensor | None) -> None:
+    """g = 1: the plain sum of the experts (one expert: a plain LoRA)."""
+
+
+def softmax(p: Tensor, z: Tensor | None) -> Tensor:
+    """g = softmax(p), over all experts. Shapes: p [n, e]."""
+    return _top_softmax(p, p.shape[-1], tuple(range(p.shape[-1])), p.shape[-1])
+
+
+def top_k(p: Tensor, z: Tensor | None, *, k: int) -> Tensor:
+    """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e]."""
+    return _top_softmax(p, min(k, p.shape[-1]), tuple(range(p.shape[-1])), p.shape[-1])
+
+
+def slot_top_k(p: Tensor, z: Tensor | None, *, own: int) -> Tensor:
+    """FedLEASE's adaptive top-M (2509.15087, section 3.3). Shapes: p [n, 2M-1], g [n, M].
+
+    T = the M largest slots, w = softmax over T, slot j serves expert j for j < M and the client's own expert for
+    j >= M; g_e = sum of w over the slots in T that serve e. Only M-1 slots are not the client's own, so its own
+    expert is always in; the number of distinct experts in use runs from 1 to M.
+
+    Differs from the paper: the paper lists the own expert's slots first; a permutation of the router's rows.
+    """
+    experts = (p.shape[-1] + 1) // 2
+    serves = (*range(experts), *([own] * (experts - 1)))
+    return _top_softmax(p, experts, serves, experts)
+
+
+@cache
+def gates() -> dict[str, Gate]:
+    """Every gate by name."""
+    module = sys.modules[__name__]
+    functions = inspect.getmembers(module, inspect.isfunction)
+    return {
+        name: function
+        for name, function in functions
+        if function.__module__ == __name__ and not name.startswith("_") and name != "gates"
+    }
+
+
+def _top_softmax(p: Tensor, k: int, serves: tuple[int, ...], experts: int) -> Tensor:
+    slots = torch.tensor(serves, device=p.device) if k == p.shape[-1] else _slots(serves, p.device)
+    result: Tensor = _TopSoftmax.apply(p, k, slots, experts)
+    return result
+
+
+@cache
+def _slots(serves: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(serves, device=device)
+
+
+class _TopSoftmax(torch.autograd.Function):
+    """w = softmax over the k largest of p; g_e = sum of the w of the slots that serve e.
+
+    One function instead of autograd's five, because it keeps 5 bytes per pick (a float32 weight and a uint8 slot)
+    where they keep 24. The softmax runs in float32, or in float64 for float64 input.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, p: Tensor, k: int, serves: Tensor, experts: int) -> Tensor:
+        values, picks = p.to(torch.promote_types(p.dtype, torch.float32)).topk(k, dim=-1, sorted=False)
+        w = values.softmax(dim=-1)
+        g = torch.zeros(*p.shape[:-1], experts, dtype=w.dtype, device=p.device)
+        g.scatter_add_(-1, serves[picks], w)
+        ctx.save_for_backward(w, picks.to(torch.uint8 if p.shape[-1] <= 256 else torch.int32), serves)
+        ctx.like = (p.shape, p.dtype)  # type: ignore[attr-defined]
+        return g.to(p.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_grad: Tensor) -> tuple[Tensor, None, None, None]:
+        w, small_picks, serves = ctx.saved_tensors
+        shape, dtype = ctx.like
+        picks = small_picks.long()
+        w_grad = g_grad.to(w.dtype).gather(-1, serves[picks])
+        values_grad = w * (w_grad - (w * w_grad).sum(dim=-1, keepdim=True))
+        p_grad = torch.zeros(shape, dtype=w.dtype, device=w.device).scatter_(-1, picks, values_grad)
+        return p_grad.to(dtype), None, None, None

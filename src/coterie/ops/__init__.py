@@ -1,0 +1,1 @@
+"""Numerics on tensors and arrays, and nothing else."""

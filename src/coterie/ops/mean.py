@@ -1,0 +1,59 @@
+"""Weighted means of keyed tensors, and what averaging A and B apart from each other costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+K = TypeVar("K")
+
+
+def mean(values: Sequence[Mapping[K, Tensor]], weights: Sequence[float]) -> dict[K, Tensor]:
+    """The weighted mean of each key's tensors over ``values``, in the order given, with weights normalised once.
+
+    Raises :class:`ValueError` where the mappings differ in keys or the weights do not sum to a positive number.
+    """
+    total = float(sum(weights))
+    if not values or len(values) != len(weights) or not total > 0:
+        raise ValueError(f"mean of {len(values)} mappings with weights {list(weights)}")
+    keys = values[0].keys()
+    if any(value.keys() != keys for value in values):
+        raise ValueError("mean of mappings with different keys")
+    return {key: _weighted([value[key] for value in values], [w / total for w in weights]) for key in keys}
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    result = torch.zeros_like(tensors[0])
+    for tensor, weight in zip(tensors, weights, strict=True):
+        result.add_(tensor, alpha=weight)
+    return result
+
+
+def aggregation_error(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, float]:
+    """``(||mean(BA) - mean(B) mean(A)||^2, ||mean(BA)||^2)`` of one module, Frobenius norms.
+
+    Shapes: ``a[i]`` [r, d_in], ``b[i]`` [d_out, r]. Add the pairs up over modules, then divide and take the root
+    (:func:`relative_error`). Computed from Gram matrices of the stacked factors: no [d_out, d_in] matrix is formed.
+    """
+    share = [w / float(sum(weights)) for w in weights]
+    a_mean = sum((w * t.double() for w, t in zip(share, a, strict=True)), torch.zeros(()))
+    b_mean = sum((w * t.double() for w, t in zip(share, b, strict=True)), torch.zeros(()))
+    left = torch.cat([w * t.double() for w, t in zip(share, b, strict=True)], dim=1)
+    right = torch.cat([t.double() for t in a], dim=0)
+    of_mean = _squared_norm(left, right)
+    of_difference = _squared_norm(torch.cat([left, -b_mean], dim=1), torch.cat([right, a_mean], dim=0))
+    return of_difference, of_mean
+
+
+def relative_error(pairs: Sequence[tuple[float, float]]) -> float:
+    """``||mean(BA) - mean(B) mean(A)|| / ||mean(BA)||`` over all modules, from :func:`aggregation_error`'s pairs."""
+    difference, whole = (sum(column) for column in zip(*pairs, strict=True))
+    return float((difference / whole) ** 0.5) if whole > 0 else 0.0
+
+
+def _squared_norm(left: Tensor, right: Tensor) -> float:
+    """``||left @ right||^2`` for left [o, n] and right [n, i], as tr((left^T left)(right right^T))."""
+    return max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0)

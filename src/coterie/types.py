@@ -1,0 +1,258 @@
+"""The words that every part of Coterie shares: keys, banks, what travels, what a client may ask for.
+
+Nothing here computes. Tensors are named by a structured :class:`Key`, never by string surgery; what crosses a
+process or a network boundary is one of :class:`Instruction`, :class:`Reply` and :class:`Personal`, each of them
+tensors plus JSON (see :mod:`coterie.codec`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+ClientId = str
+Json = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
+
+NO_EXPERT = -1  # the tensor belongs to the module as a whole (a router, a head)
+SHARED = -2  # the shared expert, whose gate is always 1
+_EXPERT_NAMES = {NO_EXPERT: "-", SHARED: "shared"}
+_EXPERT_IDS = {name: number for number, name in _EXPERT_NAMES.items()}
+
+
+class CoterieError(Exception):
+    """A fault that the user can mend. Its text says what is wrong, where, and the fix; the command line exits with 2."""
+
+
+class Part(StrEnum):
+    """What a tensor is within its module."""
+
+    A = "A"  # [r, d_in]
+    B = "B"  # [d_out, r]
+    ROUTER = "router"  # [slots, d_in]
+    HEAD = "head"  # a parameter of the classification head, any shape
+
+
+class Key(NamedTuple):
+    """The name of one tensor: ``Key("encoder.layer.0.attention.self.query", 2, Part.A)``.
+
+    ``module`` is the qualified name of the target Linear (for a head: of the head's parameter), ``expert`` the
+    number of the expert, :data:`SHARED` or :data:`NO_EXPERT`. ``str(key)`` and :meth:`parse` are inverse.
+    """
+
+    module: str
+    expert: int
+    part: Part
+
+    def __str__(self) -> str:
+        return f"{self.module}:{_EXPERT_NAMES.get(self.expert, self.expert)}:{self.part.value}"
+
+    @staticmethod
+    def parse(text: str) -> Key:
+        """The key that ``str`` made ``text`` from. Raises :class:`ValueError` for anything else."""
+        try:
+            module, expert, part = text.rsplit(":", 2)
+            return Key(module, _EXPERT_IDS[expert] if expert in _EXPERT_IDS else int(expert), Part(part))
+        except ValueError as fault:
+            raise ValueError(f"{text!r} is no tensor key; expected 'module:expert:part'") from fault
+
+
+Tensors = Mapping[Key, Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An adapted Linear: its qualified name and its sizes."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class HeadParameter:
+    """One parameter of the classification head. ``-1`` in ``shape`` stands for the client's number of labels."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: str  # "normal", "zeros" or "ones"
+
+    def shape_for(self, num_labels: int) -> tuple[int, ...]:
+        return tuple(num_labels if size == -1 else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """What a method knows of the base: the targets, the head's parameters (none for generation), the head's init."""
+
+    targets: tuple[Target, ...]
+    head: tuple[HeadParameter, ...] = ()
+    head_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server may know of a client: counts of rows, its label space, never a row.
+
+    ``group`` is the domain that a simulation knows (the dataset a client was cut from): used by ``oracle`` controls
+    and to colour pictures, never by a method's own decisions.
+    """
+
+    id: ClientId
+    num_train: int
+    num_validation: int = 0
+    num_test: int = 0
+    labels: tuple[str, ...] | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """Which gate a bank uses: the name of a function of :mod:`coterie.nn.gates` and its options.
+
+    ``per_module`` overrides options for single modules (a quota per matrix, say).
+    """
+
+    name: str = "constant"
+    options: Mapping[str, Json] = field(default_factory=dict)
+    per_module: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+
+    def options_for(self, module: str) -> dict[str, Json]:
+        return {**self.options, **self.per_module.get(module, {})}
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A client's experts on every target, its routers and its head, and how the gate weighs them.
+
+    ``y = W0 x + s B_cat (gate(x) * (A_cat x~))`` with ``s`` = :attr:`scaling`. Experts of a module are ordered by
+    their number. Modules without an expert in ``tensors`` stay as the base has them.
+    """
+
+    tensors: Tensors
+    gate: GateSpec = GateSpec()
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Server to client, for one round."""
+
+    tensors: Tensors = field(default_factory=dict)
+    info: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Client to server: tensors, the number of training examples behind them, and statistics as JSON."""
+
+    tensors: Tensors = field(default_factory=dict)
+    num_examples: int = 0
+    info: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Personal:
+    """What stays on the client from round to round. It never travels."""
+
+    tensors: Tensors = field(default_factory=dict)
+    info: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a client program returns: the reply that travels and the personal state that stays."""
+
+    reply: Reply
+    personal: Personal
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How a :class:`Train` request is optimised. The defaults are FedLEASE's published ones, batch size excepted."""
+
+    optimizer: str = "adamw"
+    learning_rate: float = 3e-3
+    schedule: str = "linear"
+    round_decay: float = 1.0
+    weight_decay: float = 0.05
+    momentum: float = 0.0
+    clip: float = 1.0
+    batch_size: int = 16
+    accumulate: int = 1
+    epochs: int = 2
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Ask: train the tensors named ``trainable`` of ``bank`` on the client's training split. Answer: :class:`Trained`.
+
+    ``purpose`` names the random stream (batch order, dropout) next to the seed, the round and the client.
+    """
+
+    bank: Bank
+    trainable: frozenset[Key]
+    optim: Optim
+    purpose: str = "train"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tensors (those that were asked for, and no others), the mean loss per example seen, and counts."""
+
+    tensors: Tensors
+    loss: float
+    examples: int
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order."""
+
+    banks: Sequence[Bank]
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``loss`` is the mean per example (classification) or per completion token (generation)."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Ask: statistics of the bank's forward pass on ``split``, padding left out. Answer: :class:`Observed`.
+
+    ``what`` holds names of statistics; known so far: ``"usage"``.
+    """
+
+    bank: Bank
+    split: str = "train"
+    what: tuple[str, ...] = ("usage",)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed, over ``tokens`` real tokens.
+
+    ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order, and
+    ``usage[module]["share"]`` the share of the tokens that use it at all.
+    """
+
+    usage: Mapping[str, Mapping[str, Sequence[float]]]
+    tokens: int
+
+
+Request = Train | Score | Observe
+Answer = Trained | list[Scored] | Observed
+ClientProgram = Generator[Request, Any, ClientResult]
