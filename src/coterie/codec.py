@@ -1,18 +1,21 @@
 """Turns values into bytes and back: tensors as safetensors, the rest as JSON in its header. No pickle.
 
-A value is a frozen dataclass, a mapping, a tuple or list, a scalar or None, or a tensor, nested as its type hints
-say; a mapping may have :class:`~coterie.types.Key`, int or str keys. Every dtype that safetensors knows comes back bit
-for bit, bfloat16 included. The bytes depend on the value alone: the same value gives the same bytes.
+A value is a frozen dataclass, a mapping, a tuple, list or set, a scalar, an enum of strings, a
+:class:`~coterie.types.Key`, None, or a tensor, nested as its type hints say; a mapping has Key, int or str keys. A
+field hinted ``Json`` holds plain JSON and comes back as JSON does (tuples as lists). Every dtype that safetensors
+knows comes back bit for bit, bfloat16 included. The bytes depend on the value alone, and carry a checksum.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,6 +27,8 @@ from coterie.types import Key
 T = TypeVar("T")
 _TENSOR = "$tensor"
 _META = "coterie"
+_FAULTS = (struct.error, KeyError, TypeError, ValueError, RecursionError, SafetensorError)
+_SCALARS: dict[type, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (float, int)}
 
 
 class CodecError(ValueError):
@@ -33,81 +38,148 @@ class CodecError(ValueError):
 def encode(value: Any) -> bytes:
     """``value`` as one safetensors blob. Raises :class:`TypeError` for a type that the codec does not know."""
     tensors: dict[str, torch.Tensor] = {}
-    tree = _to_tree(value, "", tensors)
-    return save(tensors, metadata={_META: json.dumps(tree, separators=(",", ":"))})
+    text = json.dumps(_to_tree(value, "", tensors), separators=(",", ":"))
+    return save(_unshared(tensors), metadata={_META: _checksum(text, tensors) + text})
 
 
 def decode(kind: type[T], blob: bytes) -> T:
     """The value of type ``kind`` that :func:`encode` made ``blob`` from. Raises :class:`CodecError`."""
     try:
         (size,) = struct.unpack("<Q", blob[:8])
-        tree = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_META])
-        return cast(T, _from_tree(kind, tree, load(blob)))
-    except (struct.error, KeyError, TypeError, ValueError, SafetensorError) as fault:
+        meta = json.loads(blob[8 : 8 + size])["__metadata__"][_META]
+        checksum, text, tensors = meta[:8], meta[8:], load(blob)
+        if checksum != _checksum(text, tensors):
+            raise CodecError("the checksum differs, so they were damaged")
+        return cast(T, _from_tree(kind, json.loads(text), tensors))
+    except _FAULTS as fault:
         raise CodecError(f"cannot decode {len(blob)} bytes as {getattr(kind, '__name__', kind)}: {fault}") from fault
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Eight hexadecimal digits over everything that a blob holds: safetensors itself notices no flipped bit."""
+    crc = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, each with a storage of its own: safetensors refuses views of a larger or of the same storage."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        result[name] = tensor.clone() if shared else tensor
+    return result
 
 
 def _to_tree(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, torch.Tensor):
-        own = value.detach().to("cpu").contiguous()
-        tensors[path] = own.clone() if own.untyped_storage().nbytes() != own.nbytes else own
+        tensors[path] = value.detach().to("cpu").contiguous()
         return {_TENSOR: path}
+    if isinstance(value, Key):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {f.name: _to_tree(getattr(value, f.name), f"{path}/{f.name}", tensors) for f in fields}
+        return {
+            f.name: _to_tree(getattr(value, f.name), f"{path}/{f.name}", tensors) for f in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
-        return {str(k): _to_tree(v, f"{path}/{k}", tensors) for k, v in value.items()}
-    if isinstance(value, (Sequence, frozenset, set)):
-        items = sorted(value) if isinstance(value, (frozenset, set)) else value
+        return _mapping_to_tree(value, path, tensors)
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, (bytes, bytearray, memoryview)):
+        items = sorted(value) if isinstance(value, Set) else value
         return [_to_tree(item, f"{path}/{i}", tensors) for i, item in enumerate(items)]
     raise TypeError(f"the codec does not know {type(value).__name__} (at {path or 'the top'})")
 
 
-def _from_tree(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    origin = typing.get_origin(kind)
-    if kind is torch.Tensor:
-        return tensors[tree[_TENSOR]]
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        _same_fields(kind, hints, tree)
-        return kind(**{name: _from_tree(hints[name], tree[name], tensors) for name in hints})
-    if origin in (typing.Union, types.UnionType):
-        return _from_union(kind, tree, tensors)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        of_key, of_value = typing.get_args(kind)
-        return {_key(of_key)(k): _from_tree(of_value, v, tensors) for k, v in tree.items()}
-    if origin is tuple:
-        return tuple(_from_tree(of, item, tensors) for of, item in _tuple_items(kind, tree))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, (Sequence, frozenset)):
-        (of_item,) = typing.get_args(kind)
-        items = (_from_tree(of_item, item, tensors) for item in tree)
-        return frozenset(items) if issubclass(origin, frozenset) else list(items)
+def _mapping_to_tree(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    tree = {}
+    for key, item in value.items():
+        if not isinstance(key, (str, int, Key)) or isinstance(key, bool):
+            raise TypeError(f"the codec does not know {type(key).__name__} as a mapping's key (at {path or 'the top'})")
+        if str(key) in tree:
+            raise TypeError(f"two keys of one mapping are written {str(key)!r} (at {path or 'the top'})")
+        # Escaped as in a JSON pointer, so that {"a/b": x} and {"a": {"b": x}} name two tensors.
+        tree[str(key)] = _to_tree(item, f"{path}/{str(key).replace('~', '~0').replace('/', '~1')}", tensors)
     return tree
 
 
-def _same_fields(kind: type, hints: Mapping[str, Any], tree: Any) -> None:
-    if not isinstance(tree, dict) or tree.keys() != hints.keys():
-        found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
-        raise CodecError(f"{kind.__name__} has the fields {sorted(hints)}, the bytes hold {found}")
+def _from_tree(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    origin = typing.get_origin(kind) or kind
+    if kind is Any:
+        return tree
+    if kind is torch.Tensor:
+        return tensors[_as(dict, tree)[_TENSOR]]
+    if kind is Key:
+        return Key.parse(_as(str, tree))
+    if origin in (typing.Union, types.UnionType):
+        return _from_union(kind, tree, tensors)
+    if origin is typing.Literal:
+        return _member(tree, typing.get_args(kind))
+    if kind in _SCALARS:
+        return _as(kind, tree)
+    if not isinstance(origin, type):
+        raise CodecError(f"the codec reads no {kind}")
+    if issubclass(origin, enum.StrEnum):
+        return origin(_as(str, tree))
+    if dataclasses.is_dataclass(origin):
+        return _dataclass_from(origin, _as(dict, tree), tensors)
+    return _collection_from(kind, origin, tree, tensors)
+
+
+def _collection_from(kind: Any, origin: type, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    args = typing.get_args(kind)
+    if issubclass(origin, Mapping) and args:
+        read = _key(args[0])
+        result = {read(k): _from_tree(args[1], v, tensors) for k, v in _as(dict, tree).items()}
+        if len(result) != len(tree):
+            raise CodecError(f"two keys of one mapping are the same: {sorted(tree)}")
+        return result
+    if origin is tuple and args:
+        items = _as(list, tree)
+        kinds = args[:1] * len(items) if args[1:] == (Ellipsis,) else args
+        return tuple(_from_tree(of, item, tensors) for of, item in zip(kinds, items, strict=True))
+    if issubclass(origin, (Sequence, Set)) and len(args) == 1:
+        made = (_from_tree(args[0], item, tensors) for item in _as(list, tree))
+        return list(made) if issubclass(origin, Sequence) else set(made) if origin is set else frozenset(made)
+    raise CodecError(f"the codec reads no {kind}; name what it holds, as in list[int]")
+
+
+def _dataclass_from(kind: type, tree: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    names = {field.name for field in dataclasses.fields(kind)}
+    if tree.keys() != names:
+        raise CodecError(f"{kind.__name__} has the fields {sorted(names)}, the bytes hold {sorted(tree)}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _from_tree(hints[name], tree[name], tensors) for name in tree})
 
 
 def _from_union(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if tree is None:
-        return None
     members = [member for member in typing.get_args(kind) if member is not type(None)]
-    if len(members) != 1:
+    if len(members) != 1 or len(members) == len(typing.get_args(kind)):
         raise CodecError(f"the codec reads 'X | None' and no other union, not {kind}")
-    return _from_tree(members[0], tree, tensors)
+    return None if tree is None else _from_tree(members[0], tree, tensors)
 
 
-def _tuple_items(kind: Any, tree: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    args = typing.get_args(kind)
-    if len(args) == 2 and args[1] is Ellipsis:
-        return ((args[0], item) for item in tree)
-    return zip(args, tree, strict=True)
+def _as(kind: type, tree: Any) -> Any:
+    """``tree`` if it is of ``kind``; a bool is no int, an int is a float."""
+    if type(tree) not in _SCALARS.get(kind, (kind,)):
+        raise CodecError(f"expected {kind.__name__}, found {type(tree).__name__}")
+    return tree
+
+
+def _member(tree: Any, members: Sequence[Any]) -> Any:
+    if tree not in members:
+        raise CodecError(f"expected one of {list(members)}, found {tree!r}")
+    return tree
 
 
 def _key(kind: Any) -> Callable[[str], Any]:
-    return Key.parse if kind is Key else int if kind is int else str
+    if kind is Key:
+        return Key.parse
+    if kind in (int, str):
+        return cast(Callable[[str], Any], kind)
+    raise CodecError(f"a mapping's keys are Key, int or str, not {kind}")

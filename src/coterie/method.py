@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -58,7 +59,7 @@ class Plan:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
-    optim: Optim = Optim()
+    optim: Optim = field(default_factory=Optim)
     head: Literal["personal", "shared"] = "personal"
     rounds: int = 10
     seed: int = 0
@@ -74,13 +75,17 @@ class Method(Protocol[S]):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
+    summary: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]]
     State: ClassVar[type[Any]]
 
     def __init__(self, settings: Any, plan: Plan) -> None: ...
 
-    def init(self, base: BaseSpec, clients: Sequence[ClientInfo], seed: int) -> S:
+    def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> S:
         """The state before the first round. Raises :class:`CoterieError` for settings that cannot work."""
+
+    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
+        """The client's personal state before its first round. Made on the client, from the plan's seed alone."""
 
     def configure(self, state: S, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         """What the server sends to each of ``clients`` for round ``rnd`` (the first is 1)."""
@@ -88,8 +93,8 @@ class Method(Protocol[S]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         """The client's half of a round: yields requests, returns a :class:`ClientResult`."""
 
-    def expects(self, ins: Instruction, me: ClientInfo) -> Mapping[Key, tuple[int, ...]]:
-        """The shape of every tensor that a valid reply to ``ins`` holds."""
+    def expects(self, state: S, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+        """The shape of every tensor that a valid reply of ``me`` in round ``rnd`` holds: these keys and no others."""
 
     def aggregate(self, state: S, replies: Mapping[ClientId, Reply], rnd: int) -> S:
         """The state after round ``rnd``, from the replies that came and passed the checks."""
@@ -115,7 +120,7 @@ class Compute(Protocol):
 
 
 def answer(request: Request, compute: Compute) -> Answer:
-    """The answer of ``compute`` to one request."""
+    """The answer of ``compute`` to one request. Raises :class:`TypeError` for anything else than a request."""
     match request:
         case Train():
             return compute.train(request)
@@ -123,27 +128,36 @@ def answer(request: Request, compute: Compute) -> Answer:
             return compute.score(request)
         case Observe():
             return compute.observe(request)
+        case _:
+            raise TypeError(f"a client program asks for Train, Score or Observe, not for {type(request).__name__}")
 
 
 def drive(program: ClientProgram, compute: Compute) -> ClientResult:
-    """Run a client program to its end: send it the answer to each request, return what it returns."""
-    try:
-        request = next(program)
+    """Run a client program to its end: send it the answer to each request, return what it returns.
+
+    What the program or ``compute`` raises passes through, after the program's own ``finally`` blocks.
+    """
+    with closing(program):
+        reply: Answer | None = None
         while True:
-            request = program.send(answer(request, compute))
-    except StopIteration as stop:
-        result: ClientResult = stop.value
-        return result
+            try:
+                request = program.send(reply)
+            except StopIteration as stop:
+                result: ClientResult = stop.value
+                return result
+            reply = answer(request, compute)
 
 
 @cache
 def methods() -> dict[str, type[Method[Any]]]:
     """Every method by name: each module of :mod:`coterie.methods` without a leading underscore defines ``METHOD``."""
     package = importlib.import_module("coterie.methods")
-    found = {}
+    found: dict[str, type[Method[Any]]] = {}
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
             method = importlib.import_module(f"{package.__name__}.{module.name}").METHOD
+            if method.name in found:
+                raise TypeError(f"two methods are named {method.name!r}: {method} and {found[method.name]}")
             found[method.name] = method
     return dict(sorted(found.items()))
 

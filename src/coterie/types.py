@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 ClientId = str
@@ -24,7 +25,7 @@ _EXPERT_IDS = {name: number for number, name in _EXPERT_NAMES.items()}
 
 
 class CoterieError(Exception):
-    """A fault that the user can mend. Its text says what is wrong, where, and the fix; the command line exits with 2."""
+    """A fault that the user can mend. Its text says what is wrong, where, and the fix; the command exits with 2."""
 
 
 class Part(StrEnum):
@@ -55,9 +56,12 @@ class Key(NamedTuple):
         """The key that ``str`` made ``text`` from. Raises :class:`ValueError` for anything else."""
         try:
             module, expert, part = text.rsplit(":", 2)
-            return Key(module, _EXPERT_IDS[expert] if expert in _EXPERT_IDS else int(expert), Part(part))
+            key = Key(module, _EXPERT_IDS[expert] if expert in _EXPERT_IDS else int(expert), Part(part))
         except ValueError as fault:
             raise ValueError(f"{text!r} is no tensor key; expected 'module:expert:part'") from fault
+        if str(key) != text:  # int() also reads "-1", "01" and " 1": one tensor would have several names
+            raise ValueError(f"{text!r} is no tensor key; {str(key)!r} is")
+        return key
 
 
 Tensors = Mapping[Key, Tensor]
@@ -65,11 +69,12 @@ Tensors = Mapping[Key, Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """An adapted Linear: its qualified name and its sizes."""
+    """An adapted Linear: its qualified name, its sizes, and whether it keeps its weight transposed (``Conv1D``)."""
 
     name: str
     d_in: int
     d_out: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,21 +176,22 @@ class ClientResult:
     personal: Personal
 
 
-@dataclass(frozen=True)
-class Optim:
-    """How a :class:`Train` request is optimised. The defaults are FedLEASE's published ones, batch size excepted."""
+class Optim(BaseModel):
+    """A client's local training in one round: the config section ``[train]``, and part of every request to train."""
 
-    optimizer: str = "adamw"
-    learning_rate: float = 3e-3
-    schedule: str = "linear"
-    round_decay: float = 1.0
-    weight_decay: float = 0.05
-    momentum: float = 0.0
-    clip: float = 1.0
-    batch_size: int = 16
-    accumulate: int = 1
-    epochs: int = 2
-    steps: int = 0
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="started anew in every round")
+    learning_rate: float = Field(2e-3, gt=0, description="at the start of a round")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="within a round, down to 0")
+    round_decay: float = Field(1.0, gt=0, le=1, description="the learning rate is multiplied by this every round")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    batch_size: int = Field(16, ge=1, description="examples per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
+    epochs: int = Field(2, ge=1, description="passes over the client's data in a round")
+    steps: int = Field(0, ge=0, description="optimiser steps in a round instead of epochs; 0: epochs")
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from coterie.nn.bank import BankLayer, Pass
+from coterie.nn.bank import BankLayer, Pass, Ranks, Span
 from coterie.nn.gates import gates
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Tensors
 
 
 @dataclass
 class Attached:
-    """A bank on a model. ``parameters`` holds the trainable tensors by key; ``now`` steers the forward passes."""
+    """A bank on a model. ``parameters`` holds the trainable tensors by key; ``now`` steers the forward passes.
+
+    ``heads`` are the modules of the model's own head that copies stand in for until :meth:`detach`.
+    """
 
     model: nn.Module
     parameters: dict[Key, nn.Parameter]
     now: Pass
     handles: list[RemovableHandle]
-    head: tuple[str, nn.Module] | None = None
+    heads: dict[str, nn.Module]
 
     def tensors(self) -> dict[Key, Tensor]:
         """Copies of the trainable tensors as they are now, on the CPU."""
@@ -34,9 +39,9 @@ class Attached:
         """Leave the model as it was before."""
         for handle in self.handles:
             handle.remove()
-        if self.head is not None:
-            self.model.set_submodule(*self.head)
-        self.handles, self.head = [], None
+        for name, head in self.heads.items():
+            self.model.set_submodule(name, head)
+        self.handles, self.heads = [], {}
 
 
 @contextmanager
@@ -52,26 +57,27 @@ def attached(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Ite
 def attach(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Attached:
     """Put ``bank`` on ``model``; gradients reach the tensors named in ``trainable`` and no others.
 
-    Raises :class:`CoterieError` for a module that the model has not, a shape that does not fit it, an unknown gate,
-    and a trainable key that the bank has not. Everything is checked before anything changes.
+    Raises :class:`CoterieError` for a module that the model has not, a shape that does not fit it or the gate, an
+    unknown gate or option, and a trainable key that the bank has not. Everything is checked before anything changes.
     """
     wanted = frozenset(trainable)
     if unknown := wanted - bank.tensors.keys():
         raise CoterieError(f"cannot train {', '.join(sorted(map(str, unknown)))}: the bank has no such tensor")
+    if bank.gate.name not in gates():
+        raise CoterieError(f"unknown gate {bank.gate.name!r}; the gates are {', '.join(gates())}")
+    if not 0 <= bank.dropout < 1:
+        raise CoterieError(f"dropout is {bank.dropout}; it is at least 0 and less than 1")
     now = Pass()
-    layers = [(_module(model, name), _layer(model, bank, name, wanted, now)) for name in _modules(bank)]
-    head = _head(model, bank, wanted)
+    layers = [(_module(model, name), _layer(model, bank, name, wanted, now)) for name in _modules(bank.tensors)]
+    heads = _heads(model, bank.tensors, wanted)
+    before = {name: model.get_submodule(name) for name in heads}
+    parameters = {key: heads[_split(key)[0]].get_parameter(_split(key)[1]) for key in wanted if key.part is Part.HEAD}
+    for _, layer in layers:
+        parameters |= layer.parameters
     handles = [module.register_forward_hook(layer, with_kwargs=True) for module, layer in layers]
-    parameters = {key: p for _, layer in layers for key, p in layer.parameters.items()}
-    if head is None:
-        return Attached(model, parameters, now, handles)
-    name, new = head
-    old = model.get_submodule(name)
-    model.set_submodule(name, new)
-    parameters |= {
-        key: new.get_parameter(key.module.removeprefix(f"{name}.")) for key in wanted if key.part is Part.HEAD
-    }
-    return Attached(model, dict(sorted(parameters.items())), now, handles, (name, old))
+    for name, head in heads.items():
+        model.set_submodule(name, head)
+    return Attached(model, dict(sorted(parameters.items())), now, handles, before)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -83,8 +89,14 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _modules(bank: Bank) -> list[str]:
-    return sorted({key.module for key in bank.tensors if key.part is Part.A})
+def _modules(tensors: Tensors) -> list[str]:
+    """The modules that the bank adapts. Raises :class:`CoterieError` for a B or a router without an A beside it."""
+    adapted = {key.module for key in tensors if key.part is Part.A}
+    lone = [key for key in tensors if key.part is Part.B and key._replace(part=Part.A) not in tensors]
+    lone += [key for key in tensors if key.part is Part.ROUTER and key.module not in adapted]
+    if lone:
+        raise CoterieError(f"the bank has {', '.join(sorted(map(str, lone)))}, and no A that goes with it")
+    return sorted(adapted)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -95,8 +107,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], now: Pass) -> BankLayer:
-    if bank.gate.name not in gates():
-        raise CoterieError(f"unknown gate {bank.gate.name!r}; the gates are {', '.join(gates())}")
     module = _module(model, name)
     experts = sorted({key.expert for key in bank.tensors if key.module == name and key.part is Part.A})
     a_keys, b_keys = ([Key(name, e, part) for e in experts] for part in (Part.A, Part.B))
@@ -104,13 +114,11 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
     row_keys = [*a_keys, *([router] if router in bank.tensors else [])]
     _check_shapes(bank.tensors, a_keys, b_keys, row_keys, linear_sizes(module), name)
     device = next(module.parameters()).device
-    rows = torch.cat([bank.tensors[key] for key in row_keys]).to(device)
-    columns = torch.cat([bank.tensors[key].T for key in b_keys]).to(device).contiguous()
     layer = BankLayer(
         module=name,
-        rows=rows,
-        columns=columns,
-        ranks=tuple(bank.tensors[key].shape[0] for key in a_keys),
+        rows=torch.cat([bank.tensors[key].detach() for key in row_keys]).to(device),
+        columns=torch.cat([bank.tensors[key].detach().T for key in b_keys]).to(device).contiguous(),
+        ranks=Ranks.of(tuple(bank.tensors[key].shape[0] for key in a_keys), device),
         gate=bank.gate.name,
         options=bank.gate.options_for(name),
         has_shared=SHARED in experts,
@@ -118,23 +126,23 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
         dropout=bank.dropout,
         now=now,
     )
-    _share(layer, row_keys, rows, bank.tensors, trainable, transpose=False)
-    _share(layer, b_keys, columns, bank.tensors, trainable, transpose=True)
+    _check_gate(layer)
+    layer.row_spans = _share(layer, row_keys, bank.tensors, trainable)
+    layer.column_spans = _share(layer, b_keys, bank.tensors, trainable)
     return layer
 
 
-def _share(
-    layer: BankLayer, keys: list[Key], storage: Tensor, tensors: Tensors, trainable: frozenset[Key], transpose: bool
-) -> None:
-    """Make Parameters of the trainable keys that are views of ``storage``, whose rows hold ``keys`` in order."""
-    start = 0
+def _share(layer: BankLayer, keys: list[Key], tensors: Tensors, trainable: frozenset[Key]) -> list[Span]:
+    """Make Parameters of the trainable keys: views of the layer's storage, whose rows hold ``keys`` in order."""
+    start, spans = 0, []
     for key in keys:
-        stop = start + tensors[key].shape[1 if transpose else 0]
+        of_b = key.part is Part.B
+        stop = start + tensors[key].shape[1 if of_b else 0]
         if key in trainable:
-            view = storage[start:stop]
-            layer.parameters[key] = nn.Parameter(view.T if transpose else view)
-            layer.spans[key] = (start, stop)
+            layer.parameters[key] = nn.Parameter(layer.columns[start:stop].T if of_b else layer.rows[start:stop])
+            spans.append((start, stop))
         start = stop
+    return spans
 
 
 def _check_shapes(
@@ -145,28 +153,66 @@ def _check_shapes(
     if missing := [str(key) for key in b if key not in tensors]:
         raise CoterieError(f"the bank has no {', '.join(missing)}")
     d_in, d_out = sizes
-    wrong = [key for key in rows if tensors[key].shape[-1] != d_in]
+    wrong = [key for key in rows if tensors[key].ndim != 2 or tensors[key].shape[1] != d_in]
     wrong += [key for i, key in enumerate(b) if tensors[key].shape != (d_out, tensors[a[i]].shape[0])]
     if wrong:
         found = ", ".join(f"{key} {list(tensors[key].shape)}" for key in wrong)
         raise CoterieError(f"{name} is a Linear of {d_in} to {d_out}; the bank has {found}")
 
 
-def _head(model: nn.Module, bank: Bank, trainable: frozenset[Key]) -> tuple[str, nn.Module] | None:
-    """The name of the head's module and a copy of it that holds the bank's head, or None if the bank has none."""
-    keys = [key for key in bank.tensors if key.part is Part.HEAD]
-    if not keys:
-        return None
-    name = keys[0].module.split(".")[0]
-    new = copy.deepcopy(_module(model, name))
+def _check_gate(layer: BankLayer) -> None:
+    """Try the gate on one row of zeros: an option that it does not know, or a router that does not fit, shows here."""
+    rank, width = layer.columns.shape[0], layer.rows.shape[0]
+    p, h = torch.zeros(1, width - rank) if width > rank else None, torch.zeros(1, rank)
+    where = f"{layer.module}, gate {layer.gate!r}"
+    try:
+        inspect.signature(gates()[layer.gate]).bind(p, None, **layer.options)
+        g = layer.weights(p, h)
+    except (TypeError, ValueError) as fault:
+        raise CoterieError(f"{where}: {fault}") from fault
+    if g is not None and g.shape[1] != len(layer.ranks.each):
+        routed = len(layer.ranks.each) - layer.has_shared
+        raise CoterieError(f"{where}: a router of {width - rank} outputs does not fit {routed} experts")
+
+
+def _split(key: Key) -> tuple[str, str]:
+    """The head's module and the parameter's name in it: ``("classifier", "dense.weight")``."""
+    name, _, leaf = key.module.partition(".")
+    return name, leaf
+
+
+def _heads(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict[str, nn.Module]:
+    """Copies of the head's modules, by name, that hold the bank's head. Empty if the bank has none."""
+    keys = sorted(key for key in tensors if key.part is Part.HEAD)
+    wanted = {_split(key)[0] for key in keys}
+    for name in sorted(wanted):
+        _module(model, name)
+    heads = {name: copy.deepcopy(child) for name, child in model.named_children() if name in wanted}
+    last = [m for head in heads.values() for m in head.modules() if isinstance(m, nn.Linear)][-1:]
+    labels = [id(parameter) for linear in last for parameter in linear.parameters()]
     for key in keys:
-        *path, leaf = key.module.removeprefix(f"{name}.").split(".")
-        owner = new.get_submodule(".".join(path))
-        if leaf not in dict(owner.named_parameters(recurse=False)):
+        name, leaf = _split(key)
+        like = dict(heads[name].named_parameters()).get(leaf)
+        if like is None:
             raise CoterieError(f"the bank has a head parameter {key.module!r}, which the model has not")
-        like = owner.get_parameter(leaf)
-        value = bank.tensors[key].to(device=like.device, copy=True)
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=key in trainable))
-        if isinstance(owner, nn.Linear) and leaf == "weight":
-            owner.out_features = value.shape[0]
-    return name, new
+        fixed = 1 if id(like) in labels else 0  # the number of labels is the client's own
+        if tensors[key].ndim != like.ndim or tensors[key].shape[fixed:] != like.shape[fixed:]:
+            raise CoterieError(f"{key.module} is {list(like.shape)}; the bank has {list(tensors[key].shape)}")
+        value = tensors[key].detach().to(device=like.device, copy=True)
+        owner, _, own_name = leaf.rpartition(".")
+        setattr(heads[name].get_submodule(owner), own_name, nn.Parameter(value, requires_grad=key in trainable))
+    for linear in last:
+        linear.out_features = linear.weight.shape[0]
+        if linear.bias is not None and len(linear.bias) != linear.out_features:
+            raise CoterieError(
+                f"the bank's head has {linear.out_features} labels by weight, {len(linear.bias)} by bias"
+            )
+    for head in heads.values():
+        head.register_forward_pre_hook(_in_own_dtype)
+    return heads
+
+
+def _in_own_dtype(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs in the head's dtype: it trains in float32 on a base in bfloat16."""
+    dtype = next(head.parameters()).dtype
+    return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)

@@ -2,14 +2,14 @@
 
     y = W0 x + s B_cat ( gate(x) * (A_cat x~) )      A_cat [R, d_in], B_cat [d_out, R], R = the sum of the ranks
 
-Two matrix products however many experts, no loop over experts, nothing that waits for the device. The layer is a
-forward hook on the base module, which it never touches: quantised Linears, ``Conv1D``, gradient checkpointing and
-generation with a cache work as they do without it.
+Two matrix products however many experts (three with dropout, which the router does not see), no loop over experts,
+nothing that waits for the device. The layer is a forward hook on the base module, which it never touches: quantised
+Linears, ``Conv1D``, gradient checkpointing and generation with a cache work as they do without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,16 @@ from coterie.nn.gates import gates
 from coterie.ops.streams import stream
 from coterie.types import Key, Part
 
+Span = tuple[int, int]
+
 
 @dataclass
 class Pass:
     """What the layers of one attached bank share during a forward pass.
 
     ``training`` turns dropout on; its mask is a function of ``seed`` and the module's name alone, so that gradient
-    checkpointing draws it again. ``mask`` [b, t] marks real tokens; ``usage`` collects gate statistics if not None.
+    checkpointing draws it again. ``mask`` [b, t] marks real tokens; ``usage`` collects gate statistics if not None:
+    by module, [2, e] of sums over real tokens, the experts' weights and how many tokens use them.
     """
 
     training: bool = False
@@ -36,18 +39,48 @@ class Pass:
     usage: dict[str, Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The experts' ranks, in the bank's order. ``owner`` [R] is the expert of each rank, None where all are alike."""
+
+    each: tuple[int, ...]
+    owner: Tensor | None
+
+    @staticmethod
+    def of(each: tuple[int, ...], device: torch.device) -> Ranks:
+        if len(set(each)) == 1:
+            return Ranks(each, None)
+        return Ranks(each, torch.arange(len(each)).repeat_interleave(torch.tensor(each)).to(device))
+
+    def weigh(self, z: Tensor, g: Tensor | None) -> Tensor:
+        """z [n, R] with the columns of expert e multiplied by g[:, e]."""
+        if g is None:
+            return z
+        if self.owner is None:
+            return (z.reshape(-1, len(self.each), self.each[0]) * g.unsqueeze(-1)).flatten(1)
+        return z * g.index_select(1, self.owner)
+
+    def per_expert(self, values: Tensor) -> Tensor:
+        """Sums of values [n, R] over the ranks of each expert: [n, e]."""
+        experts = len(self.each)
+        if self.owner is None:
+            return values.reshape(-1, experts, self.each[0]).sum(-1)
+        return values @ (self.owner.unsqueeze(1) == torch.arange(experts, device=values.device)).to(values.dtype)
+
+
 @dataclass
 class BankLayer:
     """The bank of one module, as a forward hook.
 
     ``rows`` [R + s, d_in] holds A of every expert, then the router; ``columns`` [R, d_out] holds every B transposed.
-    The trainable tensors are Parameters that share this storage, so an optimiser step needs no copy.
+    The trainable tensors are Parameters that share this storage, so an optimiser step needs no copy; ``row_spans``
+    and ``column_spans`` say where, from first to last.
     """
 
     module: str
     rows: Tensor
     columns: Tensor
-    ranks: tuple[int, ...]
+    ranks: Ranks
     gate: str
     options: dict[str, Any]
     has_shared: bool
@@ -55,90 +88,109 @@ class BankLayer:
     dropout: float
     now: Pass
     parameters: dict[Key, nn.Parameter] = field(default_factory=dict)
-    spans: dict[Key, tuple[int, int]] = field(default_factory=dict)
+    row_spans: list[Span] = field(default_factory=list)
+    column_spans: list[Span] = field(default_factory=list)
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
-        x = (args[0] if args else kwargs["input"]).to(output.dtype)
-        x = x.reshape(-1, x.shape[-1])
-        rank = self.columns.shape[0]
-        if self.now.training and self.dropout > 0:
-            h = self._project(self._drop(x), 0, rank)
-            p = self._project(x, rank, self.rows.shape[0]) if rank < self.rows.shape[0] else None
-        else:
-            both = self._project(x, 0, self.rows.shape[0])
-            h, p = (both, both[:, rank:]) if rank < self.rows.shape[0] else (both, None)
-        g = self._weights(p, h[:, :rank])
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        h, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
+        g = self.weights(p, h)
         if self.now.usage is not None and g is not None:
-            self._record(g)
+            self._record(g, self.now.usage)
         return self._add(output.contiguous(), h, g)
 
-    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
-        inside = {
-            key: (lo - start, hi - start)
-            for key, (lo, hi) in self.spans.items()
-            if key.part is not Part.B and start <= lo and hi <= stop
-        }
-        trained = [self.parameters[key] for key in inside]
-        weight = self.rows[start:stop].to(x.dtype)
-        result: Tensor = _Project.apply(x, weight, tuple(inside.values()), *trained)
-        return result
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        keep = self._keep(x) if self.now.training and self.dropout > 0 else None
+        scale, rank = 1 / (1 - self.dropout), self.columns.shape[0]
+        trained = [p for key, p in self.parameters.items() if key.part is not Part.B]
+        h, p = _Project.apply(x, self.rows.to(x.dtype), keep, scale, rank, self.row_spans, *trained)  # type: ignore[no-untyped-call]
+        return h, p
 
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
-        inside = {key: span for key, span in self.spans.items() if key.part is Part.B}
-        trained = [self.parameters[key] for key in inside]
+        trained = [p for key, p in self.parameters.items() if key.part is Part.B]
         columns = self.columns.to(y.dtype)
-        result: Tensor = _Add.apply(y, h, g, columns, self.ranks, self.scaling, tuple(inside.values()), *trained)
+        result: Tensor = _Add.apply(y, h, g, columns, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
         return result
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def _keep(self, x: Tensor) -> Tensor:
+        """Which numbers of x [n, i] dropout keeps."""
         generator = stream(self.now.seed, self.module)
         if x.device.type != "cpu":
             generator = torch.Generator(x.device).manual_seed(generator.initial_seed())
-        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
-        return x * keep.div_(1 - self.dropout)
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.dropout, generator=generator)
 
-    def _weights(self, p: Tensor | None, h: Tensor) -> Tensor | None:
-        ranks = self.ranks[1:] if self.has_shared else self.ranks
-        routed = h[:, self.ranks[0] :] if self.has_shared else h
-        z = routed.unflatten(-1, (len(ranks), ranks[0])) if ranks and len(set(ranks)) == 1 else None
+    def weights(self, p: Tensor | None, h: Tensor) -> Tensor | None:
+        """The gate's weights [n, e], the shared expert's among them, from p [n, s] and h = A_cat x [n, R]."""
+        ranks = self.ranks.each[1:] if self.has_shared else self.ranks.each
+        routed = h[:, self.ranks.each[0] :] if self.has_shared else h
+        z = routed.reshape(-1, len(ranks), ranks[0]) if ranks and len(set(ranks)) == 1 else None
         g = gates()[self.gate](p, z, **self.options)
         if g is None or not self.has_shared:
             return g
         return torch.cat([g.new_ones(g.shape[0], 1), g], dim=1)
 
-    def _record(self, g: Tensor) -> None:
-        assert self.now.usage is not None
-        real = g if self.now.mask is None else g[self.now.mask.reshape(-1).bool()]
-        real = real.detach().double()
+    def _record(self, g: Tensor, usage: dict[str, Tensor]) -> None:
+        real = g.detach().double()
+        if self.now.mask is not None:
+            real = real * self.now.mask.reshape(-1, 1).to(real.dtype)
         counted = torch.stack([real.sum(0), (real > 0).double().sum(0)])
-        self.now.usage[self.module] = self.now.usage.get(self.module, torch.zeros_like(counted)) + counted
+        usage[self.module] = usage.get(self.module, torch.zeros_like(counted)) + counted
 
 
 class _Project(torch.autograd.Function):
-    """h = x W^T; gradients for x and for the trained spans of W's rows alone. x [n, i], W [m, i], h [n, m]."""
+    """h = x~ A^T and p = x R^T, x~ = x with dropout; gradients for x and for the trained spans of W = [A; R] alone.
+
+    Shapes: x [n, i], W [R + s, i], keep [n, i] or None, h [n, R], p [n, s] or None. Keeps x and keep (a byte each),
+    not x~. h and p are tensors of their own: the rest of the layer keeps h for its backward, and nobody keeps p.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], *trained: nn.Parameter
-    ) -> Tensor:
-        ctx.save_for_backward(x if trained else None, weight)
-        ctx.spans, ctx.dtypes = spans, [parameter.dtype for parameter in trained]
-        return x @ weight.T
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        keep: Tensor | None,
+        scale: float,
+        rank: int,
+        spans: Sequence[Span],
+        *trained: nn.Parameter,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(x if trained else None, weight, keep)
+        ctx.scale, ctx.rank, ctx.spans, ctx.dtypes = scale, rank, spans, [p.dtype for p in trained]
+        routed = weight.shape[0] > rank
+        if keep is not None:
+            return (x * keep @ weight[:rank].T).mul_(scale), x @ weight[rank:].T if routed else None
+        both = x @ weight.T
+        return (both[:, :rank].contiguous(), both[:, rank:].contiguous()) if routed else (both, None)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, h_grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x_grad = h_grad @ weight if ctx.needs_input_grad[0] else None
-        grads = ((h_grad[:, lo:hi].T @ x).to(d) for (lo, hi), d in zip(ctx.spans, ctx.dtypes, strict=True))
-        return x_grad, None, None, *grads
+    def backward(ctx: Any, h_grad: Tensor, p_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, keep = ctx.saved_tensors
+        rank, spans, dtypes, x_grad = ctx.rank, ctx.spans, ctx.dtypes, None
+        if keep is None:
+            both = h_grad if p_grad is None else torch.cat([h_grad, p_grad], dim=1)
+            x_grad = both @ weight if ctx.needs_input_grad[0] else None
+            return x_grad, *_NONE_5, *_span_grads(both, x, spans, dtypes)
+        h_grad = h_grad * ctx.scale
+        if ctx.needs_input_grad[0]:
+            x_grad = (h_grad @ weight[:rank]).mul_(keep)
+            x_grad = x_grad if p_grad is None else x_grad.addmm_(p_grad, weight[rank:])
+        count = sum(stop <= rank for _, stop in spans)
+        grads = list(_span_grads(h_grad, x * keep, spans[:count], dtypes[:count])) if count else []
+        if p_grad is not None:
+            grads += _span_grads(p_grad, x, [(lo - rank, hi - rank) for lo, hi in spans[count:]], dtypes[count:])
+        return x_grad, *_NONE_5, *grads
 
 
 class _Add(torch.autograd.Function):
-    """y += s (g * h) C, in place; gradients for y, h, g and for the trained spans of C's rows.
+    """y + s (g * h) C, written over y; gradients for y, h, g and for the trained spans of C's rows.
 
-    Shapes: y [..., o], h [n, >= R], g [n, e] or None, C [R, o]. Keeps h and g, not their product: that is made again.
+    Shapes: y [..., o], h [n, R], g [n, e] or None, C [R, o]. Keeps h and g, not their product: that is made again.
+    y is written past autograd, which need not know (no one computes with the base's output again): told of it, it
+    would copy the gradient of a y that is a view, and refuse the y of a quantised Linear. The version counter is
+    shared, so a base that kept y for its own backward would raise an error, not go wrong.
     """
 
     @staticmethod
@@ -148,49 +200,46 @@ class _Add(torch.autograd.Function):
         h: Tensor,
         g: Tensor | None,
         columns: Tensor,
-        ranks: Sequence[int],
+        ranks: Ranks,
         scaling: float,
-        spans: Sequence[tuple[int, int]],
+        spans: Sequence[Span],
         *trained: nn.Parameter,
     ) -> Tensor:
         ctx.save_for_backward(h, g, columns)
-        ctx.ranks, ctx.scaling, ctx.spans = ranks, scaling, spans
-        ctx.dtypes = [parameter.dtype for parameter in trained]
-        y.view(-1, y.shape[-1]).addmm_(_weigh(h[:, : columns.shape[0]], g, ranks), columns, alpha=scaling)
-        ctx.mark_dirty(y)
-        return y
+        ctx.ranks, ctx.scaling, ctx.spans, ctx.dtypes = ranks, scaling, spans, [p.dtype for p in trained]
+        result = y.detach()
+        result.view(-1, y.shape[-1]).addmm_(ranks.weigh(h, g), columns, alpha=scaling)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         h, g, columns = ctx.saved_tensors
-        rank = columns.shape[0]
         flat = y_grad.reshape(-1, y_grad.shape[-1])
         u_grad = (flat @ columns.T).mul_(ctx.scaling)
-        z, wide = h[:, :rank], h.shape[1] > rank
-        g_grad = _per_expert(u_grad * z, ctx.ranks) if ctx.needs_input_grad[2] else None
-        h_grad = h.new_zeros(h.shape) if wide else None
-        z_grad = _weigh(u_grad, g, ctx.ranks)
-        if h_grad is not None:
-            h_grad[:, :rank] = z_grad
-        grads = []
-        for (lo, hi), dtype in zip(ctx.spans, ctx.dtypes, strict=True):
-            u = _weigh(z, g, ctx.ranks)[:, lo:hi]
-            grads.append((u.T @ flat).mul_(ctx.scaling).to(dtype).T)
-        return y_grad, z_grad if h_grad is None else h_grad, g_grad, None, None, None, None, *grads
+        g_grad = ctx.ranks.per_expert(u_grad * h) if ctx.needs_input_grad[2] else None
+        h_grad = ctx.ranks.weigh(u_grad, g)
+        u = ctx.ranks.weigh(h, g).mul(ctx.scaling) if ctx.spans else h
+        grads = (grad.T for grad in _span_grads(u, flat, ctx.spans, ctx.dtypes))
+        return y_grad, h_grad, g_grad, None, None, None, None, *grads
 
 
-def _weigh(z: Tensor, g: Tensor | None, ranks: Sequence[int]) -> Tensor:
-    """z [n, R] with the columns of expert e multiplied by g[:, e]."""
-    if g is None:
-        return z
-    if len(set(ranks)) == 1:
-        return (z.unflatten(-1, (len(ranks), ranks[0])) * g.unsqueeze(-1)).flatten(-2)
-    return z * g.repeat_interleave(torch.tensor(ranks, device=g.device), dim=1, output_size=sum(ranks))
+_NONE_5 = (None,) * 5
 
 
-def _per_expert(values: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Sums of values [n, R] over the columns of each expert: [n, e]."""
-    if len(set(ranks)) == 1:
-        return values.unflatten(-1, (len(ranks), ranks[0])).sum(-1)
-    return torch.stack([part.sum(-1) for part in values.split(list(ranks), dim=-1)], dim=-1)
+def _span_grads(left: Tensor, right: Tensor, spans: Sequence[Span], dtypes: Sequence[torch.dtype]) -> Iterator[Tensor]:
+    """left[:, span]^T right for each of the spans (in order), with one product for each run of spans that touch."""
+    start = stop = -1
+    whole = left
+    for (lo, hi), dtype in zip(spans, dtypes, strict=True):
+        if hi > stop:
+            start, stop = lo, _run_end(spans, lo)
+            whole = left[:, start:stop].T @ right
+        yield whole[lo - start : hi - start].to(dtype)
+
+
+def _run_end(spans: Sequence[Span], start: int) -> int:
+    stop = start
+    for lo, hi in spans:
+        stop = hi if lo == stop else stop
+    return stop

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from coterie.nn.attach import linear_sizes
 from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
 
 TaskKind = Literal["classification", "generation"]
 _PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
+_OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout", "dropout",
     "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "hidden_dropout",
@@ -48,23 +53,22 @@ def load_base(
     """Load a model folder, a hub name or an alias (``minilm``), freeze it, and describe its targets.
 
     Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
-    Raises :class:`CoterieError` for a folder that holds no model and for targets that match nothing.
+    Raises :class:`CoterieError` for a folder that holds no model, or not all of one, and for targets that match
+    nothing.
     """
     path = resolve(name)
-    tokenizer = _from_pretrained(AutoTokenizer, path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    config = _without_dropout(_from_pretrained(AutoConfig, path))
-    config.pad_token_id = tokenizer.pad_token_id
-    options: dict[str, Any] = {"config": config, "dtype": dtype}
-    if quantize != "none":
-        options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": device}}
-    if kind == "classification":
-        config.num_labels = _PROBE_LABELS
-        model = _from_pretrained(AutoModelForSequenceClassification, path, ignore_mismatched_sizes=True, **options)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, path, **options)
-    model = model if quantize != "none" else model.to(device)
+    with _quietly(path):
+        tokenizer = _tokenizer(path)
+        config = _without_dropout(_from_pretrained(AutoConfig, path))
+        config.pad_token_id = tokenizer.pad_token_id
+        if kind == "classification":
+            config.num_labels = _PROBE_LABELS
+        options: dict[str, Any] = {"config": config, "dtype": dtype}
+        if quantize != "none":
+            skip = _head_modules(_on_meta(config)) if kind == "classification" else []
+            options |= {"quantization_config": _quantization(quantize, dtype, skip), "device_map": {"": device}}
+        model = _model(path, kind, options)
+    model = _differentiable(model) if quantize != "none" else model.to(device)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -96,28 +100,28 @@ def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
     A name matches a module whose qualified name is it or ends in ``"." + name``, outside the head.
     """
     config: Any = model.config
-    head_name, head = _head_parameters(model)
+    head_modules = _head_modules(model)
     linears = {
         name: sizes
         for name, module in model.named_modules()
-        if (sizes := linear_sizes(module)) is not None and not _inside(name, head_name)
+        if (sizes := linear_sizes(module)) is not None and name.split(".")[0] not in head_modules
     }
     wanted = targets or _default_targets(model, linears)
     unmatched = [t for t in wanted if not any(_matches(name, t) for name in linears)]
     if unmatched:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
         raise CoterieError(f"no Linear of the model matches the target {unmatched[0]!r}; it has {has}")
-    found = tuple(Target(n, *sizes) for n, sizes in sorted(linears.items()) if any(_matches(n, t) for t in wanted))
+    found = tuple(
+        Target(n, *sizes, transposed=hasattr(model.get_submodule(n), "nf"))
+        for n, sizes in sorted(linears.items())
+        if any(_matches(n, t) for t in wanted)
+    )
     std = float(getattr(config, "initializer_range", None) or 0.02)
-    return BaseSpec(found, head, std)
+    return BaseSpec(found, _head_parameters(model, head_modules), std)
 
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _inside(name: str, module: str | None) -> bool:
-    return module is not None and (name == module or name.startswith(f"{module}."))
 
 
 def _default_targets(model: nn.Module, linears: dict[str, tuple[int, int]]) -> tuple[str, ...]:
@@ -128,17 +132,31 @@ def _default_targets(model: nn.Module, linears: dict[str, tuple[int, int]]) -> t
     return tuple(PEFT_TARGETS[kind])
 
 
-def _head_parameters(model: nn.Module) -> tuple[str | None, tuple[HeadParameter, ...]]:
-    """The classification head: the child beside the base model that ends in a Linear of one output per label."""
+def _head_modules(model: nn.Module) -> list[str]:
+    """The classification head: the children with parameters beside the base model. Empty for generation."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
-        return None, ()
-    config: Any = model.config
-    labels = config.num_labels
-    for name, child in model.named_children():
-        last = [m for m in child.modules() if isinstance(m, nn.Linear)][-1:]
-        if name != model.base_model_prefix and last and last[0].out_features == labels:
-            return name, tuple(_head_parameter(f"{name}.{n}", p, last[0]) for n, p in child.named_parameters())
-    raise CoterieError(f"{type(model).__name__} has no classification head that Coterie knows; please report the model")
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]
+
+
+def _head_parameters(model: nn.Module, modules: list[str]) -> tuple[HeadParameter, ...]:
+    """The parameters of the head's modules, of which exactly one Linear has one output per label."""
+    if not modules:
+        return ()
+    labels = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    linears = [m for name in modules for m in model.get_submodule(name).modules() if isinstance(m, nn.Linear)]
+    last = [linear for linear in linears if linear.out_features == labels]
+    if len(last) != 1:
+        raise CoterieError(f"{type(model).__name__} has no classification head that Coterie knows; report the model")
+    return tuple(
+        _head_parameter(f"{name}.{leaf}", parameter, last[0])
+        for name in modules
+        for leaf, parameter in model.get_submodule(name).named_parameters()
+    )
 
 
 def _head_parameter(name: str, parameter: nn.Parameter, last: nn.Linear) -> HeadParameter:
@@ -155,14 +173,32 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
-def _quantization(kind: str, dtype: torch.dtype) -> Any:
+def _quantization(kind: str, dtype: torch.dtype, skip: list[str]) -> Any:
+    """What transformers takes to quantise all Linears but the output layer and those inside the modules ``skip``."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CoterieError(f"quantize = {kind!r} needs bitsandbytes: pip install 'coterie[quant]'")
     from transformers import BitsAndBytesConfig
 
+    keep: dict[str, Any] = {"llm_int8_skip_modules": skip} if skip else {}
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, **keep)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **keep)
+
+
+def _differentiable(model: Any) -> Any:
+    """Keep bitsandbytes from a shortcut on CPUs with bfloat16: out of training mode it repacks a 4-bit weight for a
+    product that has no gradient, and whatever trains below it would get zeros, silently."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _on_meta(config: Any) -> nn.Module:
+    """The classification model of ``config`` without its weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    return model
 
 
 def _packaged_minilm() -> str | None:
@@ -173,9 +209,54 @@ def _packaged_minilm() -> str | None:
     return str(found[0].parent) if found else None
 
 
+def _tokenizer(path: str) -> Any:
+    tokenizer = _from_pretrained(AutoTokenizer, path)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes one that knows no word for a folder without tokenizer files
+        raise CoterieError(f"{path!r} has no tokenizer; save the model's tokenizer there (tokenizer.json)")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise CoterieError(
+            f"the tokenizer of {path!r} has no padding token; set pad_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _model(path: str, kind: TaskKind, options: Mapping[str, Any]) -> Any:
+    """The model with its weights. The head's, which a base has not, are drawn from a fixed stream until replaced."""
+    auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, loaded = _from_pretrained(auto, path, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    head = (*_head_modules(model), *_OPTIONAL)
+    names = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
+    if lost := sorted(name for name in names if not set(head) & set(name.split("."))):
+        raise CoterieError(
+            f"{path!r} has no fitting weights for {lost[0]!r} ({len(lost)} such in all), which a "
+            f"{type(model).__name__} needs; is it a whole model, and one for {kind}?"
+        )
+    return model
+
+
+@contextmanager
+def _quietly(path: str) -> Iterator[None]:
+    """Without transformers' remarks on a head that the base has not, nor (for a folder) its progress bar."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if Path(path).is_dir():  # a download shows its progress
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, SafetensorError) as fault:
         reason = str(fault).strip().splitlines()[0]
         raise CoterieError(f"cannot load the model {path!r}: {reason}") from fault

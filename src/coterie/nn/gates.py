@@ -6,7 +6,8 @@ A gate is ``gate(p, z, **options) -> g``, with
 * ``z`` [n, e, r]: ``A_e x`` of every expert, for gates that route by it; None where the experts' ranks differ;
 * ``g`` [n, e]: the weight of every expert, in the bank's order; None stands for all ones.
 
-Options come from :class:`~coterie.types.GateSpec`. To add a gate, add a function: its name is what a method names.
+Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
+no sense: ``attach`` tries it on one row first. To add a gate, add a function: its name is what a method names.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ def constant(p: Tensor | None, z: Tensor | None) -> None:
     """g = 1: the plain sum of the experts (one expert: a plain LoRA)."""
 
 
-def softmax(p: Tensor, z: Tensor | None) -> Tensor:
+def softmax(p: Tensor | None, z: Tensor | None) -> Tensor:
     """g = softmax(p), over all experts. Shapes: p [n, e]."""
+    p = _routed(p)
     return _top_softmax(p, p.shape[-1], tuple(range(p.shape[-1])), p.shape[-1])
 
 
-def top_k(p: Tensor, z: Tensor | None, *, k: int) -> Tensor:
+def top_k(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e]."""
+    p = _routed(p)
+    if k < 1:
+        raise ValueError(f"k is {k}; it is at least 1")
     return _top_softmax(p, min(k, p.shape[-1]), tuple(range(p.shape[-1])), p.shape[-1])
 
 
-def slot_top_k(p: Tensor, z: Tensor | None, *, own: int) -> Tensor:
+def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
     """FedLEASE's adaptive top-M (2509.15087, section 3.3). Shapes: p [n, 2M-1], g [n, M].
 
     T = the M largest slots, w = softmax over T, slot j serves expert j for j < M and the client's own expert for
@@ -47,7 +52,10 @@ def slot_top_k(p: Tensor, z: Tensor | None, *, own: int) -> Tensor:
 
     Differs from the paper: the paper lists the own expert's slots first; a permutation of the router's rows.
     """
+    p = _routed(p)
     experts = (p.shape[-1] + 1) // 2
+    if p.shape[-1] % 2 == 0 or not 0 <= own < experts:
+        raise ValueError(f"a router of {p.shape[-1]} slots and own = {own}; M experts have 2M-1 slots and 0 <= own < M")
     serves = (*range(experts), *([own] * (experts - 1)))
     return _top_softmax(p, experts, serves, experts)
 
@@ -64,15 +72,21 @@ def gates() -> dict[str, Gate]:
     }
 
 
+def _routed(p: Tensor | None) -> Tensor:
+    if p is None:
+        raise ValueError("it needs a router, and the bank has none here")
+    return p
+
+
 def _top_softmax(p: Tensor, k: int, serves: tuple[int, ...], experts: int) -> Tensor:
-    slots = torch.tensor(serves, device=p.device) if k == p.shape[-1] else _slots(serves, p.device)
-    result: Tensor = _TopSoftmax.apply(p, k, slots, experts)
+    result: Tensor = _TopSoftmax.apply(p, k, _slots(serves, p.device), experts)  # type: ignore[no-untyped-call]
     return result
 
 
-@cache
+@cache  # to make it anew would wait for the device
 def _slots(serves: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(serves, device=device)
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be kept for a later backward
+        return torch.tensor(serves, device=device)
 
 
 class _TopSoftmax(torch.autograd.Function):

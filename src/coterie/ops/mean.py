@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -14,22 +15,30 @@ K = TypeVar("K")
 def mean(values: Sequence[Mapping[K, Tensor]], weights: Sequence[float]) -> dict[K, Tensor]:
     """The weighted mean of each key's tensors over ``values``, in the order given, with weights normalised once.
 
-    Raises :class:`ValueError` where the mappings differ in keys or the weights do not sum to a positive number.
+    Sums in float32 at least, returns the tensors' own dtype. Raises :class:`ValueError` where the mappings differ in
+    keys or shapes, and for weights that are negative or do not sum to a positive number.
     """
-    total = float(sum(weights))
-    if not values or len(values) != len(weights) or not total > 0:
-        raise ValueError(f"mean of {len(values)} mappings with weights {list(weights)}")
+    share = _shares(len(values), weights)
     keys = values[0].keys()
     if any(value.keys() != keys for value in values):
         raise ValueError("mean of mappings with different keys")
-    return {key: _weighted([value[key] for value in values], [w / total for w in weights]) for key in keys}
+    return {key: _weighted([value[key] for value in values], share, str(key)) for key in keys}
 
 
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    result = torch.zeros_like(tensors[0])
+def _shares(count: int, weights: Sequence[float]) -> list[float]:
+    total = float(sum(weights))
+    if not count or count != len(weights) or not 0 < total < math.inf or min(weights) < 0:
+        raise ValueError(f"mean of {count} values with weights {list(weights)}")
+    return [w / total for w in weights]
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
+    if len({t.shape for t in tensors}) != 1:
+        raise ValueError(f"mean of tensors with different shapes: {name} {[list(t.shape) for t in tensors]}")
+    result = torch.zeros_like(tensors[0], dtype=torch.promote_types(tensors[0].dtype, torch.float32))
     for tensor, weight in zip(tensors, weights, strict=True):
         result.add_(tensor, alpha=weight)
-    return result
+    return result.to(tensors[0].dtype)
 
 
 def aggregation_error(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, float]:
@@ -37,8 +46,9 @@ def aggregation_error(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequenc
 
     Shapes: ``a[i]`` [r, d_in], ``b[i]`` [d_out, r]. Add the pairs up over modules, then divide and take the root
     (:func:`relative_error`). Computed from Gram matrices of the stacked factors: no [d_out, d_in] matrix is formed.
+    Raises :class:`ValueError` as :func:`mean` does.
     """
-    share = [w / float(sum(weights)) for w in weights]
+    share = _shares(len(a), weights)
     a_mean = sum((w * t.double() for w, t in zip(share, a, strict=True)), torch.zeros(()))
     b_mean = sum((w * t.double() for w, t in zip(share, b, strict=True)), torch.zeros(()))
     left = torch.cat([w * t.double() for w, t in zip(share, b, strict=True)], dim=1)
@@ -50,8 +60,8 @@ def aggregation_error(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequenc
 
 def relative_error(pairs: Sequence[tuple[float, float]]) -> float:
     """``||mean(BA) - mean(B) mean(A)|| / ||mean(BA)||`` over all modules, from :func:`aggregation_error`'s pairs."""
-    difference, whole = (sum(column) for column in zip(*pairs, strict=True))
-    return float((difference / whole) ** 0.5) if whole > 0 else 0.0
+    whole = sum(of_mean for _, of_mean in pairs)
+    return (sum(difference for difference, _ in pairs) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def _squared_norm(left: Tensor, right: Tensor) -> float:

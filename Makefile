@@ -1,0 +1,75 @@
+# All set-up happens by itself, in .venv: Python 3.11 or newer and make are all that is needed.
+
+VENV ?= .venv
+EXTRAS ?= demo,metrics,quant,dev
+WORKERS ?= 2
+# The first of these that is new enough makes the environment; name your own with `make venv PYTHON=/path/to/python`.
+PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
+# More for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu for the CPU build of torch.
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per worker: two workers with two threads each on two cores are slower than one process.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint types format hooks bench docs clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## set up .venv; done again when pyproject.toml or constraints.txt change
+
+demo: $(STAMP)  ## a federation of a few organisations, in under five minutes
+	$(BIN)/coterie demo
+
+test: lint types  ## lint, types and all tests but the slow ones
+	$(PYTEST) -m 'not slow'
+
+test-slow: lint types  ## lint, types and all tests
+	$(PYTEST)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP)  ## mypy, strict on src
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+hooks: $(STAMP)  ## run the lint before every commit
+	$(BIN)/pre-commit install
+
+bench: $(STAMP)  ## measure speed and memory; see bench/README.md
+	@set -e; for script in bench/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+docs: $(STAMP)  ## write the tables of methods and of config keys anew
+	@mkdir -p docs/reference
+	@set -e; for page in methods config; do \
+	  { echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie $$page --markdown; } > docs/reference/.$$page.tmp; \
+	  mv docs/reference/.$$page.tmp docs/reference/$$page.md; \
+	done
+
+clean:  ## remove .venv and caches; runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
+	find bench src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(PYTHON) ''; do \
+	    "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "Coterie needs Python 3.11 or newer with its venv module; here: $$(python3 --version 2>&1)." >&2; \
+	    echo "Install one (Debian, Ubuntu: apt install python3.11-venv), or make venv PYTHON=/path/to/it." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV); }
+	@echo "installing Coterie and what it needs into $(VENV): about a minute, or the time of the downloads"
+	@$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,180 @@
+"""The command line: ``coterie run``, ``compare``, ``demo``, ``methods``, ``config``, ``doctor``, ``report``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coterie import __version__
+from coterie.types import CoterieError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of Hugging Face language models with mixtures of LoRA experts.",
+)
+out = Console()
+_INTERRUPTED = 130
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the file; repeatable")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="TOML file; may be left out with --resume")] = None,
+    overrides: Set = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME-METHOD-SEED")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+) -> None:
+    """Run one method on one federation."""
+    from coterie.config import check_config, load_config, override
+    from coterie.federate import federate, read_run, set_threads
+    from coterie.progress import listener, show_summary
+
+    if config is None:
+        if not (resume and folder):
+            raise CoterieError("give a config file, or --resume with --out and the run's folder")
+        raw, root = read_run(folder)
+        settings = check_config(override(raw, overrides or ()))
+    else:
+        settings, root = load_config(config, overrides or ()), config.parent
+    place = folder or _default_folder(config, settings.method.get("name", "fedlease"), settings.run.seed)
+    set_threads(settings)
+    with listener(out, settings.run.rounds) as listen:
+        summary = federate(settings, place, root=root, resume=resume, listen=listen)
+    show_summary(out, summary, place)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="the TOML file that all runs share")],
+    methods: Annotated[str, typer.Option(help="names of methods, with commas between them")] = "fedlease,fedit,local",
+    seeds: Annotated[str, typer.Option(help="seeds, with commas between them")] = "0",
+    overrides: Set = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="folder for all runs; default runs/NAME")] = None,
+) -> None:
+    """Run several methods on the same federation, and show them side by side. Goes on where it was stopped."""
+    from coterie.compare import compare as run_all
+    from coterie.compare import show
+
+    place = folder or Path("runs") / config.stem
+    seed_numbers = [_seed(text) for text in seeds.split(",")]
+    results = run_all(config, methods.split(","), seed_numbers, place, overrides or (), out)
+    show(out, results, place)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="where the demo's runs and pictures go")] = Path("runs/demo"),
+) -> None:
+    """FedLEASE, FedIT and local on a federation of organisations with different jobs, in a few minutes."""
+    from coterie.demo import run_demo
+
+    run_demo(folder, out)
+
+
+@app.command()
+def methods(markdown: Annotated[bool, typer.Option(help="as the table of the docs")] = False) -> None:
+    """The methods there are."""
+    from coterie.method import methods as known
+
+    rows = [(name, method.title, method.summary, method.paper) for name, method in known().items()]
+    _table(("name", "method", "what it does", "source"), rows, markdown)
+
+
+@app.command("config")
+def show_config(
+    method: Annotated[str | None, typer.Option(help="show the settings of this method only")] = None,
+    markdown: Annotated[bool, typer.Option(help="as the table of the docs")] = False,
+) -> None:
+    """Every key of a config: type, default, meaning."""
+    from coterie.config import describe_config
+
+    _table(("key", "type", "default", "meaning"), list(describe_config(method)), markdown)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what is missing, and the command that mends it. Touches no network."""
+    from coterie.doctor import examine
+
+    table = Table(box=None, header_style="bold")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in examine():
+        table.add_row("[green]ok[/]" if check.ok else "[yellow]--[/]", check.name, check.value, check.fix)
+    out.print(table)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write the report of a run anew, finished or not."""
+    from coterie.federate import read_run
+    from coterie.report import write_report
+
+    read_run(folder)
+    out.print(f"report: {write_report(folder)}")
+
+
+@app.command()
+def version() -> None:
+    """The version."""
+    out.print(__version__)
+
+
+def main() -> None:
+    """The console command: user faults in a line or two with exit code 2, Ctrl-C with 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        if app(standalone_mode=False) == _INTERRUPTED:  # what typer makes of Ctrl-C
+            _interrupted(errors)
+    except CoterieError as fault:
+        errors.print(f"[bold red]error:[/] {escape(str(fault))}")
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _interrupted(errors)
+    except click.exceptions.ClickException as fault:
+        fault.show()
+        sys.exit(fault.exit_code)
+
+
+def _interrupted(errors: Console) -> NoReturn:
+    errors.print("\nstopped; the last checkpoint is kept: go on with the same command and --resume")
+    sys.exit(_INTERRUPTED)
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdigit():
+        raise CoterieError(f"--seeds takes whole numbers with commas between them, not {text!r}")
+    return int(text)
+
+
+def _default_folder(config: Path | None, method: object, seed: int) -> Path:
+    return Path("runs") / f"{config.stem if config else 'run'}-{method}-{seed}"
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], markdown: bool) -> None:
+    if markdown:
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        print("\n".join(lines))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)

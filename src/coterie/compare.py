@@ -1,0 +1,129 @@
+"""Several methods and seeds on one federation, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coterie.config import Config, check_config, load_raw, override
+from coterie.federate import federate, set_threads
+from coterie.files import write_json
+from coterie.method import method_named
+from coterie.progress import listener
+from coterie.summary import read_events
+from coterie.types import Json
+
+Results = dict[str, dict[int, dict[str, Json]]]  # method -> seed -> summary
+
+
+def compare(
+    config: Path, methods: Sequence[str], seeds: Sequence[int], folder: Path, overrides: Sequence[str], console: Console
+) -> Results:
+    """:func:`compare_all` on a TOML file."""
+    return compare_all(override(load_raw(config), overrides), methods, seeds, folder, config.parent, console)
+
+
+def compare_all(
+    raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, console: Console
+) -> Results:
+    """Every method with every seed, each in its own folder below ``folder``; what is there already goes on.
+
+    A method's own settings come from ``[method]`` if that names it, else from ``[methods.NAME]``, else they are the
+    defaults. Writes ``compare.json``. Raises :class:`CoterieError` as a run does.
+    """
+    runs = {(m.strip(), s): config_for(raw, m.strip(), s) for m in methods for s in seeds}
+    results: Results = {}
+    cache: dict[str, Any] = {}
+    for (method, seed), settings in runs.items():
+        place = folder / f"{method}-{seed}"
+        set_threads(settings)
+        with listener(console, settings.run.rounds, f"{method} seed {seed}") as listen:
+            resume = (place / "config.json").exists()
+            summary = federate(settings, place, root=root, resume=resume, listen=listen, cache=cache)
+        results.setdefault(method, {})[seed] = summary
+        write_json(folder / "compare.json", table_of(results))
+    return results
+
+
+def config_for(raw: Mapping[str, Json], method: str, seed: int) -> Config:
+    """The config of one run of a comparison."""
+    kind = method_named(method)
+    own = (
+        raw.get("method", {}) if raw.get("method", {}).get("name") == method else raw.get("methods", {}).get(method, {})
+    )
+    rest = {key: value for key, value in raw.items() if key not in ("method", "methods")}
+    return check_config({**rest, "method": {**own, "name": kind.name}, "run": {**rest.get("run", {}), "seed": seed}})
+
+
+def table_of(results: Results) -> dict[str, Json]:
+    """Per method: the mean test metric of every client over seeds, its mean and spread over seeds, and the bytes."""
+    rows = {}
+    for method, by_seed in results.items():
+        summaries = list(by_seed.values())
+        primary = summaries[0]["primary"]
+        means = [s["mean"]["test"][primary] for s in summaries]
+        clients = summaries[0]["clients"]
+        rows[method] = {
+            "primary": primary,
+            "seeds": list(by_seed),
+            "means": means,
+            "mean": float(np.mean(means)),
+            "std": float(np.std(means, ddof=1)) if len(means) > 1 else 0.0,
+            "worst": float(np.mean([s["worst"][primary] for s in summaries])),
+            "clients": {c: float(np.mean([s["clients"][c]["test"][primary] for s in summaries])) for c in clients},
+            "groups": {c: clients[c]["group"] for c in clients},
+            "bytes": float(np.mean([s["bytes"]["up"] + s["bytes"]["down"] for s in summaries])),
+            "seconds": float(np.mean([s["seconds"] for s in summaries])),
+        }
+    return rows
+
+
+def curves(folder: Path, results: Results) -> dict[str, list[tuple[int, float]]]:
+    """By method's title: the mean test metric over clients and seeds, by round."""
+    found = {}
+    for method, by_seed in results.items():
+        values: dict[int, list[float]] = {}
+        for seed, summary in by_seed.items():
+            for event in read_events(folder / f"{method}-{seed}" / "metrics.jsonl"):
+                if event["event"] == "evaluation":
+                    values.setdefault(event["round"], []).append(event["mean"]["test"][summary["primary"]])
+        title = next(iter(by_seed.values()))["title"]
+        found[title] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
+    return found
+
+
+def show(console: Console, results: Results, folder: Path) -> None:
+    """The table: a row per client, a column per method, the best in bold; then means, worst clients and bytes."""
+    rows = table_of(results)
+    first = next(iter(rows.values()))
+    clusters = results.get("fedlease", {})
+    found = next(iter(clusters.values()))["describe"].get("clusters", {}) if clusters else {}
+    table = Table(box=None, header_style="bold", title=f"test {first['primary']} at the round that validation chose")
+    table.add_column("client")
+    for column in (*(["cluster"] if found else []), *(method_named(m).title for m in rows)):
+        table.add_column(column, justify="right")
+    for client in first["clients"]:
+        cluster = [str(found.get(client, "-"))] if found else []
+        table.add_row(
+            escape(client), *cluster, *_best([row["clients"][client] for row in rows.values()], first["primary"])
+        )
+    table.add_section()
+    space = [""] if found else []
+    table.add_row("mean", *space, *_best([row["mean"] for row in rows.values()], first["primary"]))
+    if len(first["seeds"]) > 1:
+        table.add_row("spread over seeds", *space, *(f"{row['std']:.3f}" for row in rows.values()))
+    table.add_row("worst client", *space, *_best([row["worst"] for row in rows.values()], first["primary"]))
+    table.add_row("MiB sent", *space, *(f"{row['bytes'] / 2**20:.1f}" for row in rows.values()))
+    console.print(table)
+    console.print(f"each run has a report.html; see {folder}", highlight=False, soft_wrap=True)
+
+
+def _best(values: Sequence[float], metric: str) -> list[str]:
+    best = min(values) if metric == "loss" else max(values)
+    return [f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}" for value in values]

@@ -1,0 +1,221 @@
+"""The configuration of a run: one TOML file, checked once, every key with its type, default and meaning."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coterie.data.settings import DataSettings
+from coterie.method import MethodSettings, Plan, method_named
+from coterie.types import CoterieError, Json, Optim
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Section):
+    """The frozen base."""
+
+    path: str = Field("minilm", description="a model folder, a hub name, or the alias minilm")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="how the base is held in memory")
+    quantize: Literal["none", "nf4", "int8"] = Field("none", description="hold the base quantised (extra quant)")
+    max_length: int = Field(128, ge=2, description="tokens per example; longer ones are cut")
+    gradient_checkpointing: bool = Field(False, description="trade time for memory in training")
+
+
+class LoraSettings(_Section):
+    """The experts."""
+
+    rank: int = Field(8, ge=1, description="rank r of an expert")
+    alpha: float = Field(16.0, gt=0, description="the scale of an expert is alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the experts' input, while training")
+    targets: tuple[str, ...] = Field((), description="names of the Linears to adapt; empty: PEFT's for the model")
+
+
+class TaskSettings(_Section):
+    """What the clients learn."""
+
+    kind: Literal["classification", "generation"] = Field("classification", description="the kind of task")
+    head: Literal["personal", "shared"] = Field(
+        "personal", description="the classification head stays with the client, or is averaged per label space"
+    )
+    generate: bool = Field(False, description="generation: also score generated text (ROUGE-L needs extra metrics)")
+    max_new_tokens: int = Field(64, ge=1, description="generation: the longest text to generate")
+
+
+class RunSettings(_Section):
+    """The federation's rounds."""
+
+    rounds: int = Field(10, ge=1, description="communication rounds")
+    seed: int = Field(0, ge=0, description="of every random stream")
+    cohort: float = Field(1.0, gt=0, le=1, description="share of the clients that take part in a round")
+    quorum: float = Field(0.5, ge=0, le=1, description="share of the cohort that must reply, or the run stops")
+    norm_bound: float = Field(1e4, gt=0, description="a reply whose tensors have a larger norm is left out")
+    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
+    eval_batch_size: int = Field(64, ge=1, description="examples per forward pass in evaluation")
+    keep_checkpoints: int = Field(2, ge=2, description="checkpoints kept, the newest first")
+
+
+class EngineSettings(_Section):
+    """Where it runs."""
+
+    name: str = Field("local", description="the engine")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast every forward pass")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: as many as cores")
+
+
+class Config(_Section):
+    """A whole run. ``method`` holds the method's name and, beside it, the method's own settings."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings
+    task: TaskSettings = Field(default_factory=TaskSettings)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    train: Optim = Field(default_factory=Optim)
+    method: dict[str, Json] = Field(default_factory=lambda: {"name": "fedlease"})
+    run: RunSettings = Field(default_factory=RunSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+
+    def method_settings(self) -> MethodSettings:
+        """The method's own settings, checked against its model."""
+        name = str(self.method.get("name", "fedlease"))
+        own = {key: value for key, value in self.method.items() if key != "name"}
+        settings: MethodSettings = _checked(method_named(name).Settings, own, "method")
+        return settings
+
+    def plan(self) -> Plan:
+        """What a method is given besides its own settings."""
+        return Plan(
+            rank=self.lora.rank,
+            alpha=self.lora.alpha,
+            dropout=self.lora.dropout,
+            optim=self.train,
+            head=self.task.head,
+            rounds=self.run.rounds,
+            seed=self.run.seed,
+        )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a TOML file, with ``section.key=value`` overrides.
+
+    Raises :class:`CoterieError` for a missing file, bad TOML, an unknown key (names the nearest) or a wrong value.
+    """
+    return check_config(override(load_raw(path), overrides))
+
+
+def load_raw(path: Path) -> dict[str, Json]:
+    """The unchecked content of a TOML file. Raises :class:`CoterieError` for a missing file and for bad TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as fault:
+        raise CoterieError(f"there is no config file {path}") from fault
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise CoterieError(f"{path} is no TOML file: {fault}") from fault
+
+
+def check_config(raw: Mapping[str, Json]) -> Config:
+    """The checked config of nested mappings; see :func:`load_config`."""
+    config: Config = _checked(Config, raw, "")
+    config.method_settings()
+    return config
+
+
+def override(raw: Mapping[str, Json], overrides: Sequence[str]) -> dict[str, Json]:
+    """``raw`` with every ``section.key=value`` set; a value is TOML, or a plain string where it is no TOML."""
+    result: dict[str, Json] = json.loads(json.dumps(raw))
+    for text in overrides:
+        path, found, value = text.partition("=")
+        if not found or "." not in path:
+            raise CoterieError(f"--set {text!r} is not of the form section.key=value")
+        *sections, key = path.strip().split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise CoterieError(f"--set {text!r}: {section} is no section")
+        place[key] = _value(value)
+    return result
+
+
+def differences(old: Mapping[str, Json], new: Mapping[str, Json]) -> list[str]:
+    """The keys, dotted, in which two configs differ."""
+    flat = [dict(_flat(config)) for config in (old, new)]
+    return sorted(k for k in flat[0].keys() | flat[1].keys() if flat[0].get(k) != flat[1].get(k))
+
+
+def describe_config(method: str | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """Every key as (dotted key, type, default, meaning); with the settings of one method or of all."""
+    from coterie.method import methods
+
+    for name, field in Config.model_fields.items():
+        if name != "method":
+            yield from _describe(field.annotation, name)
+    yield "method.name", "str", "'fedlease'", "the method: " + ", ".join(methods())
+    for known, kind in methods().items():
+        if method in (None, known):
+            yield from _describe(kind.Settings, f"method[{known}]")
+
+
+def _describe(model: Any, path: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _describe(field.annotation, f"{path}.{name}")
+            continue
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        yield f"{path}.{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("pathlib.", "")
+
+
+def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _value(text: str) -> Json:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _checked(model: type[Any], raw: Mapping[str, Json], path: str) -> Any:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as fault:
+        raise CoterieError("; ".join(_message(model, error, path) for error in fault.errors()[:3])) from fault
+
+
+def _message(model: type[Any], error: Any, path: str) -> str:
+    *sections, key = [path, *map(str, error["loc"])] if path else [*map(str, error["loc"])]
+    where = f"[{'.'.join(s for s in sections if s)}] " if any(sections) else ""
+    if error["type"] != "extra_forbidden":
+        found = f" (found {error['input']!r})" if not isinstance(error["input"], dict) else ""
+        return f"{where}{key}: {error['msg']}{found}"
+    for section in sections[1:] if path else sections:
+        model = _annotation(model, section)
+    known = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known) or 'none'}"
+    return f"{where}unknown key {key!r}; {hint}"
+
+
+def _annotation(model: Any, name: str) -> Any:
+    fields = getattr(model, "model_fields", {})
+    return fields[name].annotation if name in fields else model

@@ -1,0 +1,120 @@
+"""Reads one file of rows: JSONL, CSV or Parquet, told apart by the ending of its name."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from coterie.types import CoterieError, Json
+
+Record = dict[str, Json]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they were found: column name to value, where they came from, and the SHA-256 of that.
+
+    ``lines`` holds the line of each record in a text file (1 is the first), or nothing.
+    """
+
+    source: str
+    records: Sequence[Record]
+    sha256: str
+    lines: Sequence[int] = ()
+
+    def where(self, row: int) -> str:
+        """``FILE:LINE`` of record ``row`` (from 0), or ``SOURCE, row N`` (from 1) where there are no lines."""
+        return f"{self.source}:{self.lines[row]}" if self.lines else f"{self.source}, row {row + 1}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that some record has, in order of appearance."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
+
+
+def table_of(source: str, records: Sequence[Record]) -> Table:
+    """A table of records that come from no file; its hash is that of their JSON."""
+    text = "\n".join(json.dumps(record, sort_keys=True, default=str) for record in records)
+    return Table(source, records, hashlib.sha256(text.encode()).hexdigest())
+
+
+def read_table(path: Path) -> Table:
+    """The rows of a file. Raises :class:`CoterieError`: no such file, unknown ending, cannot be read, no rows."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise CoterieError(f"{path}: unknown file type; the types are {', '.join(READERS)}")
+    if not path.is_file():
+        raise CoterieError(f"{path}: no such file")
+    content = path.read_bytes()
+    records, lines = reader(path, content)
+    if not records:
+        raise CoterieError(f"{path}: no rows; give it some, or leave the file out")
+    return Table(str(path), records, hashlib.sha256(content).hexdigest(), lines)
+
+
+def _text(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        line = content.count(b"\n", 0, fault.start) + 1
+        raise CoterieError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from fault
+
+
+def _jsonl(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
+    records, lines = [], []
+    for number, line in enumerate(_text(path, content).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise CoterieError(f"{path}:{number}: not a line of JSON: {fault.msg} (column {fault.colno})") from fault
+        if not isinstance(record, dict):
+            raise CoterieError(f'{path}:{number}: a row is a JSON object such as {{"text": "..."}}, not {line[:40]}')
+        records.append(record)
+        lines.append(number)
+    return records, lines
+
+
+def _csv(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
+    reader = csv.reader(io.StringIO(_text(path, content), newline=""), strict=True)
+    header: list[str] | None = None
+    records, lines = [], []
+    start = 1
+    try:
+        for fields in reader:
+            if fields and header is None:
+                header = fields
+            elif fields and header is not None:
+                if len(fields) > len(header):
+                    raise CoterieError(
+                        f"{path}:{start}: {len(fields)} fields for {len(header)} columns; is a comma unquoted?"
+                    )
+                records.append(dict(zip(header, fields, strict=False)))
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as fault:
+        raise CoterieError(f"{path}:{start}: not a line of CSV: {fault}") from fault
+    return records, lines
+
+
+def _parquet(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
+    try:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist(), []
+    except pyarrow.ArrowException as fault:
+        raise CoterieError(f"{path}: not a Parquet file: {fault}") from fault
+
+
+READERS: dict[str, Callable[[Path, bytes], tuple[list[Record], list[int]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,123 @@
+"""The config section ``[data]``: each client's own files, or datasets to split over simulated clients."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(_Settings):
+    """Which column holds what."""
+
+    text: str = Field(default="text", description="column of the text to classify")
+    text_pair: str | None = Field(
+        default=None,
+        description="column of the second sentence of a pair; by default 'text_pair', if there is such a column",
+    )
+    label: str = Field(default="label", description="column of the label: its name, or an integer")
+    prompt: str = Field(default="prompt", description="column of the prompt (generation)")
+    completion: str = Field(default="completion", description="column of the completion (generation)")
+
+
+class ClientFiles(_Settings):
+    """One client and its files."""
+
+    id: str = Field(description="name of the client; also of its folders, so letters, digits, '.', '_' and '-' only")
+    train: str = Field(description="file of training rows: .jsonl, .csv or .parquet")
+    validation: str | None = Field(
+        default=None, description="file of validation rows; none: cut from the training rows"
+    )
+    test: str | None = Field(default=None, description="file of test rows; none: cut from the training rows")
+    group: str | None = Field(
+        default=None, description="the client's domain, if known: for pictures and oracle controls only"
+    )
+    labels: tuple[str, ...] | None = Field(default=None, description="the client's label names; none: data.labels")
+    columns: Columns | None = Field(default=None, description="this client's column names; none: data.columns")
+
+
+class DatasetEntry(_Settings):
+    """One dataset, where it needs more than its source."""
+
+    source: str = Field(description="a dataset's folder, 'hub:NAME[/CONFIG]', 'demo:JOB'")
+    name: str | None = Field(
+        default=None, description="what to call it (client ids begin with it); none: from the source"
+    )
+    labels: tuple[str, ...] | None = Field(default=None, description="the dataset's label names; none: data.labels")
+    columns: Columns | None = Field(default=None, description="this dataset's column names; none: data.columns")
+
+
+class PartitionSettings(_Settings):
+    """How datasets are split over simulated clients."""
+
+    name: str = Field(
+        default="by_dataset",
+        description="by_dataset, natural, dirichlet, pathological, iid or quantity_skew: who gets what",
+    )
+    clients: int | None = Field(
+        default=None,
+        ge=1,
+        description="how many clients; by_dataset: per dataset (1); natural: the values with the most rows",
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="dirichlet, quantity_skew: small is skewed, large is even"
+    )
+    labels_per_client: int | None = Field(
+        default=None, ge=1, description="pathological: how many labels each client has"
+    )
+    column: str | None = Field(
+        default=None,
+        description="natural: a client per value; dirichlet, pathological: these values in place of the labels",
+    )
+    own_labels: bool = Field(
+        default=False, description="a client's label space is the labels that occur with it, not all of the dataset's"
+    )
+
+
+class DataSettings(_Settings):
+    """Where rows come from: exactly one of ``folder``, ``clients`` and ``datasets``. Paths start at the config file."""
+
+    folder: str | None = Field(
+        default=None, description="folder with one folder per client: ID/train.jsonl, .csv or .parquet"
+    )
+    clients: tuple[ClientFiles, ...] = Field(default=(), description="the clients and the files of each")
+    datasets: tuple[str | DatasetEntry, ...] = Field(
+        default=(), description="datasets to split over simulated clients: folders, 'hub:NAME[/CONFIG]', 'demo:JOB'"
+    )
+    partition: PartitionSettings = Field(
+        default=PartitionSettings(), description="how the datasets are split over clients"
+    )
+    labels: tuple[str, ...] | None = Field(
+        default=None, description="label names, in order; none: those of the dataset, else those found with each client"
+    )
+    columns: Columns = Field(default=Columns(), description="which column holds what")
+    train_rows: int = Field(default=0, ge=0, description="training rows per client; 0: as many as there are")
+    validation_rows: int = Field(default=0, ge=0, description="validation rows per client; 0: as many as there are")
+    test_rows: int = Field(default=0, ge=0, description="test rows per client; 0: as many as there are")
+    validation_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the training rows cut off for validation where there is no such file",
+    )
+    test_fraction: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="share of the training rows cut off for testing where there is no such file",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataSettings:
+        ways = {"folder": self.folder, "clients": self.clients, "datasets": self.datasets}
+        given = [f"data.{name}" for name, value in ways.items() if value]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of data.folder, data.clients and data.datasets; found {found}")
+        if self.partition != PartitionSettings() and not self.datasets:
+            raise ValueError(f"data.partition splits data.datasets; with {given[0]} every client has its own files")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("data.validation_fraction + data.test_fraction must be below 1")
+        return self

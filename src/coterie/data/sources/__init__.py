@@ -1,0 +1,56 @@
+"""Where datasets come from. A source is one module of this package, found by looking: there is no list to keep.
+
+To add one, write a module with
+
+- ``PREFIX``: a dataset of this source is named ``PREFIX:REST`` (or ``PREFIX`` alone, where ``REST`` may be empty),
+- ``USAGE``: such a name and what it stands for, in one line, for the message about an unknown name,
+- ``load(rest, root, columns) -> tuple[Dataset, ...]``: the datasets that the name stands for, mostly one.
+
+A source only brings tables (:func:`coterie.data.files.table_of` makes one from records): columns, labels, missing
+splits and partitions are handled alike for all of them. ``root`` is the folder that relative paths start at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from coterie.data.files import Table
+from coterie.data.settings import Columns
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset as its source has it: a table per split ("train", and "validation" and "test" if there are any).
+
+    ``labels`` are the label names in order, if the source knows them; ``notes`` go into the manifest.
+    """
+
+    name: str
+    tables: Mapping[str, Table]
+    labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@cache
+def sources() -> dict[str, ModuleType]:
+    """Every source by its prefix."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return {module.PREFIX: module for module in modules if hasattr(module, "PREFIX")}
+
+
+def load(name: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
+    """The datasets that ``name`` stands for: ``PREFIX:REST`` of a source, or else the path of a folder.
+
+    Raises :class:`~coterie.types.CoterieError` where there are none.
+    """
+    prefix, _, rest = name.partition(":")
+    known = sources()
+    source, rest = (known[prefix], rest) if prefix in known else (known["folder"], name)
+    datasets: tuple[Dataset, ...] = source.load(rest, root, columns)
+    return datasets

@@ -1,0 +1,62 @@
+"""A dataset of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coterie.data.files import Record, table_of
+from coterie.data.rows import SPLITS
+from coterie.data.settings import Columns
+from coterie.data.sources import Dataset
+from coterie.types import CoterieError
+
+PREFIX = "hub"
+USAGE = "hub:NAME, hub:OWNER/NAME or hub:OWNER/NAME/CONFIG: a dataset of the Hugging Face hub; hub:./PATH: a folder"
+
+
+def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
+    """The dataset ``[OWNER/]NAME`` or ``OWNER/NAME/CONFIG``, or that of a path that starts with ``.`` or ``/``.
+
+    A split whose labels are all withheld (-1, as in GLUE's test files) is left out, with a note. Raises
+    :class:`CoterieError` where ``datasets`` is not installed, or finds nothing, or there is no training split.
+    """
+    try:
+        import datasets
+    except ImportError as fault:
+        raise CoterieError(f"the dataset 'hub:{rest}' needs a package: pip install 'coterie[hub]'") from fault
+    path, config = _address(rest, root)
+    try:
+        found = datasets.load_dataset(path, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:
+        raise CoterieError(f"cannot load the dataset 'hub:{rest}': {fault}") from fault
+    if "train" not in found:
+        raise CoterieError(f"the dataset 'hub:{rest}' has no split 'train'; its splits are {', '.join(found)}")
+    names = getattr(found["train"].features.get(columns.label), "names", None)
+    tables, notes = {}, []
+    for split in SPLITS:
+        if split in found and _withheld(found[split], columns.label):
+            notes.append(f"the {split} split has no labels (all are -1) and was left out")
+        elif split in found:
+            tables[split] = table_of(f"hub:{rest} {split}", _named(found[split].to_list(), columns.label, names))
+    notes += [f"the split {split} was not used" for split in found if split not in SPLITS]
+    return (Dataset(Path(config or path).name, tables, tuple(names) if names else None, tuple(notes)),)
+
+
+def _address(rest: str, root: Path) -> tuple[str, str | None]:
+    """What ``load_dataset`` takes: a path or a name, and a config."""
+    if rest.startswith((".", "/")):
+        return str((root / rest).resolve()), None
+    owner, _, tail = rest.partition("/")
+    name, _, config = tail.partition("/")
+    return f"{owner}/{name}" if name else owner, config or None
+
+
+def _withheld(split: Any, label: str) -> bool:
+    return label in split.column_names and len(split) > 0 and set(split[label]) == {-1}
+
+
+def _named(records: list[Record], label: str, names: list[str] | None) -> list[Record]:
+    """The records with their labels as names, where the hub has numbers for them; a number that is none stays."""
+    name = dict(enumerate(names or ()))
+    return [{**record, label: name.get(record[label], record[label])} for record in records] if name else records

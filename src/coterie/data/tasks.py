@@ -1,0 +1,179 @@
+"""Tasks: how rows become tokens and batches, what the loss is, and how predictions are scored.
+
+A task knows the tokenizer and nothing of a model but that calling it gives logits. Both tasks share the same shape:
+``encode`` a row once, ``collate`` examples into a padded batch, ``loss`` sums over what counts (examples for
+classification, completion tokens for generation), so that the caller divides once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coterie.data.rows import PromptRow, Row, TextRow
+from coterie.types import CoterieError
+
+IGNORE = -100  # the label of a token that does not count
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. ``label`` is the class; ``prompt`` the number of leading tokens that the loss leaves out."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None = None
+    label: int = 0
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs [b, t] padded to the longest row, ``labels`` [b] or [b, t], and how many labels count."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    count: int
+
+    @property
+    def mask(self) -> Tensor:
+        return self.inputs["attention_mask"]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count)
+
+
+class Task(Protocol):
+    """What the engines need of a task."""
+
+    kind: Literal["classification", "generation"]
+
+    def encode(self, row: Row) -> Example: ...
+
+    def collate(self, examples: Sequence[Example]) -> Batch: ...
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The sum of the losses over what counts, float32."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Text or a pair of texts to one of the client's labels; cross entropy, summed over examples."""
+
+    tokenizer: Any
+    max_length: int = 128
+    kind: Literal["classification", "generation"] = field(default="classification", init=False)
+
+    def encode(self, row: Row) -> Example:
+        assert isinstance(row, TextRow)
+        out = self.tokenizer(row.text, row.text_pair, truncation=True, max_length=self.max_length)
+        types = tuple(out["token_type_ids"]) if "token_type_ids" in out else None
+        return Example(tuple(out["input_ids"]), types, label=row.label)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        inputs = _pad(examples, self.tokenizer.pad_token_id, left=False)
+        return Batch(inputs, torch.tensor([e.label for e in examples]), len(examples))
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A completion after a prompt; cross entropy of the completion's tokens, summed over them.
+
+    A prompt goes through the tokenizer's chat template when it has one; otherwise prompt and completion stand next
+    to each other as they are. The end-of-text token is part of the completion. A row that is too long loses tokens at
+    the start of its prompt, then at the end of its completion.
+    """
+
+    tokenizer: Any
+    max_length: int = 128
+    max_new_tokens: int = 64
+    generates: bool = False
+    kind: Literal["classification", "generation"] = field(default="generation", init=False)
+
+    def encode(self, row: Row) -> Example:
+        assert isinstance(row, PromptRow)
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], *end]
+        if not completion:
+            raise CoterieError(f"the completion {row.completion!r} has no token")
+        completion = completion[: self.max_length - 1]
+        prompt = self.prompt_ids(row)[-(self.max_length - len(completion)) :]
+        return Example((*prompt, *completion), prompt=len(prompt))
+
+    def prompt_ids(self, row: PromptRow) -> list[int]:
+        """The tokens that the completion follows."""
+        if getattr(self.tokenizer, "chat_template", None):
+            turn = [{"role": "user", "content": row.prompt}]
+            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(row.prompt)["input_ids"])
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()  # some tokenizers close every text; a prompt goes on
+        return ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        inputs = _pad(examples, self.tokenizer.pad_token_id, left=False)
+        labels = inputs["input_ids"].clone()
+        for row, example in enumerate(examples):
+            labels[row, : example.prompt] = IGNORE
+            labels[row, len(example.ids) :] = IGNORE
+        return Batch(inputs, labels, sum(len(e.ids) - e.prompt for e in examples))
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        flat = logits[:, :-1].float().flatten(0, 1)
+        return functional.cross_entropy(flat, batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def collate_prompts(self, rows: Sequence[PromptRow]) -> Mapping[str, Tensor]:
+        """Prompts padded on the left, for generation."""
+        room = max(1, self.max_length - 1)
+        return _pad(
+            [Example(tuple(self.prompt_ids(row)[-room:])) for row in rows], self.tokenizer.pad_token_id, left=True
+        )
+
+
+def make_task(
+    kind: Literal["classification", "generation"],
+    tokenizer: Any,
+    max_length: int,
+    max_new_tokens: int = 64,
+    generates: bool = False,
+) -> Classification | Generation:
+    """The task of that kind."""
+    if kind == "classification":
+        return Classification(tokenizer, max_length)
+    return Generation(tokenizer, max_length, max_new_tokens, generates)
+
+
+def batches(examples: Sequence[Example], size: int, generator: torch.Generator) -> list[list[Example]]:
+    """Every example once, in random batches of similar length: sorted within random chunks of four batches."""
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    chunks = [order[i : i + 4 * size] for i in range(0, len(order), 4 * size)]
+    by_length = [sorted(chunk, key=lambda i: len(examples[i].ids)) for chunk in chunks]
+    found = [chunk[i : i + size] for chunk in by_length for i in range(0, len(chunk), size)]
+    shuffled = torch.randperm(len(found), generator=generator).tolist()
+    return [[examples[i] for i in found[j]] for j in shuffled]
+
+
+def _pad(examples: Sequence[Example], pad: int, left: bool) -> dict[str, Tensor]:
+    width = max(len(e.ids) for e in examples)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        space = [fill] * (width - len(values))
+        return [*space, *values] if left else [*values, *space]
+
+    inputs = {
+        "input_ids": torch.tensor([padded(e.ids, pad) for e in examples]),
+        "attention_mask": torch.tensor([padded([1] * len(e.ids), 0) for e in examples]),
+    }
+    if all(e.types is not None for e in examples):
+        inputs["token_type_ids"] = torch.tensor([padded(e.types or (), 0) for e in examples])
+    return inputs

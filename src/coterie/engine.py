@@ -1,0 +1,60 @@
+"""The Engine protocol: what a runner asks of whatever holds the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coterie.method import Method
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Observed, Reply
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What came of one client's round: a reply, or the reason why there is none; bytes as encoded, seconds."""
+
+    reply: Reply | None
+    error: str | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A client's metrics by split (``loss`` among them), and how its tokens use the experts if that was asked."""
+
+    scores: Mapping[str, Mapping[str, float]]
+    observed: Observed | None = None
+
+
+class Engine(Protocol):
+    """Holds the clients: their data, their personal state, and the compute that answers their programs."""
+
+    @property
+    def spec(self) -> BaseSpec: ...
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]: ...
+
+    def train(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Iterator[tuple[ClientId, Delivery]]: ...
+
+    def evaluate(
+        self,
+        method: Method[Any],
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        splits: tuple[str, ...],
+        usage: bool = False,
+    ) -> Iterator[tuple[ClientId, Evaluation]]: ...
+
+    def banks(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Iterator[tuple[ClientId, Bank]]: ...
+
+    def restore(self, rnd: int) -> None: ...
+
+    def prune(self, rnd: int) -> None: ...

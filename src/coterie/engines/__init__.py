@@ -1,0 +1,1 @@
+"""One file per engine; ``compute.py`` is the only training loop."""

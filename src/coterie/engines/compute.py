@@ -1,0 +1,217 @@
+"""The only training loop: answers one client's requests (train, score, observe) on a frozen base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from coterie.data.rows import ClientData, PromptRow
+from coterie.data.tasks import Batch, Classification, Example, Generation, batches
+from coterie.evaluate import classification_metrics, perplexity, text_metrics
+from coterie.nn.attach import Attached, attached
+from coterie.nn.base import Base
+from coterie.ops.streams import stream, stream_seed
+from coterie.types import Bank, CoterieError, Json, Observe, Observed, Optim, Score, Scored, Train, Trained
+
+_CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
+
+
+@dataclass
+class Workplace:
+    """What all clients of a process share: the base, the task, the seed, and every split tokenised once."""
+
+    base: Base
+    task: Classification | Generation
+    seed: int
+    eval_batch_size: int = 64
+    precision: str = "float32"
+    cache: dict[tuple[str, str], list[Example]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.model.parameters()).device
+
+    def examples(self, client: ClientData, split: str) -> list[Example]:
+        """The tokenised rows of a client's split."""
+        key = client.info.id, split
+        if key not in self.cache:
+            if split not in client.splits:
+                raise ValueError(f"client {client.info.id} has no split {split!r}; it has {sorted(client.splits)}")
+            self.cache[key] = [self.task.encode(row) for row in client.splits[split]]
+        return self.cache[key]
+
+
+@dataclass(frozen=True)
+class LocalCompute:
+    """Answers the requests of one client in one round, one at a time."""
+
+    place: Workplace
+    client: ClientData
+    rnd: int
+
+    def train(self, request: Train) -> Trained:
+        """Train the request's tensors on the client's training split.
+
+        Raises :class:`CoterieError` that names client and step when a loss is not finite.
+        """
+        optim, task = request.optim, self.place.task
+        examples = self.place.examples(self.client, "train")
+        groups = list(self._groups(examples, optim, request.purpose))
+        losses: list[Tensor] = []
+        with attached(self.place.base.model, request.bank, request.trainable) as bank:
+            parameters = list(bank.parameters.values())
+            optimizer = make_optimizer(optim, parameters, self.rnd)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _factor(optim.schedule, i, len(groups)))
+            bank.now.training = True
+            for step, group in enumerate(groups):
+                micro = [task.collate(part).to(self.place.device) for part in group]
+                losses.append(self._step(bank, micro, optim, request.purpose, step))
+                if optim.clip > 0:
+                    clip_grad_norm_(parameters, optim.clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(groups):
+                    self._check_finite(losses, step + 1)
+            tensors = bank.tensors()
+        seen = [example for group in groups for part in group for example in part]
+        return Trained(tensors, _mean(losses), len(seen), sum(len(e.ids) for e in seen), len(groups))
+
+    def score(self, request: Score) -> list[Scored]:
+        """Mean loss and metrics of every bank on the split."""
+        return [self._score(bank, request.split) for bank in request.banks]
+
+    def observe(self, request: Observe) -> Observed:
+        """Gate usage of the bank on the split, padding left out."""
+        if unknown := set(request.what) - {"usage"}:
+            raise ValueError(f"cannot observe {sorted(unknown)}; known: usage")
+        tokens = 0
+        with attached(self.place.base.model, request.bank) as bank, torch.no_grad():
+            bank.now.usage = {}
+            for batch in self._in_order(request.split):
+                bank.now.mask = batch.mask
+                self._logits(batch)
+                tokens += int(batch.mask.sum())
+            usage = bank.now.usage
+        shares = {module: counted / tokens for module, counted in usage.items()}
+        return Observed({m: {"weight": w.tolist(), "share": s.tolist()} for m, (w, s) in shares.items()}, tokens)
+
+    def _groups(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
+        """The micro-batches of every optimiser step of the round."""
+        number, epoch = 0, 0
+        while epoch < optim.epochs or optim.steps:
+            order = stream(self.place.seed, self.rnd, self.client.info.id, purpose, "batches", epoch)
+            parts = batches(examples, optim.batch_size, order)
+            for i in range(0, len(parts), optim.accumulate):
+                yield parts[i : i + optim.accumulate]
+                number += 1
+                if number == optim.steps:
+                    return
+            epoch += 1
+
+    def _step(self, bank: Attached, micro: Sequence[Batch], optim: Optim, purpose: str, step: int) -> Tensor:
+        """Gradients of the mean loss over all micro-batches; returns that loss. Sums first, one division."""
+        count = sum(batch.count for batch in micro)
+        losses = []
+        for i, batch in enumerate(micro):
+            bank.now.seed = stream_seed(
+                self.place.seed, self.rnd, self.client.info.id, purpose, "dropout", step * optim.accumulate + i
+            )
+            bank.now.mask = batch.mask
+            loss = self.place.task.loss(self._logits(batch), batch) / count
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _check_finite(self, losses: Sequence[Tensor], done: int) -> None:
+        start = max(0, done - _CHECK_EVERY)
+        finite = torch.isfinite(torch.stack(list(losses[start:done])))
+        if not bool(finite.all()):
+            step = start + int((~finite).nonzero()[0]) + 1
+            raise CoterieError(
+                f"client {self.client.info.id}: the loss is not finite at step {step} of round {self.rnd}; "
+                "lower [train] learning_rate or [lora] alpha, or look at this client's data"
+            )
+
+    def _score(self, bank: Bank, split: str) -> Scored:
+        task, total, count = self.place.task, 0.0, 0
+        truth: list[int] = []
+        predicted: list[int] = []
+        metrics: dict[str, float] = {}
+        with attached(self.place.base.model, bank), torch.no_grad():
+            for batch in self._in_order(split):
+                logits = self._logits(batch)
+                total += float(task.loss(logits, batch))
+                count += batch.count
+                if task.kind == "classification":
+                    truth += batch.labels.tolist()
+                    predicted += logits.argmax(-1).tolist()
+            if isinstance(task, Generation) and task.generates and split == "test":
+                metrics = self._score_texts(task, split)
+        loss = total / count
+        metrics |= classification_metrics(truth, predicted) if truth else {"perplexity": perplexity(loss)}
+        return Scored(loss, metrics, len(self.place.examples(self.client, split)))
+
+    def _score_texts(self, task: Generation, split: str) -> dict[str, float]:
+        rows = [row for row in self.client.splits[split] if isinstance(row, PromptRow)]
+        texts = generate(self.place, task, rows)
+        return text_metrics([row.completion for row in rows], texts)
+
+    def _in_order(self, split: str) -> Iterator[Batch]:
+        """The split in batches sorted by length."""
+        examples = sorted(self.place.examples(self.client, split), key=lambda e: len(e.ids))
+        size = self.place.eval_batch_size
+        for i in range(0, len(examples), size):
+            yield self.place.task.collate(examples[i : i + size]).to(self.place.device)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        with autocast(self.place):
+            logits: Tensor = self.place.base.model(**batch.inputs, use_cache=False).logits
+        return logits
+
+
+def generate(place: Workplace, task: Generation, rows: Sequence[PromptRow]) -> list[str]:
+    """Greedy completions of the rows' prompts, in batches, with whatever bank is attached."""
+    texts: list[str] = []
+    for i in range(0, len(rows), place.eval_batch_size):
+        inputs = {k: v.to(place.device) for k, v in task.collate_prompts(rows[i : i + place.eval_batch_size]).items()}
+        pad = task.tokenizer.pad_token_id
+        model: Json = place.base.model
+        with autocast(place):
+            out = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts += task.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def make_optimizer(optim: Optim, parameters: Sequence[nn.Parameter], rnd: int) -> torch.optim.Optimizer:
+    """A fresh optimiser for round ``rnd`` (the first is 1), its learning rate decayed by the rounds before."""
+    rate = optim.learning_rate * optim.round_decay ** (rnd - 1)
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay)
+
+
+def autocast(place: Workplace) -> AbstractContextManager[None]:
+    """bfloat16 autocast, or nothing for float32."""
+    return torch.autocast(place.device.type, torch.bfloat16, enabled=place.precision == "bfloat16")
+
+
+def _factor(schedule: str, step: int, steps: int) -> float:
+    match schedule:
+        case "linear":
+            return max(0.0, 1 - step / steps)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+        case _:
+            return 1.0
+
+
+def _mean(losses: Sequence[Tensor]) -> float:
+    return float(torch.stack(list(losses)).double().mean()) if losses else math.nan

@@ -1,0 +1,133 @@
+"""The reference engine: one client at a time over one base that is loaded once. The truth for the other engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie import codec
+from coterie.config import Config
+from coterie.data.rows import ClientData, Federation
+from coterie.data.tasks import make_task
+from coterie.engine import Delivery, Evaluation
+from coterie.engines.compute import LocalCompute, Workplace
+from coterie.engines.store import PersonalStore
+from coterie.method import Method, drive
+from coterie.nn.base import Base, load_base
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Observe, Personal, Score
+
+
+def make(config: Config, federation: Federation, folder: Path, root: Path, cache: dict[str, Any]) -> LocalEngine:
+    """The engine for a run in ``folder``; the base stays in ``cache`` for further runs with the same model."""
+    key = f"base {config.model} {config.lora.targets} {config.task.kind} {config.engine.device} {root}"
+    if key not in cache:
+        cache[key] = _load(config, root)
+    base: Base = cache[key]
+    task = make_task(
+        config.task.kind, base.tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
+    )
+    place = Workplace(base, task, config.run.seed, config.run.eval_batch_size, config.engine.precision)
+    return LocalEngine(place, federation, PersonalStore(folder / "personal"))
+
+
+def _load(config: Config, root: Path) -> Base:
+    device = config.engine.device
+    path = root / config.model.path
+    return load_base(
+        str(path) if path.is_dir() else config.model.path,
+        config.task.kind,
+        targets=config.lora.targets,
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype],
+        quantize=config.model.quantize,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Runs every client of a simulated federation in this process, one after another.
+
+    Instructions and replies go through the codec both ways, as over a network: the bytes are counted as encoded, and
+    no tensor is shared between server and client by accident.
+    """
+
+    place: Workplace
+    federation: Federation
+    store: PersonalStore
+
+    @property
+    def spec(self) -> BaseSpec:
+        return self.place.base.spec
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]:
+        return tuple(client.info for client in self.federation.clients)
+
+    def train(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Iterator[tuple[ClientId, Delivery]]:
+        """Every client's delivery for round ``rnd``, as it comes. A client's failure is its delivery's ``error``."""
+        for client in self._ordered(instructions):
+            yield client.info.id, self._train_one(method, client, instructions[client.info.id], rnd)
+
+    def evaluate(
+        self,
+        method: Method[Any],
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        splits: tuple[str, ...],
+        usage: bool = False,
+    ) -> Iterator[tuple[ClientId, Evaluation]]:
+        """Every client's scores with the bank that it would start round ``rnd + 1`` with."""
+        for client in self._ordered(instructions):
+            compute = LocalCompute(self.place, client, rnd)
+            bank = method.bank(instructions[client.info.id], client.info, self._personal(method, client, rnd))
+            scores = {}
+            for split in splits:
+                if client.splits.get(split):
+                    (scored,) = compute.score(Score([bank], split))
+                    scores[split] = {**scored.metrics, "loss": scored.loss}
+            seen = next((split for split in ("test", "validation", "train") if client.splits.get(split)), "train")
+            yield client.info.id, Evaluation(scores, compute.observe(Observe(bank, seen)) if usage else None)
+
+    def banks(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Iterator[tuple[ClientId, Bank]]:
+        """Every client's bank after round ``rnd``, for export."""
+        for client in self._ordered(instructions):
+            personal = self._personal(method, client, rnd)
+            yield client.info.id, method.bank(instructions[client.info.id], client.info, personal)
+
+    def restore(self, rnd: int) -> None:
+        """Go back to the personal states after round ``rnd``."""
+        self.store.forget_after(rnd)
+
+    def prune(self, rnd: int) -> None:
+        """Give up the personal states that only rounds before ``rnd`` need."""
+        self.store.prune(rnd)
+
+    def _train_one(self, method: Method[Any], client: ClientData, ins: Instruction, rnd: int) -> Delivery:
+        started = time.perf_counter()
+        down = codec.encode(ins)
+        personal = self._personal(method, client, rnd - 1)
+        program = method.client(codec.decode(Instruction, down), client.info, personal)
+        try:
+            result = drive(program, LocalCompute(self.place, client, rnd))
+        except CoterieError as fault:
+            return Delivery(None, str(fault), len(down), 0, time.perf_counter() - started)
+        up = codec.encode(result.reply)
+        self.store.save(client.info.id, rnd, result.personal)
+        reply = codec.decode(type(result.reply), up)
+        return Delivery(reply, None, len(down), len(up), time.perf_counter() - started)
+
+    def _personal(self, method: Method[Any], client: ClientData, until: int) -> Personal:
+        return self.store.load(client.info.id, until) or method.begin(self.spec, client.info)
+
+    def _ordered(self, instructions: Mapping[ClientId, Instruction]) -> Iterator[ClientData]:
+        return (client for client in self.federation.clients if client.info.id in instructions)

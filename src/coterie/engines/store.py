@@ -1,0 +1,54 @@
+"""Personal state on the client's disk, one file per client and round, written atomically."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from coterie import codec
+from coterie.files import write_atomic
+from coterie.types import ClientId, Personal
+
+
+@dataclass(frozen=True)
+class PersonalStore:
+    """Versions of every client's personal state: ``folder/<client>/<round>.safetensors``.
+
+    A round reads the newest version from before it, so a round that was killed half way starts again from the same
+    state, and the server's checkpoint and the clients' states never disagree.
+    """
+
+    folder: Path
+
+    def load(self, client: ClientId, until: int) -> Personal | None:
+        """The newest version of a round up to ``until``; None where there is none."""
+        rounds = [rnd for rnd in self._rounds(client) if rnd <= until]
+        return codec.decode(Personal, self._path(client, max(rounds)).read_bytes()) if rounds else None
+
+    def save(self, client: ClientId, rnd: int, personal: Personal) -> None:
+        """Keep ``personal`` as the client's state after round ``rnd``."""
+        write_atomic(self._path(client, rnd), codec.encode(personal))
+
+    def forget_after(self, rnd: int) -> None:
+        """Delete the versions of rounds after ``rnd``: they were not committed."""
+        for client in self._clients():
+            for later in (r for r in self._rounds(client) if r > rnd):
+                self._path(client, later).unlink()
+
+    def prune(self, rnd: int) -> None:
+        """Delete the versions that no checkpoint from round ``rnd`` on needs."""
+        for client in self._clients():
+            needed = max((r for r in self._rounds(client) if r <= rnd), default=0)
+            for old in (r for r in self._rounds(client) if r < needed):
+                self._path(client, old).unlink()
+
+    def _clients(self) -> list[ClientId]:
+        return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+
+    def _rounds(self, client: ClientId) -> list[int]:
+        folder = self.folder / client
+        return sorted(int(p.stem) for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+
+    def _path(self, client: ClientId, rnd: int) -> Path:
+        return self.folder / client / f"{rnd:06d}.safetensors"

@@ -1,0 +1,73 @@
+"""Metrics of predictions, and how they are summed up over clients."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from coterie.types import ClientId, CoterieError
+
+Metrics = Mapping[str, float]
+
+
+def classification_metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    """Accuracy, macro-F1 over the labels that occur, and Matthews' correlation, all as fractions."""
+    right = sum(t == p for t, p in zip(truth, predicted, strict=True))
+    return {
+        "accuracy": right / len(truth),
+        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0.0)),
+        "matthews": float(matthews_corrcoef(truth, predicted)),
+    }
+
+
+def text_metrics(references: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
+    """ROUGE-L (F measure, stemmed) and the share of exact matches after stripping white space."""
+    if importlib.util.find_spec("rouge_score") is None:
+        raise CoterieError("scoring generated text needs rouge-score: pip install 'coterie[metrics]'")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = list(zip(references, texts, strict=True))
+    return {
+        "rouge_l": float(np.mean([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])),
+        "exact_match": float(np.mean([reference.strip() == text.strip() for reference, text in pairs])),
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss per token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def mean_metrics(by_client: Mapping[ClientId, Metrics]) -> dict[str, float]:
+    """The unweighted mean over clients of every metric that all of them have."""
+    if not by_client:
+        return {}
+    rows = list(by_client.values())
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in shared}
+
+
+def better(metric: str, value: float, than: float) -> bool:
+    """Whether ``value`` is better than ``than``: lower for losses and perplexity, higher for the rest."""
+    return value < than if metric in ("loss", "perplexity") else value > than
+
+
+def worst_client(metric: str, by_client: Mapping[ClientId, Metrics]) -> tuple[ClientId, float] | None:
+    """The client with the worst value, the first by name on a tie."""
+    values = [(c, by_client[c][metric]) for c in sorted(by_client) if metric in by_client[c]]
+    worst = None
+    for client, value in values:
+        if worst is None or better(metric, worst[1], value):
+            worst = client, value
+    return worst
+
+
+def percentiles(metric: str, by_client: Mapping[ClientId, Metrics]) -> dict[str, float]:
+    """The 10th, 25th, 50th, 75th and 90th percentile over clients."""
+    values = [row[metric] for row in by_client.values() if metric in row]
+    return {f"p{p}": float(np.percentile(values, p)) for p in (10, 25, 50, 75, 90)} if values else {}

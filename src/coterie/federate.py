@@ -1,0 +1,195 @@
+"""A whole run from a config: data, engine, rounds, and what a run leaves behind.
+
+This is where the parts meet; the Python entry for what ``coterie run`` does:
+
+    from coterie.federate import federate
+    summary = federate(load_config(Path("clinic.toml")), Path("runs/clinic"), root=Path("."))
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie import engines
+from coterie.config import Config, differences
+from coterie.data.federation import load_federation
+from coterie.data.rows import Federation
+from coterie.engine import Engine
+from coterie.export import write_adapter, write_bundle
+from coterie.files import remove_parts, write_json
+from coterie.method import Method, method_named
+from coterie.nn.base import resolve
+from coterie.report import write_report
+from coterie.runner import Listener, Rounds, Runner
+from coterie.summary import read_events, summarise
+from coterie.types import CoterieError, Json
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that is ready to go: its method, its engine, its data."""
+
+    config: Config
+    method: Method[Any]
+    engine: Engine
+    federation: Federation
+    root: Path
+
+
+def federate(
+    config: Config,
+    folder: Path,
+    *,
+    root: Path,
+    resume: bool = False,
+    listen: Listener = lambda event: None,
+    cache: dict[str, Any] | None = None,
+) -> dict[str, Json]:
+    """Run ``config`` in ``folder`` to its end and return its summary; relative paths in it start at ``root``.
+
+    ``cache`` lets several runs in one process share what is loaded (the base). Everything is checked before the
+    folder is made. Raises :class:`CoterieError`: see :func:`coterie.config.load_config`, :func:`claim` and
+    :class:`coterie.runner.Runner`.
+    """
+    if resume and (folder / "summary.json").exists():
+        listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
+        found: dict[str, Json] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return found
+    check_folder(folder, config, resume)
+    opened = open_run(config, folder, root, cache if cache is not None else {})
+    opened.method.init(opened.engine.spec, opened.engine.clients)
+    claim(folder, opened, resume)
+    listen(
+        {"event": "ready", "folder": str(folder), "clients": len(opened.engine.clients), "rounds": config.run.rounds}
+    )
+    state = Runner(opened.method, opened.engine, _rounds(config), folder, listen).run()
+    return finish(opened, state, folder)
+
+
+def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) -> Opened:
+    """The run's method, engine and data, loaded and checked; nothing is written."""
+    settings = config.method_settings()
+    method = method_named(str(config.method.get("name", "fedlease")))(settings, config.plan())
+    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    engine = _maker(config.engine.name)(config, federation, folder, root, cache)
+    return Opened(config, method, engine, federation, root)
+
+
+def check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raises :class:`CoterieError` for a folder that is taken, or that holds no run or another run to resume."""
+    exists = (folder / "config.json").exists()
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            what = "holds a run" if exists else "is not empty"
+            raise CoterieError(f"{folder} {what}; go on with --resume, or name another folder with --out")
+        return
+    if not exists:
+        raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
+    old = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    if changed := differences(old, _plain(config)):
+        raise CoterieError(
+            f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
+            "or start a new run with --out"
+        )
+
+
+def claim(folder: Path, opened: Opened, resume: bool) -> None:
+    """Write the resolved config and the manifest, or check that the data are those that the run started with."""
+    manifest = json.loads(json.dumps(opened.federation.manifest))
+    if not resume:
+        write_json(folder / "manifest.json", manifest)
+        write_json(folder / "config.json", {"root": str(opened.root.resolve()), "config": _plain(opened.config)})
+        return
+    remove_parts(folder)
+    if json.loads((folder / "manifest.json").read_text(encoding="utf-8")) != manifest:
+        raise CoterieError(
+            f"the data are not those that {folder} started with (see manifest.json); restore them, or start a new run"
+        )
+
+
+def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
+    """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
+    config, method, engine = opened.config, opened.method, opened.engine
+    base = _base_path(config, opened.root)
+    transposed = any(target.transposed for target in engine.spec.targets)
+    for name, tensors in method.experts(state).items():
+        write_adapter(
+            folder / "experts" / name,
+            tensors,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            base=base,
+            kind=config.task.kind,
+            fan_in_fan_out=transposed,
+        )
+    infos = {client.id: client for client in engine.clients}
+    rnd = config.run.rounds
+    for client, bank in engine.banks(method, method.configure(state, engine.clients, rnd + 1), rnd):
+        info = {"client": client, "labels": infos[client].labels, "method": method.name, "round": rnd}
+        info |= {"base": base, "task": config.task.kind}
+        write_bundle(folder / "clients" / client, bank, info, fan_in_fan_out=transposed)
+    summary = summarise(
+        read_events(folder / "metrics.jsonl"),
+        engine.clients,
+        method=method.name,
+        title=method.title,
+        task=config.task.kind,
+        seed=config.run.seed,
+    )
+    write_json(folder / "summary.json", summary)
+    write_report(folder)
+    return summary
+
+
+def read_run(folder: Path) -> tuple[dict[str, Json], Path]:
+    """The raw config of the run in ``folder``, and the folder that its paths start at."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise CoterieError(f"there is no run in {folder}")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["config"], Path(found["root"])
+
+
+def set_threads(config: Config) -> None:
+    """Use as many CPU threads as the config says; results on a CPU depend on their number in the last bits."""
+    torch.set_num_threads(config.engine.threads or os.cpu_count() or 1)
+
+
+def _base_path(config: Config, root: Path) -> str:
+    """The base as PEFT and transformers can load it: an absolute folder or a hub name."""
+    path = root / config.model.path
+    return str(path.resolve()) if path.is_dir() else resolve(config.model.path)
+
+
+def _plain(config: Config) -> dict[str, Json]:
+    plain: dict[str, Json] = json.loads(config.model_dump_json())
+    return plain
+
+
+def _rounds(config: Config) -> Rounds:
+    run = config.run
+    return Rounds(
+        run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints
+    )
+
+
+def _maker(name: str) -> Callable[..., Engine]:
+    """The ``make`` function of the engine called ``name``: any module of :mod:`coterie.engines` that has one."""
+    makers = {}
+    for found in pkgutil.iter_modules(engines.__path__):
+        module = importlib.import_module(f"{engines.__name__}.{found.name}")
+        if hasattr(module, "make"):
+            makers[found.name] = module.make
+    if name not in makers:
+        raise CoterieError(f"[engine] unknown engine {name!r}; the engines are {', '.join(sorted(makers))}")
+    maker: Callable[..., Engine] = makers[name]
+    return maker

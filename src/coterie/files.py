@@ -1,0 +1,47 @@
+"""Files that are either there in full or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from coterie.types import Json
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a crash at any moment leaves the old file or the new one, never a part.
+
+    Raises :class:`OSError`, with the old file untouched and no temporary file left behind, when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what :func:`write_atomic` left below ``folder`` when its process was killed."""
+    for part in folder.rglob(".*.tmp"):
+        part.unlink()
+
+
+def write_json(path: Path, value: Json) -> None:
+    """:func:`write_atomic` of ``value`` as indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

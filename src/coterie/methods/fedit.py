@@ -1,0 +1,102 @@
+"""FedIT (arXiv 2305.05644): one LoRA for all clients, A and B averaged apart, weighted by examples. FedAvg on LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from coterie.method import MethodSettings, Plan
+from coterie.methods._common import (
+    Heads,
+    lora_of,
+    mean_error,
+    mean_heads,
+    settle,
+    shapes_of,
+    start_head,
+    start_heads,
+    start_lora,
+    with_head,
+)
+from coterie.ops.mean import mean, relative_error
+from coterie.types import (
+    Bank,
+    BaseSpec,
+    ClientId,
+    ClientInfo,
+    ClientProgram,
+    Instruction,
+    Json,
+    Key,
+    Personal,
+    Reply,
+    Tensors,
+    Train,
+)
+
+
+class FedITSettings(MethodSettings):
+    """FedIT has no settings of its own."""
+
+
+@dataclass(frozen=True)
+class FedITState:
+    """The global A and B, the shared heads if any, and what the last averaging cost."""
+
+    lora: Tensors
+    heads: Heads
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class FedIT:
+    """A <- sum p_i A_i, B <- sum p_i B_i, with p_i = n_i / sum n."""
+
+    settings: FedITSettings
+    plan: Plan
+
+    name = "fedit"
+    title = "FedIT"
+    paper = "arXiv 2305.05644"
+    summary = "averages A and B, weighted by examples"
+    Settings = FedITSettings
+    State = FedITState
+
+    def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedITState:
+        return FedITState(start_lora(base, self.plan), start_heads(base, self.plan, clients))
+
+    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
+        return Personal(start_head(base, self.plan, me) if self.plan.head == "personal" else {})
+
+    def configure(self, state: FedITState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
+        return {c.id: Instruction({**state.lora, **state.heads.of(c.id)}) for c in clients}
+
+    def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
+        bank = self.bank(ins, me, personal)
+        trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim)
+        return settle(self.plan, trained, me, personal, lora_of(bank.tensors))
+
+    def expects(self, state: FedITState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+        return shapes_of(state.lora, state.heads.of(me.id))
+
+    def aggregate(self, state: FedITState, replies: Mapping[ClientId, Reply], rnd: int) -> FedITState:
+        weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
+        uploads = [lora_of(replies[c].tensors) for c in weight]
+        return FedITState(
+            lora=mean(uploads, list(weight.values())),
+            heads=mean_heads(state.heads, replies, weight),
+            error=relative_error(mean_error(uploads, list(weight.values()))),
+        )
+
+    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
+        tensors = with_head(lora_of(ins.tensors), ins, personal)
+        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
+
+    def experts(self, state: FedITState) -> Mapping[str, Tensors]:
+        return {"global": state.lora}
+
+    def describe(self, state: FedITState) -> dict[str, Json]:
+        return {"aggregation_error": state.error}
+
+
+METHOD = FedIT

@@ -1,0 +1,400 @@
+"""Makes ``report.html`` of a run folder: one file with its pictures inside, no script, nothing fetched.
+
+Reads what the run wrote and nothing else, so a report can be made again at any time, of a run that is still going or
+was killed too. What it does not know (the state of a method to come, a manifest) it shows as plain tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from coterie import plots
+from coterie.files import write_atomic
+from coterie.plots import natural
+from coterie.types import CoterieError, Json
+
+REPORT_FILE = "report.html"
+PICTURE_FOLDER = "pictures"
+MISSING = "-"
+_SPLITS = ("test", "validation")
+_PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
+_TITLES = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+_PICTURED = {"clusters", "silhouettes", "distances", "order"}  # of what a method describes; the rest becomes tables
+_LONG_LIST = 12  # entries of a list that a cell shows
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, read once. Of a round that was logged twice (a killed run, resumed) the last counts."""
+
+    name: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    rounds: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return str(self.summary.get("title") or self.config.get("method", {}).get("name") or self.name)
+
+    @property
+    def primary(self) -> str:
+        """The metric that chose the best round: the summary's, else accuracy if it was measured, else the loss."""
+        measured = [mean for event in self.evaluations.values() for mean in (event.get("mean") or {}).values()]
+        return str(self.summary.get("primary") or ("accuracy" if any("accuracy" in m for m in measured) else "loss"))
+
+    @property
+    def describe(self) -> dict[str, Any]:
+        """What the method says of its state at the end of what there is."""
+        last = self.rounds[max(self.rounds)].get("describe") if self.rounds else None
+        return self.summary.get("describe") or last or {}
+
+    @property
+    def mean(self) -> dict[str, dict[str, Any]]:
+        """Mean metrics by split: at the best round, or at the last evaluated one of a run that has not finished."""
+        last = self.evaluations[max(self.evaluations)].get("mean") if self.evaluations else None
+        return self.summary.get("mean") or last or {}
+
+    @property
+    def clients(self) -> dict[str, dict[str, Any]]:
+        """Per client what the summary says (without one: what the events add up to), grouped, in natural order."""
+        rows = self.summary.get("clients") or _clients_from_events(self)
+        clusters = self.describe.get("clusters") or {}
+        always = {"group": None, "rounds_missed": 0}
+        rows = {c: {**always, **row, "cluster": clusters.get(c)} for c, row in rows.items()}
+        return dict(sorted(rows.items(), key=lambda item: (natural(item[1].get("group") or ""), natural(item[0]))))
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in _SPLITS if self.mean.get(split)]
+
+    @property
+    def metrics(self) -> list[str]:
+        """What was measured, the primary metric first."""
+        names = {name: None for split in self.splits for name in self.mean[split]}
+        return sorted(names, key=lambda name: name != self.primary)
+
+    @property
+    def groups(self) -> dict[str, tuple[int, float]]:
+        """The number of clients and their mean of the primary metric, on test data, by group."""
+        found: dict[str, list[float]] = {}
+        for row in self.clients.values():
+            if row["group"] is not None and (value := (row.get("test") or {}).get(self.primary)) is not None:
+                found.setdefault(row["group"], []).append(value)
+        return {group: (len(values), sum(values) / len(values)) for group, values in found.items()}
+
+    @property
+    def failures(self) -> list[tuple[int, str, Json]]:
+        """(round, client, reason) of every reply that did not count."""
+        return [(rnd, c, why) for rnd, e in sorted(self.rounds.items()) for c, why in (e.get("failed") or {}).items()]
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        return self.summary.get("bytes") or {
+            way: sum(row.get(f"bytes_{way}") or 0 for row in self.clients.values()) for way in ("up", "down")
+        }
+
+    @property
+    def seconds(self) -> float:
+        events = [*self.rounds.values(), *self.evaluations.values()]
+        return float(self.summary.get("seconds") or sum(event.get("seconds") or 0.0 for event in events))
+
+    def curve(self, split: str, client: str | None = None) -> list[tuple[int, float]]:
+        """The primary metric by round: of one client, or the mean."""
+        points = []
+        for rnd, event in sorted(self.evaluations.items()):
+            found = (event.get("mean") if client is None else (event.get("clients") or {}).get(client)) or {}
+            if (value := (found.get(split) or {}).get(self.primary)) is not None:
+                points.append((rnd, value))
+        return points
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of values as they came from JSON; ``show`` makes them readable."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Json]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its file, and what to say of it."""
+
+    name: str
+    title: str
+    figure: Figure
+    note: str = ""
+
+
+def write_report(run: Path, pictures: bool = False) -> Path:
+    """Write ``RUN/report.html`` (and with ``pictures`` each picture as a PNG) and return its path.
+
+    Raises :class:`CoterieError` for a folder that holds no run and for a file in it that is damaged.
+    """
+    data = read_run(run)
+    drawn = list(_pictures(data))
+    if pictures:
+        for picture in drawn:
+            plots.png(picture.figure, run / PICTURE_FOLDER / f"{picture.name}.png")
+    machine = data.summary.get("machine") or {}
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            run=data,
+            clients=data.clients,
+            losses=_losses(data),
+            shown={picture.name: (picture, Markup(plots.svg(picture.figure, picture.name))) for picture in drawn},
+            state=tables({k: v for k, v in data.describe.items() if k not in _PICTURED}, "State after the last round"),
+            settings=tables(data.config, "Settings"),
+            manifest=tables(data.manifest, "Data"),
+            machine=[*tables(data.summary.get("versions") or {}, "Versions"), *tables(machine, "Machine")],
+        )
+    )
+    write_atomic(run / REPORT_FILE, page.encode())
+    return run / REPORT_FILE
+
+
+def read_run(run: Path) -> Run:
+    """What ``run`` holds. A half-written last line of the metrics (the run was killed) is left out and noted."""
+    files = {name: _read_json(run / f"{name}.json") for name in ("summary", "config", "manifest")}
+    files["config"] = files["config"].get("config", files["config"])  # beside it: where its paths start
+    events, notes = _read_events(run / "metrics.jsonl")
+    if not any(files.values()) and not events:
+        raise CoterieError(f"{run} holds no run: no summary.json, metrics.jsonl or config.json; give a run's folder")
+    kept: dict[str, dict[int, dict[str, Any]]] = {"round": {}, "evaluation": {}}
+    for event in events:
+        if event.get("event") in kept:
+            kept[event["event"]][int(event["round"])] = event
+        elif event.get("event") == "note":
+            notes.append(event)
+    return Run(run.resolve().name, **files, rounds=kept["round"], evaluations=kept["evaluation"], notes=notes)
+
+
+def show(value: Json, name: str = "") -> str:
+    """A value as text for readers; ``name`` tells its unit. What is missing or no number is ``-``."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        return _number(value, name)
+    if isinstance(value, (list, tuple)):
+        text = ", ".join(show(item) for item in value[:_LONG_LIST])
+        return f"{text}, ... ({len(value)})" if len(value) > _LONG_LIST else text or MISSING
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {show(item, key)}" for key, item in value.items()) or MISSING
+    text = str(value)
+    return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def tables(value: Mapping[str, Json], title: str) -> list[Table]:
+    """Any JSON mapping as tables: one of its plain entries, one of each list or mapping of records inside it."""
+    plain: list[tuple[str, Json]] = []
+    found: list[Table] = []
+    for key, item in _flat(value):
+        if records := _records(item):
+            columns = list(dict.fromkeys(column for _, row in records for column in row))
+            found.append(Table(key, ["", *columns], [[n, *(row.get(c) for c in columns)] for n, row in records]))
+        elif _is_matrix(item):
+            found.append(Table(key, ["", *map(str, range(len(item[0])))], [[i, *row] for i, row in enumerate(item)]))
+        else:
+            plain.append((key, item))
+    return ([Table(title, ["", ""], plain)] if plain else []) + found
+
+
+def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value and not _records(value):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _records(value: Json) -> list[tuple[str, dict[str, Json]]]:
+    """``(name, row)`` of a list of mappings, or of a mapping of mappings that have the same keys; else nothing.
+
+    A mapping inside the rows becomes columns where all rows have it with the same keys.
+    """
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    rows = [(str(name), row) for name, row in items]
+    if len(rows) < 2 or not all(isinstance(row, dict) and row for _, row in rows):
+        return []
+    if isinstance(value, dict) and len({frozenset(row) for _, row in rows}) > 1:
+        return []
+    inner = {key for key in rows[0][1] if _alike([row.get(key) for _, row in rows])}
+    return [(name, dict(_spread(row, inner))) for name, row in rows]
+
+
+def _alike(values: Sequence[Json]) -> bool:
+    return all(isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values)
+
+
+def _spread(row: Mapping[str, Json], inner: set[str]) -> Iterator[tuple[str, Json]]:
+    for key, value in row.items():
+        if key in inner:
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
+        else:
+            yield key, value
+
+
+def _is_matrix(value: Json) -> bool:
+    if not isinstance(value, list) or not value or not isinstance(value[0], list):
+        return False
+    return all(isinstance(row, list) and len(row) == len(value[0]) > 0 for row in value)
+
+
+def _number(value: float, name: str) -> str:
+    if name in _PERCENT:
+        return f"{100 * value:.1f}%"
+    if name.startswith("bytes") or name.endswith("bytes"):
+        return _bytes(value)
+    if name == "seconds":
+        return _seconds(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:.3f}" if name in ("loss", "matthews") else f"{value:.4g}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def _seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _environment() -> Environment:
+    env = Environment(
+        loader=PackageLoader("coterie"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"show": show, "metric": lambda name: _TITLES.get(name, name.replace("_", " "))}
+    env.tests["percent"] = _PERCENT.__contains__
+    return env
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as fault:
+        raise CoterieError(f"cannot read {path}, which the report is made from: {fault}") from fault
+    if not isinstance(found, dict):
+        raise CoterieError(f"{path} holds a {type(found).__name__} where a run has a mapping; is it a run's folder?")
+    return found
+
+
+def _read_events(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The events, and a note if the last line was cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(json.loads(line))
+        except ValueError as fault:
+            if number < len(lines):
+                raise CoterieError(f"{path}, line {number} is no JSON: {fault}; repair or remove it") from fault
+            return events, [{"text": f"The last line of {path.name} is incomplete and was left out."}]
+    return events, []
+
+
+def _clients_from_events(run: Run) -> dict[str, dict[str, Any]]:
+    scores = (run.evaluations[max(run.evaluations)].get("clients") or {}) if run.evaluations else {}
+    events = run.rounds.values()
+    seen = {client for event in events for client in [*event.get("clients", {}), *event.get("failed", {})]}
+    clients = {}
+    for client in scores.keys() | seen:
+        entries = [event["clients"][client] for event in events if client in event.get("clients", {})]
+        sums = {key: sum(entry.get(key) or 0 for entry in entries) for key in ("bytes_up", "bytes_down", "seconds")}
+        missed = sum(client in event.get("failed", {}) for event in events)
+        clients[client] = {**sums, "rounds_missed": missed, **scores.get(client, {})}
+    return clients
+
+
+def _losses(run: Run) -> dict[int, float]:
+    """The mean training loss of each round over the clients that reported one."""
+    found = {
+        rnd: [x["loss"] for c, x in event.get("clients", {}).items() if x.get("loss") is not None]
+        for rnd, event in sorted(run.rounds.items())
+    }
+    return {rnd: sum(losses) / len(losses) for rnd, losses in found.items() if losses}
+
+
+def _pictures(run: Run) -> Iterator[Picture]:
+    name = _TITLES.get(run.primary, run.primary)
+    mean = {split: curve for split in _SPLITS if (curve := run.curve(split))}
+    if mean:
+        first = next(iter(mean))
+        figure = plots.accuracy_by_round(
+            mean,
+            {client: run.curve(first, client) for client in run.clients},
+            label=f"{name}, mean of the clients",
+            percent=run.primary in _PERCENT,
+            mark=run.summary.get("best_round"),
+        )
+        yield Picture("metric-by-round", f"{name.capitalize()} by round", figure, f"Thin lines: {first}, each client.")
+    if losses := _losses(run):
+        figure = plots.accuracy_by_round({"training": [*losses.items()]}, label="mean loss", percent=False)
+        yield Picture("loss-by-round", "Training loss by round", figure, "Mean over the clients that replied.")
+    yield from _method_pictures(run)
+
+
+def _method_pictures(run: Run) -> Iterator[Picture]:
+    describe, clusters = run.describe, run.describe.get("clusters") or {}
+    order, distances = describe.get("order") or list(clusters), describe.get("distances") or []
+    groups = {client: row.get("group") for client, row in run.clients.items()}
+    if len(order) == len(distances) > 1:
+        note = (
+            "Squares: the group that a client was cut from, which the method is not told."
+            if any(groups.values())
+            else ""
+        )
+        figure = plots.client_distances(order, distances, clusters, groups)
+        yield Picture(
+            "client-distances",
+            "Distances between clients",
+            figure,
+            f"Near clients stand out; frames are clusters. {note}",
+        )
+    if describe.get("silhouettes"):
+        figure = plots.silhouettes(describe["silhouettes"], len(set(clusters.values())) or None)
+        yield Picture("silhouettes", "How many clusters", figure, "Higher: clusters that stand further apart.")
+    usage = {client: row for client, row in (run.summary.get("usage") or {}).items() if row}
+    if any(len(values) > 1 for row in usage.values() for values in row.values()):
+        note = "Framed: the expert of the client's own cluster." if clusters else ""
+        yield Picture("expert-usage", "Which client uses which expert", plots.expert_usage(usage, clusters), note)
+    errors = [(r, e["describe"]["aggregation_error"]) for r, e in sorted(run.rounds.items()) if _has_error(e)]
+    if len(errors) > 1:
+        figure = plots.accuracy_by_round({"error": errors}, label="relative error", percent=False)
+        note = "What averaging A and B apart loses: the norm of mean(BA) - mean(B) mean(A) over that of mean(BA)."
+        yield Picture("aggregation-error", "Aggregation error by round", figure, note)
+
+
+def _has_error(event: Mapping[str, Any]) -> bool:
+    return (event.get("describe") or {}).get("aggregation_error") is not None

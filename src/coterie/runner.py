@@ -1,0 +1,181 @@
+"""The rounds of a run: sample, send, train, check, aggregate, evaluate, checkpoint, and go on after a crash.
+
+Knows the Method and Engine protocols, and no method, model or network. Every event is a line of ``metrics.jsonl``;
+a checkpoint holds the state after a round and the length of that file, so a run that was killed at any moment goes on
+from its last checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie import checkpoint as checkpoints
+from coterie.checkpoint import Checkpoint
+from coterie.checks import fault_of
+from coterie.engine import Delivery, Engine, Evaluation
+from coterie.evaluate import mean_metrics
+from coterie.method import Method
+from coterie.ops.streams import stream
+from coterie.types import ClientId, ClientInfo, CoterieError, Json, Reply
+
+Listener = Callable[[dict[str, Json]], None]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How the rounds go; see the config section ``[run]``."""
+
+    rounds: int
+    seed: int
+    cohort: float = 1.0
+    quorum: float = 0.5
+    norm_bound: float = 1e4
+    evaluate_every: int = 1
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class Runner:
+    """One run in one folder. ``listen`` hears every event as it happens, those of single clients included."""
+
+    method: Method[Any]
+    engine: Engine
+    rounds: Rounds
+    folder: Path
+    listen: Listener = lambda event: None
+
+    def run(self) -> Any:
+        """All rounds that are still to do; returns the final state.
+
+        Raises :class:`CoterieError` when fewer than the quorum reply, or the disk is full; the last checkpoint stands.
+        """
+        start = self._restore()
+        state = start.state
+        for rnd in range(start.rnd + 1, self.rounds.rounds + 1):
+            try:
+                state = self._round(state, rnd)
+            except OSError as fault:
+                if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise CoterieError(
+                    f"the disk is full ({fault.filename or self.folder}) in round {rnd}; the checkpoint of round "
+                    f"{rnd - 1} stands: make room, then go on with --resume"
+                ) from fault
+        return state
+
+    def _restore(self) -> Checkpoint:
+        """The newest whole checkpoint, with the metrics and the personal states as they were; or the start."""
+        found = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, self._note)
+        if found is None:
+            state = self.method.init(self.engine.spec, self.engine.clients)
+            self.metrics.write_bytes(b"")
+            self.engine.restore(0)
+            return self._commit(state, 0)
+        os.truncate(self.metrics, found.info["metrics_bytes"])
+        self.engine.restore(found.rnd)
+        self.listen({"event": "resumed", "round": found.rnd})
+        return found
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _round(self, state: Any, rnd: int) -> Any:
+        started = time.perf_counter()
+        cohort = self._cohort(rnd)
+        self.listen({"event": "start", "round": rnd, "clients": [c.id for c in cohort]})
+        instructions = self.method.configure(state, cohort, rnd)
+        replies: dict[ClientId, Reply] = {}
+        record: dict[str, Json] = {"event": "round", "round": rnd, "clients": {}, "failed": {}}
+        infos = {c.id: c for c in cohort}
+        for client, delivery in self.engine.train(self.method, instructions, rnd):
+            fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
+            record["clients"][client] = _entry(delivery)
+            if fault is None and delivery.reply is not None:
+                replies[client] = delivery.reply
+            else:
+                record["failed"][client] = fault
+            self.listen({"event": "client", "round": rnd, "client": client, "failed": fault, **_entry(delivery)})
+        self._check_quorum(replies, cohort, record["failed"], rnd)
+        state = self.method.aggregate(state, replies, rnd)
+        record |= {"seconds": time.perf_counter() - started, "describe": self.method.describe(state)}
+        self._log(record)
+        self._evaluate(state, rnd)
+        self._commit(state, rnd)
+        return state
+
+    def _cohort(self, rnd: int) -> list[ClientInfo]:
+        """The clients of a round: a seeded sample, in the engine's order."""
+        clients = self.engine.clients
+        size = max(1, round(self.rounds.cohort * len(clients)))
+        chosen = torch.randperm(len(clients), generator=stream(self.rounds.seed, rnd, "cohort"))[:size]
+        return [clients[i] for i in sorted(chosen.tolist())]
+
+    def _fault(self, state: Any, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
+        if reply is None:
+            return "no reply"
+        return fault_of(reply, self.method.expects(state, client, rnd), self.rounds.norm_bound)
+
+    def _check_quorum(
+        self, replies: Mapping[ClientId, Reply], cohort: list[ClientInfo], failed: Mapping[str, Json], rnd: int
+    ) -> None:
+        needed = max(1, round(self.rounds.quorum * len(cohort)))
+        if len(replies) < needed:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(failed.items())[:3])
+            raise CoterieError(
+                f"round {rnd}: {len(replies)} of {len(cohort)} clients replied, the quorum is {needed} ([run] quorum). "
+                f"{reasons}"
+            )
+
+    def _evaluate(self, state: Any, rnd: int) -> None:
+        if rnd % self.rounds.evaluate_every and rnd != self.rounds.rounds:
+            return
+        started = time.perf_counter()
+        instructions = self.method.configure(state, self.engine.clients, rnd + 1)
+        last = rnd == self.rounds.rounds
+        scores: dict[ClientId, Evaluation] = {}
+        for client, evaluation in self.engine.evaluate(
+            self.method, instructions, rnd, ("validation", "test"), usage=last
+        ):
+            scores[client] = evaluation
+            self.listen({"event": "evaluated", "round": rnd, "client": client, "of": len(instructions)})
+        splits = sorted({split for e in scores.values() for split in e.scores})
+        mean = {s: mean_metrics({c: e.scores[s] for c, e in scores.items() if s in e.scores}) for s in splits}
+        clients = {c: dict(e.scores) for c, e in scores.items()}
+        record = {"event": "evaluation", "round": rnd, "clients": clients, "mean": mean}
+        if last:
+            record["usage"] = {c: dict(e.observed.usage) for c, e in scores.items() if e.observed}
+        self._log(record | {"seconds": time.perf_counter() - started})
+
+    def _commit(self, state: Any, rnd: int) -> Checkpoint:
+        """Everything of round ``rnd`` is on the disk once this returns."""
+        with self.metrics.open("rb") as file:
+            os.fsync(file.fileno())
+        made = Checkpoint(rnd, state, {"metrics_bytes": self.metrics.stat().st_size})
+        checkpoints.save(self.folder / "checkpoints", made, self.rounds.keep_checkpoints)
+        self.engine.prune(rnd - self.rounds.keep_checkpoints + 1)
+        self.listen({"event": "checkpoint", "round": rnd})
+        return made
+
+    def _note(self, text: str) -> None:
+        self.listen({"event": "note", "text": text})
+
+    def _log(self, record: dict[str, Json]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.listen(record)
+
+
+def _entry(delivery: Delivery) -> dict[str, Json]:
+    info = dict(delivery.reply.info) if delivery.reply else {}
+    sizes = {"bytes_down": delivery.bytes_down, "bytes_up": delivery.bytes_up}
+    return {**info, **sizes, "seconds": delivery.seconds}

