@@ -88,7 +88,7 @@ def write(name: str, options: argparse.Namespace, results: Mapping[str, Any]) ->
 
 
 def measured_on() -> dict[str, Any]:
-    """Versions, machine and commit. ``load`` is the machine's load average: above ``cores``, others were at work too."""
+    """Versions, machine and commit. A load above the number of cores: others were at work too."""
     return {
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "machine": {

@@ -33,9 +33,7 @@ def classification_rows(job: str, number: int, seed: str) -> list[dict[str, Any]
 
 
 def generation_rows(job: str, number: int, seed: str) -> list[dict[str, Any]]:
-    return [
-        {"prompt": row["text"], "completion": f" {row['label']}"} for row in classification_rows(job, number, seed)
-    ]
+    return [{"prompt": row["text"], "completion": f" {row['label']}"} for row in classification_rows(job, number, seed)]
 
 
 def federation(folder: Path, kind: str = "classification", clients: int = 5, rows: int = 12) -> dict[str, Path]:

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import sites
 import torch
 
+import sites
 from coterie import cli
 from coterie.config import check_config, load_config, override
 from coterie.federate import federate

@@ -9,14 +9,15 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sites
 import torch
 
 import coterie.files
+import sites
 from coterie.config import load_config
 from coterie.federate import federate, set_threads
 from coterie.types import CoterieError
@@ -69,11 +70,11 @@ def go_on(path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fedlease", "fedit", "local"])
 def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
-    path = sites.config(tmp_path, method=method, run="rounds = 4\n".replace("rounds", "keep_checkpoints"))
+    path = sites.config(tmp_path, method=method, run="keep_checkpoints = 4\n")
     run(path, tmp_path / "whole")
     draw, kills, out = random.Random(method), 0, tmp_path / "killed"
     while kills < 4:
-        kills += killed(lambda: go_on(path, out), after=draw.uniform(0.1, 1.2))
+        kills += killed(partial(go_on, path, out), after=draw.uniform(0.1, 1.2))
         if (out / "summary.json").exists():
             out = tmp_path / f"killed-{kills}-{draw.random()}"
     go_on(path, out)
@@ -100,7 +101,7 @@ def test_killed_before_every_write_ends_with_the_same_bits(tmp_path: Path) -> No
 
     kills = 0
     for write in (1, 2, 3, 5, 7, 4, 9, 6, 3, 1, 2, 8):
-        kills += killed(lambda write=write: dies_at(write))
+        kills += killed(partial(dies_at, write))
     go_on(path, out)
     assert kills >= 8
     assert results(out) == whole

@@ -1,0 +1,263 @@
+"""FedLEASE's two halves without a model: phases, allocation and its controls, late clients, heads, starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from coterie import codec
+from coterie.method import Plan
+from coterie.methods.fedlease import FedLEASE, FedLEASESettings, FedLEASEState
+from coterie.ops.streams import stream
+from coterie.types import (
+    BaseSpec,
+    ClientInfo,
+    CoterieError,
+    HeadParameter,
+    Key,
+    Part,
+    Personal,
+    Reply,
+    Target,
+    Train,
+    Trained,
+)
+
+BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)), (HeadParameter("score.weight", (-1, 6), "normal"),))
+CLIENTS = [ClientInfo(f"{g}{i}", 10 + i, labels=(g, "no"), group=g) for g in "abc" for i in range(3)]
+INFO = {c.id: c for c in CLIENTS}
+
+
+def make(head: str = "personal", clients: Any = CLIENTS, **settings: Any) -> tuple[FedLEASE, FedLEASEState]:
+    plan = Plan(rank=2, alpha=4, dropout=0.0, rounds=9, head=head)  # type: ignore[arg-type]
+    method = FedLEASE(FedLEASESettings(**{"warmup_rounds": 2, **settings}), plan)
+    return method, method.init(BASE, clients)
+
+
+def train(request: Train, client: ClientInfo) -> Trained:
+    """As if trained: every tensor moves in the direction of the client's group, and a little by itself."""
+    moved = {}
+    for key in sorted(request.trainable):
+        value = request.bank.tensors[key]
+        common = torch.randn(value.shape, generator=stream(1, str(client.group), key.module, key.part.value))
+        own = torch.randn(value.shape, generator=stream(2, client.id, str(key)))
+        moved[key] = value + common + 0.2 * own
+    return Trained(moved, 1.0, client.num_train, 100, 5)
+
+
+def one_round(
+    method: FedLEASE, state: FedLEASEState, personal: dict[str, Personal], rnd: int, only: Any = None
+) -> FedLEASEState:
+    cohort = [c for c in CLIENTS if only is None or c.id in only]
+    replies = {}
+    for client, ins in method.configure(state, cohort, rnd).items():
+        me = INFO[client]
+        program = method.client(ins, me, personal.get(client) or method.begin(BASE, me))
+        request = next(program)
+        assert isinstance(request, Train)
+        with pytest.raises(StopIteration) as stop:
+            program.send(train(request, me))
+        result = stop.value.value
+        expected = method.expects(state, me, rnd)
+        assert {k: tuple(v.shape) for k, v in result.reply.tensors.items()} == dict(expected)
+        replies[client], personal[client] = result.reply, result.personal
+    state = method.aggregate(state, replies, rnd)
+    return codec.decode(FedLEASEState, codec.encode(state))  # what a crash would leave of it
+
+
+def run(
+    method: FedLEASE, state: FedLEASEState, rounds: int, only: Any = None
+) -> tuple[FedLEASEState, dict[str, Personal]]:
+    personal: dict[str, Personal] = {}
+    for rnd in range(1, rounds + 1):
+        state = one_round(method, state, personal, rnd, only)
+    return state, personal
+
+
+def groups_of(state: FedLEASEState) -> set[frozenset[str]]:
+    assert state.allocation is not None
+    by_cluster: dict[int, set[str]] = {}
+    for client, cluster in state.allocation.clusters.items():
+        by_cluster.setdefault(cluster, set()).add(client)
+    return {frozenset(members) for members in by_cluster.values()}
+
+
+TRUTH = {frozenset(f"{g}{i}" for i in range(3)) for g in "abc"}
+
+
+def test_warm_up_sends_nothing_until_its_last_round_and_then_finds_the_groups() -> None:
+    method, state = make()
+    state, _ = run(method, state, 1)
+    assert state.allocation is None
+    assert method.describe(state) == {"phase": "warm-up"}
+    assert method.experts(state) == {}
+    state, _ = run(method, make()[1], 2)
+    assert groups_of(state) == TRUTH
+    found = method.describe(state)
+    assert found["phase"] == "experts"
+    assert set(found["silhouettes"]) == {"2", "3", "4"}
+    assert list(method.experts(state)) == ["expert-0", "expert-1", "expert-2"]
+    assert all(key.expert == 0 for tensors in method.experts(state).values() for key in tensors)
+
+
+def test_experts_start_as_the_mean_of_their_members_a_and_b() -> None:
+    method, state = make()
+    state, personal = run(method, state, 2)
+    assert state.allocation is not None
+    for expert in range(3):
+        members = state.allocation.members(expert)
+        for key in (Key(m, 0, p) for m in "qv" for p in (Part.A, Part.B)):
+            mean = torch.stack([personal[c].tensors[key] for c in members]).mean(0)
+            torch.testing.assert_close(state.experts[key._replace(expert=expert)], mean)
+
+
+def test_own_start_keeps_the_clients_lora_as_its_own_expert_and_b_of_the_others_zero() -> None:
+    method, state = make(expert_start="own")
+    state, personal = run(method, state, 2)
+    assert state.allocation is not None
+    me = INFO["b1"]
+    ins = method.configure(state, [me], 3)["b1"]
+    bank, own = method.bank(ins, me, personal["b1"]), state.allocation.clusters["b1"]
+    for key in (Key(m, e, Part.B) for m in "qv" for e in range(3)):
+        expected = personal["b1"].tensors[key._replace(expert=0)] if key.expert == own else torch.zeros(5, 2)
+        torch.testing.assert_close(bank.tensors[key], expected)
+    state = one_round(method, state, personal, 3)
+    bank = method.bank(method.configure(state, [me], 4)["b1"], me, personal["b1"])
+    key = Key("q", own, Part.B)
+    torch.testing.assert_close(bank.tensors[key], state.experts[key])  # from here on the cluster's
+
+
+def test_a_client_trains_own_expert_router_and_head_only() -> None:
+    method, state = make()
+    state, personal = run(method, state, 2)
+    me = INFO["a0"]
+    ins = method.configure(state, [me], 3)["a0"]
+    request = next(method.client(ins, me, personal["a0"]))
+    assert isinstance(request, Train)
+    own = ins.info["own"]
+    expected = {Key(m, own, p) for m in "qv" for p in (Part.A, Part.B)}
+    expected |= {Key(m, -1, Part.ROUTER) for m in "qv"} | {Key("score.weight", -1, Part.HEAD)}
+    assert request.trainable == expected
+    assert request.bank.tensors[Key("q", -1, Part.ROUTER)].shape == (5, 6)  # 2M - 1 slots
+    assert request.bank.gate.options == {"own": own}
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_the_mean_inside_a_cluster_is_weighted_as_set(weighting: str) -> None:
+    method, state = make(weighting=weighting)
+    state, _ = run(method, state, 2)
+    assert state.allocation is not None
+    own = state.allocation.clusters["a0"]
+    keys = list(method.expects(state, INFO["a0"], 3))
+    sizes = {"a0": 1, "a1": 2, "a2": 5}
+    replies = {c: Reply({k: torch.full_like(_like(state, k), float(n)) for k in keys}, n) for c, n in sizes.items()}
+    after = method.aggregate(state, replies, 3)
+    expected = 8 / 3 if weighting == "uniform" else 30 / 8
+    assert after.experts[Key("q", own, Part.A)].unique().tolist() == pytest.approx([expected])
+    assert after.routers[own][Key("v", -1, Part.ROUTER)].unique().tolist() == pytest.approx([expected])
+    other = (own + 1) % 3
+    assert after.experts[Key("q", other, Part.A)].equal(state.experts[Key("q", other, Part.A)])  # nobody replied
+
+
+def _like(state: FedLEASEState, key: Key) -> torch.Tensor:
+    return state.experts[key] if key.part is not Part.ROUTER else state.routers[0][key]
+
+
+def test_oracle_and_random_allocations_are_controls() -> None:
+    state, _ = run(*make(allocation="oracle"), 2)
+    assert groups_of(state) == TRUTH
+    state, _ = run(*make(allocation="random", experts=3), 2)
+    assert groups_of(state) != TRUTH
+    assert sorted(len(members) for members in groups_of(state)) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("distance", ["B", "A", "BA"])
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+def test_every_distance_and_linkage_finds_clear_groups(distance: str, linkage: str) -> None:
+    state, _ = run(*make(distance=distance, linkage=linkage, warmup_rounds=1), 1)
+    assert groups_of(state) == TRUTH
+
+
+def test_a_fixed_number_of_experts_and_one() -> None:
+    state, _ = run(*make(experts=2), 2)
+    assert len(groups_of(state)) == 2
+    method, state = make(experts=1)
+    state, _ = run(method, state, 3)
+    assert len(groups_of(state)) == 1
+    assert state.routers[0][Key("q", -1, Part.ROUTER)].shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("routing", "slots", "gate"), [("adaptive", 5, "slot_top_k"), ("top_k", 3, "top_k"), ("dense", 3, "softmax")]
+)
+def test_routings(routing: str, slots: int, gate: str) -> None:
+    method, state = make(routing=routing)
+    state, personal = run(method, state, 3)
+    ins = method.configure(state, [INFO["c2"]], 4)["c2"]
+    bank = method.bank(ins, INFO["c2"], personal["c2"])
+    assert bank.gate.name == gate
+    assert bank.tensors[Key("q", -1, Part.ROUTER)].shape == (slots, 6)
+
+
+def test_a_late_client_warms_up_and_joins_the_nearest_cluster() -> None:
+    method, state = make()
+    present = {c.id for c in CLIENTS} - {"b2"}
+    state, personal = run(method, state, 2, only=present)
+    assert "b2" not in (state.allocation.clusters if state.allocation else {})
+    assert method.configure(state, [INFO["b2"]], 3)["b2"].info == {"phase": "warm-up", "send": True}
+    state = one_round(method, state, personal, 3)
+    assert groups_of(state) == TRUTH
+    one_round(method, state, personal, 4)
+
+
+def test_personal_routers_stay_with_the_client() -> None:
+    method, state = make(router="personal")
+    state, personal = run(method, state, 4)
+    key = Key("q", -1, Part.ROUTER)
+    assert key in personal["a0"].tensors
+    me = INFO["a0"]
+    bank = method.bank(method.configure(state, [me], 5)["a0"], me, personal["a0"])
+    assert bank.tensors[key].equal(personal["a0"].tensors[key])
+
+
+def test_shared_heads_are_averaged_in_a_cluster_with_the_same_labels() -> None:
+    method, state = make(head="shared")
+    state, _ = run(method, state, 4)
+    key = Key("score.weight", -1, Part.HEAD)
+    heads = {c.id: method.configure(state, CLIENTS, 5)[c.id].tensors[key] for c in CLIENTS}
+    assert heads["a0"].equal(heads["a2"])
+    assert not heads["a0"].equal(heads["b0"])
+
+
+def test_a_frozen_head_is_never_trained_nor_sent() -> None:
+    for head in ("personal", "shared"):
+        plan = Plan(rank=2, alpha=4, rounds=9, head=head)  # type: ignore[arg-type]
+        method = FedLEASE(FedLEASESettings(warmup_rounds=1, head="frozen"), plan)
+        state, personal = run(method, method.init(BASE, CLIENTS), 3)
+        key = Key("score.weight", -1, Part.HEAD)
+        start = method.begin(BASE, INFO["a0"]).tensors[key]
+        bank = method.bank(method.configure(state, CLIENTS, 4)["a0"], INFO["a0"], personal["a0"])
+        assert bank.tensors[key].equal(start)
+
+
+def test_everyone_starts_from_the_same_a_and_heads_of_the_same_size() -> None:
+    method, _ = make()
+    starts = [method.begin(BASE, c).tensors for c in CLIENTS]
+    assert all(s[key].equal(starts[0][key]) for s in starts for key in starts[0])
+    assert all(not starts[0][Key(m, 0, Part.B)].any() for m in "qv")
+
+
+def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
+    with pytest.raises(CoterieError, match=r"10 clusters of 9 clients; .* at most 9"):
+        make(max_experts=10)
+    with pytest.raises(CoterieError, match="at least 3 clients, here are 2"):
+        make(clients=CLIENTS[:2])
+    with pytest.raises(CoterieError, match="warmup_rounds = 9 leaves no round"):
+        make(warmup_rounds=9)
+    with pytest.raises(CoterieError, match=r"oracle.*needs a group"):
+        make(allocation="oracle", clients=[replace(c, group=None) for c in CLIENTS])
+    with pytest.raises(CoterieError, match="no target"):
+        make()[0].begin(BaseSpec(()), CLIENTS[0])

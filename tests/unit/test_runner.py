@@ -1,0 +1,162 @@
+"""The runner with a made-up engine: what is checked, who is left out, when a run stops, what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coterie.engine import Delivery, Evaluation
+from coterie.method import Plan, drive, method_named
+from coterie.runner import Rounds, Runner
+from coterie.summary import best_round, summarise
+from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target, Train, Trained
+
+Spoil = Callable[[str, int, Reply], Reply | str | None]
+KEY = Key("q", 0, Part.A)
+
+
+@dataclass
+class FakeEngine:
+    """Clients that add 1 to everything they train; ``spoil`` makes a reply bad, an error (str) or missing (None)."""
+
+    spoil: Spoil = lambda client, rnd, reply: reply
+    number: int = 4
+    rounds: list[list[str]] = field(default_factory=list)
+
+    spec = BaseSpec((Target("q", 3, 2),))
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]:
+        return tuple(ClientInfo(f"c{i}", 10 * (i + 1)) for i in range(self.number))
+
+    def train(self, method: Any, instructions: Mapping[str, Instruction], rnd: int) -> Iterator[tuple[str, Delivery]]:
+        self.rounds.append(list(instructions))
+        for info in self.clients:
+            if info.id in instructions:
+                program = method.client(instructions[info.id], info, method.begin(self.spec, info))
+                reply = self.spoil(info.id, rnd, drive(program, self).reply)
+                if isinstance(reply, Reply):
+                    yield info.id, Delivery(reply, None, 7, 5, 0.5)
+                else:
+                    yield info.id, Delivery(None, reply, 7, 0, 0.5)
+
+    def train_request(self, request: Train) -> Trained:
+        return Trained({k: request.bank.tensors[k] + 1 for k in request.trainable}, 0.5, 10, 100, 2)
+
+    def evaluate(self, method: Any, instructions: Any, rnd: int, splits: Any, usage: bool = False) -> Any:
+        for client in instructions:
+            yield client, Evaluation({s: {"accuracy": 0.1 * rnd, "loss": 1.0 / rnd} for s in splits})
+
+    def banks(self, method: Any, instructions: Any, rnd: int) -> Any:
+        return iter(())
+
+    def restore(self, rnd: int) -> None: ...
+
+    def prune(self, rnd: int) -> None: ...
+
+
+class Compute(FakeEngine):
+    def train(self, request: Any, *rest: Any) -> Any:  # type: ignore[override]
+        return self.train_request(request) if isinstance(request, Train) else super().train(request, *rest)
+
+
+def run(folder: Path, spoil: Spoil = lambda c, r, reply: reply, **rounds: Any) -> tuple[Any, FakeEngine, list[Any]]:
+    engine, heard = Compute(spoil), []
+    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    folder.mkdir(exist_ok=True)
+    runner = Runner(method, engine, Rounds(**{"rounds": 3, "seed": 0, **rounds}), folder, heard.append)
+    return runner.run(), engine, heard
+
+
+def events(folder: Path, kind: str) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def with_tensor(reply: Reply, change: Callable[[torch.Tensor], torch.Tensor]) -> Reply:
+    return replace(reply, tensors={**reply.tensors, KEY: change(reply.tensors[KEY])})
+
+
+BAD = {
+    "missing tensor": (lambda r: replace(r, tensors={k: v for k, v in r.tensors.items() if k != KEY}), "has no q:0:A"),
+    "surplus tensor": (
+        lambda r: replace(r, tensors={**r.tensors, KEY._replace(expert=3): r.tensors[KEY]}),
+        "has q:3:A, which nobody asked for",
+    ),
+    "shape": (lambda r: with_tensor(r, lambda t: t.T.contiguous()), r"q:0:A has the shape \[3, 2\], not \[2, 3\]"),
+    "integers": (lambda r: with_tensor(r, lambda t: t.int()), "not a floating one"),
+    "nan": (lambda r: with_tensor(r, lambda t: t * math.nan), "not finite"),
+    "infinite": (lambda r: with_tensor(r, lambda t: t / 0), "not finite"),
+    "huge": (lambda r: with_tensor(r, lambda t: t * 1e9), "norm .* above the bound"),
+    "no examples": (lambda r: replace(r, num_examples=0), "0 examples"),
+    "failed": (lambda r: "out of memory", "out of memory"),
+    "silent": (lambda r: None, "no reply"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reply_is_left_out_with_the_reason_and_the_round_goes_on(name: str, tmp_path: Path) -> None:
+    spoil, reason = BAD[name]
+    state, _, heard = run(tmp_path, lambda c, rnd, reply: spoil(reply) if (c, rnd) == ("c3", 2) else reply)
+    good, _, _ = run(tmp_path / "good", lambda c, rnd, reply: reply)
+    failed = [event["failed"] for event in events(tmp_path, "round")]
+    assert [list(f) for f in failed] == [[], ["c3"], []]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(failed[1]["c3"])
+    assert state.lora[KEY].equal(good.lora[KEY])  # everyone adds 1: leaving one out changes nothing
+    assert [e for e in heard if e["event"] == "client" and e["failed"]]
+
+
+def test_below_the_quorum_the_run_stops_and_the_checkpoint_stands(tmp_path: Path) -> None:
+    def spoil(client: str, rnd: int, reply: Reply) -> Reply | None:
+        return None if rnd == 3 and client != "c0" else reply
+
+    with pytest.raises(CoterieError, match=r"round 3: 1 of 4 clients replied, the quorum is 2.*c1: no reply"):
+        run(tmp_path, spoil)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["000001.ckpt", "000002.ckpt"]
+    state, engine, _ = run(tmp_path)
+    assert len(engine.rounds) == 1
+    assert state.lora[KEY].equal(run(tmp_path / "good")[0].lora[KEY])
+
+
+def test_cohorts_are_seeded_samples_in_the_engines_order(tmp_path: Path) -> None:
+    _, engine, _ = run(tmp_path, cohort=0.5, rounds=20)
+    assert all(len(cohort) == 2 and cohort == sorted(cohort) for cohort in engine.rounds)
+    assert len({tuple(cohort) for cohort in engine.rounds}) > 2
+    assert run(tmp_path / "again", cohort=0.5, rounds=20)[1].rounds == engine.rounds
+    assert run(tmp_path / "other", cohort=0.5, rounds=20, seed=1)[1].rounds != engine.rounds
+
+
+def test_evaluates_every_few_rounds_and_always_the_last(tmp_path: Path) -> None:
+    run(tmp_path, rounds=5, evaluate_every=2)
+    assert [event["round"] for event in events(tmp_path, "evaluation")] == [2, 4, 5]
+
+
+def test_the_best_round_is_chosen_on_validation_never_on_test() -> None:
+    evaluations = [
+        {"round": rnd, "mean": {"validation": {"accuracy": v, "loss": -v}, "test": {"accuracy": t}}}
+        for rnd, v, t in [(1, 0.5, 0.9), (2, 0.7, 0.1), (3, 0.7, 0.8), (4, 0.6, 1.0)]
+    ]
+    assert best_round(evaluations, "accuracy") == 2
+    assert best_round(evaluations, "loss") == 2
+    assert best_round([{"round": r, "mean": {"test": {"accuracy": 1 / r}}} for r in (1, 2)], "accuracy") == 2
+
+
+def test_the_summary_adds_up(tmp_path: Path) -> None:
+    _, engine, _ = run(tmp_path, lambda c, rnd, reply: "gone" if (c, rnd) == ("c1", 1) else reply)
+    made = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    summary = summarise(made, engine.clients, method="fedit", title="FedIT", task="classification", seed=0)
+    assert summary["bytes"] == {"up": 5 * 11, "down": 7 * 12}
+    assert summary["clients"]["c1"]["rounds_missed"] == 1
+    assert summary["best_round"] == 3
+    assert summary["mean"]["test"]["accuracy"] == pytest.approx(0.3)
+    assert summary["worst"] == {"client": "c0", "accuracy": pytest.approx(0.3)}
+    assert summary["seconds"] == pytest.approx(sum(event["seconds"] for event in made))
+    json.dumps(summary)
