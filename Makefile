@@ -10,8 +10,10 @@ PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One thread per worker: two workers with two threads each on two cores are slower than one process.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# One thread per worker: two workers with two threads each on two cores are slower than one process. hypothesis's own
+# profile ci takes the same examples every time and sets no deadline.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow lint types format hooks bench docs clean
@@ -64,7 +66,8 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	  done; \
 	  if [ -z "$$python" ]; then \
-	    echo "Coterie needs Python 3.11 or newer with its venv module; here: $$(python3 --version 2>&1)." >&2; \
+	    echo "Coterie needs Python 3.11 or newer with its venv module. None of these is: $(PYTHON)" >&2; \
+	    echo "(python3 is $$(python3 --version 2>&1))." >&2; \
 	    echo "Install one (Debian, Ubuntu: apt install python3.11-venv), or make venv PYTHON=/path/to/it." >&2; \
 	    exit 1; \
 	  fi; \

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +62,7 @@ class RunSettings(_Section):
     norm_bound: float = Field(1e4, gt=0, description="a reply whose tensors have a larger norm is left out")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     eval_batch_size: int = Field(64, ge=1, description="examples per forward pass in evaluation")
+    tensorboard: bool = Field(False, description="also write TensorBoard logs (extra tracking)")
     keep_checkpoints: int = Field(2, ge=2, description="checkpoints kept, the newest first")
 
 
@@ -68,7 +71,9 @@ class EngineSettings(_Section):
 
     name: str = Field("local", description="the engine")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast every forward pass")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="bfloat16: autocast every forward pass; auto: where the device computes in it by itself"
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: as many as cores")
 
 
@@ -167,17 +172,28 @@ def describe_config(method: str | None = None) -> Iterator[tuple[str, str, str, 
 
 def _describe(model: Any, path: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _describe(field.annotation, f"{path}.{name}")
+        section, several = _section_in(field.annotation)
+        if section is not None:
+            yield from _describe(section, f"{path}.{name}{'[]' if several else ''}")
+        if section is not None and not several:
             continue
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         yield f"{path}.{name}", _type_name(field.annotation), default, field.description or ""
 
 
+def _section_in(annotation: Any) -> tuple[Any, bool]:
+    """The section that an annotation holds, itself or in a union or a tuple (then there may be several), or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    found = [_section_in(inner)[0] for inner in typing.get_args(annotation)]
+    sections = [section for section in found if section is not None]
+    return (sections[0] if sections else None), typing.get_origin(annotation) is tuple
+
+
 def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
         return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("pathlib.", "")
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", str(annotation))
 
 
 def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:

@@ -122,11 +122,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _bfloat16() -> Check:
+def native_bfloat16() -> bool | None:
+    """Whether this processor computes in bfloat16 by itself; None where that is not known."""
     flags = [line.partition(":")[2].split() for line in _cpuinfo() if line.lower().startswith(("flags", "features"))]
-    if not flags:
+    return bool(_BFLOAT16_FLAGS.intersection(flags[0])) if flags else None
+
+
+def _bfloat16() -> Check:
+    native = native_bfloat16()
+    if native is None:
         return Check("bfloat16 on the CPU", "unknown")
-    if _BFLOAT16_FLAGS.intersection(flags[0]):
+    if native:
         return Check("bfloat16 on the CPU", "native")
     return Check("bfloat16 on the CPU", "emulated: halves the memory, but is slower than float32")
 

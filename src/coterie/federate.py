@@ -31,6 +31,7 @@ from coterie.nn.base import resolve
 from coterie.report import write_report
 from coterie.runner import Listener, Rounds, Runner
 from coterie.summary import read_events, summarise
+from coterie.tracking import tensorboard
 from coterie.types import CoterieError, Json
 
 
@@ -60,19 +61,30 @@ def federate(
     folder is made. Raises :class:`CoterieError`: see :func:`coterie.config.load_config`, :func:`claim` and
     :class:`coterie.runner.Runner`.
     """
+    check_folder(folder, config, resume)
     if resume and (folder / "summary.json").exists():
         listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
         found: dict[str, Json] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return found
-    check_folder(folder, config, resume)
     opened = open_run(config, folder, root, cache if cache is not None else {})
     opened.method.init(opened.engine.spec, opened.engine.clients)
     claim(folder, opened, resume)
-    listen(
-        {"event": "ready", "folder": str(folder), "clients": len(opened.engine.clients), "rounds": config.run.rounds}
-    )
+    if config.run.tensorboard:
+        listen = both(listen, tensorboard(folder))
+    ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
+    listen({"event": "ready", "folder": str(folder), **ready})
     state = Runner(opened.method, opened.engine, _rounds(config), folder, listen).run()
     return finish(opened, state, folder)
+
+
+def both(first: Listener, second: Listener) -> Listener:
+    """A listener that passes every event to two."""
+
+    def listen(event: dict[str, Json]) -> None:
+        first(event)
+        second(event)
+
+    return listen
 
 
 def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) -> Opened:

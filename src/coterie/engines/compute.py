@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
+from coterie.doctor import native_bfloat16
 from coterie.evaluate import classification_metrics, perplexity, text_metrics
 from coterie.nn.attach import Attached, attached
 from coterie.nn.base import Base
@@ -196,6 +197,14 @@ def make_optimizer(optim: Optim, parameters: Sequence[nn.Parameter], rnd: int) -
     if optim.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=optim.momentum, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay)
+
+
+def resolve_precision(setting: str, device: torch.device) -> str:
+    """``auto`` as the precision that the device computes in by itself; any other setting as it is."""
+    if setting != "auto":
+        return setting
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else native_bfloat16()
+    return "bfloat16" if native else "float32"
 
 
 def autocast(place: Workplace) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from coterie.config import Config
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import make_task
 from coterie.engine import Delivery, Evaluation
-from coterie.engines.compute import LocalCompute, Workplace
+from coterie.engines.compute import LocalCompute, Workplace, resolve_precision
 from coterie.engines.store import PersonalStore
 from coterie.method import Method, drive
 from coterie.nn.base import Base, load_base
@@ -31,7 +31,8 @@ def make(config: Config, federation: Federation, folder: Path, root: Path, cache
     task = make_task(
         config.task.kind, base.tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
     )
-    place = Workplace(base, task, config.run.seed, config.run.eval_batch_size, config.engine.precision)
+    place = Workplace(base, task, config.run.seed, config.run.eval_batch_size)
+    place.precision = resolve_precision(config.engine.precision, place.device)
     return LocalEngine(place, federation, PersonalStore(folder / "personal"))
 
 
