@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from coterie.doctor import environment
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = ("torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "coterie")
 
 
 def arguments(
@@ -39,41 +38,53 @@ def arguments(
     return options
 
 
-def interleaved(
-    cases: Mapping[str, Callable[[], Callable[[], Any]]], repeats: int, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each case in each of ``repeats`` rounds, in which all take turns.
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each case in each round: on the clock, and of this process's work (all threads together)."""
+
+    wall: Mapping[str, Sequence[float]]
+    cpu: Mapping[str, Sequence[float]]
+
+    def median(self, name: str) -> float:
+        """Seconds on the clock."""
+        return statistics.median(self.wall[name])
+
+    def ratio(self, name: str, to: str) -> float:
+        """The median over the rounds of one case's time over another's in the same round, on the clock."""
+        return statistics.median(a / b for a, b in zip(self.wall[name], self.wall[to], strict=True))
+
+    def cpu_ratio(self, name: str, to: str) -> float:
+        """The same by processor time, which other work on the machine disturbs less (with one thread, hardly)."""
+        return statistics.median(a / b for a, b in zip(self.cpu[name], self.cpu[to], strict=True))
+
+
+def interleaved(cases: Mapping[str, Callable[[], Callable[[], Any]]], repeats: int, warmup: int = 2) -> Times:
+    """The times of each case in each of ``repeats`` rounds, in which all take turns.
 
     A case prepares itself untimed and returns what is timed. Other work on the machine so falls on all cases alike,
     and the order turns around every round, so that none always runs in the wake of the same other.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    wall: dict[str, list[float]] = {name: [] for name in cases}
+    cpu: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(-warmup, repeats):
         for name in list(cases)[:: 1 if turn % 2 else -1]:
             run = cases[name]()
-            start = time.perf_counter()
+            start, work = time.perf_counter(), time.process_time()
             run()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> float:
-    """The median over the rounds of one case's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - work)
+    return Times(wall, cpu)
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print ``rows``, which have the same keys, with those as the columns."""
-    shown = Table(title=title)
-    for name in rows[0]:
-        shown.add_column(name, justify="right")
+    """Print ``rows`` with their keys as the columns."""
+    shown, names = Table(title=title), list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = [row.get(name, "") for name in names]
+        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
     Console(width=None if sys.stdout.isatty() else 140).print(shown)
 
 
@@ -89,24 +100,10 @@ def write(name: str, options: argparse.Namespace, results: Mapping[str, Any]) ->
 
 def measured_on() -> dict[str, Any]:
     """Versions, machine and commit. A load above the number of cores: others were at work too."""
-    return {
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "machine": {
-            "cpu": _cpu(),
-            "cores": psutil.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "load": [round(value, 2) for value in os.getloadavg()],
-        },
-        "git": {"commit": _git("rev-parse", "HEAD"), "changed_files": len(_git("status", "--porcelain").splitlines())},
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+    found = environment()
+    threads = {"threads": torch.get_num_threads(), "load": [round(value, 2) for value in os.getloadavg()]}
+    git = {"commit": _git("rev-parse", "HEAD"), "changed_files": len(_git("status", "--porcelain").splitlines())}
+    return {**found, "machine": {**found["machine"], **threads}, "git": git}
 
 
 def _git(*command: str) -> str:

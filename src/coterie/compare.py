@@ -17,7 +17,7 @@ from coterie.files import write_json
 from coterie.method import method_named
 from coterie.progress import listener
 from coterie.summary import read_events
-from coterie.types import Json
+from coterie.types import CoterieError, Json
 
 Results = dict[str, dict[int, dict[str, Json]]]  # method -> seed -> summary
 
@@ -53,30 +53,41 @@ def compare_all(
 
 def config_for(raw: Mapping[str, Json], method: str, seed: int) -> Config:
     """The config of one run of a comparison."""
-    kind = method_named(method)
-    own = (
-        raw.get("method", {}) if raw.get("method", {}).get("name") == method else raw.get("methods", {}).get(method, {})
-    )
+    kind, several = method_named(method), _section(raw, "methods")
+    for name in several:
+        method_named(name)
+    one = _section(raw, "method")
+    own = one if one.get("name") == method else _section(several, method)
     rest = {key: value for key, value in raw.items() if key not in ("method", "methods")}
-    return check_config({**rest, "method": {**own, "name": kind.name}, "run": {**rest.get("run", {}), "seed": seed}})
+    return check_config({**rest, "method": {**own, "name": kind.name}, "run": {**_section(raw, "run"), "seed": seed}})
+
+
+def _section(raw: Mapping[str, Json], name: str) -> dict[str, Json]:
+    found = raw.get(name, {})
+    if not isinstance(found, dict):
+        raise CoterieError(f"{name} = {found!r} in the config: {name} is a section")
+    return found
 
 
 def table_of(results: Results) -> dict[str, Json]:
-    """Per method: the mean test metric of every client over seeds, its mean and spread over seeds, and the bytes."""
+    """Per method: the mean test metric of every client over seeds, its mean and spread over seeds, and the bytes.
+
+    A metric is None where there are no test data.
+    """
     rows = {}
     for method, by_seed in results.items():
         summaries = list(by_seed.values())
         primary = summaries[0]["primary"]
-        means = [s["mean"]["test"][primary] for s in summaries]
+        means = [s["mean"].get("test", {}).get(primary) for s in summaries]
         clients = summaries[0]["clients"]
         rows[method] = {
             "primary": primary,
             "seeds": list(by_seed),
             "means": means,
-            "mean": float(np.mean(means)),
-            "std": float(np.std(means, ddof=1)) if len(means) > 1 else 0.0,
-            "worst": float(np.mean([s["worst"][primary] for s in summaries])),
-            "clients": {c: float(np.mean([s["clients"][c]["test"][primary] for s in summaries])) for c in clients},
+            "mean": _mean(means),
+            "std": float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else 0.0,
+            "worst": _mean([s["worst"].get(primary) for s in summaries]),
+            "clients": {c: _mean([s["clients"][c]["test"].get(primary) for s in summaries]) for c in clients},
             "groups": {c: clients[c]["group"] for c in clients},
             "bytes": float(np.mean([s["bytes"]["up"] + s["bytes"]["down"] for s in summaries])),
             "seconds": float(np.mean([s["seconds"] for s in summaries])),
@@ -91,7 +102,7 @@ def curves(folder: Path, results: Results) -> dict[str, list[tuple[int, float]]]
         values: dict[int, list[float]] = {}
         for seed, summary in by_seed.items():
             for event in read_events(folder / f"{method}-{seed}" / "metrics.jsonl"):
-                if event["event"] == "evaluation":
+                if event["event"] == "evaluation" and "test" in event["mean"]:
                     values.setdefault(event["round"], []).append(event["mean"]["test"][summary["primary"]])
         title = next(iter(by_seed.values()))["title"]
         found[title] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
@@ -124,6 +135,12 @@ def show(console: Console, results: Results, folder: Path) -> None:
     console.print(f"each run has a report.html; see {folder}", highlight=False, soft_wrap=True)
 
 
-def _best(values: Sequence[float], metric: str) -> list[str]:
-    best = min(values) if metric == "loss" else max(values)
-    return [f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}" for value in values]
+def _best(values: Sequence[float | None], metric: str) -> list[str]:
+    known = [value for value in values if value is not None]
+    best = (min if metric == "loss" else max)(known, default=None)
+    return ["-" if value is None else f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}" for value in values]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None

@@ -128,7 +128,17 @@ def load_raw(path: Path) -> dict[str, Json]:
 
 
 def check_config(raw: Mapping[str, Json]) -> Config:
-    """The checked config of nested mappings; see :func:`load_config`."""
+    """The checked config of nested mappings; see :func:`load_config`.
+
+    ``[methods.NAME]`` holds the settings of a method by name, for a file that several methods share: those of the
+    method that ``[method]`` names count, and ``[method]`` itself counts more.
+    """
+    several = raw.get("methods", {})
+    raw = {name: value for name, value in raw.items() if name != "methods"}
+    named = raw.get("method", {})
+    if isinstance(several, dict) and isinstance(named, dict):
+        name = named.get("name", "fedlease")
+        raw["method"] = {**several.get(name, {}), "name": name, **named}
     config: Config = _checked(Config, raw, "")
     config.method_settings()
     return config
@@ -158,9 +168,14 @@ def differences(old: Mapping[str, Json], new: Mapping[str, Json]) -> list[str]:
 
 
 def describe_config(method: str | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """Every key as (dotted key, type, default, meaning); with the settings of one method or of all."""
+    """Every key as (dotted key, type, default, meaning); with the settings of one method or of all.
+
+    Raises :class:`CoterieError` for an unknown method.
+    """
     from coterie.method import methods
 
+    if method is not None:
+        method_named(method)
     for name, field in Config.model_fields.items():
         if name != "method":
             yield from _describe(field.annotation, name)
@@ -215,23 +230,26 @@ def _checked(model: type[Any], raw: Mapping[str, Json], path: str) -> Any:
     try:
         return model.model_validate(raw)
     except ValidationError as fault:
-        raise CoterieError("; ".join(_message(model, error, path) for error in fault.errors()[:3])) from fault
+        errors = fault.errors()
+        # Where a string or a section may stand, pydantic also says of a wrong section that it is no string.
+        errors = [e for e in errors if not (e["type"] == "string_type" and isinstance(e["input"], dict))] or errors
+        raise CoterieError("; ".join(_message(model, error, path) for error in errors[:3])) from fault
 
 
-def _message(model: type[Any], error: Any, path: str) -> str:
-    *sections, key = [path, *map(str, error["loc"])] if path else [*map(str, error["loc"])]
-    where = f"[{'.'.join(s for s in sections if s)}] " if any(sections) else ""
-    if error["type"] != "extra_forbidden":
+def _message(model: Any, error: Any, path: str) -> str:
+    unknown = error["type"] == "extra_forbidden"
+    parts = [path] if path else []
+    for depth, part in enumerate(error["loc"], start=1):
+        field = getattr(model, "model_fields", {}).get(part)
+        model = _section_in(field.annotation)[0] if field else model
+        if field or isinstance(part, int) or (unknown and depth == len(error["loc"])):  # else a name that pydantic made
+            parts.append(str(part))
+    *sections, key = parts
+    where = f"[{'.'.join(sections)}] " if sections else ""
+    if not unknown:
         found = f" (found {error['input']!r})" if not isinstance(error["input"], dict) else ""
         return f"{where}{key}: {error['msg']}{found}"
-    for section in sections[1:] if path else sections:
-        model = _annotation(model, section)
     known = list(getattr(model, "model_fields", {}))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known) or 'none'}"
     return f"{where}unknown key {key!r}; {hint}"
-
-
-def _annotation(model: Any, name: str) -> Any:
-    fields = getattr(model, "model_fields", {})
-    return fields[name].annotation if name in fields else model

@@ -61,7 +61,7 @@ def environment() -> dict[str, dict[str, Any]]:
     machine = {
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cores": _cores(),
+        "cores": cpu_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [gpu.name for gpu in _gpus()],
     }
@@ -92,7 +92,7 @@ def _device() -> Check:
     gpus = _gpus()
     if gpus:
         return Check("device", "; ".join(f"{gpu.name}, {_gib(gpu.total_memory)}" for gpu in gpus))
-    cpu = f"{_cpu()}, {_cores()} cores"
+    cpu = f"{_cpu()}, {cpu_cores()} cores"
     if shutil.which("nvidia-smi") is None:
         return Check("device", f"{cpu}, no CUDA device")
     built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
@@ -117,7 +117,7 @@ def _cpuinfo() -> list[str]:
     return _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines() if _CPUINFO.exists() else []
 
 
-def _cores() -> int:
+def cpu_cores() -> int:
     """The cores that this process may use: fewer than the machine has, in a container or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -138,7 +138,7 @@ def _bfloat16() -> Check:
 
 
 def _threads() -> Check:
-    threads, cores = torch.get_num_threads(), _cores()
+    threads, cores = torch.get_num_threads(), cpu_cores()
     setting = os.environ.get("OMP_NUM_THREADS")
     value = f"{threads} of {cores} cores" + (f" (OMP_NUM_THREADS={setting})" if setting else "")
     if threads == cores:

@@ -17,10 +17,11 @@ Metrics = Mapping[str, float]
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     """Accuracy, macro-F1 over the labels that occur, and Matthews' correlation, all as fractions."""
     right = sum(t == p for t, p in zip(truth, predicted, strict=True))
+    several = len({*truth, *predicted}) > 1  # sklearn warns of a single label, whose correlation is 0
     return {
         "accuracy": right / len(truth),
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0.0)),
-        "matthews": float(matthews_corrcoef(truth, predicted)),
+        "matthews": float(matthews_corrcoef(truth, predicted)) if several else 0.0,
     }
 
 
@@ -53,7 +54,9 @@ def mean_metrics(by_client: Mapping[ClientId, Metrics]) -> dict[str, float]:
 
 
 def better(metric: str, value: float, than: float) -> bool:
-    """Whether ``value`` is better than ``than``: lower for losses and perplexity, higher for the rest."""
+    """Whether ``value`` is better than ``than``: lower for losses and perplexity, higher for the rest; NaN is worst."""
+    if math.isnan(than):
+        return not math.isnan(value)
     return value < than if metric in ("loss", "perplexity") else value > than
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from coterie import engines
 from coterie.config import Config, differences
 from coterie.data.federation import load_federation
 from coterie.data.rows import Federation
+from coterie.doctor import cpu_cores
 from coterie.engine import Engine
 from coterie.export import write_adapter, write_bundle
 from coterie.files import remove_parts, write_json
@@ -173,7 +173,7 @@ def read_run(folder: Path) -> tuple[dict[str, Json], Path]:
 
 def set_threads(config: Config) -> None:
     """Use as many CPU threads as the config says; results on a CPU depend on their number in the last bits."""
-    torch.set_num_threads(config.engine.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.engine.threads or cpu_cores())
 
 
 def _base_path(config: Config, root: Path) -> str:

@@ -74,7 +74,8 @@ class Lines:
         rate = tokens / max(event["seconds"], 1e-9)
         text = f"round {event['round']}/{self.rounds}  loss {_mean_loss(event):.3f}  {rate:,.0f} tokens/s"
         left = self.left(event["round"] - 1)
-        text += f"  {clock(left)} left" if left is not None else ""
+        if left is not None:  # of this round, the evaluation is still to come
+            text += f"  {clock(max(0.0, left - (time.perf_counter() - self.began)))} left"
         return text + "".join(f"\n  left out {client}: {reason}" for client, reason in event["failed"].items())
 
     def _say(self, text: str) -> None:
@@ -89,20 +90,21 @@ class Live:
     lines: Lines
     progress: Progress
     bar: TaskID
+    todo: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def __call__(self, event: dict[str, Json]) -> None:
         self.lines(event)
         match event["event"]:
             case "start":
-                self.losses = []
-                self.progress.update(self.bar, completed=event["round"] - 1, now=event["clients"][0])
+                self.todo, self.losses = list(event["clients"]), []
+                self.progress.update(self.bar, completed=event["round"] - 1, now=escape(self.todo[0]))
             case "client":
-                self.losses.append(event.get("loss", float("nan")))
-                mean = sum(self.losses) / len(self.losses)
+                self.todo.remove(event["client"])
+                self.losses += [event["loss"]] if "loss" in event else []
+                at_work = escape((self.todo or [event["client"]])[0])
                 rate = event.get("tokens", 0) / max(event["seconds"], 1e-9)
-                now = f"{escape(event['client'])}  loss {mean:.3f}  {rate:,.0f} tokens/s"
-                self.progress.update(self.bar, now=now)
+                self.progress.update(self.bar, now=f"{at_work}  loss {_mean(self.losses):.3f}  {rate:,.0f} tokens/s")
             case "evaluated":
                 self.progress.update(self.bar, now=f"evaluating {escape(event['client'])}")
             case "checkpoint":
@@ -142,7 +144,10 @@ def clock(seconds: float) -> str:
 
 
 def _mean_loss(event: dict[str, Json]) -> float:
-    losses = [entry["loss"] for entry in event["clients"].values() if "loss" in entry]
+    return _mean([entry["loss"] for entry in event["clients"].values() if "loss" in entry])
+
+
+def _mean(losses: list[float]) -> float:
     return sum(losses) / len(losses) if losses else float("nan")
 
 

@@ -74,14 +74,17 @@ class Runner:
 
     def _restore(self) -> Checkpoint:
         """The newest whole checkpoint, with the metrics and the personal states as they were; or the start."""
-        found = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, self._note)
+        notes: list[str] = []
+        found = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append)
         if found is None:
             state = self.method.init(self.engine.spec, self.engine.clients)
             self.metrics.write_bytes(b"")
             self.engine.restore(0)
+            self._note(notes, 0)
             return self._commit(state, 0)
         os.truncate(self.metrics, found.info["metrics_bytes"])
         self.engine.restore(found.rnd)
+        self._note(notes, found.rnd)
         self.listen({"event": "resumed", "round": found.rnd})
         return found
 
@@ -106,8 +109,10 @@ class Runner:
                 record["failed"][client] = fault
             self.listen({"event": "client", "round": rnd, "client": client, "failed": fault, **_entry(delivery)})
         self._check_quorum(replies, cohort, record["failed"], rnd)
+        before = self.method.describe(state)
         state = self.method.aggregate(state, replies, rnd)
-        record |= {"seconds": time.perf_counter() - started, "describe": self.method.describe(state)}
+        changed = {name: value for name, value in self.method.describe(state).items() if before.get(name) != value}
+        record |= {"seconds": time.perf_counter() - started, "describe": changed}
         self._log(record)
         self._evaluate(state, rnd)
         self._commit(state, rnd)
@@ -166,8 +171,9 @@ class Runner:
         self.listen({"event": "checkpoint", "round": rnd})
         return made
 
-    def _note(self, text: str) -> None:
-        self.listen({"event": "note", "text": text})
+    def _note(self, notes: list[str], rnd: int) -> None:
+        for text in notes:
+            self._log({"event": "note", "round": rnd, "text": text})
 
     def _log(self, record: dict[str, Json]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -72,7 +72,7 @@ def summarise(
         "bytes": {way: sum(row[f"bytes_{way}"] for row in per_client.values()) for way in ("up", "down")},
         "seconds": sum(event["seconds"] for event in [*rounds, *evaluations]),
         "peak_memory_bytes": peak_memory(),
-        "describe": rounds[-1]["describe"] if rounds else {},
+        "describe": {name: value for event in rounds for name, value in event["describe"].items()},
         "usage": {client: _mean_usage(usage) for client, usage in evaluations[-1].get("usage", {}).items() if usage},
         **environment(),
     }
@@ -99,10 +99,6 @@ def _client(client: ClientInfo, scores: Mapping[str, Json], rounds: Sequence[Map
         "seconds": sum(entry["seconds"] for entry in entries),
         "rounds_missed": sum(client.id in event["failed"] for event in rounds),
     }
-
-
-def _of_split(scores: Mapping[ClientId, Mapping[str, Json]], split: str) -> dict[ClientId, Json]:
-    return {client: by_split[split] for client, by_split in scores.items() if split in by_split}
 
 
 def _splits(scores: Mapping[ClientId, Mapping[str, Json]]) -> list[str]:

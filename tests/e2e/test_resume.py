@@ -47,7 +47,8 @@ def results(out: Path) -> dict[str, Any]:
     """Everything that must be the same bit for bit: exports and personal states by bytes, metrics without times."""
     files = [p for name in ("experts", "clients", "personal") for p in sorted((out / name).rglob("*")) if p.is_file()]
     found: dict[str, Any] = {str(p.relative_to(out)): p.read_bytes() for p in files}
-    found["metrics"] = [without_times(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    events = [without_times(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [event for event in events if event["event"] != "note"]
     found["summary"] = without_times(json.loads((out / "summary.json").read_text()))
     return found
 

@@ -31,7 +31,7 @@ def test_quick_form(bench: Path, tmp_path: Path) -> None:
     assert found["bench"] == bench.stem
     assert found["quick"] is True
     assert {"python", "torch", "transformers", "peft", "coterie"} <= found["measured_on"]["versions"].keys()
-    assert {"cpu", "cores", "threads", "memory_gib", "gpu"} <= found["measured_on"]["machine"].keys()
+    assert {"cpu", "cores", "threads", "memory_bytes", "gpus", "load"} <= found["measured_on"]["machine"].keys()
     assert found["measured_on"]["machine"]["threads"] == 1
 
 

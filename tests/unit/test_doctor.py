@@ -98,7 +98,7 @@ def test_without_linuxs_files_the_processor_still_has_a_name(monkeypatch: pytest
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_cores", lambda: 8)
+    monkeypatch.setattr(doctor, "cpu_cores", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert named("threads") == Check("threads", "8 of 8 cores")

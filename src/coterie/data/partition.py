@@ -81,11 +81,17 @@ class Share:
     rows: Mapping[str, Ints]
 
 
-def by_dataset(pool: Pool, rows: Rows, seed: int, *, clients: int = 1) -> list[Share]:
-    """``clients`` clients for each dataset, at random and of equal size; the group is the dataset."""
+def by_dataset(pool: Pool, rows: Rows, seed: int, *, clients: int = 1, stratify: bool = False) -> list[Share]:
+    """``clients`` clients for each dataset, at random and of equal size; the group is the dataset.
+
+    ``stratify`` gives every client its labels in the dataset's proportions, as near as whole rows allow.
+    """
     classes = pool.by_dataset()
     ids = [(f"{name}-{i}", name) for name in classes.names for i in range(clients)]
-    return _shares(ids, classes, _per_class(classes, range(len(classes.names)), clients, rows), seed)
+    counts = _per_class(classes, range(len(classes.names)), clients, rows)
+    if stratify:
+        classes, counts = _stratified(pool, classes, counts)
+    return _shares(ids, classes, counts, seed)
 
 
 def natural(pool: Pool, rows: Rows, seed: int, *, column: str, clients: int | None = None) -> list[Share]:
@@ -215,6 +221,26 @@ def _per_class(classes: Classes, chosen: Sequence[int], clients: int, rows: Rows
             of = f" of {classes.names[k]!r}" if classes.names[k] else ""
             count[i * clients : (i + 1) * clients, k] = _sizes(split, int(held[k]), clients, rows, of)
     return counts
+
+
+def _stratified(pool: Pool, classes: Classes, counts: Mapping[str, Ints]) -> tuple[Classes, dict[str, Ints]]:
+    """``counts`` [c, k] of rows by class, divided over the labels of each class: classes and rows [c, k * label]."""
+    labels = pool.by_label()
+    number = len(labels.names)
+    fine = Classes(
+        [f"{name}/{label}" for name in classes.names for label in labels.names],
+        {split: classes.of[split] * number + labels.of[split] for split in classes.of},
+    )
+    divided = {}
+    for split, count in counts.items():
+        left = fine.held(split).reshape(-1, number)
+        wish = left.astype(float)
+        rows = np.zeros((*count.shape, number), np.int64)
+        for c, k in zip(*np.nonzero(count), strict=True):
+            rows[c, k] = _round(wish[k], left[k], int(count[c, k]))
+            left[k] -= rows[c, k]
+        divided[split] = rows.reshape(len(count), -1)
+    return fine, divided
 
 
 def _sizes(split: str, available: int, clients: int, rows: Rows, of: str = "") -> Ints:

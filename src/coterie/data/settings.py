@@ -71,6 +71,9 @@ class PartitionSettings(_Settings):
         default=None,
         description="natural: a client per value; dirichlet, pathological: these values in place of the labels",
     )
+    stratify: bool | None = Field(
+        None, description="by_dataset: every client has its labels in the dataset's proportions"
+    )
     own_labels: bool = Field(
         default=False, description="a client's label space is the labels that occur with it, not all of the dataset's"
     )

@@ -59,7 +59,7 @@ class Task(Protocol):
     def collate(self, examples: Sequence[Example]) -> Batch: ...
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The sum of the losses over what counts, float32."""
+        """The sum of the losses over what counts, in float32 at least."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Classification:
         return Batch(inputs, torch.tensor([e.label for e in examples]), len(examples))
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        return functional.cross_entropy(_wide(logits), batch.labels, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Generation:
         ids = list(self.tokenizer(row.prompt)["input_ids"])
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # some tokenizers close every text; a prompt goes on
-        return ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return ids or [next(start for start in starts if start is not None)]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         inputs = _pad(examples, self.tokenizer.pad_token_id, left=False)
@@ -129,7 +130,7 @@ class Generation:
         return Batch(inputs, labels, sum(len(e.ids) - e.prompt for e in examples))
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        flat = logits[:, :-1].float().flatten(0, 1)
+        flat = _wide(logits[:, :-1]).flatten(0, 1)
         return functional.cross_entropy(flat, batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
     def collate_prompts(self, rows: Sequence[PromptRow]) -> Mapping[str, Tensor]:
@@ -161,6 +162,11 @@ def batches(examples: Sequence[Example], size: int, generator: torch.Generator) 
     found = [chunk[i : i + size] for chunk in by_length for i in range(0, len(chunk), size)]
     shuffled = torch.randperm(len(found), generator=generator).tolist()
     return [[examples[i] for i in found[j]] for j in shuffled]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 is too coarse for a softmax over a vocabulary."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _pad(examples: Sequence[Example], pad: int, left: bool) -> dict[str, Tensor]:

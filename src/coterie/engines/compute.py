@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -39,11 +39,12 @@ class Workplace:
         return next(self.base.model.parameters()).device
 
     def examples(self, client: ClientData, split: str) -> list[Example]:
-        """The tokenised rows of a client's split."""
+        """The tokenised rows of a client's split. Raises :class:`CoterieError` where it has none."""
         key = client.info.id, split
         if key not in self.cache:
-            if split not in client.splits:
-                raise ValueError(f"client {client.info.id} has no split {split!r}; it has {sorted(client.splits)}")
+            if not client.splits.get(split):
+                has = ", ".join(name for name, rows in client.splits.items() if rows)
+                raise CoterieError(f"client {client.info.id} has no {split} rows; it has {has or 'none at all'}")
             self.cache[key] = [self.task.encode(row) for row in client.splits[split]]
         return self.cache[key]
 
@@ -65,6 +66,7 @@ class LocalCompute:
         examples = self.place.examples(self.client, "train")
         groups = list(self._groups(examples, optim, request.purpose))
         losses: list[Tensor] = []
+        counts: list[int] = []
         with attached(self.place.base.model, request.bank, request.trainable) as bank:
             parameters = list(bank.parameters.values())
             optimizer = make_optimizer(optim, parameters, self.rnd)
@@ -72,7 +74,8 @@ class LocalCompute:
             bank.now.training = True
             for step, group in enumerate(groups):
                 micro = [task.collate(part).to(self.place.device) for part in group]
-                losses.append(self._step(bank, micro, optim, request.purpose, step))
+                counts.append(sum(batch.count for batch in micro))
+                losses.append(self._step(bank, micro, counts[-1], optim, request.purpose, step))
                 if optim.clip > 0:
                     clip_grad_norm_(parameters, optim.clip)
                 optimizer.step()
@@ -82,7 +85,7 @@ class LocalCompute:
                     self._check_finite(losses, step + 1)
             tensors = bank.tensors()
         seen = [example for group in groups for part in group for example in part]
-        return Trained(tensors, _mean(losses), len(seen), sum(len(e.ids) for e in seen), len(groups))
+        return Trained(tensors, _mean(losses, counts), len(seen), sum(len(e.ids) for e in seen), len(groups))
 
     def score(self, request: Score) -> list[Scored]:
         """Mean loss and metrics of every bank on the split."""
@@ -93,7 +96,7 @@ class LocalCompute:
         if unknown := set(request.what) - {"usage"}:
             raise ValueError(f"cannot observe {sorted(unknown)}; known: usage")
         tokens = 0
-        with attached(self.place.base.model, request.bank) as bank, torch.no_grad():
+        with attached(self.place.base.model, request.bank) as bank, evaluating(self.place.base.model):
             bank.now.usage = {}
             for batch in self._in_order(request.split):
                 bank.now.mask = batch.mask
@@ -116,9 +119,10 @@ class LocalCompute:
                     return
             epoch += 1
 
-    def _step(self, bank: Attached, micro: Sequence[Batch], optim: Optim, purpose: str, step: int) -> Tensor:
-        """Gradients of the mean loss over all micro-batches; returns that loss. Sums first, one division."""
-        count = sum(batch.count for batch in micro)
+    def _step(
+        self, bank: Attached, micro: Sequence[Batch], count: int, optim: Optim, purpose: str, step: int
+    ) -> Tensor:
+        """Gradients of the mean loss over the ``count`` labels of all micro-batches; returns that loss."""
         losses = []
         for i, batch in enumerate(micro):
             bank.now.seed = stream_seed(
@@ -145,7 +149,7 @@ class LocalCompute:
         truth: list[int] = []
         predicted: list[int] = []
         metrics: dict[str, float] = {}
-        with attached(self.place.base.model, bank), torch.no_grad():
+        with attached(self.place.base.model, bank), evaluating(self.place.base.model):
             for batch in self._in_order(split):
                 logits = self._logits(batch)
                 total += float(task.loss(logits, batch))
@@ -184,11 +188,33 @@ def generate(place: Workplace, task: Generation, rows: Sequence[PromptRow]) -> l
         inputs = {k: v.to(place.device) for k, v in task.collate_prompts(rows[i : i + place.eval_batch_size]).items()}
         pad = task.tokenizer.pad_token_id
         model: Json = place.base.model
+        ends = _ends(model.generation_config.eos_token_id, task.tokenizer.eos_token_id)
         with autocast(place):
-            out = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad)
+            out = model.generate(
+                **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends
+            )
         new = out[:, inputs["input_ids"].shape[1] :]
         texts += task.tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
+
+
+def _ends(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int] | None:
+    """The tokens that end a text: the model's own, and the tokenizer's, which training puts after a completion."""
+    own = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({end for end in (*own, of_tokenizer) if end is not None}) or None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, and evaluation mode: in training mode a model with gradient checkpointing generates without its
+    cache, from the last token alone."""
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
 
 
 def make_optimizer(optim: Optim, parameters: Sequence[nn.Parameter], rnd: int) -> torch.optim.Optimizer:
@@ -222,5 +248,7 @@ def _factor(schedule: str, step: int, steps: int) -> float:
             return 1.0
 
 
-def _mean(losses: Sequence[Tensor]) -> float:
-    return float(torch.stack(list(losses)).double().mean()) if losses else math.nan
+def _mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """The mean over all labels seen of the steps' means over ``counts`` labels."""
+    sums = torch.stack(list(losses)).cpu().double() * torch.tensor(counts)
+    return float(sums.sum()) / sum(counts)

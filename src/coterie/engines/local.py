@@ -33,7 +33,14 @@ def make(config: Config, federation: Federation, folder: Path, root: Path, cache
     )
     place = Workplace(base, task, config.run.seed, config.run.eval_batch_size)
     place.precision = resolve_precision(config.engine.precision, place.device)
+    base.use_attention(_attention(place, config.model.max_length))
     return LocalEngine(place, federation, PersonalStore(folder / "personal"))
+
+
+def _attention(place: Workplace, max_length: int) -> str | None:
+    """On a CPU in bfloat16, short sequences go through plain attention: torch's fused one takes 1.5x as long there."""
+    plain = place.device.type == "cpu" and place.precision == "bfloat16" and max_length <= 256
+    return "eager" if plain else None
 
 
 def _load(config: Config, root: Path) -> Base:

@@ -115,13 +115,13 @@ class Allocation:
 
 @dataclass(frozen=True)
 class FedLEASEState:
-    """The server's state: what warmed-up clients sent, their clusters, the experts, a router per cluster."""
+    """The server's state: the clusters, the experts and a router for each; ``starts`` are the clusters' means."""
 
     base: BaseSpec
     groups: Mapping[ClientId, str]
     spaces: Mapping[ClientId, str]
-    warm: Mapping[ClientId, Tensors] = field(default_factory=dict)
     allocation: Allocation | None = None
+    starts: Tensors = field(default_factory=dict)
     experts: Tensors = field(default_factory=dict)
     routers: Mapping[int, Tensors] = field(default_factory=dict)
     heads: Heads = field(default_factory=Heads)
@@ -169,7 +169,7 @@ class FedLEASE:
             return state
         replies = dict(sorted(replies.items()))
         if state.allocation is None:
-            return self._allocate(replace(state, warm={c: lora_of(r.tensors) for c, r in replies.items()}), replies)
+            return self._allocate(state, replies)
         late = {c: r.tensors for c, r in replies.items() if self._cluster_of(state, c) is None}
         return self._place(self._average(state, {c: r for c, r in replies.items() if c not in late}), late)
 
@@ -250,7 +250,7 @@ class FedLEASE:
 
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """The clusters of the clients that sent a warm-up LoRA, and experts, routers and heads started on them."""
-        allocation = self._clusters(state)
+        allocation = self._clusters(state, {c: lora_of(r.tensors) for c, r in replies.items()})
         number = allocation.num_experts
         slots = 2 * number - 1 if self.settings.routing == "adaptive" else number
         state = replace(
@@ -260,14 +260,14 @@ class FedLEASE:
             routers={e: start_router(state.base, self.plan, slots) for e in range(number)},
             heads=self._mean_heads(self._cluster_heads(state, allocation), replies),
         )
-        if self.settings.expert_start == "own":
-            return state
         sent = {c: Reply(lora_of(r.tensors, 0, new=allocation.clusters[c]), r.num_examples) for c, r in replies.items()}
-        return self._average(state, sent)
+        averaged = self._average(state, sent)
+        started = state if self.settings.expert_start == "own" else averaged
+        return replace(started, starts=averaged.experts)
 
-    def _clusters(self, state: FedLEASEState) -> Allocation:
-        s, order = self.settings, tuple(sorted(state.warm))
-        d = self._distances(state)
+    def _clusters(self, state: FedLEASEState, warm: Mapping[ClientId, Tensors]) -> Allocation:
+        s, order = self.settings, tuple(sorted(warm))
+        d = self._distances(state.base, [warm[c] for c in order])
         if s.allocation == "learned":
             limits = (s.experts, s.experts) if s.experts else (s.max_experts, s.min_experts)
             found = cluster.cluster(
@@ -284,12 +284,9 @@ class FedLEASE:
         numbers = {name: e for e, name in enumerate(dict.fromkeys(names))}
         return Allocation({c: numbers[n] for c, n in zip(order, names, strict=True)}, {}, order, torch.from_numpy(d))
 
-    def _distances(self, state: FedLEASEState) -> NDArray[np.float64]:
-        order = sorted(state.warm)
-        a, b = (
-            [[state.warm[c][Key(t.name, 0, part)] for t in state.base.targets] for c in order]
-            for part in (Part.A, Part.B)
-        )
+    def _distances(self, base: BaseSpec, loras: Sequence[Tensors]) -> NDArray[np.float64]:
+        """d [n, n] between LoRAs, each with expert number 0."""
+        a, b = ([[lora[Key(t.name, 0, part)] for t in base.targets] for lora in loras] for part in (Part.A, Part.B))
         return cluster.lora_distances(a, b, feature=self.settings.distance)
 
     def _average(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
@@ -311,19 +308,13 @@ class FedLEASE:
         return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
 
     def _place(self, state: FedLEASEState, late: Mapping[ClientId, Tensors]) -> FedLEASEState:
-        """Clients that made up their warm-up join the cluster whose members are nearest on average."""
+        """Clients that made up their warm-up join the cluster whose mean warm-up LoRA is nearest."""
         for client, tensors in late.items():
             assert state.allocation is not None
-            old = state.allocation
-            state = replace(state, warm={**state.warm, client: lora_of(tensors)})
-            d, order = self._distances(state), sorted(state.warm)
-            mine = d[order.index(client)]
-            away = [
-                float(np.mean([mine[order.index(m)] for m in old.members(e) if m in state.warm]))
-                for e in range(old.num_experts)
-            ]
-            clusters = {**old.clusters, client: int(np.argmin(away))}
-            allocation = Allocation(clusters, old.silhouettes, tuple(order), torch.from_numpy(d))
+            starts = [lora_of(state.starts, e, new=0) for e in range(state.allocation.num_experts)]
+            away = self._distances(state.base, [lora_of(tensors), *starts])[0, 1:]
+            clusters = {**state.allocation.clusters, client: int(np.argmin(away))}
+            allocation = replace(state.allocation, clusters=clusters)
             known = self._cluster_heads(state, allocation)
             heads = Heads({**known.values, **state.heads.values}, known.group)
             state = replace(state, allocation=allocation, heads=heads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from coterie.nn.bank import BankLayer, Pass, Ranks, Span
+from coterie.nn.bank import BankLayer, Pass, Ranks, Span, padded
 from coterie.nn.gates import gates
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Tensors
 
@@ -116,9 +116,10 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
     device = next(module.parameters()).device
     layer = BankLayer(
         module=name,
-        rows=torch.cat([bank.tensors[key].detach() for key in row_keys]).to(device),
+        rows=_stack([bank.tensors[key].detach() for key in row_keys]).to(device),
         columns=torch.cat([bank.tensors[key].detach().T for key in b_keys]).to(device).contiguous(),
         ranks=Ranks.of(tuple(bank.tensors[key].shape[0] for key in a_keys), device),
+        slots=bank.tensors[router].shape[0] if router in bank.tensors else 0,
         gate=bank.gate.name,
         options=bank.gate.options_for(name),
         has_shared=SHARED in experts,
@@ -130,6 +131,12 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
     layer.row_spans = _share(layer, row_keys, bank.tensors, trainable)
     layer.column_spans = _share(layer, b_keys, bank.tensors, trainable)
     return layer
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """A copy of the matrices under each other, and rows of zeros up to a good number of them."""
+    count = sum(len(matrix) for matrix in matrices)
+    return torch.cat([*matrices, matrices[0].new_zeros(padded(count) - count, matrices[0].shape[1])])
 
 
 def _share(layer: BankLayer, keys: list[Key], tensors: Tensors, trainable: frozenset[Key]) -> list[Span]:
@@ -162,8 +169,7 @@ def _check_shapes(
 
 def _check_gate(layer: BankLayer) -> None:
     """Try the gate on one row of zeros: an option that it does not know, or a router that does not fit, shows here."""
-    rank, width = layer.columns.shape[0], layer.rows.shape[0]
-    p, h = torch.zeros(1, width - rank) if width > rank else None, torch.zeros(1, rank)
+    p, h = torch.zeros(1, layer.slots) if layer.slots else None, torch.zeros(1, layer.columns.shape[0])
     where = f"{layer.module}, gate {layer.gate!r}"
     try:
         inspect.signature(gates()[layer.gate]).bind(p, None, **layer.options)
@@ -172,7 +178,7 @@ def _check_gate(layer: BankLayer) -> None:
         raise CoterieError(f"{where}: {fault}") from fault
     if g is not None and g.shape[1] != len(layer.ranks.each):
         routed = len(layer.ranks.each) - layer.has_shared
-        raise CoterieError(f"{where}: a router of {width - rank} outputs does not fit {routed} experts")
+        raise CoterieError(f"{where}: a router of {layer.slots} outputs does not fit {routed} experts")
 
 
 def _split(key: Key) -> tuple[str, str]:

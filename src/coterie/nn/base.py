@@ -38,6 +38,12 @@ class Base:
     spec: BaseSpec
     path: str
     kind: TaskKind
+    attention: str
+
+    def use_attention(self, name: str | None) -> None:
+        """Switch the model's implementation of attention; None: the one that it was loaded with."""
+        model: Any = self.model
+        model.set_attn_implementation(name or self.attention)
 
 
 def load_base(
@@ -74,7 +80,8 @@ def load_base(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode alone; there is no dropout left that this turns on
-    return Base(model, tokenizer, describe(model, targets), path, kind)
+    attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
+    return Base(model, tokenizer, describe(model, targets), path, kind, attention)
 
 
 def resolve(name: str) -> str:

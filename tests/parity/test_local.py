@@ -1,0 +1,337 @@
+"""The reference engine against programs driven by hand: no codec, no disk, no engine between server and client."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sites
+import tiny
+from coterie import codec
+from coterie.config import Config, check_config
+from coterie.data.federation import load_federation
+from coterie.data.rows import ClientData, Federation
+from coterie.data.tasks import Classification
+from coterie.engine import Delivery
+from coterie.engines import local
+from coterie.engines.compute import LocalCompute, Workplace
+from coterie.engines.local import LocalEngine
+from coterie.engines.store import PersonalStore
+from coterie.method import Plan, drive, method_named, methods
+from coterie.nn.base import Base, load_base
+from coterie.types import (
+    NO_EXPERT,
+    ClientId,
+    ClientInfo,
+    ClientProgram,
+    ClientResult,
+    CoterieError,
+    Instruction,
+    Key,
+    Observe,
+    Optim,
+    Part,
+    Personal,
+    Reply,
+    Score,
+)
+
+ROUNDS = 3
+OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
+SETTINGS: dict[str, dict[str, Any]] = {"fedlease": {"warmup_rounds": 1, "max_experts": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@cache
+def loaded() -> tuple[Base, Federation]:
+    """A tiny BERT and four clients with three kinds of labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        sites.federation(Path(folder) / "clients", clients=4, rows=8)
+        config = check_config({"data": {"folder": "clients"}})
+        federation = load_federation(config.data, "classification", 0, Path(folder))
+        return load_base(str(tiny.folder(Path(folder) / "model", "bert")), "classification"), federation
+
+
+def workplace(**settings: Any) -> Workplace:
+    base, _ = loaded()
+    return Workplace(base, Classification(base.tokenizer, 32), 0, **settings)
+
+
+def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> LocalEngine:
+    federation = loaded()[1] if clients is None else Federation(tuple(clients), {})
+    return LocalEngine(workplace(), federation, PersonalStore(folder / "personal"))
+
+
+def method_of(name: str, head: Any = "personal") -> Any:
+    kind = method_named(name)
+    plan = Plan(rank=2, alpha=4, dropout=0.1, optim=OPTIM, head=head, rounds=ROUNDS)
+    return kind(kind.Settings(**SETTINGS.get(name, {})), plan)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    return codec.encode(one) == codec.encode(other)
+
+
+def train(engine: LocalEngine, method: Any, state: Any, rnd: int) -> dict[ClientId, Delivery]:
+    return dict(engine.train(method, method.configure(state, engine.clients, rnd), rnd))
+
+
+def replies_of(deliveries: Mapping[ClientId, Delivery]) -> dict[ClientId, Reply]:
+    assert [d.error for d in deliveries.values() if d.error] == []
+    return {c: d.reply for c, d in deliveries.items() if d.reply is not None}
+
+
+# every method --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: str, tmp_path: Path) -> None:
+    assert len(methods()) >= 3
+    method, engine, place = method_of(name, head), engine_in(tmp_path), workplace()
+    clients = loaded()[1].clients
+    state = by_hand = method.init(engine.spec, engine.clients)
+    personal = {c.info.id: method.begin(engine.spec, c.info) for c in clients}
+    for rnd in range(1, ROUNDS + 1):
+        state = method.aggregate(state, replies_of(train(engine, method, state, rnd)), rnd)
+        instructions = method.configure(by_hand, engine.clients, rnd)
+        results = {
+            c.info.id: drive(
+                method.client(instructions[c.info.id], c.info, personal[c.info.id]), LocalCompute(place, c, rnd)
+            )
+            for c in reversed(clients)
+        }
+        personal |= {c: result.personal for c, result in results.items()}
+        by_hand = method.aggregate(by_hand, {c: result.reply for c, result in results.items()}, rnd)
+        assert same_bits(state, by_hand)
+        assert all(same_bits(engine.store.load(c, rnd), personal[c]) for c in personal)
+
+    instructions = method.configure(by_hand, engine.clients, ROUNDS + 1)
+    banks = {c.info.id: method.bank(instructions[c.info.id], c.info, personal[c.info.id]) for c in clients}
+    assert [(c, codec.encode(bank)) for c, bank in engine.banks(method, instructions, ROUNDS)] == [
+        (c, codec.encode(bank)) for c, bank in banks.items()
+    ]
+    for client, (name_of, evaluation) in zip(
+        clients, engine.evaluate(method, instructions, ROUNDS, ("validation", "test"), usage=True), strict=True
+    ):
+        assert name_of == client.info.id
+        worker, bank = LocalCompute(place, client, ROUNDS), banks[client.info.id]
+        for split in ("validation", "test"):
+            (scored,) = worker.score(Score([bank], split))
+            assert evaluation.scores[split] == {**scored.metrics, "loss": scored.loss}
+        assert evaluation.observed == worker.observe(Observe(bank, "test"))
+        assert bool(evaluation.observed.usage) == (name == "fedlease")
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_results_do_not_depend_on_the_order_of_the_clients_nor_on_who_else_takes_part(
+    name: str, tmp_path: Path
+) -> None:
+    method, clients = method_of(name), loaded()[1].clients
+    one, other = engine_in(tmp_path / "one"), engine_in(tmp_path / "other", clients[::-1])
+    state, turned = method.init(one.spec, one.clients), method.init(other.spec, other.clients)
+    assert list(train(other, method, turned, 1)) == [c.info.id for c in clients[::-1]]
+    for rnd in range(1, ROUNDS + 1):
+        ahead = train(one, method, state, rnd)
+        state = method.aggregate(state, replies_of(ahead), rnd)
+        turned = method.aggregate(turned, replies_of(train(other, method, turned, rnd)), rnd)
+        assert all(same_bits(one.store.load(c, rnd), other.store.load(c, rnd)) for c in ahead)
+        for expert, tensors in method.experts(state).items():
+            assert same_bits(dict(method.experts(turned)[expert]), dict(tensors))
+    instructions = method.configure(state, one.clients, ROUNDS + 1)
+    chosen = clients[2].info.id
+    alone = dict(one.train(method, {chosen: instructions[chosen]}, ROUNDS + 1))
+    together = dict(one.train(method, instructions, ROUNDS + 1))
+    assert list(alone) == [chosen]
+    assert same_bits(alone[chosen].reply, together[chosen].reply)
+
+
+# what crosses between server and client ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_bytes_are_counted_as_encoded(name: str, tmp_path: Path) -> None:
+    method, engine = method_of(name, "shared"), engine_in(tmp_path)
+    state = method.init(engine.spec, engine.clients)
+    for rnd in (1, 2):
+        instructions = method.configure(state, engine.clients, rnd)
+        deliveries = dict(engine.train(method, instructions, rnd))
+        assert len(deliveries) == 4
+        for client, delivery in deliveries.items():
+            assert delivery.bytes_down == len(codec.encode(instructions[client]))
+            assert delivery.bytes_up == len(codec.encode(delivery.reply))
+            sent = sum(value.nbytes for value in delivery.reply.tensors.values()) if delivery.reply else 0
+            assert 0 <= delivery.bytes_up - sent < 6000
+            assert delivery.seconds > 0
+        state = method.aggregate(state, replies_of(deliveries), rnd)
+
+
+def spoil(tensors: Mapping[Key, torch.Tensor]) -> None:
+    for value in tensors.values():
+        value.fill_(float("nan"))
+
+
+def test_what_the_server_does_to_a_reply_the_client_does_not_feel(tmp_path: Path) -> None:
+    method, engine, untouched = method_of("local"), engine_in(tmp_path / "a"), engine_in(tmp_path / "b")
+    keeping = replace_client(method, lambda result: replace(result, reply=Reply(result.personal.tensors, 1)))
+    state = method.init(engine.spec, engine.clients)
+    for rnd in (1, 2):
+        for delivery in train(engine, keeping, state, rnd).values():
+            assert delivery.reply is not None
+            assert delivery.reply.tensors
+            spoil(delivery.reply.tensors)
+        train(untouched, method, state, rnd)
+    for client in engine.clients:
+        assert same_bits(engine.store.load(client.id, 2), untouched.store.load(client.id, 2))
+
+
+KEY, STAYS = Key("q", 0, Part.A), Key("h", NO_EXPERT, Part.HEAD)
+
+
+@dataclass(frozen=True)
+class Careless:
+    """A method whose clients write into everything that they are given, and fail on request."""
+
+    fails: frozenset[ClientId] = frozenset()
+
+    def begin(self, base: Any, me: ClientInfo) -> Personal:
+        return Personal({STAYS: torch.zeros(2)})
+
+    def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
+        if me.id in self.fails:
+            raise CoterieError(f"{me.id} has no power")
+        ins.tensors[KEY].add_(1)
+        personal.tensors[STAYS].add_(1)
+        return ClientResult(Reply(ins.tensors, 1), personal)
+        yield  # what makes a generator of it
+
+
+def replace_client(method: Any, change: Any) -> Any:
+    """``method`` with every client's result changed."""
+    made = copy.copy(method)
+
+    def client(*args: Any) -> ClientProgram:
+        return change((yield from method.client(*args)))
+
+    object.__setattr__(made, "client", client)
+    return made
+
+
+def test_what_a_client_does_to_an_instruction_nobody_else_feels(tmp_path: Path) -> None:
+    engine, shared = engine_in(tmp_path), torch.zeros(3)
+    instructions = {c.id: Instruction({KEY: shared}) for c in engine.clients}
+    for rnd in (1, 2):
+        deliveries = dict(engine.train(Careless(), instructions, rnd))  # type: ignore[arg-type]
+        assert all(torch.equal(d.reply.tensors[KEY], torch.ones(3)) for d in deliveries.values() if d.reply)
+        assert torch.equal(shared, torch.zeros(3))
+    again = dict(engine.train(Careless(), instructions, 2))  # type: ignore[arg-type]
+    assert len(again) == 4
+    kept = engine.store.load(engine.clients[0].id, 2)
+    assert kept is not None
+    assert torch.equal(kept.tensors[STAYS], torch.full((2,), 2.0)), "the state of round 1 and one more, however often"
+
+
+def test_a_client_that_fails_is_an_error_and_keeps_its_state(tmp_path: Path) -> None:
+    engine = engine_in(tmp_path)
+    instructions = {c.id: Instruction({KEY: torch.zeros(3)}) for c in engine.clients}
+    first, second, *_ = (c.id for c in engine.clients)
+    list(engine.train(Careless(), instructions, 1))  # type: ignore[arg-type]
+    deliveries = dict(engine.train(Careless(frozenset({first})), instructions, 2))  # type: ignore[arg-type]
+    failed = deliveries[first]
+    assert (failed.reply, failed.error, failed.bytes_up) == (None, f"{first} has no power", 0)
+    assert failed.bytes_down == deliveries[second].bytes_down > 0
+    assert [d.error for c, d in deliveries.items() if c != first] == [None] * 3
+    states = [engine.store.load(c, 2) for c in (first, second)]
+    assert [float(state.tensors[STAYS][0]) for state in states if state] == [1.0, 2.0]
+
+
+# personal states by round --------------------------------------------------------------------------------------------
+
+
+def test_a_round_starts_from_the_state_before_it_and_can_be_done_again(tmp_path: Path) -> None:
+    method, engine = method_of("local"), engine_in(tmp_path)
+    state = method.init(engine.spec, engine.clients)
+    for rnd in (1, 2, 3):
+        train(engine, method, state, rnd)
+    versions = {rnd: codec.encode(engine.store.load("mood-0", rnd)) for rnd in (1, 2, 3)}
+    assert len(set(versions.values())) == 3
+    train(engine, method, state, 2)  # as after a crash in round 2
+    assert codec.encode(engine.store.load("mood-0", 2)) == versions[2]
+    engine.restore(1)
+    assert codec.encode(engine.store.load("mood-0", 99)) == versions[1]
+    for rnd in (2, 3):
+        train(engine, method, state, rnd)
+    assert codec.encode(engine.store.load("mood-0", 3)) == versions[3]
+    engine.prune(3)
+    assert engine.store.load("mood-0", 2) is None
+    assert codec.encode(engine.store.load("mood-0", 3)) == versions[3]
+    engine.restore(0)
+    assert engine.store.load("mood-0", 99) is None
+
+
+def test_evaluation_is_of_the_state_after_its_round(tmp_path: Path) -> None:
+    method, engine = method_of("local"), engine_in(tmp_path)
+    state = method.init(engine.spec, engine.clients)
+    found = []
+    for rnd in (1, 2):
+        train(engine, method, state, rnd)
+        instructions = method.configure(state, engine.clients, rnd + 1)
+        found.append(dict(engine.evaluate(method, instructions, rnd, ("test",))))
+    earlier = dict(engine.evaluate(method, method.configure(state, engine.clients, 2), 1, ("test",)))
+    assert earlier == found[0]
+    assert earlier != found[1]
+
+
+def test_a_split_without_rows_has_no_scores_and_usage_takes_the_next(tmp_path: Path) -> None:
+    whole = loaded()[1].clients[0]
+    client = ClientData(whole.info, {**whole.splits, "test": ()})
+    method, engine = method_of("local"), engine_in(tmp_path, [client])
+    state = method.init(engine.spec, engine.clients)
+    instructions = method.configure(state, engine.clients, 1)
+    ((_, evaluation),) = engine.evaluate(method, instructions, 0, ("validation", "test"), usage=True)
+    assert list(evaluation.scores) == ["validation"]
+    assert evaluation.observed is not None
+    rows = engine.place.examples(client, "validation")
+    assert evaluation.observed.tokens == sum(len(row.ids) for row in rows)
+    ((_, evaluation),) = engine.evaluate(method, instructions, 0, ("validation",))
+    assert evaluation.observed is None
+
+
+# the base ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_loaded_once_for_all_runs_with_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    monkeypatch.setattr(local, "load_base", lambda path, *_, **__: (loads.append(path), loaded()[0])[1])
+    cache_of_all: dict[str, Any] = {}
+
+    def made(**changes: dict[str, Any]) -> LocalEngine:
+        raw = {"model": {"path": "model"}, "data": {"folder": "clients"}, "engine": {"device": "cpu"}}
+        config: Config = check_config({**raw, **{k: {**raw.get(k, {}), **v} for k, v in changes.items()}})
+        return local.make(config, loaded()[1], tmp_path / "run", tmp_path, cache_of_all)
+
+    (tmp_path / "model").mkdir()
+    first = made()
+    second = made(run={"seed": 3, "eval_batch_size": 7}, train={"epochs": 1}, engine={"precision": "bfloat16"})
+    assert first.place.base is second.place.base
+    assert loads == [str(tmp_path / "model")]
+    assert (second.place.seed, second.place.eval_batch_size, second.place.precision) == (3, 7, "bfloat16")
+    assert (first.place.seed, first.place.precision) == (0, "float32")
+    made(lora={"targets": ["query"]})
+    made(model={"dtype": "bfloat16"})
+    made(task={"kind": "generation"})
+    assert len(loads) == 4

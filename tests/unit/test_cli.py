@@ -1,0 +1,471 @@
+"""The command line and what it shows, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import coterie
+import sites
+from coterie import cli, compare, progress
+from coterie.compare import config_for, curves, table_of
+from coterie.config import describe_config
+from coterie.method import methods
+from coterie.progress import Lines, Live, clock, listener, show_summary
+from coterie.types import CoterieError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass
+class Command:
+    """Runs ``coterie ...`` as the console command does; ``terminal`` takes what a terminal would show."""
+
+    patch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str]
+
+    def __call__(self, *args: str) -> tuple[int, str, str]:
+        self.patch.setattr(sys, "argv", ["coterie", *args])
+        self.capture.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        shown = self.capture.readouterr()
+        return code, shown.out, shown.err
+
+
+@pytest.fixture
+def coterie_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+def terminal(width: int = 100) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, emoji=False, _environ={})
+
+
+def shown_on(console: Console) -> str:
+    """What was written, without colours and cursor movements."""
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n")
+
+
+def markdown(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()]
+
+
+# commands that only tell ---------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(coterie_command: Command) -> None:
+    assert coterie_command("version") == (0, f"{coterie.__version__}\n", "")
+    code, text, _ = coterie_command("--help")
+    assert code == 0
+    for name in ("run", "compare", "demo", "methods", "config", "doctor", "report", "version"):
+        assert re.search(rf"\b{name}\b", text)
+    assert "--resume" in coterie_command("run", "--help")[1]
+
+
+@pytest.mark.parametrize("args", [("runn",), ("run", "--resum"), ("run", "a.toml", "b.toml"), ("report",)])
+def test_a_wrong_command_line_exits_with_2(args: tuple[str, ...], coterie_command: Command) -> None:
+    code, _, errors = coterie_command(*args)
+    assert code == 2
+    assert errors
+    assert "Traceback" not in errors
+
+
+def test_methods(coterie_command: Command) -> None:
+    code, text, _ = coterie_command("methods")
+    assert code == 0
+    assert len(methods()) >= 3
+    for name, method in methods().items():
+        assert re.search(rf"^{name} +{method.title}", text, re.MULTILINE)
+    rows = markdown(coterie_command("methods", "--markdown")[1])
+    assert rows[0] == ["name", "method", "what it does", "source"]
+    assert rows[2:] == [[name, m.title, m.summary, m.paper] for name, m in methods().items()]
+
+
+def test_config_shows_every_key_whole_even_on_a_narrow_screen(coterie_command: Command) -> None:
+    keys = [row[0] for row in describe_config()]
+    assert len(keys) > 60
+    code, text, _ = coterie_command("config")
+    assert code == 0
+    first = {line.split()[0] for line in text.splitlines() if line and not line.startswith(" ")}
+    assert first == {"key", *keys}
+    rows = markdown(coterie_command("config", "--markdown")[1])
+    assert [[cell.replace("\\|", "|") for cell in row] for row in rows[2:]] == [list(row) for row in describe_config()]
+    one = coterie_command("config", "--method", "local", "--markdown")[1]
+    assert "method.name" in one
+    assert "fedlease]" not in one
+    code, _, errors = coterie_command("config", "--method", "locla")
+    assert (code, errors) == (2, f"error: unknown method 'locla'; the methods are {', '.join(methods())}\n")
+
+
+def test_doctor_shows_the_whole_command_that_mends(coterie_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name in ("flwr", "rouge-score"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(cli, "out", Console(width=200))
+    code, text, _ = coterie_command("doctor")
+    assert code == 0
+    (line,) = [line for line in text.splitlines() if "rouge-score" in line]
+    assert re.fullmatch(r" -- +rouge-score +not installed; .*ROUGE-L.* +pip install 'coterie\[metrics\]' *", line)
+    assert "pip install 'coterie[flower]'" in text
+    (line,) = [line for line in text.splitlines() if " torch " in line]
+    assert re.fullmatch(r" ok +torch +1\.2\.3 *", line)
+
+
+# faults --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("run",), "give a config file, or --resume with --out and the run's folder"),
+        (("run", "--resume"), "give a config file, or --resume"),
+        (("run", "--resume", "--out", "nowhere"), "there is no run in nowhere"),
+        (("run", "none.toml"), "there is no config file none.toml"),
+        (("compare", "none.toml"), "there is no config file none.toml"),
+        (("compare", "none.toml", "--seeds", "1,x"), "--seeds takes whole numbers with commas between them, not 'x'"),
+        (("report", "nowhere"), "there is no run in nowhere"),
+    ],
+)
+def test_a_fault_is_one_line_and_exit_code_2(
+    args: tuple[str, ...], message: str, coterie_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text, errors = coterie_command(*args)
+    assert (code, text) == (2, "")
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_is_shown_as_it_is(coterie_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets are no markup, colons no emoji, and a long line is not broken."""
+    message = "pip install 'coterie[metrics]' in [/tmp/a]:smile: " + "long " * 40 + "end"
+
+    def fail(*args: Any) -> None:
+        raise CoterieError(message)
+
+    monkeypatch.setattr("coterie.doctor.examine", fail)
+    assert coterie_command("doctor") == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt])
+def test_ctrl_c_says_how_to_go_on(
+    stop: type[BaseException], coterie_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr("coterie.doctor.examine", interrupt)
+    code, _, errors = coterie_command("doctor")
+    assert code == 130
+    assert "go on with the same command and --resume" in errors
+
+
+# a run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_pipe_is_plain_lines(coterie_command: Command, tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="fedlease"), tmp_path / "out"
+    code, text, errors = coterie_command("run", str(path), "--out", str(out), "--set", "run.rounds=2")
+    assert (code, errors) == (0, "")
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert lines[0] == f"5 clients, 2 rounds, in {out}"
+    assert re.fullmatch(r"round 1/2  loss \d\.\d{3}  [\d,]+ tokens/s", lines[1])
+    assert re.match(r"round 1/2  test: accuracy \d\.\d{3} .*  validation: accuracy \d\.\d{3} ", lines[2])
+    assert re.fullmatch(r"round 2/2  loss \d\.\d{3}  [\d,]+ tokens/s  \d+:\d\d left", lines[3])
+    assert lines[-1] == f"report: {out / 'report.html'}"
+    for name in ("mood-0", "place-0", "size-0", "mood-1", "size-1", "mean"):
+        assert re.search(rf"^ ?{name} ", text, re.MULTILINE)
+    summary = json.loads((out / "summary.json").read_text())
+    clusters = summary["describe"]["clusters"]
+    row = next(line.split() for line in lines if line.split()[:1] == ["size-1"])
+    test = summary["clients"]["size-1"]["test"]
+    assert row[1:] == [str(clusters["size-1"]), "12", *(f"{test[name]:.3f}" for name in sorted(test))]
+
+    (out / "report.html").unlink()
+    code, text, _ = coterie_command("report", str(out))
+    assert (code, text) == (0, f"report: {out / 'report.html'}\n")
+    assert (out / "report.html").stat().st_size > 1000
+    code, text, _ = coterie_command("run", "--resume", "--out", str(out))
+    assert code == 0
+    assert text.splitlines()[0] == f"note: {out} is finished; nothing to do"
+
+
+def test_a_run_on_a_terminal_shows_a_bar_and_leaves_the_lines(
+    coterie_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = terminal()
+    monkeypatch.setattr(cli, "out", console)
+    path, out = sites.config(tmp_path, method="fedit"), tmp_path / "out"
+    assert coterie_command("run", str(path), "--out", str(out))[0] == 0
+    text = shown_on(console)
+    assert re.search(r"^round 3/3  loss \d\.\d{3}  [\d,]+ tokens/s  \d+:\d\d left", text, re.MULTILINE)
+    assert "━" in text
+    assert re.search(r"3 rounds in 0:\d\d, \d+\.\d MiB up, \d+\.\d MiB down, peak memory \d\.\d GiB", text)
+    assert "report: " in text
+
+
+def test_the_default_folder_is_named_after_config_method_and_seed(
+    coterie_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites.config(tmp_path, method="local")
+    monkeypatch.chdir(tmp_path)
+    assert coterie_command("run", "run.toml", "--set", "run.rounds=1", "--set", "run.seed=4")[0] == 0
+    assert (tmp_path / "runs" / "run-local-4" / "summary.json").exists()
+
+
+# progress ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=found))
+    return found
+
+
+def entry(loss: float | None = None, tokens: int = 100) -> dict[str, Any]:
+    return {
+        "bytes_up": 1,
+        "bytes_down": 1,
+        "seconds": 2.0,
+        **({} if loss is None else {"loss": loss, "tokens": tokens}),
+    }
+
+
+def play(listen: Any, at: Clock, rnd: int, clients: dict[str, Any], train: float = 8.0, evaluate: float = 2.0) -> None:
+    """The events of one round that takes ``train`` and then ``evaluate`` seconds."""
+    failed = {c: "out of [memory]" for c, e in clients.items() if "loss" not in e}
+    listen({"event": "start", "round": rnd, "clients": list(clients)})
+    for client, of in clients.items():
+        listen({"event": "client", "round": rnd, "client": client, "failed": failed.get(client), **of})
+    at.now += train
+    listen({"event": "round", "round": rnd, "clients": clients, "failed": failed, "seconds": train, "describe": {}})
+    at.now += evaluate
+    for client in clients:
+        listen({"event": "evaluated", "round": rnd, "client": client, "of": len(clients)})
+    mean = {"test": {"accuracy": 0.5, "loss": 1.25}, "validation": {"accuracy": 1.0}}
+    listen({"event": "evaluation", "round": rnd, "clients": {}, "mean": mean})
+    listen({"event": "checkpoint", "round": rnd})
+
+
+def test_lines_tell_loss_throughput_and_the_time_left(at: Clock) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    lines = Lines(console, 4, "fedit seed 0")
+    assert lines.left(0) is None
+    for event in (
+        {"event": "ready", "folder": "/runs/[x]", "clients": 2, "rounds": 4},
+        {"event": "checkpoint", "round": 0},
+        {"event": "resumed", "round": 2},
+        {"event": "note", "text": "a [note] that is much longer than the screen is wide, and stays on one line"},
+    ):
+        lines(event)
+    play(lines, at, 1, {"north": entry(1.0), "south": entry(2.0, tokens=300)})
+    play(lines, at, 2, {"north": entry(3.0), "south": entry()}, train=18.0)
+    play(lines, at, 4, {"north": entry()})
+    assert shown_on(console).splitlines() == [
+        f"fedit seed 0: {line}" if line[0] != " " else line
+        for line in (
+            "2 clients, 4 rounds, in /runs/[x]",
+            "goes on after round 2",
+            "note: a [note] that is much longer than the screen is wide, and stays on one line",
+            "round 1/4  loss 1.500  50 tokens/s",
+            "round 1/4  test: accuracy 0.500 loss 1.250  validation: accuracy 1.000",
+            "round 2/4  loss 3.000  6 tokens/s  0:12 left",  # 3 rounds of 10 s, of which 18 s are gone
+            "  left out south: out of [memory]",
+            "round 2/4  test: accuracy 0.500 loss 1.250  validation: accuracy 1.000",
+            "round 4/4  loss nan  0 tokens/s  0:07 left",  # 15 s on average, of which 8 s are gone
+            "  left out north: out of [memory]",
+            "round 4/4  test: accuracy 0.500 loss 1.250  validation: accuracy 1.000",
+        )
+    ]
+    assert lines.left(2) == pytest.approx(2 * 40 / 3)
+
+
+def test_a_live_display_names_round_client_loss_throughput_and_time_left(at: Clock) -> None:
+    console = terminal(width=120)
+    with listener(console, 3, "local") as live:
+        assert isinstance(live, Live)
+        bar = live.progress.tasks[0]
+        assert (bar.total, bar.completed) == (3, 0)
+        live({"event": "start", "round": 1, "clients": ["north", "south", "west"]})
+        assert bar.fields["now"] == "north"
+        live({"event": "client", "round": 1, "client": "north", "failed": None, **entry(1.0, tokens=300)})
+        assert bar.fields["now"] == "south  loss 1.000  150 tokens/s"
+        live({"event": "client", "round": 1, "client": "south", "failed": "gone", **entry()})
+        assert bar.fields["now"].startswith("west  loss 1.000")
+        live({"event": "client", "round": 1, "client": "west", "failed": None, **entry(2.0)})
+        assert bar.fields["now"] == "west  loss 1.500  50 tokens/s"
+        live({"event": "evaluated", "round": 1, "client": "north", "of": 3})
+        assert bar.fields["now"] == "evaluating north"
+        at.now = 90.0
+        live({"event": "checkpoint", "round": 1})
+        assert (bar.completed, bar.fields["left"]) == (1, "3:00 left")
+        live.progress.refresh()
+        play(live, at, 2, {"north": entry(0.25)})
+        assert bar.completed == 2
+    text = shown_on(console)
+    assert re.search(r"local .*━.* 1/3 evaluating north .*0:00:\d\d 3:00 left", text)
+    assert "local: round 2/3  loss 0.250" in text
+
+
+def test_elsewhere_than_on_a_terminal_there_is_no_bar() -> None:
+    with listener(Console(file=io.StringIO()), 3) as listen:
+        assert isinstance(listen, Lines)
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0, 9.4, 59.6, 61, 3599.7, 3600, 36_061)] == [
+        "0:00", "0:09", "1:00", "1:01", "1:00:00", "1:00:00", "10:01:01",
+    ]  # fmt: skip
+
+
+# summaries and comparisons -------------------------------------------------------------------------------------------
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    def client(accuracy: float) -> dict[str, Any]:
+        return {"num_train": 7, "group": "g", "test": {"accuracy": accuracy, "loss": 2 - accuracy}}
+
+    made = {
+        "title": "FedIT", "primary": "accuracy", "best_round": 2, "rounds": 3, "seconds": 75.0,
+        "clients": {"north": client(0.25), "south": client(0.75)}, "describe": {},
+        "mean": {"test": {"accuracy": 0.5, "loss": 1.5}}, "worst": {"client": "north", "accuracy": 0.25},
+        "bytes": {"up": 2**20, "down": 3 * 2**20}, "peak_memory_bytes": 2**29,
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+def scaled(factor: float, **changes: Any) -> dict[str, Any]:
+    """A summary whose accuracies are multiplied by ``factor``."""
+    clients = {
+        c: {**row, "test": {"accuracy": row["test"]["accuracy"] * factor, "loss": 1.0}}
+        for c, row in summary()["clients"].items()
+    }
+    worst = {"client": "north", "accuracy": 0.25 * factor}
+    return summary(clients=clients, mean={"test": {"accuracy": 0.5 * factor, "loss": 1.0}}, worst=worst, **changes)
+
+
+def without_test() -> dict[str, Any]:
+    clients = {c: {**row, "test": {}} for c, row in summary()["clients"].items()}
+    return summary(clients=clients, mean={}, worst={})
+
+
+def test_the_summary_of_a_run(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    show_summary(console, summary(describe={"clusters": {"north": 1}}), tmp_path)
+    text = shown_on(console)
+    assert "FedIT: test at round 2" in text
+    assert [line.split() for line in text.splitlines() if "0." in line][:3] == [
+        ["north", "1", "7", "0.250", "1.750"], ["south", "-", "7", "0.750", "1.250"], ["mean", "0.500", "1.500"],
+    ]  # fmt: skip
+    assert "3 rounds in 1:15, 1.0 MiB up, 3.0 MiB down, peak memory 0.5 GiB" in text
+    assert text.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
+    show_summary(console, without_test(), tmp_path)
+
+
+def test_a_comparison_adds_up_over_seeds() -> None:
+    made = table_of({"fedit": {0: summary(), 3: scaled(0.8)}, "local": {0: scaled(0.4)}})
+    assert made["fedit"]["seeds"] == [0, 3]
+    assert made["fedit"]["means"] == [0.5, pytest.approx(0.4)]
+    assert made["fedit"]["mean"] == pytest.approx(0.45)
+    assert made["fedit"]["std"] == pytest.approx(0.1 / math.sqrt(2))
+    assert made["fedit"]["worst"] == pytest.approx(0.225)
+    assert made["fedit"]["clients"] == {"north": pytest.approx(0.225), "south": pytest.approx(0.675)}
+    assert made["fedit"]["bytes"] == 4 * 2**20
+    assert made["local"]["std"] == 0.0
+
+
+def test_a_comparison_marks_the_best_of_every_row() -> None:
+    console = terminal()
+    results = {"fedlease": {0: scaled(0.8, describe={"clusters": {"north": 1, "south": 0}})}, "fedit": {0: summary()}}
+    compare.show(console, results, Path("runs/x"))
+    assert isinstance(console.file, io.StringIO)
+    bold = re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
+    assert bold == ["0.250", "0.750", "0.500", "0.250"]
+    rows = [line.split() for line in shown_on(console).splitlines()]
+    assert ["north", "1", "0.200", "0.250"] in rows
+    assert ["MiB", "sent", "4.0", "4.0"] in rows
+    console = terminal()
+    by_loss = {m: {0: summary(primary="loss", worst={"loss": loss})} for m, loss in (("fedit", 9.0), ("local", 8.0))}
+    compare.show(console, by_loss, Path("runs/x"))
+    assert isinstance(console.file, io.StringIO)
+    assert "8.000" in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
+    assert "9.000" not in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
+
+
+def test_a_comparison_without_test_data_has_dashes() -> None:
+    made = table_of({"fedit": {0: without_test(), 1: without_test()}})
+    assert (made["fedit"]["mean"], made["fedit"]["worst"], made["fedit"]["std"]) == (None, None, 0.0)
+    assert made["fedit"]["clients"] == {"north": None, "south": None}
+    console = terminal()
+    compare.show(console, {"fedit": {0: without_test()}, "local": {0: summary()}}, Path("runs/x"))
+    assert ["north", "-", "0.250"] in [line.split() for line in shown_on(console).splitlines()]
+
+
+def test_curves_are_means_over_seeds_by_round(tmp_path: Path) -> None:
+    for seed, values in {0: (0.1, 0.3), 5: (0.3, 0.5)}.items():
+        events = [{"event": "round", "round": 1}]
+        events += [{"event": "evaluation", "round": r, "mean": {"test": {"accuracy": v}}} for r, v in enumerate(values)]
+        events += [{"event": "evaluation", "round": 9, "mean": {}}]
+        folder = tmp_path / f"fedit-{seed}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    found = curves(tmp_path, {"fedit": {0: summary(), 5: summary()}})
+    assert found == {"FedIT": [(0, pytest.approx(0.2)), (1, pytest.approx(0.4))]}
+
+
+def test_a_method_of_a_comparison_takes_its_own_settings_alone() -> None:
+    raw: dict[str, Any] = {
+        "data": {"folder": "x"}, "run": {"rounds": 4, "seed": 9},
+        "method": {"name": "fedlease", "max_experts": 3}, "methods": {"fedit": {}},
+    }  # fmt: skip
+    assert config_for(raw, "fedlease", 2).method == {"name": "fedlease", "max_experts": 3}
+    assert config_for(raw, "local", 2).method == {"name": "local"}
+    assert (config_for(raw, "local", 2).run.seed, config_for(raw, "local", 2).run.rounds) == (2, 4)
+    several = {"data": {"folder": "x"}, "methods": {"fedlease": {"linkage": "single"}}}
+    assert config_for(several, "fedlease", 0).method == {"name": "fedlease", "linkage": "single"}
+    assert config_for(several, "fedit", 0).method == {"name": "fedit"}
+    for wrong, message in (
+        ({"methods": {"fedleaze": {}}}, "unknown method 'fedleaze'"),
+        ({"methods": {"fedlease": {"linkag": "single"}}}, r"\[method\] unknown key 'linkag'; did you mean 'linkage'"),
+        ({"method": "fedlease"}, "method = 'fedlease' in the config: method is a section"),
+        ({"methods": {"fedlease": 3}}, "fedlease = 3 in the config: fedlease is a section"),
+    ):
+        with pytest.raises(CoterieError, match=message):
+            config_for({"data": {"folder": "x"}, **wrong}, "fedlease", 0)
+    with pytest.raises(CoterieError, match="unknown method 'nothing'"):
+        config_for(raw, "nothing", 0)

@@ -1,0 +1,194 @@
+"""Every key is described, a wrong one is answered with the nearest, and two configs tell in what they differ."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from coterie.config import Config, check_config, describe_config, differences, load_config, override
+from coterie.method import methods
+from coterie.types import CoterieError
+
+DATA = {"data": {"folder": "clients"}}
+
+
+# the reference -------------------------------------------------------------------------------------------------------
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every pydantic model that an annotation holds, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in typing.get_args(annotation) for found in models_in(inner)]
+
+
+def keys_of(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf below ``model`` as (dotted name without list marks, field)."""
+    for name, field in model.model_fields.items():
+        inner = models_in(field.annotation)
+        for section in inner:
+            yield from keys_of(section, f"{path}{name}.")
+        if not inner or typing.get_origin(field.annotation) is tuple:
+            yield f"{path}{name}", field
+
+
+ROWS = list(describe_config())
+BY_KEY = {row[0].replace("[]", ""): row for row in ROWS}
+
+
+def test_every_key_of_every_section_is_described_once() -> None:
+    expected = {key for key, _ in keys_of(Config) if key != "method"} | {"method.name"}
+    expected |= {f"method[{name}].{key}" for name, kind in methods().items() for key, _ in keys_of(kind.Settings)}
+    assert len(expected) > 60
+    assert "data.clients.columns.text_pair" in expected
+    assert BY_KEY.keys() == expected
+    assert len(ROWS) == len(expected)
+    assert {key.partition("[]")[0] for key, *_ in ROWS if "[]" in key} == {"data.clients", "data.datasets"}
+
+
+def test_every_key_has_a_type_a_default_and_a_meaning() -> None:
+    inside = ("typing", "pathlib", "pydantic", "coterie.", "Undefined", "<class")
+    bad = [
+        row
+        for row in ROWS
+        if not all(row) or len(row[3]) < 6 or row[3].endswith(".") or any(word in " ".join(row) for word in inside)
+    ]
+    assert bad == []
+
+
+def test_defaults_are_those_of_a_config_that_says_nothing() -> None:
+    plain = check_config(DATA).model_dump()
+    seen = 0
+    for key, (_, _, default, _) in BY_KEY.items():
+        section, _, name = key.partition(".")
+        if section in ("model", "task", "lora", "train", "run", "engine"):
+            assert default == repr(plain[section][name]), key
+            seen += 1
+    assert seen > 30
+    assert BY_KEY["method.name"][2] == repr(plain["method"]["name"])
+    assert BY_KEY["method[fedlease].warmup_rounds"][2] == "5"
+    assert BY_KEY["data.clients.id"][2] == BY_KEY["data.datasets.source"][2] == "required"
+
+
+def test_the_settings_of_one_method_alone() -> None:
+    for name in methods():
+        others = {key for key, *_ in ROWS if key.startswith("method[") and not key.startswith(f"method[{name}]")}
+        assert [row for row in ROWS if row[0] not in others] == list(describe_config(name))
+    with pytest.raises(CoterieError, match=r"unknown method 'fedleaze'; the methods are .*fedlease"):
+        list(describe_config("fedleaze"))
+
+
+# wrong keys and values -----------------------------------------------------------------------------------------------
+
+CLIENT = {"id": "north", "train": "a.jsonl"}
+WRONG = {  # what is wrong: (the config, what the error says)
+    "section": ({**DATA, "trian": {}}, r"^unknown key 'trian'; did you mean 'train'\?$"),
+    "key": ({**DATA, "run": {"round": 3}}, r"^\[run\] unknown key 'round'; did you mean 'rounds'\?$"),
+    "nested": (
+        {"data": {"folder": "x", "columns": {"lable": "y"}}},
+        r"^\[data\.columns\] unknown key 'lable'; did you mean 'label'\?$",
+    ),
+    "in a list": (
+        {"data": {"clients": [CLIENT, {**CLIENT, "tset": "b"}]}},
+        r"^\[data\.clients\.1\] unknown key 'tset'; did you mean 'test'\?$",
+    ),
+    "in a section that may be left out": (
+        {"data": {"clients": [{**CLIENT, "columns": {"txt": "t"}}]}},
+        r"^\[data\.clients\.0\.columns\] unknown key 'txt'; did you mean 'text'\?$",
+    ),
+    "in a list of names or sections": (
+        {"data": {"datasets": ["a", {"source": "b", "nam": "c"}]}},
+        r"^\[data\.datasets\.1\] unknown key 'nam'; did you mean 'name'\?$",
+    ),
+    "of the method": (
+        {**DATA, "method": {"name": "fedlease", "linkages": "single"}},
+        r"^\[method\] unknown key 'linkages'; did you mean 'linkage'\?$",
+    ),
+    "of another method": (
+        {**DATA, "method": {"name": "local", "linkage": "single"}},
+        r"^\[method\] unknown key 'linkage'; the keys are none$",
+    ),
+    "nothing is near": ({**DATA, "lora": {"zzz": 1}}, r"^\[lora\] unknown key 'zzz'; the keys are rank, alpha, drop"),
+    "type": ({**DATA, "run": {"rounds": "ten"}}, r"^\[run\] rounds: .*integer.* \(found 'ten'\)$"),
+    "choice": ({**DATA, "train": {"schedule": "no"}}, r"^\[train\] schedule: .*'constant', 'linear' or 'cosine'.*'no'"),
+    "range": ({**DATA, "lora": {"dropout": 1.0}}, r"^\[lora\] dropout: .*less than 1 \(found 1\.0\)$"),
+    "no section": ({**DATA, "run": 3}, r"^run: .*\(found 3\)$"),
+    "method is no section": ({**DATA, "method": "fedit"}, r"^method: .*\(found 'fedit'\)$"),
+    "two faults": (
+        {**DATA, "run": {"rounds": 0, "sed": 1}},
+        r"^\[run\] rounds: .*\(found 0\); \[run\] unknown key 'sed'; did you mean 'seed'\?$",
+    ),
+    "nothing": ({}, r"^data: Field required$"),
+    "two ways": ({"data": {"folder": "x", "datasets": ["y"]}}, r"^data: .*one.*data\.folder and data\.datasets"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_config_says_where_and_what(name: str) -> None:
+    raw, message = WRONG[name]
+    with pytest.raises(CoterieError, match=message):
+        check_config(raw)
+
+
+def test_a_close_miss_of_any_key_is_answered_with_that_key() -> None:
+    seen = 0
+    for key, _ in keys_of(Config):
+        *sections, name = key.split(".")
+        if len(sections) != 1 or sections[0] == "data":
+            continue
+        for typo in (name[:-1], f"{name}s", name[0] + name):
+            if typo in Config.model_fields[sections[0]].annotation.model_fields:  # type: ignore[union-attr]
+                continue
+            with pytest.raises(CoterieError, match=rf"\[{sections[0]}\] unknown key '{typo}'; did you mean '{name}'\?"):
+                check_config({**DATA, sections[0]: {typo: 1}})
+            seen += 1
+    assert seen > 90
+
+
+# overrides and differences -------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_toml_or_plain_text() -> None:
+    raw = {"run": {"rounds": 3}, **DATA}
+    before = json.dumps(raw)
+    texts = ["run.rounds=5", "lora.targets=['query', \"value\"]", "model.path=my/model", "task.generate=true"]
+    changed = override(raw, [*texts, " train.learning_rate = 1e-3", "data.columns.text=a=b", "run.rounds=6"])
+    assert changed == {
+        "run": {"rounds": 6},
+        "data": {"folder": "clients", "columns": {"text": "a=b"}},
+        "lora": {"targets": ["query", "value"]},
+        "model": {"path": "my/model"},
+        "task": {"generate": True},
+        "train": {"learning_rate": 0.001},
+    }
+    assert json.dumps(raw) == before
+    for bad in ("rounds=3", "run.rounds", "", "=3"):
+        with pytest.raises(CoterieError, match=r"is not of the form section\.key=value"):
+            override(raw, [bad])
+    with pytest.raises(CoterieError, match="rounds is no section"):
+        override(raw, ["run.rounds.x=3"])
+
+
+def test_differences_names_keys_that_were_added_taken_away_or_changed() -> None:
+    old = {"a": {"x": 1, "y": [1, 2], "z": {"deep": None}}, "b": {"k": 1}, "same": {"n": 0.5}}
+    assert differences(old, json.loads(json.dumps(old))) == []
+    new = {"a": {"x": 2, "y": [2, 1], "z": {"deep": 3}}, "c": {"k": 1}, "same": {"n": 0.5}}
+    assert differences(old, new) == ["a.x", "a.y", "a.z.deep", "b.k", "c.k"]
+    assert differences(new, old) == differences(old, new)
+
+
+def test_a_file_and_its_overrides_make_a_config(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\nfolder = "x"\n[lora]\nrank = 4\nalpha = 6\n[method]\nname = "fedlease"\nmax_experts = 3\n')
+    config = load_config(path, ["lora.rank=2", "method.linkage=single", "run.seed=7", "task.head=shared"])
+    plan = config.plan()
+    assert (plan.rank, plan.alpha, plan.scaling, plan.seed, plan.head) == (2, 6.0, 3.0, 7, "shared")
+    assert (plan.dropout, plan.rounds, plan.optim) == (config.lora.dropout, config.run.rounds, config.train)
+    own: Any = config.method_settings()
+    assert (own.max_experts, own.linkage, own.warmup_rounds) == (3, "single", 5)

@@ -1,0 +1,310 @@
+"""The pages say what is so: configs load, Python runs, links resolve, commands exist, references are fresh."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import typer
+
+import coterie.methods
+import sites
+import tiny
+from coterie.cli import app
+from coterie.compare import config_for
+from coterie.config import check_config, load_config, load_raw
+from coterie.data import sources
+from coterie.data.federation import load_federation
+from coterie.data.settings import Columns
+from coterie.federate import federate
+from coterie.method import methods
+from coterie.nn import gates
+from coterie.nn.attach import attached
+from coterie.types import CoterieError
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(page for folder in ("docs", "examples", "bench") for page in (ROOT / folder).rglob("*.md"))]
+)
+EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
+FENCE = re.compile(r"^```(\w*) ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:src|tests|docs|examples|bench)/[\w./-]*)`")
+DATASETS = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, the word after it, its text, and where it starts."""
+
+    page: Path
+    line: int
+    language: str
+    mark: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(language: str, mark: str | None = None) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("\n```") % 2 == 0, f"{page}: a fence is not closed"
+        for match in FENCE.finditer(text):
+            block = Block(page, text[: match.start()].count("\n") + 2, match[1], match[2], match[3])
+            found += [block] if block.language == language and mark in (None, block.mark) else []
+    return found
+
+
+def the_block(mark: str) -> Block:
+    (block,) = blocks("python", mark)
+    return block
+
+
+# configs -------------------------------------------------------------------------------------------------------------
+
+
+def check(raw: dict[str, Any]) -> None:
+    """As ``coterie run`` does, or as ``coterie compare`` where there are settings of several methods."""
+    if "methods" not in raw:
+        check_config(raw)
+        return
+    assert "method" not in raw
+    for method in methods():
+        config_for(raw, method, 0)
+
+
+def test_there_are_pages_and_examples() -> None:
+    assert len(PAGES) >= 15
+    assert len(EXAMPLES) >= 6
+    listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES if f"({path.name})" not in listed] == []
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_a_good_config(path: Path) -> None:
+    check(load_raw(path))
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_toml_on_a_page_is_a_good_config(block: Block) -> None:
+    check({"data": {"folder": "clients"}, **tomllib.loads(block.text)})
+
+
+def test_the_check_finds_a_fault() -> None:
+    with pytest.raises(CoterieError, match="warm_rounds"):
+        check({"data": {"folder": "x"}, "methods": {"fedlease": {"warm_rounds": 1}}})
+
+
+@pytest.mark.skipif(not DATASETS.is_dir(), reason="the public datasets are not beside this checkout")
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if "shared/data" in p.read_text("utf-8")], ids=lambda p: p.name)
+def test_an_example_gets_the_rows_it_asks_for(path: Path) -> None:
+    raw = load_raw(path)
+    data = check_config({key: raw[key] for key in ("data", "task") if key in raw}).data
+    clients = load_federation(data, "classification", 0, path.parent).clients
+    assert len(clients) >= 8
+    assert {c.info.num_train for c in clients} == {data.train_rows}
+    assert {c.info.num_test for c in clients} == {data.test_rows}
+
+
+# what the README tells a stranger to do ------------------------------------------------------------------------------
+
+SMALLER = {
+    'path = "minilm"': 'path = "model"',
+    "rank = 8": "rank = 2",
+    "batch_size = 16": "batch_size = 4",
+    "epochs = 2": "epochs = 1",
+    "warmup_rounds = 2": "warmup_rounds = 1",
+    "rounds = 8": "rounds = 3",
+}
+
+
+def test_the_readme_from_files_to_a_loaded_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = ROOT / "README.md"
+    (config,) = [block.text for block in blocks("toml") if block.page == readme]
+    for large, small in SMALLER.items():
+        assert large in config
+        config = config.replace(large, small)
+    tiny.folder(tmp_path / "model", "bert")
+    places = iter(sites.federation(tmp_path / "clients").values())
+    for name in ("north", "south", "east"):
+        next(places).rename(tmp_path / "clients" / name)
+    (tmp_path / "triage.toml").write_text(config + '[engine]\nthreads = 1\ndevice = "cpu"\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    app(["run", "triage.toml"], standalone_mode=False)
+    runnable = [block for block in blocks("python", "run") if block.page == readme]
+    assert len(runnable) >= 3
+    for block in runnable:
+        exec(compile(block.text, str(block), "exec"), {})
+    kept = {path.relative_to(tmp_path).parts[2] for path in tmp_path.glob("runs/triage-fedlease-0/*")}
+    page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w.]+)", page, re.MULTILINE))
+    assert kept == named - {"tensorboard"}
+
+
+# Python --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_on_a_page_compiles(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+    assert block.mark in ("", "run", "method", "gate", "source")
+    assert block.mark != "run" or block.page == ROOT / "README.md", "nothing runs it there"
+    for name in re.findall(r"^from (coterie[\w.]*) import", block.text, re.MULTILINE):
+        importlib.import_module(name)
+
+
+@pytest.fixture
+def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose modules count as methods and as sources."""
+    for package in (coterie.methods, sources):
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    for registry in (methods, sources.sources):
+        registry.cache_clear()
+    yield tmp_path
+    for registry in (methods, sources.sources):
+        registry.cache_clear()
+
+
+def test_the_method_of_the_contributing_page_runs(plugged: Path) -> None:
+    (plugged / "fedmedian.py").write_text(the_block("method").text, encoding="utf-8")
+    path = sites.config(plugged / "site", method="fedmedian")
+    summary = federate(load_config(path), plugged / "out", root=path.parent)
+    assert summary["rounds"] == 3
+    assert (plugged / "out" / "experts" / "global" / "adapter_config.json").is_file()
+    failed = [json.loads(line).get("failed") for line in (plugged / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert not any(failed)
+    with pytest.raises(CoterieError, match="keeps heads with the clients"):
+        federate(load_config(path, ["task.head=shared"]), plugged / "other", root=path.parent)
+
+
+def test_the_source_of_the_contributing_page_loads(plugged: Path) -> None:
+    (plugged / "tabs.py").write_text(the_block("source").text, encoding="utf-8")
+    (plugged / "rows.txt").write_text("good\tall well\nbad\tnot\tso well\n", encoding="utf-8")
+    (dataset,) = sources.load("tabs:rows.txt", plugged, Columns())
+    assert dataset.name == "rows"
+    assert dataset.tables["train"].records == [
+        {"label": "good", "text": "all well"},
+        {"label": "bad", "text": "not\tso well"},
+    ]
+    with pytest.raises(CoterieError, match="no such file"):
+        sources.load("tabs:none.txt", plugged, Columns())
+
+
+def test_the_gate_of_the_contributing_page_weighs(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = dict(vars(gates))
+    exec(compile(the_block("gate").text, "gate", "exec"), space)
+    monkeypatch.setattr(gates, "sigmoid", space["sigmoid"], raising=False)
+    gates.gates.cache_clear()
+    try:
+        made = tiny.model("bert")
+        bank = tiny.bank(tiny.targets(made), experts=3, gate="sigmoid")
+        with attached(made, bank) as handle:
+            handle.now.usage = {}
+            made(**tiny.batch())
+        sums = torch.stack([weights[0].sum() for weights in handle.now.usage.values()])
+        assert ((sums > 0) & (sums < 3 * 21)).all()
+    finally:
+        monkeypatch.undo()
+        gates.gates.cache_clear()
+
+
+# links, paths, commands ----------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def faults(page: Path) -> list[str]:
+    """The links of a page that lead nowhere within the repository."""
+    found = []
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        if not place.exists() or not place.is_relative_to(ROOT) or (anchor and anchor not in anchors(place)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_resolve(page: Path) -> None:
+    assert faults(page) == []
+    named = PATH.findall(page.read_text(encoding="utf-8"))
+    made_later = {"src/coterie/methods/fedmedian.py", "bench/results/NAME.json"}
+    assert [path for path in named if path not in made_later and not (ROOT / path).exists()] == []
+
+
+def test_the_link_check_finds_a_fault(tmp_path: Path) -> None:
+    page = ROOT / "README.md"
+    assert len(LINK.findall(page.read_text(encoding="utf-8"))) >= 10
+    bad = tmp_path / "page.md"
+    bad.write_text("[a](none.md), [b](https://example.org), [c](#there), [d](#not-there)\n# There\n")
+    assert faults(bad) == ["none.md", "#there", "#not-there"]  # outside the repository, so its own anchors too
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_commands_on_a_page_exist(block: Block) -> None:
+    group = typer.main.get_command(app)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    seen = 0
+    for line in block.text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["coterie"]:
+            assert isinstance(group, click.Group)
+            context = click.Context(group)
+            command = group.get_command(context, words[1])
+            assert command is not None, line
+            command.make_parser(click.Context(command)).parse_args(words[2:])
+        elif words[:1] == ["make"]:
+            assert words[1] in targets, line
+        else:
+            assert not words or words[:2] == ["pip", "install"], line
+        seen += bool(words)
+    assert seen
+
+
+# tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_names_every_method_in_its_table_of_what_travels() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    travels = text.split("## What travels")[1].split("##")[0]
+    named = set(re.findall(r"^\| `(\w+)`", travels, re.MULTILINE))
+    assert named == set(methods())
+
+
+def test_fedleases_page_has_every_setting_with_its_default() -> None:
+    text = (ROOT / "docs" / "methods" / "fedlease.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text.split("## Settings")[1], re.MULTILINE))
+    fields = methods()["fedlease"].Settings.model_fields
+    assert rows == {name: str(field.default) for name, field in fields.items()}
+
+
+@pytest.mark.parametrize("page", ["methods", "config"])
+def test_a_reference_page_is_what_the_command_prints_now(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    app([page, "--markdown"], standalone_mode=False)
+    found = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+    assert found == f"<!-- Made by `make docs`: do not edit. -->\n\n{capsys.readouterr().out}", "run `make docs`"

@@ -1,0 +1,137 @@
+"""Metrics against hand values and sklearn, and their sums over clients."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from coterie import evaluate
+from coterie.evaluate import (
+    better,
+    classification_metrics,
+    mean_metrics,
+    percentiles,
+    perplexity,
+    text_metrics,
+    worst_client,
+)
+from coterie.types import CoterieError
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# truth, predicted, accuracy, macro-F1, Matthews
+BY_HAND = {
+    "all right": ([0, 1, 2, 0], [0, 1, 2, 0], 1.0, 1.0, 1.0),
+    "all wrong, two classes": ([0, 0, 1, 1], [1, 1, 0, 0], 0.0, 0.0, -1.0),
+    "one class predicted": ([0, 0, 1, 1], [1, 1, 1, 1], 0.5, (0 + 2 / 3) / 2, 0.0),
+    "one class there": ([1, 1, 1, 1], [1, 1, 0, 1], 0.75, (0 + 6 / 7) / 2, 0.0),
+    "one class in both": ([2, 2, 2], [2, 2, 2], 1.0, 1.0, 0.0),
+    "one row": ([0], [1], 0.0, 0.0, 0.0),
+    "a class that is never there": ([0, 1, 1], [0, 1, 2], 2 / 3, (1 + 2 / 3 + 0) / 3, 3 / math.sqrt(24)),
+    "binary": ([1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1], 4 / 6, 2 / 3, (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_classification_metrics_by_hand(name: str) -> None:
+    truth, predicted, accuracy, macro_f1, matthews = BY_HAND[name]
+    expected = {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews}
+    assert classification_metrics(truth, predicted) == pytest.approx(expected, abs=1e-12)
+
+
+def test_classification_metrics_are_sklearns() -> None:
+    draw = random.Random(0)
+    for classes in (2, 3, 7):
+        truth = [draw.randrange(classes) for _ in range(50)]
+        predicted = [t if draw.random() < 0.6 else draw.randrange(classes) for t in truth]
+        found = classification_metrics(truth, predicted)
+        assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(truth, predicted))
+        assert found["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(truth, predicted, average="macro"))
+        assert found["matthews"] == pytest.approx(sklearn_metrics.matthews_corrcoef(truth, predicted))
+        assert {type(value) for value in found.values()} == {float}
+    with pytest.raises(ValueError, match="zip"):
+        classification_metrics([0, 1], [0])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="needs the extra metrics")
+def test_text_metrics_by_hand() -> None:
+    """ROUGE-L of (reference, text): F of the longest common subsequence of stemmed words."""
+    pairs = {
+        ("the cat sat", "the cat sat"): 1.0,
+        ("the cat sat on the mat", "the mat"): 2 * (2 / 2) * (2 / 6) / (2 / 2 + 2 / 6),
+        ("running fast", "runs fast"): 1.0,  # stemmed
+        ("a b c d", "d c b a"): 1 / 4,
+        ("yes", "no"): 0.0,
+        ("yes", ""): 0.0,
+    }
+    for (reference, text), score in pairs.items():
+        assert text_metrics([reference], [text])["rouge_l"] == pytest.approx(score), (reference, text)
+    references, texts = [list(side) for side in zip(*pairs, strict=True)]
+    assert text_metrics(references, texts)["rouge_l"] == pytest.approx(sum(pairs.values()) / len(pairs))
+    assert text_metrics([" yes", "no", "Yes"], ["yes \n", "yes", "yes"])["exact_match"] == pytest.approx(1 / 3)
+
+
+def test_text_metrics_without_rouge_score_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CoterieError, match=r"rouge-score: pip install 'coterie\[metrics\]'"):
+        text_metrics(["a"], ["a"])
+
+
+def test_perplexity_is_infinite_where_it_overflows() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(2.0) == pytest.approx(math.e**2)
+    assert 0 < perplexity(699.0) < math.inf
+    assert perplexity(710.0) == perplexity(1e9) == perplexity(math.inf) == math.inf
+
+
+def test_the_mean_is_over_clients_and_metrics_that_all_have() -> None:
+    rows = {"a": {"accuracy": 0.5, "loss": 1.0}, "b": {"accuracy": 1.0, "loss": 4.0, "extra": 3.0}}
+    assert mean_metrics(rows) == {"accuracy": 0.75, "loss": 2.5}
+    assert mean_metrics({"b": rows["b"], "a": rows["a"]}) == {"accuracy": 0.75, "loss": 2.5}
+    assert mean_metrics({}) == {}
+
+
+@pytest.mark.parametrize(("metric", "lower"), [("loss", True), ("perplexity", True), ("accuracy", False), ("x", False)])
+def test_better_knows_which_way_is_up(metric: str, lower: bool) -> None:
+    assert better(metric, 1.0, 2.0) == lower
+    assert better(metric, 2.0, 1.0) != lower
+    assert not better(metric, 1.0, 1.0)
+    assert better(metric, 1.0, math.nan)
+    assert not better(metric, math.nan, 1.0)
+    assert not better(metric, math.nan, math.nan)
+
+
+def test_the_worst_client_is_the_first_by_name_on_a_tie() -> None:
+    rows = {"c": {"accuracy": 0.2}, "b": {"accuracy": 0.2}, "a": {"accuracy": 0.9}, "d": {"loss": 1.0}}
+    assert worst_client("accuracy", rows) == ("b", 0.2)
+    assert worst_client("accuracy", dict(reversed(rows.items()))) == ("b", 0.2)
+    assert worst_client("loss", {"a": {"loss": 1.0}, "b": {"loss": 3.0}, "c": {"loss": 3.0}}) == ("b", 3.0)
+    assert worst_client("rouge_l", rows) is None
+    for order in ("abc", "cab", "bca"):
+        client, value = worst_client("loss", {c: {"loss": math.nan if c == "b" else 1.0} for c in order}) or ("", 0)
+        assert client == "b"
+        assert math.isnan(value)
+
+
+def test_percentiles() -> None:
+    draw = random.Random(1)
+    rows = {f"c{i}": {"accuracy": draw.random()} for i in range(23)}
+    values = [row["accuracy"] for row in rows.values()]
+    found = percentiles("accuracy", rows | {"without": {"loss": 1.0}})
+    assert found == {f"p{p}": pytest.approx(float(np.percentile(values, p))) for p in (10, 25, 50, 75, 90)}
+    assert percentiles("accuracy", {f"c{i}": {"accuracy": i / 10} for i in range(11)}) == pytest.approx(
+        {"p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9}
+    )
+    assert percentiles("loss", rows) == {}
