@@ -63,5 +63,10 @@ def _read(path: Path, state: type[Any]) -> Checkpoint:
     return Checkpoint(info.pop("rnd"), codec.decode(state, rest), info)
 
 
+def newest_round(folder: Path) -> int:
+    """The round of the newest checkpoint file."""
+    return int(_newest_first(folder)[0].stem)
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ckpt"), reverse=True)

@@ -25,7 +25,7 @@ from coterie.data.rows import Federation
 from coterie.doctor import cpu_cores
 from coterie.engine import Engine
 from coterie.export import write_adapter, write_bundle
-from coterie.files import remove_parts, write_json
+from coterie.files import is_part, remove_parts, write_json
 from coterie.method import Method, method_named
 from coterie.nn.base import resolve
 from coterie.report import write_report
@@ -100,7 +100,7 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raises :class:`CoterieError` for a folder that is taken, or that holds no run or another run to resume."""
     exists = (folder / "config.json").exists()
     if not resume:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not is_part(path) for path in folder.iterdir()):
             what = "holds a run" if exists else "is not empty"
             raise CoterieError(f"{folder} {what}; go on with --resume, or name another folder with --out")
         return
@@ -116,13 +116,13 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
 
 def claim(folder: Path, opened: Opened, resume: bool) -> None:
     """Write the resolved config and the manifest, or check that the data are those that the run started with."""
-    manifest = json.loads(json.dumps(opened.federation.manifest))
-    if not resume:
-        write_json(folder / "manifest.json", manifest)
-        write_json(folder / "config.json", {"root": str(opened.root.resolve()), "config": _plain(opened.config)})
-        return
+    manifest, path = json.loads(json.dumps(opened.federation.manifest)), folder / "manifest.json"
     remove_parts(folder)
-    if json.loads((folder / "manifest.json").read_text(encoding="utf-8")) != manifest:
+    if not resume:
+        write_json(folder / "config.json", {"root": str(opened.root.resolve()), "config": _plain(opened.config)})
+    if not path.exists():
+        write_json(path, manifest)
+    elif json.loads(path.read_text(encoding="utf-8")) != manifest:
         raise CoterieError(
             f"the data are not those that {folder} started with (see manifest.json); restore them, or start a new run"
         )

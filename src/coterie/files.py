@@ -30,8 +30,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Delete what :func:`write_atomic` left below ``folder`` when its process was killed."""
-    for part in folder.rglob(".*.tmp"):
-        part.unlink()
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
+def is_part(path: Path) -> bool:
+    """Whether ``path`` is what :func:`write_atomic` left when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def write_json(path: Path, value: Json) -> None:

@@ -7,9 +7,7 @@ was killed too. What it does not know (the state of a method to come, a manifest
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,14 @@ from matplotlib.figure import Figure
 from coterie import plots
 from coterie.files import write_atomic
 from coterie.plots import natural
+from coterie.tables import PERCENT, show, tables
 from coterie.types import CoterieError, Json
 
 REPORT_FILE = "report.html"
 PICTURE_FOLDER = "pictures"
-MISSING = "-"
 _SPLITS = ("test", "validation")
-_PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
 _TITLES = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
 _PICTURED = {"clusters", "silhouettes", "distances", "order"}  # of what a method describes; the rest becomes tables
-_LONG_LIST = 12  # entries of a list that a cell shows
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,8 @@ class Run:
     @property
     def describe(self) -> dict[str, Any]:
         """What the method says of its state at the end of what there is."""
-        last = self.rounds[max(self.rounds)].get("describe") if self.rounds else None
-        return self.summary.get("describe") or last or {}
+        changes = [event.get("describe") or {} for _, event in sorted(self.rounds.items())]
+        return self.summary.get("describe") or {name: value for change in changes for name, value in change.items()}
 
     @property
     def mean(self) -> dict[str, dict[str, Any]]:
@@ -122,15 +118,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of values as they came from JSON; ``show`` makes them readable."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Json]]
-
-
-@dataclass(frozen=True)
 class Picture:
     """A figure, the name of its file, and what to say of it."""
 
@@ -185,106 +172,6 @@ def read_run(run: Path) -> Run:
     return Run(run.resolve().name, **files, rounds=kept["round"], evaluations=kept["evaluation"], notes=notes)
 
 
-def show(value: Json, name: str = "") -> str:
-    """A value as text for readers; ``name`` tells its unit. What is missing or no number is ``-``."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (int, float)):
-        return _number(value, name)
-    if isinstance(value, (list, tuple)):
-        text = ", ".join(show(item) for item in value[:_LONG_LIST])
-        return f"{text}, ... ({len(value)})" if len(value) > _LONG_LIST else text or MISSING
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {show(item, key)}" for key, item in value.items()) or MISSING
-    text = str(value)
-    return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
-
-
-def tables(value: Mapping[str, Json], title: str) -> list[Table]:
-    """Any JSON mapping as tables: one of its plain entries, one of each list or mapping of records inside it."""
-    plain: list[tuple[str, Json]] = []
-    found: list[Table] = []
-    for key, item in _flat(value):
-        if records := _records(item):
-            columns = list(dict.fromkeys(column for _, row in records for column in row))
-            found.append(Table(key, ["", *columns], [[n, *(row.get(c) for c in columns)] for n, row in records]))
-        elif _is_matrix(item):
-            found.append(Table(key, ["", *map(str, range(len(item[0])))], [[i, *row] for i, row in enumerate(item)]))
-        else:
-            plain.append((key, item))
-    return ([Table(title, ["", ""], plain)] if plain else []) + found
-
-
-def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value and not _records(value):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _records(value: Json) -> list[tuple[str, dict[str, Json]]]:
-    """``(name, row)`` of a list of mappings, or of a mapping of mappings that have the same keys; else nothing.
-
-    A mapping inside the rows becomes columns where all rows have it with the same keys.
-    """
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    rows = [(str(name), row) for name, row in items]
-    if len(rows) < 2 or not all(isinstance(row, dict) and row for _, row in rows):
-        return []
-    if isinstance(value, dict) and len({frozenset(row) for _, row in rows}) > 1:
-        return []
-    inner = {key for key in rows[0][1] if _alike([row.get(key) for _, row in rows])}
-    return [(name, dict(_spread(row, inner))) for name, row in rows]
-
-
-def _alike(values: Sequence[Json]) -> bool:
-    return all(isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values)
-
-
-def _spread(row: Mapping[str, Json], inner: set[str]) -> Iterator[tuple[str, Json]]:
-    for key, value in row.items():
-        if key in inner:
-            yield from ((f"{key}.{name}", item) for name, item in value.items())
-        else:
-            yield key, value
-
-
-def _is_matrix(value: Json) -> bool:
-    if not isinstance(value, list) or not value or not isinstance(value[0], list):
-        return False
-    return all(isinstance(row, list) and len(row) == len(value[0]) > 0 for row in value)
-
-
-def _number(value: float, name: str) -> str:
-    if name in _PERCENT:
-        return f"{100 * value:.1f}%"
-    if name.startswith("bytes") or name.endswith("bytes"):
-        return _bytes(value)
-    if name == "seconds":
-        return _seconds(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return f"{value:.3f}" if name in ("loss", "matthews") else f"{value:.4g}"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
-
-
-def _seconds(value: float) -> str:
-    if value < 60:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _environment() -> Environment:
     env = Environment(
         loader=PackageLoader("coterie"),
@@ -294,7 +181,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters |= {"show": show, "metric": lambda name: _TITLES.get(name, name.replace("_", " "))}
-    env.tests["percent"] = _PERCENT.__contains__
+    env.tests["percent"] = PERCENT.__contains__
     return env
 
 
@@ -355,7 +242,7 @@ def _pictures(run: Run) -> Iterator[Picture]:
             mean,
             {client: run.curve(first, client) for client in run.clients},
             label=f"{name}, mean of the clients",
-            percent=run.primary in _PERCENT,
+            percent=run.primary in PERCENT,
             mark=run.summary.get("best_round"),
         )
         yield Picture("metric-by-round", f"{name.capitalize()} by round", figure, f"Thin lines: {first}, each client.")

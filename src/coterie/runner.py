@@ -66,9 +66,10 @@ class Runner:
             except OSError as fault:
                 if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
+                stands = checkpoints.newest_round(self.folder / "checkpoints")
                 raise CoterieError(
                     f"the disk is full ({fault.filename or self.folder}) in round {rnd}; the checkpoint of round "
-                    f"{rnd - 1} stands: make room, then go on with --resume"
+                    f"{stands} stands: make room, then go on with --resume"
                 ) from fault
         return state
 

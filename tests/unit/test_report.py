@@ -14,7 +14,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from coterie import plots
-from coterie.report import show, tables, write_report
+from coterie.report import write_report
+from coterie.tables import show, tables
 from coterie.types import CoterieError
 
 CLIENTS = ("north-1", "north-2", "north-10", "south-1")

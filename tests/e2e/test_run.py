@@ -1,0 +1,375 @@
+"""Whole runs on tiny random models: what they leave behind is there, adds up, and gives the logits that it should."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import sites
+import tiny
+from coterie import __version__, codec
+from coterie.checkpoint import load_newest
+from coterie.compare import compare
+from coterie.config import load_config
+from coterie.data.federation import load_federation
+from coterie.data.rows import TextRow
+from coterie.export import read_bundle
+from coterie.federate import federate
+from coterie.method import method_named
+from coterie.nn.attach import attached
+from coterie.nn.base import load_base
+from coterie.types import Bank, Key, Part
+
+ROUGE = importlib.util.find_spec("rouge_score") is not None  # the extra metrics
+RUNS: dict[str, dict[str, str]] = {  # what each run adds to the config of sites.config
+    "bert-fedlease": {"method": "fedlease", "arch": "bert"},
+    "bert-fedlease-shared": {"method": "fedlease", "arch": "bert", "task": 'head = "shared"'},
+    "bert-fedit": {"method": "fedit", "arch": "bert"},
+    "bert-fedit-shared": {"method": "fedit", "arch": "bert", "task": 'head = "shared"'},
+    "bert-local": {"method": "local", "arch": "bert"},
+    "llama-fedlease": {"method": "fedlease", "arch": "llama"},
+    "llama-local": {"method": "local", "arch": "llama"},
+    "gpt2-fedlease": {"method": "fedlease", "arch": "gpt2"},
+    "gpt2-fedit": {"method": "fedit", "arch": "gpt2", "task": "generate = true\nmax_new_tokens = 4" if ROUGE else ""},
+}
+CLIENTS = ["mood-0", "mood-1", "place-0", "size-0", "size-1"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run: its config file, its folder, its summary and its events."""
+
+    config: Path
+    out: Path
+    summary: dict[str, Any]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def state(self) -> Any:
+        """The server's state after the last round."""
+        config = load_config(self.config)
+        found = load_newest(self.out / "checkpoints", method_named(config.method["name"]).State, print)
+        assert found is not None
+        return found.state
+
+
+def configured(folder: Path, name: str) -> Path:
+    ways = RUNS[name]
+    path = sites.config(folder, ways["arch"], method=ways["method"])
+    text = path.read_text().replace("[lora]", f"{ways.get('task', '')}\n[lora]")
+    path.write_text(text)
+    return path
+
+
+def run(path: Path, out: Path, *changes: str) -> Done:
+    return Done(path, out, federate(load_config(path, changes), out, root=path.parent))
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``done(name)``: the run of that name, made once."""
+
+    @cache
+    def make(name: str) -> Done:
+        folder = tmp_path_factory.mktemp(name)
+        torch.set_num_threads(1)
+        return run(configured(folder, name), folder / "out")
+
+    return make
+
+
+def files_of(folder: Path, *names: str) -> dict[str, bytes]:
+    found = [p for name in names for p in sorted((folder / name).rglob("*")) if p.is_file()]
+    assert found
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+# the summary ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_summary_is_what_the_events_add_up_to(name: str, done: Any) -> None:
+    made = done(name)
+    summary = json.loads((made.out / "summary.json").read_text())
+    assert summary == made.summary
+    assert (summary["method"], summary["seed"], summary["rounds"]) == (RUNS[name]["method"], 0, 3)
+    assert sorted(summary["clients"]) == CLIENTS
+    rounds, evaluations = made.of("round"), {event["round"]: event for event in made.of("evaluation")}
+    assert [event["round"] for event in rounds] == list(evaluations) == [1, 2, 3]
+
+    primary = "accuracy" if name.startswith("bert") else "loss"
+    sign = 1 if primary == "accuracy" else -1
+    validation = {
+        rnd: sum(c["validation"][primary] for c in event["clients"].values()) / 5 for rnd, event in evaluations.items()
+    }
+    best = max(validation, key=lambda rnd: (round(sign * validation[rnd], 12), -rnd))
+    assert (summary["primary"], summary["best_round"]) == (primary, best)
+    scores = {client: evaluations[best]["clients"][client]["test"] for client in CLIENTS}
+    assert {client: row["test"] for client, row in summary["clients"].items()} == scores
+    measured = {"accuracy", "macro_f1", "matthews", "loss"} if primary == "accuracy" else {"perplexity", "loss"}
+    measured |= {"rouge_l", "exact_match"} if ROUGE and name == "gpt2-fedit" else set()
+    for metric in measured:
+        mean = sum(row[metric] for row in scores.values()) / 5
+        assert summary["mean"]["test"][metric] == pytest.approx(mean, rel=1e-12)
+    assert summary["mean"]["test"].keys() == measured
+    worst = min(sorted(CLIENTS), key=lambda client: sign * scores[client][primary])
+    assert summary["worst"] == {"client": worst, primary: scores[worst][primary]}
+    assert summary["percentiles"]["p50"] == sorted(row[primary] for row in scores.values())[2]
+
+    for way in ("up", "down"):
+        each = {c: sum(event["clients"][c][f"bytes_{way}"] for event in rounds) for c in CLIENTS}
+        assert {c: row[f"bytes_{way}"] for c, row in summary["clients"].items()} == each
+        assert summary["bytes"][way] == sum(each.values()) > 0
+    assert summary["seconds"] == pytest.approx(sum(e["seconds"] for e in [*rounds, *evaluations.values()]))
+    assert summary["peak_memory_bytes"] > 10**8
+    assert summary["versions"].keys() >= {"coterie", "python", "torch", "transformers", "peft"}
+    assert (summary["coterie"], summary["versions"]["torch"]) == (__version__, torch.__version__)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "fedlease" in name])
+def test_a_summary_of_fedlease_has_clusters_silhouettes_and_usage(name: str, done: Any) -> None:
+    summary = done(name).summary
+    clusters, silhouettes = summary["describe"]["clusters"], summary["describe"]["silhouettes"]
+    assert sorted(clusters) == CLIENTS
+    experts = max(clusters.values()) + 1
+    assert set(clusters.values()) == set(range(experts))
+    assert sorted(silhouettes) == ["2", "3", "4"]
+    assert max(silhouettes, key=lambda k: (silhouettes[k], -int(k))) == str(experts)
+    assert len(summary["describe"]["distances"]) == 5
+    assert sorted(summary["usage"]) == CLIENTS
+    for client, usage in summary["usage"].items():
+        assert len(usage["weight"]) == len(usage["share"]) == experts
+        assert sum(usage["weight"]) == pytest.approx(1)
+        assert all(0 <= w <= s <= 1 for w, s in zip(usage["weight"], usage["share"], strict=True))
+        assert usage["share"][clusters[client]] == 1, "the own expert is always in"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_folder_holds_what_it_should(name: str, done: Any) -> None:
+    made = done(name)
+    assert {p.name for p in made.out.iterdir()} >= {
+        "config.json", "manifest.json", "metrics.jsonl", "checkpoints", "personal", "clients", "summary.json",
+        "report.html",
+    }  # fmt: skip
+    assert [p.name for p in sorted((made.out / "checkpoints").iterdir())] == ["000002.ckpt", "000003.ckpt"]
+    assert sorted(p.name for p in (made.out / "clients").iterdir()) == CLIENTS
+    assert not list(made.out.rglob("*.tmp"))
+    page = (made.out / "report.html").read_text(encoding="utf-8")
+    for word in (*CLIENTS, made.summary["title"], "</html>"):
+        assert word in page
+    config = json.loads((made.out / "config.json").read_text())
+    assert config["root"] == str(made.config.parent)
+    assert config["config"]["method"]["name"] == RUNS[name]["method"]
+    assert config["config"]["run"]["cohort"] == 1.0, "defaults too"
+    manifest = json.loads((made.out / "manifest.json").read_text())
+    assert sorted(manifest["clients"]) == CLIENTS
+    assert all(row["rows"] == {"train": 12, "validation": 6, "test": 6} for row in manifest["clients"].values())
+
+
+# experts and bundles -------------------------------------------------------------------------------------------------
+
+
+def inputs_for(model: Any) -> dict[str, torch.Tensor]:
+    made = tiny.batch(3, 7, padded=model.config.model_type == "bert")
+    return made | ({"token_type_ids": made["attention_mask"] * 0} if model.config.model_type == "bert" else {})
+
+
+def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs).logits
+    return found
+
+
+def through_peft(base: Any, folder: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """PEFT's logits; a key that it misses is only a warning there, here it is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return logits(PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval(), inputs)
+
+
+def auto(name: str) -> Any:
+    return AutoModelForSequenceClassification if name.startswith("bert") else AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "local" not in name])
+def test_each_expert_is_a_peft_adapter_with_the_logits_of_our_layer(name: str, done: Any) -> None:
+    made = done(name)
+    state = made.state
+    experts = method_named(RUNS[name]["method"])(None, None).experts(state)
+    folders = sorted((made.out / "experts").iterdir())
+    assert [folder.name for folder in folders] == sorted(experts)
+    number = max(state.allocation.clusters.values()) + 1 if "fedlease" in name else 1
+    assert len(folders) == number
+    base = auto(name).from_pretrained(made.config.parent / "model").eval()
+    base_logits = logits(base, inputs_for(base))
+    for folder in folders:
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(made.config.parent / "model")
+        expert = {key._replace(expert=0): value for key, value in experts[folder.name].items()}
+        with attached(base, Bank(expert, scaling=16 / 2)):
+            ours = logits(base, inputs_for(base))
+        assert (ours - base_logits).abs().max() > 1e-3, "the expert changes something"
+        torch.testing.assert_close(through_peft(base, folder, inputs_for(base)), ours, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["bert-fedlease", "bert-fedlease-shared", "bert-fedit", "bert-local"])
+def test_a_bundle_gives_the_accuracy_of_the_last_round(name: str, done: Any) -> None:
+    made = done(name)
+    last = made.of("evaluation")[-1]["clients"]
+    config = load_config(made.config)
+    federation = load_federation(config.data, "classification", config.run.seed, made.config.parent)
+    seen = set()
+    for client in federation.clients:
+        bank, info = read_bundle(made.out / "clients" / client.info.id)
+        assert (info["client"], info["method"], info["round"]) == (client.info.id, RUNS[name]["method"], 3)
+        assert tuple(info["labels"]) == client.info.labels
+        base = load_base(info["base"], info["task"])
+        rows = [row for row in client.splits["test"] if isinstance(row, TextRow)]
+        with attached(base.model, bank):
+            right = []
+            for row in rows:
+                tokens = base.tokenizer(row.text, truncation=True, max_length=32, return_tensors="pt")
+                found = logits(base.model, dict(tokens))
+                assert found.shape == (1, len(info["labels"]))
+                right.append(int(found.argmax()) == row.label)
+        assert sum(right) / len(rows) == last[client.info.id]["test"]["accuracy"]
+        seen.add(sum(right))
+    assert len(seen) > 1, "clients differ, so that a mix-up of them shows"
+
+
+@pytest.mark.parametrize("name", ["bert-local", "bert-fedit-shared", "llama-local"])
+def test_a_plain_lora_has_a_peft_adapter_beside_its_bundle(name: str, done: Any) -> None:
+    made = done(name)
+    for client in CLIENTS:
+        bank, info = read_bundle(made.out / "clients" / client)
+        labels = {"num_labels": len(info["labels"])} if info["labels"] else {}
+        base = auto(name).from_pretrained(info["base"], **labels).eval()
+        with attached(base, bank):
+            ours = logits(base, inputs_for(base))
+        adapter = made.out / "clients" / client / "adapter"
+        torch.testing.assert_close(through_peft(base, adapter, inputs_for(base)), ours, atol=2e-5, rtol=2e-5)
+        assert any(key.part is Part.HEAD for key in bank.tensors) == name.startswith("bert")
+    if "local" in name:
+        weights = [(made.out / "clients" / c / "adapter" / "adapter_model.safetensors").read_bytes() for c in CLIENTS]
+        assert len(set(weights)) == 5
+
+
+def test_a_mixture_has_a_bundle_and_no_adapter(done: Any) -> None:
+    made = done("bert-fedlease")
+    bank, _ = read_bundle(made.out / "clients" / "mood-0")
+    assert bank.gate.name == "slot_top_k"
+    assert {key.part for key in bank.tensors} == set(Part)
+    assert not (made.out / "clients" / "mood-0" / "adapter").exists()
+
+
+def test_heads_are_personal_or_shared_by_label_space_and_cluster(done: Any) -> None:
+    def heads(name: str) -> dict[str, dict[Key, torch.Tensor]]:
+        banks = {c: read_bundle(done(name).out / "clients" / c)[0] for c in CLIENTS}
+        return {c: {k: v for k, v in bank.tensors.items() if k.part is Part.HEAD} for c, bank in banks.items()}
+
+    def same(one: Any, other: Any) -> bool:
+        return codec.encode(one) == codec.encode(other)
+
+    alike = [("mood-0", "mood-1"), ("size-0", "size-1")]
+    for name in ("bert-fedlease", "bert-fedit"):
+        assert [same(heads(name)[a], heads(name)[b]) for a, b in alike] == [False, False]
+    shared = heads("bert-fedit-shared")
+    assert [same(shared[a], shared[b]) for a, b in alike] == [True, True]
+    assert not same(shared["mood-0"], shared["place-0"]), "as many labels, but other ones"
+    clusters = done("bert-fedlease-shared").summary["describe"]["clusters"]
+    shared = heads("bert-fedlease-shared")
+    assert [same(shared[a], shared[b]) for a, b in alike] == [clusters[a] == clusters[b] for a, b in alike]
+
+
+# the same bits -------------------------------------------------------------------------------------------------------
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "peak_memory_bytes")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", ["bert-fedlease", "gpt2-fedit"])
+def test_the_same_config_gives_the_same_bits_and_another_seed_others(name: str, done: Any, tmp_path: Path) -> None:
+    first = done(name)
+    again, other = (run(first.config, tmp_path / str(seed), f"run.seed={seed}") for seed in (0, 1))
+    bits = files_of(first.out, "experts", "clients", "personal")
+    assert files_of(again.out, "experts", "clients", "personal") == bits
+    assert without_times(again.events) == without_times(first.events)
+    changed = files_of(other.out, "experts")
+    weights = [path for path in bits if path in changed and path.endswith(".safetensors")]
+    assert weights
+    assert all(changed[path] != bits[path] for path in weights)
+
+
+@pytest.mark.parametrize("name", ["bert-fedlease-shared", "bert-fedit", "bert-local"])
+def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any, tmp_path: Path) -> None:
+    """The order of the config; clusters are numbered by sorted client ids, so their numbers stay the same too."""
+    first = done(name)
+    made = []
+    for order in (CLIENTS, ["size-1", "mood-1", "place-0", "mood-0", "size-0"]):
+        text = first.config.read_text().replace('folder = "clients"\n', "")
+        assert "folder" not in text
+        for client in order:
+            files = "".join(f'{s} = "clients/{client}/{s}.jsonl"\n' for s in ("train", "validation", "test"))
+            text += f'[[data.clients]]\nid = "{client}"\n{files}'
+        path = first.config.parent / f"{order[0]}.toml"
+        path.write_text(text)
+        made.append(run(path, tmp_path / order[0]))
+    given, turned = made
+    assert list(turned.summary["clients"]) != list(given.summary["clients"])
+    for folder in ("experts", "clients", "personal"):
+        if folder != "experts" or "local" not in name:
+            assert files_of(turned.out, folder) == files_of(given.out, folder) == files_of(first.out, folder)
+    for event, other in zip(given.events, turned.events, strict=True):
+        assert without_times(other["clients"]) == without_times(event["clients"])
+        assert other.get("describe") == event.get("describe")
+        assert other.get("usage") == event.get("usage")
+    for key in ("best_round", "worst", "percentiles", "bytes", "describe"):
+        assert turned.summary[key] == given.summary[key]
+
+
+# comparisons ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    few = ["run.rounds=1"]
+    results = compare(path, ["fedit", "local"], [0, 5], out, few, Console(quiet=True))
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["fedit-0", "fedit-5", "local-0", "local-5"]
+    for method, seed in (("fedit", 0), ("fedit", 5), ("local", 0), ("local", 5)):
+        summary = json.loads((out / f"{method}-{seed}" / "summary.json").read_text())
+        assert summary == results[method][seed]
+        assert (summary["method"], summary["seed"]) == (method, seed)
+    table = json.loads((out / "compare.json").read_text())
+    assert table["fedit"]["means"] == [results["fedit"][seed]["mean"]["test"]["accuracy"] for seed in (0, 5)]
+    alone = run(path, tmp_path / "alone", *few, "method.name=local", "run.seed=5")
+    assert files_of(alone.out, "clients") == files_of(out / "local-5", "clients")
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "compare.json"}
+    assert compare(path, ["fedit", "local"], [0, 5], out, few, Console(quiet=True)) == results
+    assert {p: p.stat().st_mtime_ns for p in before} == before
