@@ -149,6 +149,24 @@ def test_the_summary_is_what_the_events_add_up_to(name: str, done: Any) -> None:
     assert (summary["coterie"], summary["versions"]["torch"]) == (__version__, torch.__version__)
 
 
+def test_the_summary_is_of_the_round_that_validation_chose(tmp_path: Path) -> None:
+    """Training makes the validation texts less likely: the best round is neither the last nor the best on test data."""
+    path = configured(tmp_path, "llama-local")
+    for client in CLIENTS:
+        sites.write_rows(
+            tmp_path / "clients" / client / "validation.jsonl", [{"prompt": "one", "completion": " 0987654321"}] * 6
+        )
+    made = run(path, tmp_path / "out", "train.learning_rate=0.1", "train.epochs=3")
+    means = {
+        split: [event["mean"][split]["loss"] for event in made.of("evaluation")] for split in ("validation", "test")
+    }
+    best = {split: 1 + values.index(min(values)) for split, values in means.items()}
+    assert best["validation"] not in (best["test"], 3), means
+    assert made.summary["best_round"] == best["validation"]
+    assert made.summary["mean"]["test"]["loss"] == means["test"][best["validation"] - 1]
+    assert made.summary["mean"]["validation"]["loss"] == min(means["validation"])
+
+
 @pytest.mark.parametrize("name", [name for name in RUNS if "fedlease" in name])
 def test_a_summary_of_fedlease_has_clusters_silhouettes_and_usage(name: str, done: Any) -> None:
     summary = done(name).summary
