@@ -49,6 +49,8 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     }.get(name, {"clients": clients})
     if name in ("dirichlet", "pathological") and draw(st.booleans()):
         options["column"] = "place"
+    if name == "by_dataset" and draw(st.booleans()):
+        options["stratify"] = True
     rows = {split: draw(st.integers(0, 12)) for split in SPLITS}
     return {"name": name, "rows": rows, "seed": draw(st.integers(0, 2**31)), "options": options}
 
@@ -251,3 +253,24 @@ def test_where_a_label_runs_out_the_clients_still_get_their_number() -> None:
     pool = Pool({"train": ["rare"] * 3 + ["common"] * 97, "validation": ["rare"] * 10, "test": ["common"] * 10})
     shares = partition(pool, "dirichlet", {"train": 25, "validation": 2, "test": 2}, 0, {"clients": 4, "alpha": 0.1})
     assert [[share.rows[split].size for split in SPLITS] for share in shares] == [[25, 2, 2]] * 4
+
+
+@quick
+@given(pools(), st.integers(1, 4), st.integers(1, 20), st.integers(0, 2**31))
+def test_stratified_clients_have_the_labels_in_their_datasets_proportions(
+    pool: Pool, clients: int, size: int, seed: int
+) -> None:
+    rows = {"train": size, "validation": 0, "test": 0}
+    request = {"name": "by_dataset", "rows": rows, "seed": seed, "options": {"clients": clients, "stratify": True}}
+    shares = shares_of(pool, request)
+    names = np.array(pool.datasets["train"])
+    labels = np.array(pool.labels["train"])
+    for share in shares:
+        of_dataset = labels[names == share.group]
+        for label in np.unique(of_dataset):
+            left = (of_dataset == label).sum()
+            wish = size * left / len(of_dataset)
+            got = (labels[share.rows["train"]] == label).sum()
+            assert got <= left
+            # Rounding is at most one row; what rounding took from a label before, later clients may miss.
+            assert abs(got - wish) < 1 + clients
