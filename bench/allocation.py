@@ -77,6 +77,9 @@ def main() -> None:
         raw["data"]["datasets"], changes = ["demo"], [*changes, *QUICK]
         seeds, rounds = [0], 1
     raw = override(raw, changes)
+    if missing := [name for name in raw["data"]["datasets"] if "/" in name and not (root / name).is_dir()]:
+        print(f"skipped: there is no {root / missing[0]}")
+        return
     rows = [row for seed in seeds for row in rows_of(raw, seed, rounds, chosen.max_clusters, root)]
     table("clusters against datasets", [{k: v for k, v in row.items() if k != "silhouettes"} for row in rows])
     write("allocation", chosen, {"config": raw, "rows": rows})
