@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from coterie.doctor import environment
+from coterie.machine import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

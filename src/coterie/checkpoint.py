@@ -11,7 +11,7 @@ from typing import Any
 
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import Json
+from coterie.types import CoterieError, Json
 
 _MAGIC = b"coterie checkpoint 1\n"
 
@@ -41,12 +41,28 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def load_newest(folder: Path, state: type[Any], note: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; says in ``note`` which ones are not. None where there is none."""
+    """The newest checkpoint that is whole; says in ``note`` which ones are not, and deletes those.
+
+    None where there is no checkpoint at all. Raises :class:`CoterieError`, and touches nothing, where none is whole
+    and where one is whole but was written by another version.
+    """
+    corrupt: list[Path] = []
     for path in _newest_first(folder):
         try:
-            return _read(path, state)
-        except (CorruptCheckpointError, codec.CodecError) as fault:
+            found = _read(path, state)
+        except CorruptCheckpointError as fault:
             note(f"{path} is corrupt ({fault}); falling back to the checkpoint before it")
+            corrupt.append(path)
+        except codec.CodecError as fault:
+            raise CoterieError(
+                f"{path} is whole, but this version cannot read it ({fault}); resume with the version that wrote it"
+            ) from fault
+        else:
+            for path in corrupt:
+                path.unlink()
+            return found
+    if corrupt:
+        raise CoterieError(f"none of the checkpoints in {folder} is whole; restore one, or start a new run with --out")
     return None
 
 
@@ -63,9 +79,10 @@ def _read(path: Path, state: type[Any]) -> Checkpoint:
     return Checkpoint(info.pop("rnd"), codec.decode(state, rest), info)
 
 
-def newest_round(folder: Path) -> int:
-    """The round of the newest checkpoint file."""
-    return int(_newest_first(folder)[0].stem)
+def newest_round(folder: Path) -> int | None:
+    """The round of the newest checkpoint file, None where there is none."""
+    found = _newest_first(folder)
+    return int(found[0].stem) if found else None
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import torch
 from coterie.types import Key, Reply
 
 
-def fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float) -> str | None:
+def fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float, num_train: int) -> str | None:
     """Why ``reply`` must be left out, or None if it is good."""
     if missing := sorted(expected.keys() - reply.tensors.keys()):
         return f"the reply has no {_some(missing)}"
@@ -25,8 +25,8 @@ def fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: 
     norm = float(sum(value.double().square().sum() for value in reply.tensors.values())) ** 0.5
     if norm > norm_bound:
         return f"the reply's norm {norm:.3g} is above the bound {norm_bound:g} ([run] norm_bound)"
-    if reply.num_examples < 1:
-        return f"the reply says that it stands on {reply.num_examples} examples"
+    if not 1 <= reply.num_examples <= num_train:
+        return f"the reply says that it stands on {reply.num_examples} examples, the client has {num_train}"
     return None
 
 

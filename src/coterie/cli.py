@@ -10,9 +10,10 @@ import sys
 # cores took 30 times as long; on a quiet one it makes no difference.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import click
 import typer
@@ -44,8 +45,9 @@ def run(
 ) -> None:
     """Run one method on one federation."""
     from coterie.config import check_config, load_config, override
-    from coterie.federate import federate, read_run, set_threads
+    from coterie.federate import federate
     from coterie.progress import listener, show_summary
+    from coterie.run_folder import read_run
 
     if config is None:
         if not (resume and folder):
@@ -55,8 +57,7 @@ def run(
     else:
         settings, root = load_config(config, overrides or ()), config.parent
     place = folder or _default_folder(config, settings.method.get("name", "fedlease"), settings.run.seed)
-    set_threads(settings)
-    with listener(out, settings.run.rounds) as listen:
+    with goes_on("go on with the same command and --resume"), listener(out, settings.run.rounds) as listen:
         summary = federate(settings, place, root=root, resume=resume, listen=listen)
     show_summary(out, summary, place)
 
@@ -75,7 +76,8 @@ def compare(
 
     place = folder or Path("runs") / config.stem
     seed_numbers = [_seed(text) for text in seeds.split(",")]
-    results = run_all(config, methods.split(","), seed_numbers, place, overrides or (), out)
+    with goes_on("go on with the same command"):
+        results = run_all(config, methods.split(","), seed_numbers, place, overrides or (), out)
     show(out, results, place)
 
 
@@ -118,7 +120,7 @@ def doctor() -> None:
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
     for check in examine():
-        cells = map(escape, (check.name, check.value, check.fix))  # 'coterie[quant]' is no markup
+        cells = map(escape, (check.name, check.value, check.fix))  # brackets in them are no markup
         table.add_row("[green]ok[/]" if check.ok else "[yellow]--[/]", *cells)
     out.print(table)
 
@@ -126,8 +128,8 @@ def doctor() -> None:
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Write the report of a run anew, finished or not."""
-    from coterie.federate import read_run
     from coterie.report import write_report
+    from coterie.run_folder import read_run
 
     read_run(folder)
     out.print(f"report: {write_report(folder)}", markup=False, highlight=False, soft_wrap=True)
@@ -145,21 +147,35 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
-        if app(standalone_mode=False) == _INTERRUPTED:  # what typer makes of Ctrl-C
-            _interrupted(errors)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as fault:
         errors.print(f"[bold red]error:[/] {escape(str(fault))}")
         sys.exit(2)
+    except OSError as fault:
+        errors.print(f"[bold red]error:[/] {escape(f'{fault.filename}: {fault.strerror}')}")
+        sys.exit(2)
+    except Interrupted as stop:
+        errors.print(f"\n{stop}")
+        sys.exit(_INTERRUPTED)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        _interrupted(errors)
+        sys.exit(_INTERRUPTED)
     except click.exceptions.ClickException as fault:
         fault.show()
         sys.exit(fault.exit_code)
 
 
-def _interrupted(errors: Console) -> NoReturn:
-    errors.print("\nstopped; the last checkpoint is kept: go on with the same command and --resume")
-    sys.exit(_INTERRUPTED)
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C in a command that can go on later. Its text says how."""
+
+
+@contextmanager
+def goes_on(how: str) -> Iterator[None]:
+    """Turn Ctrl-C into :class:`Interrupted` that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"stopped; the last checkpoint is kept: {how}") from stop
 
 
 def _seed(text: str) -> int:

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coterie.config import Config, check_config, load_raw, override
-from coterie.federate import federate, set_threads
+from coterie.config import DEFAULT_METHOD, Config, check_config, load_raw, override, section_of
+from coterie.federate import federate
 from coterie.files import write_json
 from coterie.method import method_named
 from coterie.progress import listener
 from coterie.summary import read_events
-from coterie.types import CoterieError, Json
+from coterie.types import Json
 
 Results = dict[str, dict[int, dict[str, Json]]]  # method -> seed -> summary
 
@@ -34,15 +34,13 @@ def compare_all(
 ) -> Results:
     """Every method with every seed, each in its own folder below ``folder``; what is there already goes on.
 
-    A method's own settings come from ``[method]`` if that names it, else from ``[methods.NAME]``, else they are the
-    defaults. Writes ``compare.json``. Raises :class:`CoterieError` as a run does.
+    Writes ``compare.json``. Raises :class:`CoterieError` as a run does.
     """
     runs = {(m.strip(), s): config_for(raw, m.strip(), s) for m in methods for s in seeds}
     results: Results = {}
     cache: dict[str, Any] = {}
     for (method, seed), settings in runs.items():
         place = folder / f"{method}-{seed}"
-        set_threads(settings)
         with listener(console, settings.run.rounds, f"{method} seed {seed}") as listen:
             resume = (place / "config.json").exists()
             summary = federate(settings, place, root=root, resume=resume, listen=listen, cache=cache)
@@ -52,21 +50,14 @@ def compare_all(
 
 
 def config_for(raw: Mapping[str, Json], method: str, seed: int) -> Config:
-    """The config of one run of a comparison."""
-    kind, several = method_named(method), _section(raw, "methods")
-    for name in several:
-        method_named(name)
-    one = _section(raw, "method")
-    own = one if one.get("name") == method else _section(several, method)
-    rest = {key: value for key, value in raw.items() if key not in ("method", "methods")}
-    return check_config({**rest, "method": {**own, "name": kind.name}, "run": {**_section(raw, "run"), "seed": seed}})
+    """The config of one run of a comparison: the file's, with this method and this seed.
 
-
-def _section(raw: Mapping[str, Json], name: str) -> dict[str, Json]:
-    found = raw.get(name, {})
-    if not isinstance(found, dict):
-        raise CoterieError(f"{name} = {found!r} in the config: {name} is a section")
-    return found
+    ``[methods.NAME]`` holds a method's own settings, and ``[method]`` those of the one that it names.
+    """
+    method_named(method)
+    one = section_of(raw, "method")
+    own = one if one.get("name", DEFAULT_METHOD) == method else {}
+    return check_config({**raw, "method": {**own, "name": method}, "run": {**section_of(raw, "run"), "seed": seed}})
 
 
 def table_of(results: Results) -> dict[str, Json]:

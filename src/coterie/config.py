@@ -17,6 +17,8 @@ from coterie.data.settings import DataSettings
 from coterie.method import MethodSettings, Plan, method_named
 from coterie.types import CoterieError, Json, Optim
 
+DEFAULT_METHOD = "fedlease"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,7 +76,7 @@ class EngineSettings(_Section):
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "float32", description="bfloat16: autocast every forward pass; auto: where the device computes in it by itself"
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0: as many as cores")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
 
 
 class Config(_Section):
@@ -85,13 +87,13 @@ class Config(_Section):
     task: TaskSettings = Field(default_factory=TaskSettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: Optim = Field(default_factory=Optim)
-    method: dict[str, Json] = Field(default_factory=lambda: {"name": "fedlease"})
+    method: dict[str, Json] = Field(default_factory=lambda: {"name": DEFAULT_METHOD})
     run: RunSettings = Field(default_factory=RunSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
 
     def method_settings(self) -> MethodSettings:
         """The method's own settings, checked against its model."""
-        name = str(self.method.get("name", "fedlease"))
+        name = str(self.method.get("name", DEFAULT_METHOD))
         own = {key: value for key, value in self.method.items() if key != "name"}
         settings: MethodSettings = _checked(method_named(name).Settings, own, "method")
         return settings
@@ -121,7 +123,7 @@ def load_raw(path: Path) -> dict[str, Json]:
     """The unchecked content of a TOML file. Raises :class:`CoterieError` for a missing file and for bad TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as fault:
+    except (FileNotFoundError, IsADirectoryError) as fault:
         raise CoterieError(f"there is no config file {path}") from fault
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise CoterieError(f"{path} is no TOML file: {fault}") from fault
@@ -133,15 +135,23 @@ def check_config(raw: Mapping[str, Json]) -> Config:
     ``[methods.NAME]`` holds the settings of a method by name, for a file that several methods share: those of the
     method that ``[method]`` names count, and ``[method]`` itself counts more.
     """
-    several = raw.get("methods", {})
-    raw = {name: value for name, value in raw.items() if name != "methods"}
-    named = raw.get("method", {})
-    if isinstance(several, dict) and isinstance(named, dict):
-        name = named.get("name", "fedlease")
-        raw["method"] = {**several.get(name, {}), "name": name, **named}
-    config: Config = _checked(Config, raw, "")
-    config.method_settings()
-    return config
+    several, named = section_of(raw, "methods"), section_of(raw, "method")
+    for name in several:
+        _checked(method_named(name).Settings, section_of(several, name), f"methods.{name}")
+    chosen = str(named.get("name", DEFAULT_METHOD))
+    rest = {name: value for name, value in raw.items() if name != "methods"}
+    method = {**section_of(several, chosen), **named, "name": chosen}
+    config: Config = _checked(Config, {**rest, "method": method}, "")
+    resolved = config.method_settings().model_dump(mode="json")
+    return config.model_copy(update={"method": {"name": chosen, **resolved}})
+
+
+def section_of(raw: Mapping[str, Json], name: str) -> dict[str, Json]:
+    """A section of an unchecked config, empty where there is none. Raises :class:`CoterieError` for another thing."""
+    found = raw.get(name, {})
+    if not isinstance(found, dict):
+        raise CoterieError(f"{name} = {found!r} in the config: {name} is a section")
+    return found
 
 
 def override(raw: Mapping[str, Json], overrides: Sequence[str]) -> dict[str, Json]:

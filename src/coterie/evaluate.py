@@ -25,10 +25,15 @@ def classification_metrics(truth: Sequence[int], predicted: Sequence[int]) -> di
     }
 
 
+def check_rouge() -> None:
+    """Raises :class:`CoterieError` where rouge-score is not installed."""
+    if importlib.util.find_spec("rouge_score") is None:
+        raise CoterieError("scoring generated text needs rouge-score: pip install rouge-score")
+
+
 def text_metrics(references: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
     """ROUGE-L (F measure, stemmed) and the share of exact matches after stripping white space."""
-    if importlib.util.find_spec("rouge_score") is None:
-        raise CoterieError("scoring generated text needs rouge-score: pip install 'coterie[metrics]'")
+    check_rouge()
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)

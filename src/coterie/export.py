@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from coterie.codec import CodecError, decode, encode
@@ -80,7 +80,8 @@ def write_adapter(
     named = {f"{_PREFIX}.{key.module}.{_PARTS[key.part]}.weight": value for key, value in tensors.items()}
     named |= {f"{_PREFIX}.{key.module}": value for key, value in (head or {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: _plain(value) for name, value in named.items()}, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    weights = save({name: _plain(value) for name, value in named.items()}, metadata={"format": "pt"})
+    write_atomic(folder / _WEIGHTS_FILE, weights)
     config.save_pretrained(str(folder))
 
 

@@ -19,19 +19,20 @@ from typing import Any
 import torch
 
 from coterie import engines
-from coterie.config import Config, differences
+from coterie.config import DEFAULT_METHOD, Config
 from coterie.data.federation import load_federation
 from coterie.data.rows import Federation
-from coterie.doctor import cpu_cores
 from coterie.engine import Engine
 from coterie.export import write_adapter, write_bundle
-from coterie.files import is_part, remove_parts, write_json
+from coterie.files import write_json
+from coterie.machine import default_threads
 from coterie.method import Method, method_named
 from coterie.nn.base import resolve
 from coterie.report import write_report
-from coterie.runner import Listener, Rounds, Runner
+from coterie.run_folder import check_folder, claim, full_disk_told, held
+from coterie.runner import Listener, Rounds, Runner, finite
 from coterie.summary import read_events, summarise
-from coterie.tracking import tensorboard
+from coterie.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError, Json
 
 
@@ -58,8 +59,7 @@ def federate(
     """Run ``config`` in ``folder`` to its end and return its summary; relative paths in it start at ``root``.
 
     ``cache`` lets several runs in one process share what is loaded (the base). Everything is checked before the
-    folder is made. Raises :class:`CoterieError`: see :func:`coterie.config.load_config`, :func:`claim` and
-    :class:`coterie.runner.Runner`.
+    folder is made. Raises :class:`CoterieError`: see :mod:`coterie.run_folder` and :class:`coterie.runner.Runner`.
     """
     check_folder(folder, config, resume)
     if resume and (folder / "summary.json").exists():
@@ -68,13 +68,14 @@ def federate(
         return found
     opened = open_run(config, folder, root, cache if cache is not None else {})
     opened.method.init(opened.engine.spec, opened.engine.clients)
-    claim(folder, opened, resume)
-    if config.run.tensorboard:
-        listen = both(listen, tensorboard(folder))
-    ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
-    listen({"event": "ready", "folder": str(folder), **ready})
-    state = Runner(opened.method, opened.engine, _rounds(config), folder, listen).run()
-    return finish(opened, state, folder)
+    with held(folder), full_disk_told(folder):
+        claim(folder, config, root, opened.federation.manifest, resume)
+        if config.run.tensorboard:
+            listen = both(listen, tensorboard(folder))
+        ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
+        listen({"event": "ready", "folder": str(folder), **ready})
+        state = Runner(opened.method, opened.engine, _rounds(config), folder, listen).run()
+        return finish(opened, state, folder)
 
 
 def both(first: Listener, second: Listener) -> Listener:
@@ -88,50 +89,21 @@ def both(first: Listener, second: Listener) -> Listener:
 
 
 def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) -> Opened:
-    """The run's method, engine and data, loaded and checked; nothing is written."""
+    """The run's method, engine and data, loaded and checked, and the threads set; nothing is written."""
+    set_threads(config)
+    if config.run.tensorboard:
+        check_tensorboard()
     settings = config.method_settings()
-    method = method_named(str(config.method.get("name", "fedlease")))(settings, config.plan())
+    method = method_named(str(config.method.get("name", DEFAULT_METHOD)))(settings, config.plan())
     federation = load_federation(config.data, config.task.kind, config.run.seed, root)
     engine = _maker(config.engine.name)(config, federation, folder, root, cache)
     return Opened(config, method, engine, federation, root)
 
 
-def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raises :class:`CoterieError` for a folder that is taken, or that holds no run or another run to resume."""
-    exists = (folder / "config.json").exists()
-    if not resume:
-        if folder.exists() and any(not is_part(path) for path in folder.iterdir()):
-            what = "holds a run" if exists else "is not empty"
-            raise CoterieError(f"{folder} {what}; go on with --resume, or name another folder with --out")
-        return
-    if not exists:
-        raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
-    old = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-    if changed := differences(old, _plain(config)):
-        raise CoterieError(
-            f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
-            "or start a new run with --out"
-        )
-
-
-def claim(folder: Path, opened: Opened, resume: bool) -> None:
-    """Write the resolved config and the manifest, or check that the data are those that the run started with."""
-    manifest, path = json.loads(json.dumps(opened.federation.manifest)), folder / "manifest.json"
-    remove_parts(folder)
-    if not resume:
-        write_json(folder / "config.json", {"root": str(opened.root.resolve()), "config": _plain(opened.config)})
-    if not path.exists():
-        write_json(path, manifest)
-    elif json.loads(path.read_text(encoding="utf-8")) != manifest:
-        raise CoterieError(
-            f"the data are not those that {folder} started with (see manifest.json); restore them, or start a new run"
-        )
-
-
 def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
     config, method, engine = opened.config, opened.method, opened.engine
-    base = _base_path(config, opened.root)
+    base = resolve(config.model.path, opened.root)
     transposed = any(target.transposed for target in engine.spec.targets)
     for name, tensors in method.experts(state).items():
         write_adapter(
@@ -157,34 +129,15 @@ def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
         task=config.task.kind,
         seed=config.run.seed,
     )
-    write_json(folder / "summary.json", summary)
-    write_report(folder)
+    summary = dict(finite(summary))
+    write_report(folder, summary=summary)
+    write_json(folder / "summary.json", summary)  # last: a run with a summary is finished
     return summary
-
-
-def read_run(folder: Path) -> tuple[dict[str, Json], Path]:
-    """The raw config of the run in ``folder``, and the folder that its paths start at."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise CoterieError(f"there is no run in {folder}")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["config"], Path(found["root"])
 
 
 def set_threads(config: Config) -> None:
     """Use as many CPU threads as the config says; results on a CPU depend on their number in the last bits."""
-    torch.set_num_threads(config.engine.threads or cpu_cores())
-
-
-def _base_path(config: Config, root: Path) -> str:
-    """The base as PEFT and transformers can load it: an absolute folder or a hub name."""
-    path = root / config.model.path
-    return str(path.resolve()) if path.is_dir() else resolve(config.model.path)
-
-
-def _plain(config: Config) -> dict[str, Json]:
-    plain: dict[str, Json] = json.loads(config.model_dump_json())
-    return plain
+    torch.set_num_threads(config.engine.threads or default_threads())
 
 
 def _rounds(config: Config) -> Rounds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,14 @@ class Picture:
     note: str = ""
 
 
-def write_report(run: Path, pictures: bool = False) -> Path:
+def write_report(run: Path, pictures: bool = False, summary: dict[str, Any] | None = None) -> Path:
     """Write ``RUN/report.html`` (and with ``pictures`` each picture as a PNG) and return its path.
 
-    Raises :class:`CoterieError` for a folder that holds no run and for a file in it that is damaged.
+    ``summary`` stands for ``summary.json`` where that is not written yet. Raises :class:`CoterieError` for a folder
+    that holds no run and for a file in it that is damaged.
     """
     data = read_run(run)
+    data = data if summary is None else replace(data, summary=summary)
     drawn = list(_pictures(data))
     if pictures:
         for picture in drawn:

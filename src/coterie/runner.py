@@ -7,8 +7,8 @@ from its last checkpoint and ends with the same bits.
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -56,21 +56,13 @@ class Runner:
     def run(self) -> Any:
         """All rounds that are still to do; returns the final state.
 
-        Raises :class:`CoterieError` when fewer than the quorum reply, or the disk is full; the last checkpoint stands.
+        Raises :class:`CoterieError` when fewer than the quorum reply, :class:`OSError` when a file cannot be written;
+        the last checkpoint stands.
         """
         start = self._restore()
         state = start.state
         for rnd in range(start.rnd + 1, self.rounds.rounds + 1):
-            try:
-                state = self._round(state, rnd)
-            except OSError as fault:
-                if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                stands = checkpoints.newest_round(self.folder / "checkpoints")
-                raise CoterieError(
-                    f"the disk is full ({fault.filename or self.folder}) in round {rnd}; the checkpoint of round "
-                    f"{stands} stands: make room, then go on with --resume"
-                ) from fault
+            state = self._round(state, rnd)
         return state
 
     def _restore(self) -> Checkpoint:
@@ -120,8 +112,8 @@ class Runner:
         return state
 
     def _cohort(self, rnd: int) -> list[ClientInfo]:
-        """The clients of a round: a seeded sample, in the engine's order."""
-        clients = self.engine.clients
+        """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
+        clients = sorted(self.engine.clients, key=lambda client: client.id)
         size = max(1, round(self.rounds.cohort * len(clients)))
         chosen = torch.randperm(len(clients), generator=stream(self.rounds.seed, rnd, "cohort"))[:size]
         return [clients[i] for i in sorted(chosen.tolist())]
@@ -129,12 +121,13 @@ class Runner:
     def _fault(self, state: Any, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
         if reply is None:
             return "no reply"
-        return fault_of(reply, self.method.expects(state, client, rnd), self.rounds.norm_bound)
+        expected = self.method.expects(state, client, rnd)
+        return fault_of(reply, expected, self.rounds.norm_bound, client.num_train)
 
     def _check_quorum(
         self, replies: Mapping[ClientId, Reply], cohort: list[ClientInfo], failed: Mapping[str, Json], rnd: int
     ) -> None:
-        needed = max(1, round(self.rounds.quorum * len(cohort)))
+        needed = max(1, math.ceil(self.rounds.quorum * len(cohort)))
         if len(replies) < needed:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in list(failed.items())[:3])
             raise CoterieError(
@@ -178,8 +171,17 @@ class Runner:
 
     def _log(self, record: dict[str, Json]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.listen(record)
+
+
+def finite(value: Json) -> Json:
+    """``value`` with None for every number that JSON has not: infinities, not-a-number."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _entry(delivery: Delivery) -> dict[str, Json]:

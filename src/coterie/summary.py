@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from coterie import __version__
-from coterie.doctor import environment
 from coterie.evaluate import better, mean_metrics, percentiles, worst_client
+from coterie.machine import environment
 from coterie.types import ClientId, ClientInfo, Json
 
 PRIMARY = {"classification": "accuracy", "generation": "loss"}
@@ -52,7 +52,7 @@ def summarise(
     best = best_round(evaluations, primary)
     scores = next(event["clients"] for event in evaluations if event["round"] == best)
     per_client = {c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients}
-    tests = {c: row["test"] for c, row in per_client.items() if row["test"]}
+    tests = {c: known(row["test"]) for c, row in per_client.items() if row["test"]}
     worst = worst_client(primary, tests)
     return {
         "coterie": __version__,
@@ -65,7 +65,8 @@ def summarise(
         "primary": primary,
         "clients": per_client,
         "mean": {
-            split: mean_metrics({c: s[split] for c, s in scores.items() if split in s}) for split in _splits(scores)
+            split: mean_metrics({c: known(s[split]) for c, s in scores.items() if split in s})
+            for split in _splits(scores)
         },
         "worst": {"client": worst[0], primary: worst[1]} if worst else {},
         "percentiles": percentiles(primary, tests),
@@ -99,6 +100,11 @@ def _client(client: ClientInfo, scores: Mapping[str, Json], rounds: Sequence[Map
         "seconds": sum(entry["seconds"] for entry in entries),
         "rounds_missed": sum(client.id in event["failed"] for event in rounds),
     }
+
+
+def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """The metrics that are numbers: what was infinite or not a number was logged as null."""
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _splits(scores: Mapping[ClientId, Mapping[str, Json]]) -> list[str]:

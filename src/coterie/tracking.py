@@ -9,13 +9,15 @@ from coterie.runner import Listener
 from coterie.types import CoterieError, Json
 
 
-def tensorboard(folder: Path) -> Listener:
-    """A listener that writes losses, bytes, and mean and single metrics by round below ``folder/tensorboard``.
-
-    Raises :class:`CoterieError` where TensorBoard is not installed.
-    """
+def check_tensorboard() -> None:
+    """Raises :class:`CoterieError` where TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise CoterieError("[run] tensorboard needs TensorBoard: pip install 'coterie[tracking]'")
+        raise CoterieError("[run] tensorboard needs TensorBoard: pip install tensorboard")
+
+
+def tensorboard(folder: Path) -> Listener:
+    """A listener that writes losses, bytes, and mean and single metrics by round below ``folder/tensorboard``."""
+    check_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))

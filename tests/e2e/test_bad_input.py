@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,33 +35,42 @@ EDITS = {  # what is wrong: (the edit of the config, what the error says)
     "fixed clusters": (("warmup_rounds = 1", "warmup_rounds = 1\nexperts = 9"), r"9 clusters of 5 clients"),
     "oracle": (("warmup_rounds = 1", 'warmup_rounds = 1\nallocation = "oracle"'), r"oracle.*group"),
     "engine": (("threads = 1", 'threads = 1\nname = "ray"'), r"unknown engine 'ray'; the engines are .*local"),
+    "method of [methods]": (("[run]", "[methods.fedit]\nrank = 3\n[run]"), r"\[methods\.fedit\].*unknown key 'rank'"),
+    "device": (('device = "cpu"', 'device = "gpu"'), r"gpu"),
+    "length": (("max_length = 32", "max_length = 4096"), r"160 tokens.*4096"),
     "data": (('folder = "clients"', 'folder = "client"'), r"client"),
 }
 
 
-def run_cli(*args: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["coterie", *args])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
+Refused = Callable[..., None]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run the command line: it must exit with 2 and say why in a line or two."""
+
+    def check(*args: str, because: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["coterie", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") <= 2
+        assert re.search(because, error.replace("\n", " ")), error
+
+    return check
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_bad_config(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_config(name: str, tmp_path: Path, refused: Refused) -> None:
     path = sites.config(tmp_path)
     (old, new), expected = EDITS[name]
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    capsys.readouterr()
-    assert run_cli("run", str(path), "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") <= 2
-    with pytest.raises(CoterieError, match=expected):
-        raise CoterieError(error.replace("\n", " "))
+    refused("run", str(path), "--out", str(tmp_path / "out"), because=expected)
     assert not (tmp_path / "out").exists()
 
 
@@ -72,29 +83,40 @@ ROWS = {  # what is wrong: (file, content, what the error says)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_bad_rows(name: str, tmp_path: Path) -> None:
+def test_bad_rows(name: str, tmp_path: Path, refused: Refused) -> None:
     path = sites.config(tmp_path)
     file, content, expected = ROWS[name]
     place = tmp_path / "clients" / file
     place.unlink() if content is None else place.write_text(content)
-    with pytest.raises(CoterieError, match=expected):
-        federate(load_config(path), tmp_path / "out", root=tmp_path)
+    refused("run", str(path), "--out", str(tmp_path / "out"), because=expected)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_label_outside_the_clients_set(tmp_path: Path) -> None:
+def test_a_label_outside_the_clients_set(tmp_path: Path, refused: Refused) -> None:
     path = sites.config(tmp_path)
     path.write_text(path.read_text().replace('folder = "clients"', 'folder = "clients"\nlabels = ["bad", "good"]'))
-    with pytest.raises(CoterieError, match=r"\.jsonl:1.*(land|city|big).*bad, good"):
-        federate(load_config(path), tmp_path / "out", root=tmp_path)
+    refused("run", str(path), because=r"\.jsonl:1.*(land|city|big).*bad, good")
 
 
-def test_a_missing_config_and_bad_toml(tmp_path: Path) -> None:
-    with pytest.raises(CoterieError, match="there is no config file"):
-        load_config(tmp_path / "none.toml")
+def test_a_missing_config_and_bad_toml(tmp_path: Path, refused: Refused) -> None:
+    refused("run", str(tmp_path / "none.toml"), because="there is no config file")
+    refused("run", str(tmp_path), because="there is no config file")
     (tmp_path / "bad.toml").write_text("[run\n")
-    with pytest.raises(CoterieError, match=r"bad\.toml is no TOML file"):
-        load_config(tmp_path / "bad.toml")
+    refused("run", str(tmp_path / "bad.toml"), because=r"bad\.toml is no TOML file")
+
+
+def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refused: Refused) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    run = ("run", str(path), "--out", str(out))
+    refused(*run, "--resume", because="no run to resume")
+    federate(load_config(path), out, root=tmp_path)
+    (out / "summary.json").unlink()
+    refused(*run, because="holds a run; go on with --resume, or name another folder")
+    refused(*run, "--resume", "--set", "lora.rank=3", because=r"differs in lora\.rank")
+    refused("run", str(path), "--out", str(path), because="is a file")
+    for checkpoint in (out / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    refused(*run, "--resume", because="none of the checkpoints")
 
 
 def test_overrides() -> None:
@@ -116,8 +138,7 @@ def test_a_diverging_client_is_named_with_its_step(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path), tmp_path / "out"
-    text = path.read_text().replace("rounds = 3", "rounds = 500")
-    path.write_text(text.replace("warmup_500", "warmup_rounds"))
+    path.write_text(path.read_text().replace("rounds = 3", "rounds = 500"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from coterie.cli import main; main()", "run", str(path), "--out", str(out)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

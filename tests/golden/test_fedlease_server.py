@@ -42,7 +42,7 @@ def test_what_each_client_is_sent_equals_the_published_servers(way: str) -> None
     method = FedLEASE(FedLEASESettings(warmup_rounds=1, router=router), plan)
     routers = {g: start_router(base, plan, 2 * len(groups) - 1) for g in groups}
     allocation = Allocation(clusters, {}, tuple(sorted(clusters)), torch.zeros(6, 6, dtype=torch.float64))
-    state = FedLEASEState(base, {}, dict.fromkeys(clusters, ""), allocation=allocation, routers=routers)
+    state = FedLEASEState(base, {}, dict.fromkeys(clusters, ()), allocation=allocation, routers=routers)
     replies = {}
     for client, own in clusters.items():
         mine = values("in", int(client[1:]))

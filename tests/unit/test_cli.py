@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import math
@@ -22,6 +21,7 @@ import sites
 from coterie import cli, compare, progress
 from coterie.compare import config_for, curves, table_of
 from coterie.config import describe_config
+from coterie.doctor import Check
 from coterie.method import methods
 from coterie.progress import Lines, Live, clock, listener, show_summary
 from coterie.types import CoterieError
@@ -117,21 +117,16 @@ def test_config_shows_every_key_whole_even_on_a_narrow_screen(coterie_command: C
     assert (code, errors) == (2, f"error: unknown method 'locla'; the methods are {', '.join(methods())}\n")
 
 
-def test_doctor_shows_the_whole_command_that_mends(coterie_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        if name in ("flwr", "rouge-score"):
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "1.2.3"
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(cli, "out", Console(width=200))
+def test_doctor_shows_what_is_found_and_the_whole_command_that_mends(
+    coterie_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert coterie_command("doctor")[0] == 0
+    checks = [Check("torch", "1.2.3"), Check("x", "[not] here :x:", False, "pip install 'x[y]'")]
+    monkeypatch.setattr("coterie.doctor.examine", lambda: checks)
     code, text, _ = coterie_command("doctor")
     assert code == 0
-    (line,) = [line for line in text.splitlines() if "rouge-score" in line]
-    assert re.fullmatch(r" -- +rouge-score +not installed; .*ROUGE-L.* +pip install 'coterie\[metrics\]' *", line)
-    assert "pip install 'coterie[flower]'" in text
-    (line,) = [line for line in text.splitlines() if " torch " in line]
-    assert re.fullmatch(r" ok +torch +1\.2\.3 *", line)
+    assert text.splitlines()[1].split() == ["ok", "torch", "1.2.3"]
+    assert re.fullmatch(r" -- +x +\[not\] here :x: +pip install 'x\[y\]' *", text.splitlines()[2])
 
 
 # faults --------------------------------------------------------------------------------------------------------------
@@ -162,7 +157,7 @@ def test_a_fault_is_one_line_and_exit_code_2(
 
 def test_a_fault_is_shown_as_it_is(coterie_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets are no markup, colons no emoji, and a long line is not broken."""
-    message = "pip install 'coterie[metrics]' in [/tmp/a]:smile: " + "long " * 40 + "end"
+    message = "pip install 'x[y]' in [/tmp/a]:smile: " + "long " * 40 + "end"
 
     def fail(*args: Any) -> None:
         raise CoterieError(message)
@@ -171,17 +166,21 @@ def test_a_fault_is_shown_as_it_is(coterie_command: Command, monkeypatch: pytest
     assert coterie_command("doctor") == (2, "", f"error: {message}\n")
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt])
-def test_ctrl_c_says_how_to_go_on(
-    stop: type[BaseException], coterie_command: Command, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
+    coterie_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any) -> None:
-        raise stop
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("coterie.doctor.examine", interrupt)
+    path = sites.config(tmp_path)
+    for name in ("coterie.federate.federate", "coterie.compare.federate", "coterie.doctor.examine"):
+        monkeypatch.setattr(name, interrupt)
+    code, _, errors = coterie_command("run", str(path))
+    assert (code, "go on with the same command and --resume" in errors) == (130, True)
+    code, _, errors = coterie_command("compare", str(path), "--out", str(tmp_path / "out"))
+    assert (code, "go on with the same command\n" in errors) == (130, True)
     code, _, errors = coterie_command("doctor")
-    assert code == 130
-    assert "go on with the same command and --resume" in errors
+    assert (code, errors) == (130, "")
 
 
 # a run ---------------------------------------------------------------------------------------------------------------
@@ -453,15 +452,16 @@ def test_a_method_of_a_comparison_takes_its_own_settings_alone() -> None:
         "data": {"folder": "x"}, "run": {"rounds": 4, "seed": 9},
         "method": {"name": "fedlease", "max_experts": 3}, "methods": {"fedit": {}},
     }  # fmt: skip
-    assert config_for(raw, "fedlease", 2).method == {"name": "fedlease", "max_experts": 3}
+    fedlease = config_for(raw, "fedlease", 2)
+    assert (fedlease.method["name"], fedlease.method["max_experts"], fedlease.run.seed) == ("fedlease", 3, 2)
     assert config_for(raw, "local", 2).method == {"name": "local"}
-    assert (config_for(raw, "local", 2).run.seed, config_for(raw, "local", 2).run.rounds) == (2, 4)
+    assert config_for(raw, "local", 2).run.rounds == 4
     several = {"data": {"folder": "x"}, "methods": {"fedlease": {"linkage": "single"}}}
-    assert config_for(several, "fedlease", 0).method == {"name": "fedlease", "linkage": "single"}
+    assert config_for(several, "fedlease", 0).method["linkage"] == "single"
     assert config_for(several, "fedit", 0).method == {"name": "fedit"}
     for wrong, message in (
         ({"methods": {"fedleaze": {}}}, "unknown method 'fedleaze'"),
-        ({"methods": {"fedlease": {"linkag": "single"}}}, r"\[method\] unknown key 'linkag'; did you mean 'linkage'"),
+        ({"methods": {"fedlease": {"linkag": "single"}}}, r"unknown key 'linkag'; did you mean 'linkage'"),
         ({"method": "fedlease"}, "method = 'fedlease' in the config: method is a section"),
         ({"methods": {"fedlease": 3}}, "fedlease = 3 in the config: fedlease is a section"),
     ):

@@ -363,6 +363,16 @@ def test_a_loss_that_is_not_finite_names_client_round_and_step(at: int, monkeypa
     assert traces(place.base.model) == []
 
 
+def test_tensors_that_are_not_finite_are_not_handed_out() -> None:
+    """A last step that overflows, after a loss that did not."""
+    place = workplace(dtype=torch.float32)
+    client, bank = client_of(place), plain_bank(place)
+    optim = Optim(optimizer="sgd", learning_rate=1e30, weight_decay=1e30, steps=1)
+    with pytest.raises(CoterieError, match=r"client north: round 3 left values in .* that are not finite; lower"):
+        train(place, bank, optim, 3, client=client)
+    assert traces(place.base.model) == []
+
+
 def test_the_loss_is_looked_at_before_all_steps_are_done() -> None:
     place = workplace()
     place.task = Poisoned(TOKENIZER, 32, at=2)

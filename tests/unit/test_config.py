@@ -119,7 +119,7 @@ WRONG = {  # what is wrong: (the config, what the error says)
     "choice": ({**DATA, "train": {"schedule": "no"}}, r"^\[train\] schedule: .*'constant', 'linear' or 'cosine'.*'no'"),
     "range": ({**DATA, "lora": {"dropout": 1.0}}, r"^\[lora\] dropout: .*less than 1 \(found 1\.0\)$"),
     "no section": ({**DATA, "run": 3}, r"^run: .*\(found 3\)$"),
-    "method is no section": ({**DATA, "method": "fedit"}, r"^method: .*\(found 'fedit'\)$"),
+    "method is no section": ({**DATA, "method": "fedit"}, r"^method = 'fedit' .*is a section$"),
     "two faults": (
         {**DATA, "run": {"rounds": 0, "sed": 1}},
         r"^\[run\] rounds: .*\(found 0\); \[run\] unknown key 'sed'; did you mean 'seed'\?$",

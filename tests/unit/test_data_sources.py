@@ -161,7 +161,7 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch, answer
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CoterieError, match=r"pip install 'coterie\[hub\]'"):
+    with pytest.raises(CoterieError, match=r"pip install datasets"):
         load("hub:imdb")
 
 

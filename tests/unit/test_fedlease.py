@@ -213,14 +213,63 @@ def test_a_late_client_warms_up_and_joins_the_nearest_cluster() -> None:
     one_round(method, state, personal, 4)
 
 
+def test_with_too_few_warm_up_loras_the_warm_up_goes_on() -> None:
+    method, state = make()
+    personal: dict[str, Personal] = {}
+    for rnd, only in enumerate([{"a0", "b0"}, {"a0", "b0"}], start=1):
+        state = one_round(method, state, personal, rnd, only)
+    assert state.allocation is None
+    assert set(state.warm) == {"a0", "b0"}
+    state = one_round(method, state, personal, 3, {"c0", "c1", "a1"})
+    assert state.allocation is not None
+    assert set(state.allocation.clusters) == {"a0", "b0", "c0", "c1", "a1"}
+    assert state.warm == {}
+
+
+def test_late_clients_of_the_controls_are_placed_by_the_control() -> None:
+    present = {c.id for c in CLIENTS if c.group != "c"}
+    state, _ = run(*make(allocation="oracle"), 2, only=present)
+    assert groups_of(state) == TRUTH
+    everyone, _ = run(*make(allocation="random", experts=3), 2)
+    some, _ = run(*make(allocation="random", experts=3), 2, only=present)
+    assert groups_of(some) == groups_of(everyone)
+
+
+def test_a_late_clients_shared_head_starts_its_group() -> None:
+    method, state = make(head="shared", experts=2)
+    present = {c.id for c in CLIENTS if c.group != "c"}
+    state, personal = run(method, state, 2, only=present)
+    state = one_round(method, state, personal, 3)
+    key = Key("score.weight", -1, Part.HEAD)
+    sent = method.configure(state, CLIENTS, 4)["c0"].tensors[key]
+    trained = torch.stack([personal[f"c{i}"].tensors[key] for i in range(3)]).mean(0)
+    torch.testing.assert_close(sent, trained)
+
+
+def test_label_spaces_with_odd_names_do_not_mix() -> None:
+    clients = [
+        ClientInfo(f"x{i}", 5, labels=labels, group="a")
+        for i, labels in enumerate([("a|b", "c"), ("a", "b|c"), ("a|b", "c"), ("a", "b|c")])
+    ]
+    plan = Plan(rank=2, alpha=4, rounds=9, head="shared")
+    method = FedLEASE(FedLEASESettings(warmup_rounds=1, experts=1), plan)
+    state = method.init(BASE, clients)
+    loras = {c.id: method.begin(BASE, c).tensors for c in clients}
+    replies = {c: Reply({k: v + 1 for k, v in tensors.items()}, 5) for c, tensors in loras.items()}
+    state = method.aggregate(state, replies, 1)
+    assert len(state.heads.values) == 2
+    assert all(value[Key("score.weight", -1, Part.HEAD)].shape == (2, 6) for value in state.heads.values.values())
+
+
 def test_personal_routers_stay_with_the_client() -> None:
     method, state = make(router="personal")
     state, personal = run(method, state, 4)
     key = Key("q", -1, Part.ROUTER)
     assert key in personal["a0"].tensors
     me = INFO["a0"]
-    bank = method.bank(method.configure(state, [me], 5)["a0"], me, personal["a0"])
-    assert bank.tensors[key].equal(personal["a0"].tensors[key])
+    ins = method.configure(state, [me], 5)["a0"]
+    assert key not in ins.tensors
+    assert method.bank(ins, me, personal["a0"]).tensors[key].equal(personal["a0"].tensors[key])
 
 
 def test_shared_heads_are_averaged_in_a_cluster_with_the_same_labels() -> None:

@@ -1,10 +1,10 @@
-"""A bank on a base of 4-bit Linears (bitsandbytes NF4, which runs on the CPU): the bank trains, the bytes stay."""
+"""A bank on a base of 4-bit and 8-bit Linears (bitsandbytes has both for CPUs): the bank trains, the bytes stay."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,8 +23,10 @@ needs_bitsandbytes = pytest.mark.skipif(
 HIDDEN = 64  # NF4 packs blocks of 64
 
 
-def quantised(path: Path, kind: Any, arch: str = "llama", dtype: torch.dtype = torch.float32) -> Base:
-    return load_base(str(folder(path, arch)), kind, quantize="nf4", dtype=dtype)
+def quantised(
+    path: Path, kind: Any, arch: str = "llama", dtype: torch.dtype = torch.float32, how: Literal["nf4", "int8"] = "nf4"
+) -> Base:
+    return load_base(str(folder(path, arch)), kind, quantize=how, dtype=dtype)
 
 
 def folder(path: Path, arch: str) -> Path:
@@ -61,10 +63,30 @@ def test_the_linears_are_quantised_and_found(tmp_path: Path) -> None:
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("arch", ["llama", "roberta"])
+def test_the_linears_are_held_in_8_bits_and_found(arch: str, tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear8bitLt
+
+    kind = "generation" if arch == "llama" else "classification"
+    base = quantised(tmp_path, kind, arch, how="int8")
+    for target in base.spec.targets:
+        module = base.model.get_submodule(target.name)
+        assert isinstance(module, Linear8bitLt)
+        assert module.weight.dtype == torch.int8
+        assert linear_sizes(module) == (target.d_in, target.d_out)
+    assert len(base.spec.targets) == 4
+    assert all(base.model.get_parameter(p.name).dtype == torch.float32 for p in base.spec.head)
+    plain = load_base(base.path, kind)
+    ours, theirs = (made.model(**tiny.batch()).logits.flatten() for made in (base, plain))
+    assert 0.95 < float(torch.cosine_similarity(ours, theirs, dim=0)) < 1 - 1e-7
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("how", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["classification", "generation"])
-def test_training_on_it(kind: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    base = quantised(tmp_path, kind, dtype=dtype)
+def test_training_on_it(kind: Any, dtype: torch.dtype, how: Any, tmp_path: Path) -> None:
+    base = quantised(tmp_path, kind, dtype=dtype, how=how)
     bank, own = bank_for(base, dropout=0.1)
     before, start = content(base.model), base.model(**tiny.batch()).logits
     with attached(base.model, bank_for(base, zero_b=True)[0] if kind == "generation" else Bank({})):
@@ -91,7 +113,8 @@ def test_training_on_it(kind: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     after = content(base.model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert sum(value.dtype == torch.uint8 for value in after.values()) >= 14
+    stored = {"nf4": torch.uint8, "int8": torch.int8}[how]
+    assert sum(value.dtype == stored for value in after.values()) >= 14
     assert torch.equal(base.model(**tiny.batch()).logits, start)
 
 
@@ -119,6 +142,21 @@ def test_gradients_are_those_of_a_base_of_the_dequantised_weights(tmp_path: Path
     for key, grad in grads[1].items():
         torch.testing.assert_close(grads[0][key], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
     assert len(grads[0]) == 3 * len(base.spec.targets)
+
+
+@needs_bitsandbytes
+def test_gradients_on_8_bits_come_near_those_on_the_plain_base(tmp_path: Path) -> None:
+    """Near only: the inputs of an 8-bit product are rounded too."""
+    base = quantised(tmp_path, "generation", how="int8")
+    grads = []
+    for one in (base, load_base(base.path, "generation")):
+        bank = tiny.bank(one.spec.targets)
+        with attached(one.model, bank, set(bank.tensors)) as handle:
+            one.model(**tiny.batch()).logits.logsumexp(-1).sum().backward()
+            grads.append({key: p.grad.flatten() for key, p in handle.parameters.items()})
+    assert len(grads[0]) == 2 * len(base.spec.targets)
+    for key, grad in grads[1].items():
+        assert float(torch.cosine_similarity(grads[0][key], grad, dim=0)) > 0.95, key
 
 
 @needs_bitsandbytes
@@ -170,5 +208,21 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
     )
-    with pytest.raises(CoterieError, match=r"quantize = 'nf4' needs bitsandbytes: pip install 'coterie\[quant\]'"):
+    with pytest.raises(CoterieError, match=r"quantize = 'nf4' needs bitsandbytes: pip install bitsandbytes$"):
         quantised(tmp_path, "generation")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("fault", [RuntimeError("none of the devices is supported\nSee the docs."), ImportError()])
+def test_a_bitsandbytes_that_will_not_do_is_a_fault_in_one_line(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too old a version, or one without a backend for this machine."""
+
+    def refuse(**options: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", refuse)
+    reason = str(fault).partition("\n")[0] or "ImportError"
+    with pytest.raises(CoterieError, match=f"cannot load the model '{tmp_path}/model' quantised: {reason}$"):
+        quantised(tmp_path, "generation", how="int8")

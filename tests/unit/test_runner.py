@@ -96,6 +96,7 @@ BAD = {
     "infinite": (lambda r: with_tensor(r, lambda t: t / 0), "not finite"),
     "huge": (lambda r: with_tensor(r, lambda t: t * 1e9), "norm .* above the bound"),
     "no examples": (lambda r: replace(r, num_examples=0), "0 examples"),
+    "too many examples": (lambda r: replace(r, num_examples=41), "41 examples, the client has 40"),
     "failed": (lambda r: "out of memory", "out of memory"),
     "silent": (lambda r: None, "no reply"),
 }
@@ -160,3 +161,30 @@ def test_the_summary_adds_up(tmp_path: Path) -> None:
     assert summary["worst"] == {"client": "c0", "accuracy": pytest.approx(0.3)}
     assert summary["seconds"] == pytest.approx(sum(event["seconds"] for event in made))
     json.dumps(summary)
+
+
+def test_the_cohort_does_not_depend_on_the_order_of_the_clients(tmp_path: Path) -> None:
+    class Turned(Compute):
+        @property
+        def clients(self) -> tuple[ClientInfo, ...]:
+            return tuple(reversed(super().clients))
+
+    _, engine, _ = run(tmp_path, cohort=0.5, rounds=10)
+    turned = Turned()
+    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    (tmp_path / "turned").mkdir()
+    Runner(method, turned, Rounds(10, 0, cohort=0.5), tmp_path / "turned").run()
+    assert [sorted(cohort) for cohort in turned.rounds] == [sorted(cohort) for cohort in engine.rounds]
+
+
+def test_half_of_five_is_three(tmp_path: Path) -> None:
+    engine = Compute(lambda c, rnd, reply: reply if c in ("c0", "c1") else None, number=5)
+    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    with pytest.raises(CoterieError, match="2 of 5 clients replied, the quorum is 3"):
+        Runner(method, engine, Rounds(3, 0), tmp_path).run()
+
+
+def test_metrics_are_strict_json(tmp_path: Path) -> None:
+    run(tmp_path, lambda c, rnd, reply: replace(reply, info={"loss": math.inf, "tokens": 1}))
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    assert events(tmp_path, "round")[0]["clients"]["c0"]["loss"] is None

@@ -19,7 +19,7 @@ from coterie import checkpoint, files
 from coterie.checkpoint import Checkpoint
 from coterie.engines.store import PersonalStore
 from coterie.files import is_part, remove_parts, write_atomic, write_json
-from coterie.types import Key, Part, Personal, Tensors
+from coterie.types import CoterieError, Key, Part, Personal, Tensors
 
 KEY = Key("encoder.q", 0, Part.A)
 
@@ -73,6 +73,17 @@ def test_forget_after_leaves_what_was_committed(tmp_path: Path) -> None:
     assert [number_of(store.load(c, 99)) for c in ("north", "south", "west")] == [None] * 3
     PersonalStore(tmp_path / "none").forget_after(0)
     PersonalStore(tmp_path / "none").prune(3)
+
+
+def test_a_damaged_state_is_named_and_not_taken_for_none(tmp_path: Path) -> None:
+    store = PersonalStore(tmp_path)
+    store.save("north", 1, personal(1))
+    store.save("north", 2, personal(2))
+    path = tmp_path / "north" / "000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CoterieError, match=rf"{path} is damaged"):
+        store.load("north", 2)
+    assert number_of(store.load("north", 1)) == 1
 
 
 @settings(deadline=None, max_examples=20)
@@ -152,25 +163,34 @@ def test_any_damage_falls_back_and_says_which_file(tmp_path: Path) -> None:
         assert len(notes) == 1
         assert str(bad) in notes[0]
         assert "falling back" in notes[0]
-    assert good.exists()
+        assert [path.name for path in tmp_path.iterdir()] == [good.name], "the next save may not keep the damaged one"
     bad.write_bytes(blob)
     assert round_of(load(tmp_path)[0]) == 2
 
 
-def test_where_all_are_damaged_there_is_none_and_each_is_named(tmp_path: Path) -> None:
+def test_where_all_are_damaged_it_stops_and_touches_nothing(tmp_path: Path) -> None:
     paths = save(tmp_path, 1, 2, 3)
     for path in paths:
         path.write_bytes(path.read_bytes()[:-1])
-    found, notes = load(tmp_path)
-    assert found is None
+    before = {path: path.read_bytes() for path in paths}
+    notes: list[str] = []
+    with pytest.raises(CoterieError, match=r"none of the checkpoints in .* is whole; restore one, or start"):
+        checkpoint.load_newest(tmp_path, State, notes.append)
     assert [str(path) in note for path, note in zip(reversed(paths), notes, strict=True)] == [True] * 3
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_checkpoint_of_another_method_is_not_taken_for_one_of_this(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    found, notes = load(tmp_path, OtherState)
-    assert found is None
-    assert "OtherState has the fields" in notes[0]
+def test_a_whole_checkpoint_of_another_state_is_not_called_corrupt(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    with pytest.raises(CoterieError, match=r"000002\.ckpt is whole, but .*OtherState has the fields"):
+        load(tmp_path, OtherState)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_round_of_the_newest_checkpoint_is_in_its_name(tmp_path: Path) -> None:
+    assert checkpoint.newest_round(tmp_path / "none") is None
+    save(tmp_path, 9, 10)
+    assert checkpoint.newest_round(tmp_path) == 10
 
 
 def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:

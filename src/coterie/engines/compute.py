@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -13,12 +13,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
-from coterie.doctor import native_bfloat16
 from coterie.evaluate import classification_metrics, perplexity, text_metrics
+from coterie.machine import native_bfloat16
 from coterie.nn.attach import Attached, attached
 from coterie.nn.base import Base
 from coterie.ops.streams import stream, stream_seed
-from coterie.types import Bank, CoterieError, Json, Observe, Observed, Optim, Score, Scored, Train, Trained
+from coterie.types import Bank, CoterieError, Json, Key, Observe, Observed, Optim, Score, Scored, Train, Trained
 
 _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
 
@@ -84,6 +84,7 @@ class LocalCompute:
                 if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(groups):
                     self._check_finite(losses, step + 1)
             tensors = bank.tensors()
+        self._check_trained(tensors)
         seen = [example for group in groups for part in group for example in part]
         return Trained(tensors, _mean(losses, counts), len(seen), sum(len(e.ids) for e in seen), len(groups))
 
@@ -141,6 +142,14 @@ class LocalCompute:
             step = start + int((~finite).nonzero()[0]) + 1
             raise CoterieError(
                 f"client {self.client.info.id}: the loss is not finite at step {step} of round {self.rnd}; "
+                "lower [train] learning_rate or [lora] alpha, or look at this client's data"
+            )
+
+    def _check_trained(self, tensors: Mapping[Key, Tensor]) -> None:
+        """A gradient may overflow where the loss did not: nothing of that may be kept or sent."""
+        if broken := [str(key) for key, value in tensors.items() if not bool(torch.isfinite(value).all())]:
+            raise CoterieError(
+                f"client {self.client.info.id}: round {self.rnd} left values in {broken[0]} that are not finite; "
                 "lower [train] learning_rate or [lora] alpha, or look at this client's data"
             )
 

@@ -17,14 +17,17 @@ from coterie.data.tasks import make_task
 from coterie.engine import Delivery, Evaluation
 from coterie.engines.compute import LocalCompute, Workplace, resolve_precision
 from coterie.engines.store import PersonalStore
+from coterie.evaluate import check_rouge
 from coterie.method import Method, drive
-from coterie.nn.base import Base, load_base
+from coterie.nn.base import Base, load_base, resolve
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Observe, Personal, Score
 
 
 def make(config: Config, federation: Federation, folder: Path, root: Path, cache: dict[str, Any]) -> LocalEngine:
     """The engine for a run in ``folder``; the base stays in ``cache`` for further runs with the same model."""
-    key = f"base {config.model} {config.lora.targets} {config.task.kind} {config.engine.device} {root}"
+    if config.task.generate:
+        check_rouge()
+    key = str(("base", config.model, config.lora.targets, config.task.kind, config.engine, root))
     if key not in cache:
         cache[key] = _load(config, root)
     base: Base = cache[key]
@@ -33,21 +36,13 @@ def make(config: Config, federation: Federation, folder: Path, root: Path, cache
     )
     place = Workplace(base, task, config.run.seed, config.run.eval_batch_size)
     place.precision = resolve_precision(config.engine.precision, place.device)
-    base.use_attention(_attention(place, config.model.max_length))
     return LocalEngine(place, federation, PersonalStore(folder / "personal"))
-
-
-def _attention(place: Workplace, max_length: int) -> str | None:
-    """On a CPU in bfloat16, short sequences go through plain attention: torch's fused one takes 1.5x as long there."""
-    plain = place.device.type == "cpu" and place.precision == "bfloat16" and max_length <= 256
-    return "eager" if plain else None
 
 
 def _load(config: Config, root: Path) -> Base:
     device = config.engine.device
-    path = root / config.model.path
-    return load_base(
-        str(path) if path.is_dir() else config.model.path,
+    base = load_base(
+        resolve(config.model.path, root),
         config.task.kind,
         targets=config.lora.targets,
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype],
@@ -55,6 +50,17 @@ def _load(config: Config, root: Path) -> Base:
         device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
+    needed = config.model.max_length + (config.task.max_new_tokens if config.task.generate else 0)
+    if base.longest is not None and needed > base.longest:
+        raise CoterieError(
+            f"the model has positions for {base.longest} tokens; [model] max_length (and [task] max_new_tokens) "
+            f"ask for {needed}: lower them"
+        )
+    place = next(base.model.parameters()).device
+    precision = resolve_precision(config.engine.precision, place)
+    if place.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
+        base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
+    return base
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,10 @@ class LocalEngine:
         program = method.client(codec.decode(Instruction, down), client.info, personal)
         try:
             result = drive(program, LocalCompute(self.place, client, rnd))
-        except CoterieError as fault:
-            return Delivery(None, str(fault), len(down), 0, time.perf_counter() - started)
+        except (CoterieError, torch.OutOfMemoryError) as fault:
+            memory = isinstance(fault, torch.OutOfMemoryError)
+            error = f"client {client.info.id}: out of memory; lower [train] batch_size" if memory else str(fault)
+            return Delivery(None, error, len(down), 0, time.perf_counter() - started)
         up = codec.encode(result.reply)
         self.store.save(client.info.id, rnd, result.personal)
         reply = codec.decode(type(result.reply), up)

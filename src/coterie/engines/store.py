@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import ClientId, Personal
+from coterie.types import ClientId, CoterieError, Personal
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,13 @@ class PersonalStore:
     def load(self, client: ClientId, until: int) -> Personal | None:
         """The newest version of a round up to ``until``; None where there is none."""
         rounds = [rnd for rnd in self._rounds(client) if rnd <= until]
-        return codec.decode(Personal, self._path(client, max(rounds)).read_bytes()) if rounds else None
+        if not rounds:
+            return None
+        path = self._path(client, max(rounds))
+        try:
+            return codec.decode(Personal, path.read_bytes())
+        except codec.CodecError as fault:
+            raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
 
     def save(self, client: ClientId, rnd: int, personal: Personal) -> None:
         """Keep ``personal`` as the client's state after round ``rnd``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,11 +58,16 @@ def start_router(base: BaseSpec, plan: Plan, slots: int) -> dict[Key, Tensor]:
 
 def start_head(base: BaseSpec, plan: Plan, me: ClientInfo) -> dict[Key, Tensor]:
     """The head for the client's number of labels: the same for all clients with as many. Empty for generation."""
-    labels = len(me.labels or ())
+    init = {p.name: p.init for p in base.head}
     return {
-        Key(p.name, NO_EXPERT, Part.HEAD): _start(p.shape_for(labels), p.init, base, plan, f"{p.name}/{labels}")
-        for p in base.head
+        key: _start(shape, init[key.module], base, plan, f"{key.module}/{len(me.labels or ())}")
+        for key, shape in head_shapes(base, me).items()
     }
+
+
+def head_shapes(base: BaseSpec, me: ClientInfo) -> Shapes:
+    """The shapes of :func:`start_head`."""
+    return {Key(p.name, NO_EXPERT, Part.HEAD): p.shape_for(len(me.labels or ())) for p in base.head}
 
 
 def _start(shape: tuple[int, ...], init: str, base: BaseSpec, plan: Plan, purpose: str) -> Tensor:
@@ -84,7 +90,7 @@ class Heads:
 
 def label_space(me: ClientInfo) -> str:
     """A name for the client's label space: clients with the same labels in the same order share it."""
-    return "|".join(me.labels or ())
+    return json.dumps(me.labels)
 
 
 def start_heads(base: BaseSpec, plan: Plan, clients: Sequence[ClientInfo]) -> Heads:

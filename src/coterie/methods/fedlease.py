@@ -32,7 +32,7 @@ from coterie.methods._common import (
     Heads,
     Shapes,
     head_of,
-    label_space,
+    head_shapes,
     lora_of,
     lora_shapes,
     mean_error,
@@ -65,6 +65,7 @@ from coterie.types import (
     Part,
     Personal,
     Reply,
+    Target,
     Tensors,
     Train,
     Trained,
@@ -75,7 +76,9 @@ class FedLEASESettings(MethodSettings):
     """FedLEASE's settings; the defaults are the paper's."""
 
     warmup_rounds: int = Field(5, ge=1, description="rounds of local training before the clients are clustered")
-    max_experts: int = Field(4, ge=2, description="the most clusters that the silhouette may choose")
+    max_experts: int | None = Field(
+        None, ge=2, description="the most clusters that the silhouette may choose; none: 4, or one less than clients"
+    )
     min_experts: Literal[1, 2] = Field(2, description="1: also allow one cluster, when no silhouette is high enough")
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
@@ -115,11 +118,15 @@ class Allocation:
 
 @dataclass(frozen=True)
 class FedLEASEState:
-    """The server's state: the clusters, the experts and a router for each; ``starts`` are the clusters' means."""
+    """The server's state: the clusters, the experts and a router for each.
+
+    ``warm`` holds warm-up LoRAs until there are enough of them to cluster, ``starts`` the clusters' means of them.
+    """
 
     base: BaseSpec
     groups: Mapping[ClientId, str]
-    spaces: Mapping[ClientId, str]
+    labels: Mapping[ClientId, tuple[str, ...]]
+    warm: Mapping[ClientId, Reply] = field(default_factory=dict)
     allocation: Allocation | None = None
     starts: Tensors = field(default_factory=dict)
     experts: Tensors = field(default_factory=dict)
@@ -146,9 +153,7 @@ class FedLEASE:
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedLEASEState:
         self._check(clients)
-        groups = {c.id: c.group or "" for c in clients}
-        spaces = {c.id: label_space(c) for c in clients}
-        return FedLEASEState(base, groups, spaces)
+        return FedLEASEState(base, {c.id: c.group or "" for c in clients}, {c.id: c.labels or () for c in clients})
 
     def configure(
         self, state: FedLEASEState, clients: Sequence[ClientInfo], rnd: int
@@ -156,21 +161,24 @@ class FedLEASE:
         return {c.id: self._instruction(state, c.id, rnd) for c in clients}
 
     def expects(self, state: FedLEASEState, me: ClientInfo, rnd: int) -> Shapes:
-        head = start_head(state.base, self.plan, me) if self._head_travels() else {}
+        travels = self.plan.head == "shared" and self.settings.head == "trained"
+        head = head_shapes(state.base, me) if travels else {}
         own = self._cluster_of(state, me.id)
         if own is None:
             sends = rnd >= self.settings.warmup_rounds
-            return lora_shapes(state.base, self.plan) | shapes_of(head) if sends else {}
+            return lora_shapes(state.base, self.plan) | head if sends else {}
         router = state.routers[own] if self.settings.router == "cluster" else {}
-        return lora_shapes(state.base, self.plan, own) | shapes_of(router, head)
+        return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head
 
     def aggregate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
         if rnd < self.settings.warmup_rounds:
             return state
         replies = dict(sorted(replies.items()))
         if state.allocation is None:
-            return self._allocate(state, replies)
-        late = {c: r.tensors for c, r in replies.items() if self._cluster_of(state, c) is None}
+            warm = {**state.warm, **replies}
+            enough = len(warm) >= self._needed()
+            return self._allocate(replace(state, warm={}), warm) if enough else replace(state, warm=warm)
+        late = {c: r for c, r in replies.items() if self._cluster_of(state, c) is None}
         return self._place(self._average(state, {c: r for c, r in replies.items() if c not in late}), late)
 
     def experts(self, state: FedLEASEState) -> Mapping[str, Tensors]:
@@ -211,7 +219,7 @@ class FedLEASE:
         if ins.info["phase"] == "warm-up":
             return Bank(with_head(lora_of(personal.tensors), ins, personal), scaling=scaling, dropout=dropout)
         own = int(ins.info["own"])
-        mine = router_of(personal.tensors)
+        mine = router_of(personal.tensors) or self._router(ins)
         if self.settings.expert_start == "own":
             mine |= lora_of(personal.tensors, 0, new=own)
         return Bank(with_head({**ins.tensors, **mine}, ins, personal), self._gate(own), scaling, dropout)
@@ -220,12 +228,12 @@ class FedLEASE:
 
     def _check(self, clients: Sequence[ClientInfo]) -> None:
         s, n = self.settings, len(clients)
-        asked = s.experts or (s.max_experts if "max_experts" in s.model_fields_set else 0)
+        asked = s.experts or s.max_experts or 0
         if asked > n:
             raise CoterieError(
                 f"[method] asks for {asked} clusters of {n} clients; set experts or max_experts to at most {n}"
             )
-        if s.allocation == "learned" and not s.experts and n < 3:
+        if n < self._needed():
             raise CoterieError(f"a silhouette needs at least 3 clients, here are {n}; set [method] experts to 1 or 2")
         if s.allocation == "oracle" and any(c.group is None for c in clients):
             raise CoterieError('allocation = "oracle" needs a group for every client; set it in [data]')
@@ -238,26 +246,31 @@ class FedLEASE:
     def _cluster_of(self, state: FedLEASEState, client: ClientId) -> int | None:
         return state.allocation.clusters.get(client) if state.allocation else None
 
-    def _head_travels(self) -> bool:
-        return self.plan.head == "shared" and self.settings.head == "trained"
+    def _needed(self) -> int:
+        """How many warm-up LoRAs the allocation takes; with fewer the warm-up goes on."""
+        learned = self.settings.allocation == "learned"
+        return (self.settings.experts or 3) if learned else 1
+
+    def _slots(self, experts: int) -> int:
+        return 2 * experts - 1 if self.settings.routing == "adaptive" else experts
 
     def _instruction(self, state: FedLEASEState, client: ClientId, rnd: int) -> Instruction:
         own = self._cluster_of(state, client)
         if own is None:
             return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.warmup_rounds})
-        tensors = {**state.experts, **state.routers[own], **state.heads.of(client)}
-        return Instruction(tensors, {"phase": "experts", "own": own})
+        router = state.routers[own] if self.settings.router == "cluster" else {}
+        return Instruction({**state.experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
 
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """The clusters of the clients that sent a warm-up LoRA, and experts, routers and heads started on them."""
         allocation = self._clusters(state, {c: lora_of(r.tensors) for c, r in replies.items()})
         number = allocation.num_experts
-        slots = 2 * number - 1 if self.settings.routing == "adaptive" else number
+        router = start_router(state.base, self.plan, self._slots(number))
         state = replace(
             state,
             allocation=allocation,
             experts={k: v for e in range(number) for k, v in start_lora(state.base, self.plan, e).items()},
-            routers={e: start_router(state.base, self.plan, slots) for e in range(number)},
+            routers=dict.fromkeys(range(number), router),
             heads=self._mean_heads(self._cluster_heads(state, allocation), replies),
         )
         sent = {c: Reply(lora_of(r.tensors, 0, new=allocation.clusters[c]), r.num_examples) for c, r in replies.items()}
@@ -269,20 +282,19 @@ class FedLEASE:
         s, order = self.settings, tuple(sorted(warm))
         d = self._distances(state.base, [warm[c] for c in order])
         if s.allocation == "learned":
-            limits = (s.experts, s.experts) if s.experts else (s.max_experts, s.min_experts)
-            found = cluster.cluster(
-                d, limits[0], min_clusters=limits[1], threshold=s.one_cluster_below, linkage=s.linkage
-            )
-            return Allocation(
-                dict(zip(order, map(int, found.labels), strict=True)), found.silhouettes, order, torch.from_numpy(d)
-            )
-        names = [state.groups[c] for c in order]
+            most, least = (s.experts, s.experts) if s.experts else (s.max_experts or 4, s.min_experts)
+            found = cluster.cluster(d, most, min_clusters=least, threshold=s.one_cluster_below, linkage=s.linkage)
+            clusters = dict(zip(order, map(int, found.labels), strict=True))
+            return Allocation(clusters, found.silhouettes, order, torch.from_numpy(d))
+        everyone = sorted(state.groups)  # the controls need no LoRA: clients that missed the warm-up are placed too
+        names = [state.groups[c] for c in everyone]
         if s.allocation == "random":
-            number = min(s.experts or s.max_experts, len(order))
-            shuffle = np.random.default_rng(stream_seed(self.plan.seed, "allocation")).permutation(len(order))
+            number = min(s.experts or s.max_experts or 4, len(everyone))
+            shuffle = np.random.default_rng(stream_seed(self.plan.seed, "allocation")).permutation(len(everyone))
             names = [str(position % number) for position in shuffle]
         numbers = {name: e for e, name in enumerate(dict.fromkeys(names))}
-        return Allocation({c: numbers[n] for c, n in zip(order, names, strict=True)}, {}, order, torch.from_numpy(d))
+        placed = {c: numbers[n] for c, n in zip(everyone, names, strict=True)}
+        return Allocation(placed, {}, order, torch.from_numpy(d))
 
     def _distances(self, base: BaseSpec, loras: Sequence[Tensors]) -> NDArray[np.float64]:
         """d [n, n] between LoRAs, each with expert number 0."""
@@ -307,24 +319,23 @@ class FedLEASE:
         heads = self._mean_heads(state.heads, replies)
         return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
 
-    def _place(self, state: FedLEASEState, late: Mapping[ClientId, Tensors]) -> FedLEASEState:
+    def _place(self, state: FedLEASEState, late: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Clients that made up their warm-up join the cluster whose mean warm-up LoRA is nearest."""
-        for client, tensors in late.items():
-            assert state.allocation is not None
-            starts = [lora_of(state.starts, e, new=0) for e in range(state.allocation.num_experts)]
-            away = self._distances(state.base, [lora_of(tensors), *starts])[0, 1:]
-            clusters = {**state.allocation.clusters, client: int(np.argmin(away))}
-            allocation = replace(state.allocation, clusters=clusters)
-            known = self._cluster_heads(state, allocation)
-            heads = Heads({**known.values, **state.heads.values}, known.group)
-            state = replace(state, allocation=allocation, heads=heads)
-        return state
+        if not late or state.allocation is None:
+            return state
+        number = state.allocation.num_experts
+        starts = [lora_of(state.starts, e, new=0) for e in range(number)]
+        away = self._distances(state.base, [*starts, *(lora_of(r.tensors) for r in late.values())])[number:, :number]
+        nearest = dict(zip(late, map(int, away.argmin(axis=1)), strict=True))
+        allocation = replace(state.allocation, clusters={**state.allocation.clusters, **nearest})
+        heads, old = self._cluster_heads(state, allocation), state.heads.values
+        new = Heads({name: value for name, value in heads.values.items() if name not in old}, heads.group)
+        values = {**old, **self._mean_heads(new, late).values}
+        return replace(state, allocation=allocation, heads=Heads(values, heads.group))
 
     def _cluster_heads(self, state: FedLEASEState, allocation: Allocation) -> Heads:
         """Shared heads by cluster and label space, at their start."""
-        infos = [
-            ClientInfo(c, 0, labels=tuple(state.spaces[c].split("|"))) for c in allocation.clusters if state.spaces[c]
-        ]
+        infos = [ClientInfo(c, 0, labels=state.labels[c]) for c in allocation.clusters]
         by_space = start_heads(state.base, self.plan, infos)
         group = {c: f"{allocation.clusters[c]}:{space}" for c, space in by_space.group.items()}
         return Heads({group[c]: by_space.of(c) for c in group}, group)
@@ -338,6 +349,13 @@ class FedLEASE:
         return {c: float(r.num_examples) if by_examples else 1.0 for c, r in replies.items()}
 
     # steps of the client -----------------------------------------------------------------------------------------
+
+    def _router(self, ins: Instruction) -> dict[Key, Tensor]:
+        """The router that the server sent, or the start of one that stays personal."""
+        widths = {key.module: value.shape[1] for key, value in ins.tensors.items() if key.part is Part.A}
+        experts = sum(key.part is Part.A for key in ins.tensors) // len(widths)
+        base = BaseSpec(tuple(Target(module, d_in, 0) for module, d_in in widths.items()))
+        return router_of(ins.tensors) or start_router(base, self.plan, self._slots(experts))
 
     def _gate(self, own: int) -> GateSpec:
         match self.settings.routing:

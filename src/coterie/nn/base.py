@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +14,25 @@ import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
+from coterie.machine import devices
 from coterie.nn.attach import linear_sizes
 from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
 
 TaskKind = Literal["classification", "generation"]
 _PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
 _OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
-_DROPOUTS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout", "dropout",
-    "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "hidden_dropout",
-    "embedding_dropout", "mlp_dropout",
-)  # fmt: skip
+_ALIAS = "minilm"
+_POSITIONS = re.compile(r"wpe|(embed_)?pos(ition)?s?(_emb\w*)?")  # names of tables; 2-d and relative ones have others
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,11 @@ class Base:
         model: Any = self.model
         model.set_attn_implementation(name or self.attention)
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens, prompt and completion together, that the model takes; None: nothing limits them."""
+        return longest(self.model)
+
 
 def load_base(
     name: str,
@@ -56,16 +67,20 @@ def load_base(
     device: str = "cpu",
     gradient_checkpointing: bool = False,
 ) -> Base:
-    """Load a model folder, a hub name or an alias (``minilm``), freeze it, and describe its targets.
+    """Load a model from its absolute folder, a hub name or the alias ``minilm``, freeze it, and describe its targets.
 
     Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
-    Raises :class:`CoterieError` for a folder that holds no model, or not all of one, and for targets that match
-    nothing.
+    Raises :class:`CoterieError` for a folder that holds no model, or not all of one, for targets that match nothing,
+    for a device that is not here, and for gradient checkpointing with a model that has none.
     """
     path = resolve(name)
+    if Path(path).is_dir() and name != _ALIAS and not Path(name).expanduser().is_absolute():
+        raise CoterieError(f"{name!r} is a hub name, and a folder here; give the whole path of the folder, {path}")
+    _check_device(device)
     with _quietly(path):
         tokenizer = _tokenizer(path)
-        config = _without_dropout(_from_pretrained(AutoConfig, path))
+        config = _from_pretrained(AutoConfig, path)
+        _still(config)
         config.pad_token_id = tokenizer.pad_token_id
         if kind == "classification":
             config.num_labels = _PROBE_LABELS
@@ -75,30 +90,69 @@ def load_base(
             options |= {"quantization_config": _quantization(quantize, dtype, skip), "device_map": {"": device}}
         model = _model(path, kind, options)
     model = _differentiable(model) if quantize != "none" else model.to(device)
+    for module in model.modules():
+        _still(module)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise CoterieError(f"{type(model).__name__} cannot do gradient checkpointing; leave it out of [model]")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode alone; there is no dropout left that this turns on
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
     return Base(model, tokenizer, describe(model, targets), path, kind, attention)
 
 
-def resolve(name: str) -> str:
-    """Where a model's files are: a folder as it stands, ``minilm`` from its package or the hub, else a hub name.
+def resolve(name: str, root: Path | None = None) -> str:
+    """Where a model's files are: the absolute path of a folder, or a name of the hub.
 
+    A relative folder starts at ``root``, by default the working folder. ``minilm`` is in its package, or on the hub.
     Raises :class:`CoterieError` for a path that is no model folder.
     """
-    if name == "minilm":
+    if name == _ALIAS:
         return _packaged_minilm() or "sentence-transformers/all-MiniLM-L6-v2"
-    folder = Path(name).expanduser()
+    folder = ((root or Path.cwd()) / Path(name).expanduser()).resolve()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CoterieError(f"{folder} is no model folder: it has no config.json; give the folder that holds it")
         return str(folder)
-    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
+    if folder.exists() or Path(name).is_absolute() or name.startswith((".", "~")):
         raise CoterieError(f"no model folder at {folder}; check [model] path")
     return name
+
+
+def longest(model: nn.Module) -> int | None:
+    """The most tokens that the model's positions are for; None where nothing limits them, as with relative positions.
+
+    A table of positions may have rows that no token gets (RoBERTa: 514 rows for 512 tokens). Rotary positions have no
+    end, but were trained up to the number in the config.
+    """
+    config: Any = model.config
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated < 1:
+        return None
+    tables = [
+        module.num_embeddings - _unused_rows(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and _POSITIONS.fullmatch(name.rsplit(".", 1)[-1])
+        and module.num_embeddings >= stated  # a table of an image's patches is smaller
+    ]
+    return min([stated, *tables]) if tables or any(map(_is_rotary, model.modules())) else None
+
+
+def _unused_rows(table: nn.Embedding) -> int:
+    offset = getattr(table, "offset", None)  # of OPT and BART
+    if isinstance(offset, int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether it holds the frequencies of rotary positions, and not of those that stretch with the text."""
+    buffers = [name for name, _ in module.named_buffers(recurse=False)]
+    rotary = any(name.endswith(("inv_freq", "embed_positions")) for name in buffers)  # the latter in GPT-J
+    return rotary and getattr(module, "rope_type", None) != "dynamic"
 
 
 def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
@@ -173,17 +227,30 @@ def _head_parameter(name: str, parameter: nn.Parameter, last: nn.Linear) -> Head
     return HeadParameter(name, shape, init)
 
 
-def _without_dropout(config: Any) -> Any:
-    for name in _DROPOUTS:
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, 0.0)
-    return config
+def _still(thing: Any) -> None:
+    """Set every probability of dropout, of layers too, that a config (and those in it) or one module holds to 0."""
+    for name, value in list(vars(thing).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(thing, name, 0.0)
+        elif isinstance(value, PretrainedConfig) and isinstance(thing, PretrainedConfig):
+            _still(value)
+    if isinstance(thing, _DropoutNd):
+        thing.p = 0.0
+
+
+def _check_device(device: str) -> None:
+    """Raises :class:`CoterieError` for a device that torch does not know, or that is not here."""
+    here = devices()
+    if device not in {*here, *(name.partition(":")[0] for name in here)}:
+        lacks = device.startswith("cuda") and torch.version.cuda is None
+        built = " (this torch is built without CUDA)" if lacks else ""
+        raise CoterieError(f"[engine] device = {device!r} is not here{built}; there is {', '.join(here)}")
 
 
 def _quantization(kind: str, dtype: torch.dtype, skip: list[str]) -> Any:
     """What transformers takes to quantise all Linears but the output layer and those inside the modules ``skip``."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise CoterieError(f"quantize = {kind!r} needs bitsandbytes: pip install 'coterie[quant]'")
+        raise CoterieError(f"quantize = {kind!r} needs bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     keep: dict[str, Any] = {"llm_int8_skip_modules": skip} if skip else {}
@@ -262,8 +329,10 @@ def _quietly(path: str) -> Iterator[None]:
 
 
 def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    quantised = "quantization_config" in options
+    faults = (OSError, ValueError, ImportError, SafetensorError, *((RuntimeError,) if quantised else ()))
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, SafetensorError) as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise CoterieError(f"cannot load the model {path!r}: {reason}") from fault
+    except faults as fault:
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise CoterieError(f"cannot load the model {path!r}{' quantised' if quantised else ''}: {reason}") from fault

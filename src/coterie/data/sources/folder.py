@@ -26,8 +26,8 @@ def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
 def read_folder(path: Path) -> Dataset:
     """The dataset of one folder, called as the folder is."""
     if not path.is_dir():
-        ways = "\n  ".join(source.USAGE for source in sources().values())
-        raise CoterieError(f"{path}: no such folder. A dataset is one of\n  {ways}")
+        ways = "; ".join(source.USAGE for source in sources().values())
+        raise CoterieError(f"{path}: no such folder. A dataset is one of {ways}")
     tables: dict[str, Table] = {}
     for file in sorted(path.iterdir()):
         if file.stem in SPLITS and file.stem in tables:

@@ -24,7 +24,7 @@ def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
     try:
         import datasets
     except ImportError as fault:
-        raise CoterieError(f"the dataset 'hub:{rest}' needs a package: pip install 'coterie[hub]'") from fault
+        raise CoterieError(f"the dataset 'hub:{rest}' needs a package: pip install datasets") from fault
     path, config = _address(rest, root)
     try:
         found = datasets.load_dataset(path, config)

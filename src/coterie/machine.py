@@ -1,0 +1,82 @@
+"""Facts of this machine and its Python, for engines, the summary of a run, benchmarks and ``coterie doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from coterie import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
+_CPUINFO = Path("/proc/cpuinfo")
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """``versions`` and ``machine`` as JSON, for the summary of a run and for benchmarks."""
+    versions = {"coterie": __version__, "python": platform.python_version()}
+    machine = {
+        "platform": platform.platform(),
+        "cpu": processor(),
+        "cores": cpu_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [gpu.name for gpu in gpus()],
+    }
+    return {"versions": versions | {name: version(name) for name in PACKAGES}, "machine": machine}
+
+
+def version(name: str) -> str | None:
+    """The installed version of a distribution, without an import; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpus() -> list[Any]:
+    """The properties (``name``, ``total_memory`` in bytes, ...) of each CUDA device that torch sees."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_properties(i) for i in range(count)]
+
+
+def devices() -> tuple[str, ...]:
+    """The names of all devices that torch can compute on here: ``cpu``, and those of its accelerator by number."""
+    if not torch.accelerator.is_available():
+        return ("cpu",)
+    kind = torch.accelerator.current_accelerator()
+    return ("cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))) if kind else ("cpu",)
+
+
+def processor() -> str:
+    """The processor's name; Linux keeps it in a file, other systems tell it to Python."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use: fewer than the machine has, in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """The CPU threads of a run that names no number: OMP_NUM_THREADS where it holds one, else :func:`cpu_cores`."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": by level of nesting
+    return int(first) if first.isdecimal() and int(first) else cpu_cores()
+
+
+def native_bfloat16() -> bool | None:
+    """Whether this processor computes in bfloat16 by itself; None where that is not known."""
+    flags = [line.partition(":")[2].split() for line in _cpuinfo() if line.lower().startswith(("flags", "features"))]
+    return bool(_BFLOAT16_FLAGS.intersection(flags[0])) if flags else None
+
+
+def _cpuinfo() -> list[str]:
+    return _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines() if _CPUINFO.exists() else []
