@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def summarise(
     best = best_round(evaluations, primary)
     scores = next(event["clients"] for event in evaluations if event["round"] == best)
     per_client = {c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients}
-    tests = {c: known(row["test"]) for c, row in per_client.items() if row["test"]}
+    tests = {c: numbers(row["test"]) for c, row in per_client.items() if row["test"]}
     worst = worst_client(primary, tests)
     return {
         "coterie": __version__,
@@ -65,7 +66,7 @@ def summarise(
         "primary": primary,
         "clients": per_client,
         "mean": {
-            split: mean_metrics({c: known(s[split]) for c, s in scores.items() if split in s})
+            split: mean_metrics({c: numbers(s[split]) for c, s in scores.items() if split in s})
             for split in _splits(scores)
         },
         "worst": {"client": worst[0], primary: worst[1]} if worst else {},
@@ -102,9 +103,9 @@ def _client(client: ClientInfo, scores: Mapping[str, Json], rounds: Sequence[Map
     }
 
 
-def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """The metrics that are numbers: what was infinite or not a number was logged as null."""
-    return {name: value for name, value in metrics.items() if value is not None}
+def numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """The metrics with not-a-number for null: what was infinite or not a number was logged so."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def _splits(scores: Mapping[ClientId, Mapping[str, Json]]) -> list[str]:

@@ -209,7 +209,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained tensors (those that were asked for, and no others), the mean loss per example seen, and counts."""
+    """The trained tensors (those asked for, and no others), the mean loss per label seen, and counts.
+
+    A label is an example in classification, a token of a completion in generation.
+    """
 
     tensors: Tensors
     loss: float
