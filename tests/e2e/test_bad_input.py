@@ -141,7 +141,14 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("rounds = 3", "rounds = 500"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from coterie.cli import main; main()", "run", str(path), "--out", str(out)]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     limit = time.monotonic() + 120
     while not (out / "checkpoints" / "000002.ckpt").exists():
         assert time.monotonic() < limit, process.communicate(timeout=10)
