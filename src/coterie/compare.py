@@ -15,7 +15,7 @@ from coterie.config import DEFAULT_METHOD, Config, check_config, load_raw, overr
 from coterie.federate import federate
 from coterie.files import write_json
 from coterie.method import method_named
-from coterie.progress import listener
+from coterie.progress import heading, listener
 from coterie.summary import read_events
 from coterie.types import Json
 
@@ -106,7 +106,8 @@ def show(console: Console, results: Results, folder: Path) -> None:
     first = next(iter(rows.values()))
     clusters = results.get("fedlease", {})
     found = next(iter(clusters.values()))["describe"].get("clusters", {}) if clusters else {}
-    table = Table(box=None, header_style="bold", title=f"test {first['primary']} at the round that validation chose")
+    heading(console, f"Test {first['primary']} at the round that validation chose")
+    table = Table(box=None, header_style="bold")
     table.add_column("client")
     for column in (*(["cluster"] if found else []), *(method_named(m).title for m in rows)):
         table.add_column(column, justify="right")

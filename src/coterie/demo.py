@@ -17,7 +17,7 @@ from rich.table import Table
 from coterie.compare import Results, compare_all, curves, show, table_of
 from coterie.files import write_json
 from coterie.plots import demo_picture
-from coterie.progress import clock
+from coterie.progress import clock, heading
 from coterie.types import CoterieError, Json
 
 METHODS = ("fedlease", "fedit", "local")
@@ -75,7 +75,8 @@ def _show_clusters(console: Console, results: Results) -> None:
     clusters, scores = summary["describe"]["clusters"], summary["describe"]["silhouettes"]
     number = max(clusters.values()) + 1
     text = ", ".join(f"{k}: {score:.2f}" for k, score in scores.items())
-    table = Table(box=None, header_style="bold", title=f"FedLEASE found {number} clusters (silhouettes {text})")
+    heading(console, f"FedLEASE found {number} clusters (silhouettes {text})")
+    table = Table(box=None, header_style="bold")
     table.add_column("expert")
     table.add_column("clients")
     for expert in range(number):

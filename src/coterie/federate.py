@@ -25,7 +25,7 @@ from coterie.data.rows import Federation
 from coterie.engine import Engine
 from coterie.export import write_adapter, write_bundle
 from coterie.files import write_json
-from coterie.machine import default_threads
+from coterie.machine import default_threads, reset_peak_memory
 from coterie.method import Method, method_named
 from coterie.nn.base import resolve
 from coterie.report import write_report
@@ -68,6 +68,7 @@ def federate(
         return found
     opened = open_run(config, folder, root, cache if cache is not None else {})
     opened.method.init(opened.engine.spec, opened.engine.clients)
+    reset_peak_memory()
     with held(folder), full_disk_told(folder):
         claim(folder, config, root, opened.federation.manifest, resume)
         if config.run.tensorboard:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from coterie import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 _CPUINFO = Path("/proc/cpuinfo")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 
 
@@ -70,6 +74,21 @@ def default_threads() -> int:
     """The CPU threads of a run that names no number: OMP_NUM_THREADS where it holds one, else :func:`cpu_cores`."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": by level of nesting
     return int(first) if first.isdecimal() and int(first) else cpu_cores()
+
+
+def reset_peak_memory() -> None:
+    """Count :func:`peak_memory` from here on, where the system can (Linux)."""
+    if os.access(_CLEAR_REFS, os.W_OK):
+        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident size
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, bytes."""
+    if _STATUS.exists():
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def native_bfloat16() -> bool | None:

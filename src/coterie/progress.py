@@ -116,7 +116,8 @@ class Live:
 def show_summary(console: Console, summary: dict[str, Json], folder: Path) -> None:
     """The table of a finished run: a row per client, the mean, what it cost, where the report is."""
     names = sorted({name for row in summary["clients"].values() for name in row["test"]})
-    table = Table(box=None, header_style="bold", title=f"{summary['title']}: test at round {summary['best_round']}")
+    heading(console, f"{summary['title']}: test at round {summary['best_round']}")
+    table = Table(box=None, header_style="bold")
     clusters = summary["describe"].get("clusters", {})
     for column in ("client", *(["cluster"] if clusters else []), "train rows", *names):
         table.add_column(column, justify="left" if column == "client" else "right")
@@ -134,6 +135,11 @@ def show_summary(console: Console, summary: dict[str, Json], folder: Path) -> No
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def heading(console: Console, text: str) -> None:
+    """A line above a table. A title of the table itself would be folded to the table's width."""
+    console.print(f"\n[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

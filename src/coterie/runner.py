@@ -23,6 +23,7 @@ from coterie.checkpoint import Checkpoint
 from coterie.checks import fault_of
 from coterie.engine import Delivery, Engine, Evaluation
 from coterie.evaluate import mean_metrics
+from coterie.machine import peak_memory
 from coterie.method import Method
 from coterie.ops.streams import stream
 from coterie.types import ClientId, ClientInfo, CoterieError, Json, Reply
@@ -106,6 +107,7 @@ class Runner:
         state = self.method.aggregate(state, replies, rnd)
         changed = {name: value for name, value in self.method.describe(state).items() if before.get(name) != value}
         record |= {"seconds": time.perf_counter() - started, "describe": changed}
+        record |= {"peak_memory_bytes": peak_memory()}
         self._log(record)
         self._evaluate(state, rnd)
         self._commit(state, rnd)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import numpy as np
 
 from coterie import __version__
 from coterie.evaluate import better, mean_metrics, percentiles, worst_client
-from coterie.machine import environment
+from coterie.machine import environment, peak_memory
 from coterie.types import ClientId, ClientInfo, Json
 
 PRIMARY = {"classification": "accuracy", "generation": "loss"}
@@ -73,17 +71,11 @@ def summarise(
         "percentiles": percentiles(primary, tests),
         "bytes": {way: sum(row[f"bytes_{way}"] for row in per_client.values()) for way in ("up", "down")},
         "seconds": sum(event["seconds"] for event in [*rounds, *evaluations]),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max([*(event["peak_memory_bytes"] for event in rounds), peak_memory()]),
         "describe": {name: value for event in rounds for name, value in event["describe"].items()},
         "usage": {client: _mean_usage(usage) for client, usage in evaluations[-1].get("usage", {}).items() if usage},
         **environment(),
     }
-
-
-def peak_memory() -> int:
-    """The largest resident size of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _client(client: ClientInfo, scores: Mapping[str, Json], rounds: Sequence[Mapping[str, Json]]) -> dict[str, Json]:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "engines": {"types", "files", "codec", "ops", "method", "nn", "data", "evaluate", "engine", "config", "machine"},
     "checks": {"types", "ops"},
     "checkpoint": {"types", "files", "codec"},
-    "runner": {"types", "files", "codec", "ops", "method", "evaluate", "engine", "checks", "checkpoint"},
+    "runner": {"types", "files", "codec", "ops", "method", "machine", "evaluate", "engine", "checks", "checkpoint"},
     "run_folder": {"types", "files", "config", "checkpoint"},
     "export": {"types", "files", "codec"},
     "summary": {"types", "machine", "evaluate"},

@@ -110,3 +110,13 @@ def test_the_environment_is_json_with_versions_and_machine() -> None:
 def test_the_packages_are_dependencies() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(machine.PACKAGES) <= {line.partition(">=")[0] for line in project["dependencies"]}
+
+
+def test_the_peak_of_memory_can_be_counted_anew() -> None:
+    block = torch.ones(30_000_000)
+    high = machine.peak_memory()
+    assert high > block.nbytes
+    del block
+    machine.reset_peak_memory()
+    if Path("/proc/self/clear_refs").exists():
+        assert machine.peak_memory() < high - 60_000_000
