@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-# Before torch loads OpenMP: threads that wait for work sleep soon. Left to spin, two threads on a busy machine of two
-# cores took 30 times as long; on a quiet one it makes no difference.
+# Before torch loads OpenMP: threads that wait for work sleep soon. Left to themselves they spin, which on a busy machine
+# takes the cores from those that work (docs/performance.md has figures).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Iterator, Sequence
