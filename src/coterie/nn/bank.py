@@ -52,20 +52,13 @@ class Ranks:
             return Ranks(each, None)
         return Ranks(each, torch.arange(len(each)).repeat_interleave(torch.tensor(each)).to(device))
 
-    def weigh(self, z: Tensor, g: Tensor | None, span: Span | None = None) -> Tensor:
-        """z [n, R] with the columns of expert e multiplied by g[:, e]; of these, the columns of ``span`` alone.
-
-        A span begins and ends with an expert.
-        """
-        start, stop = span or (0, z.shape[1])
-        z = z[:, start:stop]
+    def weigh(self, z: Tensor, g: Tensor | None) -> Tensor:
+        """z [n, R] with the columns of expert e multiplied by g[:, e]."""
         if g is None:
             return z
         if self.owner is None:
-            rank = self.each[0]
-            experts = z.reshape(-1, (stop - start) // rank, rank)
-            return (experts * g[:, start // rank : stop // rank].unsqueeze(-1)).flatten(1)
-        return z * g.index_select(1, self.owner[start:stop])
+            return (z.reshape(-1, len(self.each), self.each[0]) * g.unsqueeze(-1)).flatten(1)
+        return z * g.index_select(1, self.owner)
 
     def per_expert(self, values: Tensor) -> Tensor:
         """Sums of values [n, R] over the ranks of each expert: [n, e]."""
@@ -241,10 +234,8 @@ class _Add(torch.autograd.Function):
         u_grad = (flat @ columns.T).mul_(ctx.scaling)
         g_grad = ctx.ranks.per_expert(u_grad * h) if ctx.needs_input_grad[2] else None
         h_grad = ctx.ranks.weigh(u_grad, g)
-        start, stop = (ctx.spans[0][0], ctx.spans[-1][1]) if ctx.spans else (0, 0)
-        u = ctx.ranks.weigh(h, g, (start, stop)).mul(ctx.scaling)
-        spans = [(lo - start, hi - start) for lo, hi in ctx.spans]
-        grads = (grad.T for grad in _span_grads(u, flat, spans, ctx.dtypes))
+        u = ctx.ranks.weigh(h, g).mul(ctx.scaling) if ctx.spans else h
+        grads = (grad.T for grad in _span_grads(u, flat, ctx.spans, ctx.dtypes))
         return y_grad, h_grad, g_grad, None, None, None, None, *grads
 
 
