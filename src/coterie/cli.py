@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-# Before torch loads OpenMP: threads that wait for work sleep soon. Left to themselves they spin, which on a busy machine
-# takes the cores from those that work (docs/performance.md has figures).
+# Before torch loads OpenMP: threads that wait for work sleep soon. Left to themselves they spin, which takes the cores
+# of a busy machine from those that work (docs/performance.md has figures).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Iterator, Sequence
