@@ -126,13 +126,16 @@ def doctor() -> None:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    pictures: Annotated[bool, typer.Option("--pictures", help="also write each picture as a PNG")] = False,
+) -> None:
     """Write the report of a run anew, finished or not."""
     from coterie.report import write_report
     from coterie.run_folder import read_run
 
     read_run(folder)
-    out.print(f"report: {write_report(folder)}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"report: {write_report(folder, pictures)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

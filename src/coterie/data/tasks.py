@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,19 +47,6 @@ class Batch:
         """The same batch on ``device``."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         return Batch(inputs, self.labels.to(device, non_blocking=True), self.count)
-
-
-class Task(Protocol):
-    """What the engines need of a task."""
-
-    kind: Literal["classification", "generation"]
-
-    def encode(self, row: Row) -> Example: ...
-
-    def collate(self, examples: Sequence[Example]) -> Batch: ...
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The sum of the losses over what counts, in float32 at least."""
 
 
 @dataclass(frozen=True)
