@@ -223,10 +223,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order."""
+    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order.
+
+    ``examples``: on at most so many examples, the same for all banks, drawn by the run's seed; 0: on all.
+    """
 
     banks: Sequence[Bank]
     split: str = "train"
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,12 +246,14 @@ class Scored:
 class Observe:
     """Ask: statistics of the bank's forward pass on ``split``, padding left out. Answer: :class:`Observed`.
 
-    ``what`` holds names of statistics; known so far: ``"usage"``.
+    ``what`` holds names of statistics: ``"usage"``, and of :mod:`coterie.engines.importance` ``"first_order"`` and
+    ``"gate_mass"``. ``examples``: on at most so many examples, drawn by the run's seed; 0: on all.
     """
 
     bank: Bank
     split: str = "train"
     what: tuple[str, ...] = ("usage",)
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,11 +261,13 @@ class Observed:
     """What was observed, over ``tokens`` real tokens.
 
     ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order, and
-    ``usage[module]["share"]`` the share of the tokens that use it at all.
+    ``usage[module]["share"]`` the share of the tokens that use it at all. ``importance[statistic][module]`` is one
+    number per module with a gate.
     """
 
     usage: Mapping[str, Mapping[str, Sequence[float]]]
     tokens: int
+    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 Request = Train | Score | Observe

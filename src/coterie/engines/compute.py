@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
+from coterie.engines.importance import STATISTICS, gate_importance
 from coterie.evaluate import classification_metrics, perplexity, text_metrics
 from coterie.machine import native_bfloat16
 from coterie.nn.attach import Attached, attached
@@ -90,22 +91,32 @@ class LocalCompute:
 
     def score(self, request: Score) -> list[Scored]:
         """Mean loss and metrics of every bank on the split."""
-        return [self._score(bank, request.split) for bank in request.banks]
+        return [self._score(bank, request.split, request.examples) for bank in request.banks]
 
     def observe(self, request: Observe) -> Observed:
-        """Gate usage of the bank on the split, padding left out."""
-        if unknown := set(request.what) - {"usage"}:
-            raise ValueError(f"cannot observe {sorted(unknown)}; known: usage")
+        """Gate usage of the bank on the split, padding left out, and the importance of its modules if asked for."""
+        if unknown := set(request.what) - {"usage", *STATISTICS}:
+            raise ValueError(f"cannot observe {sorted(unknown)}; known: usage, {', '.join(STATISTICS)}")
         tokens = 0
         with attached(self.place.base.model, request.bank) as bank, evaluating(self.place.base.model):
             bank.now.usage = {}
-            for batch in self._in_order(request.split):
+            for batch in self._in_order(request.split, request.examples):
                 bank.now.mask = batch.mask
                 self._logits(batch)
                 tokens += int(batch.mask.sum())
             usage = bank.now.usage
         shares = {module: counted / tokens for module, counted in usage.items()}
-        return Observed({m: {"weight": w.tolist(), "share": s.tolist()} for m, (w, s) in shares.items()}, tokens)
+        importance = self._importance(request)
+        by_module = {m: {"weight": w.tolist(), "share": s.tolist()} for m, (w, s) in shares.items()}
+        return Observed(by_module, tokens, importance)
+
+    def _importance(self, request: Observe) -> dict[str, dict[str, float]]:
+        wanted = [name for name in request.what if name in STATISTICS]
+        if not wanted:
+            return {}
+        parts = self._in_order(request.split, request.examples)
+        model, task = self.place.base.model, self.place.task
+        return gate_importance(model, request.bank, parts, lambda b: task.loss(self._logits(b), b), wanted)
 
     def _groups(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
         """The micro-batches of every optimiser step of the round."""
@@ -153,13 +164,13 @@ class LocalCompute:
                 "lower [train] learning_rate or [lora] alpha, or look at this client's data"
             )
 
-    def _score(self, bank: Bank, split: str) -> Scored:
+    def _score(self, bank: Bank, split: str, examples: int = 0) -> Scored:
         task, total, count = self.place.task, 0.0, 0
         truth: list[int] = []
         predicted: list[int] = []
         metrics: dict[str, float] = {}
         with attached(self.place.base.model, bank), evaluating(self.place.base.model):
-            for batch in self._in_order(split):
+            for batch in self._in_order(split, examples):
                 logits = self._logits(batch)
                 total += float(task.loss(logits, batch))
                 count += batch.count
@@ -170,16 +181,24 @@ class LocalCompute:
                 metrics = self._score_texts(task, split)
         loss = total / count
         metrics |= classification_metrics(truth, predicted) if truth else {"perplexity": perplexity(loss)}
-        return Scored(loss, metrics, len(self.place.examples(self.client, split)))
+        return Scored(loss, metrics, len(self._some(split, examples)))
 
     def _score_texts(self, task: Generation, split: str) -> dict[str, float]:
         rows = [row for row in self.client.splits[split] if isinstance(row, PromptRow)]
         texts = generate(self.place, task, rows)
         return text_metrics([row.completion for row in rows], texts)
 
-    def _in_order(self, split: str) -> Iterator[Batch]:
-        """The split in batches sorted by length."""
-        examples = sorted(self.place.examples(self.client, split), key=lambda e: len(e.ids))
+    def _some(self, split: str, at_most: int) -> list[Example]:
+        """The split's examples, or ``at_most`` of them (0: all) drawn by the run's seed, the round and the client."""
+        examples = self.place.examples(self.client, split)
+        if not 0 < at_most < len(examples):
+            return examples
+        draw = stream(self.place.seed, self.rnd, self.client.info.id, "some", split)
+        return [examples[i] for i in torch.randperm(len(examples), generator=draw)[:at_most].tolist()]
+
+    def _in_order(self, split: str, at_most: int = 0) -> Iterator[Batch]:
+        """The split, or ``at_most`` examples of it, in batches sorted by length."""
+        examples = sorted(self._some(split, at_most), key=lambda e: len(e.ids))
         size = self.place.eval_batch_size
         for i in range(0, len(examples), size):
             yield self.place.task.collate(examples[i : i + size]).to(self.place.device)

@@ -9,7 +9,7 @@ Linears, ``Conv1D``, gradient checkpointing and generation with a cache work as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,15 @@ class Pass:
 
     ``training`` turns dropout on; its mask is a function of ``seed`` and the module's name alone, so that gradient
     checkpointing draws it again. ``mask`` [b, t] marks real tokens; ``usage`` collects gate statistics if not None:
-    by module, [2, e] of sums over real tokens, the experts' weights and how many tokens use them.
+    by module, [2, e] of sums over real tokens, the experts' weights and how many tokens use them. ``probe`` is shown
+    every layer and its gate weights [n, e], and returns those that the layer goes on with.
     """
 
     training: bool = False
     seed: int = 0
     mask: Tensor | None = None
     usage: dict[str, Tensor] | None = None
+    probe: Callable[[BankLayer, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class BankLayer:
         g = self.weights(p, h)
         if self.now.usage is not None and g is not None:
             self._record(g, self.now.usage)
+        if self.now.probe is not None and g is not None:
+            g = self.now.probe(self, g)
         return self._add(output.contiguous(), h, g)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -134,6 +138,8 @@ class BankLayer:
     def weights(self, p: Tensor | None, h: Tensor) -> Tensor | None:
         """The gate's weights [n, e], the shared expert's among them, from p [n, s] and h = A_cat x [n, R]."""
         ranks = self.ranks.each[1:] if self.has_shared else self.ranks.each
+        if not ranks:
+            return None  # the shared expert alone
         routed = h[:, self.ranks.each[0] :] if self.has_shared else h
         z = routed.reshape(-1, len(ranks), ranks[0]) if ranks and len(set(ranks)) == 1 else None
         g = gates()[self.gate](p, z, **self.options)
