@@ -20,7 +20,12 @@ from coterie.types import Key, Part
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The base knows the general skills in digits, and of letters only how they are copied and spelled.
-LEARNED: list[Task] = [*((skill, "digits") for skill in GENERAL), (SPELL, "digits"), (SPELL, "letters"), ("copy", "letters")]
+LEARNED: list[Task] = [
+    *((skill, "digits") for skill in GENERAL),
+    (SPELL, "digits"),
+    (SPELL, "letters"),
+    ("copy", "letters"),
+]
 MODULES: dict[str, list[Task]] = {
     "letters": [(skill, "letters") for skill in GENERAL],
     "sort": [("sort", "digits")],
@@ -73,7 +78,9 @@ def _batch(made: Sequence[Mapping[str, str]], words: Any) -> dict[str, torch.Ten
     }
 
 
-def config(base: Path, clients: Path, method: Mapping[str, Any], seed: int, **more: Mapping[str, Any]) -> dict[str, Any]:
+def config(
+    base: Path, clients: Path, method: Mapping[str, Any], seed: int, **more: Mapping[str, Any]
+) -> dict[str, Any]:
     """What all runs share."""
     made: dict[str, Any] = {
         "model": {"path": str(base), "max_length": 24},

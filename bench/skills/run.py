@@ -108,7 +108,7 @@ class Bench:
             # one draw without repetition for all clients and splits
             made = rows([TARGETS[target]], CLIENTS * (TRAIN + 16 + TEST), f"{target} {seed}")
             for client in range(CLIENTS):
-                own = made[client :: CLIENTS]
+                own = made[client::CLIENTS]
                 folder = place / f"client-{client}"
                 write_rows(folder / "train.jsonl", own[: TRAIN * share // 100])
                 write_rows(folder / "validation.jsonl", own[TRAIN : TRAIN + 16])
@@ -152,7 +152,14 @@ def show(found: list[dict[str, Any]]) -> None:
         goals = {row["seed"]: max(row["accuracy"]) for row in here if row["case"] == "FedIT"}
         table = Table(title=f"{target}, {share}% of the rows: exact matches by round")
         rounds = len(here[0]["accuracy"])
-        for column in ("case", "seed", *map(str, range(1, rounds + 1)), "rounds to FedIT's best", "KiB to it", "KiB in all"):
+        for column in (
+            "case",
+            "seed",
+            *map(str, range(1, rounds + 1)),
+            "rounds to FedIT's best",
+            "KiB to it",
+            "KiB in all",
+        ):
             table.add_column(column, justify="left" if column == "case" else "right")
         for row in here:
             at = first_at(row["accuracy"], goals[row["seed"]]) if row["seed"] in goals else None
@@ -179,7 +186,11 @@ def main() -> None:
         for target, case, share in plan(options.quick):
             if all(word in f"{target}, {share}, {case.name}" for word in options.only.split("|")):
                 found.append(bench.run(target, case, share, seed))
-                print(f"{target}, {share}%, {case.name}, seed {seed}:", *(f"{a:.2f}" for a in found[-1]["accuracy"]), flush=True)
+                print(
+                    f"{target}, {share}%, {case.name}, seed {seed}:",
+                    *(f"{a:.2f}" for a in found[-1]["accuracy"]),
+                    flush=True,
+                )
     show(found)
     if options.only:
         return

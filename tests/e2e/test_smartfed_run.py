@@ -46,7 +46,9 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
     assert [r["failed"] for r in rounds] == [{}, {}, {}]
     down = [sum(c["bytes_down"] for c in r["clients"].values()) for r in rounds]
     assert down[0] > down[1] == down[2]
-    told = rounds[0]["describe"]
+    (start,) = [e for e in events if e["event"] == "start_state"]
+    told = start["describe"] | rounds[0]["describe"]
+    assert start["describe"]["adapters"] == told["adapters"]
     assert sum(told["quotas"].values()) == 3 * len(told["sizes"])
     assert all(value > 0 for value in told["importance"].values())
     assert sum(told["use"].values()) == pytest.approx(1)

@@ -135,6 +135,7 @@ class SmartFed:
     title = "SmartFed"
     paper = "arXiv 2512.00902 (ICML 2026)"
     summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
+    evaluates = "received"
     Settings = SmartFedSettings
     State = SmartFedState
 
@@ -200,8 +201,6 @@ class SmartFed:
         return {"fresh": {key._replace(expert=0): value for key, value in state.fresh.items()}} if state.fresh else {}
 
     def describe(self, state: SmartFedState) -> dict[str, Json]:
-        if not state.holders:
-            return {}  # a run logs what changes: all of it after the first round, then what is new
         return {
             "pool": state.pool,
             "adapters": {a.name: [a.first, a.rank] for a in self._pool(state.pool).adapters},
@@ -440,9 +439,8 @@ def _without(bank: Bank, module: str) -> Bank:
 def _use(bank: Bank, observed: Observed, adapters: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Each adapter's share of all routed weight, over all matrices."""
     sums = dict.fromkeys(adapters, 0.0)
-    for module, usage in observed.usage.items():
-        numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
-        for number, weight in zip(numbers, usage["weight"], strict=True):
+    for usage in observed.usage.values():
+        for number, weight in zip(usage["expert"], usage["weight"], strict=True):
             for name, (first, rank) in adapters.items():
                 if first <= number < first + rank:
                     sums[name] += weight
