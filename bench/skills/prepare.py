@@ -106,7 +106,7 @@ def make_module(work: Path, base: Path, name: str, tasks: Sequence[Task], number
         write_rows(place / "test.jsonl", rows(tasks, 64, f"{name} test"))
         train = {"learning_rate": 5e-3, "batch_size": 32, "epochs": epochs}
         made = config(base, place.parent, {"name": "fedit"}, 0, run={"rounds": 1}, train=train)
-        federate(check_config(made), out, root=work)
+        federate(check_config(made), out, root=work, resume=(out / "config.json").exists())
     return out / "experts" / "global"
 
 
