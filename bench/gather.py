@@ -17,6 +17,7 @@ from _harness import arguments, interleaved, table, write
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coterie.nn import bank as bank_layer
 from coterie.nn.attach import attach
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, Bank, GateSpec, Key, Part
@@ -45,7 +46,7 @@ class Sparse(nn.Module):
 
 
 def bank(base: nn.Linear, a: Tensor, b: Tensor, router: Tensor, k: int) -> nn.Module:
-    twin = nn.Linear(base.in_features, base.out_features, device=a.device)
+    twin = nn.Linear(base.in_features, base.out_features)
     twin.load_state_dict(base.state_dict())
     module = nn.Sequential(twin).requires_grad_(False)
     tensors = {ROUTER: router}
@@ -72,19 +73,17 @@ def step(module: nn.Module, x: Tensor, probe: Tensor) -> Callable[[], Callable[[
 
         def run() -> None:
             module(mine).backward(probe)
-            if x.device.type == "cuda":
-                torch.cuda.synchronize()
 
         return run
 
     return prepare
 
 
-def measure(d: int, experts: int, active: tuple[int, ...], tokens: int, repeats: int, device: str) -> list[dict]:
+def measure(d: int, experts: int, active: tuple[int, ...], tokens: int, repeats: int) -> list[dict[str, Any]]:
     draw = stream(0, "bench", d, experts)
-    x, probe = (torch.randn(tokens, d, generator=draw).to(device) for _ in range(2))
-    a, b, router = (torch.randn(experts, d, generator=draw).to(device) * d**-0.5 for _ in range(3))
-    base = nn.Linear(d, d).to(device).requires_grad_(False)
+    x, probe = (torch.randn(tokens, d, generator=draw) for _ in range(2))
+    a, b, router = (torch.randn(experts, d, generator=draw) * d**-0.5 for _ in range(3))
+    base = nn.Linear(d, d).requires_grad_(False)
     forms: dict[str, nn.Module] = {"plain": Plain(base, a, b)}
     for k in active:
         forms[f"bank {k}"] = bank(base, a, b, router, k)
@@ -109,16 +108,17 @@ def measure(d: int, experts: int, active: tuple[int, ...], tokens: int, repeats:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__ or "")
     quick = options.quick
+    bank_layer.SPARSE_FROM = sys.maxsize  # the layer itself would choose
     rows = []
     for d in (64,) if quick else (768, 4096):
         for experts in (16,) if quick else (16, 64, 256, 1024):
             tokens = 32 if quick else 512 if d > 1000 else 1024
-            rows += measure(d, experts, (4,) if quick else (4, 16), tokens, 1 if quick else 7, "cpu")
+            rows += measure(d, experts, (4,) if quick else (4, 16), tokens, 1 if quick else 7)
     table("forward and backward over all rank-1 experts, or the active ones alone", rows)
     write("gather", options, {"rows": rows})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

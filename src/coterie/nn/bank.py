@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from coterie.nn.gates import balance_loss, gates, routes_by_output
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Key, Part
 
 Span = tuple[int, int]
+SPARSE_FROM = 256  # experts of a matrix from which the sum over the active ones alone was faster (bench/gather.py)
 
 
 @dataclass
@@ -167,8 +169,23 @@ class BankLayer:
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
         trained = [p for key, p in self.parameters.items() if key.part is Part.B]
         columns = self.columns.to(y.dtype)
+        if g is not None and self._few_active(y):
+            return self._add_active(y, h, g, columns)
         result: Tensor = _Add.apply(y, h, g, columns, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
         return result
+
+    def _few_active(self, y: Tensor) -> bool:
+        """Whether so few of so many frozen rank-1 experts are active that to touch these alone is faster."""
+        k, experts = self.options.get("k", 0) if self.gate == "top_k" else 0, len(self.experts)
+        alike = len(self.columns) == experts and not self.column_spans and not self.has_shared
+        measured = y.device.type == "cpu" and y.dtype == torch.float32
+        return measured and alike and experts >= SPARSE_FROM and 0 < 16 * k <= experts
+
+    def _add_active(self, y: Tensor, h: Tensor, g: Tensor, columns: Tensor) -> Tensor:
+        """y + s (g * h) C over the active experts' rows of C alone: k of N per token."""
+        picks = g.detach().topk(self.options["k"], dim=-1, sorted=False).indices
+        weights = self.scaling * g.gather(1, picks) * h.gather(1, picks)
+        return y + functional.embedding_bag(picks, columns, per_sample_weights=weights, mode="sum").reshape(y.shape)
 
     def _keep(self, x: Tensor, *expert: int) -> Tensor:
         """Which numbers of x [n, i] dropout keeps."""

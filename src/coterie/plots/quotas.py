@@ -25,7 +25,7 @@ def quota_map(quotas: Mapping[tuple[str, str], int], sizes: Mapping[tuple[str, s
     low, high = limits_of(table)
     heat_map(ax, table, (low, high), SPARSE)
     if len(layers) <= 40:
-        write_cells(ax, table, texts, (low + 2 * high) / 3)
+        write_cells(ax, table, texts, (low + high) / 2)
     name_rows(ax, [f"layer {layer}" if layer.isdecimal() else layer for layer in layers])
     ax.set_xticks(np.arange(len(matrices)) + 0.5, matrices, rotation=30, ha="right", fontsize=8)
     return figure
