@@ -16,8 +16,6 @@ for lack of use (``drop_below``), whole adapters as experts (``granularity = "ad
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,10 +39,11 @@ from coterie.methods._common import (
     start_lora,
     with_head,
 )
+from coterie.methods._pools import is_sound, mean_numbers, named_for, names_in, numbers, starved, use_of, without
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
 from coterie.ops.streams import kaiming_uniform, stream
-from coterie.pool import Adapter, Pool, cut, fit, put_back, read_pool
+from coterie.pool import Pool, cut, fit, put_back, read_pool
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -59,7 +58,6 @@ from coterie.types import (
     Json,
     Key,
     Observe,
-    Observed,
     Part,
     Personal,
     Reply,
@@ -143,17 +141,20 @@ class SmartFed:
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> SmartFedState:
         pool = self._pool()
-        names = self._checked(pool, base)
+        self._check(pool)
+        names = names_in(pool, base)
         width = {t.name: t.d_in for t in base.targets}
-        numbers = {names[m]: self._numbers(pool.adapters, m) for m in pool.modules}
-        routers = {_router(m): _start_router(self.plan.seed, m, len(n), width[m]) for m, n in sorted(numbers.items())}
+        shape = {names[m]: (len(numbers(pool.adapters, m, self._whole)), width[names[m]]) for m in pool.modules}
+        routers = {
+            _router(m): kaiming_uniform(of, stream(self.plan.seed, "router", m)) for m, of in sorted(shape.items())
+        }
         fresh = start_lora(base, replace(self.plan, rank=self.settings.fresh_rank or 1), SHARED)
         state = SmartFedState(
             pool=pool.name,
             routers=routers,
             heads=start_heads(base, self.plan, clients),
             fresh=fresh if self.settings.fresh_rank else {},
-            trained=_named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
+            trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
         )
         return replace(state, quotas=self._quotas(state, "uniform"))
 
@@ -194,7 +195,7 @@ class SmartFed:
         )
         adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
         modules = {key.module for key in state.routers}
-        sound = {c: replies[c].info for c in weight if _is_sound(replies[c].info, modules, adapters)}
+        sound = {c: replies[c].info for c in weight if is_sound(replies[c].info, modules, adapters)}
         return self._eeqa(state, sound, weight) if sound else state
 
     def experts(self, state: SmartFedState) -> Mapping[str, Tensors]:
@@ -261,25 +262,12 @@ class SmartFed:
             )
         return pool
 
-    def _checked(self, pool: Pool, base: BaseSpec) -> dict[str, str]:
-        """The target of each of the pool's modules. Raises where pool, settings and base do not go together."""
-        s, sizes = self.settings, {t.name: (t.d_in, t.d_out) for t in base.targets}
-        names = fit(pool, sizes)
-        if lost := [m for m in pool.modules if m not in names]:
-            leaves = sorted({m.rsplit(".", 1)[-1] for m in pool.modules})
-            raise CoterieError(
-                f"the pool adapts {lost[0]}, which is no target of this run; set [lora] targets = {json.dumps(leaves)}"
-            )
-        for key, value in pool.tensors.items():
-            d_in, d_out = sizes[names[key.module]]
-            if value.shape[int(key.part is Part.A)] != (d_in if key.part is Part.A else d_out):
-                raise CoterieError(f"the pool is for another base: {key.module} is a Linear of {d_in} to {d_out} here")
-        known = [a.name for a in pool.adapters]
+    def _check(self, pool: Pool) -> None:
+        s, known = self.settings, [a.name for a in pool.adapters]
         if unknown := sorted({*s.train_experts} - {*known}):
             raise CoterieError(f"[method] train_experts: no {unknown[0]!r} in the pool; it has {', '.join(known)}")
         if s.floor > s.active:
             raise CoterieError(f"[method] floor = {s.floor} is above active = {s.active}; the floors spend the budget")
-        return names
 
     def _quotas(self, state: SmartFedState, rule: str) -> dict[str, int]:
         sizes = {key.module: len(value) for key, value in sorted(state.routers.items())}
@@ -291,50 +279,36 @@ class SmartFed:
         self, state: SmartFedState, infos: Mapping[ClientId, Mapping[str, Json]], weight: Mapping[ClientId, float]
     ) -> SmartFedState:
         """Importance and use as the clients' means by examples, starved adapters dropped, the quotas anew."""
-        total = sum(weight[c] for c in infos)
-
-        def averaged(what: str) -> dict[str, float]:
-            return {
-                n: sum(weight[c] * infos[c][what][n] for c in infos) / total for n in next(iter(infos.values()))[what]
-            }
-
-        state = replace(state, importance=averaged("importance"), use=averaged("use"), measured_by=tuple(sorted(infos)))
-        state = self._drop(state)
+        weights = [weight[c] for c in infos]
+        importance, use = (mean_numbers([i[what] for i in infos.values()], weights) for what in ("importance", "use"))
+        state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
         return replace(state, quotas=self._quotas(state, self.settings.quota))
 
     def _drop(self, state: SmartFedState) -> SmartFedState:
         """Leave out the adapters that the gates hardly use, and their rows of the routers. One always stays."""
-        pool = self._pool(state.pool)
+        pool, whole, below = self._pool(state.pool), self._whole, self.settings.drop_below
         here = [a for a in pool.adapters if a.name not in state.dropped]
         modules = fit(pool, [key.module for key in state.routers])
-        count = {a.name: sum(len(self._numbers([a], m)) for m in modules) for a in here}
-        even = {name: n / sum(count.values()) for name, n in count.items()}
-        may = [a.name for a in here if a.name not in self.settings.train_experts]
-        share = {name: state.use.get(name, 0.0) / even[name] for name in may}
-        gone = [name for name in sorted(may, key=lambda name: share[name]) if share[name] < self.settings.drop_below]
-        gone = gone[: len(here) - 1]
-        if not gone:
-            return state
+        starving = starved(here, modules, state.use, below, whole)
+        gone = [name for name in starving if name not in self.settings.train_experts][: len(here) - 1]
+        left = [a for a in here if a.name not in gone]
         routers = {}
         for module, target in modules.items():
-            numbers = self._numbers(here, module)
-            lost = set(self._numbers([a for a in here if a.name in gone], module))
-            rows = [i for i, number in enumerate(numbers) if number not in lost]
+            stay = {*numbers(left, module, whole)}
+            rows = [i for i, number in enumerate(numbers(here, module, whole)) if number in stay]
             if rows:
                 routers[_router(target)] = state.routers[_router(target)][rows]
-        return replace(state, routers=routers, dropped=(*state.dropped, *gone))
-
-    def _numbers(self, adapters: Sequence[Adapter], module: str) -> list[int]:
-        """The experts' numbers on one of the pool's modules, in order: the rows of its router."""
-        whole = self.settings.granularity == "adapter"
-        found = [range(a.first, a.first + (1 if whole else a.ranks[module])) for a in adapters if module in a.ranks]
-        return [number for numbers in found for number in numbers]
+        return replace(state, routers=routers, dropped=(*state.dropped, *gone)) if gone else state
 
     def _frozen(self, pool: Pool, routers: Iterable[Key]) -> dict[Key, Tensor]:
         names = fit(pool, [key.module for key in routers])
-        return _named_for(pool, names, [a for a in pool.adapters if a.name not in self.settings.train_experts])
+        return named_for(pool, names, [a for a in pool.adapters if a.name not in self.settings.train_experts])
 
     # steps of the client -----------------------------------------------------------------------------------------
+
+    @property
+    def _whole(self) -> bool:
+        return self.settings.granularity == "adapter"
 
     @property
     def _scaling(self) -> float:
@@ -366,12 +340,13 @@ class SmartFed:
         return {key: value for key, value in lora_of(ins.tensors).items() if key.expert not in trains}
 
     def _cut(self, tensors: Tensors) -> dict[Key, Tensor]:
-        return cut(tensors) if self.settings.granularity == "rank" else dict(tensors)
+        return dict(tensors) if self._whole else cut(tensors)
 
     def _put_back(self, ins: Instruction, bank: Bank) -> dict[Key, Tensor]:
         """The adapters that train as they travel: stacked, and with the bank's scale in B."""
-        whole = self.settings.granularity == "adapter"
-        like = {key: 1 if whole else v.shape[int(key.part is Part.B)] for key, v in self._training_in(ins).items()}
+        like = {
+            key: 1 if self._whole else v.shape[int(key.part is Part.B)] for key, v in self._training_in(ins).items()
+        }
         found = put_back(bank.tensors, like)
         return {key: value * bank.scaling if key.part is Part.B else value for key, value in found.items()}
 
@@ -388,12 +363,12 @@ class SmartFed:
         observed = yield Observe(bank, "train", what, examples=s.measure_examples)
         modules = sorted(key.module for key in router_of(bank.tensors))
         if s.importance == "ablation":
-            banks = [bank, *(_without(bank, module) for module in modules)]
+            banks = [bank, *(without(bank, module) for module in modules)]
             full, *rest = yield Score(banks, "train", examples=s.measure_examples)
             importance = {m: max(0.0, scored.loss - full.loss) for m, scored in zip(modules, rest, strict=True)}
         else:
             importance = {m: observed.importance[s.importance].get(m, 0.0) for m in modules}
-        return {"importance": importance, "use": _use(bank, observed, ins.info["adapters"])}
+        return {"importance": importance, "use": use_of(bank, observed, ins.info["adapters"])}
 
 
 _WHOLE = (Part.ROUTER, Part.HEAD)
@@ -403,49 +378,8 @@ def _router(module: str) -> Key:
     return Key(module, NO_EXPERT, Part.ROUTER)
 
 
-def _start_router(seed: int, module: str, rows: int, d_in: int) -> Tensor:
-    return kaiming_uniform((rows, d_in), stream(seed, "router", module))
-
-
 def _travels(state: SmartFedState) -> dict[Key, Tensor]:
     return {**state.routers, **state.fresh, **state.trained}
-
-
-def _named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter]) -> dict[Key, Tensor]:
-    """The pool's tensors of some adapters, under the targets' names."""
-    firsts = {a.first for a in adapters}
-    return {
-        key._replace(module=names[key.module]): value
-        for key, value in pool.tensors.items()
-        if key.expert in firsts and key.module in names
-    }
-
-
-def _is_sound(info: Mapping[str, Json], modules: set[str], adapters: set[str]) -> bool:
-    """Whether a reply's statistics can count: a number of at least 0 for every matrix, and for every adapter."""
-    importance, use = info.get("importance"), info.get("use")
-    if not isinstance(importance, dict) or not isinstance(use, dict):
-        return False
-    numbers = (*importance.values(), *use.values())
-    good = all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in numbers)
-    return good and importance.keys() == modules and use.keys() == adapters
-
-
-def _without(bank: Bank, module: str) -> Bank:
-    """The bank without the pool's experts on one matrix; a fresh one stays."""
-    return replace(bank, tensors={k: v for k, v in bank.tensors.items() if k.module != module or k.expert == SHARED})
-
-
-def _use(bank: Bank, observed: Observed, adapters: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Each adapter's share of all routed weight, over all matrices."""
-    sums = dict.fromkeys(adapters, 0.0)
-    for usage in observed.usage.values():
-        for number, weight in zip(usage["expert"], usage["weight"], strict=True):
-            for name, (first, rank) in adapters.items():
-                if first <= number < first + rank:
-                    sums[name] += weight
-    total = sum(sums.values())
-    return {name: value / total if total else 0.0 for name, value in sums.items()}
 
 
 METHOD = SmartFed
