@@ -1,10 +1,10 @@
 """LoRA modules for four public datasets, reused for others: SmartFed and FedIT on the packaged encoder.
 
 The pool: one LoRA each for sst2, trec, mrpc and sick, trained on its own on 1,500 rows. The targets: ``clinc150``, ten
-domains of user requests with fifteen intents each, a client for each domain (nothing of it is in the pool); ``sst2 again``,
-eight clients with 24 rows each of the job that one module does. Test accuracy by round, bytes.
+domains of user requests with fifteen intents each, a client for each domain (nothing of it is in the pool); ``sst2
+again``, eight clients with 24 rows each of the job that one module does. Test accuracy by round, bytes.
 
-    python bench/reuse/run.py --data ../shared/data --seeds 0        # goes on where it was stopped; runs lie in runs/reuse
+    python bench/reuse/run.py --data ../shared/data --seeds 0     # goes on where it was stopped; runs lie in runs/reuse
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ def targets(data: Path) -> dict[str, dict[str, Any]]:
         "sst2 again": {
             "datasets": [str(data / "sst2")],
             "partition": {"name": "by_dataset", "clients": 8},
-            **{"train_rows": 24, "validation_rows": 8, "test_rows": 50},
+            "train_rows": 24,
+            "validation_rows": 8,
+            "test_rows": 50,
         },
         "clinc150": {
             "datasets": [str(data / "clinc150")],
             "partition": natural,
-            **{"train_rows": 45, "validation_rows": 15, "test_rows": 60},
+            "train_rows": 45,
+            "validation_rows": 15,
+            "test_rows": 60,
         },
     }
 
