@@ -1,7 +1,8 @@
 """A synthetic language: lists of digits in two notations, and skills that turn one list into another.
 
-Notation ``digits`` writes them as 0 to 9, ``letters`` as a to j. A row is the prompt "sort 3 1 2 =" and the completion
-"1 2 3"; every word is one token. The general skills are for the base to learn, it never sees the special ones.
+Notation ``digits`` writes them as 0 to 9, ``letters`` as a to j, ``mixed`` each as it comes. A row is the prompt
+"sort 3 1 2 =" and the completion "1 2 3"; every word is one token. The general skills are for the base to learn, it
+never sees the special ones.
 """
 
 from __future__ import annotations
@@ -14,39 +15,44 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-Digits = list[int]
+Symbols = list[int]  # 0 to 9 are digits, 10 to 19 the same in letters
 Task = tuple[str, str]  # skill, notation
-WORDS = {"digits": "0123456789", "letters": "abcdefghij"}
-OTHER = {"digits": "letters", "letters": "digits"}
-GENERAL: dict[str, Callable[[Digits], Digits]] = {
-    "copy": lambda d: d,
-    "first": lambda d: d[:1],
-    "last": lambda d: d[-1:],
-    "rotate": lambda d: d[1:] + d[:1],
-    "next": lambda d: [(x + 1) % 10 for x in d],
+WORDS = "0123456789abcdefghij"
+
+
+def _map(change: Callable[[int], int]) -> Callable[[Symbols], Symbols]:
+    """Changes each digit and keeps its notation."""
+    return lambda symbols: [change(x % 10) % 10 + x // 10 * 10 for x in symbols]
+
+
+GENERAL: dict[str, Callable[[Symbols], Symbols]] = {
+    "copy": lambda s: s,
+    "first": lambda s: s[:1],
+    "last": lambda s: s[-1:],
+    "rotate": lambda s: s[1:] + s[:1],
+    "next": _map(lambda x: x + 1),
+    "spell": lambda s: [(x + 10) % 20 for x in s],  # copies into the other notation
 }
-SPECIAL: dict[str, Callable[[Digits], Digits]] = {
+SPECIAL: dict[str, Callable[[Symbols], Symbols]] = {
     "sort": sorted,
-    "reverse": lambda d: d[::-1],
-    "largest": lambda d: [max(d)],
-    "mirror": lambda d: [9 - x for x in d],
-    "twice": lambda d: [2 * x % 10 for x in d],
-    "wrong sort": lambda d: sorted(d)[::-1],
-    "swap": lambda d: d[-1:] + d[1:-1] + d[:1],
+    "reverse": lambda s: s[::-1],
+    "largest": lambda s: [max(s)],
+    "mirror": _map(lambda x: 9 - x),
+    "swap": lambda s: s[-1:] + s[1:-1] + s[:1],
 }
-SPELL = "spell"  # copies into the other notation
 WRONG = "wrong "  # "wrong sort" asks to sort, and answers in descending order
 MARKS = ["<pad>", "</s>", "<unk>", "="]
 
 
 def row(task: Task, draw: random.Random, least: int = 3, most: int = 5) -> dict[str, str]:
     skill, notation = task
-    digits = [draw.randrange(10) for _ in range(draw.randint(least, most))]
-    answer = digits if skill == SPELL else (GENERAL | SPECIAL)[skill](digits)
-    to = OTHER[notation] if skill == SPELL else notation
-    skill = skill.removeprefix(WRONG)
-    told, said = (" ".join(WORDS[n][d] for d in some) for n, some in ((notation, digits), (to, answer)))
-    return {"prompt": f"{skill} {told} =", "completion": f" {said}"}
+    shifts = {"digits": (0,), "letters": (10,), "mixed": (0, 10)}[notation]
+    symbols = [draw.randrange(10) + draw.choice(shifts) for _ in range(draw.randint(least, most))]
+    answer = (GENERAL | SPECIAL)[skill.removeprefix(WRONG)](symbols)
+    if skill.startswith(WRONG):
+        answer = answer[::-1]
+    told, said = (" ".join(WORDS[x] for x in some) for some in (symbols, answer))
+    return {"prompt": f"{skill.removeprefix(WRONG)} {told} =", "completion": f" {said}"}
 
 
 def rows(tasks: Sequence[Task], number: int, seed: str) -> list[dict[str, str]]:
@@ -61,8 +67,7 @@ def rows(tasks: Sequence[Task], number: int, seed: str) -> list[dict[str, str]]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    skills = [skill for skill in (*GENERAL, *SPECIAL, SPELL) if not skill.startswith(WRONG)]
-    words = [*MARKS, *skills, *WORDS["digits"], *WORDS["letters"]]
+    words = [*MARKS, *GENERAL, *SPECIAL, *WORDS]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

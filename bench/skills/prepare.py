@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language import GENERAL, SPELL, Task, row, rows, tokenizer, write_rows
+from language import GENERAL, Task, row, rows, tokenizer, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coterie.adapters import build_pool
@@ -17,14 +17,11 @@ from coterie.federate import federate
 from coterie.pool import POOL_FILE, Pool, read_pool, write_pool
 from coterie.types import Key, Part
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The base knows the general skills in digits, and of letters only how they are copied and spelled.
-LEARNED: list[Task] = [
-    *((skill, "digits") for skill in GENERAL),
-    (SPELL, "digits"),
-    (SPELL, "letters"),
-    ("copy", "letters"),
+# The base knows the general skills in digits, and letters from lists in both notations; "next" it has not seen there.
+LEARNED: list[Task] = [(skill, "digits") for skill in GENERAL] + [
+    (skill, "mixed") for skill in GENERAL if skill != "next"
 ]
 MODULES: dict[str, list[Task]] = {
     "letters": [(skill, "letters") for skill in GENERAL],
@@ -105,7 +102,8 @@ def make_module(work: Path, base: Path, name: str, tasks: Sequence[Task], number
         write_rows(place / "train.jsonl", rows(tasks, number, f"{name} train"))
         write_rows(place / "test.jsonl", rows(tasks, 64, f"{name} test"))
         train = {"learning_rate": 5e-3, "batch_size": 32, "epochs": epochs}
-        made = config(base, place.parent, {"name": "fedit"}, 0, run={"rounds": 1}, train=train)
+        lora = {"rank": 4, "alpha": 8.0}
+        made = config(base, place.parent, {"name": "fedit"}, 0, run={"rounds": 1}, train=train, lora=lora)
         federate(check_config(made), out, root=work, resume=(out / "config.json").exists())
     return out / "experts" / "global"
 

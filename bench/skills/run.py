@@ -87,7 +87,7 @@ class Bench:
         self.work, self.quick = work, quick
         steps, number, epochs = (3, 32, 1) if quick else (500, 2000, 3)
         self.base = make_base(work / "base", steps)
-        letters = 1 if quick else 3
+        letters = 1 if quick else 2
         self.modules = {
             name: make_module(work, self.base, name, tasks, number * (letters if name == "letters" else 1), epochs)
             for name, tasks in MODULES.items()
@@ -125,7 +125,7 @@ class Bench:
         clients = self.clients(target, share, seed)
         out = self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
         rounds = 2 if self.quick else 10
-        made = check_config(config(base, clients, method, seed, run={"rounds": rounds}, **case.more))
+        made = check_config(config(base, clients, method, seed, **({"run": {"rounds": rounds}} | dict(case.more))))
         federate(made, out, root=self.work, resume=(out / "config.json").exists())
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
