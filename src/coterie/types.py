@@ -92,7 +92,7 @@ class HeadParameter:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What a method knows of the base: the targets, the head's parameters (none for generation), the head's init."""
+    """What a method knows of the base: the targets, the head's parameters (only for classification), its init."""
 
     targets: tuple[Target, ...]
     head: tuple[HeadParameter, ...] = ()
@@ -243,7 +243,8 @@ class Train:
 class Trained:
     """The trained tensors (those asked for, and no others), the mean loss per label seen, and counts.
 
-    A label is an example in classification, a token of a completion in generation. The loss is the task's alone;
+    A label is an example in classification, a token of a completion in generation, and of the right candidate in
+    multiple choice. The loss is the task's alone;
     ``balance`` is the mean over the steps of the load-balance loss, before its weight (0 where none was asked for).
     """
 
@@ -269,7 +270,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scored:
-    """``loss`` is the mean per example (classification) or per completion token (generation)."""
+    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate."""
 
     loss: float
     metrics: Mapping[str, float]

@@ -72,7 +72,8 @@ def load_base(
 
     Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
     Raises :class:`CoterieError` for a folder that holds no model, or not all of one, for targets that match nothing,
-    for a device that is not here, and for gradient checkpointing with a model that has none.
+    for a model that is no decoder where one is needed, for a device that is not here, and for gradient checkpointing
+    with a model that has none.
     """
     path = resolve(name)
     if Path(path).is_dir() and name != _ALIAS and not Path(name).expanduser().is_absolute():
@@ -100,8 +101,22 @@ def load_base(
             raise CoterieError(f"{type(model).__name__} cannot do gradient checkpointing; leave it out of [model]")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode alone; there is no dropout left that this turns on
+    if kind != "classification":
+        _check_causal(model, path)
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
     return Base(model, tokenizer, describe(model, targets), path, kind, attention)
+
+
+def _check_causal(model: nn.Module, path: str) -> None:
+    """Raise for a model whose logits at a token depend on later ones, as those of an encoder with an output layer."""
+    place = next(model.parameters()).device
+    with torch.no_grad():
+        one, other = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=place), use_cache=False).logits.float()
+    if not torch.allclose(one[:2], other[:2], rtol=1e-2, atol=1e-2):
+        raise CoterieError(
+            f"{path} is no decoder: what it says of a token depends on those that follow; for generation and multiple "
+            "choice give a causal language model, or set [task] kind to classification"
+        )
 
 
 def resolve(name: str, root: Path | None = None) -> str:
