@@ -20,6 +20,8 @@ from coterie.assignment import History, by_round, history, is_assignment
 from coterie.files import write_atomic
 from coterie.plots import Picture, natural
 from coterie.report_assignment import assignment_pictures, assignment_table, usage_pictures
+from coterie.report_quotas import SHOWN as _OF_QUOTAS
+from coterie.report_quotas import is_quotas, quota_pictures
 from coterie.tables import PERCENT, Table, show, tables
 from coterie.types import CoterieError, Json
 
@@ -270,7 +272,7 @@ def _history(run: Run) -> History | None:
 
 def _state(run: Run, assigned: History | None) -> list[Table]:
     """What the method says of its state that no picture shows."""
-    hidden = _PICTURED | (_ASSIGNED if assigned else set())
+    hidden = _PICTURED | (_ASSIGNED if assigned else set()) | (_OF_QUOTAS if is_quotas(run.describe) else set())
     rest = tables({k: v for k, v in run.describe.items() if k not in hidden}, "State after the last round")
     return ([assignment_table(assigned, run.pool)] if assigned else []) + rest
 
@@ -295,6 +297,9 @@ def _pictures(run: Run, assigned: History | None) -> Iterator[Picture]:
     if assigned:
         yield from assignment_pictures(assigned)
     usage = {client: row for client, row in run.usage.items() if _is_by_module(row)}
+    if is_quotas(run.describe):
+        by_round = {rnd: event.get("describe") or {} for rnd, event in run.rounds.items()}
+        yield from quota_pictures(run.describe, by_round, usage)
     yield from usage_pictures(usage, {client: row["group"] for client, row in run.clients.items()}, assigned)
 
 

@@ -258,10 +258,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order."""
+    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order.
+
+    ``examples``: on at most so many examples, the same for all banks, drawn by the run's seed; 0: on all.
+    """
 
     banks: Sequence[Bank]
     split: str = "train"
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -277,8 +281,10 @@ class Scored:
 class Observe:
     """Ask: statistics of the bank's forward pass on ``split``, in evaluation mode. Answer: :class:`Observed`.
 
-    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``. With ``hold_out`` only the rows that it sets
-    aside are looked at. Padding tokens count only with ``padding``.
+    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, and of :mod:`coterie.engines.importance`
+    ``"first_order"`` and ``"gate_mass"``. With ``hold_out`` only the rows that it sets aside are looked at, and of
+    those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and in
+    no module's importance.
     """
 
     bank: Bank
@@ -286,6 +292,7 @@ class Observe:
     what: tuple[str, ...] = ("usage",)
     hold_out: HoldOut | None = None
     padding: bool = False
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -295,11 +302,13 @@ class Observed:
     ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order,
     ``usage[module]["share"]`` the share of the tokens that use it at all, ``usage[module]["expert"]`` its number.
     ``embeddings`` holds mean_t A_e x [r] for every expert but the shared one, and mean_t R x [s] of the router.
+    ``importance[statistic][module]`` is one number per module with a gate.
     """
 
     usage: Mapping[str, Mapping[str, Sequence[float]]]
     tokens: int
     embeddings: Tensors = field(default_factory=dict)
+    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 Request = Train | Score | Observe

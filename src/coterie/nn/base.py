@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -194,6 +195,15 @@ def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
     )
     std = float(getattr(config, "initializer_range", None) or 0.02)
     return BaseSpec(found, _head_parameters(model, head_modules), std)
+
+
+def bare_linears(path: str) -> dict[str, tuple[int, int]]:
+    """``(d_in, d_out)`` of every Linear of a base without its head or output layer; its weights are not read."""
+    with _quietly(path):
+        config = _from_pretrained(AutoConfig, path)
+        with torch.device("meta"):
+            model: nn.Module = AutoModel.from_config(config)
+    return {name: sizes for name, module in model.named_modules() if (sizes := linear_sizes(module)) is not None}
 
 
 def _matches(name: str, target: str) -> bool:

@@ -74,12 +74,20 @@ def softmax(p: Tensor | None, z: Tensor | None) -> Tensor:
 
 
 @_scored(_routed)
-def top_k(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
-    """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e]."""
+def top_k(p: Tensor | None, z: Tensor | None, *, k: int, scale: str = "one") -> Tensor:
+    """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e].
+
+    ``scale`` is what the weights add up to: ``"one"``, or ``"active"``: the number of active experts, so that experts
+    that weigh alike each weigh 1, as the ranks of a plain LoRA do (SmartFed, 2512.00902).
+    """
     p = _routed(p)
     if k < 1:
         raise ValueError(f"k is {k}; it is at least 1")
-    return _top_softmax(p, min(k, p.shape[-1]), tuple(range(p.shape[-1])), p.shape[-1])
+    if scale not in ("one", "active"):
+        raise ValueError(f"scale is {scale!r}; it is 'one' or 'active'")
+    active = min(k, p.shape[-1])
+    g = _top_softmax(p, active, tuple(range(p.shape[-1])), p.shape[-1])
+    return g * active if scale == "active" else g
 
 
 def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
