@@ -3,7 +3,8 @@
 A small decoder knows the general skills in digits. A pool holds a LoRA for the general skills in letters and one for
 each of four special skills in digits. The targets compose them: sort in letters, mirror in letters; four clients each.
 ``unrelated`` is a skill that no module has. ``poisoned``: the pool has one more module, trained on wrong answers.
-Exact matches on test rows by round and by bytes, rounds to FedIT's final accuracy, with 100% and 10% of the rows.
+Exact matches on test rows by round and by bytes, rounds to FedIT's best, with 100% and 10% of the rows (five epochs a
+round instead of one, for steps enough).
 
     python bench/skills/run.py --seeds 0                 # goes on where it was stopped; runs lie in runs/skills
 """
@@ -124,8 +125,8 @@ class Bench:
             method["pool"] = str(self.poisoned() if case.poisoned else self.pool)
         clients = self.clients(target, share, seed)
         out = self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
-        rounds = 2 if self.quick else 10
-        made = check_config(config(base, clients, method, seed, **({"run": {"rounds": rounds}} | dict(case.more))))
+        more = {"run": {"rounds": 2 if self.quick else 10}, "train": {"epochs": 1 if share == 100 else 5}}
+        made = check_config(config(base, clients, method, seed, **(more | dict(case.more))))
         federate(made, out, root=self.work, resume=(out / "config.json").exists())
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
