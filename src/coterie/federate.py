@@ -127,6 +127,7 @@ def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
         engine.clients,
         method=method.name,
         title=method.title,
+        evaluated=config.evaluated,
         task=config.task.kind,
         seed=config.run.seed,
     )

@@ -174,14 +174,16 @@ def _is_rotary(module: nn.Module) -> bool:
 def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
     """The targets that ``targets`` name (PEFT's defaults for the architecture when empty) and the head's parameters.
 
-    A name matches a module whose qualified name is it or ends in ``"." + name``, outside the head.
+    A name matches a module whose qualified name is it or ends in ``"." + name``, outside the head and outside poolers,
+    which see one vector of a text and not its tokens.
     """
     config: Any = model.config
     head_modules = _head_modules(model)
     linears = {
         name: sizes
         for name, module in model.named_modules()
-        if (sizes := linear_sizes(module)) is not None and name.split(".")[0] not in head_modules
+        if (sizes := linear_sizes(module)) is not None and not {name.split(".")[0]} & {*head_modules}
+        if "pooler" not in name.split(".")
     }
     wanted = targets or _default_targets(model, linears)
     unmatched = [t for t in wanted if not any(_matches(name, t) for name in linears)]

@@ -8,7 +8,8 @@ A gate is ``gate(p, z, **options) -> g``, with
 
 Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
 no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z: its name is what a method
-names. A gate marked with ``_scored`` also has the load-balance loss (:func:`balance_loss`).
+names. Mark it with ``_by_output`` if it depends on z (else z may be of x~, or None), and with ``_scored`` to give it
+the load-balance loss (:func:`balance_loss`).
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ _SCORES: dict[str, Scores] = {}
 _BY_OUTPUT: set[str] = set()
 
 
-def _scored(scores: Scores, by_output: bool = False) -> Callable[[G], G]:
-    """Mark a gate whose experts have the probabilities softmax(scores(p, z)); ``by_output``: they depend on z."""
+def _scored(scores: Scores) -> Callable[[G], G]:
+    """Mark a gate whose experts have the probabilities softmax(scores(p, z))."""
 
     def mark(gate: G) -> G:
         _SCORES[gate.__name__] = scores
-        if by_output:
-            _BY_OUTPUT.add(gate.__name__)
         return gate
 
     return mark
+
+
+def _by_output(gate: G) -> G:
+    """Mark a gate that depends on z = A x: of x before dropout, while the output takes A x~."""
+    _BY_OUTPUT.add(gate.__name__)
+    return gate
 
 
 def _routed(p: Tensor | None, z: Tensor | None = None) -> Tensor:
@@ -107,7 +112,8 @@ def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
     return _top_softmax(p, experts, serves, experts)
 
 
-@_scored(_dot, by_output=True)
+@_by_output
+@_scored(_dot)
 def scaled_dot_product(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     """FedAMoLE's gate (2411.19128, section 4.2): s_te = (A_e x_t . P x_t) / sqrt r; softmax over the k largest.
 
@@ -131,13 +137,13 @@ def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, count
     if counted is None:
         mean, picked = probability.mean(0), picks.sum(0)
     else:
-        share = counted.to(probability.dtype)
-        mean, picked = share @ probability / share.sum(), share @ picks
+        share = counted.to(probability.dtype).unsqueeze(1)  # sums, not products: autocast would round those
+        mean, picked = (share * probability).sum(0) / share.sum(), (share * picks).sum(0)
     return g.shape[-1] * (mean * picked / picked.sum()).sum()
 
 
 def routes_by_output(gate: str) -> bool:
-    """Whether a gate depends on z = A x: of x before dropout, while the output takes A x~."""
+    """Whether a gate is marked so."""
     return gate in _BY_OUTPUT
 
 
