@@ -9,6 +9,7 @@ This is where the parts meet; the Python entry for what ``coterie run`` does:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import pkgutil
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from coterie.runner import Listener, Rounds, Runner, finite
 from coterie.summary import read_events, summarise
 from coterie.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError, Json
+
+_NEEDS = {"flower": "flwr"}  # modules of engines that an extra brings the library for
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,13 @@ def _rounds(config: Config) -> Rounds:
 
 def _maker(name: str) -> Callable[..., Engine]:
     """The ``make`` function of the engine called ``name``: any module of :mod:`coterie.engines` that has one."""
-    makers = {}
+    makers: dict[str, Callable[..., Engine]] = {}
     for found in pkgutil.iter_modules(engines.__path__):
+        if found.name in _NEEDS and importlib.util.find_spec(_NEEDS[found.name]) is None:
+            continue
         module = importlib.import_module(f"{engines.__name__}.{found.name}")
         if hasattr(module, "make"):
             makers[found.name] = module.make
     if name not in makers:
         raise CoterieError(f"[engine] unknown engine {name!r}; the engines are {', '.join(sorted(makers))}")
-    maker: Callable[..., Engine] = makers[name]
-    return maker
+    return makers[name]

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "data": {"types", "ops"},
     "evaluate": {"types", "ops"},
     "engine": {"types", "method"},
-    "config": {"types", "method", "data"},
+    "deployment": {"types", "data"},
+    "config": {"types", "method", "data", "deployment"},
     "engines": {"types", "files", "codec", "ops", "method", "nn", "data", "evaluate", "engine", "config", "machine"},
     "checks": {"types", "ops"},
     "checkpoint": {"types", "files", "codec"},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "report": {"types", "files", "plots", "tables"},
     "tracking": {"types", "runner"},
 }
-OUTERMOST = {"cli", "federate", "compare", "demo", "progress"}
+OUTERMOST = {"cli", "federate", "federation", "compare", "demo", "progress"}
 
 # Heavy or replaceable libraries: the files and folders that may import them.
 ONLY_IN = {
@@ -56,7 +57,8 @@ ONLY_IN = {
     "peft": {"nn", "export.py"},
     "bitsandbytes": {"nn"},
     "datasets": {"data/sources"},
-    "typer": {"cli.py"},
+    "typer": {"cli.py", "federation/commands.py"},
+    "cryptography": {"federation/keys.py"},
 }
 ONE_FILE_ONLY = "flwr"
 

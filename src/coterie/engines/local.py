@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from coterie.engine import Delivery, Evaluation
 from coterie.engines.compute import LocalCompute, Workplace, resolve_precision
 from coterie.engines.store import PersonalStore
 from coterie.evaluate import check_rouge
-from coterie.method import Method, drive
+from coterie.method import Compute, Method, drive
 from coterie.nn.base import Base, load_base, resolve
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Observe, Personal, Score
 
@@ -74,6 +74,7 @@ class LocalEngine:
     place: Workplace
     federation: Federation
     store: PersonalStore
+    compute: Callable[[Workplace, ClientData, int], Compute] = LocalCompute  # of training; a site bounds it
 
     @property
     def spec(self) -> BaseSpec:
@@ -132,7 +133,7 @@ class LocalEngine:
         personal = self._personal(method, client, rnd - 1)
         program = method.client(codec.decode(Instruction, down), client.info, personal)
         try:
-            result = drive(program, LocalCompute(self.place, client, rnd))
+            result = drive(program, self.compute(self.place, client, rnd))
         except (CoterieError, torch.OutOfMemoryError) as fault:
             memory = isinstance(fault, torch.OutOfMemoryError)
             error = f"client {client.info.id}: out of memory; lower [train] batch_size" if memory else str(fault)
