@@ -78,7 +78,7 @@ def federate(
             listen = both(listen, tensorboard(folder))
         ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
         listen({"event": "ready", "folder": str(folder), **ready})
-        state = Runner(opened.method, opened.engine, _rounds(config), folder, listen).run()
+        state = Runner(opened.method, opened.engine, rounds_of(config), folder, listen).run()
         return finish(opened, state, folder)
 
 
@@ -144,7 +144,8 @@ def set_threads(config: Config) -> None:
     torch.set_num_threads(config.engine.threads or default_threads())
 
 
-def _rounds(config: Config) -> Rounds:
+def rounds_of(config: Config) -> Rounds:
+    """How the rounds of ``config`` go."""
     run = config.run
     return Rounds(
         run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from coterie.engines.parcel import KINDS, BrokenParcelError, Parcel, hand_over, head_of
 
 Answer = Callable[[Parcel], Parcel]
+_FOR_SITES = ("/v1/fleet/", "/health")
 _WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
 
 
@@ -94,6 +95,38 @@ def server_app(main: Callable[[GridTransport, Mapping[str, Any]], None]) -> Serv
         main(GridTransport(grid), context.run_config)
 
     return app
+
+
+def superlink_command() -> None:
+    """Flower's ``flower-superlink``, but only the sites' part of it answers other machines.
+
+    Its control and its runtime share one port with the sites' part: whoever holds the CA certificate alone could
+    register nodes and submit code. Here a request for either that does not come from this machine is refused.
+    """
+    from flwr.superlink import extensions
+    from flwr.superlink.cli import flower_superlink
+    from starlette.middleware import Middleware
+
+    others = extensions.get_middleware
+    extensions.get_middleware = lambda: (Middleware(_LocalOnly), *others())
+    flower_superlink()
+
+
+@dataclass(frozen=True)
+class _LocalOnly:
+    """Refuses, with 403, what is neither for the fleet nor from this machine. An ASGI middleware."""
+
+    app: Callable[..., Awaitable[None]]
+
+    async def __call__(self, scope: Mapping[str, Any], get: Any, put: Any) -> None:
+        kind, path = scope["type"], scope.get("path", "")
+        host = (scope.get("client") or ("",))[0]
+        local = host in ("127.0.0.1", "::1") or host.startswith(("127.", "::ffff:127."))
+        if kind == "lifespan" or local or (kind == "http" and path.startswith(_FOR_SITES)):
+            await self.app(scope, get, put)
+        elif kind == "http":
+            await put({"type": "http.response.start", "status": 403, "headers": []})
+            await put({"type": "http.response.body", "body": b"only from the server's own machine"})
 
 
 # a site --------------------------------------------------------------------------------------------------------------
