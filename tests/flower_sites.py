@@ -43,6 +43,15 @@ def method_of(config: Config) -> Method[Any]:
     return method_named(config.method["name"])(config.method_settings(), config.plan())
 
 
+class Clock:
+    """Time passes by sleeping alone, and sleeping takes no time."""
+
+    now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def engine_over(
     config: Config,
     staff: dict[str, Worker],
@@ -58,7 +67,8 @@ def engine_over(
         grid.spoil = spoil
     terms = terms_of(config)
     made = Deal("run", terms, hash_of(terms), attempt, **{"deadline": 30.0, "greeting": 0.2, **deal})
-    return RemoteEngine(GridTransport(grid, pause=0.01), made, note)
+    clock = Clock()
+    return RemoteEngine(GridTransport(grid), made, note, clock=lambda: clock.now, sleep=clock.sleep)
 
 
 def local_config(path: Path, clients: list[str], folder: Path, **changes: dict[str, Any]) -> Config:

@@ -59,6 +59,7 @@ ONLY_IN = {
     "datasets": {"data/sources"},
     "typer": {"cli.py", "federation/commands.py"},
     "cryptography": {"federation/keys.py"},
+    "starlette": {"engines/flower.py"},
 }
 ONE_FILE_ONLY = "flwr"
 

@@ -46,7 +46,8 @@ def send(to: socket.socket, parcel: Parcel) -> None:
     """Write ``parcel`` to a connected socket. Raises :class:`OSError`."""
     head = json.dumps(parcel.head).encode()
     to.sendall(_SIZES.pack(len(head), len(parcel.blob)) + head)
-    to.sendall(parcel.blob)
+    if parcel.blob:  # the answer to an empty one may come before this, and the other side be gone
+        to.sendall(parcel.blob)
 
 
 def receive(of: socket.socket) -> Parcel:

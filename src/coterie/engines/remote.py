@@ -84,6 +84,8 @@ class RemoteEngine:
     deal: Deal
     note: Note = lambda event: None
     known: dict[ClientId, Hello] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
     since: int = 0
     keep: int = 0
     _nodes: dict[ClientId, int] = field(default_factory=dict)
@@ -143,14 +145,14 @@ class RemoteEngine:
 
         Raises :class:`CoterieError` that names those who are missing.
         """
-        end = time.monotonic() + wait
+        end = self.clock() + wait
         wanted = set(self.deal.sites)
         while True:
             self._greet()
             there = self._nodes.keys() & wanted if wanted else self._nodes.keys()
             if (wanted and there == wanted) or (not wanted and len(there) >= max(1, at_least)):
                 break
-            if time.monotonic() >= end:
+            if self.clock() >= end:
                 if there and len(there) >= (at_least or len(wanted)):
                     break
                 missing = ", ".join(sorted(wanted - there)) or f"{at_least - len(there)} more"
@@ -158,7 +160,7 @@ class RemoteEngine:
                     f"{len(there)} sites are there after {wait:g} s; missing: {missing}. See whether "
                     "`coterie join` runs there, or lower [federation] at_least"
                 )
-            time.sleep(self.transport.pause)
+            self.sleep(self.transport.pause)
         self._check_bases()
 
     def _check_bases(self) -> None:
@@ -171,7 +173,7 @@ class RemoteEngine:
         """Ask every node that is new who it is, and take in who answered."""
         nodes = self.transport.nodes()
         self._nodes = {c: n for c, n in self._nodes.items() if n in nodes}
-        now, mapped, asked = time.monotonic(), set(self._nodes.values()), set(self._hellos.values())
+        now, mapped, asked = self.clock(), set(self._nodes.values()), set(self._hellos.values())
         due = {n for n in nodes if now - self._greeted.get(n, -math.inf) > _ASK_AGAIN}
         new = [n for n in nodes if n in due and n not in mapped and n not in asked]
         tickets = self.transport.send(
@@ -231,9 +233,9 @@ class RemoteEngine:
     def _wait_for(self, clients: Collection[ClientId]) -> None:
         """Give nodes that were not heard of a moment to say who they are, if someone is missing."""
         self._greet()
-        end = time.monotonic() + self.deal.greeting
-        while set(clients) - self._nodes.keys() and self._hellos and time.monotonic() < end:
-            time.sleep(self.transport.pause)
+        end = self.clock() + self.deal.greeting
+        while set(clients) - self._nodes.keys() and self._hellos and self.clock() < end:
+            self.sleep(self.transport.pause)
             self._greet()
 
     def _exchange(
@@ -246,7 +248,7 @@ class RemoteEngine:
         to = [(self._nodes[c], kind, parcel) for c, parcel in parcels.items() if c in self._nodes]
         there = [c for c in parcels if c in self._nodes]
         tickets = self.transport.send(to, self._ttl, str(rnd))
-        started = time.monotonic()
+        started = self.clock()
         waiting: dict[str, _Sent] = {}
         for client in parcels.keys() - set(there):
             yield self._done(_Sent(client, kind, rnd, 0, started), "the site is not connected")
@@ -256,18 +258,19 @@ class RemoteEngine:
                 yield self._done(sent, "Flower did not take the message")
             else:
                 waiting[ticket] = sent
-        while waiting and time.monotonic() < started + self.deal.deadline:
+        while waiting and self.clock() < started + self.deal.deadline:
             found = self.transport.receive(list(waiting))
             for ticket, answer in found:
-                yield self._done(waiting.pop(ticket), answer)
+                if ticket in waiting:  # Flower hands out what was asked for; were it another, nobody waits for it
+                    yield self._done(waiting.pop(ticket), answer)
             if waiting and not found:
-                time.sleep(self.transport.pause)
+                self.sleep(self.transport.pause)
         self._late |= waiting
         for sent in waiting.values():
             yield self._done(sent, f"no reply within {self.deal.deadline:g} s ([federation] deadline)")
 
     def _done(self, sent: _Sent, answer: Parcel | str) -> tuple[ClientId, int, Parcel | str, int, float]:
-        seconds = time.monotonic() - sent.at
+        seconds = self.clock() - sent.at
         at_site: Json = None
         if isinstance(answer, Parcel):
             told = answer.head.get("seconds")

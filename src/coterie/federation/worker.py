@@ -147,7 +147,7 @@ class Worker:
         last = json.loads(book.read_text(encoding="utf-8")) if book.exists() else 0
         if head["attempt"] < last:
             raise CoterieError(f"the message is of attempt {head['attempt']}, and attempt {last} has begun")
-        if head["attempt"] > last:
+        if head["attempt"] > last and head["kind"] != "query.hello":  # when it greets, a server has read no checkpoint
             run.engine.restore(head["since"])
             write_json(book, head["attempt"])
         run.engine.prune(head["keep"])
@@ -178,6 +178,7 @@ class Worker:
 
 _ANSWERS = ("query.hello", "train", "evaluate", "query.bank")
 _HEAD: dict[str, type] = {
+    "kind": str,
     "client": str,
     "round": int,
     "run": str,
