@@ -21,7 +21,9 @@ class FederationSettings(_Section):
     )
     wait: float = Field(600.0, gt=0, description="seconds to wait for the sites before the first round")
     deadline: float = Field(3600.0, gt=0, description="seconds that a site has to answer, per message")
-    greeting: float = Field(60.0, ge=0, description="seconds to wait for a site that comes back to say who it is")
+    greeting: float = Field(
+        120.0, ge=0, description="seconds that a site which went away has to come back before its round goes on without"
+    )
     host: str = Field("127.0.0.1", description="address that the server listens on; 0.0.0.0: all of this machine")
     port: int = Field(9092, ge=1, le=65535, description="port that the server listens on")
     keys: str = Field("keys", description="folder that `coterie keys init` made")

@@ -27,6 +27,7 @@ from coterie.data import sources
 from coterie.data.federation import load_federation
 from coterie.data.settings import Columns
 from coterie.federate import federate
+from coterie.federation.terms import federation_config
 from coterie.method import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
@@ -82,7 +83,10 @@ def the_block(mark: str) -> Block:
 
 
 def check(raw: dict[str, Any]) -> None:
-    """As ``coterie run`` does, or as ``coterie compare`` where there are settings of several methods."""
+    """As ``coterie run`` does, ``serve``, or ``compare`` where there are settings of several methods."""
+    if "federation" in raw and "data" not in raw:
+        federation_config(raw)
+        return
     if "methods" not in raw:
         check_config(raw)
         return

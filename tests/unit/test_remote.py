@@ -189,10 +189,35 @@ def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
     answer = grid.sites.pop(NODE)
     gone = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
     assert gone[VICTIM].error == "the site is not connected"
+    assert engine.clock() < 30  # it was waited for, and not for the whole round
+    at = engine.clock()
+    dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
+    assert engine.clock() == at  # and not a second time
     grid.sites[99] = answer
     back = dict(engine.train(method, method.configure(state, engine.clients, 2), 2))
     assert back[VICTIM].error is None
     assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
+
+
+def test_a_site_that_comes_back_in_time_is_sent_its_message_again(
+    fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
+) -> None:
+    path, staff = fedit
+    config, calls = flower_sites.server_config(path), 0
+
+    def spoil(node: int, message: Message) -> Message:
+        nonlocal calls
+        calls += node == NODE and message.metadata.message_type == "train"
+        bad = node == NODE and message.metadata.message_type == "train" and calls < 3
+        return flower_error(message, "the node is gone") if bad else message
+
+    engine = flower_sites.engine_over(config, staff, spoil=spoil, greeting=20.0)
+    engine.gather(len(CLIENTS), 10)
+    method = flower_sites.method_of(config)
+    state = method.init(engine.spec, engine.clients)
+    one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
+    assert one[VICTIM].error is None
+    assert calls == 3
 
 
 @pytest.mark.parametrize("name", ["local", "fedlease"])

@@ -79,7 +79,7 @@ def _read(message: Message) -> Parcel | str:
     try:
         return unpack(message.content)
     except BrokenParcelError as fault:
-        return f"the reply cannot be read: {fault}"
+        return Parcel({"error": f"the reply cannot be read: {fault}"})  # the site's fault, and no reason to ask again
 
 
 def _first_line(text: str | None) -> str:

@@ -21,6 +21,7 @@ from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, In
 
 Note = Callable[[dict[str, Json]], None]
 _ASK_AGAIN = 30.0  # seconds before a node that was refused is asked again who it is
+_TRY_AGAIN = 5.0  # seconds before a message that Flower gave an answer of its own to is sent again
 _GRACE = 60.0  # seconds after the deadline for which Flower keeps a message, so that late answers are seen
 
 
@@ -76,6 +77,18 @@ class _Sent:
     at: float
 
 
+@dataclass(frozen=True)
+class _Lost:
+    """A site without a message under way: since when, when to try the next time, and why."""
+
+    since: float
+    again: float
+    why: str
+
+
+_Outcome = tuple[ClientId, int, Parcel | str, int, float]  # client, bytes down, answer or reason, bytes up, seconds
+
+
 @dataclass
 class RemoteEngine:
     """See the module. ``note`` hears what happens on the network; ``known`` are the sites that ever said hello."""
@@ -92,6 +105,7 @@ class RemoteEngine:
     _greeted: dict[int, float] = field(default_factory=dict)  # node: when
     _hellos: dict[str, int] = field(default_factory=dict)  # ticket: node
     _late: dict[str, _Sent] = field(default_factory=dict)
+    _missed: set[ClientId] = field(default_factory=set)  # given up, and not back since
 
     # what the runner asks ---------------------------------------------------------------------------------------------
 
@@ -173,6 +187,7 @@ class RemoteEngine:
         """Ask every node that is new who it is, and take in who answered."""
         nodes = self.transport.nodes()
         self._nodes = {c: n for c, n in self._nodes.items() if n in nodes}
+        self._greeted = {n: at for n, at in self._greeted.items() if n in nodes}
         now, mapped, asked = self.clock(), set(self._nodes.values()), set(self._hellos.values())
         due = {n for n in nodes if now - self._greeted.get(n, -math.inf) > _ASK_AGAIN}
         new = [n for n in nodes if n in due and n not in mapped and n not in asked]
@@ -230,46 +245,77 @@ class RemoteEngine:
         head |= {"since": self.since, "keep": self.keep, "patience": deal.deadline, "terms": dict(deal.terms), **ask}
         return Parcel(head, blob)
 
-    def _wait_for(self, clients: Collection[ClientId]) -> None:
-        """Give nodes that were not heard of a moment to say who they are, if someone is missing."""
-        self._greet()
-        end = self.clock() + self.deal.greeting
-        while set(clients) - self._nodes.keys() and self._hellos and self.clock() < end:
-            self.sleep(self.transport.pause)
-            self._greet()
-
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
-    ) -> Iterator[tuple[ClientId, int, Parcel | str, int, float]]:
-        """(client, bytes down, answer or reason, bytes up, seconds) of every client, as it comes."""
+    ) -> Iterator[_Outcome]:
+        """What came of every client's message, as it comes.
+
+        A site that goes away before it answers is sent its message again when it is back: a round done again ends with
+        the same bits. It has ``greeting`` seconds for that; after those the round goes on without it.
+        """
         self._note_late()
-        self._wait_for(instructions)
         parcels = {c: self._parcel(kind, c, rnd, ask, codec.encode(ins)) for c, ins in sorted(instructions.items())}
-        to = [(self._nodes[c], kind, parcel) for c, parcel in parcels.items() if c in self._nodes]
-        there = [c for c in parcels if c in self._nodes]
-        tickets = self.transport.send(to, self._ttl, str(rnd))
         started = self.clock()
+        sent = {c: _Sent(c, kind, rnd, len(parcel.blob), started) for c, parcel in parcels.items()}
         waiting: dict[str, _Sent] = {}
-        for client in parcels.keys() - set(there):
-            yield self._done(_Sent(client, kind, rnd, 0, started), "the site is not connected")
-        for client, ticket in zip(there, tickets, strict=True):
-            sent = _Sent(client, kind, rnd, len(parcels[client].blob), started)
-            if ticket is None:
-                yield self._done(sent, "Flower did not take the message")
-            else:
-                waiting[ticket] = sent
-        while waiting and self.clock() < started + self.deal.deadline:
-            found = self.transport.receive(list(waiting))
+        lost = {c: _Lost(started, started, "the site is not connected") for c in parcels}
+        first: dict[ClientId, float] = {}  # when a site was lost first
+        self._greet()
+        waiting |= self._send(parcels, sent, lost)
+        while (waiting or lost) and self.clock() < started + self.deal.deadline:
+            found = [(t, answer) for t, answer in self.transport.receive(list(waiting)) if t in waiting]
             for ticket, answer in found:
-                if ticket in waiting:  # Flower hands out what was asked for; were it another, nobody waits for it
-                    yield self._done(waiting.pop(ticket), answer)
-            if waiting and not found:
+                one = waiting.pop(ticket)
+                if isinstance(answer, str):
+                    now = self.clock()
+                    lost[one.client] = _Lost(first.setdefault(one.client, now), now + _TRY_AGAIN, answer)
+                else:
+                    yield self._done(one, answer)
+            for client in self._given_up(lost):
+                yield self._done(sent[client], lost.pop(client).why)
+            if lost:
+                self._greet()
+                waiting |= self._send(parcels, sent, lost)
+            if (waiting or lost) and not found:
                 self.sleep(self.transport.pause)
         self._late |= waiting
-        for sent in waiting.values():
-            yield self._done(sent, f"no reply within {self.deal.deadline:g} s ([federation] deadline)")
+        for one in [*waiting.values(), *(sent[c] for c in lost)]:
+            yield self._done(one, f"no reply within {self.deal.deadline:g} s ([federation] deadline)")
 
-    def _done(self, sent: _Sent, answer: Parcel | str) -> tuple[ClientId, int, Parcel | str, int, float]:
+    def _send(
+        self,
+        parcels: Mapping[ClientId, Parcel],
+        sent: Mapping[ClientId, _Sent],
+        lost: dict[ClientId, _Lost],
+    ) -> dict[str, _Sent]:
+        """Send to those of ``lost`` whose site is there, and take them out of it; their tickets.
+
+        Where Flower gave an answer of its own a while passes before the next try.
+        """
+        now = self.clock()
+        due = [c for c, gone in lost.items() if c in self._nodes and now >= gone.again]
+        tickets = self.transport.send(
+            [(self._nodes[c], sent[c].kind, parcels[c]) for c in due], self._ttl, str(sent[due[0]].rnd) if due else ""
+        )
+        made = {}
+        for client, ticket in zip(due, tickets, strict=True):
+            if ticket is None:
+                lost[client] = _Lost(lost[client].since, now + _TRY_AGAIN, "Flower did not take the message")
+            else:
+                made[ticket] = sent[client]
+                self._missed.discard(client)
+                del lost[client]
+        return made
+
+    def _given_up(self, lost: Mapping[ClientId, _Lost]) -> list[ClientId]:
+        """Who was away for too long. Who was given up before, and has not been back since, is not waited for."""
+        now = self.clock()
+        known = set() if self._hellos else self._missed
+        away = [c for c, gone in lost.items() if c in known or now - gone.since > self.deal.greeting]
+        self._missed |= set(away)
+        return away
+
+    def _done(self, sent: _Sent, answer: Parcel | str) -> _Outcome:
         seconds = self.clock() - sent.at
         at_site: Json = None
         if isinstance(answer, Parcel):

@@ -69,7 +69,7 @@ def _check(config: Config, folder: Path, resume: bool) -> None:
                 "or start a new run with --out"
             )
         return
-    check_folder(folder, config, resume)
+    check_folder(folder, config, resume=False)  # with --resume a run that has not begun begins: services restart so
 
 
 @dataclass

@@ -14,10 +14,12 @@ from coterie.config import Config, check_config
 from coterie.data.rows import Federation
 from coterie.engines.remote import Deal, Hello, RemoteEngine, Transport
 from coterie.federate import Opened, finish, rounds_of, set_threads
-from coterie.federation.journal import JOURNAL, Journal
+from coterie.federation.journal import JOURNAL, Journal, read_journal
+from coterie.federation.status import status_of, table_of
 from coterie.federation.terms import hash_of, terms_of
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.method import method_named
+from coterie.report import SITES
 from coterie.run_folder import full_disk_told, held, read_run
 from coterie.runner import Runner
 from coterie.types import ClientId, CoterieError, Json
@@ -62,6 +64,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     method.init(engine.spec, engine.clients)
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
+    write_json(folder / SITES, table_of(status_of(read_journal(folder))))
     summary = finish(Opened(config, method, engine, Federation((), {}), root), state, folder)
     journal({"event": "finished"})
     return summary

@@ -140,6 +140,22 @@ def show(console: Console, status: Status) -> None:
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
+def table_of(status: Status) -> dict[str, Json]:
+    """Per site what the report shows, and what is worth a note."""
+    sites = {
+        client: {
+            "took part in": spans(site.rounds),
+            "missed": "; ".join(f"{kind} of round {rnd}: {why}" for kind, rnd, why in site.failures) or "-",
+            "bytes_down": site.bytes_down,
+            "bytes_up": site.bytes_up,
+            "seconds": site.seconds,
+            "seconds at work": site.site_seconds,
+        }
+        for client, site in sorted(status.sites.items())
+    }
+    return {"sites": sites, "starts of the server": status.attempts, "notes": status.notes}
+
+
 def spans(rounds: Iterable[int]) -> str:
     """Rounds in short: ``1-3, 5``."""
     found: list[list[int]] = []
