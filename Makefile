@@ -58,6 +58,7 @@ docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	  { echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie $$page --markdown; } > docs/reference/.$$page.tmp; \
 	  mv docs/reference/.$$page.tmp docs/reference/$$page.md; \
 	done
+	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie site config --markdown; } > docs/reference/site.md
 
 clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info

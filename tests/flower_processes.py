@@ -94,6 +94,15 @@ class Processes:
 
         return dict(self.until(found, f"event {kind} {fields}"))
 
+    def next(self, kind: str) -> None:
+        """Wait for one more event of that kind."""
+
+        def number() -> int:
+            return sum(event["event"] == kind for event in read_journal(self.run))
+
+        seen = number()
+        self.until(lambda: number() > seen, f"other {kind}")
+
     def finished(self) -> None:
         process = self.running.pop("serve")
         assert process.wait(PATIENCE) == 0, self.logs()

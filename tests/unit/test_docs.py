@@ -307,8 +307,8 @@ def test_fedleases_page_has_every_setting_with_its_default() -> None:
     assert rows == {name: str(field.default) for name, field in fields.items()}
 
 
-@pytest.mark.parametrize("page", ["methods", "config"])
+@pytest.mark.parametrize("page", ["methods", "config", "site"])
 def test_a_reference_page_is_what_the_command_prints_now(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    app([page, "--markdown"], standalone_mode=False)
+    app([*(["site", "config"] if page == "site" else [page]), "--markdown"], standalone_mode=False)
     found = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
     assert found == f"<!-- Made by `make docs`: do not edit. -->\n\n{capsys.readouterr().out}", "run `make docs`"

@@ -253,6 +253,38 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
     assert {d.error for d in stale.values()} == {"the message is of attempt 1, and attempt 2 has begun"}
 
 
+@pytest.mark.parametrize("name", ["fedlease", "fedit"])
+def test_a_site_may_join_and_another_leave_between_two_starts(name: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path, method=name)
+    staff = flower_sites.workers(tmp_path, CLIENTS)
+    config = flower_sites.server_config(path)
+    some = {c: staff[c] for c in CLIENTS[:3]}
+    engine = flower_sites.engine_over(config, some, sites=tuple(some))
+    engine.gather(0, 10)
+    run(engine, config, tmp_path / "run", rounds=2)
+    others = {c: staff[c] for c in CLIENTS[1:]}
+    again = flower_sites.engine_over(config, others, attempt=2, sites=tuple(others))
+    again.known.update(engine.known)
+    again.gather(0, 10)
+    run(again, config, tmp_path / "run", rounds=5)
+    assert [(sorted(e["clients"]), e["failed"]) for e in rounds_in(tmp_path / "run")] == [
+        *[(CLIENTS[:3], {})] * 2,
+        *[(CLIENTS[1:], {})] * 3,
+    ]
+
+
+def test_rows_that_changed_are_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
+    path, staff = fedit
+    engine = flower_sites.engine_over(flower_sites.server_config(path), staff)
+    engine.gather(4, 10)
+    info = replace(engine.known[VICTIM].info, num_train=99)
+    heard: list[dict[str, Any]] = []
+    again = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
+    again.known.update({**engine.known, VICTIM: replace(engine.known[VICTIM], info=info)})
+    again.gather(3, 10)
+    assert ["not those that it began with" in e["reason"] for e in heard if e["event"] == "refused"] == [True]
+
+
 def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, staff = fedit
     config = flower_sites.server_config(path)

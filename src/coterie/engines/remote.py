@@ -224,6 +224,8 @@ class RemoteEngine:
             return f"the node says that it is {client}, and its key is {deal.keys.get(key, 'unknown')}'s"
         if hello.terms != deal.terms_hash:
             return f"{client} understood other terms than were sent; install the same version of coterie there"
+        if client in self.known and hello.info != self.known[client].info:
+            return f"the rows or labels of {client} are not those that it began with; restore them, or start a new run"
         bases = {h.base for h in self.known.values()} | ({deal.base} if deal.base else set())
         if bases and hello.base not in bases:
             return (

@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coterie import codec
+from coterie.checkpoint import newest_round
 from coterie.config import Config, check_config
 from coterie.data.rows import Federation
 from coterie.engines.remote import Deal, Hello, RemoteEngine, Transport
@@ -52,6 +54,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     method = method_named(config.method["name"])(config.method_settings(), config.plan())
     deal = deal_of(config, json.loads((folder / DEAL).read_text(encoding="utf-8")))
     known = _read_known(folder / _KNOWN)
+    before = set(known)
 
     def note(event: dict[str, Json]) -> None:
         journal(event)
@@ -61,6 +64,8 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     engine = RemoteEngine(transport, deal, note, known)
     journal({"event": "attempt", "attempt": deal.attempt, "sites": list(deal.sites)})
     engine.gather(config.federation.at_least, config.federation.wait)
+    if config.task.head == "shared":
+        _close(engine, before if newest_round(folder / "checkpoints") else set(engine.known))
     method.init(engine.spec, engine.clients)
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
@@ -68,6 +73,16 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     summary = finish(Opened(config, method, engine, Federation((), {}), root), state, folder)
     journal({"event": "finished"})
     return summary
+
+
+def _close(engine: RemoteEngine, members: set[ClientId]) -> None:
+    """Let nobody in but ``members``. A shared head is made for the label spaces that there are at the start."""
+    if new := sorted({c.id for c in engine.clients} - members):
+        raise CoterieError(
+            f'{", ".join(new)} cannot join now: with [task] head = "shared" all sites have to be there at the start; '
+            "take the new ones out of [federation] sites, or start a new run"
+        )
+    engine.deal = replace(engine.deal, sites=tuple(sorted(members)))
 
 
 def deal_of(config: Config, found: Mapping[str, Json]) -> Deal:
