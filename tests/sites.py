@@ -36,9 +36,20 @@ def generation_rows(job: str, number: int, seed: str) -> list[dict[str, Any]]:
     return [{"prompt": row["text"], "completion": f" {row['label']}"} for row in classification_rows(job, number, seed)]
 
 
+def choice_rows(job: str, number: int, seed: str) -> list[dict[str, Any]]:
+    """Every row with the job's labels as its candidates, and the place of the right one."""
+    labels, _ = JOBS[job]
+    rows = classification_rows(job, number, seed)
+    choices = [f" {label}" for label in labels]
+    return [{"prompt": row["text"], "choices": choices, "label": labels.index(row["label"])} for row in rows]
+
+
+ROWS = {"classification": classification_rows, "generation": generation_rows, "multiple_choice": choice_rows}
+
+
 def federation(folder: Path, kind: str = "classification", clients: int = 5, rows: int = 12) -> dict[str, Path]:
     """Clients ``mood-0, size-0, place-0, mood-1, ...`` with train, validation and test files under ``folder``."""
-    make = classification_rows if kind == "classification" else generation_rows
+    make = ROWS[kind]
     made = {}
     for i in range(clients):
         job = list(JOBS)[i % len(JOBS)]
@@ -49,12 +60,20 @@ def federation(folder: Path, kind: str = "classification", clients: int = 5, row
     return made
 
 
-def config(folder: Path, arch: str = "bert", *, method: str = "fedlease", more: str = "", run: str = "") -> Path:
+def config(
+    folder: Path,
+    arch: str = "bert",
+    *,
+    method: str = "fedlease",
+    more: str = "",
+    run: str = "",
+    kind: str | None = None,
+) -> Path:
     """A model folder, a federation and ``run.toml`` that uses both; returns the config's path."""
-    kind = "classification" if arch in tiny.ENCODERS else "generation"
+    kind = kind or ("classification" if arch in tiny.ENCODERS else "generation")
     tiny.folder(folder / "model", arch)
     federation(folder / "clients", kind)
-    warm = "warmup_rounds = 1\n" if method == "fedlease" else ""
+    own = {"fedlease": "warmup_rounds = 1\n", "fedamole": "experts = 8\n"}.get(method, "")
     text = f"""
 [model]
 path = "model"
@@ -72,7 +91,7 @@ epochs = 1
 batch_size = 4
 [method]
 name = "{method}"
-{warm}[run]
+{own}[run]
 rounds = 3
 {run}
 [engine]

@@ -155,10 +155,11 @@ def bank(
 ) -> Bank:
     """A random bank over ``over``: ``experts`` of ``rank`` (one number, or one each), a shared one of rank ``shared``.
 
-    The router has ``slots`` rows; by default what ``gate`` wants (2 M - 1, M, or no router for "constant").
+    The router has ``slots`` rows; by default what ``gate`` wants (2 M - 1, the rank, M, or none for "constant").
     """
     ranks = dict(enumerate([rank] * experts if isinstance(rank, int) else rank))
-    wanted = {"constant": 0, "slot_top_k": 2 * experts - 1}.get(gate, experts) if slots is None else slots
+    by_gate = {"constant": 0, "slot_top_k": 2 * experts - 1, "scaled_dot_product": ranks.get(0, 0)}
+    wanted = by_gate.get(gate, experts) if slots is None else slots
     tensors: dict[Key, Tensor] = {}
 
     def draw(key: Key, *shape: int) -> None:

@@ -67,7 +67,9 @@ def run(
 @app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="the TOML file that all runs share")],
-    methods: Annotated[str, typer.Option(help="names of methods, with commas between them")] = "fedlease,fedit,local",
+    methods: Annotated[
+        str, typer.Option(help="methods, with commas between; fedamole:assignment=static sets one's own")
+    ] = "fedlease,fedit,local",
     seeds: Annotated[str, typer.Option(help="seeds, with commas between them")] = "0",
     overrides: Set = None,
     folder: Annotated[Path | None, typer.Option("--out", help="folder for all runs; default runs/NAME")] = None,

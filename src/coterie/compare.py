@@ -1,7 +1,11 @@
-"""Several methods and seeds on one federation, side by side."""
+"""Several methods and seeds on one federation, side by side.
+
+A variant is a method with settings of its own: ``fedamole:assignment=static``, more settings after more colons.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from coterie.progress import heading, listener
 from coterie.summary import read_events
 from coterie.types import Json
 
-Results = dict[str, dict[int, dict[str, Json]]]  # method -> seed -> summary
+Results = dict[str, dict[int, dict[str, Json]]]  # variant -> seed -> summary
 
 
 def compare(
@@ -32,7 +36,7 @@ def compare(
 def compare_all(
     raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, console: Console
 ) -> Results:
-    """Every method with every seed, each in its own folder below ``folder``; what is there already goes on.
+    """Every variant with every seed, each in its own folder below ``folder``; what is there already goes on.
 
     Writes ``compare.json``. Raises :class:`CoterieError` as a run does.
     """
@@ -40,7 +44,7 @@ def compare_all(
     results: Results = {}
     cache: dict[str, Any] = {}
     for (method, seed), settings in runs.items():
-        place = folder / f"{method}-{seed}"
+        place = folder / folder_of(method, seed)
         with listener(console, settings.run.rounds, f"{method} seed {seed}") as listen:
             resume = (place / "config.json").exists()
             summary = federate(settings, place, root=root, resume=resume, listen=listen, cache=cache)
@@ -49,15 +53,28 @@ def compare_all(
     return results
 
 
-def config_for(raw: Mapping[str, Json], method: str, seed: int) -> Config:
-    """The config of one run of a comparison: the file's, with this method and this seed.
+def config_for(raw: Mapping[str, Json], variant: str, seed: int) -> Config:
+    """The config of one run of a comparison: the file's, with this variant and this seed.
 
     ``[methods.NAME]`` holds a method's own settings, and ``[method]`` those of the one that it names.
     """
+    method, *settings = variant.split(":")
     method_named(method)
     one = section_of(raw, "method")
     own = one if one.get("name", DEFAULT_METHOD) == method else {}
+    own = section_of(override({"method": own}, [f"method.{setting}" for setting in settings]), "method")
     return check_config({**raw, "method": {**own, "name": method}, "run": {**section_of(raw, "run"), "seed": seed}})
+
+
+def folder_of(variant: str, seed: int) -> str:
+    """The name of a run's folder: ``fedamole-assignment-static-0``."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{variant}-{seed}")
+
+
+def title_of(variant: str) -> str:
+    """What a reader sees: ``FedAMoLE, assignment static``."""
+    method, *settings = variant.split(":")
+    return ", ".join([method_named(method).title, *(setting.replace("=", " ") for setting in settings)])
 
 
 def table_of(results: Results) -> dict[str, Json]:
@@ -87,16 +104,15 @@ def table_of(results: Results) -> dict[str, Json]:
 
 
 def curves(folder: Path, results: Results) -> dict[str, list[tuple[int, float]]]:
-    """By method's title: the mean test metric over clients and seeds, by round."""
+    """By title: the mean test metric over clients and seeds, by round."""
     found = {}
     for method, by_seed in results.items():
         values: dict[int, list[float]] = {}
         for seed, summary in by_seed.items():
-            for event in read_events(folder / f"{method}-{seed}" / "metrics.jsonl"):
+            for event in read_events(folder / folder_of(method, seed) / "metrics.jsonl"):
                 if event["event"] == "evaluation" and "test" in event["mean"]:
                     values.setdefault(event["round"], []).append(event["mean"]["test"][summary["primary"]])
-        title = next(iter(by_seed.values()))["title"]
-        found[title] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
+        found[title_of(method)] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
     return found
 
 
@@ -109,7 +125,7 @@ def show(console: Console, results: Results, folder: Path) -> None:
     heading(console, f"Test {first['primary']} at the round that validation chose")
     table = Table(box=None, header_style="bold")
     table.add_column("client")
-    for column in (*(["cluster"] if found else []), *(method_named(m).title for m in rows)):
+    for column in (*(["cluster"] if found else []), *map(title_of, rows)):
         table.add_column(column, justify="right")
     for client in first["clients"]:
         cluster = [str(found.get(client, "-"))] if found else []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coterie.data.rows import Kind
 from coterie.data.settings import DataSettings
 from coterie.deployment import FederationSettings, SiteSettings
 from coterie.method import MethodSettings, Plan, method_named
@@ -47,7 +48,10 @@ class LoraSettings(_Section):
 class TaskSettings(_Section):
     """What the clients learn."""
 
-    kind: Literal["classification", "generation"] = Field("classification", description="the kind of task")
+    kind: Kind = Field(
+        "classification",
+        description="the kind of task; multiple_choice: a decoder picks the candidate of least mean loss per token",
+    )
     head: Literal["personal", "shared"] = Field(
         "personal", description="the classification head stays with the client, or is averaged per label space"
     )
@@ -64,7 +68,12 @@ class RunSettings(_Section):
     quorum: float = Field(0.5, ge=0, le=1, description="share of the cohort that must reply, or the run stops")
     norm_bound: float = Field(1e4, gt=0, description="a reply whose tensors have a larger norm is left out")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
-    eval_batch_size: int = Field(64, ge=1, description="examples per forward pass in evaluation")
+    evaluate: Literal["auto", "received", "trained"] = Field(
+        "auto",
+        description="evaluate and export what a client receives from the server, or what it trained last, before the "
+        "server's averaging; auto: as the method is meant to be used",
+    )
+    eval_batch_size: int = Field(64, ge=1, description="examples (or candidates) per forward pass in evaluation")
     tensorboard: bool = Field(False, description="also write TensorBoard logs (extra tracking)")
     keep_checkpoints: int = Field(2, ge=2, description="checkpoints kept, the newest first")
 
@@ -99,6 +108,12 @@ class Config(_Section):
         own = {key: value for key, value in self.method.items() if key != "name"}
         settings: MethodSettings = _checked(method_named(name).Settings, own, "method")
         return settings
+
+    @property
+    def evaluated(self) -> Literal["received", "trained"]:
+        """What clients evaluate and export: ``[run] evaluate``, or as the method says."""
+        name = str(self.method.get("name", DEFAULT_METHOD))
+        return method_named(name).evaluates if self.run.evaluate == "auto" else self.run.evaluate
 
     def plan(self) -> Plan:
         """What a method is given besides its own settings."""

@@ -88,7 +88,7 @@ class Policy(_Section):
     max_rounds: int = Field(1_000, ge=1, description="rounds that a run may have")
     max_rank: int = Field(256, ge=1, description="largest rank of an expert")
     upload: tuple[Part, ...] = Field(
-        (Part.A, Part.B, Part.ROUTER, Part.HEAD), description="the parts that a reply may hold"
+        tuple(Part), description="the parts that a reply may hold: A, B, router, embedding, head"
     )
     upload_metrics: bool = Field(True, description="send this site's metrics; else it is not evaluated for the server")
     upload_usage: bool = Field(True, description="send how this site's tokens use the experts")

@@ -46,7 +46,7 @@ def write_adapter(
     rank: int,
     alpha: float,
     base: str,
-    kind: Literal["classification", "generation"],
+    kind: Literal["classification", "generation", "multiple_choice"],
     rslora: bool = False,
     head: Tensors | None = None,
     fan_in_fan_out: bool = False,
@@ -56,11 +56,11 @@ def write_adapter(
     ``tensors`` holds one A [r, d_in] and one B [d_out, r] per module; a module whose r is not ``rank`` keeps the same
     s. ``head`` goes into ``modules_to_save``: load it on a model with as many labels. ``fan_in_fan_out`` is for
     targets that are GPT-2's ``Conv1D`` (``Target.transposed``). Everything is written in float32.
-    Raises :class:`ValueError` for tensors that are not one expert, and for a head on a generation model.
+    Raises :class:`ValueError` for tensors that are not one expert, and for a head on a model without.
     """
     ranks = _ranks(tensors)
-    if head and kind == "generation":
-        raise ValueError("a model for generation has no classification head to write")
+    if head and kind != "classification":
+        raise ValueError(f"a model for {kind.replace('_', ' ')} has no classification head to write")
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     other = {_exactly(name): r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
@@ -71,7 +71,7 @@ def write_adapter(
         alpha_pattern={name: scale * (math.sqrt(r) if rslora else r) for name, r in other.items()},
         use_rslora=rslora,
         fan_in_fan_out=fan_in_fan_out,
-        task_type="CAUSAL_LM" if kind == "generation" else "SEQ_CLS" if head else None,
+        task_type="CAUSAL_LM" if kind != "classification" else "SEQ_CLS" if head else None,
         modules_to_save=_modules_to_save(head) if head else None,
         base_model_name_or_path=base,
         inference_mode=True,

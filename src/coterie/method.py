@@ -70,12 +70,17 @@ class Plan:
 
 
 class Method(Protocol[S]):
-    """One federated method. ``S`` is its server state: a frozen dataclass that :mod:`coterie.codec` can encode."""
+    """One federated method. ``S`` is its server state: a frozen dataclass that :mod:`coterie.codec` can encode.
+
+    ``evaluates``: whether a client is meant to use what the server sends after averaging ("received"), or what it
+    trained last itself ("trained"); ``[run] evaluate`` overrules it.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    evaluates: ClassVar[Literal["received", "trained"]]
     Settings: ClassVar[type[MethodSettings]]
     State: ClassVar[type[Any]]
 
@@ -100,7 +105,7 @@ class Method(Protocol[S]):
         """The state after round ``rnd``, from the replies that came and passed the checks."""
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        """What this client evaluates with, and exports."""
+        """What this client evaluates with, and exports, where it uses what it receives."""
 
     def experts(self, state: S) -> Mapping[str, Tensors]:
         """The server's experts by name, each with expert number 0, for export as PEFT adapters."""

@@ -14,12 +14,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from coterie import plots
+from coterie.assignment import History, by_round, history, is_assignment
 from coterie.files import write_atomic
-from coterie.plots import natural
-from coterie.tables import PERCENT, show, tables
+from coterie.plots import Picture, natural
+from coterie.report_assignment import assignment_pictures, assignment_table, usage_pictures
+from coterie.tables import PERCENT, Table, show, tables
 from coterie.types import CoterieError, Json
 
 REPORT_FILE = "report.html"
@@ -28,6 +29,7 @@ PICTURE_FOLDER = "pictures"
 _SPLITS = ("test", "validation")
 _TITLES = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
 _PICTURED = {"clusters", "silhouettes", "distances", "order"}  # of what a method describes; the rest becomes tables
+_ASSIGNED = {"assignment", "assigned_first", "pool"}  # pictured too, where it is an assignment of experts by module
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Run:
     summary: dict[str, Any]
     config: dict[str, Any]
     manifest: dict[str, Any]
+    start: dict[str, Any] = field(default_factory=dict)
     rounds: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -55,8 +58,14 @@ class Run:
     @property
     def describe(self) -> dict[str, Any]:
         """What the method says of its state at the end of what there is."""
-        changes = [event.get("describe") or {} for _, event in sorted(self.rounds.items())]
+        changes = [self.start, *(event.get("describe") or {} for _, event in sorted(self.rounds.items()))]
         return self.summary.get("describe") or {name: value for change in changes for name, value in change.items()}
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        """What the method says of its pool of experts, if it has one."""
+        found = self.describe.get("pool")
+        return found if isinstance(found, dict) else {}
 
     @property
     def mean(self) -> dict[str, dict[str, Any]]:
@@ -68,10 +77,18 @@ class Run:
     def clients(self) -> dict[str, dict[str, Any]]:
         """Per client what the summary says (without one: what the events add up to), grouped, in natural order."""
         rows = self.summary.get("clients") or _clients_from_events(self)
-        clusters = self.describe.get("clusters") or {}
-        always = {"group": None, "rounds_missed": 0}
-        rows = {c: {**always, **row, "cluster": clusters.get(c)} for c, row in rows.items()}
+        clusters, groups = self.describe.get("clusters") or {}, self.group_of
+        rows = {
+            c: {"rounds_missed": 0, **row, "group": groups.get(c), "cluster": clusters.get(c)}
+            for c, row in rows.items()
+        }
         return dict(sorted(rows.items(), key=lambda item: (natural(item[1].get("group") or ""), natural(item[0]))))
+
+    @property
+    def group_of(self) -> dict[str, str | None]:
+        """The group of every client that the manifest or the summary names."""
+        known = {**(self.manifest.get("clients") or {}), **(self.summary.get("clients") or {})}
+        return {client: (row or {}).get("group") for client, row in known.items()}
 
     @property
     def splits(self) -> list[str]:
@@ -118,16 +135,6 @@ class Run:
         return points
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure, the name of its file, and what to say of it."""
-
-    name: str
-    title: str
-    figure: Figure
-    note: str = ""
-
-
 def write_report(run: Path, pictures: bool = False, summary: dict[str, Any] | None = None) -> Path:
     """Write ``RUN/report.html`` (and with ``pictures`` each picture as a PNG) and return its path.
 
@@ -136,7 +143,8 @@ def write_report(run: Path, pictures: bool = False, summary: dict[str, Any] | No
     """
     data = read_run(run)
     data = data if summary is None else replace(data, summary=summary)
-    drawn = list(_pictures(data))
+    assigned = _history(data)
+    drawn = list(_pictures(data, assigned))
     if pictures:
         for picture in drawn:
             plots.png(picture.figure, run / PICTURE_FOLDER / f"{picture.name}.png")
@@ -149,7 +157,7 @@ def write_report(run: Path, pictures: bool = False, summary: dict[str, Any] | No
             clients=data.clients,
             losses=_losses(data),
             shown={picture.name: (picture, Markup(plots.svg(picture.figure, picture.name))) for picture in drawn},
-            state=tables({k: v for k, v in data.describe.items() if k not in _PICTURED}, "State after the last round"),
+            state=_state(data, assigned),
             settings=tables(data.config, "Settings"),
             manifest=[*tables(_read_json(run / SITES), "Over the network"), *tables(data.manifest, "Data")],
             machine=[*tables(data.summary.get("versions") or {}, "Versions"), *tables(machine, "Machine")],
@@ -166,13 +174,15 @@ def read_run(run: Path) -> Run:
     events, notes = _read_events(run / "metrics.jsonl")
     if not any(files.values()) and not events:
         raise CoterieError(f"{run} holds no run: no summary.json, metrics.jsonl or config.json; give a run's folder")
-    kept: dict[str, dict[int, dict[str, Any]]] = {"round": {}, "evaluation": {}}
+    kept: dict[str, dict[int, dict[str, Any]]] = {"round": {}, "evaluation": {}, "start_state": {}}
     for event in events:
         if event.get("event") in kept:
             kept[event["event"]][int(event["round"])] = event
         elif event.get("event") == "note":
             notes.append(event)
-    return Run(run.resolve().name, **files, rounds=kept["round"], evaluations=kept["evaluation"], notes=notes)
+    start = kept["start_state"].get(0, {}).get("describe") or {}
+    return Run(run.resolve().name, **files, start=start, rounds=kept["round"], evaluations=kept["evaluation"],
+               notes=notes)  # fmt: skip
 
 
 def _environment() -> Environment:
@@ -236,7 +246,28 @@ def _losses(run: Run) -> dict[int, float]:
     return {rnd: sum(losses) / len(losses) for rnd, losses in found.items() if losses}
 
 
-def _pictures(run: Run) -> Iterator[Picture]:
+def _history(run: Run) -> History | None:
+    """The assignment of experts by round, if the method makes one: clients by group, modules by name."""
+    found = by_round(run.start, {rnd: event.get("describe") or {} for rnd, event in run.rounds.items()})
+    if not found and is_assignment(last := run.describe.get("assignment")):
+        found = {int(run.summary.get("rounds") or 1): last}
+    if not found:
+        return None
+    modules = {module for assignment in found.values() for module in assignment}
+    holders = {client for assignment in found.values() for by_client in assignment.values() for client in by_client}
+    groups = run.group_of
+    clients = sorted(holders, key=lambda client: (natural(groups.get(client) or ""), natural(client)))
+    return history(found, clients, sorted(modules, key=natural), groups, run.pool.get("experts") or 0)
+
+
+def _state(run: Run, assigned: History | None) -> list[Table]:
+    """What the method says of its state that no picture shows."""
+    hidden = _PICTURED | (_ASSIGNED if assigned else set())
+    rest = tables({k: v for k, v in run.describe.items() if k not in hidden}, "State after the last round")
+    return ([assignment_table(assigned, run.pool)] if assigned else []) + rest
+
+
+def _pictures(run: Run, assigned: History | None) -> Iterator[Picture]:
     name = _TITLES.get(run.primary, run.primary)
     mean = {split: curve for split in _SPLITS if (curve := run.curve(split))}
     if mean:
@@ -253,6 +284,10 @@ def _pictures(run: Run) -> Iterator[Picture]:
         figure = plots.accuracy_by_round({"training": [*losses.items()]}, label="mean loss", percent=False)
         yield Picture("loss-by-round", "Training loss by round", figure, "Mean over the clients that replied.")
     yield from _method_pictures(run)
+    if assigned:
+        yield from assignment_pictures(assigned)
+    usage = {client: row for client, row in (run.summary.get("usage") or {}).items() if _is_by_module(row)}
+    yield from usage_pictures(usage, {client: row["group"] for client, row in run.clients.items()}, assigned)
 
 
 def _method_pictures(run: Run) -> Iterator[Picture]:
@@ -275,7 +310,7 @@ def _method_pictures(run: Run) -> Iterator[Picture]:
     if describe.get("silhouettes"):
         figure = plots.silhouettes(describe["silhouettes"], len(set(clusters.values())) or None)
         yield Picture("silhouettes", "How many clusters", figure, "Higher: clusters that stand further apart.")
-    usage = {client: row for client, row in (run.summary.get("usage") or {}).items() if row}
+    usage = {client: row for client, row in (run.summary.get("usage") or {}).items() if row and not _is_by_module(row)}
     if any(len(values) > 1 for row in usage.values() for values in row.values()):
         note = "Framed: the expert of the client's own cluster." if clusters else ""
         yield Picture("expert-usage", "Which client uses which expert", plots.expert_usage(usage, clusters), note)
@@ -284,6 +319,10 @@ def _method_pictures(run: Run) -> Iterator[Picture]:
         figure = plots.accuracy_by_round({"error": errors}, label="relative error", percent=False)
         note = "What averaging A and B apart loses: the norm of mean(BA) - mean(B) mean(A) over that of mean(BA)."
         yield Picture("aggregation-error", "Aggregation error by round", figure, note)
+
+
+def _is_by_module(usage: Mapping[str, Json]) -> bool:
+    return any(isinstance(row, dict) for row in usage.values())
 
 
 def _has_error(event: Mapping[str, Any]) -> bool:

@@ -75,6 +75,7 @@ class Runner:
             self.metrics.write_bytes(b"")
             self.engine.restore(0)
             self._note(notes, 0)
+            self._log({"event": "start_state", "round": 0, "describe": self.method.describe(state)})
             return self._commit(state, 0)
         os.truncate(self.metrics, found.info["metrics_bytes"])
         self.engine.restore(found.rnd)

@@ -14,7 +14,9 @@ from coterie.evaluate import better, mean_metrics, percentiles, worst_client
 from coterie.machine import environment, peak_memory
 from coterie.types import ClientId, ClientInfo, Json
 
-PRIMARY = {"classification": "accuracy", "generation": "loss"}
+PRIMARY = {"classification": "accuracy", "generation": "loss", "multiple_choice": "accuracy"}
+
+_MEASURES = ("weight", "share")
 
 
 def read_events(metrics: Path) -> list[dict[str, Json]]:
@@ -45,6 +47,7 @@ def summarise(
     seed: int,
 ) -> dict[str, Json]:
     """``summary.json`` as a mapping. Bytes are as encoded; seconds leave out what a crash threw away."""
+    starts = [event for event in events if event["event"] == "start_state"]
     rounds = [event for event in events if event["event"] == "round"]
     evaluations = [event for event in events if event["event"] == "evaluation"]
     primary = PRIMARY[task]
@@ -72,8 +75,8 @@ def summarise(
         "bytes": {way: sum(row[f"bytes_{way}"] for row in per_client.values()) for way in ("up", "down")},
         "seconds": sum(event["seconds"] for event in [*rounds, *evaluations]),
         "peak_memory_bytes": max([*(event["peak_memory_bytes"] for event in rounds), peak_memory()]),
-        "describe": {name: value for event in rounds for name, value in event["describe"].items()},
-        "usage": {client: _mean_usage(usage) for client, usage in evaluations[-1].get("usage", {}).items() if usage},
+        "describe": {name: value for event in [*starts, *rounds] for name, value in event["describe"].items()},
+        "usage": _usage({client: usage for client, usage in evaluations[-1].get("usage", {}).items() if usage}),
         **environment(),
     }
 
@@ -104,9 +107,12 @@ def _splits(scores: Mapping[ClientId, Mapping[str, Json]]) -> list[str]:
     return sorted({split for by_split in scores.values() for split in by_split})
 
 
-def _mean_usage(by_module: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Gate weight and share per expert, averaged over the modules (which all have the same number of experts)."""
-    sizes = {len(row["weight"]) for row in by_module.values()}
-    if len(sizes) != 1:
-        return {}
-    return {what: np.mean([row[what] for row in by_module.values()], axis=0).tolist() for what in ("weight", "share")}
+def _usage(usage: Mapping[ClientId, Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[ClientId, Json]:
+    """Gate weight and share of tokens per expert: the mean over modules, or by module where their experts differ."""
+    rows = [row for by_module in usage.values() for row in by_module.values()]
+    if len({tuple(row.get("expert") or range(len(row["weight"]))) for row in rows}) > 1:
+        return dict(usage)
+    return {
+        client: {what: np.mean([row[what] for row in by_module.values()], axis=0).tolist() for what in _MEASURES}
+        for client, by_module in usage.items()
+    }

@@ -34,6 +34,7 @@ class Part(StrEnum):
     A = "A"  # [r, d_in]
     B = "B"  # [d_out, r]
     ROUTER = "router"  # [slots, d_in]
+    EMBEDDING = "embedding"  # [r], a mean over tokens that a client reports; in no bank
     HEAD = "head"  # a parameter of the classification head, any shape
 
 
@@ -134,13 +135,15 @@ class Bank:
     """A client's experts on every target, its routers and its head, and how the gate weighs them.
 
     ``y = W0 x + s B_cat (gate(x) * (A_cat x~))`` with ``s`` = :attr:`scaling`. Experts of a module are ordered by
-    their number. Modules without an expert in ``tensors`` stay as the base has them.
+    their number. Modules without an expert in ``tensors`` stay as the base has them. All experts share one dropout
+    mask, or with ``own_masks`` each draws its own.
     """
 
     tensors: Tensors
     gate: GateSpec = GateSpec()
     scaling: float = 1.0
     dropout: float = 0.0
+    own_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,23 +198,53 @@ class Optim(BaseModel):
 
 
 @dataclass(frozen=True)
+class HoldOut:
+    """Rows of a split that are set aside: ``fraction`` of them, at least one, at most ``most``.
+
+    The same rows in every round: a function of the run's seed, the client and the split.
+    """
+
+    fraction: float
+    most: int
+
+    def count(self, rows: int) -> int:
+        return max(1, min(self.most, round(self.fraction * rows)))
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A load-balance loss beside the task's: ``weight`` * sum over modules of n * sum_e mean_t(p_te) f_e.
+
+    p is the softmax of the gate's scores over the n routed experts of a module, f_e the share of the top-k picks that
+    go to expert e (no gradient). Padding tokens count only with ``padding``.
+    """
+
+    weight: float
+    padding: bool = False
+
+
+@dataclass(frozen=True)
 class Train:
     """Ask: train the tensors named ``trainable`` of ``bank`` on the client's training split. Answer: :class:`Trained`.
 
-    ``purpose`` names the random stream (batch order, dropout) next to the seed, the round and the client.
+    ``purpose`` names the random stream (batch order, dropout) next to the seed, the round and the client. Rows of
+    ``hold_out`` are not trained on.
     """
 
     bank: Bank
     trainable: frozenset[Key]
     optim: Optim
     purpose: str = "train"
+    balance: Balance | None = None
+    hold_out: HoldOut | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
     """The trained tensors (those asked for, and no others), the mean loss per label seen, and counts.
 
-    A label is an example in classification, a token of a completion in generation.
+    A label is an example in classification, a token of a completion in generation. The loss is the task's alone;
+    ``balance`` is the mean over the steps of the load-balance loss, before its weight (0 where none was asked for).
     """
 
     tensors: Tensors
@@ -219,6 +252,7 @@ class Trained:
     examples: int
     tokens: int
     steps: int
+    balance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -240,26 +274,31 @@ class Scored:
 
 @dataclass(frozen=True)
 class Observe:
-    """Ask: statistics of the bank's forward pass on ``split``, padding left out. Answer: :class:`Observed`.
+    """Ask: statistics of the bank's forward pass on ``split``, in evaluation mode. Answer: :class:`Observed`.
 
-    ``what`` holds names of statistics; known so far: ``"usage"``.
+    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``. With ``hold_out`` only the rows that it sets
+    aside are looked at. Padding tokens count only with ``padding``.
     """
 
     bank: Bank
     split: str = "train"
     what: tuple[str, ...] = ("usage",)
+    hold_out: HoldOut | None = None
+    padding: bool = False
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was observed, over ``tokens`` real tokens.
+    """What was observed, over ``tokens`` tokens.
 
-    ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order, and
-    ``usage[module]["share"]`` the share of the tokens that use it at all.
+    ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order,
+    ``usage[module]["share"]`` the share of the tokens that use it at all, ``usage[module]["expert"]`` its number.
+    ``embeddings`` holds mean_t A_e x [r] for every expert but the shared one, and mean_t R x [s] of the router.
     """
 
     usage: Mapping[str, Mapping[str, Sequence[float]]]
     tokens: int
+    embeddings: Tensors = field(default_factory=dict)
 
 
 Request = Train | Score | Observe

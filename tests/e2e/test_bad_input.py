@@ -92,6 +92,42 @@ def test_bad_rows(name: str, tmp_path: Path, refused: Refused) -> None:
     assert not (tmp_path / "out").exists()
 
 
+CHOICES = {  # what is wrong: (a row, what the error says after its file and line)
+    "label out of range": ({"label": 3}, r"the label 3 is no place among 3 candidates; 0 is the first"),
+    "label text": ({"label": "vast"}, r"the label 'vast' is none of the candidates big, small, tiny"),
+    "one candidate": ({"choices": [" big"]}, r"choices holds 1 candidate\(s\); there is a choice between two or more"),
+    "empty candidate": ({"choices": [" big", ""]}, r"choices\[1\] is empty"),
+    "no list": ({"choices": "big or small"}, r"choices is 'big or small', not a list of texts"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_bad_rows_to_choose_for(name: str, tmp_path: Path, refused: Refused) -> None:
+    path = sites.config(tmp_path, "llama", kind="multiple_choice")
+    change, expected = CHOICES[name]
+    good, second, *_ = sites.choice_rows("size", 3, "")
+    sites.write_rows(tmp_path / "clients" / "size-0" / "train.jsonl", [good, {**second, **change}])
+    refused("run", str(path), "--out", str(tmp_path / "out"), because=r"size-0/train\.jsonl:2: " + expected)
+    assert not (tmp_path / "out").exists()
+
+
+TEMPLATES = {  # the template, what the error says
+    "{text} {title} is": r"\.jsonl: no column 'title' for data\.columns\.template; its columns are text, label",
+    "{text} is {label}": r"template has \{label\}: the answer would stand in the prompt",
+    "{text is": r"\[data\] columns: .*write \{\{ and \}\} for braces",
+    "is": r"\[data\] columns: .*'is' names no column",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_bad_templates(template: str, tmp_path: Path, refused: Refused) -> None:
+    path = sites.config(tmp_path, "llama", kind="multiple_choice")
+    sites.federation(tmp_path / "clients")
+    more = ("--set", f"data.columns.template={template}", "--out", str(tmp_path / "out"))
+    refused("run", str(path), *more, because=TEMPLATES[template])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_label_outside_the_clients_set(tmp_path: Path, refused: Refused) -> None:
     path = sites.config(tmp_path)
     path.write_text(path.read_text().replace('folder = "clients"', 'folder = "clients"\nlabels = ["bad", "good"]'))

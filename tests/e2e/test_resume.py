@@ -45,7 +45,7 @@ def without_times(value: Any) -> Any:
 
 def results(out: Path) -> dict[str, Any]:
     """Everything that must be the same bit for bit: exports and personal states by bytes, metrics without times."""
-    folders = ("experts", "clients", "personal")
+    folders = ("experts", "clients", "personal", "trained")
     files = [p for name in folders for p in sorted((out / name).rglob("*")) if p.is_file()]
     found: dict[str, Any] = {str(p.relative_to(out)): p.read_bytes() for p in files}
     for path in sorted((out / "checkpoints").glob("*.ckpt")):  # magic, hash, and what holds the metrics' length; state
@@ -75,6 +75,8 @@ def go_on(path: Path, out: Path) -> None:
 CASES = {  # method, architecture, more of the config
     "fedlease": ("fedlease", "bert", ""),
     "fedlease, half a cohort": ("fedlease", "bert", "cohort = 0.6"),
+    "fedamole": ("fedamole", "bert", ""),
+    "fedamole, half a cohort": ("fedamole", "llama", "cohort = 0.6"),
     "fedit, generation": ("fedit", "llama", ""),
     "local": ("local", "bert", "keep_checkpoints = 4"),
 }

@@ -355,8 +355,11 @@ def test_a_damaged_folder(damage: Any, says: str, arch: str, kind: Any, tmp_path
 
 
 def test_an_encoder_that_cannot_generate(tmp_path: Path) -> None:
+    path = str(tiny.folder(tmp_path / "model", "bert"))
     with pytest.raises(CoterieError, match="a whole model, and one for generation"):
-        load_base(str(tiny.folder(tmp_path / "model", "bert")), "generation")
+        load_base(path, "generation")
+    with pytest.raises(CoterieError, match="a whole model, and one for multiple choice"):
+        load_base(path, "multiple_choice")
 
 
 # names ----------------------------------------------------------------------------------------------------------------

@@ -121,8 +121,9 @@ def test_the_check_finds_a_fault() -> None:
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if "shared/data" in p.read_text("utf-8")], ids=lambda p: p.name)
 def test_an_example_gets_the_rows_it_asks_for(path: Path) -> None:
     raw = load_raw(path)
-    data = check_config({key: raw[key] for key in ("data", "task") if key in raw}).data
-    clients = load_federation(data, "classification", 0, path.parent).clients
+    config = check_config({key: raw[key] for key in ("data", "task") if key in raw})
+    data = config.data
+    clients = load_federation(data, config.task.kind, 0, path.parent).clients
     assert len(clients) >= 8
     assert {c.info.num_train for c in clients} == {data.train_rows}
     assert {c.info.num_test for c in clients} == {data.test_rows}
@@ -300,10 +301,11 @@ def test_the_readme_names_every_method_in_its_table_of_what_travels() -> None:
     assert named == set(methods())
 
 
-def test_fedleases_page_has_every_setting_with_its_default() -> None:
-    text = (ROOT / "docs" / "methods" / "fedlease.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("method", ["fedlease", "fedamole"])
+def test_a_methods_page_has_every_setting_with_its_default(method: str) -> None:
+    text = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text.split("## Settings")[1], re.MULTILINE))
-    fields = methods()["fedlease"].Settings.model_fields
+    fields = methods()[method].Settings.model_fields
     assert rows == {name: str(field.default) for name, field in fields.items()}
 
 

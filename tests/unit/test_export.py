@@ -150,8 +150,9 @@ def test_what_is_no_expert_is_refused(tmp_path):
         with pytest.raises(ValueError, match=reason):
             write_adapter(tmp_path / "x", tensors, rank=2, alpha=2.0, base="", kind="classification")
     head = head_for(model_of("bert"), LABELS)
-    with pytest.raises(ValueError, match="no classification head"):
-        write_adapter(tmp_path / "x", expert, rank=2, alpha=2.0, base="", kind="generation", head=head)
+    for kind in ("generation", "multiple_choice"):
+        with pytest.raises(ValueError, match="no classification head"):
+            write_adapter(tmp_path / "x", expert, rank=2, alpha=2.0, base="", kind=kind, head=head)
     assert not (tmp_path / "x").exists()
 
 
@@ -193,10 +194,12 @@ def test_a_bundle_of_a_plain_lora_has_an_adapter_beside_it(tmp_path, number):
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), expected, atol=1e-12, rtol=1e-12)
 
 
-def test_a_generation_bundle_has_a_causal_adapter(tmp_path):
+@pytest.mark.parametrize("kind", ["generation", "multiple_choice"])
+def test_the_bundle_of_a_causal_model_has_a_causal_adapter(tmp_path, kind):
     model = model_of("gpt2")
     bank = Bank(expert_for(model, 2), scaling=2.0)
-    write_bundle(tmp_path, bank, {"base": "a/base", "task": "generation"}, fan_in_fan_out=True)
+    write_bundle(tmp_path, bank, {"base": "a/base", "task": kind}, fan_in_fan_out=True)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), ours(model, bank), atol=1e-12, rtol=1e-12)
 
 

@@ -1,22 +1,19 @@
 """The report of a run and its pictures: complete, self-contained, safe with any text, and at ease with gaps."""
 
-import json
 import math
 import re
 import warnings
-from collections import Counter
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from coterie import plots
 from coterie.report import write_report
 from coterie.tables import show, tables
 from coterie.types import CoterieError
+from pages import Page, drawn, make_run
 
 CLIENTS = ("north-1", "north-2", "north-10", "south-1")
 GROUPS = {client: client.split("-")[0] for client in CLIENTS}
@@ -61,66 +58,12 @@ def summary(clients: tuple[str, ...] = CLIENTS) -> dict:
     }  # fmt: skip
 
 
-def make_run(folder: Path, lines: list[dict], total: dict | None = None, **files: dict) -> Path:
-    folder.mkdir(exist_ok=True)
-    if lines:
-        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    for name, content in {**files, **({"summary": total} if total else {})}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     config = {"root": "/somewhere", "config": {"lora": {"rank": 4, "targets": ["query", "value"]}}}
     clients = {c: {"rows": {"train": 90, "test": 50}, "files": {"a.jsonl": "ab" * 32}} for c in CLIENTS}
     manifest = {"kind": "classification", "clients": clients}
     return make_run(tmp_path / "clinic", events(), summary(), config=config, manifest=manifest)
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: its text, ids and tags; unbalanced tags are an error."""
-
-    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
-        self.texts: list[str] = []
-        self.loads: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self._seen(tag, dict(attrs))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self._seen(tag, dict(attrs))
-
-    def handle_endtag(self, tag):
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.texts.append(data)
-
-    def _seen(self, tag, attrs):
-        self.tags[tag] += 1
-        self.ids.update([attrs["id"]] if "id" in attrs else [])
-        self.loads += [
-            value for name, value in attrs.items() if name in ("src", "href", "xlink:href", "data", "srcset")
-        ]
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
 def test_a_finished_run_is_told_in_full(run):
@@ -331,15 +274,6 @@ def test_json_becomes_tables():
 
 
 # ---- pictures
-
-
-def drawn(figure) -> np.ndarray:
-    """The pixels of a figure, drawn without a single warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
 
 
 def texts(figure) -> list[str]:

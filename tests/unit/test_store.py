@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from coterie import checkpoint, files
 from coterie.checkpoint import Checkpoint
-from coterie.engines.store import PersonalStore
+from coterie.engines.store import RoundStore
 from coterie.files import is_part, remove_parts, write_atomic, write_json
 from coterie.types import CoterieError, Key, Part, Personal, Tensors
 
@@ -36,11 +36,11 @@ def number_of(state: Personal | None) -> int | None:
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    store = PersonalStore(tmp_path / "personal")
+    store = RoundStore(tmp_path / "personal", Personal)
     value = torch.tensor([[1 / 3, -0.0, 2e-40, float("inf")]])
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         store.save("north", 1, Personal({KEY: value.to(dtype)}, {"cluster": 2, "list": [1, None]}))
-        again = PersonalStore(tmp_path / "personal").load("north", 1)
+        again = RoundStore(tmp_path / "personal", Personal).load("north", 1)
         assert again is not None
         assert again.info == {"cluster": 2, "list": [1, None]}
         assert again.tensors[KEY].dtype == dtype
@@ -48,7 +48,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_load_takes_the_newest_version_up_to_a_round(tmp_path: Path) -> None:
-    store = PersonalStore(tmp_path)
+    store = RoundStore(tmp_path, Personal)
     assert store.load("north", 9) is None
     for rnd in (2, 5, 11):
         store.save("north", rnd, personal(rnd))
@@ -63,7 +63,7 @@ def test_load_takes_the_newest_version_up_to_a_round(tmp_path: Path) -> None:
 
 
 def test_forget_after_leaves_what_was_committed(tmp_path: Path) -> None:
-    store = PersonalStore(tmp_path)
+    store = RoundStore(tmp_path, Personal)
     for client, rounds in {"north": (1, 2, 3), "south": (2,), "west": (3, 4)}.items():
         for rnd in rounds:
             store.save(client, rnd, personal(rnd))
@@ -71,12 +71,12 @@ def test_forget_after_leaves_what_was_committed(tmp_path: Path) -> None:
     assert [number_of(store.load(c, 99)) for c in ("north", "south", "west")] == [2, 2, None]
     store.forget_after(0)
     assert [number_of(store.load(c, 99)) for c in ("north", "south", "west")] == [None] * 3
-    PersonalStore(tmp_path / "none").forget_after(0)
-    PersonalStore(tmp_path / "none").prune(3)
+    RoundStore(tmp_path / "none", Personal).forget_after(0)
+    RoundStore(tmp_path / "none", Personal).prune(3)
 
 
 def test_a_damaged_state_is_named_and_not_taken_for_none(tmp_path: Path) -> None:
-    store = PersonalStore(tmp_path)
+    store = RoundStore(tmp_path, Personal)
     store.save("north", 1, personal(1))
     store.save("north", 2, personal(2))
     path = tmp_path / "north" / "000002.safetensors"
@@ -91,7 +91,7 @@ def test_a_damaged_state_is_named_and_not_taken_for_none(tmp_path: Path) -> None
 def test_prune_keeps_what_a_checkpoint_from_that_round_on_needs_and_nothing_else(
     versions: list[set[int]], oldest: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    store = PersonalStore(tmp_path_factory.mktemp("personal"))
+    store = RoundStore(tmp_path_factory.mktemp("personal"), Personal)
     for client, rounds in enumerate(versions):
         for rnd in rounds:
             store.save(f"c{client}", rnd, personal(rnd))

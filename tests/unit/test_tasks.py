@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from coterie.data.rows import PromptRow, TextRow
-from coterie.data.tasks import IGNORE, Batch, Classification, Example, Generation, batches, make_task
+from coterie.data.rows import Kind, PromptRow, TextRow
+from coterie.data.tasks import (
+    IGNORE,
+    Batch,
+    Classification,
+    Example,
+    Generation,
+    MultipleChoice,
+    batches,
+    make_task,
+)
 from coterie.ops.streams import stream
 from coterie.types import CoterieError
 
@@ -174,9 +183,8 @@ def test_prompts_are_padded_on_the_left_and_cut_at_their_start() -> None:
 def test_make_task() -> None:
     assert make_task("classification", PLAIN, 9) == Classification(PLAIN, 9)
     assert make_task("generation", PLAIN, 9, 3, True) == Generation(PLAIN, 9, 3, True)
-    assert {make_task(kind, PLAIN, 9).kind for kind in ("classification", "generation")} == {
-        "classification", "generation",
-    }  # fmt: skip
+    assert make_task("multiple_choice", PLAIN, 9) == MultipleChoice(PLAIN, 9)
+    assert [make_task(kind, PLAIN, 9).kind for kind in get_args(Kind)] == list(get_args(Kind))
 
 
 # batches -------------------------------------------------------------------------------------------------------------

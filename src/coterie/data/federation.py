@@ -16,7 +16,7 @@ from coterie.data import sources
 from coterie.data.files import Record, Table, read_table
 from coterie.data.parse import listing, parse
 from coterie.data.partition import Pool, Share, partition
-from coterie.data.rows import SPLITS, ClientData, Federation, Kind, Row, TextRow
+from coterie.data.rows import SPLITS, ChoiceRow, ClientData, Federation, Kind, Row, TextRow, label_of
 from coterie.data.settings import ClientFiles, DatasetEntry, DataSettings
 from coterie.data.sources import Dataset
 from coterie.data.sources.folder import read_folder
@@ -141,7 +141,8 @@ def _examples(
 
 def _pool(examples: Mapping[str, Sequence[_Example]]) -> Pool:
     def label(example: _Example) -> str | None:
-        return example.labels[example.row.label] if example.labels and isinstance(example.row, TextRow) else None
+        number = label_of(example.row)
+        return example.labels[number] if example.labels and number is not None else None
 
     def each(what: Callable[[_Example], T]) -> dict[str, list[T]]:
         return {split: [what(example) for example in found] for split, found in examples.items()}
@@ -153,28 +154,39 @@ def _cut(share: Share, pool: Mapping[str, Sequence[_Example]], own_labels: bool)
     """The client of one share, and the names of the datasets that its rows come from."""
     examples = {split: [pool[split][i] for i in rows] for split, rows in share.rows.items()}
     spaces = {example.labels: example.dataset for found in examples.values() for example in found}
-    if len(spaces) > 1:
+    rows = {split: tuple(example.row for example in found) for split, found in examples.items()}
+    if len(spaces) > 1 and any(isinstance(row, TextRow) for found in rows.values() for row in found):
         raise CoterieError(
             f"client {share.id} would mix datasets of different labels ({', '.join(spaces.values())}); "
             "set data.partition.name to by_dataset"
         )
-    names = next(iter(spaces))
-    rows = {split: tuple(example.row for example in found) for split, found in examples.items()}
+    names = next(iter(spaces)) if len(spaces) == 1 else None  # rows to choose for bring their candidates along
     if own_labels and names is not None:
-        rows, names = _reindexed(rows, names)
+        rows, names = _reindexed(rows, names, share.id)
     held = {example.dataset for found in examples.values() for example in found}
     return _client(share.id, share.group, rows, names), held
 
 
 def _reindexed(
-    rows: Mapping[str, Sequence[Row]], names: Sequence[str]
+    rows: Mapping[str, Sequence[Row]], names: Sequence[str], client: str
 ) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...]]:
-    """The rows with labels counted over the names that occur, in the order they had."""
-    occur = sorted({row.label for found in rows.values() for row in found if isinstance(row, TextRow)})
+    """The rows with labels (and candidates) counted over the names that occur, in the order they had."""
+    occur = sorted({label for found in rows.values() for row in found if (label := label_of(row)) is not None})
     index = {label: i for i, label in enumerate(occur)}
+    if len(occur) < 2 and any(isinstance(row, ChoiceRow) for found in rows.values() for row in found):
+        raise CoterieError(
+            f"client {client} has rows of one label alone, {names[occur[0]]}, and so nothing to choose between; leave "
+            "data.partition.own_labels out"
+        )
 
     def moved(row: Row) -> Row:
-        return replace(row, label=index[row.label]) if isinstance(row, TextRow) else row
+        match row:
+            case TextRow():
+                return replace(row, label=index[row.label])
+            case ChoiceRow():
+                return replace(row, choices=tuple(row.choices[i] for i in occur), answer=index[row.answer])
+            case _:
+                return row
 
     return {split: tuple(map(moved, found)) for split, found in rows.items()}, tuple(names[label] for label in occur)
 
@@ -253,7 +265,7 @@ def _about(dataset: Dataset, root: Path) -> Json:
 def _entry(client: ClientData, tables: Sequence[Table], root: Path) -> Json:
     """What the manifest says of one client."""
     info = client.info
-    counts = {split: Counter(r.label for r in rows if isinstance(r, TextRow)) for split, rows in client.splits.items()}
+    counts = {split: Counter(map(label_of, rows)) for split, rows in client.splits.items()}
     return {
         "group": info.group,
         "labels": list(info.labels) if info.labels is not None else None,

@@ -40,7 +40,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows to split. Per split, for each row: its label's name (None to generate), its dataset, its columns."""
+    """The rows to split. Per split, for each row: its label's name, if it has one, its dataset, its columns."""
 
     labels: Mapping[str, Sequence[str | None]]
     datasets: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -51,7 +51,10 @@ class Pool:
         if column is not None:
             return _classes({split: self._values(split, column) for split in self.labels})
         if any(label is None for labels in self.labels.values() for label in labels):
-            raise CoterieError("rows to generate have no labels to split by; set data.partition.column")
+            raise CoterieError(
+                "rows to generate, and those with candidates of their own, have no labels to split by; set "
+                "data.partition.column"
+            )
         return _classes({split: [str(label) for label in labels] for split, labels in self.labels.items()})
 
     def by_dataset(self) -> Classes:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from coterie.types import ClientInfo, Json
 
-Kind = Literal["classification", "generation"]
+Kind = Literal["classification", "generation", "multiple_choice"]
 SPLITS = ("train", "validation", "test")
 
 
@@ -29,7 +29,30 @@ class PromptRow:
     completion: str
 
 
-Row = TextRow | PromptRow
+@dataclass(frozen=True)
+class ChoiceRow:
+    """A row to choose for: the prompt, the candidates that may follow it, two or more, and the index of the right one.
+
+    Prompt and candidate stand next to each other as they are.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+Row = TextRow | PromptRow | ChoiceRow
+
+
+def label_of(row: Row) -> int | None:
+    """The index of the row's label, or of its right candidate; None for a row to generate."""
+    match row:
+        case TextRow():
+            return row.label
+        case ChoiceRow():
+            return row.answer
+        case PromptRow():
+            return None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from coterie.data.template import pieces
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -17,9 +19,29 @@ class Columns(_Settings):
         default=None,
         description="column of the second sentence of a pair; by default 'text_pair', if there is such a column",
     )
-    label: str = Field(default="label", description="column of the label: its name, or an integer")
-    prompt: str = Field(default="prompt", description="column of the prompt (generation)")
+    label: str = Field(
+        default="label", description="column of the label: its name, or an integer; of choices, the right one"
+    )
+    prompt: str = Field(default="prompt", description="column of the prompt (generation, multiple_choice)")
     completion: str = Field(default="completion", description="column of the completion (generation)")
+    choices: str | None = Field(
+        default=None,
+        description="column of the candidates, a list of texts (multiple_choice); by default 'choices', if there is "
+        "such a column, else the candidates are the label names",
+    )
+    template: str | None = Field(
+        default=None,
+        description="the prompt made of columns, such as '{text}\\nAnswer:' (generation, multiple_choice); none: the "
+        "column of the prompt",
+    )
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Columns:
+        if self.template is not None:
+            pieces(self.template)
+            if self.prompt != "prompt":
+                raise ValueError(f"give prompt ({self.prompt!r}) or template ({self.template!r}), not both")
+        return self
 
 
 class ClientFiles(_Settings):

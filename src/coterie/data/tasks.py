@@ -1,21 +1,22 @@
 """Tasks: how rows become tokens and batches, what the loss is, and how predictions are scored.
 
-A task knows the tokenizer and nothing of a model but that calling it gives logits. Both tasks share the same shape:
+A task knows the tokenizer and nothing of a model but that calling it gives logits. All tasks share the same shape:
 ``encode`` a row once, ``collate`` examples into a padded batch, ``loss`` sums over what counts (examples for
-classification, completion tokens for generation), so that the caller divides once.
+classification, tokens of the completion or of the right candidate otherwise), so that the caller divides once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coterie.data.rows import PromptRow, Row, TextRow
+from coterie.data.parse import listing
+from coterie.data.rows import ChoiceRow, Kind, PromptRow, Row, TextRow
 from coterie.types import CoterieError
 
 IGNORE = -100  # the label of a token that does not count
@@ -23,12 +24,16 @@ IGNORE = -100  # the label of a token that does not count
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row. ``label`` is the class; ``prompt`` the number of leading tokens that the loss leaves out."""
+    """One tokenised row. ``label`` is the class; ``prompt`` the number of leading tokens that the loss leaves out.
+
+    ``choices`` holds the tokens of every candidate for what follows the prompt; the one that does is number ``label``.
+    """
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None = None
     label: int = 0
     prompt: int = 0
+    choices: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Classification:
 
     tokenizer: Any
     max_length: int = 128
-    kind: Literal["classification", "generation"] = field(default="classification", init=False)
+    kind: Literal["classification"] = field(default="classification", init=False)
 
     def encode(self, row: Row) -> Example:
         assert isinstance(row, TextRow)
@@ -84,17 +89,21 @@ class Generation:
     max_length: int = 128
     max_new_tokens: int = 64
     generates: bool = False
-    kind: Literal["classification", "generation"] = field(default="generation", init=False)
+    kind: Literal["generation"] = field(default="generation", init=False)
 
     def encode(self, row: Row) -> Example:
         assert isinstance(row, PromptRow)
-        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], *end]
-        if not completion:
-            raise CoterieError(f"the completion {row.completion!r} has no token")
-        completion = completion[: self.max_length - 1]
+        completion = self.completion_ids(row.completion)
         prompt = self.prompt_ids(row)[-(self.max_length - len(completion)) :]
         return Example((*prompt, *completion), prompt=len(prompt))
+
+    def completion_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a completion and the end of text, at most ``max_length`` - 1."""
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        completion = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end)
+        if not completion:
+            raise CoterieError(f"the completion {text!r} has no token")
+        return completion[: self.max_length - 1]
 
     def prompt_ids(self, row: PromptRow) -> list[int]:
         """The tokens that the completion follows."""
@@ -128,17 +137,79 @@ class Generation:
         )
 
 
-def make_task(
-    kind: Literal["classification", "generation"],
-    tokenizer: Any,
-    max_length: int,
-    max_new_tokens: int = 64,
-    generates: bool = False,
-) -> Classification | Generation:
+@dataclass(frozen=True)
+class MultipleChoice:
+    """The right one of a row's candidates after its prompt: the candidate with the least mean loss per token.
+
+    mean loss of candidate y after prompt x = -(1/|y|) sum_i log p(y_i | x, y_<i), the end of text being part of y, as
+    FedAMoLE (2411.19128) evaluates SNLI. Trains on the right candidate as :class:`Generation` does on a completion.
+    All candidates of a row follow the same prompt: where a row is too long, what the longest one leaves room for.
+    """
+
+    tokenizer: Any
+    max_length: int = 128
+    kind: Literal["multiple_choice"] = field(default="multiple_choice", init=False)
+    _known: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def encode(self, row: Row) -> Example:
+        assert isinstance(row, ChoiceRow)
+        choices = tuple(map(self._completion_ids, row.choices))
+        if len(set(choices)) < len(choices):
+            raise CoterieError(
+                f"two candidates have the same tokens, of {listing(row.choices)}: of those that are longer, the first "
+                f"{self.max_length - 1} count; raise [model] max_length"
+            )
+        prompt = self._after.prompt_ids(PromptRow(row.prompt, ""))[-(self.max_length - max(map(len, choices))) :]
+        ids = (*prompt, *choices[row.answer])
+        return Example(ids, label=row.answer, prompt=len(prompt), choices=choices)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return self._after.collate(examples)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self._after.loss(logits, batch)
+
+    @property
+    def _after(self) -> Generation:
+        return Generation(self.tokenizer, self.max_length)
+
+    def _completion_ids(self, choice: str) -> tuple[int, ...]:
+        """The tokens of a candidate. Rows mostly share theirs, so each is tokenised and kept once."""
+        if choice not in self._known:
+            self._known[choice] = self._after.completion_ids(choice)
+        return self._known[choice]
+
+
+Task = Classification | Generation | MultipleChoice
+
+
+def make_task(kind: Kind, tokenizer: Any, max_length: int, max_new_tokens: int = 64, generates: bool = False) -> Task:
     """The task of that kind."""
-    if kind == "classification":
-        return Classification(tokenizer, max_length)
-    return Generation(tokenizer, max_length, max_new_tokens, generates)
+    match kind:
+        case "classification":
+            return Classification(tokenizer, max_length)
+        case "generation":
+            return Generation(tokenizer, max_length, max_new_tokens, generates)
+        case "multiple_choice":
+            return MultipleChoice(tokenizer, max_length)
+
+
+def candidate(example: Example, number: int) -> Example:
+    """The row's prompt with candidate ``number`` after it."""
+    return replace(example, ids=(*example.ids[: example.prompt], *example.choices[number]))
+
+
+def completion_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum of the losses of each row's labelled tokens [b]: in float32, added up in float64.
+
+    Only the logits of those tokens are made wide, and the sums do not depend on how far the rows are padded.
+    """
+    rows, tokens = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    labels = batch.labels[rows, tokens + 1]
+    losses = functional.cross_entropy(_wide(logits[rows, tokens]), labels, reduction="none")
+    by_row = torch.zeros(batch.labels[:, 1:].shape, dtype=torch.float64, device=losses.device)
+    by_row[rows, tokens] = losses.double()
+    return by_row.sum(1)
 
 
 def batches(examples: Sequence[Example], size: int, generator: torch.Generator) -> list[list[Example]]:

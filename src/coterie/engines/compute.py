@@ -5,21 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from coterie.data.rows import ClientData, PromptRow
-from coterie.data.tasks import Batch, Classification, Example, Generation, batches
+from coterie.data.tasks import Batch, Example, Generation, Task, batches, candidate, completion_losses
 from coterie.evaluate import classification_metrics, perplexity, text_metrics
 from coterie.machine import native_bfloat16
 from coterie.nn.attach import Attached, attached
 from coterie.nn.base import Base
 from coterie.ops.streams import stream, stream_seed
-from coterie.types import Bank, CoterieError, Json, Key, Observe, Observed, Optim, Score, Scored, Train, Trained
+from coterie.types import (
+    Bank,
+    CoterieError,
+    HoldOut,
+    Json,
+    Key,
+    Observe,
+    Observed,
+    Optim,
+    Part,
+    Score,
+    Scored,
+    Train,
+    Trained,
+)
 
+_OBSERVABLE = {"usage", "embeddings"}
 _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
 
 
@@ -28,7 +43,7 @@ class Workplace:
     """What all clients of a process share: the base, the task, the seed, and every split tokenised once."""
 
     base: Base
-    task: Classification | Generation
+    task: Task
     seed: int
     eval_batch_size: int = 64
     precision: str = "float32"
@@ -48,14 +63,31 @@ class Workplace:
             self.cache[key] = [self.task.encode(row) for row in client.splits[split]]
         return self.cache[key]
 
+    def divided(self, client: ClientData, split: str, hold_out: HoldOut) -> tuple[list[Example], list[Example]]:
+        """The examples of a split that ``hold_out`` leaves, and those that it sets aside.
 
-@dataclass(frozen=True)
+        Raises :class:`CoterieError` where it leaves none.
+        """
+        examples = self.examples(client, split)
+        order = torch.randperm(len(examples), generator=stream(self.seed, client.info.id, "hold out", split)).tolist()
+        aside = set(order[: hold_out.count(len(examples))])
+        if len(aside) == len(examples):
+            raise CoterieError(
+                f"client {client.info.id} has {len(examples)} {split} row(s), and all of them are set aside "
+                f"(a share of {hold_out.fraction:g}); give it more rows"
+            )
+        left = [example for i, example in enumerate(examples) if i not in aside]
+        return left, [examples[i] for i in sorted(aside)]
+
+
+@dataclass
 class LocalCompute:
-    """Answers the requests of one client in one round, one at a time."""
+    """Answers the requests of one client in one round, one at a time. ``trained`` is the bank it trained last."""
 
     place: Workplace
     client: ClientData
     rnd: int
+    trained: Bank | None = None
 
     def train(self, request: Train) -> Trained:
         """Train the request's tensors on the client's training split.
@@ -63,9 +95,12 @@ class LocalCompute:
         Raises :class:`CoterieError` that names client and step when a loss is not finite.
         """
         optim, task = request.optim, self.place.task
-        examples = self.place.examples(self.client, "train")
+        if request.hold_out:
+            examples, _ = self.place.divided(self.client, "train", request.hold_out)
+        else:
+            examples = self.place.examples(self.client, "train")
         groups = list(self._groups(examples, optim, request.purpose))
-        losses: list[Tensor] = []
+        losses: list[Tensor] = []  # of each step: [2], the task's and the load-balance loss
         counts: list[int] = []
         with attached(self.place.base.model, request.bank, request.trainable) as bank:
             parameters = list(bank.parameters.values())
@@ -75,7 +110,7 @@ class LocalCompute:
             for step, group in enumerate(groups):
                 micro = [task.collate(part).to(self.place.device) for part in group]
                 counts.append(sum(batch.count for batch in micro))
-                losses.append(self._step(bank, micro, counts[-1], optim, request.purpose, step))
+                losses.append(self._step(bank, micro, counts[-1], request, step))
                 if optim.clip > 0:
                     clip_grad_norm_(parameters, optim.clip)
                 optimizer.step()
@@ -85,27 +120,31 @@ class LocalCompute:
                     self._check_finite(losses, step + 1)
             tensors = bank.tensors()
         self._check_trained(tensors)
+        self.trained = replace(request.bank, tensors={**request.bank.tensors, **tensors})
         seen = [example for group in groups for part in group for example in part]
-        return Trained(tensors, _mean(losses, counts), len(seen), sum(len(e.ids) for e in seen), len(groups))
+        loss, balance = _means(losses, counts)
+        return Trained(tensors, loss, len(seen), sum(len(e.ids) for e in seen), len(groups), balance)
 
     def score(self, request: Score) -> list[Scored]:
         """Mean loss and metrics of every bank on the split."""
         return [self._score(bank, request.split) for bank in request.banks]
 
     def observe(self, request: Observe) -> Observed:
-        """Gate usage of the bank on the split, padding left out."""
-        if unknown := set(request.what) - {"usage"}:
-            raise ValueError(f"cannot observe {sorted(unknown)}; known: usage")
+        """Gate usage and mean embeddings of the bank on the split."""
+        if unknown := set(request.what) - _OBSERVABLE:
+            raise ValueError(f"cannot observe {sorted(unknown)}; known: {', '.join(sorted(_OBSERVABLE))}")
+        aside = self.place.divided(self.client, request.split, request.hold_out)[1] if request.hold_out else None
         tokens = 0
         with attached(self.place.base.model, request.bank) as bank, evaluating(self.place.base.model):
-            bank.now.usage = {}
-            for batch in self._in_order(request.split):
-                bank.now.mask = batch.mask
+            bank.now.usage = {} if "usage" in request.what else None
+            bank.now.embeddings = {} if "embeddings" in request.what else None
+            for batch in self._in_order(request.split, aside):
+                bank.now.mask = None if request.padding else batch.mask
                 self._logits(batch)
-                tokens += int(batch.mask.sum())
-            usage = bank.now.usage
-        shares = {module: counted / tokens for module, counted in usage.items()}
-        return Observed({m: {"weight": w.tolist(), "share": s.tolist()} for m, (w, s) in shares.items()}, tokens)
+                tokens += batch.mask.numel() if request.padding else int(batch.mask.sum())
+            sums, usage = bank.now.embeddings or {}, bank.now.usage or {}
+        embeddings = {key: (value / tokens).float().cpu() for key, value in sorted(sums.items())}
+        return Observed(_shares(request.bank, usage, tokens), tokens, embeddings)
 
     def _groups(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
         """The micro-batches of every optimiser step of the round."""
@@ -120,24 +159,27 @@ class LocalCompute:
                     return
             epoch += 1
 
-    def _step(
-        self, bank: Attached, micro: Sequence[Batch], count: int, optim: Optim, purpose: str, step: int
-    ) -> Tensor:
-        """Gradients of the mean loss over the ``count`` labels of all micro-batches; returns that loss."""
+    def _step(self, bank: Attached, micro: Sequence[Batch], count: int, request: Train, step: int) -> Tensor:
+        """Gradients of the mean loss over the ``count`` labels of all micro-batches, and of the load-balance loss
+        (their mean over the micro-batches); returns both, [2]."""
         losses = []
         for i, batch in enumerate(micro):
-            bank.now.seed = stream_seed(
-                self.place.seed, self.rnd, self.client.info.id, purpose, "dropout", step * optim.accumulate + i
-            )
-            bank.now.mask = batch.mask
+            number = step * request.optim.accumulate + i
+            purpose = self.rnd, self.client.info.id, request.purpose, "dropout", number
+            bank.now.seed = stream_seed(self.place.seed, *purpose)
+            bank.now.mask = None if request.balance and request.balance.padding else batch.mask
+            bank.now.balance = [] if request.balance else None
             loss = self.place.task.loss(self._logits(batch), batch) / count
-            loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+            found = list(bank.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
+            balance = torch.stack(found).sum() / len(micro) if found else loss.new_zeros(())
+            weight = request.balance.weight if request.balance else 0.0
+            (loss + weight * balance if found else loss).backward()
+            losses.append(torch.stack([loss.detach(), balance.detach()]))
+        return torch.stack(losses).sum(0)
 
     def _check_finite(self, losses: Sequence[Tensor], done: int) -> None:
         start = max(0, done - _CHECK_EVERY)
-        finite = torch.isfinite(torch.stack(list(losses[start:done])))
+        finite = torch.isfinite(torch.stack(list(losses[start:done]))).all(dim=1)
         if not bool(finite.all()):
             step = start + int((~finite).nonzero()[0]) + 1
             raise CoterieError(
@@ -159,6 +201,8 @@ class LocalCompute:
         predicted: list[int] = []
         metrics: dict[str, float] = {}
         with attached(self.place.base.model, bank), evaluating(self.place.base.model):
+            if task.kind == "multiple_choice":
+                return self._score_choices(split)
             for batch in self._in_order(split):
                 logits = self._logits(batch)
                 total += float(task.loss(logits, batch))
@@ -172,14 +216,36 @@ class LocalCompute:
         metrics |= classification_metrics(truth, predicted) if truth else {"perplexity": perplexity(loss)}
         return Scored(loss, metrics, len(self.place.examples(self.client, split)))
 
+    def _score_choices(self, split: str) -> Scored:
+        """Every candidate after its row's prompt, in batches sorted by length; the prediction is the candidate with
+        the least mean loss per token, the first on a tie. The loss is the mean per token of the right candidates.
+
+        Macro-F1 and Matthews' correlation only where all rows have the same candidates: else a place means nothing.
+        """
+        examples = self.place.examples(self.client, split)
+        means, right = [[0.0] * len(e.choices) for e in examples], 0.0
+        order = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices))]
+        order.sort(key=lambda at: examples[at[0]].prompt + len(examples[at[0]].choices[at[1]]))
+        for start in range(0, len(order), self.place.eval_batch_size):
+            part = order[start : start + self.place.eval_batch_size]
+            batch = self.place.task.collate([candidate(examples[i], j) for i, j in part]).to(self.place.device)
+            for (i, j), loss in zip(part, completion_losses(self._logits(batch), batch).tolist(), strict=True):
+                means[i][j] = loss / len(examples[i].choices[j])
+                right += loss if j == examples[i].label else 0.0
+        metrics = classification_metrics([e.label for e in examples], [row.index(min(row)) for row in means])
+        if self.client.info.labels is None:
+            metrics = {"accuracy": metrics["accuracy"]}
+        return Scored(right / sum(len(e.choices[e.label]) for e in examples), metrics, len(examples))
+
     def _score_texts(self, task: Generation, split: str) -> dict[str, float]:
         rows = [row for row in self.client.splits[split] if isinstance(row, PromptRow)]
         texts = generate(self.place, task, rows)
         return text_metrics([row.completion for row in rows], texts)
 
-    def _in_order(self, split: str) -> Iterator[Batch]:
-        """The split in batches sorted by length."""
-        examples = sorted(self.place.examples(self.client, split), key=lambda e: len(e.ids))
+    def _in_order(self, split: str, chosen: Sequence[Example] | None = None) -> Iterator[Batch]:
+        """The split, or the examples chosen of it, in batches sorted by length."""
+        found = self.place.examples(self.client, split) if chosen is None else chosen
+        examples = sorted(found, key=lambda e: len(e.ids))
         size = self.place.eval_batch_size
         for i in range(0, len(examples), size):
             yield self.place.task.collate(examples[i : i + size]).to(self.place.device)
@@ -257,7 +323,17 @@ def _factor(schedule: str, step: int, steps: int) -> float:
             return 1.0
 
 
-def _mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
-    """The mean over all labels seen of the steps' means over ``counts`` labels."""
-    sums = torch.stack(list(losses)).cpu().double() * torch.tensor(counts)
-    return float(sums.sum()) / sum(counts)
+def _means(losses: Sequence[Tensor], counts: Sequence[int]) -> tuple[float, float]:
+    """The mean over all labels seen of the steps' means over ``counts`` labels; the mean over steps of the balance."""
+    task, balance = torch.stack(list(losses)).cpu().double().unbind(1)
+    return float((task * torch.tensor(counts)).sum()) / sum(counts), float(balance.mean())
+
+
+def _shares(bank: Bank, usage: Mapping[str, Tensor], tokens: int) -> dict[str, dict[str, list[float]]]:
+    """Gate usage by module, from sums [2, e] over tokens."""
+    found = {}
+    for module, counted in usage.items():
+        weight, share = (counted / tokens).tolist()
+        numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
+        found[module] = {"weight": weight, "share": share, "expert": numbers}
+    return found

@@ -16,7 +16,7 @@ from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import make_task
 from coterie.engine import Delivery, Evaluation
 from coterie.engines.compute import LocalCompute, Workplace, resolve_precision
-from coterie.engines.store import PersonalStore
+from coterie.engines.store import RoundStore
 from coterie.evaluate import check_rouge
 from coterie.method import Compute, Method, drive
 from coterie.nn.base import Base, load_base, resolve
@@ -36,7 +36,8 @@ def make(config: Config, federation: Federation, folder: Path, root: Path, cache
     )
     place = Workplace(base, task, config.run.seed, config.run.eval_batch_size)
     place.precision = resolve_precision(config.engine.precision, place.device)
-    return LocalEngine(place, federation, PersonalStore(folder / "personal"))
+    trained = RoundStore(folder / "trained", Bank) if config.evaluated == "trained" else None
+    return LocalEngine(place, federation, RoundStore(folder / "personal", Personal), trained)
 
 
 def _load(config: Config, root: Path) -> Base:
@@ -68,13 +69,15 @@ class LocalEngine:
     """Runs every client of a simulated federation in this process, one after another.
 
     Instructions and replies go through the codec both ways, as over a network: the bytes are counted as encoded, and
-    no tensor is shared between server and client by accident.
+    no tensor is shared between server and client by accident. With a store for ``trained`` banks, clients evaluate
+    and export what they trained last, else what the server sends.
     """
 
     place: Workplace
     federation: Federation
-    store: PersonalStore
-    compute: Callable[[Workplace, ClientData, int], Compute] = LocalCompute  # of training; a site bounds it
+    store: RoundStore[Personal]
+    trained: RoundStore[Bank] | None = None
+    guard: Callable[[LocalCompute], Compute] = lambda compute: compute  # around training; a site bounds its steps
 
     @property
     def spec(self) -> BaseSpec:
@@ -99,10 +102,10 @@ class LocalEngine:
         splits: tuple[str, ...],
         usage: bool = False,
     ) -> Iterator[tuple[ClientId, Evaluation]]:
-        """Every client's scores with the bank that it would start round ``rnd + 1`` with."""
+        """Every client's scores with the bank that it would start round ``rnd + 1`` with, or that it trained last."""
         for client in self._ordered(instructions):
             compute = LocalCompute(self.place, client, rnd)
-            bank = method.bank(instructions[client.info.id], client.info, self._personal(method, client, rnd))
+            bank = self._bank(method, client, instructions[client.info.id], rnd)
             scores = {}
             for split in splits:
                 if client.splits.get(split):
@@ -116,32 +119,43 @@ class LocalEngine:
     ) -> Iterator[tuple[ClientId, Bank]]:
         """Every client's bank after round ``rnd``, for export."""
         for client in self._ordered(instructions):
-            personal = self._personal(method, client, rnd)
-            yield client.info.id, method.bank(instructions[client.info.id], client.info, personal)
+            yield client.info.id, self._bank(method, client, instructions[client.info.id], rnd)
 
     def restore(self, rnd: int) -> None:
         """Go back to the personal states after round ``rnd``."""
         self.store.forget_after(rnd)
+        if self.trained:
+            self.trained.forget_after(rnd)
 
     def prune(self, rnd: int) -> None:
         """Give up the personal states that only rounds before ``rnd`` need."""
         self.store.prune(rnd)
+        if self.trained:
+            self.trained.prune(rnd)
 
     def _train_one(self, method: Method[Any], client: ClientData, ins: Instruction, rnd: int) -> Delivery:
         started = time.perf_counter()
         down = codec.encode(ins)
         personal = self._personal(method, client, rnd - 1)
         program = method.client(codec.decode(Instruction, down), client.info, personal)
+        compute = LocalCompute(self.place, client, rnd)
         try:
-            result = drive(program, self.compute(self.place, client, rnd))
+            result = drive(program, self.guard(compute))
         except (CoterieError, torch.OutOfMemoryError) as fault:
             memory = isinstance(fault, torch.OutOfMemoryError)
             error = f"client {client.info.id}: out of memory; lower [train] batch_size" if memory else str(fault)
             return Delivery(None, error, len(down), 0, time.perf_counter() - started)
         up = codec.encode(result.reply)
         self.store.save(client.info.id, rnd, result.personal)
+        if self.trained and compute.trained:
+            self.trained.save(client.info.id, rnd, compute.trained)
         reply = codec.decode(type(result.reply), up)
         return Delivery(reply, None, len(down), len(up), time.perf_counter() - started)
+
+    def _bank(self, method: Method[Any], client: ClientData, ins: Instruction, rnd: int) -> Bank:
+        """What the client evaluates with after round ``rnd``."""
+        trained = self.trained.load(client.info.id, rnd) if self.trained else None
+        return trained or method.bank(ins, client.info, self._personal(method, client, rnd))
 
     def _personal(self, method: Method[Any], client: ClientData, until: int) -> Personal:
         return self.store.load(client.info.id, until) or method.begin(self.spec, client.info)

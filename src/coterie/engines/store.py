@@ -1,40 +1,44 @@
-"""Personal state on the client's disk, one file per client and round, written atomically."""
+"""What clients keep on their disk from round to round, one file per client and round, written atomically."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import ClientId, CoterieError, Personal
+from coterie.types import ClientId, CoterieError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PersonalStore:
-    """Versions of every client's personal state: ``folder/<client>/<round>.safetensors``.
+class RoundStore(Generic[T]):
+    """Versions of something of every client's: ``folder/<client>/<round>.safetensors``, each of the type ``kind``.
 
     A round reads the newest version from before it, so a round that was killed half way starts again from the same
     state, and the server's checkpoint and the clients' states never disagree.
     """
 
     folder: Path
+    kind: type[T]
 
-    def load(self, client: ClientId, until: int) -> Personal | None:
+    def load(self, client: ClientId, until: int) -> T | None:
         """The newest version of a round up to ``until``; None where there is none."""
         rounds = [rnd for rnd in self._rounds(client) if rnd <= until]
         if not rounds:
             return None
         path = self._path(client, max(rounds))
         try:
-            return codec.decode(Personal, path.read_bytes())
+            return codec.decode(self.kind, path.read_bytes())
         except codec.CodecError as fault:
             raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
 
-    def save(self, client: ClientId, rnd: int, personal: Personal) -> None:
-        """Keep ``personal`` as the client's state after round ``rnd``."""
-        write_atomic(self._path(client, rnd), codec.encode(personal))
+    def save(self, client: ClientId, rnd: int, value: T) -> None:
+        """Keep ``value`` as the client's after round ``rnd``."""
+        write_atomic(self._path(client, rnd), codec.encode(value))
 
     def forget_after(self, rnd: int) -> None:
         """Delete the versions of rounds after ``rnd``: they were not committed."""

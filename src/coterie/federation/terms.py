@@ -20,7 +20,7 @@ from coterie.types import CoterieError, Json, Observe, Observed, Optim, Reply, S
 
 _SENT = {
     "model": ("dtype", "quantize", "max_length", "gradient_checkpointing"),
-    "run": ("rounds", "seed", "eval_batch_size"),
+    "run": ("rounds", "seed", "evaluate", "eval_batch_size"),
     "engine": ("precision",),
 }
 _WHOLE = ("task", "lora", "train", "method")

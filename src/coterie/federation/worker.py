@@ -25,7 +25,6 @@ from coterie.data.federation import SAFE_ID, load_federation
 from coterie.data.rows import Federation
 from coterie.deployment import SiteSettings
 from coterie.engines import local
-from coterie.engines.compute import LocalCompute
 from coterie.engines.local import LocalEngine
 from coterie.engines.parcel import BrokenParcelError, Parcel, listening, receive, send, user_of
 from coterie.engines.remote import Hello
@@ -163,7 +162,7 @@ class Worker:
         bound = self.site.policy.max_steps
         while len(self.cache) > 1:  # the base of an earlier run with other terms
             self.cache.pop(next(iter(self.cache)))
-        engine = replace(engine, compute=lambda *of: BoundedCompute(LocalCompute(*of), bound))
+        engine = replace(engine, guard=lambda compute: BoundedCompute(compute, bound))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return _Open(config, method, engine, folder)
 

@@ -31,15 +31,18 @@ from coterie.types import (
 Shapes = dict[Key, tuple[int, ...]]
 
 
-def start_lora(base: BaseSpec, plan: Plan, expert: int = 0) -> dict[Key, Tensor]:
+def start_lora(base: BaseSpec, plan: Plan, expert: int = 0, *purpose: str | int) -> dict[Key, Tensor]:
     """One expert on every target: A [r, d_in] Kaiming uniform from the seed and the module's name, B [d_out, r] zero.
 
-    Everyone who shares the seed starts from the same A: FedLEASE's comparison of B needs it.
+    Everyone who shares the seed starts from the same A: FedLEASE's comparison of B needs it. Experts that are to
+    start apart from each other are told apart by ``purpose``.
     """
     if not base.targets:
         raise CoterieError("the base has no target to adapt; set [lora] targets")
     return {
-        key: kaiming_uniform(shape, stream(plan.seed, "A", key.module)) if key.part is Part.A else torch.zeros(shape)
+        key: kaiming_uniform(shape, stream(plan.seed, "A", key.module, *purpose))
+        if key.part is Part.A
+        else torch.zeros(shape)
         for key, shape in lora_shapes(base, plan, expert).items()
     }
 

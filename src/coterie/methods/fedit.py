@@ -59,6 +59,7 @@ class FedIT:
     title = "FedIT"
     paper = "arXiv 2305.05644"
     summary = "averages A and B, weighted by examples"
+    evaluates = "received"
     Settings = FedITSettings
     State = FedITState
 

@@ -146,6 +146,7 @@ class FedLEASE:
     title = "FedLEASE"
     paper = "arXiv 2509.15087 (NeurIPS 2025)"
     summary = "one LoRA expert per cluster of clients, adaptive top-M routing over all experts"
+    evaluates = "received"
     Settings = FedLEASESettings
     State = FedLEASEState
 

@@ -44,6 +44,7 @@ class Local:
     title = "Local"
     paper = "-"
     summary = "every client alone"
+    evaluates = "received"
     Settings = LocalSettings
     State = LocalState
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from coterie.nn.bank import BankLayer, Pass, Ranks, Span, padded
 from coterie.nn.gates import gates
-from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Tensors
+from coterie.types import NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
 
 
 @dataclass
@@ -118,13 +118,14 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
         module=name,
         rows=_stack([bank.tensors[key].detach() for key in row_keys]).to(device),
         columns=torch.cat([bank.tensors[key].detach().T for key in b_keys]).to(device).contiguous(),
+        experts=tuple(experts),
         ranks=Ranks.of(tuple(bank.tensors[key].shape[0] for key in a_keys), device),
         slots=bank.tensors[router].shape[0] if router in bank.tensors else 0,
         gate=bank.gate.name,
         options=bank.gate.options_for(name),
-        has_shared=SHARED in experts,
         scaling=bank.scaling,
         dropout=bank.dropout,
+        own_masks=bank.own_masks,
         now=now,
     )
     _check_gate(layer)
@@ -169,16 +170,17 @@ def _check_shapes(
 
 def _check_gate(layer: BankLayer) -> None:
     """Try the gate on one row of zeros: an option that it does not know, or a router that does not fit, shows here."""
-    p, h = torch.zeros(1, layer.slots) if layer.slots else None, torch.zeros(1, layer.columns.shape[0])
+    p = torch.zeros(1, layer.slots) if layer.slots else None
+    routed = torch.zeros(1, layer.columns.shape[0] - layer.shared_rank)
     where = f"{layer.module}, gate {layer.gate!r}"
     try:
         inspect.signature(gates()[layer.gate]).bind(p, None, **layer.options)
-        g = layer.weights(p, h)
+        g = layer.weights(p, routed)
     except (TypeError, ValueError) as fault:
         raise CoterieError(f"{where}: {fault}") from fault
     if g is not None and g.shape[1] != len(layer.ranks.each):
-        routed = len(layer.ranks.each) - layer.has_shared
-        raise CoterieError(f"{where}: a router of {layer.slots} outputs does not fit {routed} experts")
+        number = len(layer.ranks.each) - layer.has_shared
+        raise CoterieError(f"{where}: a router of {layer.slots} outputs does not fit {number} experts")
 
 
 def _split(key: Key) -> tuple[str, str]:

@@ -2,9 +2,10 @@
 
     y = W0 x + s B_cat ( gate(x) * (A_cat x~) )      A_cat [R, d_in], B_cat [d_out, R], R = the sum of the ranks
 
-Two matrix products however many experts (three with dropout, which the router does not see), no loop over experts,
-nothing that waits for the device. The layer is a forward hook on the base module, which it never touches: quantised
-Linears, ``Conv1D``, gradient checkpointing and generation with a cache work as they do without it.
+Two matrix products however many experts (three with dropout, which routing does not see), no loop over experts (but
+for experts with a dropout mask each), nothing that waits for the device. The layer is a forward hook on the base
+module, which it never touches: quantised Linears, ``Conv1D``, gradient checkpointing and generation with a cache work
+as they do without it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from coterie.nn.gates import gates
+from coterie.nn.gates import balance_loss, gates, routes_by_output
 from coterie.ops.streams import stream
-from coterie.types import Key, Part
+from coterie.types import NO_EXPERT, SHARED, Key, Part
 
 Span = tuple[int, int]
 
@@ -29,14 +30,17 @@ class Pass:
     """What the layers of one attached bank share during a forward pass.
 
     ``training`` turns dropout on; its mask is a function of ``seed`` and the module's name alone, so that gradient
-    checkpointing draws it again. ``mask`` [b, t] marks real tokens; ``usage`` collects gate statistics if not None:
-    by module, [2, e] of sums over real tokens, the experts' weights and how many tokens use them.
+    checkpointing draws it again. ``mask`` [b, t] marks the tokens that count (None: all) in what is collected:
+    ``usage`` by module, [2, e] of sums over tokens, the experts' weights and how many tokens use them; ``embeddings``
+    sums over tokens of A_e x and of R x; ``balance`` the load-balance loss of every module. None: not collected.
     """
 
     training: bool = False
     seed: int = 0
     mask: Tensor | None = None
     usage: dict[str, Tensor] | None = None
+    embeddings: dict[Key, Tensor] | None = None
+    balance: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class BankLayer:
     """The bank of one module, as a forward hook.
 
     ``rows`` [>= R + s, d_in] holds A of every expert, then the router of ``slots`` = s outputs, then zeros up to a
-    :func:`padded` number; ``columns`` [R, d_out] holds every B transposed.
+    :func:`padded` number; ``columns`` [R, d_out] holds every B transposed. ``experts`` are the experts' numbers.
     The trainable tensors are Parameters that share this storage, so an optimiser step needs no copy; ``row_spans``
     and ``column_spans`` say where, from first to last.
     """
@@ -90,13 +94,14 @@ class BankLayer:
     module: str
     rows: Tensor
     columns: Tensor
+    experts: tuple[int, ...]
     ranks: Ranks
     slots: int
     gate: str
     options: dict[str, Any]
-    has_shared: bool
     scaling: float
     dropout: float
+    own_masks: bool
     now: Pass
     parameters: dict[Key, nn.Parameter] = field(default_factory=dict)
     row_spans: list[Span] = field(default_factory=list)
@@ -105,17 +110,54 @@ class BankLayer:
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        h, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
-        g = self.weights(p, h)
-        if self.now.usage is not None and g is not None:
-            self._record(g, self.now.usage)
+        h, routed, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
+        g = self.weights(p, routed)
+        if g is not None:
+            if self.now.usage is not None:
+                self._record_usage(g, self.now.usage)
+            if self.now.balance is not None:
+                self.now.balance.append(self._balance(p, routed, g))
+        if self.now.embeddings is not None:
+            self._record_embeddings(p, routed, self.now.embeddings)
         return self._add(output.contiguous(), h, g)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        keep = self._keep(x) if self.now.training and self.dropout > 0 else None
-        scale, sizes = 1 / (1 - self.dropout), (self.columns.shape[0], self.slots)
+    @property
+    def has_shared(self) -> bool:
+        return SHARED in self.experts
+
+    @property
+    def shared_rank(self) -> int:
+        return self.ranks.each[0] if self.has_shared else 0
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """h = A_cat x~ [n, R], A_cat x of the routed experts (for gates that route by it), and p = R x [n, s]."""
+        rank = self.columns.shape[0]
+        dropping = self.now.training and self.dropout > 0
+        by_output = routes_by_output(self.gate)
+        if not dropping or not (by_output or self.own_masks):
+            h, p = self._part(x, 0, rank, self.slots, self._keep(x) if dropping else None)
+            return h, h[:, self.shared_rank :], p
+        start = self.shared_rank if by_output else rank
+        routed, p = self._part(x, start, rank - start, self.slots, None)
+        return self._dropped(x), routed, p
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """A_cat x~ [n, R]: one mask for all experts, or one for each."""
+        if not self.own_masks:
+            return self._part(x, 0, self.columns.shape[0], 0, self._keep(x))[0]
+        starts = [sum(self.ranks.each[:i]) for i in range(len(self.experts))]
+        parts = zip(self.experts, starts, self.ranks.each, strict=True)
+        return torch.cat([self._part(x, start, r, 0, self._keep(x, expert))[0] for expert, start, r in parts], dim=1)
+
+    def _part(self, x: Tensor, start: int, rank: int, slots: int, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The products of x with ``rank`` rows of A from ``start`` on (x~ where ``keep`` is given) and the router."""
+        stop = start + rank + slots
         trained = [p for key, p in self.parameters.items() if key.part is not Part.B]
-        h, p = _Project.apply(x, self.rows.to(x.dtype), keep, scale, sizes, self.row_spans, *trained)  # type: ignore[no-untyped-call]
+        inside = [(span, p) for span, p in zip(self.row_spans, trained, strict=True) if start <= span[0] < stop]
+        spans = [(lo - start, hi - start) for (lo, hi), _ in inside]
+        weight = self.rows[start : None if slots else stop].to(x.dtype)
+        scale = 1 / (1 - self.dropout)
+        h, p = _Project.apply(x, weight, keep, scale, (rank, slots), spans, *(p for _, p in inside))  # type: ignore[no-untyped-call]
         return h, p
 
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
@@ -124,29 +166,49 @@ class BankLayer:
         result: Tensor = _Add.apply(y, h, g, columns, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
         return result
 
-    def _keep(self, x: Tensor) -> Tensor:
+    def _keep(self, x: Tensor, *expert: int) -> Tensor:
         """Which numbers of x [n, i] dropout keeps."""
-        generator = stream(self.now.seed, self.module)
+        generator = stream(self.now.seed, self.module, *expert)
         if x.device.type != "cpu":
             generator = torch.Generator(x.device).manual_seed(generator.initial_seed())
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.dropout, generator=generator)
 
-    def weights(self, p: Tensor | None, h: Tensor) -> Tensor | None:
-        """The gate's weights [n, e], the shared expert's among them, from p [n, s] and h = A_cat x [n, R]."""
-        ranks = self.ranks.each[1:] if self.has_shared else self.ranks.each
-        routed = h[:, self.ranks.each[0] :] if self.has_shared else h
-        z = routed.reshape(-1, len(ranks), ranks[0]) if ranks and len(set(ranks)) == 1 else None
-        g = gates()[self.gate](p, z, **self.options)
+    def weights(self, p: Tensor | None, routed: Tensor) -> Tensor | None:
+        """The gate's weights [n, e], the shared expert's too, from p [n, s] and A_cat x of the routed experts."""
+        g = gates()[self.gate](p, self._by_expert(routed), **self.options)
         if g is None or not self.has_shared:
             return g
         return torch.cat([g.new_ones(g.shape[0], 1), g], dim=1)
 
-    def _record(self, g: Tensor, usage: dict[str, Tensor]) -> None:
-        real = g.detach().double()
-        if self.now.mask is not None:
-            real = real * self.now.mask.reshape(-1, 1).to(real.dtype)
+    def _by_expert(self, routed: Tensor) -> Tensor | None:
+        """z [n, e, r], or None where the routed experts' ranks differ or were not computed."""
+        ranks = self.ranks.each[1:] if self.has_shared else self.ranks.each
+        if len(set(ranks)) != 1 or routed.shape[1] != sum(ranks):
+            return None
+        return routed.reshape(-1, len(ranks), ranks[0])
+
+    def _balance(self, p: Tensor | None, routed: Tensor, g: Tensor) -> Tensor:
+        counted = None if self.now.mask is None else self.now.mask.reshape(-1)
+        return balance_loss(self.gate, p, self._by_expert(routed), g[:, int(self.has_shared) :], counted)
+
+    def _record_usage(self, g: Tensor, usage: dict[str, Tensor]) -> None:
+        real = self._counted(g)
         counted = torch.stack([real.sum(0), (real > 0).double().sum(0)])
         usage[self.module] = usage.get(self.module, torch.zeros_like(counted)) + counted
+
+    def _record_embeddings(self, p: Tensor | None, routed: Tensor, sums: dict[Key, Tensor]) -> None:
+        numbers, ranks = self.experts[int(self.has_shared) :], self.ranks.each[int(self.has_shared) :]
+        parts = dict(zip(numbers, self._counted(routed).sum(0).split(list(ranks)), strict=True))
+        if p is not None:
+            parts[NO_EXPERT] = self._counted(p).sum(0)
+        for number, part in parts.items():
+            key = Key(self.module, number, Part.EMBEDDING)
+            sums[key] = sums[key] + part if key in sums else part
+
+    def _counted(self, values: Tensor) -> Tensor:
+        """values [n, ...] in float64 with zeros for the tokens that do not count."""
+        real = values.detach().double()
+        return real if self.now.mask is None else real * self.now.mask.reshape(-1, 1).to(real.dtype)
 
 
 class _Project(torch.autograd.Function):

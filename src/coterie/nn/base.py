@@ -28,7 +28,7 @@ from coterie.machine import devices
 from coterie.nn.attach import linear_sizes
 from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
 
-TaskKind = Literal["classification", "generation"]
+TaskKind = Literal["classification", "generation", "multiple_choice"]  # a causal language model for the last two
 _PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
 _OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
 _ALIAS = "minilm"
@@ -194,7 +194,7 @@ def _default_targets(model: nn.Module, linears: dict[str, tuple[int, int]]) -> t
 
 
 def _head_modules(model: nn.Module) -> list[str]:
-    """The classification head: the children with parameters beside the base model. Empty for generation."""
+    """The classification head: the children with parameters beside the base model. Empty for a causal model."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
     return [
@@ -308,7 +308,7 @@ def _model(path: str, kind: TaskKind, options: Mapping[str, Any]) -> Any:
     if lost := sorted(name for name in names if not set(head) & set(name.split("."))):
         raise CoterieError(
             f"{path!r} has no fitting weights for {lost[0]!r} ({len(lost)} such in all), which a "
-            f"{type(model).__name__} needs; is it a whole model, and one for {kind}?"
+            f"{type(model).__name__} needs; is it a whole model, and one for {kind.replace('_', ' ')}?"
         )
     return model
 

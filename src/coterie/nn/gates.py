@@ -7,7 +7,8 @@ A gate is ``gate(p, z, **options) -> g``, with
 * ``g`` [n, e]: the weight of every expert, in the bank's order; None stands for all ones.
 
 Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
-no sense: ``attach`` tries it on one row first. To add a gate, add a function: its name is what a method names.
+no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z: its name is what a method
+names. A gate marked with ``_scored`` also has the load-balance loss (:func:`balance_loss`).
 """
 
 from __future__ import annotations
@@ -16,25 +17,63 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 Gate = Callable[..., Tensor | None]
+Scores = Callable[[Tensor | None, Tensor | None], Tensor]
+G = TypeVar("G", bound=Gate)
+
+_SCORES: dict[str, Scores] = {}
+_BY_OUTPUT: set[str] = set()
+
+
+def _scored(scores: Scores, by_output: bool = False) -> Callable[[G], G]:
+    """Mark a gate whose experts have the probabilities softmax(scores(p, z)); ``by_output``: they depend on z."""
+
+    def mark(gate: G) -> G:
+        _SCORES[gate.__name__] = scores
+        if by_output:
+            _BY_OUTPUT.add(gate.__name__)
+        return gate
+
+    return mark
+
+
+def _routed(p: Tensor | None, z: Tensor | None = None) -> Tensor:
+    if p is None:
+        raise ValueError("it needs a router, and the bank has none here")
+    return p
+
+
+def _dot(p: Tensor | None, z: Tensor | None) -> Tensor:
+    """s_te = (A_e x_t . P x_t) / sqrt r, in float32 at least. Shapes: p [n, r], z [n, e, r], s [n, e]."""
+    p = _routed(p)
+    if z is None:
+        raise ValueError("it needs experts of one rank")
+    if p.shape[-1] != z.shape[-1]:
+        raise ValueError(f"a token projection of {p.shape[-1]} outputs does not fit experts of rank {z.shape[-1]}")
+    wide = torch.promote_types(z.dtype, torch.float32)
+    scale = float(z.shape[-1]) ** -0.5
+    s: Tensor = (z.to(wide) * p.to(wide).unsqueeze(1)).sum(-1) * scale
+    return s
 
 
 def constant(p: Tensor | None, z: Tensor | None) -> None:
     """g = 1: the plain sum of the experts (one expert: a plain LoRA)."""
 
 
+@_scored(_routed)
 def softmax(p: Tensor | None, z: Tensor | None) -> Tensor:
     """g = softmax(p), over all experts. Shapes: p [n, e]."""
     p = _routed(p)
     return _top_softmax(p, p.shape[-1], tuple(range(p.shape[-1])), p.shape[-1])
 
 
+@_scored(_routed)
 def top_k(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e]."""
     p = _routed(p)
@@ -60,22 +99,49 @@ def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
     return _top_softmax(p, experts, serves, experts)
 
 
+@_scored(_dot, by_output=True)
+def scaled_dot_product(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
+    """FedAMoLE's gate (2411.19128, section 4.2): s_te = (A_e x_t . P x_t) / sqrt r; softmax over the k largest.
+
+    Shapes: p = P x [n, r], z = A x [n, e, r], g [n, e]. x is the input before dropout in both.
+    """
+    return top_k(_dot(p, z), None, k=k).to(p.dtype if p is not None else torch.float32)
+
+
+def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, counted: Tensor | None) -> Tensor:
+    """n * sum_e mean_t(p_te) f_e of one module (2411.19128, section 4.2), p_t the softmax of the gate's scores.
+
+    f_e is the share of the picks (g > 0) that go to expert e, without a gradient; ``counted`` [n] marks the tokens
+    that count, None all of them. Shapes as for gates, the shared expert left out. 1 where all are alike.
+    Raises :class:`ValueError` for a gate without scores.
+    """
+    if gate not in _SCORES:
+        raise ValueError(f"the gate {gate!r} has no load-balance loss; those that have are {', '.join(_SCORES)}")
+    s = _SCORES[gate](p, z)
+    probability = s.to(torch.promote_types(s.dtype, torch.float32)).softmax(dim=-1)
+    picks = (g.detach() > 0).to(probability.dtype)
+    if counted is None:
+        mean, picked = probability.mean(0), picks.sum(0)
+    else:
+        share = counted.to(probability.dtype)
+        mean, picked = share @ probability / share.sum(), share @ picks
+    return g.shape[-1] * (mean * picked / picked.sum()).sum()
+
+
+def routes_by_output(gate: str) -> bool:
+    """Whether a gate depends on z = A x: of x before dropout, while the output takes A x~."""
+    return gate in _BY_OUTPUT
+
+
 @cache
 def gates() -> dict[str, Gate]:
-    """Every gate by name."""
-    module = sys.modules[__name__]
-    functions = inspect.getmembers(module, inspect.isfunction)
+    """Every gate by name: the public functions of (p, z)."""
+    functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
     return {
         name: function
         for name, function in functions
-        if function.__module__ == __name__ and not name.startswith("_") and name != "gates"
+        if not name.startswith("_") and list(inspect.signature(function).parameters)[:2] == ["p", "z"]
     }
-
-
-def _routed(p: Tensor | None) -> Tensor:
-    if p is None:
-        raise ValueError("it needs a router, and the bank has none here")
-    return p
 
 
 def _top_softmax(p: Tensor, k: int, serves: tuple[int, ...], experts: int) -> Tensor:

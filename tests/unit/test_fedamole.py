@@ -1,0 +1,243 @@
+"""FedAMoLE's two halves without a model: who holds what, what is averaged, what survives, what is refused."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+
+from coterie import codec
+from coterie.method import Plan
+from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
+from coterie.ops.streams import stream
+from coterie.types import (
+    NO_EXPERT,
+    SHARED,
+    BaseSpec,
+    ClientInfo,
+    CoterieError,
+    HeadParameter,
+    HoldOut,
+    Key,
+    Observe,
+    Observed,
+    Part,
+    Personal,
+    Reply,
+    Target,
+    Train,
+    Trained,
+)
+
+RANK, ROUNDS = 4, 6
+BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)), (HeadParameter("score.weight", (-1, 6), "normal"),))
+CLIENTS = [ClientInfo(f"{g}{i}", 10 + i, labels=(g, "no"), group=g) for g in "abc" for i in range(3)]
+INFO = {c.id: c for c in CLIENTS}
+
+
+def make(head: str = "personal", clients: Any = CLIENTS, **settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:
+    plan = Plan(rank=RANK, alpha=4, dropout=0.0, rounds=ROUNDS, head=head)  # type: ignore[arg-type]
+    method = FedAMoLE(FedAMoLESettings(**{"experts": 12, **settings}), plan)
+    return method, method.init(BASE, clients)
+
+
+def train(request: Train, client: ClientInfo) -> Trained:
+    moved = {
+        key: request.bank.tensors[key]
+        + torch.randn(request.bank.tensors[key].shape, generator=stream(2, client.id, str(key)))
+        for key in sorted(request.trainable)
+    }
+    return Trained(moved, 1.0, client.num_train, 100, 5, balance=1.5)
+
+
+def observe(request: Observe, client: ClientInfo) -> Observed:
+    """Tokens and experts of a client lie where its group does, and a little aside."""
+    place = {g: 6 * torch.eye(RANK)[i] for i, g in enumerate("abc")}[str(client.group)]
+    keys = [key for key in request.bank.tensors if key.part is Part.ROUTER or (key.part is Part.A and key.expert >= 0)]
+    aside = {key: 0.1 * torch.randn(RANK, generator=stream(3, client.id, str(key))) for key in keys}
+    return Observed({}, 10, {key._replace(part=Part.EMBEDDING): place + aside[key] for key in keys})
+
+
+def one_round(method: FedAMoLE, state: FedAMoLEState, rnd: int, only: Any = None) -> FedAMoLEState:
+    cohort = [c for c in CLIENTS if only is None or c.id in only]
+    replies: dict[str, Reply] = {}
+    for client, ins in method.configure(state, cohort, rnd).items():
+        me = INFO[client]
+        program = method.client(ins, me, method.begin(BASE, me))
+        request = next(program)
+        assert isinstance(request, Train)
+        assert request.trainable == request.bank.tensors.keys()
+        assert request.hold_out == HoldOut(0.05, 200)
+        result = None
+        try:
+            look = program.send(train(request, me))
+            assert isinstance(look, Observe)
+            assert look.hold_out == request.hold_out
+            trained = train(request, me).tensors
+            assert all(torch.equal(look.bank.tensors[key], value) for key, value in trained.items())
+            program.send(observe(look, me))
+        except StopIteration as stop:
+            result = stop.value
+        assert result is not None
+        expected = method.expects(state, me, rnd)
+        assert {k: tuple(v.shape) for k, v in result.reply.tensors.items()} == dict(expected)
+        assert result.reply.info["balance"] == 1.5
+        replies[client] = result.reply
+    state = method.aggregate(state, replies, rnd)
+    return codec.decode(FedAMoLEState, codec.encode(state))  # what a crash would leave of it
+
+
+def same_group(state: FedAMoLEState) -> float:
+    """Share of the pairs of holders of the same expert that are of the same group."""
+    pairs = []
+    for z in state.holds.values():
+        for row in z:
+            held = [state.clients[i] for i in row.nonzero().flatten().tolist()]
+            pairs += [INFO[a].group == INFO[b].group for a, b in combinations(held, 2)]
+    assert len(pairs) >= 24
+    return sum(pairs) / len(pairs)
+
+
+def test_everyone_starts_with_experts_within_the_bounds_and_other_ones_in_each_module() -> None:
+    _, state = make(max_experts=4)
+    assert set(state.holds) == {"q", "v"}
+    for z in state.holds.values():
+        assert z.shape == (12, 9)
+        assert (z.sum(1) == 2).all()
+        assert ((z.sum(0) >= 2) & (z.sum(0) <= 4)).all()
+    assert not torch.equal(state.holds["q"], state.holds["v"])
+    starts = [state.pool[Key("q", e, Part.A)] for e in (SHARED, *range(12))]
+    assert len({str(a.tolist()) for a in starts}) == 13
+    assert not any(state.pool[Key("q", e, Part.B)].any() for e in (SHARED, *range(12)))
+    assert state.pool[Key("q", NO_EXPERT, Part.ROUTER)].shape == (RANK, 6)
+
+
+def test_experts_choose_the_clients_whose_data_fits_them() -> None:
+    method, state = make()
+    for rnd in range(1, 4):
+        state = one_round(method, state, rnd)
+    assert same_group(make()[1]) < 0.45
+    assert same_group(state) > 0.75
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "random", "homogeneous"])
+def test_the_modes(mode: str) -> None:
+    method, state = make(assignment=mode, experts=18)
+    first = state
+    for rnd in range(1, ROUNDS + 1):
+        before = state
+        state = one_round(method, state, rnd)
+        changed = any(not torch.equal(state.holds[m], before.holds[m]) for m in "qv")
+        if rnd == ROUNDS or mode == "static":
+            assert not changed
+    assert mode == "static" or not torch.equal(state.holds["q"], first.holds["q"])
+    (sent, *_) = method.configure(state, CLIENTS, 1).values()
+    assert sent.info["embed"] == (mode in ("dynamic", "homogeneous"))
+    if mode == "homogeneous":
+        assert {int(n) for z in state.holds.values() for n in z.sum(0)} == {4}
+
+
+def test_an_expert_is_the_mean_over_its_holders_that_replied_and_stays_where_none_did() -> None:
+    method, state = make()
+    away = {state.clients[i] for i in state.holds["q"][3].nonzero().flatten().tolist()}
+    came = [c for c in CLIENTS if c.id not in away]
+    replies = {
+        c.id: Reply({k: train_value(c, k, v) for k, v in method._held(state, c.id).items()}, c.num_train) for c in came
+    }
+    after = method.aggregate(state, replies, 1)
+    checked = 0
+    for key, value in state.pool.items():
+        sent = [r.tensors[key] for r in replies.values() if key in r.tensors]
+        wanted = torch.stack(sent).mean(0) if sent else value
+        torch.testing.assert_close(after.pool[key], wanted)
+        checked += len(sent) > 1
+    assert torch.equal(after.pool[Key("q", 3, Part.A)], state.pool[Key("q", 3, Part.A)])
+    assert checked > 10
+
+
+def train_value(client: ClientInfo, key: Key, value: torch.Tensor) -> torch.Tensor:
+    return value + torch.randn(value.shape, generator=stream(5, client.id, str(key)))
+
+
+def test_by_examples_a_larger_client_weighs_more() -> None:
+    method, state = make(weighting="examples")
+    held = state.holds["q"][0].nonzero().flatten().tolist()
+    a, b = (state.clients[i] for i in held)
+    key = Key("q", 0, Part.A)
+    sent = {c: {k: train_value(INFO[c], k, v) for k, v in method._held(state, c).items()} for c in (a, b)}
+    after = method.aggregate(state, {a: Reply(sent[a], 30), b: Reply(sent[b], 10)}, 1)
+    torch.testing.assert_close(after.pool[key], 0.75 * sent[a][key] + 0.25 * sent[b][key])
+
+
+def test_a_client_that_missed_rounds_keeps_its_last_embedding_and_the_federation_goes_on() -> None:
+    method, state = make()
+    everyone = [c.id for c in CLIENTS]
+    state = one_round(method, state, 1)
+    last = state.token_embeddings["q"][state.clients.index("a0")]
+    state = one_round(method, state, 2, only=[c for c in everyone if c != "a0"])
+    assert torch.equal(state.token_embeddings["q"][state.clients.index("a0")], last)
+    assert state.holds["q"][:, state.clients.index("a0")].sum() >= 2
+    fresh = one_round(method, make()[1], 1, only=["b0"])
+    assert not fresh.token_embeddings["q"][fresh.clients.index("a0")].any()
+
+
+def test_the_server_keeps_every_expert_once() -> None:
+    method, state = make()
+    sent = method.configure(state, CLIENTS, 1)
+    shared = [key for ins in sent.values() for key in ins.tensors]
+    assert len(shared) > len(set(shared)) > 0
+    assert all(value is state.pool[key] for ins in sent.values() for key, value in ins.tensors.items())
+
+
+def test_the_number_of_experts_follows_the_clients_as_the_papers_does() -> None:
+    _, state = make(experts=None)
+    assert state.holds["q"].shape == (27, 9)
+
+
+def test_shared_heads_are_averaged_by_label_space() -> None:
+    method, state = make(head="shared")
+    state = one_round(method, state, 1)
+    assert len(state.heads.values) == 3
+
+
+def test_what_is_exported_and_described() -> None:
+    method, state = make()
+    assert set(method.experts(state)) == {"shared", *(f"expert-{e}" for e in range(12))}
+    assert {key.expert for tensors in method.experts(state).values() for key in tensors} == {0}
+    found = method.describe(state)
+    assert found["pool"] == {"experts": 12, "clients_per_expert": 2, "max_experts": 8, "mode": "dynamic"}
+    assert set(found["assignment"]["q"]) == set(INFO)
+    assert sum(len(held) for held in found["assignment"]["v"].values()) == 24
+
+
+def test_own_masks_and_padding_are_asked_for() -> None:
+    method, state = make(dropout_masks="per_expert", padding="counted", balance=0.5)
+    me = CLIENTS[0]
+    program = method.client(method.configure(state, CLIENTS, 1)[me.id], me, Personal())
+    request = next(program)
+    assert isinstance(request, Train)
+    assert request.bank.own_masks
+    assert request.balance is not None
+    assert (request.balance.weight, request.balance.padding) == (0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"experts": 4}, "experts"),
+        ({"experts": 60, "max_experts": 8}, "max_experts"),
+        ({"clients_per_expert": 10}, "clients_per_expert"),
+        ({"experts": 10, "assignment": "homogeneous"}, "homogeneous|same number"),
+        ({"top_k": 9}, "top_k = 9 .* raise max_experts to at least 9"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_the_run(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CoterieError, match=message):
+        make(**settings)
+
+
+def test_a_client_with_one_row_is_refused() -> None:
+    with pytest.raises(CoterieError, match=r"client tiny has 1 training row"):
+        make(clients=[*CLIENTS, ClientInfo("tiny", 1)])
