@@ -46,6 +46,7 @@ def serve(
 ) -> None:
     """Run a federation of sites: wait for them, run the rounds, write experts and report."""
     _need_flower()
+    from coterie.cli import goes_on
     from coterie.config import load_raw, override
     from coterie.federation.serve import serve as run
     from coterie.federation.terms import federation_config
@@ -53,7 +54,8 @@ def serve(
 
     settings = federation_config(override(load_raw(config), overrides or ()))
     place = folder or Path("runs") / f"{config.stem}-{settings.method['name']}-{settings.run.seed}"
-    with _ended_by_signal(), listener(out, settings.run.rounds) as show:
+    how = "go on with the same command and --resume"
+    with goes_on(how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
 
         def listen(event: dict[str, Any]) -> None:
             _say(event)

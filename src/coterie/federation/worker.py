@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import select
-import shutil
 import socket
 import time
 from collections.abc import Mapping
@@ -169,10 +168,6 @@ class Worker:
     def federation(self, config: Config) -> Federation:
         """This site's rows. What is wrong with a file is said without quoting it."""
         return load_federation(config.data, config.task.kind, config.run.seed, self.root)
-
-    def forget(self, run: str) -> None:
-        """Delete what this site keeps of a run."""
-        shutil.rmtree(self.state / run)
 
 
 _ANSWERS = ("query.hello", "train", "evaluate", "query.bank")
