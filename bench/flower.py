@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,11 @@ def worker_against_loading(
     head = {"kind": "train", "client": "north", "round": 1, "run": "bench", "attempt": 1, "since": 0, "keep": 0}
     head |= {"terms": terms_of(config)}
     worker = Worker(settings, folder)
-    blob = codec.encode(Instruction())
     worker.answer(Parcel({**head, "kind": "query.hello"}))
     method = method_named("fedlease")(config.method_settings(), config.plan())
     engine = next(iter(worker.runs.values())).engine
-    state = method.init(engine.spec, engine.clients)
+    both = [engine.clients[0], replace(engine.clients[0], id="south")]
+    state = method.init(engine.spec, both)
     blob = codec.encode(method.configure(state, engine.clients, 1)["north"])
     (folder / "cold.json").write_text(settings.model_dump_json())
     (folder / "head.json").write_text(json.dumps(head))

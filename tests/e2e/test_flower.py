@@ -136,7 +136,11 @@ def test_insecure_with_a_site_that_misses_a_round(tmp_path: Path) -> None:
         made.until(lambda: [r for r, failed in outcomes(made).items() if r > last and not failed], "round with both")
         assert all(failed.keys() <= {B} for failed in outcomes(made).values())
         assert f"{B}, train of round" in made.coterie("status", "run").stdout
+        tree = psutil.Process(made.running["serve"].pid).children(recursive=True)
+        assert len(tree) >= 3  # the SuperLink, what that starts, and the run
         assert made.end("serve") == 130
+        _, alive = psutil.wait_procs(tree, timeout=60)
+        assert alive == []
         assert "--resume" in (tmp_path / "serve.out").read_text()
         assert made.coterie("report", "run").returncode == 0
         tree = psutil.Process(made.running[A].pid).children(recursive=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,11 +30,13 @@ from coterie.types import ClientId, CoterieError, Json
 
 DEAL = "deal.json"
 _KNOWN = "sites.safetensors"
+_LAST_SECONDS = 5.0  # for Flower's own way out
 _LOCK_SECONDS = 90.0  # for which the server of an earlier attempt may still be on its way out
 
 
 def main(transport: Transport, run_config: Mapping[str, Any]) -> None:
     """Go on with the run in ``run_config["folder"]`` from its last checkpoint, to its end."""
+    _end_with_parent()
     folder = Path(str(run_config["folder"]))
     journal = Journal(folder / JOURNAL)
     try:
@@ -44,6 +48,23 @@ def main(transport: Transport, run_config: Mapping[str, Any]) -> None:
     except CoterieError as fault:
         journal({"event": "stopped", "error": str(fault)})
         raise
+
+
+def _end_with_parent() -> None:
+    """End this process when Flower's process above it is gone.
+
+    Flower's own way out waits for ever to send its last log lines to a SuperLink that is no more, and would keep the
+    folder's lock all that time. Whatever is cut short here the checkpoints make good.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(_LAST_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]:
