@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flower_sites
+import pools
 import sites
 from coterie import codec
 from coterie.data.federation import load_federation
@@ -45,6 +46,7 @@ def events(folder: Path) -> list[Any]:
 def test_every_method_ends_with_the_bits_of_the_local_engine(name: str, head: str, tmp_path: Path) -> None:
     path = sites.config(tmp_path, method=name)
     changes: dict[str, Any] = {"task": {"head": head}}
+    changes |= {"method": {"pool": pools.for_tiny()}} if name == "smartfed" else {}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_federation(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})

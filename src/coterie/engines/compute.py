@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Example, Generation, Task, batches, candidate, completion_losses
+from coterie.engines.importance import STATISTICS, gate_importance
 from coterie.evaluate import classification_metrics, perplexity, text_metrics
 from coterie.machine import native_bfloat16
 from coterie.nn.attach import Attached, attached
@@ -34,7 +35,7 @@ from coterie.types import (
     Trained,
 )
 
-_OBSERVABLE = {"usage", "embeddings"}
+_OBSERVABLE = {"usage", "embeddings", *STATISTICS}
 _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
 
 
@@ -127,24 +128,34 @@ class LocalCompute:
 
     def score(self, request: Score) -> list[Scored]:
         """Mean loss and metrics of every bank on the split."""
-        return [self._score(bank, request.split) for bank in request.banks]
+        return [self._score(bank, request.split, request.examples) for bank in request.banks]
 
     def observe(self, request: Observe) -> Observed:
-        """Gate usage and mean embeddings of the bank on the split."""
+        """Gate usage, mean embeddings and modules' importance of the bank on the split."""
         if unknown := set(request.what) - _OBSERVABLE:
             raise ValueError(f"cannot observe {sorted(unknown)}; known: {', '.join(sorted(_OBSERVABLE))}")
-        aside = self.place.divided(self.client, request.split, request.hold_out)[1] if request.hold_out else None
-        tokens = 0
+        if request.hold_out:
+            _, chosen = self.place.divided(self.client, request.split, request.hold_out)
+        else:
+            chosen = self.place.examples(self.client, request.split)
+        chosen, tokens = self._some(chosen, request.examples), 0
         with attached(self.place.base.model, request.bank) as bank, evaluating(self.place.base.model):
             bank.now.usage = {} if "usage" in request.what else None
             bank.now.embeddings = {} if "embeddings" in request.what else None
-            for batch in self._in_order(request.split, aside):
+            for batch in self._in_order(request.split, chosen):
                 bank.now.mask = None if request.padding else batch.mask
                 self._logits(batch)
                 tokens += batch.mask.numel() if request.padding else int(batch.mask.sum())
             sums, usage = bank.now.embeddings or {}, bank.now.usage or {}
         embeddings = {key: (value / tokens).float().cpu() for key, value in sorted(sums.items())}
-        return Observed(_shares(request.bank, usage, tokens), tokens, embeddings)
+        return Observed(_shares(request.bank, usage, tokens), tokens, embeddings, self._importance(request, chosen))
+
+    def _importance(self, request: Observe, chosen: Sequence[Example]) -> dict[str, dict[str, float]]:
+        wanted = [name for name in STATISTICS if name in request.what]
+        if not wanted:
+            return {}
+        model, task, parts = self.place.base.model, self.place.task, self._in_order(request.split, chosen)
+        return gate_importance(model, request.bank, parts, lambda b: task.loss(self._logits(b), b), wanted)
 
     def _groups(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
         """The micro-batches of every optimiser step of the round."""
@@ -195,15 +206,16 @@ class LocalCompute:
                 "lower [train] learning_rate or [lora] alpha, or look at this client's data"
             )
 
-    def _score(self, bank: Bank, split: str) -> Scored:
+    def _score(self, bank: Bank, split: str, at_most: int) -> Scored:
+        chosen = self._some(self.place.examples(self.client, split), at_most)
         task, total, count = self.place.task, 0.0, 0
         truth: list[int] = []
         predicted: list[int] = []
         metrics: dict[str, float] = {}
         with attached(self.place.base.model, bank), evaluating(self.place.base.model):
             if task.kind == "multiple_choice":
-                return self._score_choices(split)
-            for batch in self._in_order(split):
+                return self._score_choices(chosen)
+            for batch in self._in_order(split, chosen):
                 logits = self._logits(batch)
                 total += float(task.loss(logits, batch))
                 count += batch.count
@@ -214,15 +226,14 @@ class LocalCompute:
                 metrics = self._score_texts(task, split)
         loss = total / count
         metrics |= classification_metrics(truth, predicted) if truth else {"perplexity": perplexity(loss)}
-        return Scored(loss, metrics, len(self.place.examples(self.client, split)))
+        return Scored(loss, metrics, len(chosen))
 
-    def _score_choices(self, split: str) -> Scored:
+    def _score_choices(self, examples: Sequence[Example]) -> Scored:
         """Every candidate after its row's prompt, in batches sorted by length; the prediction is the candidate with
         the least mean loss per token, the first on a tie. The loss is the mean per token of the right candidates.
 
         Macro-F1 and Matthews' correlation only where all rows have the same candidates: else a place means nothing.
         """
-        examples = self.place.examples(self.client, split)
         means, right = [[0.0] * len(e.choices) for e in examples], 0.0
         order = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices))]
         order.sort(key=lambda at: examples[at[0]].prompt + len(examples[at[0]].choices[at[1]]))
@@ -241,6 +252,13 @@ class LocalCompute:
         rows = [row for row in self.client.splits[split] if isinstance(row, PromptRow)]
         texts = generate(self.place, task, rows)
         return text_metrics([row.completion for row in rows], texts)
+
+    def _some(self, examples: list[Example], at_most: int) -> list[Example]:
+        """``at_most`` of the examples (0: all), drawn by the run's seed, the round and the client."""
+        if not 0 < at_most < len(examples):
+            return examples
+        draw = stream(self.place.seed, self.rnd, self.client.info.id, "some")
+        return [examples[i] for i in torch.randperm(len(examples), generator=draw)[:at_most].tolist()]
 
     def _in_order(self, split: str, chosen: Sequence[Example] | None = None) -> Iterator[Batch]:
         """The split, or the examples chosen of it, in batches sorted by length."""

@@ -72,7 +72,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     raw, root = read_run(folder)
     config = check_config(raw)
     set_threads(config)
-    method = method_named(config.method["name"])(config.method_settings(), config.plan())
+    method = method_named(config.method["name"])(config.method_settings().located(root), config.plan())
     deal = deal_of(config, json.loads((folder / DEAL).read_text(encoding="utf-8")))
     known = _read_known(folder / _KNOWN)
     before = set(known)

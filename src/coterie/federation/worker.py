@@ -155,7 +155,7 @@ class Worker:
         config = config_at(self.site, head["terms"])
         check_policy(self.site.policy, config)
         set_threads(config)
-        method = method_named(config.method["name"])(config.method_settings(), config.plan())
+        method = method_named(config.method["name"])(config.method_settings().located(self.root), config.plan())
         folder = self.state / str(head["run"])
         engine = local.make(config, self.federation(config), folder, self.root, self.cache)
         bound = self.site.policy.max_steps
