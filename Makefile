@@ -1,7 +1,7 @@
 # All set-up happens by itself, in .venv: Python 3.11 or newer and make are all that is needed.
 
 VENV ?= .venv
-EXTRAS ?= demo,metrics,quant,hub,tracking,dev
+EXTRAS ?= demo,flower,metrics,quant,hub,tracking,dev
 WORKERS ?= 2
 # The first of these that is new enough makes the environment; name your own with `make venv PYTHON=/path/to/python`.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
@@ -16,10 +16,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint types format hooks bench docs clean
+.PHONY: help venv demo test test-slow test-flower lint types format hooks bench docs clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## set up .venv; done again when pyproject.toml or constraints.txt change
 
@@ -29,8 +29,11 @@ demo: $(STAMP)  ## a federation of a few organisations, in under five minutes
 test: lint types  ## lint, types and all tests but the slow ones
 	$(PYTEST) -m 'not slow'
 
-test-slow: lint types  ## lint, types and all tests
-	$(PYTEST)
+test-slow: lint types  ## lint, types and all tests but those of real processes
+	$(PYTEST) -m 'not flower'
+
+test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; under five minutes
+	$(PYTEST) -m flower
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -55,6 +58,7 @@ docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	  { echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie $$page --markdown; } > docs/reference/.$$page.tmp; \
 	  mv docs/reference/.$$page.tmp docs/reference/$$page.md; \
 	done
+	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie site config --markdown; } > docs/reference/site.md
 
 clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coterie import __version__, cli_pool
+from coterie.federation import commands
 from coterie.types import CoterieError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(cli_pool.app, name="pool")
 out = Console(emoji=False)
 _INTERRUPTED = 130
+commands.register(app)
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the file; repeatable")]
 
@@ -100,7 +102,7 @@ def methods(markdown: Annotated[bool, typer.Option(help="as the table of the doc
     from coterie.method import methods as known
 
     rows = [(name, method.title, method.summary, method.paper) for name, method in known().items()]
-    _table(("name", "method", "what it does", "source"), rows, markdown)
+    show_table(("name", "method", "what it does", "source"), rows, markdown)
 
 
 @app.command("config")
@@ -111,7 +113,7 @@ def show_config(
     """Every key of a config: type, default, meaning."""
     from coterie.config import describe_config
 
-    _table(("key", "type", "default", "meaning"), list(describe_config(method)), markdown)
+    show_table(("key", "type", "default", "meaning"), list(describe_config(method)), markdown)
 
 
 @app.command()
@@ -194,7 +196,8 @@ def _default_folder(config: Path | None, method: object, seed: int) -> Path:
     return Path("runs") / f"{config.stem if config else 'run'}-{method}-{seed}"
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], markdown: bool) -> None:
+def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], markdown: bool) -> None:
+    """Print rows under ``columns``, or as the Markdown of a page of the docs."""
     if markdown:
         lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

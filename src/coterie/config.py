@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from coterie.data.rows import Kind
 from coterie.data.settings import DataSettings
+from coterie.deployment import FederationSettings, SiteSettings
 from coterie.method import MethodSettings, Plan, method_named
 from coterie.types import CoterieError, Json, Optim
 
@@ -105,6 +106,7 @@ class Config(_Section):
     method: dict[str, Json] = Field(default_factory=lambda: {"name": DEFAULT_METHOD})
     run: RunSettings = Field(default_factory=RunSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    federation: FederationSettings = Field(default_factory=FederationSettings)
 
     def method_settings(self) -> MethodSettings:
         """The method's own settings, checked against its model."""
@@ -138,6 +140,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises :class:`CoterieError` for a missing file, bad TOML, an unknown key (names the nearest) or a wrong value.
     """
     return check_config(override(load_raw(path), overrides))
+
+
+def load_site(path: Path) -> SiteSettings:
+    """The checked SITE.toml at ``path``; faults as :func:`load_config` raises them."""
+    site: SiteSettings = _checked(SiteSettings, load_raw(path), "")
+    return site
 
 
 def load_raw(path: Path) -> dict[str, Json]:
@@ -214,6 +222,12 @@ def describe_config(method: str | None = None) -> Iterator[tuple[str, str, str, 
     for known, kind in methods().items():
         if method in (None, known):
             yield from _describe(kind.Settings, f"method[{known}]")
+
+
+def describe_site() -> Iterator[tuple[str, str, str, str]]:
+    """Every key of a SITE.toml, as :func:`describe_config` has them."""
+    for name, field in SiteSettings.model_fields.items():
+        yield from _describe(field.annotation, name)
 
 
 def _describe(model: Any, path: str) -> Iterator[tuple[str, str, str, str]]:

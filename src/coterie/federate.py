@@ -9,6 +9,7 @@ This is where the parts meet; the Python entry for what ``coterie run`` does:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import pkgutil
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from coterie.runner import Listener, Rounds, Runner, finite
 from coterie.summary import read_events, summarise
 from coterie.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError, Json
+
+_NEEDS = {"flower": "flwr"}  # modules of engines that an extra brings the library for
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def federate(
             listen = both(listen, tensorboard(folder))
         ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
         listen({"event": "ready", "folder": str(folder), **ready})
-        state = Runner(opened.method, opened.engine, _rounds(config), folder, listen).run()
+        state = Runner(opened.method, opened.engine, rounds_of(config), folder, listen).run()
         return finish(opened, state, folder)
 
 
@@ -142,7 +145,8 @@ def set_threads(config: Config) -> None:
     torch.set_num_threads(config.engine.threads or default_threads())
 
 
-def _rounds(config: Config) -> Rounds:
+def rounds_of(config: Config) -> Rounds:
+    """How the rounds of ``config`` go."""
     run = config.run
     return Rounds(
         run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints
@@ -151,12 +155,13 @@ def _rounds(config: Config) -> Rounds:
 
 def _maker(name: str) -> Callable[..., Engine]:
     """The ``make`` function of the engine called ``name``: any module of :mod:`coterie.engines` that has one."""
-    makers = {}
+    makers: dict[str, Callable[..., Engine]] = {}
     for found in pkgutil.iter_modules(engines.__path__):
+        if found.name in _NEEDS and importlib.util.find_spec(_NEEDS[found.name]) is None:
+            continue
         module = importlib.import_module(f"{engines.__name__}.{found.name}")
         if hasattr(module, "make"):
             makers[found.name] = module.make
     if name not in makers:
         raise CoterieError(f"[engine] unknown engine {name!r}; the engines are {', '.join(sorted(makers))}")
-    maker: Callable[..., Engine] = makers[name]
-    return maker
+    return makers[name]

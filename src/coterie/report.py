@@ -26,6 +26,7 @@ from coterie.tables import PERCENT, Table, show, tables
 from coterie.types import CoterieError, Json
 
 REPORT_FILE = "report.html"
+SITES = "sites.json"  # what a federation of sites adds up to
 PICTURE_FOLDER = "pictures"
 _SPLITS = ("test", "validation")
 _TITLES = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
@@ -168,7 +169,7 @@ def write_report(run: Path, pictures: bool = False, summary: dict[str, Any] | No
             shown={picture.name: (picture, Markup(plots.svg(picture.figure, picture.name))) for picture in drawn},
             state=_state(data, assigned),
             settings=tables(data.config, "Settings"),
-            manifest=tables(data.manifest, "Data"),
+            manifest=[*tables(_read_json(run / SITES), "Over the network"), *tables(data.manifest, "Data")],
             machine=[*tables(data.summary.get("versions") or {}, "Versions"), *tables(machine, "Machine")],
         )
     )

@@ -27,6 +27,7 @@ from coterie.data import sources
 from coterie.data.federation import load_federation
 from coterie.data.settings import Columns
 from coterie.federate import federate
+from coterie.federation.terms import federation_config
 from coterie.method import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
@@ -82,7 +83,10 @@ def the_block(mark: str) -> Block:
 
 
 def check(raw: dict[str, Any]) -> None:
-    """As ``coterie run`` does, or as ``coterie compare`` where there are settings of several methods."""
+    """As ``coterie run`` does, ``serve``, or ``compare`` where there are settings of several methods."""
+    if "federation" in raw and "data" not in raw:
+        federation_config(raw)
+        return
     if "methods" not in raw:
         check_config(raw)
         return
@@ -305,8 +309,8 @@ def test_a_methods_page_has_every_setting_with_its_default(method: str) -> None:
     assert rows == {name: str(field.default) for name, field in fields.items()}
 
 
-@pytest.mark.parametrize("page", ["methods", "config"])
+@pytest.mark.parametrize("page", ["methods", "config", "site"])
 def test_a_reference_page_is_what_the_command_prints_now(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    app([page, "--markdown"], standalone_mode=False)
+    app([*(["site", "config"] if page == "site" else [page]), "--markdown"], standalone_mode=False)
     found = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
     assert found == f"<!-- Made by `make docs`: do not edit. -->\n\n{capsys.readouterr().out}", "run `make docs`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from coterie.engine import Delivery, Evaluation
 from coterie.engines.compute import LocalCompute, Workplace, resolve_precision
 from coterie.engines.store import RoundStore
 from coterie.evaluate import check_rouge
-from coterie.method import Method, drive
+from coterie.method import Compute, Method, drive
 from coterie.nn.base import Base, load_base, resolve
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Observe, Personal, Score
 
@@ -77,6 +77,7 @@ class LocalEngine:
     federation: Federation
     store: RoundStore[Personal]
     trained: RoundStore[Bank] | None = None
+    guard: Callable[[LocalCompute], Compute] = lambda compute: compute  # around training; a site bounds its steps
 
     @property
     def spec(self) -> BaseSpec:
@@ -139,7 +140,7 @@ class LocalEngine:
         program = method.client(codec.decode(Instruction, down), client.info, personal)
         compute = LocalCompute(self.place, client, rnd)
         try:
-            result = drive(program, compute)
+            result = drive(program, self.guard(compute))
         except (CoterieError, torch.OutOfMemoryError) as fault:
             memory = isinstance(fault, torch.OutOfMemoryError)
             error = f"client {client.info.id}: out of memory; lower [train] batch_size" if memory else str(fault)

@@ -335,7 +335,9 @@ class FedLEASE:
         return replace(state, allocation=allocation, heads=Heads(values, heads.group))
 
     def _cluster_heads(self, state: FedLEASEState, allocation: Allocation) -> Heads:
-        """Shared heads by cluster and label space, at their start."""
+        """Shared heads by cluster and label space, at their start; none where the plan keeps heads personal."""
+        if self.plan.head == "personal":
+            return Heads()  # a site that joined after the start has no entry in state.labels
         infos = [ClientInfo(c, 0, labels=state.labels[c]) for c in allocation.clusters]
         by_space = start_heads(state.base, self.plan, infos)
         group = {c: f"{allocation.clusters[c]}:{space}" for c, space in by_space.group.items()}

@@ -1,0 +1,253 @@
+"""The one file that knows Flower: messages over its raw Grid, the thin ClientApp of a site, and a Grid in process.
+
+A message holds one parcel: the blob of the codec in one array of bytes, which is bit for bit what was sent whatever
+the dtypes in it, and the head as JSON text. Nothing here imports torch when the module is loaded: Flower starts a
+process with the ClientApp for every single message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+
+from coterie.engines.parcel import KINDS, BrokenParcelError, Parcel, hand_over, head_of
+
+Answer = Callable[[Parcel], Parcel]
+_FOR_SITES = ("/v1/fleet/", "/health")
+_WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
+
+
+def pack(parcel: Parcel) -> RecordDict:
+    """A parcel as the content of a message."""
+    array = Array(dtype="uint8", shape=(len(parcel.blob),), stype="safetensors", data=parcel.blob)
+    return RecordDict({"blob": ArrayRecord({"blob": array}), "head": ConfigRecord({"json": json.dumps(parcel.head)})})
+
+
+def unpack(content: RecordDict) -> Parcel:
+    """The parcel in the content of a message. Raises :class:`BrokenParcelError`."""
+    blobs, heads = content.array_records, content.config_records
+    if set(blobs) != {"blob"} or set(heads) != {"head"} or set(blobs["blob"]) != {"blob"}:
+        raise BrokenParcelError("it does not hold a head and a blob, and these only")
+    text = heads["head"].get("json")
+    if not isinstance(text, str):
+        raise BrokenParcelError("its head is no text")
+    return Parcel(head_of(text), blobs["blob"]["blob"].data)
+
+
+# the server ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GridTransport:
+    """A Grid as :class:`coterie.engines.remote.Transport`."""
+
+    grid: Grid
+    pause: float = 0.5
+
+    def nodes(self) -> dict[int, str]:
+        """The nodes that are there, each with the SHA-256 of its public key ('' where none was shown)."""
+        found = self.grid.get_nodes()
+        return {n.node_id: hashlib.sha256(n.public_key).hexdigest() if n.public_key else "" for n in found}
+
+    def send(self, to: Sequence[tuple[int, str, Parcel]], ttl: float, group: str) -> list[str | None]:
+        """A ticket per (node, kind, parcel), None for one that Flower did not take."""
+        messages = [Message(pack(p), dst_node_id=n, message_type=k, ttl=ttl, group_id=group) for n, k, p in to]
+        tickets = [ticket or None for ticket in self.grid.push_messages(messages)] if messages else []
+        return tickets if len(tickets) == len(to) else [None] * len(to)
+
+    def receive(self, tickets: Collection[str]) -> list[tuple[str, Parcel | str]]:
+        """What has come since: with its ticket an answer, or the reason why there will be none."""
+        if not tickets:
+            return []
+        # By the ticket and not by the sender: of an error for a dead node the sender is the SuperLink.
+        return [(m.metadata.reply_to_message_id, _read(m)) for m in self.grid.pull_messages(list(tickets))]
+
+
+def _read(message: Message) -> Parcel | str:
+    if message.has_error():
+        return f"Flower says {message.error.code}: {_first_line(message.error.reason)}"
+    try:
+        return unpack(message.content)
+    except BrokenParcelError as fault:
+        return Parcel({"error": f"the reply cannot be read: {fault}"})  # the site's fault, and no reason to ask again
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "no reason given").strip().splitlines()[0][:300]
+
+
+def server_app(main: Callable[[GridTransport, Mapping[str, Any]], None]) -> ServerApp:
+    """A ServerApp that calls ``main`` with the transport and the run's config."""
+    app = ServerApp()
+
+    @app.main()
+    def run(grid: Grid, context: Context) -> None:
+        main(GridTransport(grid), context.run_config)
+
+    return app
+
+
+def superlink_command() -> None:
+    """Flower's ``flower-superlink``, but only the sites' part of it answers other machines.
+
+    Its control and its runtime share one port with the sites' part: whoever holds the CA certificate alone could
+    register nodes and submit code. Here a request for either that does not come from this machine is refused.
+    """
+    from flwr.superlink import extensions
+    from flwr.superlink.cli import flower_superlink
+    from starlette.middleware import Middleware
+
+    others = extensions.get_middleware
+    extensions.get_middleware = lambda: (Middleware(_LocalOnly), *others())
+    flower_superlink()
+
+
+@dataclass(frozen=True)
+class _LocalOnly:
+    """Refuses, with 403, what is neither for the fleet nor from this machine. An ASGI middleware."""
+
+    app: Callable[..., Awaitable[None]]
+
+    async def __call__(self, scope: Mapping[str, Any], get: Any, put: Any) -> None:
+        kind, path = scope["type"], scope.get("path", "")
+        host = (scope.get("client") or ("",))[0]
+        local = host in ("127.0.0.1", "::1") or host.startswith(("127.", "::ffff:127."))
+        if kind == "lifespan" or local or (kind == "http" and path.startswith(_FOR_SITES)):
+            await self.app(scope, get, put)
+        elif kind == "http":
+            await put({"type": "http.response.start", "status": 403, "headers": []})
+            await put({"type": "http.response.body", "body": b"only from the server's own machine"})
+
+
+# a site --------------------------------------------------------------------------------------------------------------
+
+
+def client_app_of(answer: Callable[[Parcel, Context, float], Parcel]) -> ClientApp:
+    """A ClientApp that answers every kind of message with ``answer`` (parcel, context, seconds left)."""
+    app = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        left = message.metadata.created_at + message.metadata.ttl - time.time()
+        try:
+            reply = answer(unpack(message.content), context, left)
+        except BrokenParcelError as fault:
+            reply = Parcel({"error": f"the message cannot be read: {fault}"})
+        return Message(pack(reply), reply_to=message)
+
+    for kind in KINDS:
+        category, _, action = kind.partition(".")
+        register = getattr(app, category)
+        (register(action) if action else register())(handle)
+    return app
+
+
+def _to_worker(parcel: Parcel, context: Context, left: float) -> Parcel:
+    """The worker's answer; asks again for as long as there is time, as a worker that died is started again."""
+    path = str(context.node_config.get("socket", ""))
+    end = time.monotonic() + min(left, float(parcel.head.get("patience", left)))
+    while True:
+        try:
+            return hand_over(path, parcel, max(0.1, end - time.monotonic()))
+        except TimeoutError:
+            return Parcel({"error": "the site's worker was not done in time"})
+        except PermissionError:
+            return Parcel({"error": "the site's worker socket is another user's"})
+        except OSError as fault:
+            if time.monotonic() + _WORKER_PAUSE > end:
+                return Parcel({"error": f"the site's worker cannot be reached ({fault.strerror or fault})"})
+            time.sleep(_WORKER_PAUSE)
+
+
+client_app = client_app_of(_to_worker)
+
+
+def clientapp_command() -> None:
+    """Flower's ``flwr-clientapp`` with the ClientApp of this installation, whatever code the server's app brought.
+
+    Flower would install and run what the server sent. A site runs what its own people installed, and nothing else.
+    """
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp as runtime
+
+    for name in ("install_from_fab", "get_load_client_app_fn"):
+        if not hasattr(runtime, name):
+            raise ImportError(f"this Flower has no {name} to keep the server's code out with; install flwr==1.41.0")
+    runtime.install_from_fab = lambda *args, **kwargs: None  # type: ignore[assignment, attr-defined]
+    runtime.get_load_client_app_fn = lambda **kwargs: lambda *args: client_app  # type: ignore[attr-defined]
+    flwr_clientapp()
+
+
+# in process ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InProcessGrid(Grid):
+    """A Grid over ClientApps in this process: the same messages and the same apps, no SuperLink.
+
+    Payloads are bytes and text on both sides, so nothing can be shared by accident. ``spoil`` sees every reply before
+    it is delivered, and may change it, hold it back (None), or turn it into an error.
+    """
+
+    sites: dict[int, Answer]
+    keys: dict[int, bytes] = field(default_factory=dict)
+    spoil: Callable[[int, Message], Message | None] = lambda node, message: message
+    waiting: dict[str, Message] = field(default_factory=dict)
+    sent: int = 0
+
+    def __post_init__(self) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        return None
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return Message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.sites)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=self.keys.get(node, b"")) for node in self.sites]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return [self._push(message) for message in messages]
+
+    def _push(self, message: Message) -> str:
+        self.sent += 1
+        message.metadata.__dict__["_message_id"] = f"message-{self.sent}"
+        self.waiting[f"message-{self.sent}"] = message
+        return f"message-{self.sent}"
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """One reply at a time: a site works when its message is asked for."""
+        return next(([reply] for ticket in message_ids for reply in self._reply(ticket)), [])
+
+    def _reply(self, ticket: str) -> Iterator[Message]:
+        message = self.waiting.pop(ticket, None)
+        if message is None:
+            return
+        node = message.metadata.dst_node_id
+        if node in self.sites:
+            app = client_app_of(lambda parcel, context, left: self.sites[node](parcel))
+            made = app(message, Context(1, node, {}, RecordDict(), {}))
+        else:
+            made = Message(Error(5, "the node is gone"), reply_to=message)
+        spoiled = self.spoil(node, made)
+        if spoiled is not None:
+            yield spoiled
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return [reply for ticket in self.push_messages(messages) for reply in self._reply(ticket)]

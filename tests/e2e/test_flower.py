@@ -1,0 +1,187 @@
+"""Federations of real processes on loopback, with what goes wrong in them: `make test-flower`."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+pytest.importorskip("flwr")
+
+import sites
+from coterie.config import load_config
+from coterie.federate import federate
+from coterie.federation.journal import read_journal
+from coterie.federation.keys import site_key
+from flower_processes import Processes, processes, write_site
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
+A, B, STRANGER = "mood-0", "size-0", "place-0"
+
+
+def in_process(folder: Path) -> Path:
+    """The same federation, of the same two clients, by `coterie run`."""
+    torch.set_num_threads(1)
+    for other in (folder / "clients").iterdir():
+        if other.name not in (A, B):
+            other.rename(folder / f"unused-{other.name}")
+    federate(load_config(folder / "run.toml"), folder / "whole", root=folder)
+    return folder / "whole"
+
+
+def experts(run: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "experts").rglob("*.safetensors"))}
+    assert len(found) >= 2
+    return found
+
+
+def newest_state(run: Path) -> bytes:
+    return max((run / "checkpoints").glob("*.ckpt")).read_bytes().split(b"\n", 3)[3]
+
+
+def same_as_in_process(made: Processes) -> None:
+    whole = in_process(made.folder)
+    assert experts(made.run) == experts(whole)
+    assert newest_state(made.run) == newest_state(whole)
+    for client in (A, B):
+        (kept,) = (made.folder / f"state-{client}").glob("run-*/personal")
+        name = max(p.name for p in (whole / "personal" / client).iterdir())
+        assert (kept / client / name).read_bytes() == (whole / "personal" / client / name).read_bytes()
+
+
+def test_tls_with_a_site_a_worker_the_superlink_and_the_server_killed(tmp_path: Path) -> None:
+    """Ends with the experts of the same federation in process, bit for bit."""
+    settings = "wait = 600\ndeadline = 600\ngreeting = 400"
+    run = "rounds = 9\nevaluate_every = 9"
+    with processes(tmp_path, [A, B], insecure=False, run=run, federation=settings) as made:
+        done = made.coterie("keys", "init", "keys", "--sites", f"{A},{B}", "--host", "127.0.0.1")
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "foreign").mkdir()
+        site_key(tmp_path / "foreign" / "key")
+        port = int(re.search(r"port = (\d+)", (tmp_path / "serve.toml").read_text())[1])  # type: ignore[index]
+        write_site(tmp_path, STRANGER, port, "foreign/key")
+        made.serve()
+        for site in (A, B, STRANGER):  # a key that nobody registered
+            made.join(site)
+        made.event("round", round=1)
+        log = tmp_path / f"state-{STRANGER}" / "supernode.log"
+        made.until(lambda: log.exists() and "Failed to activate SuperNode" in log.read_text(), "refusal of a stranger")
+        made.end(STRANGER)
+
+        made.next("start")
+        made.descendant(A, "federation.site import work").kill()
+        made.next("start")
+        made.descendant(B, "flower-supernode").kill()
+        made.next("start")
+        made.descendant("serve", "superlink_command").kill()
+        made.event("attempt", attempt=2)
+        made.next("start")
+        made.kill("serve")
+        made.until(lambda: not listens(port), "end of the SuperLink of a server that was killed")
+        assert not (made.run / "summary.json").exists()
+        made.serve("--resume")
+        made.finished()
+
+        events = read_journal(made.run)
+        assert {e["client"] for e in events if e["event"] == "joined"} == {A, B}
+        assert [e["failed"] for e in events if e["event"] == "round" and e["failed"]] == []
+        assert max(e["attempt"] for e in events if e["event"] == "attempt") == 3
+        assert "ready" in (tmp_path / f"state-{A}" / "site.log").read_text()
+        assert (tmp_path / f"state-{A}" / "site.log").read_text().count("ready, process") == 2
+        said = made.coterie("status", "run").stdout
+        assert "finished; 9 of 9 rounds done" in said
+        assert f"{A}" in said
+        no_text_of_the_data(tmp_path)
+        same_as_in_process(made)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def no_text_of_the_data(folder: Path) -> None:
+    words = {word for names, examples in sites.JOBS.values() for word in (*names, *examples)} - {
+        "size",
+        "place",
+        "city",
+    }
+    logs = [path for path in folder.glob("state-*/*.log") if path.stat().st_size]
+    assert len(logs) >= 4
+    for path in logs:
+        found = set(re.findall(r"[a-z]+", path.read_text(errors="replace").lower())) & (words - {"big", "good", "bad"})
+        assert not found, path
+
+
+def test_insecure_with_a_site_that_misses_a_round(tmp_path: Path) -> None:
+    """A round ends with the others at the deadline, and the site is back in the next."""
+    settings = "wait = 600\ndeadline = 60\ngreeting = 8\nmetrics_port = 0"
+    run = "rounds = 200\nevaluate_every = 200"
+    with processes(tmp_path, [A, B], insecure=True, run=run, federation=settings) as made:
+        made.serve()
+        made.join(A)
+        made.join(B)
+        made.event("start", round=2)
+        made.kill(B)
+        made.until(lambda: failures(made, B), "round without the site")
+        made.join(B)
+        made.event("back", client=B)
+        last = max(failures(made, B))
+        made.until(lambda: [r for r, failed in outcomes(made).items() if r > last and not failed], "round with both")
+        assert all(failed.keys() <= {B} for failed in outcomes(made).values())
+        assert f"{B}, train of round" in made.coterie("status", "run").stdout
+        tree = psutil.Process(made.running["serve"].pid).children(recursive=True)
+        assert len(tree) >= 3  # the SuperLink, what that starts, and the run
+        assert made.end("serve") == 130
+        _, alive = psutil.wait_procs(tree, timeout=60)
+        assert alive == []
+        assert "--resume" in (tmp_path / "serve.out").read_text()
+        assert made.coterie("report", "run").returncode == 0
+        tree = psutil.Process(made.running[A].pid).children(recursive=True)
+        assert len(tree) >= 3  # the worker, the SuperNode and what that starts
+        assert made.end(A) == 130
+        _, alive = psutil.wait_procs(tree, timeout=60)
+        assert alive == []
+
+
+def outcomes(made: Processes) -> dict[int, dict[str, str]]:
+    return {e["round"]: e["failed"] for e in read_journal(made.run) if e["event"] == "round"}
+
+
+def failures(made: Processes, client: str) -> list[int]:
+    return [rnd for rnd, failed in outcomes(made).items() if client in failed]
+
+
+def test_the_superlink_answers_other_machines_for_sites_alone() -> None:
+    import asyncio
+
+    from coterie.engines.flower import _LocalOnly
+
+    async def passes(host: str, path: str) -> bool:
+        seen: list[Any] = []
+
+        async def app(scope: Any, get: Any, put: Any) -> None:
+            seen.append("passed")
+
+        async def put(message: Any) -> None:
+            seen.append(message.get("status"))
+
+        await _LocalOnly(app)({"type": "http", "path": path, "client": (host, 1)}, None, put)
+        return seen == ["passed"]
+
+    for path, remote in (
+        ("/v1/fleet/pull-messages", True),
+        ("/health", True),
+        ("/v1/control/start-run", False),
+        ("/v1/runtime/pull-task-input", False),
+        ("/docs", False),
+        ("/v1/fleetx", False),
+    ):
+        assert asyncio.run(passes("127.0.0.1", path))
+        assert asyncio.run(passes("10.1.2.3", path)) == remote

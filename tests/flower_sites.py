@@ -1,0 +1,85 @@
+"""A federation over Flower in one process: real workers, the real ClientApp and messages, a Grid of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coterie.config import Config, check_config, load_raw
+from coterie.data.settings import DataSettings
+from coterie.deployment import SiteSettings
+from coterie.engines.flower import GridTransport, InProcessGrid
+from coterie.engines.remote import Deal, RemoteEngine
+from coterie.federation.terms import federation_config, hash_of, terms_of
+from coterie.federation.worker import Worker
+from coterie.method import Method, method_named
+
+
+def site_settings(folder: Path, client: str, **sections: Any) -> SiteSettings:
+    """SITE.toml of a client of ``sites.federation``, as checked."""
+    rows = folder / "clients" / client
+    raw: dict[str, Any] = {
+        "site": {"id": client, "server": "127.0.0.1:1", "state": f"states/{client}"},
+        "model": {"path": "model"},
+        "data": {s: str(rows / f"{s}.jsonl") for s in ("train", "validation", "test")},
+        "engine": {"device": "cpu", "threads": 1},
+    }
+    return SiteSettings.model_validate({k: {**raw.get(k, {}), **sections.get(k, {})} for k in {*raw, *sections}})
+
+
+def workers(folder: Path, clients: list[str], **sections: Any) -> dict[str, Worker]:
+    """A worker per client; they share the base that the first one loads."""
+    cache: dict[str, Any] = {}
+    return {c: Worker(site_settings(folder, c, **sections), folder, cache) for c in clients}
+
+
+def server_config(path: Path, **changes: dict[str, Any]) -> Config:
+    raw = load_raw(path)
+    return federation_config({**raw, **{k: {**raw.get(k, {}), **v} for k, v in changes.items()}})
+
+
+def method_of(config: Config) -> Method[Any]:
+    return method_named(config.method["name"])(config.method_settings(), config.plan())
+
+
+class Clock:
+    """Time passes by sleeping alone, and sleeping takes no time."""
+
+    now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def engine_over(
+    config: Config,
+    staff: dict[str, Worker],
+    *,
+    attempt: int = 1,
+    spoil: Callable[..., Any] | None = None,
+    note: Callable[[dict[str, Any]], None] = lambda event: None,
+    **deal: Any,
+) -> RemoteEngine:
+    """The server's engine over ``staff``; nodes are numbered from 11 in the order of the clients."""
+    grid = InProcessGrid({11 + i: staff[c].answer for i, c in enumerate(sorted(staff))})
+    if spoil is not None:
+        grid.spoil = spoil
+    terms = terms_of(config)
+    made = Deal("run", terms, hash_of(terms), attempt, **{"deadline": 30.0, "greeting": 0.2, **deal})
+    clock = Clock()
+    return RemoteEngine(GridTransport(grid), made, note, clock=lambda: clock.now, sleep=clock.sleep)
+
+
+def local_config(path: Path, clients: list[str], folder: Path, **changes: dict[str, Any]) -> Config:
+    """The same federation for ``coterie run``."""
+    raw = load_raw(path)
+    data: dict[str, Any] = {
+        "clients": [
+            {"id": c, **{s: str(folder / "clients" / c / f"{s}.jsonl") for s in ("train", "validation", "test")}}
+            for c in clients
+        ]
+    }
+    DataSettings.model_validate(data)
+    raw["data"] = data
+    return check_config({**raw, **{k: {**raw.get(k, {}), **v} for k, v in changes.items()}})

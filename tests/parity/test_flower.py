@@ -1,0 +1,81 @@
+"""Every method over Flower's messages, in process, against the local engine: the same tensors bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flower_sites
+import pools
+import sites
+from coterie import codec
+from coterie.data.federation import load_federation
+from coterie.engines import local
+from coterie.method import methods
+from coterie.runner import Rounds, Runner
+
+CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
+TIMES = ("seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return value
+
+
+def events(folder: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "clients" in line:
+            line["clients"] = dict(sorted(line["clients"].items()))
+    return [without_times(line) for line in lines]
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_ends_with_the_bits_of_the_local_engine(name: str, head: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path, method=name)
+    changes: dict[str, Any] = {"task": {"head": head}}
+    changes |= {"method": {"pool": pools.for_tiny()}} if name == "smartfed" else {}
+    config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
+    federation = load_federation(config.data, config.task.kind, config.run.seed, tmp_path)
+    reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
+    staff = flower_sites.workers(tmp_path, CLIENTS, policy={"upload_bank": True})
+    server = flower_sites.server_config(path, **changes)
+    remote = flower_sites.engine_over(server, staff, sites=tuple(CLIENTS))
+    remote.gather(0, 10)
+    assert remote.spec == reference.spec
+    assert remote.clients == reference.clients
+
+    method, states = flower_sites.method_of(config), {}
+    for place, engine in (("here", reference), ("there", remote)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        runner = Runner(method, engine, Rounds(3, 0), tmp_path / place)
+        states[place] = runner.run()
+    assert codec.encode(states["here"]) == codec.encode(states["there"])
+    assert events(tmp_path / "here") == events(tmp_path / "there")
+    instructions = method.configure(states["here"], reference.clients, 4)
+    banks = {
+        place: dict(engine.banks(method, instructions, 3)) for place, engine in (("here", reference), ("there", remote))
+    }
+    assert sorted(banks["here"]) == CLIENTS
+    for client in CLIENTS:
+        assert codec.encode(banks["here"][client]) == codec.encode(banks["there"][client])
+        kept = staff[client].state / "run" / "personal"
+        assert [p.name for p in sorted((kept / client).iterdir())] == [
+            p.name for p in sorted((tmp_path / "here" / "personal" / client).iterdir())
+        ][-len(list((kept / client).iterdir())) :]
+        assert (kept / client / "000003.safetensors").read_bytes() == (
+            tmp_path / "here" / "personal" / client / "000003.safetensors"
+        ).read_bytes()
+        assert list((staff[client].state / "run" / "export").iterdir())

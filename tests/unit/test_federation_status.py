@@ -1,0 +1,97 @@
+"""The journal added up: who took part, why others did not, and the same as Prometheus metrics."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from coterie.federation.journal import JOURNAL, Journal, Reader, read_journal
+from coterie.federation.metrics import exporter, render
+from coterie.federation.status import show, spans, status_of
+
+
+def exchange(client: str, rnd: int, failed: str | None = None, kind: str = "train") -> dict[str, Any]:
+    up = 0 if failed else 10
+    made = {"event": "exchange", "kind": kind, "round": rnd, "client": client, "failed": failed, "at": 50.0}
+    return {**made, "bytes_down": 100, "bytes_up": up, "seconds": 2.0, "site_seconds": None if failed else 0.5}
+
+
+EVENTS: list[dict[str, Any]] = [
+    {"event": "attempt", "attempt": 1, "sites": ["a", "b"]},
+    {"event": "joined", "client": "a", "at": 1.0},
+    {"event": "joined", "client": "b", "at": 1.0},
+    {"event": "ready", "clients": 2, "rounds": 4},
+    exchange("a", 1),
+    exchange("b", 1),
+    {"event": "round", "round": 1, "clients": {"a": {"loss": 0.5}, "b": {"loss": 1.5}}, "failed": {}},
+    exchange("a", 2),
+    exchange("b", 2, "no reply within 9 s"),
+    {"event": "round", "round": 2, "clients": {"a": {"loss": 0.5}, "b": {}}, "failed": {"b": "no reply within 9 s"}},
+    {"event": "late", "client": "b", "round": 2, "text": "an answer of b came late"},
+    {"event": "note", "text": "the SuperLink died; starting again"},
+    {"event": "attempt", "attempt": 2, "sites": ["a", "b"]},
+    {"event": "resumed", "round": 1},
+    exchange("a", 2),
+    exchange("b", 2),
+    {"event": "round", "round": 2, "clients": {"a": {"loss": 0.25}, "b": {}}, "failed": {"b": "b's norm"}},
+]
+
+
+def test_the_status_adds_up() -> None:
+    status = status_of(EVENTS)
+    a, b = status.sites["a"], status.sites["b"]
+    assert (status.round, status.rounds, status.attempts, status.loss) == (2, 4, 2, 0.25)
+    assert (a.rounds, b.rounds) == ([1, 2], [1])
+    assert (a.bytes_down, a.bytes_up, a.seconds, a.site_seconds) == (300, 30, 6.0, 1.5)
+    assert (b.bytes_down, b.bytes_up, b.late) == (300, 20, 1)
+    assert [why for _, _, why in b.failures] == ["no reply within 9 s", "b's norm"]
+    out = StringIO()
+    show(Console(file=out, width=160), status)
+    for part in ("2 of 4 rounds done", "started 2 times", "1-2", "b, train of round 2: b's norm", "came late"):
+        assert part in out.getvalue()
+    assert status_of([]).phase == "not started"
+
+
+def test_spans_of_rounds() -> None:
+    assert spans([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+    assert spans([]) == "-"
+
+
+def test_the_metrics_are_those_of_the_status(tmp_path: Path) -> None:
+    text = render(status_of(EVENTS))
+    for line in (
+        "coterie_round 2",
+        'coterie_replies_total{site="a",kind="train"} 3',
+        'coterie_failures_total{site="b",kind="train"} 2',
+        'coterie_received_bytes_total{site="b"} 20',
+        'coterie_late_total{site="b"} 1',
+    ):
+        assert line in text.splitlines()
+    journal = Journal(tmp_path / JOURNAL)
+    for event in EVENTS:
+        journal(event)
+    with exporter(tmp_path, 0) as port:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            assert page.read().decode() == text
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
+
+
+def test_a_journal_is_read_as_it_is_written(tmp_path: Path) -> None:
+    reader, journal = Reader(tmp_path / JOURNAL), Journal(tmp_path / JOURNAL)
+    assert list(reader.new()) == []
+    journal({"event": "a", "value": float("inf")})
+    assert [(e["event"], e["value"]) for e in reader.new()] == [("a", None)]
+    with (tmp_path / JOURNAL).open("a") as file:
+        file.write('{"event": "b"')
+    assert list(reader.new()) == []
+    with (tmp_path / JOURNAL).open("a") as file:
+        file.write("}\n")
+    assert [e["event"] for e in reader.new()] == ["b"]
+    assert [e["event"] for e in read_journal(tmp_path)] == ["a", "b"]
