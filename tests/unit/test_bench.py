@@ -35,7 +35,7 @@ def test_quick_form(bench: Path, tmp_path: Path) -> None:
     assert found["measured_on"]["machine"]["threads"] == 1
 
 
-@pytest.mark.parametrize("name", ["layer", "cluster"])
+@pytest.mark.parametrize("name", ["layer", "cluster", "assign"])
 def test_recorded_results_are_not_a_quick_runs(name: str) -> None:
     found = json.loads((BENCH / "results" / f"{name}.json").read_text())
     assert found["quick"] is False
