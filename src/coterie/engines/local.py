@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from coterie.engine import Delivery, Evaluation
 from coterie.engines.batched import Asked, answer_all, drive_together
 from coterie.engines.compute import LocalCompute, resolve_precision
 from coterie.engines.place import Workplace
+from coterie.engines.sizing import best_size
 from coterie.engines.store import RoundStore
 from coterie.evaluate import check_rouge
 from coterie.method import Method
@@ -58,9 +59,12 @@ def make(config: Config, federation: Federation, folder: Path, root: Path, cache
     place = Workplace(base, task, config.run.seed, config.run.eval_batch_size)
     place.precision = resolve_precision(config.engine.precision, place.device)
     trained = RoundStore(folder / "trained", Bank) if config.evaluated == "trained" else None
-    together = config.engine.clients_per_batch
-    size = 1 if together == "auto" else together
-    return LocalEngine(place, federation, RoundStore(folder / "personal", Personal), trained, size)
+    together, notes = config.engine.clients_per_batch, []
+    if together == "auto":
+        size = best_size(place, federation.clients, config.train, config.lora.rank)
+        together = size.clients
+        notes.append(f"{together} clients share a forward pass: {size.reason}")
+    return LocalEngine(place, federation, RoundStore(folder / "personal", Personal), trained, together, notes)
 
 
 def _load(config: Config, root: Path) -> Base:
@@ -101,6 +105,7 @@ class LocalEngine:
     store: RoundStore[Personal]
     trained: RoundStore[Bank] | None = None
     together: int = 1
+    notes: list[str] = field(default_factory=list)  # what the user should know, until a delivery takes it along
 
     @property
     def spec(self) -> BaseSpec:
@@ -129,20 +134,19 @@ class LocalEngine:
         for group in self._groups(instructions):
             banks = [self._bank(method, client, instructions[client.info.id], rnd) for client in group]
             scores: list[dict[str, Mapping[str, float]]] = [{} for _ in group]
-            notes: list[str] = []
             for split in splits:
                 has = [i for i, client in enumerate(group) if client.splits.get(split)]
                 asked = [(LocalCompute(self.place, group[i], rnd), Score([banks[i]], split)) for i in has]
-                for i, found in zip(has, _told(asked, notes), strict=True):
+                for i, found in zip(has, _told(asked, self.notes), strict=True):
                     (scored,) = cast(list[Scored], found)
                     scores[i][split] = {**scored.metrics, "loss": scored.loss}
             seen = [Observe(bank, _seen(client)) for client, bank in zip(group, banks, strict=True)] if usage else []
             looks = [
                 (LocalCompute(self.place, client, rnd), one) for client, one in zip(group, seen, strict=bool(seen))
             ]
-            observed = [cast(Observed, found) for found in _told(looks, notes)]
+            observed = [cast(Observed, found) for found in _told(looks, self.notes)]
             for i, client in enumerate(group):
-                yield client.info.id, Evaluation(scores[i], observed[i] if usage else None, _taken(notes))
+                yield client.info.id, Evaluation(scores[i], observed[i] if usage else None, _taken(self.notes))
 
     def banks(
         self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
@@ -174,12 +178,11 @@ class LocalEngine:
             for client, down in zip(group, downs, strict=True)
         ]
         computes = [LocalCompute(self.place, client, rnd) for client in group]
-        notes: list[str] = []
-        results = drive_together(programs, computes, notes.append)
+        results = drive_together(programs, computes, self.notes.append)
         for compute, down, result in zip(computes, downs, results, strict=True):
             delivery = self._deliver(compute, result, len(down), rnd)
             seconds = (time.perf_counter() - started) / len(group)
-            yield compute.client.info.id, replace(delivery, seconds=seconds, note=_taken(notes))
+            yield compute.client.info.id, replace(delivery, seconds=seconds, note=_taken(self.notes))
 
     def _deliver(self, compute: LocalCompute, result: ClientResult | Exception, down: int, rnd: int) -> Delivery:
         """What the server gets of a client's result; what stays with the client is saved."""
