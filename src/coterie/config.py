@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coterie.data.rows import Kind
 from coterie.data.settings import DataSettings
@@ -92,7 +92,17 @@ class EngineSettings(_Section):
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "float32", description="bfloat16: autocast every forward pass; auto: where the device computes in it by itself"
     )
+    clients_per_batch: int | Literal["auto"] = Field(
+        1, description="clients that share a forward pass; 1: one after another, the reference; auto: as many as pay"
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
+
+    @field_validator("clients_per_batch")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("it is at least 1, or 'auto'")
+        return value
 
 
 class Config(_Section):

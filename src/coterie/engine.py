@@ -12,21 +12,29 @@ from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Obs
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of one client's round: a reply, or the reason why there is none; bytes as encoded, seconds."""
+    """What came of one client's round: a reply, or the reason why there is none; bytes as encoded, seconds.
+
+    Of clients that are simulated together, each takes an equal part of the time. ``note``: what the user should know.
+    """
 
     reply: Reply | None
     error: str | None
     bytes_down: int
     bytes_up: int
     seconds: float
+    note: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A client's metrics by split (``loss`` among them), and how its tokens use the experts if that was asked."""
+    """A client's metrics by split (``loss`` among them), and how its tokens use the experts if that was asked.
+
+    ``note``: what the user should know.
+    """
 
     scores: Mapping[str, Mapping[str, float]]
     observed: Observed | None = None
+    note: str | None = None
 
 
 class Engine(Protocol):

@@ -96,6 +96,7 @@ class Runner:
         record: dict[str, Json] = {"event": "round", "round": rnd, "clients": {}, "failed": {}}
         infos = {c.id: c for c in cohort}
         for client, delivery in self.engine.train(self.method, instructions, rnd):
+            self._note([delivery.note] if delivery.note else [], rnd)
             fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
             record["clients"][client] = _entry(delivery)
             if fault is None and delivery.reply is not None:
@@ -148,6 +149,7 @@ class Runner:
         for client, evaluation in self.engine.evaluate(
             self.method, instructions, rnd, ("validation", "test"), usage=last
         ):
+            self._note([evaluation.note] if evaluation.note else [], rnd)
             scores[client] = evaluation
             self.listen({"event": "evaluated", "round": rnd, "client": client, "of": len(instructions)})
         splits = sorted({split for e in scores.values() for split in e.scores})

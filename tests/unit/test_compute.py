@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tiny
 from coterie.data.rows import ClientData, PromptRow, TextRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
-from coterie.engines import compute
+from coterie.engines import compute, course
 from coterie.engines.compute import LocalCompute, Workplace, generate, resolve_precision
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
@@ -205,7 +205,7 @@ def orders(monkeypatch: pytest.MonkeyPatch, seed: int, rnd: int, client: str, pu
         seen.extend([TOKENIZER.decode(e.ids, skip_special_tokens=True) for e in part] for part in made)
         return made
 
-    monkeypatch.setattr(compute, "batches", spy)
+    monkeypatch.setattr(course, "batches", spy)
     place = workplace(seed=seed)
     train(
         place, plain_bank(place), Optim(batch_size=2, epochs=2), rnd, client=client_of(place, client), purpose=purpose
@@ -302,7 +302,7 @@ class Poisoned(Classification):
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 6, 7])
 def test_a_loss_that_is_not_finite_names_client_round_and_step(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_CHECK_EVERY", 3)
+    monkeypatch.setattr(course, "_CHECK_EVERY", 3)
     place = workplace()
     place.task = Poisoned(TOKENIZER, 32, at=at, value=math.nan if at % 2 else math.inf)
     with pytest.raises(CoterieError, match=rf"client north: the loss is not finite at step {at} of round 4;.*learning"):
@@ -325,7 +325,7 @@ def test_the_loss_is_looked_at_before_all_steps_are_done() -> None:
     place.task = Poisoned(TOKENIZER, 32, at=2)
     with pytest.raises(CoterieError, match="step 2 "):
         train(place, plain_bank(place), Optim(batch_size=4, steps=100))
-    assert len(place.task.calls) == compute._CHECK_EVERY
+    assert len(place.task.calls) == course._CHECK_EVERY
 
 
 def test_a_split_without_rows_names_the_client_and_what_it_has() -> None:

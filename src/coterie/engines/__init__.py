@@ -1,1 +1,1 @@
-"""One file per engine; ``compute.py`` is the only training loop."""
+"""One file per engine, and what they share: ``course.py`` is the only training loop."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Attached:
 
     def tensors(self) -> dict[Key, Tensor]:
         """Copies of the trainable tensors as they are now, on the CPU."""
-        return {key: p.detach().to("cpu", copy=True).contiguous() for key, p in self.parameters.items()}
+        return _copies(self.parameters)
 
     def detach(self) -> None:
         """Leave the model as it was before."""
@@ -57,8 +57,38 @@ def attached(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Ite
 def attach(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Attached:
     """Put ``bank`` on ``model``; gradients reach the tensors named in ``trainable`` and no others.
 
+    Raises :class:`CoterieError` as :func:`fit` does, before anything changes.
+    """
+    fitted = fit(model, bank, trainable)
+    before = {name: model.get_submodule(name) for name in fitted.heads}
+    handles = [
+        model.get_submodule(name).register_forward_hook(layer, with_kwargs=True)
+        for name, layer in fitted.layers.items()
+    ]
+    for name, head in fitted.heads.items():
+        model.set_submodule(name, head)
+    return Attached(model, fitted.parameters, fitted.now, handles, before)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A bank that fits a model and is not on it yet: the layer of every module, the heads, the trainable tensors."""
+
+    layers: dict[str, BankLayer]
+    heads: dict[str, nn.Module]
+    parameters: dict[Key, nn.Parameter]
+    now: Pass
+
+    def tensors(self) -> dict[Key, Tensor]:
+        """Copies of the trainable tensors as they are now, on the CPU."""
+        return _copies(self.parameters)
+
+
+def fit(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Fitted:
+    """What :func:`attach` puts on ``model``, which stays as it is.
+
     Raises :class:`CoterieError` for a module that the model has not, a shape that does not fit it or the gate, an
-    unknown gate or option, and a trainable key that the bank has not. Everything is checked before anything changes.
+    unknown gate or option, and a trainable key that the bank has not.
     """
     wanted = frozenset(trainable)
     if unknown := wanted - bank.tensors.keys():
@@ -68,16 +98,16 @@ def attach(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Attac
     if not 0 <= bank.dropout < 1:
         raise CoterieError(f"dropout is {bank.dropout}; it is at least 0 and less than 1")
     now = Pass()
-    layers = [(_module(model, name), _layer(model, bank, name, wanted, now)) for name in _modules(bank.tensors)]
+    layers = {name: _layer(model, bank, name, wanted, now) for name in _modules(bank.tensors)}
     heads = _heads(model, bank.tensors, wanted)
-    before = {name: model.get_submodule(name) for name in heads}
     parameters = {key: heads[_split(key)[0]].get_parameter(_split(key)[1]) for key in wanted if key.part is Part.HEAD}
-    for _, layer in layers:
+    for layer in layers.values():
         parameters |= layer.parameters
-    handles = [module.register_forward_hook(layer, with_kwargs=True) for module, layer in layers]
-    for name, head in heads.items():
-        model.set_submodule(name, head)
-    return Attached(model, dict(sorted(parameters.items())), now, handles, before)
+    return Fitted(layers, heads, dict(sorted(parameters.items())), now)
+
+
+def _copies(parameters: Mapping[Key, nn.Parameter]) -> dict[Key, Tensor]:
+    return {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -116,6 +116,11 @@ class BankLayer:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         h, routed, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
         g = self.weights(p, routed)
+        self.record(p, routed, g)
+        return self._add(output.contiguous(), h, g)
+
+    def record(self, p: Tensor | None, routed: Tensor, g: Tensor | None) -> None:
+        """Collect what the pass asks for, from p [n, s], A_cat x of the routed experts and g [n, e] (None: no gate)."""
         if g is not None:
             if self.now.usage is not None:
                 self._record_usage(g, self.now.usage)
@@ -125,7 +130,6 @@ class BankLayer:
                 g = self.now.probe(self, g)
         if self.now.embeddings is not None:
             self._record_embeddings(p, routed, self.now.embeddings)
-        return self._add(output.contiguous(), h, g)
 
     @property
     def has_shared(self) -> bool:

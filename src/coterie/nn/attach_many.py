@@ -1,0 +1,63 @@
+"""Puts the banks and heads of many clients on one model, and takes them off again; see :mod:`coterie.nn.many`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coterie.nn.attach import Fitted
+from coterie.nn.many import ManyLayer, ManyPass
+
+
+@dataclass
+class AttachedMany:
+    """Many clients' banks on a model. ``clients`` hold each one's own parameters and pass; ``now`` says whose turn."""
+
+    clients: Sequence[Fitted]
+    now: ManyPass
+
+
+@contextmanager
+def attached_many(model: nn.Module, clients: Sequence[Fitted]) -> Iterator[AttachedMany]:
+    """Put the banks on the model for the length of a ``with`` block. They have one dropout, kind of masks and dtype.
+
+    Raises :class:`UnlikeError` where they have not, before anything changes.
+    """
+    now = ManyPass()
+    names = sorted({name for client in clients for name in client.layers})
+    layers = {name: ManyLayer([client.layers.get(name) for client in clients], now) for name in names}
+    heads = {name: model.get_submodule(name) for name in sorted({name for client in clients for name in client.heads})}
+    handles = [
+        model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in layers.items()
+    ]
+    for name, head in heads.items():
+        model.set_submodule(name, ManyHead([client.heads.get(name, head) for client in clients], now))
+    try:
+        yield AttachedMany(clients, now)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, head in heads.items():
+            model.set_submodule(name, head)
+
+
+class ManyHead(nn.Module):
+    """Every active client's own copy of a part of the head on its rows; outputs padded to the widest label space."""
+
+    def __init__(self, heads: Sequence[nn.Module], now: ManyPass) -> None:
+        super().__init__()
+        self.heads, self.now = list(heads), now  # a plain list: the copies are no part of the model
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Shapes: x [c*b, ...], result [c*b, ..., widest]."""
+        parts = x.split(self.now.rows)
+        outputs = [self.heads[c](part, *args, **kwargs) for c, part in zip(self.now.active, parts, strict=True)]
+        self.now.widths = [output.shape[-1] for output in outputs]
+        widest = max(self.now.widths)
+        return torch.cat([functional.pad(output, (0, widest - output.shape[-1])) for output in outputs])

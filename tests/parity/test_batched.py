@@ -1,0 +1,550 @@
+"""Many clients in one forward pass against one at a time: the same answers, whatever shares the batch."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pools
+import sites
+import tiny
+from coterie.config import check_config
+from coterie.data.federation import load_federation
+from coterie.data.rows import ClientData, Federation
+from coterie.data.tasks import make_task
+from coterie.engines import batched
+from coterie.engines.batched import answer_all, drive_together
+from coterie.engines.compute import LocalCompute
+from coterie.engines.local import LocalEngine
+from coterie.engines.place import Workplace
+from coterie.engines.store import RoundStore
+from coterie.method import Plan, answer, drive, method_named, methods
+from coterie.nn.base import Base, load_base
+from coterie.types import (
+    Bank,
+    ClientResult,
+    CoterieError,
+    GateSpec,
+    Instruction,
+    Key,
+    Observe,
+    Optim,
+    Part,
+    Personal,
+    Reply,
+    Request,
+    Score,
+    Train,
+)
+
+ROUNDS = 3
+OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fedlease": {"warmup_rounds": 1, "max_experts": 3},
+    "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
+    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ["two"], "quota_interval": 1, "measure_examples": 2},
+}
+KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
+CHOSEN = {"mood-0": 8, "mood-1": 5, "size-0": 7, "place-0": 3, "size-1": 8}  # rows of training; none divides by 4 twice
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def ignore(text: str) -> None:
+    raise AssertionError(f"nothing to note was expected, but: {text}")
+
+
+@cache
+def loaded(kind: str, dtype: torch.dtype, arch: str = "") -> tuple[Base, tuple[ClientData, ...]]:
+    """A tiny model and five clients, of two and of three labels, with different numbers of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        sites.federation(Path(folder) / "clients", kind, clients=7, rows=8)
+        config = check_config({"data": {"folder": "clients"}, "task": {"kind": kind}})
+        federation = load_federation(config.data, kind, 0, Path(folder))  # type: ignore[arg-type]
+        path = tiny.folder(Path(folder) / "model", arch or KINDS[kind])
+        base = load_base(str(path), kind, dtype=dtype)  # type: ignore[arg-type]
+    clients = [cut(c, CHOSEN[c.info.id]) for c in federation.clients if c.info.id in CHOSEN]
+    assert len(clients) == 5
+    return base, tuple(clients)
+
+
+def cut(client: ClientData, rows: int) -> ClientData:
+    splits = {**client.splits, "train": client.splits["train"][:rows]}
+    return ClientData(replace(client.info, num_train=rows), splits)
+
+
+def workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, **more: Any) -> Workplace:
+    base, _ = loaded(kind, dtype, more.pop("arch", ""))
+    task = make_task(kind, base.tokenizer, 32, 4, more.pop("generates", False))  # type: ignore[arg-type]
+    return Workplace(base, task, 0, **more)
+
+
+def method_of(name: str, head: Any = "personal", optim: Optim = OPTIM, kind: str = "classification") -> Any:
+    made = method_named(name)
+    pool = {"pool": pools.for_tiny(KINDS[kind])} if name == "smartfed" else {}
+    plan = Plan(rank=2, alpha=3, dropout=0.2, optim=optim, head=head, rounds=ROUNDS)
+    return made(made.Settings(**SETTINGS.get(name, {}), **pool), plan)
+
+
+def double(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    return {key: value.double() for key, value in tensors.items()}
+
+
+def furthest(one: Any, other: Any) -> float:
+    """The largest difference of tensors, of numbers (relative from 1 on), and within what holds them."""
+    if isinstance(one, Tensor):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        return float((one - other).abs().max()) if one.numel() else 0.0
+    if isinstance(one, float):
+        return abs(one - other) / max(1.0, abs(one))
+    if isinstance(one, Mapping):
+        assert list(one) == list(other)
+        return max((furthest(one[key], other[key]) for key in one), default=0.0)
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        return max((furthest(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+    if hasattr(one, "__dataclass_fields__"):
+        return furthest(vars(one), vars(other))
+    assert one == other
+    return 0.0
+
+
+@contextmanager
+def in_batches() -> Iterator[None]:
+    """Requests of several clients are answered in batches here, or it is an error; but for a gate's importance."""
+    alone = batched._alone
+
+    def never(asked: Any) -> Any:
+        request = asked[1]
+        if isinstance(request, Observe) and not batched._TOGETHER.issuperset(request.what):
+            return alone(asked)
+        raise AssertionError(f"{asked[0].client.info.id} was answered alone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batched, "_alone", never)
+        yield
+
+
+def groups(clients: Sequence[ClientData], size: int) -> list[list[ClientData]]:
+    return [list(clients[i : i + size]) for i in range(0, len(clients), size)]
+
+
+# every method --------------------------------------------------------------------------------------------------------
+
+WAYS = [
+    *((name, head, "classification") for name in sorted(methods()) for head in ("personal", "shared")),
+    *((name, "personal", kind) for name in sorted(methods()) for kind in ("generation", "multiple_choice")),
+]
+
+
+@pytest.mark.parametrize(("name", "head", "kind"), WAYS)
+def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str, kind: str) -> None:
+    """In float64, each round from the same state: in groups of 2, of 3 turned around, and all at once."""
+    assert len(methods()) >= 3
+    place, clients = workplace(kind), loaded(kind, torch.float64)[1]
+    method = method_of(name, head, kind=kind)
+    infos = [c.info for c in clients]
+    before = {name: value.clone() for name, value in place.base.model.state_dict().items()}
+    state = method.init(place.base.spec, infos)
+    personal = {c.id: method.begin(place.base.spec, c) for c in infos}
+    for rnd in range(1, ROUNDS + 1):
+        instructions = method.configure(state, infos, rnd)
+
+        def program(client: ClientData, instructions: Any = instructions, personal: Any = personal) -> Any:
+            ins, mine = instructions[client.info.id], personal[client.info.id]
+            return method.client(
+                replace(ins, tensors=double(ins.tensors)), client.info, replace(mine, tensors=double(mine.tensors))
+            )
+
+        alone = {c.info.id: drive(program(c), LocalCompute(place, c, rnd)) for c in clients}
+        for group in (*groups(clients, 2), *groups(clients[::-1], 3), list(clients)):
+            computes = [LocalCompute(place, c, rnd) for c in group]
+            with in_batches() if len(group) > 1 else nullcontext():
+                results = drive_together([program(c) for c in group], computes, ignore)
+            for compute, result in zip(computes, results, strict=True):
+                assert isinstance(result, ClientResult), result
+                assert furthest(result, alone[compute.client.info.id]) < 1e-9
+        single = {c: replace(r.reply, tensors=floats(r.reply.tensors)) for c, r in alone.items()}
+        personal = {c: replace(r.personal, tensors=floats(r.personal.tensors)) for c, r in alone.items()}
+        state = method.aggregate(state, single, rnd)
+    after = place.base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(module._forward_hooks for module in place.base.model.modules())
+
+
+def floats(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    return {key: value.float() for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_engines_agree_in_float32_after_each_round(name: str, kind: str, tmp_path: Path) -> None:
+    # sgd: AdamW moves a number by about the learning rate even where its gradient is hardly more than rounding
+    optim = Optim(batch_size=4, epochs=1, optimizer="sgd", learning_rate=0.1, momentum=0.9)
+    method = method_of(name, optim=optim, kind=kind)
+    clients = loaded(kind, torch.float32)[1]
+
+    def engine(together: int) -> LocalEngine:
+        place = workplace(kind, torch.float32, eval_batch_size=4)
+        store = RoundStore(tmp_path / str(together), Personal)
+        return LocalEngine(place, Federation(clients, {}), store, together=together)
+
+    one, many = engine(1), engine(3)
+    state = method.init(one.spec, one.clients)
+    for rnd in range(1, ROUNDS + 1):
+        instructions = method.configure(state, one.clients, rnd)
+        alone, together = (dict(e.train(method, instructions, rnd)) for e in (one, many))
+        assert alone.keys() == together.keys() == {c.info.id for c in clients}
+        for client, delivery in alone.items():
+            assert delivery.error is together[client].error is None
+            assert delivery.bytes_down == together[client].bytes_down
+            assert furthest(delivery.reply, together[client].reply) < 1e-4
+            assert furthest(one.store.load(client, rnd), many.store.load(client, rnd)) < 1e-4
+            many.store.save(client, rnd, one.store.load(client, rnd))  # so that differences do not add up
+        state = method.aggregate(state, {c: d.reply for c, d in alone.items()}, rnd)
+        after = method.configure(state, one.clients, rnd + 1)
+        splits = ("validation", "test")
+        scores, others = (dict(e.evaluate(method, after, rnd, splits, usage=True)) for e in (one, many))
+        assert scores.keys() == others.keys()
+        for client, evaluation in scores.items():
+            assert furthest(evaluation, others[client]) < 1e-4
+
+
+# single requests -----------------------------------------------------------------------------------------------------
+
+
+def some_bank(place: Workplace, labels: int, number: int, **changes: Any) -> Bank:
+    """A bank of its own for every number: other experts, other ranks, another scaling."""
+    settings = {"experts": 1 + number % 3, "rank": 2 + number % 2, "scaling": 0.5 + number, **changes}
+    made = tiny.bank(place.base.spec.targets, seed=number, dtype=torch.float64, **settings)
+    return replace(made, tensors={**made.tensors, **double(tiny.head(place.base.model, labels))})
+
+
+def labels_of(client: ClientData) -> int:
+    return len(client.info.labels or ())
+
+
+def same(place: Workplace, asked: Mapping[str, Request], within: float = 1e-9, alone: bool = False) -> None:
+    """Each answer is the one that the client gets alone."""
+    clients = {c.info.id: c for c in loaded(place.task.kind, torch.float64)[1]}
+    computes = [LocalCompute(place, clients[c], 2) for c in asked]
+    with nullcontext() if alone else in_batches():
+        told = answer_all(list(zip(computes, asked.values(), strict=True)), ignore)
+    assert len(told) == len(asked) >= 2
+    for one, (client, request) in zip(told, asked.items(), strict=True):
+        single = LocalCompute(place, clients[client], 2)
+        expected = answer(request, single)
+        assert furthest(one, expected) < within
+        if isinstance(request, Train):
+            assert single.trained is not None
+            mine = next(compute for compute in computes if compute.client.info.id == client)
+            assert furthest(mine.trained, single.trained) < within
+
+
+def optims() -> list[Optim]:
+    """A way of training for each of the five clients; their numbers of steps differ too."""
+    return [
+        Optim(learning_rate=0.02, batch_size=3, epochs=2),
+        Optim(learning_rate=0.05, batch_size=2, epochs=1, optimizer="sgd", momentum=0.9, schedule="constant"),
+        Optim(learning_rate=0.01, batch_size=2, accumulate=3, steps=3, clip=0.1),
+        Optim(learning_rate=0.01, batch_size=8, epochs=3, schedule="cosine", clip=0),
+        Optim(learning_rate=0.03, batch_size=1, steps=5, weight_decay=0.5, round_decay=0.5),
+    ]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("gate", ["constant", "softmax", "slot_top_k", "top_k"])
+def test_clients_may_differ_in_everything(gate: str, dropout: float) -> None:
+    """Other optimisers, steps, experts, ranks, scalings, labels, and what trains, for every client."""
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    asked: dict[str, Request] = {}
+    for i, (client, optim) in enumerate(zip(clients, optims(), strict=True)):
+        experts = 2 + i % 3
+        options = {"slot_top_k": {"own": i % experts}, "top_k": {"k": 1 + i % 2}}.get(gate, {})
+        bank = some_bank(
+            place, labels_of(client), i, gate=gate, options=options, experts=experts, dropout=dropout,
+            shared=2 if i == 4 else 0, rank=[1 + (i + e) % 3 for e in range(experts)],
+        )  # fmt: skip
+        keys = sorted(bank.tensors)
+        trainable = frozenset(keys if i % 2 else [key for key in keys if key.expert == experts - 1 or i == 2])
+        asked[client.info.id] = Train(bank, trainable, optim, purpose=f"part {i}")
+    same(place, asked)
+
+
+@pytest.mark.parametrize("arch", ["roberta", "gpt2", "qwen2"])
+def test_other_models_and_modules_that_only_some_adapt(arch: str) -> None:
+    kind = "classification" if arch == "roberta" else "generation"
+    place, clients = workplace(kind, arch=arch), loaded(kind, torch.float64, arch)[1]
+    asked: dict[str, Request] = {}
+    for i, client in enumerate(clients):
+        bank = some_bank(place, labels_of(client) or 2, i, experts=2, gate="softmax", rank=2)
+        targets = sorted({key.module for key in bank.tensors if key.part is not Part.HEAD})
+        kept = {k: v for k, v in bank.tensors.items() if k.part is Part.HEAD or targets.index(k.module) % (i + 1) == 0}
+        bank = replace(bank, tensors=kept, scaling=2.0, dropout=0.1)
+        asked[client.info.id] = Train(bank, frozenset(kept), optims()[i])
+    clients_of = loaded(kind, torch.float64, arch)
+    assert clients_of[0] is place.base
+    computes = {c.info.id: LocalCompute(place, c, 1) for c in clients}
+    for one, (client_id, request) in zip(
+        answer_all([(computes[c], r) for c, r in asked.items()], ignore), asked.items(), strict=True
+    ):
+        expected = answer(request, LocalCompute(place, computes[client_id].client, 1))
+        assert furthest(one, expected) < 1e-9
+
+
+@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize("kind", ["classification", "generation", "multiple_choice"])
+def test_scores_of_several_banks(kind: str, generates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if generates and kind != "generation":
+        pytest.skip("only generation generates")
+    texts: list[list[str]] = []
+
+    def keep(references: Sequence[str], made: Sequence[str]) -> dict[str, float]:
+        texts.append(list(made))
+        return {"length": float(sum(map(len, made)))}
+
+    monkeypatch.setattr("coterie.engines.compute.text_metrics", keep)
+    place = workplace(kind, eval_batch_size=7, generates=generates)
+    clients = loaded(kind, torch.float64)[1]
+    asked = {
+        c.info.id: Score(
+            [some_bank(place, labels_of(c), 3 * i + k, gate="softmax", rank=2) for k in range(1 + i % 3)],
+            "test" if i != 1 else "validation",
+        )
+        for i, c in enumerate(clients)
+    }
+    same(place, dict(asked))
+    if generates:
+        number = sum(len(r.banks) for r in asked.values() if r.split == "test")
+        assert len(texts) == 2 * number
+        assert len({tuple(made) for made in texts}) > 2
+        assert sorted(texts[:number]) == sorted(texts[number:])
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("gate", ["constant", "softmax", "scaled_dot_product"])
+def test_observations(gate: str, padding: bool) -> None:
+    place, clients = workplace(eval_batch_size=3), loaded("classification", torch.float64)[1]
+    options = {"k": 2} if gate == "scaled_dot_product" else {}
+    asked: dict[str, Request] = {
+        c.info.id: Observe(
+            some_bank(place, labels_of(c), i, gate=gate, options=options, rank=2, experts=2 + i % 2, shared=i % 2 * 2),
+            ("train", "test")[i % 2],
+            ("usage", "embeddings") if i % 2 else ("embeddings",),
+            padding=padding,
+        )
+        for i, c in enumerate(clients)
+    }
+    same(place, asked)
+
+
+def test_gradient_checkpointing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    model = copy.deepcopy(place.base.model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    asked = {
+        c.info.id: Train(bank, frozenset(bank.tensors), OPTIM)
+        for i, c in enumerate(clients)
+        for bank in [some_bank(place, labels_of(c), i, gate="softmax", rank=2, dropout=0.2)]
+    }
+    plain = answer_all([(LocalCompute(place, c, 1), asked[c.info.id]) for c in clients], ignore)
+    place.base = replace(place.base, model=model)
+    checked = answer_all([(LocalCompute(place, c, 1), asked[c.info.id]) for c in clients], ignore)
+    assert furthest(plain, checked) < 1e-9
+
+
+# what cannot share a batch, and what fails ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unlike", ["dropout", "gate", "ranks"])
+def test_what_cannot_share_a_batch_is_answered_alone(unlike: str) -> None:
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    asked: dict[str, Request] = {}
+    for i, client in enumerate(clients):
+        bank = some_bank(place, labels_of(client), i, experts=2, rank=2, dropout=0.1)
+        if unlike == "dropout":
+            bank = replace(bank, dropout=0.1 * (i % 2))
+        if unlike == "gate" and i % 2:
+            changed = tiny.bank(place.base.spec.targets, 2, 2, gate="scaled_dot_product", dtype=torch.float64)
+            bank = replace(
+                bank, tensors={**bank.tensors, **changed.tensors}, gate=GateSpec("scaled_dot_product", {"k": 1})
+            )
+        if unlike == "ranks":
+            made = some_bank(place, labels_of(client), i, experts=2, rank=[1, 3])
+            bank = replace(made, dropout=0.1, own_masks=True)
+        asked[client.info.id] = Train(bank, frozenset(bank.tensors), OPTIM)
+    same(place, asked, within=1e-12, alone=True)
+
+
+def test_statistics_that_the_batched_form_does_not_know_are_asked_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place, clients = workplace(), loaded("classification", torch.float64)[1][:2]
+    asked = [Observe(some_bank(place, labels_of(c), 0, gate="softmax", rank=2), "test", ("new",)) for c in clients]
+    seen: list[str] = []
+    monkeypatch.setattr(LocalCompute, "observe", lambda self, request: seen.append(self.client.info.id))
+    answer_all([(LocalCompute(place, c, 1), request) for c, request in zip(clients, asked, strict=True)], ignore)
+    assert seen == [c.info.id for c in clients]
+
+
+def test_a_client_that_fails_leaves_the_others_as_they_were() -> None:
+    """One diverges, one has no rows, one asks for a bank that does not fit."""
+    place, clients = workplace(), list(loaded("classification", torch.float64)[1])
+    asked = {c.info.id: some_bank(place, labels_of(c), i, gate="softmax", rank=2) for i, c in enumerate(clients)}
+    wild, empty, wrong, *rest = clients
+    asked[wild.info.id] = replace(asked[wild.info.id], scaling=1e200)
+    emptied = ClientData(wild_info := replace(empty.info, id="nobody"), {**empty.splits, "train": ()})
+    assert wild_info.id == emptied.info.id
+    tensors = asked[wrong.info.id].tensors
+    key = next(key for key in tensors if key.part is Part.B)
+    asked[wrong.info.id] = replace(asked[wrong.info.id], tensors={**tensors, key: tensors[key][:-1]})
+    order = [wild, emptied, wrong, *rest]
+    banks = {"nobody": asked[empty.info.id], **asked}
+    requests = {c.info.id: Train(banks[c.info.id], frozenset(banks[c.info.id].tensors), OPTIM) for c in order}
+    told = answer_all([(LocalCompute(place, c, 1), requests[c.info.id]) for c in order], ignore)
+    for one, reason in zip(told, ["not finite", "client nobody has no train rows", "the bank has"], strict=False):
+        assert isinstance(one, CoterieError)
+        assert reason in str(one)
+    assert len(rest) == 2
+    for client, one in zip(rest, told[3:], strict=True):
+        assert furthest(one, LocalCompute(place, client, 1).train(requests[client.info.id])) < 1e-9
+
+
+def test_a_client_may_fail_in_the_middle_of_its_steps() -> None:
+    """The others go on without it, from another place in the stacks."""
+    place, clients = workplace(), list(loaded("classification", torch.float64)[1])
+    optim = Optim(learning_rate=0.01, batch_size=2, steps=40)
+    wild = Optim(learning_rate=1e160, batch_size=2, steps=40, optimizer="sgd", clip=0)
+    banks = [some_bank(place, labels_of(c), i, gate="softmax", rank=2) for i, c in enumerate(clients)]
+    requests = [Train(b, frozenset(b.tensors), wild if i == 1 else optim) for i, b in enumerate(banks)]
+    computes = [LocalCompute(place, c, 1) for c in clients]
+    told = answer_all(list(zip(computes, requests, strict=True)), ignore)
+    assert isinstance(told[1], CoterieError)
+    assert "not finite at step" in str(told[1])
+    assert computes[1].trained is None
+    for i in (0, 2, 3, 4):
+        assert furthest(told[i], LocalCompute(place, clients[i], 1).train(requests[i])) < 1e-9
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_out_of_memory_halves_the_batch_and_says_so(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    train = batched.train_together
+    sizes: list[int] = []
+
+    def short_of_memory(asked: Any) -> Any:
+        sizes.append(len(asked))
+        if len(asked) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(asked)
+
+    monkeypatch.setattr(batched, "train_together", short_of_memory)
+    bank = {c.info.id: some_bank(place, labels_of(c), i, rank=2) for i, c in enumerate(clients)}
+    asked = [
+        (LocalCompute(place, c, 1), Train(bank[c.info.id], frozenset(bank[c.info.id].tensors), OPTIM)) for c in clients
+    ]
+    notes: list[str] = []
+    told = answer_all(asked, notes.append)
+    assert notes[0] == "out of memory with 5 clients in a batch: going on with 3"
+    assert sizes[0] == 5
+    for (compute, request), one in zip(asked, told, strict=True):
+        assert furthest(one, LocalCompute(place, compute.client, 1).train(request)) < 1e-9
+
+
+def test_a_client_for_whom_memory_never_suffices_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+
+    def short_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(batched, "train_together", short_of_memory)
+    real = LocalCompute.train
+    hungry = clients[2].info.id
+    monkeypatch.setattr(
+        LocalCompute, "train", lambda self, r: short_of_memory() if self.client.info.id == hungry else real(self, r)
+    )
+    asked = []
+    for i, client in enumerate(clients):
+        bank = some_bank(place, labels_of(client), i, rank=2)
+        asked.append((LocalCompute(place, client, 1), Train(bank, frozenset(bank.tensors), OPTIM)))
+    told = answer_all(asked, lambda text: None)
+    assert [isinstance(one, torch.OutOfMemoryError) for one in told] == [c.info.id == hungry for c in clients]
+
+
+# programs ------------------------------------------------------------------------------------------------------------
+
+
+def test_programs_end_on_their_own_and_are_closed() -> None:
+    """One asks three times, one once, one never, one fails; a fault of ours closes them all."""
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    closed: list[int] = []
+
+    def program(number: int, asks: int, fault: Exception | None = None) -> Any:
+        bank = some_bank(place, labels_of(clients[number]), number, rank=2)
+        seen = []
+        try:
+            for k in range(asks):
+                (scored,) = yield Score([bank], ("train", "validation", "test")[k])
+                seen.append(scored.loss)
+            if fault:
+                raise fault
+            return ClientResult(Reply({}, 1, {"seen": seen}), Personal())
+        finally:
+            closed.append(number)
+
+    computes = [LocalCompute(place, c, 1) for c in clients]
+    ways: list[tuple[int, int, Exception | None]] = [
+        (0, 3, None),
+        (1, 1, None),
+        (2, 0, None),
+        (3, 1, CoterieError("no")),
+    ]
+    results = drive_together([program(*way) for way in ways], computes[:4], ignore)
+    assert sorted(closed) == [0, 1, 2, 3]
+    assert str(results[3]) == "no"
+    for (number, asks, _), result in zip(ways[:3], results, strict=False):
+        assert isinstance(result, ClientResult)
+        expected = drive(program(number, asks), computes[number])
+        assert furthest(result.reply.info["seen"], expected.reply.info["seen"]) < 1e-9
+        assert len(result.reply.info["seen"]) == asks
+    closed.clear()
+    with pytest.raises(ZeroDivisionError):
+        drive_together([program(0, 3), program(1, 1, ZeroDivisionError())], computes[:2], ignore)
+    assert sorted(closed) == [0, 1]
+
+
+def test_no_instruction_is_shared_between_clients_of_a_group(tmp_path: Path) -> None:
+    class Writer:
+        def begin(self, base: Any, me: Any) -> Personal:
+            return Personal()
+
+        def client(self, ins: Instruction, me: Any, personal: Personal) -> Any:
+            ins.tensors[KEY].add_(1)
+            return ClientResult(Reply(ins.tensors, 1), personal)
+            yield
+
+    clients = loaded("classification", torch.float64)[1]
+    engine = LocalEngine(workplace(), Federation(clients, {}), RoundStore(tmp_path, Personal), together=4)
+    shared = Instruction({KEY: torch.zeros(2)})
+    deliveries = dict(engine.train(Writer(), {c.info.id: shared for c in clients}, 1))  # type: ignore[arg-type]
+    assert len(deliveries) == 5
+    assert all(torch.equal(d.reply.tensors[KEY], torch.ones(2)) for d in deliveries.values() if d.reply)
+    assert torch.equal(shared.tensors[KEY], torch.zeros(2))
+
+
+KEY = Key("q", 0, Part.A)
