@@ -20,6 +20,8 @@ _EXTRAS = {  # what pip installs: what it is for
     "bitsandbytes": "quantised bases",
     "datasets": "datasets by their hub name",
     "flwr==1.41.0": "the flower engine",
+    "cryptography": "keys and certificates of a real federation (extra flower)",
+    "starlette": "the server of a real federation (extra flower)",
     "tensorboard": "TensorBoard logs",
 }
 _GIB = 2**30

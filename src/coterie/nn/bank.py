@@ -117,6 +117,8 @@ class BankLayer:
         h, routed, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
         g = self.weights(p, routed)
         self.record(p, routed, g)
+        if g is not None and self.now.probe is not None:
+            g = self.now.probe(self, g)
         return self._add(output.contiguous(), h, g)
 
     def record(self, p: Tensor | None, routed: Tensor, g: Tensor | None) -> None:
@@ -126,8 +128,6 @@ class BankLayer:
                 self._record_usage(g, self.now.usage)
             if self.now.balance is not None:
                 self.now.balance.append(self._balance(p, routed, g))
-            if self.now.probe is not None:
-                g = self.now.probe(self, g)
         if self.now.embeddings is not None:
             self._record_embeddings(p, routed, self.now.embeddings)
 
