@@ -44,6 +44,11 @@ class History:
     chance: float | None
 
     @property
+    def comparable(self) -> bool:
+        """Whether agreement could differ: there are groups, not just one, nor one for each client."""
+        return self.chance is not None and 0 < self.chance < 1
+
+    @property
     def counts(self) -> Table:
         """The number of experts that each client holds in each module, [c, m]."""
         return np.asarray(self.held.sum(2).T)

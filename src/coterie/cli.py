@@ -1,4 +1,4 @@
-"""The command line: ``coterie run``, ``compare``, ``demo``, ``methods``, ``config``, ``doctor``, ``report``."""
+"""The command line: ``coterie run``, ``compare``, ``demo``, ``methods``, ``config``, ``doctor``, ``report``, ..."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coterie import __version__
+from coterie import __version__, cli_pool
 from coterie.types import CoterieError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of Hugging Face language models with mixtures of LoRA experts.",
 )
+app.add_typer(cli_pool.app, name="pool")
 out = Console(emoji=False)
 _INTERRUPTED = 130
 

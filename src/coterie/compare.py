@@ -97,6 +97,7 @@ def table_of(results: Results) -> dict[str, Json]:
             "worst": _mean([s["worst"].get(primary) for s in summaries]),
             "clients": {c: _mean([s["clients"][c]["test"].get(primary) for s in summaries]) for c in clients},
             "groups": {c: clients[c]["group"] for c in clients},
+            "evaluated": summaries[0].get("evaluated", "received"),
             "bytes": float(np.mean([s["bytes"]["up"] + s["bytes"]["down"] for s in summaries])),
             "seconds": float(np.mean([s["seconds"] for s in summaries])),
         }
@@ -140,6 +141,14 @@ def show(console: Console, results: Results, folder: Path) -> None:
     table.add_row("worst client", *space, *_best([row["worst"] for row in rows.values()], first["primary"]))
     table.add_row("MiB sent", *space, *(f"{row['bytes'] / 2**20:.1f}" for row in rows.values()))
     console.print(table)
+    if len({row["evaluated"] for row in rows.values()}) > 1:
+        mixed = "; ".join(f"{title_of(m)}: {row['evaluated']}" for m, row in rows.items())
+        console.print(
+            f"not all measured alike ({mixed}): received is what the server sends, trained what a client trained last "
+            "itself; --set run.evaluate=trained (or received) treats all alike",
+            highlight=False,
+            markup=False,
+        )
     console.print(f"each run has a report.html; see {folder}", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coterie.data.rows import Kind
 from coterie.data.settings import DataSettings
@@ -56,6 +56,12 @@ class TaskSettings(_Section):
     )
     generate: bool = Field(False, description="generation: also score generated text (ROUGE-L needs extra metrics)")
     max_new_tokens: int = Field(64, ge=1, description="generation: the longest text to generate")
+
+    @model_validator(mode="after")
+    def _only_generation_generates(self) -> TaskSettings:
+        if self.generate and self.kind != "generation":
+            raise ValueError(f"generate scores generated text, and this is {self.kind}; set kind to generation")
+        return self
 
 
 class RunSettings(_Section):

@@ -94,7 +94,7 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) ->
     set_threads(config)
     if config.run.tensorboard:
         check_tensorboard()
-    settings = config.method_settings()
+    settings = config.method_settings().located(root)
     method = method_named(str(config.method.get("name", DEFAULT_METHOD)))(settings, config.plan())
     federation = load_federation(config.data, config.task.kind, config.run.seed, root)
     engine = _maker(config.engine.name)(config, federation, folder, root, cache)
@@ -127,6 +127,7 @@ def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
         engine.clients,
         method=method.name,
         title=method.title,
+        evaluated=config.evaluated,
         task=config.task.kind,
         seed=config.run.seed,
     )

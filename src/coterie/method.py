@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -50,6 +51,10 @@ class MethodSettings(BaseModel):
     """A method's own settings: the keys of ``[method]`` beside ``name``. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def located(self, root: Path) -> Self:
+        """These settings with every relative path in them starting at ``root``, the config's folder."""
+        return self
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from coterie.assignment import History, by_round, history, is_assignment
 from coterie.files import write_atomic
 from coterie.plots import Picture, natural
 from coterie.report_assignment import assignment_pictures, assignment_table, usage_pictures
+from coterie.report_quotas import SHOWN as _OF_QUOTAS
+from coterie.report_quotas import is_quotas, quota_pictures
 from coterie.tables import PERCENT, Table, show, tables
 from coterie.types import CoterieError, Json
 
@@ -57,14 +59,22 @@ class Run:
     @property
     def describe(self) -> dict[str, Any]:
         """What the method says of its state at the end of what there is."""
-        changes = [self.start, *(event.get("describe") or {} for _, event in sorted(self.rounds.items()))]
-        return self.summary.get("describe") or {name: value for change in changes for name, value in change.items()}
+        said = [self.start, *(event.get("describe") or {} for _, event in sorted(self.rounds.items()))]
+        said.append(self.summary.get("describe") or {})
+        return {name: value for part in said for name, value in part.items()}
 
     @property
     def pool(self) -> dict[str, Any]:
         """What the method says of its pool of experts, if it has one."""
         found = self.describe.get("pool")
         return found if isinstance(found, dict) else {}
+
+    @property
+    def usage(self) -> dict[str, dict[str, Any]]:
+        """Per client how its tokens use its experts: the summary's, else that of the last evaluation."""
+        last = self.evaluations[max(self.evaluations)].get("usage") if self.evaluations else None
+        said = (self.summary.get("usage") or {}, last or {})
+        return next((found for usage in said if (found := {c: row for c, row in usage.items() if row})), {})
 
     @property
     def mean(self) -> dict[str, dict[str, Any]]:
@@ -256,12 +266,13 @@ def _history(run: Run) -> History | None:
     holders = {client for assignment in found.values() for by_client in assignment.values() for client in by_client}
     groups = run.group_of
     clients = sorted(holders, key=lambda client: (natural(groups.get(client) or ""), natural(client)))
-    return history(found, clients, sorted(modules, key=natural), groups, run.pool.get("experts") or 0)
+    past = history(found, clients, sorted(modules, key=natural), groups, run.pool.get("experts") or 0)
+    return past if past.held.size else None
 
 
 def _state(run: Run, assigned: History | None) -> list[Table]:
     """What the method says of its state that no picture shows."""
-    hidden = _PICTURED | (_ASSIGNED if assigned else set())
+    hidden = _PICTURED | (_ASSIGNED if assigned else set()) | (_OF_QUOTAS if is_quotas(run.describe) else set())
     rest = tables({k: v for k, v in run.describe.items() if k not in hidden}, "State after the last round")
     return ([assignment_table(assigned, run.pool)] if assigned else []) + rest
 
@@ -285,7 +296,10 @@ def _pictures(run: Run, assigned: History | None) -> Iterator[Picture]:
     yield from _method_pictures(run)
     if assigned:
         yield from assignment_pictures(assigned)
-    usage = {client: row for client, row in (run.summary.get("usage") or {}).items() if _is_by_module(row)}
+    usage = {client: row for client, row in run.usage.items() if _is_by_module(row)}
+    if is_quotas(run.describe):
+        by_round = {rnd: event.get("describe") or {} for rnd, event in run.rounds.items()}
+        yield from quota_pictures(run.describe, by_round, usage)
     yield from usage_pictures(usage, {client: row["group"] for client, row in run.clients.items()}, assigned)
 
 
@@ -309,7 +323,7 @@ def _method_pictures(run: Run) -> Iterator[Picture]:
     if describe.get("silhouettes"):
         figure = plots.silhouettes(describe["silhouettes"], len(set(clusters.values())) or None)
         yield Picture("silhouettes", "How many clusters", figure, "Higher: clusters that stand further apart.")
-    usage = {client: row for client, row in (run.summary.get("usage") or {}).items() if row and not _is_by_module(row)}
+    usage = {client: row for client, row in run.usage.items() if not _is_by_module(row)}
     if any(len(values) > 1 for row in usage.values() for values in row.values()):
         note = "Framed: the expert of the client's own cluster." if clusters else ""
         yield Picture("expert-usage", "Which client uses which expert", plots.expert_usage(usage, clusters), note)

@@ -33,7 +33,7 @@ def assignment_table(assigned: History, pool: Mapping[str, Json]) -> Table:
         rows.append(
             ("newly assigned", f"{changed:,} of {pairs:,} pairs of expert and client ({share}), in round {last}")
         )
-    if last in assigned.agreement and assigned.chance is not None:
+    if last in assigned.agreement and assigned.comparable:
         same = f"{assigned.agreement[last]:.1%} of two holders of an expert are of the same group"
         rows.append(("agreement with the groups", f"{same}, {assigned.chance:.1%} of any two clients"))
     return Table("Assignment", ["", ""], rows)
@@ -66,7 +66,7 @@ def assignment_pictures(assigned: History) -> Iterator[Picture]:
         figure = plots.accuracy_by_round({"new": curve}, label="pairs of expert and client")
         note = "The share of pairs that the round before did not have."
         yield Picture("assignment-changes", "How much each round re-assigns", figure, note)
-    if len(assigned.agreement) > 1 and assigned.chance is not None and 0 < assigned.chance < 1:
+    if len(assigned.agreement) > 1 and assigned.chance is not None and assigned.comparable:
         curve = [*assigned.agreement.items()]
         figure = plots.accuracy_by_round(
             {"same group": curve}, label="pairs of holders", level=("chance", assigned.chance)

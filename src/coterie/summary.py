@@ -32,7 +32,10 @@ def best_round(evaluations: Sequence[Mapping[str, Json]], metric: str) -> int:
     best: tuple[int, float] | None = None
     for event in evaluations:
         value = event["mean"].get("validation", {}).get(metric)
-        if value is not None and (best is None or better(metric, value, best[1])):
+        if value is None:
+            continue
+        value = round(value, 9)  # means of the same values differ in their last bits
+        if best is None or better(metric, value, best[1]):
             best = event["round"], value
     return best[0] if best else int(evaluations[-1]["round"])
 
@@ -45,6 +48,7 @@ def summarise(
     title: str,
     task: str,
     seed: int,
+    evaluated: str = "received",
 ) -> dict[str, Json]:
     """``summary.json`` as a mapping. Bytes are as encoded; seconds leave out what a crash threw away."""
     starts = [event for event in events if event["event"] == "start_state"]
@@ -61,6 +65,7 @@ def summarise(
         "method": method,
         "title": title,
         "task": task,
+        "evaluated": evaluated,
         "seed": seed,
         "rounds": len(rounds),
         "best_round": best,
@@ -110,7 +115,9 @@ def _splits(scores: Mapping[ClientId, Mapping[str, Json]]) -> list[str]:
 def _usage(usage: Mapping[ClientId, Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[ClientId, Json]:
     """Gate weight and share of tokens per expert: the mean over modules, or by module where their experts differ."""
     rows = [row for by_module in usage.values() for row in by_module.values()]
-    if len({tuple(row.get("expert") or range(len(row["weight"]))) for row in rows}) > 1:
+    if any(list(row.get("expert") or []) not in ([], list(range(len(row["weight"])))) for row in rows):
+        return dict(usage)
+    if len({len(row["weight"]) for row in rows}) > 1:
         return dict(usage)
     return {
         client: {what: np.mean([row[what] for row in by_module.values()], axis=0).tolist() for what in _MEASURES}

@@ -92,7 +92,7 @@ class HeadParameter:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What a method knows of the base: the targets, the head's parameters (none for generation), the head's init."""
+    """What a method knows of the base: the targets, the head's parameters (only for classification), its init."""
 
     targets: tuple[Target, ...]
     head: tuple[HeadParameter, ...] = ()
@@ -243,7 +243,8 @@ class Train:
 class Trained:
     """The trained tensors (those asked for, and no others), the mean loss per label seen, and counts.
 
-    A label is an example in classification, a token of a completion in generation. The loss is the task's alone;
+    A label is an example in classification, a token of a completion in generation, and of the right candidate in
+    multiple choice. The loss is the task's alone;
     ``balance`` is the mean over the steps of the load-balance loss, before its weight (0 where none was asked for).
     """
 
@@ -257,15 +258,19 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order."""
+    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order.
+
+    ``examples``: on at most so many examples, the same for all banks, drawn by the run's seed; 0: on all.
+    """
 
     banks: Sequence[Bank]
     split: str = "train"
+    examples: int = 0
 
 
 @dataclass(frozen=True)
 class Scored:
-    """``loss`` is the mean per example (classification) or per completion token (generation)."""
+    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate."""
 
     loss: float
     metrics: Mapping[str, float]
@@ -276,8 +281,10 @@ class Scored:
 class Observe:
     """Ask: statistics of the bank's forward pass on ``split``, in evaluation mode. Answer: :class:`Observed`.
 
-    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``. With ``hold_out`` only the rows that it sets
-    aside are looked at. Padding tokens count only with ``padding``.
+    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, and of :mod:`coterie.engines.importance`
+    ``"first_order"`` and ``"gate_mass"``. With ``hold_out`` only the rows that it sets aside are looked at, and of
+    those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and in
+    no module's importance.
     """
 
     bank: Bank
@@ -285,6 +292,7 @@ class Observe:
     what: tuple[str, ...] = ("usage",)
     hold_out: HoldOut | None = None
     padding: bool = False
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -294,11 +302,13 @@ class Observed:
     ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order,
     ``usage[module]["share"]`` the share of the tokens that use it at all, ``usage[module]["expert"]`` its number.
     ``embeddings`` holds mean_t A_e x [r] for every expert but the shared one, and mean_t R x [s] of the router.
+    ``importance[statistic][module]`` is one number per module with a gate.
     """
 
     usage: Mapping[str, Mapping[str, Sequence[float]]]
     tokens: int
     embeddings: Tensors = field(default_factory=dict)
+    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 Request = Train | Score | Observe

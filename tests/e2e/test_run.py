@@ -393,3 +393,44 @@ def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "compare.json"}
     assert compare(path, ["fedit", "local"], [0, 5], out, few, Console(quiet=True)) == results
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+# what is evaluated ---------------------------------------------------------------------------------------------------
+
+
+def test_received_and_trained_banks_are_evaluated_and_exported_as_asked(done: Any, tmp_path: Path) -> None:
+    """FedIT's received bank is the same for all but the head; its trained one is each client's own."""
+    received = done("bert-fedit")
+    trained = run(received.config, tmp_path / "trained", "run.evaluate=trained")
+    assert (received.summary["evaluated"], trained.summary["evaluated"]) == ("received", "trained")
+    assert not (received.out / "trained").exists()
+    assert files_of(received.out, "experts", "personal") == files_of(trained.out, "experts", "personal")
+    key = next(key for key in received.state.lora if key.part is Part.B)
+    for made, different in ((received, 1), (trained, 5)):
+        banks = [read_bundle(made.out / "clients" / c)[0] for c in CLIENTS]
+        assert len({codec.encode(Bank({key: bank.tensors[key]})) for bank in banks}) == different
+    kept = sorted(p.stem for p in (trained.out / "trained" / "mood-0").iterdir())
+    assert kept == ["000002", "000003"]
+    assert done("bert-fedamole").summary["evaluated"] == "trained"
+    asked = run(done("bert-fedamole").config, tmp_path / "asked", "run.evaluate=received")
+    assert asked.summary["evaluated"] == "received"
+    assert asked.summary["mean"]["test"]["loss"] != done("bert-fedamole").summary["mean"]["test"]["loss"]
+
+
+def test_a_client_that_never_trained_is_evaluated_with_what_it_receives(done: Any, tmp_path: Path) -> None:
+    made = run(done("bert-fedit").config, tmp_path / "out", "run.evaluate=trained", "run.cohort=0.4", "run.rounds=1")
+    took_part = set(made.of("round")[0]["clients"])
+    assert len(took_part) == 2
+    assert {p.name for p in (made.out / "trained").iterdir()} == took_part
+    assert sorted(made.of("evaluation")[0]["clients"]) == CLIENTS
+    key = next(key for key in made.state.lora if key.part is Part.B)
+    for client in CLIENTS:
+        bank, _ = read_bundle(made.out / "clients" / client)
+        assert torch.equal(bank.tensors[key], made.state.lora[key]) == (client not in took_part)
+
+
+def test_fedamole_on_multiple_choice(tmp_path: Path) -> None:
+    path = sites.config(tmp_path, "llama", method="fedamole", kind="multiple_choice")
+    summary = federate(load_config(path), tmp_path / "out", root=tmp_path)
+    assert (summary["task"], summary["primary"]) == ("multiple_choice", "accuracy")
+    assert set(summary["describe"]["assignment"]) == {t.name for t in tiny.targets(tiny.model("llama", "generation"))}

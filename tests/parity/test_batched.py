@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pools
 import sites
 import tiny
 from coterie.config import check_config
@@ -51,7 +52,9 @@ OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedlease": {"warmup_rounds": 1, "max_experts": 3},
     "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
+    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ["two"], "drop_below": 0.1},
 }
+ALONE = {"smartfed"}  # its programs also ask for statistics that are not collected in batches
 KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
 CHOSEN = {"mood-0": 8, "mood-1": 5, "size-0": 7, "place-0": 3, "size-1": 8}  # rows of training; none divides by 4 twice
 
@@ -90,10 +93,11 @@ def workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, 
     return Workplace(base, task, 0, **more)
 
 
-def method_of(name: str, head: Any = "personal", optim: Optim = OPTIM) -> Any:
+def method_of(name: str, kind_of_task: str, head: Any = "personal", optim: Optim = OPTIM) -> Any:
     kind = method_named(name)
+    pool = {"pool": pools.for_tiny(KINDS[kind_of_task])} if name == "smartfed" else {}
     plan = Plan(rank=2, alpha=3, dropout=0.2, optim=optim, head=head, rounds=ROUNDS)
-    return kind(kind.Settings(**SETTINGS.get(name, {})), plan)
+    return kind(kind.Settings(**SETTINGS.get(name, {}), **pool), plan)
 
 
 def double(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -147,7 +151,7 @@ WAYS = [
 def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str, kind: str) -> None:
     """In float64, each round from the same state: in groups of 2, of 3 turned around, and all at once."""
     assert len(methods()) >= 3
-    method, place, clients = method_of(name, head), workplace(kind), loaded(kind, torch.float64)[1]
+    method, place, clients = method_of(name, kind, head), workplace(kind), loaded(kind, torch.float64)[1]
     infos = [c.info for c in clients]
     before = {name: value.clone() for name, value in place.base.model.state_dict().items()}
     state = method.init(place.base.spec, infos)
@@ -164,7 +168,8 @@ def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str,
         alone = {c.info.id: drive(program(c), LocalCompute(place, c, rnd)) for c in clients}
         for group in (*groups(clients, 2), *groups(clients[::-1], 3), list(clients)):
             computes = [LocalCompute(place, c, rnd) for c in group]
-            with in_batches() if len(group) > 1 else nullcontext():
+            batched_all = len(group) > 1 and name not in ALONE
+            with in_batches() if batched_all else nullcontext():
                 results = drive_together([program(c) for c in group], computes, ignore)
             for compute, result in zip(computes, results, strict=True):
                 assert isinstance(result, ClientResult), result
@@ -186,7 +191,9 @@ def floats(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_engines_agree_in_float32_after_each_round(name: str, kind: str, tmp_path: Path) -> None:
     # sgd: AdamW moves a number by about the learning rate even where its gradient is hardly more than rounding
-    method = method_of(name, optim=Optim(batch_size=4, epochs=1, optimizer="sgd", learning_rate=0.1, momentum=0.9))
+    method = method_of(
+        name, kind, optim=Optim(batch_size=4, epochs=1, optimizer="sgd", learning_rate=0.1, momentum=0.9)
+    )
     clients = loaded(kind, torch.float32)[1]
 
     def engine(together: int) -> LocalEngine:

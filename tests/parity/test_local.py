@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import pools
 import sites
 import tiny
 from coterie import codec
@@ -49,6 +50,7 @@ OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedlease": {"warmup_rounds": 1, "max_experts": 2},
     "fedamole": {"experts": 6, "dropout_masks": "per_expert"},
+    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ["two"], "drop_below": 0.1},
 }
 
 
@@ -81,8 +83,9 @@ def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> Loca
 
 def method_of(name: str, head: Any = "personal") -> Any:
     kind = method_named(name)
+    pool = {"pool": pools.for_tiny()} if name == "smartfed" else {}
     plan = Plan(rank=2, alpha=4, dropout=0.1, optim=OPTIM, head=head, rounds=ROUNDS)
-    return kind(kind.Settings(**SETTINGS.get(name, {})), plan)
+    return kind(kind.Settings(**SETTINGS.get(name, {}), **pool), plan)
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -137,7 +140,7 @@ def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: s
             (scored,) = worker.score(Score([bank], split))
             assert evaluation.scores[split] == {**scored.metrics, "loss": scored.loss}
         assert evaluation.observed == worker.observe(Observe(bank, "test"))
-        assert bool(evaluation.observed.usage) == (name in ("fedlease", "fedamole"))
+        assert bool(evaluation.observed.usage) == (name in ("fedlease", "fedamole", "smartfed"))
 
 
 @pytest.mark.parametrize("name", sorted(methods()))

@@ -138,6 +138,42 @@ def test_what_padding_tokens_hold_changes_nothing_unless_they_count(counted: boo
     assert all(same) if not counted else not any(same)
 
 
+@pytest.mark.parametrize("padding", [False, True])
+def test_training_counts_padding_only_if_asked(padding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training with every batch padded to 30 tokens: another load-balance loss only where padding counts."""
+    found = []
+    for width in (0, 30):
+        place = workplace()
+        collate = place.task.collate
+
+        def wider(examples: Any, collate: Any = collate, width: int = width) -> Any:
+            batch = collate(examples)
+            more = max(0, width - batch.mask.shape[1])
+            inputs = {name: nn.functional.pad(value, (0, more)) for name, value in batch.inputs.items()}
+            return replace(batch, inputs=inputs)
+
+        place.task = replace_collate(place.task, wider)
+        found.append(train(place, routed(place), OPTIM, balance=Balance(1.0, padding)))
+    apart = largest_difference(found[0].tensors, found[1].tensors)
+    assert (apart > 1e-4) if padding else (apart < 1e-6)
+    assert (abs(found[0].balance - found[1].balance) > 1e-3) == padding
+
+
+def replace_collate(task: Any, collate: Any) -> Any:
+    made = replace(task)
+    object.__setattr__(made, "collate", collate)
+    return made
+
+
+def test_under_autocast_the_loss_stays_in_float32() -> None:
+    p = numbers(600, 4).float()
+    g = top_k(p, None, k=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        masked, plain = (balance_loss("top_k", p, None, g, counted) for counted in (torch.ones(600), None))
+    assert masked.dtype == plain.dtype == torch.float32
+    assert float(masked) == pytest.approx(float(plain), abs=1e-6)
+
+
 def test_embeddings_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter rows are padded in large batches; with padding counted that shows."""
     seen = {}

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from coterie.nn.attach import Attached, attach
+from coterie.nn.bank import BankLayer
 from coterie.nn.gates import gates
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Bank, Key, Part, Target
@@ -483,3 +484,34 @@ def test_inference_mode_then_training() -> None:
         module(inputs())
     module(inputs()).sum().backward()
     assert all(p.grad is not None for p in attached.parameters.values())
+
+
+# few of many ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["one", "active"])
+def test_a_sum_over_the_active_experts_alone_is_the_sum_over_all(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny.model("bert")
+    over = tiny.targets(made)
+    bank = tiny.bank(over, experts=40, rank=1, gate="top_k", options={"k": 2, "scale": scale})
+    routers = [key for key in bank.tensors if key.part is Part.ROUTER]
+
+    def run() -> tuple[Tensor, dict[Key, Tensor]]:
+        attached = attach(made, bank, routers)
+        out = made(**tiny.batch()).logits
+        out.square().sum().backward()
+        attached.detach()
+        return out.detach(), {key: p.grad for key, p in attached.parameters.items() if p.grad is not None}
+
+    calls: list[int] = []
+    original = BankLayer._add_active
+    monkeypatch.setattr(BankLayer, "_add_active", lambda *args: calls.append(1) or original(*args))
+    out, grads = run()
+    assert calls == []
+    monkeypatch.setattr("coterie.nn.bank.SPARSE_FROM", 40)
+    few, few_grads = run()
+    assert len(calls) == len(over)
+    assert grads.keys() == few_grads.keys() == set(routers)
+    torch.testing.assert_close(few, out)
+    for key in routers:
+        torch.testing.assert_close(few_grads[key], grads[key], rtol=1e-3, atol=1e-4)

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertModel, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertModel,
+    PretrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 import tiny
@@ -238,7 +245,7 @@ def test_targets_by_last_name_and_by_whole_name(tmp_path: Path) -> None:
     assert "bert.encoder.layer.1.attention.self.key" in found
     assert "bert.encoder.layer.0.attention.self.key" not in found
     assert "bert.encoder.layer.0.output.dense" in found
-    assert len(found) == 2 * 3 + 1 + 1  # per layer attention output, intermediate, output; the pooler; one key
+    assert len(found) == 2 * 3 + 1  # per layer attention output, intermediate, output; one key; not the pooler
 
 
 def test_targets_are_never_in_the_head(tmp_path: Path) -> None:
@@ -363,6 +370,15 @@ def test_an_encoder_that_cannot_generate(tmp_path: Path) -> None:
 
 
 # names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["generation", "multiple_choice"])
+def test_an_encoder_with_an_output_layer_is_no_decoder(kind: Any, tmp_path: Path) -> None:
+    """transformers loads it as a causal model, with a warning at most: each token would see the answer."""
+    BertForMaskedLM(tiny.config("bert")).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CoterieError, match=r"no decoder.*causal language model"):
+        load_base(str(tmp_path), kind)
 
 
 def test_a_hub_name_stays_as_it_is() -> None:

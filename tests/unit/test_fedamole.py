@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,8 +180,15 @@ def test_a_client_that_missed_rounds_keeps_its_last_embedding_and_the_federation
     state = one_round(method, state, 2, only=[c for c in everyone if c != "a0"])
     assert torch.equal(state.token_embeddings["q"][state.clients.index("a0")], last)
     assert state.holds["q"][:, state.clients.index("a0")].sum() >= 2
-    fresh = one_round(method, make()[1], 1, only=["b0"])
-    assert not fresh.token_embeddings["q"][fresh.clients.index("a0")].any()
+    fresh = one_round(method, make()[1], 1, only=["a0", "b0"])
+    assert not fresh.token_embeddings["q"][fresh.clients.index("a1")].any()
+    shares = method._affinity(fresh)[0]  # unknown clients stand between the known ones, and all alike
+    unknown = [i for i, c in enumerate(fresh.clients) if c not in ("a0", "b0")]
+    a, b = (shares[:, fresh.clients.index(c)] for c in ("a0", "b0"))
+    assert np.allclose(shares[:, unknown], shares[:, unknown[:1]], rtol=1e-9)
+    held = fresh.expert_embeddings["q"].any(dim=1).numpy()  # the others' embeddings are 0: all clients alike
+    between = (shares[:, unknown[0]] <= np.maximum(a, b)) & (shares[:, unknown[0]] >= np.minimum(a, b))
+    assert between[held].all()
 
 
 def test_the_server_keeps_every_expert_once() -> None:
@@ -230,7 +238,9 @@ def test_own_masks_and_padding_are_asked_for() -> None:
         ({"experts": 60, "max_experts": 8}, "max_experts"),
         ({"clients_per_expert": 10}, "clients_per_expert"),
         ({"experts": 10, "assignment": "homogeneous"}, "homogeneous|same number"),
-        ({"top_k": 9}, "top_k = 9 .* raise max_experts to at least 9"),
+        ({"top_k": 9}, "top_k = 9 is above max_experts = 8"),
+        ({"top_k": 3, "experts": 6}, "top_k = 3 wants 27 places .*lower top_k to at most 1"),
+        ({"embedding_fraction": 0.99}, "client a0 has 10 training row.*embedding_fraction = 0.99"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_the_run(settings: dict[str, Any], message: str) -> None:
@@ -239,5 +249,5 @@ def test_what_cannot_be_met_is_refused_before_the_run(settings: dict[str, Any], 
 
 
 def test_a_client_with_one_row_is_refused() -> None:
-    with pytest.raises(CoterieError, match=r"client tiny has 1 training row"):
+    with pytest.raises(CoterieError, match=r"client tiny has 1 training row.*give it more rows"):
         make(clients=[*CLIENTS, ClientInfo("tiny", 1)])

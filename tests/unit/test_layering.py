@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "codec": {"types"},
     "ops": {"types"},
     "method": {"types", "methods"},  # methods: the registry looks into their package, by name
-    "methods": {"types", "codec", "method", "ops"},
+    "pool": {"types", "files", "codec"},
+    "methods": {"types", "codec", "method", "ops", "pool"},
     "nn": {"types", "machine", "ops"},
     "data": {"types", "ops"},
     "evaluate": {"types", "ops"},
@@ -42,23 +43,25 @@ MAY_IMPORT = {
     "runner": {"types", "files", "codec", "ops", "method", "machine", "evaluate", "engine", "checks", "checkpoint"},
     "run_folder": {"types", "files", "config", "checkpoint"},
     "export": {"types", "files", "codec"},
+    "adapters": {"types", "nn", "pool"},
     "summary": {"types", "machine", "evaluate"},
     "tables": {"types"},
     "plots": set(),
     "assignment": {"types"},
     "report_assignment": {"types", "assignment", "plots", "tables"},
-    "report": {"types", "files", "assignment", "plots", "report_assignment", "tables"},
+    "report_quotas": {"types", "plots"},
+    "report": {"types", "files", "assignment", "plots", "report_assignment", "report_quotas", "tables"},
     "tracking": {"types", "runner"},
 }
-OUTERMOST = {"cli", "federate", "compare", "demo", "progress"}
+OUTERMOST = {"cli", "cli_pool", "federate", "compare", "demo", "progress"}
 
 # Heavy or replaceable libraries: the files and folders that may import them.
 ONLY_IN = {
     "transformers": {"nn", "data/tasks.py", "export.py"},
-    "peft": {"nn", "export.py"},
+    "peft": {"nn", "export.py", "adapters.py"},
     "bitsandbytes": {"nn"},
     "datasets": {"data/sources"},
-    "typer": {"cli.py"},
+    "typer": {"cli.py", "cli_pool.py"},
 }
 ONE_FILE_ONLY = "flwr"
 
@@ -201,6 +204,9 @@ BAD = [
     ("methods/fedit.py", "if TYPE_CHECKING:\n    from coterie.nn import bank"),
     ("methods/fedit.py", "bank = importlib.import_module('coterie.nn.bank')"),
     ("methods/fedit.py", "import transformers"),
+    ("methods/fedit.py", "from coterie.adapters import build_pool"),
+    ("pool.py", "from coterie.adapters import build_pool"),
+    ("adapters.py", "from coterie.engines.compute import LocalCompute"),
     ("methods/_common.py", "from peft import LoraConfig"),
     ("methods/fedit.py", "import flwr.app"),
     ("nn/bank.py", "from coterie.method import Plan"),
@@ -220,6 +226,7 @@ BAD = [
     ("plots/heat.py", "from coterie.tables import show"),
     ("assignment.py", "from coterie.plots import natural"),
     ("report_assignment.py", "from coterie.report import Run"),
+    ("report_quotas.py", "from coterie.pool import read_pool"),
     ("report.py", "from coterie.runner import Runner"),
     ("summary.py", "from coterie.federate import federate"),
     ("export.py", "from coterie.nn.base import load_base"),

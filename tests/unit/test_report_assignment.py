@@ -243,11 +243,12 @@ def test_a_run_under_way_shows_what_the_next_round_holds(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("quick")
-def test_without_groups_there_is_no_agreement(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [lambda c: None, lambda c: "all", lambda c: c], ids=["none", "one", "each its own"])
+def test_without_groups_to_tell_apart_there_is_no_agreement(tmp_path: Path, group) -> None:
     summary = total(events())
-    for row in summary["clients"].values():
-        row["group"] = None
-    run = made(tmp_path / "none", events(), summary, grouped=False)
+    for client, row in summary["clients"].items():
+        row["group"] = group(client)
+    run = made(tmp_path / "run", events(), summary, grouped=False)
     page = Page(write_report(run, pictures=True))
     assert pictures(run) == ALWAYS | {"expert-usage", "assignment-changes"}
     assert "Frames: the group" not in page.text
@@ -275,6 +276,20 @@ def test_a_summary_alone_and_usage_without_numbers_or_assignment_have_pictures(t
     assert "Which client uses which expert" in other.text
     assert "Who holds which expert" not in other.text
     assert "shared expert" not in other.text
+    lines = [*events()[:-1], {**events()[-1], "usage": usage()}]
+    unsaid = {**total(events()), "describe": {}, "usage": {client: {} for client in CLIENTS}}
+    for name, summary in (("killed", None), ("unsaid", unsaid)):
+        page = Page(write_report(made(tmp_path / name, lines, summary)))
+        assert "Which client uses which expert" in page.text
+        assert "mode dynamic" in page.text
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("held", [{"m": {"a": []}}, {"m": {}}])
+def test_an_assignment_of_nothing_is_no_picture(tmp_path: Path, held: dict) -> None:
+    start = {"event": "start_state", "round": 0, "describe": {"assignment": held, "pool": {"experts": 0}}}
+    run = made(tmp_path / "empty", [start])
+    assert "Who holds which expert" not in Page(write_report(run)).text
 
 
 # ---- pictures

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from coterie.data.rows import ClientData, PromptRow
-from coterie.data.tasks import Batch, Generation
+from coterie.data.tasks import Batch, Example, Generation
 from coterie.engines.course import Course
+from coterie.engines.importance import STATISTICS, gate_importance
 from coterie.engines.place import Workplace, autocast
 from coterie.engines.tally import OBSERVABLE, ChoiceTally, Sight, Tally
 from coterie.evaluate import text_metrics
 from coterie.machine import native_bfloat16
 from coterie.nn.attach import attached
+from coterie.ops.streams import stream
 from coterie.types import Bank, Json, Observe, Observed, Score, Scored, Train, Trained
 
 
@@ -51,31 +53,42 @@ class LocalCompute:
 
     def score(self, request: Score) -> list[Scored]:
         """Mean loss and metrics of every bank on the split."""
-        return [self._score(bank, request.split) for bank in request.banks]
+        return [self._score(bank, request) for bank in request.banks]
 
     def observe(self, request: Observe) -> Observed:
-        """Gate usage and mean embeddings of the bank on the split."""
+        """Gate usage, mean embeddings and modules' importance of the bank on the split."""
         sight = self.sight(request)
         with attached(self.place.base.model, request.bank) as bank, evaluating(self.place.base.model):
             sight.start(bank.now)
             for batch in sight.batches(self.place.eval_batch_size):
                 sight.prepare(batch, None if request.padding else batch.mask.to(self.place.device))
                 self._logits(batch.to(self.place.device))
-        return sight.result()
+        return replace(sight.result(), importance=self._importance(request, sight))
+
+    def _importance(self, request: Observe, sight: Sight) -> dict[str, dict[str, float]]:
+        wanted = [name for name in STATISTICS if name in request.what]
+        if not wanted:
+            return {}
+        place = self.place
+        parts = (batch.to(place.device) for batch in sight.batches(place.eval_batch_size))
+        return gate_importance(
+            place.base.model, request.bank, parts, lambda b: place.task.loss(self._logits(b), b), wanted
+        )
 
     def sight(self, request: Observe) -> Sight:
         """What adds up the statistics of a bank on a split. Raises :class:`ValueError` for unknown ones."""
-        if unknown := set(request.what) - OBSERVABLE:
-            raise ValueError(f"cannot observe {sorted(unknown)}; known: {', '.join(sorted(OBSERVABLE))}")
+        if unknown := set(request.what) - {*OBSERVABLE, *STATISTICS}:
+            known = ", ".join(sorted({*OBSERVABLE, *STATISTICS}))
+            raise ValueError(f"cannot observe {sorted(unknown)}; known: {known}")
         if request.hold_out:
             _, examples = self.place.divided(self.client, request.split, request.hold_out)
         else:
             examples = self.place.examples(self.client, request.split)
-        return Sight(self.place.task, request, examples)
+        return Sight(self.place.task, request, self._some(examples, request.examples))
 
-    def _score(self, bank: Bank, split: str) -> Scored:
-        task, place, texts = self.place.task, self.place, None
-        tally = self.tally(split)
+    def _score(self, bank: Bank, request: Score) -> Scored:
+        task, place, split, texts = self.place.task, self.place, request.split, None
+        tally = self.tally(request)
         with attached(place.base.model, bank), evaluating(place.base.model):
             for batch in tally.batches(place.eval_batch_size):
                 tally.add(batch, self._logits(batch.to(place.device)))
@@ -83,9 +96,9 @@ class LocalCompute:
                 texts = generate(place, task, self.prompts(split))
         return tally.result(None if texts is None else self.compared(split, texts))
 
-    def tally(self, split: str) -> Tally | ChoiceTally:
-        """What adds up the scores of one bank on a split."""
-        examples = self.place.examples(self.client, split)
+    def tally(self, request: Score) -> Tally | ChoiceTally:
+        """What adds up the scores of one bank."""
+        examples = self._some(self.place.examples(self.client, request.split), request.examples)
         if self.place.task.kind == "multiple_choice":
             return ChoiceTally(self.place.task, examples, self.client.info.labels is not None)
         return Tally(self.place.task, examples)
@@ -97,6 +110,13 @@ class LocalCompute:
     def compared(self, split: str, texts: Sequence[str]) -> dict[str, float]:
         """The metrics of what was generated for :meth:`prompts`."""
         return text_metrics([row.completion for row in self.prompts(split)], texts)
+
+    def _some(self, examples: list[Example], at_most: int) -> list[Example]:
+        """``at_most`` of the examples (0: all), drawn by the run's seed, the round and the client."""
+        if not 0 < at_most < len(examples):
+            return examples
+        draw = stream(self.place.seed, self.rnd, self.client.info.id, "some")
+        return [examples[i] for i in torch.randperm(len(examples), generator=draw)[:at_most].tolist()]
 
     def _logits(self, batch: Batch) -> Tensor:
         return logits_of(self.place, batch.inputs)

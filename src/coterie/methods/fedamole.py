@@ -16,8 +16,8 @@ share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"`
 load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on validation
 data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's. The
 code's noise on embeddings is left out: it bounds nothing (it clips one batch, and has no accountant).
-Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet has the embedding 0, so
-that no expert prefers or avoids it; an expert whose holders all missed a round stays as the server has it.
+Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
+the others' token embeddings; an expert whose holders all missed a round stays as the server has it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class FedAMoLESettings(MethodSettings):
     )
     balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")
     embedding_fraction: float = Field(
-        0.05, gt=0, lt=1, description="share of the training rows that is not trained on, but gives the embeddings"
+        0.05, gt=0, lt=1, description="share of the training rows that no mode trains on: they give the embeddings"
     )
     embedding_rows: int = Field(200, ge=1, description="the most rows for that")
     weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of all means over clients")
@@ -234,8 +234,8 @@ class FedAMoLE:
     @property
     def _limits(self) -> Limits:
         s = self.settings
-        least = max(s.min_experts, s.top_k)
-        return Limits(s.clients_per_expert, least, s.max_experts, s.assignment == "homogeneous")
+        least, named = max((s.top_k, "top_k"), (s.min_experts, "min_experts"), key=lambda pair: pair[0])
+        return Limits(s.clients_per_expert, least, s.max_experts, s.assignment == "homogeneous", named)
 
     def _number(self, clients: int) -> int:
         return self.settings.experts or 3 * clients
@@ -246,17 +246,13 @@ class FedAMoLE:
 
     def _check(self, clients: Sequence[ClientInfo]) -> None:
         s = self.settings
-        if s.top_k > s.max_experts:
-            raise CoterieError(
-                f"[method] top_k = {s.top_k} needs as many experts, but max_experts = {s.max_experts}; "
-                f"raise max_experts to at least {s.top_k}, or lower top_k"
-            )
         check(self._number(len(clients)), len(clients), self._limits)
+        aside = HoldOut(s.embedding_fraction, s.embedding_rows)
         for client in clients:
-            if client.num_train < 2:
+            if aside.count(client.num_train) >= client.num_train:
                 raise CoterieError(
-                    f"client {client.id} has {client.num_train} training row(s); FedAMoLE trains on some and sets "
-                    "others aside for its embeddings: give it at least 2"
+                    f"client {client.id} has {client.num_train} training row(s), and embedding_fraction = "
+                    f"{s.embedding_fraction:g} sets them all aside; give it more rows, or lower embedding_fraction"
                 )
 
     def _held(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
@@ -302,7 +298,7 @@ class FedAMoLE:
 
     def _affinity(self, state: FedAMoLEState) -> NDArray[np.float64]:
         """prob [m, E, n]: softmax over clients of (e . t_c) / sqrt r."""
-        pairs = [(state.expert_embeddings[t.name], state.token_embeddings[t.name]) for t in state.base.targets]
+        pairs = [(state.expert_embeddings[t.name], _filled(state.token_embeddings[t.name])) for t in state.base.targets]
         scores = torch.stack([e.double() @ t.double().T for e, t in pairs]) * self.plan.rank**-0.5
         return np.asarray(scores.softmax(dim=-1).numpy())
 
@@ -316,6 +312,12 @@ class FedAMoLE:
         """Every expert with the clients that it picks by ``affinity`` [m, E, n]."""
         chosen = torch.from_numpy(assign(affinity, self._limits))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})
+
+
+def _filled(t: Tensor) -> Tensor:
+    """Token embeddings [n, r] with the mean of the clients that are known for those that are not yet."""
+    known = t.any(dim=1, keepdim=True)
+    return torch.where(known, t, t.sum(0) / known.sum().clamp(min=1))
 
 
 METHOD = FedAMoLE

@@ -10,19 +10,21 @@ as they do without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from coterie.nn.gates import balance_loss, gates, routes_by_output
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Key, Part
 
 Span = tuple[int, int]
+SPARSE_FROM = 256  # experts of a matrix from which the sum over the active ones alone was faster (bench/gather.py)
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Pass:
     checkpointing draws it again. ``mask`` [b, t] marks the tokens that count (None: all) in what is collected:
     ``usage`` by module, [2, e] of sums over tokens, the experts' weights and how many tokens use them; ``embeddings``
     sums over tokens of A_e x and of R x; ``balance`` the load-balance loss of every module. None: not collected.
+    ``probe`` is shown every layer and its gate weights [n, e], and returns those that the layer goes on with.
     """
 
     training: bool = False
@@ -41,6 +44,7 @@ class Pass:
     usage: dict[str, Tensor] | None = None
     embeddings: dict[Key, Tensor] | None = None
     balance: list[Tensor] | None = None
+    probe: Callable[[BankLayer, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class BankLayer:
         h, routed, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
         g = self.weights(p, routed)
         self.record(p, routed, g)
+        if g is not None and self.now.probe is not None:
+            g = self.now.probe(self, g)
         return self._add(output.contiguous(), h, g)
 
     def record(self, p: Tensor | None, routed: Tensor, g: Tensor | None) -> None:
@@ -167,8 +173,23 @@ class BankLayer:
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
         trained = [p for key, p in self.parameters.items() if key.part is Part.B]
         columns = self.columns.to(y.dtype)
+        if g is not None and self._few_active(y):
+            return self._add_active(y, h, g, columns)
         result: Tensor = _Add.apply(y, h, g, columns, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
         return result
+
+    def _few_active(self, y: Tensor) -> bool:
+        """Whether so few of so many frozen rank-1 experts are active that to touch these alone is faster."""
+        k, experts = self.options.get("k", 0) if self.gate == "top_k" else 0, len(self.experts)
+        alike = len(self.columns) == experts and not self.column_spans and not self.has_shared
+        measured = y.device.type == "cpu" and y.dtype == torch.float32
+        return measured and alike and experts >= SPARSE_FROM and 0 < 16 * k <= experts
+
+    def _add_active(self, y: Tensor, h: Tensor, g: Tensor, columns: Tensor) -> Tensor:
+        """y + s (g * h) C over the active experts' rows of C alone: k of N per token."""
+        picks = g.detach().topk(self.options["k"], dim=-1, sorted=False).indices
+        weights = self.scaling * g.gather(1, picks) * h.gather(1, picks)
+        return y + functional.embedding_bag(picks, columns, per_sample_weights=weights, mode="sum").reshape(y.shape)
 
     def _keep(self, x: Tensor, *expert: int) -> Tensor:
         """Which numbers of x [n, i] dropout keeps."""
@@ -179,6 +200,8 @@ class BankLayer:
 
     def weights(self, p: Tensor | None, routed: Tensor) -> Tensor | None:
         """The gate's weights [n, e], the shared expert's too, from p [n, s] and A_cat x of the routed experts."""
+        if self.has_shared and len(self.experts) == 1:
+            return None  # there is nothing to route over
         g = gates()[self.gate](p, self._by_expert(routed), **self.options)
         if g is None or not self.has_shared:
             return g

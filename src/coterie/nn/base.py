@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -71,7 +72,8 @@ def load_base(
 
     Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
     Raises :class:`CoterieError` for a folder that holds no model, or not all of one, for targets that match nothing,
-    for a device that is not here, and for gradient checkpointing with a model that has none.
+    for a model that is no decoder where one is needed, for a device that is not here, and for gradient checkpointing
+    with a model that has none.
     """
     path = resolve(name)
     if Path(path).is_dir() and name != _ALIAS and not Path(name).expanduser().is_absolute():
@@ -99,8 +101,22 @@ def load_base(
             raise CoterieError(f"{type(model).__name__} cannot do gradient checkpointing; leave it out of [model]")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode alone; there is no dropout left that this turns on
+    if kind != "classification":
+        _check_causal(model, path)
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
     return Base(model, tokenizer, describe(model, targets), path, kind, attention)
+
+
+def _check_causal(model: nn.Module, path: str) -> None:
+    """Raise for a model whose logits at a token depend on later ones, as those of an encoder with an output layer."""
+    place = next(model.parameters()).device
+    with torch.no_grad():
+        one, other = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=place), use_cache=False).logits.float()
+    if not torch.allclose(one[:2], other[:2], rtol=1e-2, atol=1e-2):
+        raise CoterieError(
+            f"{path} is no decoder: what it says of a token depends on those that follow; for generation and multiple "
+            "choice give a causal language model, or set [task] kind to classification"
+        )
 
 
 def resolve(name: str, root: Path | None = None) -> str:
@@ -158,14 +174,16 @@ def _is_rotary(module: nn.Module) -> bool:
 def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
     """The targets that ``targets`` name (PEFT's defaults for the architecture when empty) and the head's parameters.
 
-    A name matches a module whose qualified name is it or ends in ``"." + name``, outside the head.
+    A name matches a module whose qualified name is it or ends in ``"." + name``, outside the head and outside poolers,
+    which see one vector of a text and not its tokens.
     """
     config: Any = model.config
     head_modules = _head_modules(model)
     linears = {
         name: sizes
         for name, module in model.named_modules()
-        if (sizes := linear_sizes(module)) is not None and name.split(".")[0] not in head_modules
+        if (sizes := linear_sizes(module)) is not None and not {name.split(".")[0]} & {*head_modules}
+        if "pooler" not in name.split(".")
     }
     wanted = targets or _default_targets(model, linears)
     unmatched = [t for t in wanted if not any(_matches(name, t) for name in linears)]
@@ -179,6 +197,15 @@ def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
     )
     std = float(getattr(config, "initializer_range", None) or 0.02)
     return BaseSpec(found, _head_parameters(model, head_modules), std)
+
+
+def bare_linears(path: str) -> dict[str, tuple[int, int]]:
+    """``(d_in, d_out)`` of every Linear of a base without its head or output layer; its weights are not read."""
+    with _quietly(path):
+        config = _from_pretrained(AutoConfig, path)
+        with torch.device("meta"):
+            model: nn.Module = AutoModel.from_config(config)
+    return {name: sizes for name, module in model.named_modules() if (sizes := linear_sizes(module)) is not None}
 
 
 def _matches(name: str, target: str) -> bool:

@@ -8,7 +8,8 @@ A gate is ``gate(p, z, **options) -> g``, with
 
 Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
 no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z: its name is what a method
-names. A gate marked with ``_scored`` also has the load-balance loss (:func:`balance_loss`).
+names. Mark it with ``_by_output`` if it depends on z (else z may be of x~, or None), and with ``_scored`` to give it
+the load-balance loss (:func:`balance_loss`).
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ _SCORES: dict[str, Scores] = {}
 _BY_OUTPUT: set[str] = set()
 
 
-def _scored(scores: Scores, by_output: bool = False) -> Callable[[G], G]:
-    """Mark a gate whose experts have the probabilities softmax(scores(p, z)); ``by_output``: they depend on z."""
+def _scored(scores: Scores) -> Callable[[G], G]:
+    """Mark a gate whose experts have the probabilities softmax(scores(p, z))."""
 
     def mark(gate: G) -> G:
         _SCORES[gate.__name__] = scores
-        if by_output:
-            _BY_OUTPUT.add(gate.__name__)
         return gate
 
     return mark
+
+
+def _by_output(gate: G) -> G:
+    """Mark a gate that depends on z = A x: of x before dropout, while the output takes A x~."""
+    _BY_OUTPUT.add(gate.__name__)
+    return gate
 
 
 def _routed(p: Tensor | None, z: Tensor | None = None) -> Tensor:
@@ -74,12 +79,20 @@ def softmax(p: Tensor | None, z: Tensor | None) -> Tensor:
 
 
 @_scored(_routed)
-def top_k(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
-    """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e]."""
+def top_k(p: Tensor | None, z: Tensor | None, *, k: int, scale: str = "one") -> Tensor:
+    """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e].
+
+    ``scale`` is what the weights add up to: ``"one"``, or ``"active"``: the number of active experts, so that experts
+    that weigh alike each weigh 1, as the ranks of a plain LoRA do (SmartFed, 2512.00902).
+    """
     p = _routed(p)
     if k < 1:
         raise ValueError(f"k is {k}; it is at least 1")
-    return _top_softmax(p, min(k, p.shape[-1]), tuple(range(p.shape[-1])), p.shape[-1])
+    if scale not in ("one", "active"):
+        raise ValueError(f"scale is {scale!r}; it is 'one' or 'active'")
+    active = min(k, p.shape[-1])
+    g = _top_softmax(p, active, tuple(range(p.shape[-1])), p.shape[-1])
+    return g * active if scale == "active" else g
 
 
 def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
@@ -99,7 +112,8 @@ def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
     return _top_softmax(p, experts, serves, experts)
 
 
-@_scored(_dot, by_output=True)
+@_by_output
+@_scored(_dot)
 def scaled_dot_product(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     """FedAMoLE's gate (2411.19128, section 4.2): s_te = (A_e x_t . P x_t) / sqrt r; softmax over the k largest.
 
@@ -123,13 +137,13 @@ def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, count
     if counted is None:
         mean, picked = probability.mean(0), picks.sum(0)
     else:
-        share = counted.to(probability.dtype)
-        mean, picked = share @ probability / share.sum(), share @ picks
+        share = counted.to(probability.dtype).unsqueeze(1)  # sums, not products: autocast would round those
+        mean, picked = (share * probability).sum(0) / share.sum(), (share * picks).sum(0)
     return g.shape[-1] * (mean * picked / picked.sum()).sum()
 
 
 def routes_by_output(gate: str) -> bool:
-    """Whether a gate depends on z = A x: of x before dropout, while the output takes A x~."""
+    """Whether a gate is marked so."""
     return gate in _BY_OUTPUT
 
 

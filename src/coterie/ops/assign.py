@@ -41,6 +41,7 @@ class Limits:
     min_experts: int
     max_experts: int
     homogeneous: bool = False
+    least_is: str = "min_experts"  # the setting that ``min_experts`` comes from, for messages
 
 
 def check(num_experts: int, num_clients: int, limits: Limits) -> None:
@@ -147,14 +148,14 @@ def _fault(experts: int, clients: int, limits: Limits) -> str | None:
         ("the number of experts", experts, 1),
         ("the number of clients", clients, 1),
         ("clients_per_expert", picks, 1),
-        ("min_experts", least, 0),
+        (limits.least_is, least, 0),
     ):
         if number < floor:
             return f"{name} is {number}"
     places = experts * picks
     asked = f"{experts} experts with clients_per_expert = {picks}"
     if least > most:
-        return f"min_experts = {least} is above max_experts = {most}"
+        return f"{limits.least_is} = {least} is above max_experts = {most}"
     if picks > clients:
         return f"clients_per_expert = {picks}, but there are {clients} clients to pick from"
     if limits.homogeneous and places % clients:
@@ -162,7 +163,8 @@ def _fault(experts: int, clients: int, limits: Limits) -> str | None:
     if places > clients * most:
         return f"max_experts = {most} lets {clients} clients take {clients * most} places, but {asked} have {places}"
     if places < clients * least:
-        return f"min_experts = {least} wants {clients * least} places for {clients} clients, but {asked} have {places}"
+        wanted = f"{limits.least_is} = {least} wants {clients * least} places"
+        return f"{wanted} for {clients} clients, but {asked} have {places}"
     return None
 
 
@@ -177,7 +179,7 @@ def _mends(experts: int, clients: int, limits: Limits) -> Iterator[str]:
             lambda n: _fault(experts, clients, replace(limits, max_experts=n)),
         ),
         (
-            "min_experts",
+            limits.least_is,
             limits.min_experts,
             experts,
             lambda n: _fault(experts, clients, replace(limits, min_experts=n)),

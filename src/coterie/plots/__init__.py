@@ -8,6 +8,7 @@ from coterie.plots.assignment import Panel, assigned_experts, held_experts, held
 from coterie.plots.clusters import client_distances, demo_picture, silhouettes
 from coterie.plots.curves import accuracy_by_round
 from coterie.plots.experts import expert_usage
+from coterie.plots.quotas import adapter_use, quota_map
 from coterie.plots.style import INK, LINE, MUTED, PALETTE, SURFACE, Picture, natural, png, svg
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Panel",
     "Picture",
     "accuracy_by_round",
+    "adapter_use",
     "assigned_experts",
     "client_distances",
     "demo_picture",
@@ -27,6 +29,7 @@ __all__ = [
     "held_together",
     "natural",
     "png",
+    "quota_map",
     "silhouettes",
     "svg",
     "used_experts",

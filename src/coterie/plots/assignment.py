@@ -112,7 +112,7 @@ def held_experts(counts: Table, modules: Sequence[str], clients: Sequence[str], 
     step = math.ceil(9 * _POINT / wide)
     named = range(0, len(modules), step)
     ax.set_xticks([m + 0.5 for m in named], [modules[m] for m in named], rotation=90, fontsize=7.5)
-    if min(wide, high) * 72 >= 10:
+    if wide >= (4.4 * len(str(counts.max())) + 2) * _POINT and high >= 9 * _POINT:
         low, top = limits_of(counts)
         write_cells(ax, counts.astype(float), counts.astype(str).tolist(), low + 0.55 * (top - low))
     if ranges:
@@ -133,7 +133,7 @@ def held_together(shares: Table, clients: Sequence[str], groups: Groups) -> Figu
     """Clients x clients: the share of the experts of two clients that both hold, with a frame around each group."""
     n, (left, right) = len(clients), _margins(clients, groups)
     side = max(min(0.3 * n, 3.6), min(0.2 * n, 6.2))
-    figure = Figure(figsize=(max(left + side + right, 3.2), side + 0.85), layout="constrained")
+    figure = Figure(figsize=(left + max(side + right, 2.9), side + 0.85), layout="constrained")
     ax = figure.subplots()
     table = shares.copy()
     np.fill_diagonal(table, np.nan)  # one by definition; it would take the range of colours for itself
@@ -148,7 +148,7 @@ def held_together(shares: Table, clients: Sequence[str], groups: Groups) -> Figu
         if size * side / n >= 8 * _POINT:
             _beside(ax, start + size / 2, cut(group or "no group", 18), INK, 8.5)
     bar = colour_bar(ax, image, "experts that both hold, of those that either holds", 0.2)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(4))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if limits[1] >= 0.05 else 1))
     return figure
 
@@ -194,8 +194,8 @@ def _draw(ax: Axes, panel: Panel, cell: Size, limits: tuple[float, float], text:
         grid_map(ax, past, (0.0, 1.0), _PAST)
     image = grid_map(ax, panel.values, limits, SPARSE if panel.past is None else _CLEAR)
     texts = [[text(value) if np.isfinite(value) else "" for value in row] for row in panel.values]
-    longest = max((len(word) for line in texts for word in line), default=0)
-    if cell[0] >= (4.4 * longest + 2) * _POINT and cell[1] >= 9 * _POINT:
+    longest = max((4.4 * len(word) - 2.2 * word.count(".") for line in texts for word in line), default=0.0)
+    if cell[0] >= (longest + 2) * _POINT and cell[1] >= 9 * _POINT:
         write_cells(ax, panel.values, texts, 0.45 * limits[1])
     return image
 

@@ -77,6 +77,7 @@ def _frame(ax: Axes, label: str, percent: bool) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if percent:
         low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # no half per cent
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
     ax.grid(axis="y")
     ax.set_axisbelow(True)

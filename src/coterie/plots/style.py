@@ -34,7 +34,7 @@ _PAGE_COLOURS = {
     ON_PALE: "var(--on-pale)",
     ON_STRONG: "var(--on-strong)",
 }
-_HALF_PAGE = 5.6  # inches
+_HALF_PAGE = 7.2  # inches; the text of a wider picture would be too small beside another
 _STYLE: Any = {
     "font.size": 9.0,
     "text.color": INK,

@@ -1,0 +1,204 @@
+"""Composing LoRA modules: SmartFed against FedIT, a merge, whole-LoRA routing and local, on a synthetic language.
+
+A small decoder knows the general skills in digits. A pool holds a LoRA for the general skills in letters and one for
+each of four special skills in digits. The targets compose them: sort in letters, mirror in letters; four clients each.
+``unrelated`` is a skill that no module has. ``poisoned``: the pool has one more module, trained on wrong answers.
+Exact matches on test rows by round and by bytes, rounds to FedIT's best, with 100% and 10% of the rows (five epochs a
+round instead of one, for steps enough).
+
+    python bench/skills/run.py --seeds 0                 # goes on where it was stopped; runs lie in runs/skills
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from language import Task, rows, write_rows
+from prepare import MODULES, config, make_base, make_module, make_pool, merged_base
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _harness import RESULTS, measured_on
+
+from coterie.config import check_config
+from coterie.federate import federate
+
+TARGETS: dict[str, Task] = {
+    "sort in letters": ("sort", "letters"),
+    "mirror in letters": ("mirror", "letters"),
+    "unrelated": ("swap", "digits"),
+}
+CLIENTS, TRAIN, TEST = 4, 160, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a method with its settings, a base, and what share of the training rows."""
+
+    name: str
+    method: Mapping[str, Any]
+    merged: float = 0.0
+    poisoned: bool = False
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+FRESH = {"name": "smartfed", "fresh_rank": 8}
+MAIN = [
+    Case("SmartFed", {"name": "smartfed"}),
+    Case("SmartFed + fresh", FRESH),
+    Case("FedIT", {"name": "fedit"}),
+    Case("FedIT from merge", {"name": "fedit"}, merged=1.0),
+    Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 3}),
+    Case("local", {"name": "local"}),
+]
+ABLATIONS = [
+    Case("no EEQA", {"name": "smartfed", "quota": "uniform"}),
+    Case("greedy quotas", {"name": "smartfed", "quota": "greedy"}),
+    Case("gate_mass", {"name": "smartfed", "importance": "gate_mass"}),
+    Case("scale one", {"name": "smartfed", "gate_scale": "one"}),
+    Case("K 4", {"name": "smartfed", "active": 4}),
+    Case("K 16", {"name": "smartfed", "active": 16}),
+    Case("poisoned", {"name": "smartfed"}, poisoned=True),
+]
+
+
+def plan(quick: bool) -> Iterator[tuple[str, Case, int]]:
+    """Target, case, per cent of the rows."""
+    if quick:
+        yield "sort in letters", MAIN[0], 10
+        return
+    for target in ("sort in letters", "mirror in letters"):
+        for share in (100, 10):
+            yield from ((target, case, share) for case in MAIN)
+    yield from (("unrelated", case, 100) for case in MAIN[:3])
+    yield from (("sort in letters", case, 100) for case in ABLATIONS)
+
+
+class Bench:
+    def __init__(self, work: Path, quick: bool) -> None:
+        self.work, self.quick = work, quick
+        steps, number, epochs = (3, 32, 1) if quick else (500, 2000, 3)
+        self.base = make_base(work / "base", steps)
+        letters = 1 if quick else 2
+        self.modules = {
+            name: make_module(work, self.base, name, tasks, number * (letters if name == "letters" else 1), epochs)
+            for name, tasks in MODULES.items()
+        }
+        self.pool = work / "pool"
+        make_pool(self.pool, self.modules)
+
+    def poisoned(self) -> Path:
+        """The pool and a module that was trained to answer sorting in letters wrongly, with the reversed answer."""
+        folder = self.work / "pool-poisoned"
+        bad = make_module(self.work, self.base, "poison", [("wrong sort", "letters")], 2000, 3)
+        make_pool(folder, {**self.modules, "poison": bad})
+        return folder
+
+    def clients(self, target: str, share: int, seed: int) -> Path:
+        place = self.work / "clients" / f"{target}-{share}-{seed}".replace(" ", "-")
+        if not place.exists():
+            # one draw without repetition for all clients and splits
+            made = rows([TARGETS[target]], CLIENTS * (TRAIN + 16 + TEST), f"{target} {seed}")
+            for client in range(CLIENTS):
+                own = made[client::CLIENTS]
+                folder = place / f"client-{client}"
+                write_rows(folder / "train.jsonl", own[: TRAIN * share // 100])
+                write_rows(folder / "validation.jsonl", own[TRAIN : TRAIN + 16])
+                write_rows(folder / "test.jsonl", own[TRAIN + 16 :])
+        return place
+
+    def run(self, target: str, case: Case, share: int, seed: int) -> dict[str, Any]:
+        base, method = self.base, dict(case.method)
+        if case.merged:
+            pool = make_pool(self.pool, self.modules)
+            base = merged_base(self.base, pool, case.merged, self.work / f"merged-{case.merged}")
+        if method["name"] == "smartfed":
+            method["pool"] = str(self.poisoned() if case.poisoned else self.pool)
+        clients = self.clients(target, share, seed)
+        out = self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
+        more = {"run": {"rounds": 2 if self.quick else 10}, "train": {"epochs": 1 if share == 100 else 5}}
+        made = check_config(config(base, clients, method, seed, **(more | dict(case.more))))
+        federate(made, out, root=self.work, resume=(out / "config.json").exists())
+        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
+        trained = [e for e in events if e["event"] == "round"]
+        moved = [sum(c["bytes_up"] + c["bytes_down"] for c in e["clients"].values()) for e in trained]
+        up = [sum(c["bytes_up"] for c in e["clients"].values()) for e in trained]
+        told: dict[str, Any] = {}
+        for event in trained:
+            told |= event["describe"]
+        kept = {name: told[name] for name in ("use", "quotas", "importance", "dropped") if name in told}
+        row = {"target": target, "share": share, "case": case.name, "seed": seed, "accuracy": accuracy}
+        return {**row, "bytes": moved, "bytes_up": up, **kept}
+
+
+def first_at(values: list[float], goal: float) -> int | None:
+    """The first round (from 1) with at least ``goal``."""
+    return next((i for i, value in enumerate(values, start=1) if value >= goal), None)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    for target, share in dict.fromkeys((row["target"], row["share"]) for row in found):
+        here = [row for row in found if (row["target"], row["share"]) == (target, share)]
+        goals = {row["seed"]: max(row["accuracy"]) for row in here if row["case"] == "FedIT"}
+        table = Table(title=f"{target}, {share}% of the rows: exact matches by round")
+        rounds = len(here[0]["accuracy"])
+        for column in (
+            "case",
+            "seed",
+            *map(str, range(1, rounds + 1)),
+            "rounds to FedIT's best",
+            "KiB to it",
+            "KiB in all",
+        ):
+            table.add_column(column, justify="left" if column == "case" else "right")
+        for row in here:
+            at = first_at(row["accuracy"], goals[row["seed"]]) if row["seed"] in goals else None
+            kib = [f"{sum(row['bytes'][:n]) / 1024:.0f}" if n else "-" for n in (at, rounds)]
+            values = [f"{value:.2f}" for value in row["accuracy"]]
+            table.add_row(row["case"], str(row["seed"]), *values, str(at or "-"), *kib)
+        out.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny run, no figures")
+    parser.add_argument("--work", type=Path, default=Path("runs/skills"), help="base, modules, pools and runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
+    parser.add_argument("--seeds", default="0", help="with commas between them; of the clients' rows and of training")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name'")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    bench = Bench(options.work.resolve(), options.quick)
+    found = []
+    for seed in map(int, options.seeds.split(",")):
+        for target, case, share in plan(options.quick):
+            if all(word in f"{target}, {share}, {case.name}" for word in options.only.split("|")):
+                found.append(bench.run(target, case, share, seed))
+                print(
+                    f"{target}, {share}%, {case.name}, seed {seed}:",
+                    *(f"{a:.2f}" for a in found[-1]["accuracy"]),
+                    flush=True,
+                )
+    show(found)
+    if options.only:
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    content = {"bench": "skills", "quick": options.quick, "rows": found, "measured_on": measured_on()}
+    (options.out / "skills.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""SmartFed (arXiv 2512.00902, ICML 2026): reuse LoRA modules that exist as rank-1 experts; train and send routers only.
+
+1. Pool: every LoRA is cut along its rank; expert i of a matrix is B_i A_i x with A_i [1, d_in], B_i [d_out, 1]. Frozen;
+   sent to a client once, then named by its SHA-256.
+2. MoRE: y = W0 x + sum_{i in top-K_m} g_i B_i A_i x with g from a router W [N_m, d_in] per matrix m and per token
+   (:func:`coterie.nn.gates.top_k`).
+3. Rounds: a client trains the routers and its head, and uploads them; the server averages them by examples.
+4. EEQA: a budget of active experts over all matrices is shared out by importance, which clients measure every
+   ``quota_interval`` rounds and upload as a number per matrix (:mod:`coterie.ops.quota`).
+
+No code and no formulas of the gate's scale and of EEQA are published: ``gate_scale``, ``importance`` and ``quota`` are
+reconstructions (docs/methods/smartfed.md says which line is whose).
+Ours: a fresh expert beside the pool (``fresh_rank``), pool adapters that train (``train_experts``), adapters dropped
+for lack of use (``drop_below``), whole adapters as experts (``granularity = "adapter"``, a control).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field
+from torch import Tensor
+
+from coterie.method import MethodSettings, Plan
+from coterie.methods._common import (
+    Heads,
+    Shapes,
+    head_of,
+    lora_of,
+    mean_heads,
+    router_of,
+    settle,
+    shapes_of,
+    start_head,
+    start_heads,
+    start_lora,
+    with_head,
+)
+from coterie.methods._pools import is_sound, mean_numbers, named_for, names_in, numbers, starved, use_of, without
+from coterie.ops.mean import mean
+from coterie.ops.quota import RULES
+from coterie.ops.streams import kaiming_uniform, stream
+from coterie.pool import Pool, cut, fit, put_back, read_pool
+from coterie.types import (
+    NO_EXPERT,
+    SHARED,
+    Bank,
+    BaseSpec,
+    ClientId,
+    ClientInfo,
+    ClientProgram,
+    CoterieError,
+    GateSpec,
+    Instruction,
+    Json,
+    Key,
+    Observe,
+    Part,
+    Personal,
+    Reply,
+    Request,
+    Score,
+    Tensors,
+    Train,
+)
+
+
+class SmartFedSettings(MethodSettings):
+    """The settings of SmartFed; a relative ``pool`` starts at the config's folder."""
+
+    pool: str = Field("", description="the pool's folder, made by `coterie pool build`; required")
+    pool_at: Literal["server", "everywhere"] = Field(
+        "server", description="server: sent with a client's first round; everywhere: every client has the folder"
+    )
+    granularity: Literal["rank", "adapter"] = Field(
+        "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
+    )
+    active: int = Field(8, ge=1, description="active experts per matrix and token, on average: the budget of EEQA")
+    floor: int = Field(2, ge=1, description="active experts that every matrix keeps; one alone cannot learn to route")
+    gate_scale: Literal["active", "one"] = Field(
+        "active", description="what the K weights of a token add up to: K or 1"
+    )
+    quota: Literal["proportional", "greedy", "uniform"] = Field(
+        "proportional", description="how importance becomes quotas; uniform: no EEQA"
+    )
+    importance: Literal["first_order", "gate_mass", "ablation"] = Field(
+        "first_order", description="what clients measure for EEQA"
+    )
+    quota_interval: int = Field(2, ge=1, description="rounds from one measurement to the next; the first is round 1")
+    measure_examples: int = Field(64, ge=0, description="training examples that a measurement takes; 0: all")
+    fresh_rank: int = Field(0, ge=0, description="rank of an expert beside the pool, trained and averaged as FedIT's")
+    train_experts: tuple[str, ...] = Field((), description="adapters of the pool that train, travel and are averaged")
+    drop_below: float = Field(
+        0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this part of an even share"
+    )
+
+    def located(self, root: Path) -> Self:
+        return self.model_copy(update={"pool": str(root / Path(self.pool).expanduser())}) if self.pool else self
+
+
+@dataclass(frozen=True)
+class SmartFedState:
+    """The server's state. The pool is not in it, only its name: its tensors are read from the pool's folder.
+
+    ``quotas`` and ``importance`` are by matrix, ``use`` by adapter: its share of the gates' weight. ``trained`` holds
+    the adapters that train, each as in the pool; ``fresh`` the expert beside the pool. ``holders`` have the pool.
+    """
+
+    pool: str
+    routers: Tensors
+    heads: Heads
+    fresh: Tensors
+    trained: Tensors
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
+    use: Mapping[str, float] = field(default_factory=dict)
+    measured_by: tuple[ClientId, ...] = ()
+    dropped: tuple[str, ...] = ()
+    holders: tuple[ClientId, ...] = ()
+
+
+@dataclass(frozen=True)
+class SmartFed:
+    """The method; see the module's text."""
+
+    settings: SmartFedSettings
+    plan: Plan
+
+    name = "smartfed"
+    title = "SmartFed"
+    paper = "arXiv 2512.00902 (ICML 2026)"
+    summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
+    evaluates = "received"
+    Settings = SmartFedSettings
+    State = SmartFedState
+
+    # server ------------------------------------------------------------------------------------------------------
+
+    def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> SmartFedState:
+        pool = self._pool()
+        self._check(pool)
+        names = names_in(pool, base)
+        width = {t.name: t.d_in for t in base.targets}
+        shape = {names[m]: (len(numbers(pool.adapters, m, self._whole)), width[names[m]]) for m in pool.modules}
+        routers = {
+            _router(m): kaiming_uniform(of, stream(self.plan.seed, "router", m)) for m, of in sorted(shape.items())
+        }
+        fresh = start_lora(base, replace(self.plan, rank=self.settings.fresh_rank or 1), SHARED)
+        state = SmartFedState(
+            pool=pool.name,
+            routers=routers,
+            heads=start_heads(base, self.plan, clients),
+            fresh=fresh if self.settings.fresh_rank else {},
+            trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
+        )
+        return replace(state, quotas=self._quotas(state, "uniform"))
+
+    def configure(
+        self, state: SmartFedState, clients: Sequence[ClientInfo], rnd: int
+    ) -> Mapping[ClientId, Instruction]:
+        pool = self._pool(state.pool)
+        info: dict[str, Json] = {
+            "pool": state.pool,
+            "adapters": {a.name: [a.first, a.rank] for a in pool.adapters if a.name not in state.dropped},
+            "quotas": dict(state.quotas),
+            "measure": (rnd - 1) % self.settings.quota_interval == 0,
+        }
+        without = frozenset(state.holders) if self.settings.pool_at == "server" else frozenset(c.id for c in clients)
+        frozen = self._frozen(pool, state.routers)
+        return {
+            c.id: Instruction(
+                {**_travels(state), **state.heads.of(c.id), **({} if c.id in without else frozen)},
+                {**info, "sent": c.id not in without},
+            )
+            for c in clients
+        }
+
+    def expects(self, state: SmartFedState, me: ClientInfo, rnd: int) -> Shapes:
+        return shapes_of(_travels(state), state.heads.of(me.id))
+
+    def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
+        weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
+        keys = _travels(state).keys()
+        merged = mean([{key: replies[c].tensors[key] for key in keys} for c in weight], list(weight.values()))
+        state = replace(
+            state,
+            routers={key: merged[key] for key in state.routers},
+            fresh={key: merged[key] for key in state.fresh},
+            trained={key: merged[key] for key in state.trained},
+            heads=mean_heads(state.heads, replies, weight),
+            holders=tuple(sorted({*state.holders, *replies})),
+        )
+        adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
+        modules = {key.module for key in state.routers}
+        sound = {c: replies[c].info for c in weight if is_sound(replies[c].info, modules, adapters)}
+        return self._eeqa(state, sound, weight) if sound else state
+
+    def experts(self, state: SmartFedState) -> Mapping[str, Tensors]:
+        return {"fresh": {key._replace(expert=0): value for key, value in state.fresh.items()}} if state.fresh else {}
+
+    def describe(self, state: SmartFedState) -> dict[str, Json]:
+        return {
+            "pool": state.pool,
+            "adapters": {a.name: [a.first, a.rank] for a in self._pool(state.pool).adapters},
+            "sizes": {key.module: len(value) for key, value in state.routers.items()},
+            "quotas": dict(state.quotas),
+            "importance": dict(state.importance),
+            "measured_by": list(state.measured_by),
+            "use": dict(state.use),
+            "dropped": list(state.dropped),
+        }
+
+    # client ------------------------------------------------------------------------------------------------------
+
+    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
+        return Personal(start_head(base, self.plan, me) if self.plan.head == "personal" else {})
+
+    def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
+        if ins.info["sent"]:  # keep the pool: later instructions only name it
+            kept = {**head_of(personal.tensors), **self._frozen_in(ins)}
+            personal = Personal(kept, {**personal.info, "pool": ins.info["pool"]})
+        bank = self.bank(ins, me, personal)
+        trained = yield Train(bank, self._trainable(bank, ins), self.plan.optim)
+        after = replace(bank, tensors={**bank.tensors, **trained.tensors})
+        own = {key: v for key, v in trained.tensors.items() if key.part in _WHOLE or key.expert == SHARED}
+        own |= self._put_back(ins, after)
+        travels = [key for key in own if key.part is not Part.HEAD]
+        result = settle(self.plan, replace(trained, tensors=own), me, personal, travels)
+        if not ins.info["measure"]:
+            return result
+        found = yield from self._measure(after, ins)
+        return replace(result, reply=replace(result.reply, info={**result.reply.info, **found}))
+
+    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
+        """The pool's experts and the fresh one. Where there is one, s is its scale, and divides the pool's B again."""
+        pool = {**self._pool_of(ins, me, personal), **self._training_in(ins)}
+        kept = {first for first, _ in ins.info["adapters"].values()}
+        pool = {key: value for key, value in pool.items() if key.expert in kept}
+        s = self._scaling
+        experts = {key: v / s if key.part is Part.B else v for key, v in self._cut(pool).items()}
+        fresh = {key: value for key, value in ins.tensors.items() if key.expert == SHARED}
+        quotas = {module: {"k": k} for module, k in ins.info["quotas"].items()}
+        gate = GateSpec("top_k", {"k": self.settings.active, "scale": self.settings.gate_scale}, quotas)
+        tensors = with_head({**experts, **fresh, **router_of(ins.tensors)}, ins, personal)
+        return Bank(tensors, gate, s, self.plan.dropout)
+
+    # steps of the server -----------------------------------------------------------------------------------------
+
+    def _pool(self, name: str | None = None) -> Pool:
+        """The pool in the settings' folder. Raises where it is not the one called ``name``."""
+        if not self.settings.pool:
+            raise CoterieError(
+                'SmartFed needs a pool: set [method] pool = "DIR", made by `coterie pool build DIR --adapters A B ...`'
+            )
+        pool = read_pool(Path(self.settings.pool))
+        if name not in (None, pool.name):
+            raise CoterieError(
+                f"the pool in {self.settings.pool} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back"
+            )
+        return pool
+
+    def _check(self, pool: Pool) -> None:
+        s, known = self.settings, [a.name for a in pool.adapters]
+        if unknown := sorted({*s.train_experts} - {*known}):
+            raise CoterieError(f"[method] train_experts: no {unknown[0]!r} in the pool; it has {', '.join(known)}")
+        if s.floor > s.active:
+            raise CoterieError(f"[method] floor = {s.floor} is above active = {s.active}; the floors spend the budget")
+
+    def _quotas(self, state: SmartFedState, rule: str) -> dict[str, int]:
+        sizes = {key.module: len(value) for key, value in sorted(state.routers.items())}
+        importance = [state.importance.get(module, 0.0) for module in sizes]
+        quotas = RULES[rule](importance, list(sizes.values()), self.settings.active * len(sizes), self.settings.floor)
+        return dict(zip(sizes, quotas, strict=True))
+
+    def _eeqa(
+        self, state: SmartFedState, infos: Mapping[ClientId, Mapping[str, Json]], weight: Mapping[ClientId, float]
+    ) -> SmartFedState:
+        """Importance and use as the clients' means by examples, starved adapters dropped, the quotas anew."""
+        weights = [weight[c] for c in infos]
+        importance, use = (mean_numbers([i[what] for i in infos.values()], weights) for what in ("importance", "use"))
+        state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
+        return replace(state, quotas=self._quotas(state, self.settings.quota))
+
+    def _drop(self, state: SmartFedState) -> SmartFedState:
+        """Leave out the adapters that the gates hardly use, and their rows of the routers. One always stays."""
+        pool, whole, below = self._pool(state.pool), self._whole, self.settings.drop_below
+        here = [a for a in pool.adapters if a.name not in state.dropped]
+        modules = fit(pool, [key.module for key in state.routers])
+        starving = starved(here, modules, state.use, below, whole)
+        gone = [name for name in starving if name not in self.settings.train_experts][: len(here) - 1]
+        left = [a for a in here if a.name not in gone]
+        routers = {}
+        for module, target in modules.items():
+            stay = {*numbers(left, module, whole)}
+            rows = [i for i, number in enumerate(numbers(here, module, whole)) if number in stay]
+            if rows:
+                routers[_router(target)] = state.routers[_router(target)][rows]
+        return replace(state, routers=routers, dropped=(*state.dropped, *gone)) if gone else state
+
+    def _frozen(self, pool: Pool, routers: Iterable[Key]) -> dict[Key, Tensor]:
+        names = fit(pool, [key.module for key in routers])
+        return named_for(pool, names, [a for a in pool.adapters if a.name not in self.settings.train_experts])
+
+    # steps of the client -----------------------------------------------------------------------------------------
+
+    @property
+    def _whole(self) -> bool:
+        return self.settings.granularity == "adapter"
+
+    @property
+    def _scaling(self) -> float:
+        return self.plan.scaling if self.settings.fresh_rank else 1.0
+
+    def _pool_of(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Tensors:
+        """The frozen experts: sent just now, or from the client's own folder, or kept from an earlier round."""
+        if ins.info["sent"]:
+            return self._frozen_in(ins)
+        if self.settings.pool_at == "everywhere":
+            return self._frozen(self._pool(ins.info["pool"]), router_of(ins.tensors))
+        if personal.info.get("pool") != ins.info["pool"]:
+            raise CoterieError(
+                f"client {me.id} was sent the pool {ins.info['pool'][:12]} and has it no more; restore its personal "
+                'state, or set [method] pool_at = "everywhere" and give it the folder'
+            )
+        return lora_of(personal.tensors)
+
+    def _training_firsts(self, ins: Instruction) -> dict[int, int]:
+        """The first number and the rank of each adapter that trains."""
+        return {ins.info["adapters"][name][0]: ins.info["adapters"][name][1] for name in self.settings.train_experts}
+
+    def _training_in(self, ins: Instruction) -> dict[Key, Tensor]:
+        firsts = self._training_firsts(ins)
+        return {key: value for key, value in lora_of(ins.tensors).items() if key.expert in firsts}
+
+    def _frozen_in(self, ins: Instruction) -> dict[Key, Tensor]:
+        trains = {SHARED, *self._training_firsts(ins)}
+        return {key: value for key, value in lora_of(ins.tensors).items() if key.expert not in trains}
+
+    def _cut(self, tensors: Tensors) -> dict[Key, Tensor]:
+        return dict(tensors) if self._whole else cut(tensors)
+
+    def _put_back(self, ins: Instruction, bank: Bank) -> dict[Key, Tensor]:
+        """The adapters that train as they travel: stacked, and with the bank's scale in B."""
+        like = {
+            key: 1 if self._whole else v.shape[int(key.part is Part.B)] for key, v in self._training_in(ins).items()
+        }
+        found = put_back(bank.tensors, like)
+        return {key: value * bank.scaling if key.part is Part.B else value for key, value in found.items()}
+
+    def _trainable(self, bank: Bank, ins: Instruction) -> frozenset[Key]:
+        trains = {SHARED}
+        for first, rank in self._training_firsts(ins).items():
+            trains |= {*range(first, first + rank)}
+        return frozenset(key for key in bank.tensors if key.part in _WHOLE or key.expert in trains)
+
+    def _measure(self, bank: Bank, ins: Instruction) -> Generator[Request, Any, dict[str, Json]]:
+        """What EEQA is told: a number per matrix, and each adapter's share of the gates' weight."""
+        s = self.settings
+        what = ("usage",) if s.importance == "ablation" else ("usage", s.importance)
+        observed = yield Observe(bank, "train", what, examples=s.measure_examples)
+        modules = sorted(key.module for key in router_of(bank.tensors))
+        if s.importance == "ablation":
+            banks = [bank, *(without(bank, module) for module in modules)]
+            full, *rest = yield Score(banks, "train", examples=s.measure_examples)
+            importance = {m: max(0.0, scored.loss - full.loss) for m, scored in zip(modules, rest, strict=True)}
+        else:
+            importance = {m: observed.importance[s.importance].get(m, 0.0) for m in modules}
+        return {"importance": importance, "use": use_of(bank, observed, ins.info["adapters"])}
+
+
+_WHOLE = (Part.ROUTER, Part.HEAD)
+
+
+def _router(module: str) -> Key:
+    return Key(module, NO_EXPERT, Part.ROUTER)
+
+
+def _travels(state: SmartFedState) -> dict[Key, Tensor]:
+    return {**state.routers, **state.fresh, **state.trained}
+
+
+METHOD = SmartFed

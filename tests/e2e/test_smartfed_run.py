@@ -1,0 +1,87 @@
+"""SmartFed from the command line: what one run exports feeds the next one's pool; killed and resumed it is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sites
+from coterie import codec
+from coterie.adapters import build_pool
+from coterie.config import load_config
+from coterie.export import read_bundle
+from coterie.federate import federate
+from coterie.pool import write_pool
+from coterie.types import CoterieError, Part
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation with a pool of the experts that a FedLEASE run exported."""
+    torch.set_num_threads(1)
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    path = sites.config(folder, request.param)
+    federate(load_config(path), folder / "lease", root=folder)
+    experts = sorted((folder / "lease" / "experts").iterdir())
+    assert len(experts) >= 2
+    write_pool(folder / "pool", build_pool([str(expert) for expert in experts]))
+    text = path.read_text().replace("warmup_rounds = 1", 'pool = "pool"\nactive = 3\nfresh_rank = 1')
+    (folder / "smart.toml").write_text(text.replace('"fedlease"', '"smartfed"'))
+    return folder
+
+
+def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
+    out = site / "smart"
+    federate(load_config(site / "smart.toml"), out, root=site)
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rounds = [e for e in events if e["event"] == "round"]
+    assert [r["failed"] for r in rounds] == [{}, {}, {}]
+    down = [sum(c["bytes_down"] for c in r["clients"].values()) for r in rounds]
+    assert down[0] > down[1] == down[2]
+    (start,) = [e for e in events if e["event"] == "start_state"]
+    told = start["describe"] | rounds[0]["describe"]
+    assert start["describe"]["adapters"] == told["adapters"]
+    assert sum(told["quotas"].values()) == 3 * len(told["sizes"])
+    assert all(value > 0 for value in told["importance"].values())
+    assert sum(told["use"].values()) == pytest.approx(1)
+    usage = next(e for e in events if "usage" in e)["usage"]
+    assert len(usage) == 5
+    bank, info = read_bundle(next((out / "clients").iterdir()))
+    assert info["method"] == "smartfed"
+    assert {key.part for key in bank.tensors} >= {Part.A, Part.B, Part.ROUTER}
+    assert [p.name for p in (out / "experts").iterdir()] == ["fresh"]
+    assert build_pool([str(out / "experts" / "fresh")]).adapters[0].rank == 1
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
+    whole, parts = site / "whole", site / "parts"
+    config = load_config(site / "smart.toml")
+    federate(config, whole, root=site)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def listen(event: dict) -> None:
+        if event.get("event") == "client" and event["round"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        federate(config, parts, root=site, listen=listen)
+    federate(config, parts, root=site, resume=True)
+    for client in (whole / "clients").iterdir():
+        ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
+        assert codec.encode(ours) == codec.encode(theirs)
+
+
+def test_a_run_without_a_pool_is_refused_before_its_folder_is_made(site: Path) -> None:
+    with pytest.raises(CoterieError, match="coterie pool build"):
+        federate(load_config(site / "smart.toml", ['method.pool="nowhere"']), site / "none", root=site)
+    assert not (site / "none").exists()

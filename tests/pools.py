@@ -1,0 +1,45 @@
+"""Random pools for the tests, written without PEFT."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tiny
+from coterie.ops.streams import stream
+from coterie.pool import Adapter, Pool, name_of, write_pool
+from coterie.types import Key, Part, Target
+
+
+def made(over: Sequence[Target], ranks: Mapping[str, int], *, prefix: str = "bert.", scale: float = 0.3) -> Pool:
+    """A pool of adapters of the given ranks on all of ``over``, whose names lose ``prefix``."""
+    tensors: dict[Key, Tensor] = {}
+    adapters, first = [], 0
+    for name, rank in ranks.items():
+        modules = {t.name.removeprefix(prefix): t for t in over}
+        for module, target in modules.items():
+            for part, shape in ((Part.A, (rank, target.d_in)), (Part.B, (target.d_out, rank))):
+                tensors[Key(module, first, part)] = scale * torch.randn(shape, generator=stream(0, name, module, part))
+        ranks_here = dict.fromkeys(modules, rank)
+        adapters.append(Adapter(name, first, rank, ranks_here, f"made/{name}", "0" * 64, "tiny"))
+        first += rank
+    tensors = dict(sorted(tensors.items()))
+    return Pool("tiny", tuple(adapters), tensors, name_of(tensors))
+
+
+@cache
+def for_tiny(arch: str = "bert") -> str:
+    """The folder of a pool for a tiny model: adapters ``one`` of rank 3 and ``two`` of rank 2."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    kind = "classification" if arch in tiny.ENCODERS else "generation"
+    prefix = {"bert": "bert.", "roberta": "roberta.", "gpt2": "transformer."}.get(arch, "model.")
+    write_pool(folder, made(tiny.targets(tiny.model(arch, kind)), {"one": 3, "two": 2}, prefix=prefix))
+    return str(folder)

@@ -1,0 +1,219 @@
+"""Pools from real PEFT adapters: what is cut and put back has the adapter's effect, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from typer.testing import CliRunner
+
+import tiny
+from coterie.adapters import build_pool, read_adapter
+from coterie.cli import app
+from coterie.export import write_adapter
+from coterie.nn.attach import attached
+from coterie.pool import POOL_FILE, cut, fit, name_of, put_back, read_pool, write_pool
+from coterie.types import Bank, CoterieError, Key, Part
+
+torch.set_num_threads(1)
+TOKENS = torch.tensor([[5, 9, 12, 7, 3, 22], [8, 30, 11, 2, 17, 6]])
+NAMES = {"bert": ("query", "value"), "llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn",)}
+KIND = {"bert": "bare", "llama": "generation", "gpt2": "generation"}
+
+
+def base_of(folder: Path, arch: str) -> Path:
+    path = folder / arch
+    return path if path.exists() else tiny.folder(path, arch)
+
+
+def adapter(folder: Path, arch: str, name: str = "a", *, seed: int = 1, kind: str | None = None, **config: Any) -> Path:
+    """An adapter folder that PEFT itself wrote, with A and B both random."""
+    path = base_of(folder, arch)
+    model = tiny.model(arch, kind or KIND[arch])
+    model.name_or_path = model.config._name_or_path = str(path)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": list(NAMES[arch])}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(seed)
+        made = get_peft_model(model, LoraConfig(**{**settings, **config}))
+        for parameter_name, parameter in made.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        made.save_pretrained(folder / name)
+    settings_path = folder / name / "adapter_config.json"
+    stated = json.loads(settings_path.read_text())
+    settings_path.write_text(json.dumps({**stated, "base_model_name_or_path": str(path)}))
+    return folder / name
+
+
+def edit(folder: Path, **changes: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def out_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+CASES = {
+    "plain": ("llama", {}),
+    "rslora": ("llama", {"use_rslora": True, "r": 3}),
+    "other ranks": ("bert", {"rank_pattern": {"value": 7}, "alpha_pattern": {r"layer\.0\.attention\.self\.query": 1}}),
+    "some layers": ("llama", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "transposed": ("gpt2", {"fan_in_fan_out": True}),
+    "one rank": ("bert", {"r": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cut_into_rank_one_experts_it_has_the_effect_that_peft_gives_it(case: str, tmp_path: Path) -> None:
+    arch, settings = CASES[case]
+    folder = adapter(tmp_path, arch, **settings)
+    pool = build_pool([str(folder)])
+    experts = cut(pool.tensors)
+    assert all(1 in value.shape for value in experts.values())
+    assert len(experts) == 2 * sum(pool.size(module) for module in pool.modules)
+
+    model = tiny.model(arch, KIND[arch]).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(tiny.model(arch, KIND[arch]), str(folder)).double()
+    names = fit(pool, [name for name, _ in model.named_modules()])
+    bank = Bank({key._replace(module=names[key.module]): value.double() for key, value in experts.items()})
+    plain, expected = out_of(model), out_of(theirs)
+    with attached(model, bank):
+        ours = out_of(model)
+    assert (expected - plain).abs().max() > 0.1
+    assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
+
+    back = put_back(experts, {key: value.shape[int(key.part is Part.B)] for key, value in pool.tensors.items()})
+    assert back.keys() == pool.tensors.keys()
+    assert all(torch.equal(back[key], value) for key, value in pool.tensors.items())
+
+
+def test_a_pool_of_adapters_that_differ_is_numbered_recorded_and_read_back(tmp_path: Path) -> None:
+    one = adapter(tmp_path, "llama", "one", r=4)
+    two = adapter(
+        tmp_path, "llama", "two", seed=2, r=2, target_modules=["v_proj"], rank_pattern={"layers.0.*v_proj": 3}
+    )
+    (two / "README.md").write_text("---\nlibrary_name: peft\nlicense: apache-2.0\n---\nlicense: other\n")
+    pool = build_pool([str(one), f"second={two}"])
+    assert [(a.name, a.experts, a.licence) for a in pool.adapters] == [
+        ("one", range(4), None),
+        ("second", range(4, 7), "apache-2.0"),
+    ]
+    assert pool.adapters[1].ranks == {"layers.0.self_attn.v_proj": 3, "layers.1.self_attn.v_proj": 2}
+    assert [pool.size(f"layers.{layer}.self_attn.v_proj") for layer in (0, 1)] == [7, 6]
+    assert {e for m, e, _ in cut(pool.tensors) if m == "layers.1.self_attn.v_proj"} == {0, 1, 2, 3, 4, 5}
+    assert pool.adapters[0].source == str(one)
+
+    write_pool(tmp_path / "pool", pool)
+    again = read_pool(tmp_path / "pool")
+    assert again.name == pool.name == name_of(pool.tensors)
+    assert (again.adapters, again.base) == (pool.adapters, str(tmp_path / "llama"))
+    assert build_pool([str(one), str(two)]).name == pool.name  # names and paths do not count
+    assert build_pool([str(two), str(one)]).name != pool.name
+    write_pool(tmp_path / "pool", pool)
+    with pytest.raises(CoterieError, match="holds another pool"):
+        write_pool(tmp_path / "pool", build_pool([str(one)]))
+
+
+def test_adapters_for_classification_and_for_the_bare_model_fit_one_pool(tmp_path: Path) -> None:
+    bare = adapter(tmp_path, "bert", "bare")
+    headed = adapter(tmp_path, "bert", "headed", kind="classification", task_type="SEQ_CLS")
+    pool = build_pool([str(bare), str(headed)])
+    assert {pool.size(module) for module in pool.modules} == {8}
+    assert [a.left_out for a in pool.adapters] == [(), ("classifier", "score")]
+
+
+def test_what_coterie_exports_goes_in(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "llama", "llama")
+    tensors = {
+        key._replace(expert=0): value
+        for key, value in tiny.bank(tiny.targets(tiny.model("llama", "generation"))).tensors.items()
+    }
+    write_adapter(tmp_path / "global", tensors, rank=4, alpha=8, base=str(path), kind="generation")
+    pool = build_pool([str(tmp_path / "global")])
+    names = {module: f"model.{module}" for module in pool.modules}
+    for (module, _, part), value in pool.tensors.items():
+        scale = 2.0 if part is Part.B else 1.0
+        assert torch.equal(value, tensors[Key(names[module], 0, part)] * scale)
+
+
+REFUSED = {
+    "dora": ({"use_dora": True}, "DoRA"),
+    "another kind": ({"peft_type": "LOHA"}, "kind LOHA"),
+    "biases": ({"bias": "lora_only"}, "biases"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
+    "tokens": ({"trainable_token_indices": [1]}, "embedding"),
+    "layers twice": ({"layer_replication": [[0, 2]]}, "repeats layers"),
+    "a key from later": ({"use_telepathy": True}, "use_telepathy"),
+    "a wrong rank": ({"r": 5}, "says r = 5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_rank_one_experts_cannot_represent_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
+    changes, reason = REFUSED[case]
+    folder = edit(adapter(tmp_path, "llama"), **changes)
+    with pytest.raises(CoterieError, match=reason):
+        read_adapter(folder)
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, "llama")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CoterieError, match="pickle"):
+        read_adapter(folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(CoterieError, match=r"has no adapter_model\.safetensors"):
+        read_adapter(folder)
+    with pytest.raises(CoterieError, match="no adapter folder"):
+        read_adapter(tmp_path)
+
+
+def test_whole_modules_beside_the_lora_are_refused_unless_a_head(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, "llama", task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    with pytest.raises(CoterieError, match="lm_head whole"):
+        read_adapter(folder)
+
+
+def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
+    good = adapter(tmp_path, "llama")
+    wide = tiny.folder(tmp_path / "wide", "llama", hidden_size=64)
+    with pytest.raises(CoterieError, match=r"does not fit .*a Linear of 48 to 64"):
+        build_pool([str(good)], str(wide))
+    with pytest.raises(CoterieError, match="no Linear in the body"):
+        build_pool([str(good)], str(tiny.folder(tmp_path / "gpt2", "gpt2")))
+    other = edit(adapter(tmp_path, "llama", "other"), base_model_name_or_path="somewhere/else")
+    with pytest.raises(CoterieError, match="for one base"):
+        build_pool([str(good), str(other)])
+    assert len(build_pool([str(good), str(other)], str(tmp_path / "llama")).adapters) == 2
+    with pytest.raises(CoterieError, match="two adapters are named 'a'"):
+        build_pool([str(good), str(good)])
+
+
+def test_the_commands_build_and_show_and_a_damaged_pool_is_told(tmp_path: Path) -> None:
+    one, two = adapter(tmp_path, "llama", "one"), adapter(tmp_path, "llama", "two", seed=2)
+    place, run = tmp_path / "pool", CliRunner()
+    done = run.invoke(app, ["pool", "build", str(place), "--adapters", str(one), str(two)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    shown = run.invoke(app, ["pool", "show", str(place)], catch_exceptions=False)
+    assert shown.output == done.output
+    for text in (read_pool(place).name, "one", "two", "6 matrices with 8 experts of rank 1"):
+        assert text in shown.output
+    blob = bytearray((place / POOL_FILE).read_bytes())
+    blob[-3] ^= 1
+    (place / POOL_FILE).write_bytes(blob)
+    with pytest.raises(CoterieError, match="damaged"):
+        read_pool(place)
+    with pytest.raises(CoterieError, match="coterie pool build"):
+        read_pool(tmp_path)

@@ -1,0 +1,380 @@
+"""SmartFed: the pool travels once, only routers train, quotas follow what clients measure, and the extras."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pools
+import tiny
+from coterie import codec
+from coterie.method import Plan, drive
+from coterie.methods._common import start_head
+from coterie.methods.fedit import FedIT, FedITSettings
+from coterie.methods.smartfed import SmartFed, SmartFedSettings, SmartFedState
+from coterie.nn.attach import attached
+from coterie.nn.base import describe
+from coterie.pool import Pool, cut, read_pool, write_pool
+from coterie.types import (
+    SHARED,
+    Bank,
+    ClientId,
+    ClientInfo,
+    CoterieError,
+    Instruction,
+    Key,
+    Observe,
+    Observed,
+    Part,
+    Personal,
+    Reply,
+    Score,
+    Scored,
+    Train,
+    Trained,
+)
+
+torch.set_num_threads(1)
+BASE = describe(tiny.model("bert"))
+CLIENTS = [ClientInfo(c, n, labels=("x", "y")) for c, n in (("a", 10), ("b", 30))]
+RANKS = {"one": 3, "two": 2}
+M = len(BASE.targets)
+
+
+def smartfed(folder: Path | str | None = None, head: Any = "personal", **settings: Any) -> SmartFed:
+    plan = Plan(rank=4, alpha=8, dropout=0.0, head=head)
+    return SmartFed(SmartFedSettings(pool=str(folder or pools.for_tiny()), **settings), plan)
+
+
+class Hand:
+    """Compute by hand: training adds ``step`` to every trainable tensor; statistics are as given."""
+
+    def __init__(self, step: float = 1.0, importance: Mapping[str, float] | None = None, use: int = 0) -> None:
+        self.step, self.values, self.use = step, importance or {}, use
+        self.banks: list[Bank] = []
+
+    def train(self, request: Train) -> Trained:
+        self.banks.append(request.bank)
+        tensors = {key: request.bank.tensors[key] + self.step for key in request.trainable}
+        return Trained(tensors, 0.5, 10, 100, 5)
+
+    def score(self, request: Score) -> list[Scored]:
+        return [Scored(1.0 + 0.1 * (i % 3), {}, 1) for i, _ in enumerate(request.banks)]
+
+    def observe(self, request: Observe) -> Observed:
+        usage = {}
+        for module in sorted({key.module for key in request.bank.tensors if key.part is Part.ROUTER}):
+            numbers = sorted(k.expert for k in request.bank.tensors if k.module == module and k.part is Part.A)
+            routed = [n for n in numbers if n >= 0]
+            weights = [1.0 if n == SHARED or n == routed[self.use] else 0.0 for n in numbers]
+            usage[module] = {"weight": weights, "share": weights, "expert": numbers}
+        found = {m: self.values.get(m, 0.0) for m in usage}
+        return Observed(usage, 100, importance={w: found for w in request.what if w != "usage"})
+
+
+def play(
+    method: SmartFed, state: SmartFedState, rnd: int, personal: dict[ClientId, Personal], hand: Hand, *who: ClientId
+) -> tuple[SmartFedState, dict[ClientId, Instruction], dict[ClientId, Reply]]:
+    infos = [c for c in CLIENTS if not who or c.id in who]
+    sent = dict(method.configure(state, infos, rnd))
+    replies = {}
+    for me in infos:
+        ins = codec.decode(Instruction, codec.encode(sent[me.id]))
+        result = drive(method.client(ins, me, personal[me.id]), hand)
+        shapes = {key: tuple(value.shape) for key, value in result.reply.tensors.items()}
+        assert shapes == method.expects(state, me, rnd)
+        replies[me.id], personal[me.id] = result.reply, result.personal
+    state = method.aggregate(state, replies, rnd)
+    return codec.decode(SmartFedState, codec.encode(state)), sent, replies
+
+
+def begun(method: SmartFed) -> tuple[SmartFedState, dict[ClientId, Personal]]:
+    return method.init(BASE, CLIENTS), {c.id: method.begin(BASE, c) for c in CLIENTS}
+
+
+def parts(tensors: Mapping[Key, Tensor]) -> set[Part]:
+    return {key.part for key in tensors}
+
+
+# what travels and what trains ----------------------------------------------------------------------------------------
+
+
+def test_the_pool_travels_once_and_only_routers_after_it() -> None:
+    method, hand = smartfed(), Hand()
+    state, personal = begun(method)
+    state, first, replies = play(method, state, 1, personal, hand)
+    pool = read_pool(Path(pools.for_tiny()))
+    sent = {k: v for k, v in first["a"].tensors.items() if k.part in (Part.A, Part.B)}
+    assert sum(v.nbytes for v in sent.values()) == sum(v.nbytes for v in pool.tensors.values())
+    assert first["a"].info["pool"] == pool.name
+    assert parts(replies["a"].tensors) == {Part.ROUTER}
+    bank = hand.banks[0]
+    assert len([k for k in bank.tensors if k.part is Part.A]) == 5 * M
+    state, second, _ = play(method, state, 2, personal, hand)
+    assert parts(second["a"].tensors) == {Part.ROUTER}
+    for key, value in cut(pool.tensors).items():
+        kept = hand.banks[-1].tensors[key._replace(module=f"bert.{key.module}")]
+        assert torch.equal(kept, value)
+
+
+def test_a_client_that_comes_later_is_sent_the_pool_then() -> None:
+    method, hand = smartfed(), Hand()
+    state, personal = begun(method)
+    state, _, _ = play(method, state, 1, personal, hand, "a")
+    assert state.holders == ("a",)
+    ins = method.configure(state, CLIENTS, 2)
+    assert [ins[c].info["sent"] for c in ("a", "b")] == [False, True]
+    assert method.bank(ins["b"], CLIENTS[1], personal["b"]).tensors.keys() == {
+        *method.bank(ins["a"], CLIENTS[0], personal["a"]).tensors
+    }
+    lost = method.begin(BASE, CLIENTS[0])
+    with pytest.raises(CoterieError, match="has it no more"):
+        method.bank(ins["a"], CLIENTS[0], lost)
+
+
+def test_with_the_pool_everywhere_nothing_of_it_travels() -> None:
+    method, other, hand = smartfed(pool_at="everywhere"), smartfed(), Hand()
+    state, personal = begun(method)
+    theirs, kept = begun(other)
+    state, sent, _ = play(method, state, 1, personal, hand)
+    theirs, _, _ = play(other, theirs, 1, kept, Hand())
+    assert parts(sent["a"].tensors) == {Part.ROUTER}
+    assert parts(personal["a"].tensors) == {Part.HEAD}
+    assert codec.encode(state.routers) == codec.encode(theirs.routers)
+
+
+def test_routers_are_averaged_by_examples() -> None:
+    method = smartfed()
+    state, personal = begun(method)
+    start = dict(state.routers)
+    ins = method.configure(state, CLIENTS, 2)
+    replies = {}
+    for me, step in zip(CLIENTS, (1.0, 5.0), strict=True):
+        replies[me.id] = drive(method.client(ins[me.id], me, personal[me.id]), Hand(step)).reply
+    state = method.aggregate(state, replies, 2)
+    for key, value in state.routers.items():
+        assert torch.allclose(value, start[key] + (10 * 1 + 30 * 5) / 40)
+
+
+def test_a_shared_head_travels_and_a_personal_one_stays() -> None:
+    for head in ("shared", "personal"):
+        method = smartfed(head=head)
+        state, personal = begun(method)
+        _, _, replies = play(method, state, 1, personal, Hand())
+        assert (Part.HEAD in parts(replies["a"].tensors)) == (head == "shared")
+        assert (Part.HEAD in parts(personal["a"].tensors)) == (head == "personal")
+
+
+# the layer -----------------------------------------------------------------------------------------------------------
+
+
+def effect(model: Any, bank: Bank) -> Tensor:
+    with attached(model, bank), torch.no_grad():
+        found: Tensor = model(**tiny.batch()).logits
+    return found
+
+
+def test_equal_weights_over_one_modules_ranks_give_that_module_back(tmp_path: Path) -> None:
+    pool = pools.made(BASE.targets, {"one": 4})
+    write_pool(tmp_path / "pool", pool)
+    model = tiny.model("bert").double()
+    plain = {k._replace(module=f"bert.{k.module}"): v.double() for k, v in pool.tensors.items()}
+    for settings in ({}, {"fresh_rank": 2}):
+        method = smartfed(tmp_path / "pool", active=4, **settings)
+        state, personal = begun(method)
+        state = replace(state, routers={k: torch.zeros_like(v) for k, v in state.routers.items()})
+        bank = method.bank(method.configure(state, CLIENTS, 1)["a"], CLIENTS[0], personal["a"])
+        wide = replace(bank, tensors={k: v.double() for k, v in bank.tensors.items() if k.part is not Part.HEAD})
+        expected = effect(model, Bank(plain))
+        assert (effect(model, wide) - expected).abs().max() < 1e-6
+        one = replace(wide, gate=replace(wide.gate, options={**wide.gate.options, "scale": "one"}))
+        quarter = Bank({k: v / 4 if k.part is Part.B else v for k, v in plain.items()})
+        assert (effect(model, one) - effect(model, quarter)).abs().max() < 1e-6
+
+
+def test_the_quotas_are_the_gates_k() -> None:
+    method = smartfed(active=3)
+    state, personal = begun(method)
+    quotas = {key.module: 2 + i % 3 for i, key in enumerate(sorted(state.routers))}
+    state = replace(state, quotas=quotas)
+    bank = method.bank(method.configure(state, CLIENTS, 1)["a"], CLIENTS[0], personal["a"])
+    assert bank.gate.name == "top_k"
+    for module, k in quotas.items():
+        assert bank.gate.options_for(module) == {"k": k, "scale": "active"}
+
+
+# EEQA ----------------------------------------------------------------------------------------------------------------
+
+
+def test_quotas_follow_the_importance_that_clients_measure() -> None:
+    method = smartfed(active=3, quota_interval=2)
+    state, personal = begun(method)
+    modules = sorted(key.module for key in state.routers)
+    assert state.quotas == dict.fromkeys(modules, 3)
+    chosen = {modules[0]: 1.0}
+    state, _, replies = play(method, state, 1, personal, Hand(importance=chosen))
+    assert replies["a"].info["importance"] == {m: chosen.get(m, 0.0) for m in modules}
+    # floors of 2; the first matrix has 5 experts and takes 3 more; what is left is shared alike
+    assert sum(state.quotas.values()) == 3 * M
+    assert state.quotas[modules[0]] == 5
+    assert all(state.quotas[m] >= 2 for m in modules)
+    before = state.quotas
+    state, _, replies = play(method, state, 2, personal, Hand(importance={modules[1]: 1.0}))
+    assert "importance" not in replies["a"].info
+    assert state.quotas == before
+    state, _, _ = play(method, state, 3, personal, Hand(importance={modules[1]: 1.0}))
+    assert state.quotas[modules[1]] == 5
+    assert state.measured_by == ("a", "b")
+
+
+def test_without_eeqa_the_quotas_stay() -> None:
+    method = smartfed(active=3, quota="uniform")
+    state, personal = begun(method)
+    state, _, _ = play(method, state, 1, personal, Hand(importance={BASE.targets[0].name: 1.0}))
+    assert set(state.quotas.values()) == {3}
+
+
+def test_ablation_measures_the_loss_without_each_matrix() -> None:
+    method = smartfed(importance="ablation")
+    state, personal = begun(method)
+    _, _, replies = play(method, state, 1, personal, Hand())
+    values = list(replies["a"].info["importance"].values())
+    assert values == pytest.approx([0.1 * (i % 3) for i in range(1, M + 1)])
+
+
+@pytest.mark.parametrize(
+    "lie", [{"importance": {"x": 1.0}}, {"importance": None}, {"use": {}}, {"importance": float("nan")}], ids=str
+)
+def test_a_senseless_measurement_does_not_count(lie: dict[str, Any]) -> None:
+    method = smartfed(active=3)
+    state, personal = begun(method)
+    ins = method.configure(state, CLIENTS, 1)
+    replies = {c.id: drive(method.client(ins[c.id], c, personal[c.id]), Hand()).reply for c in CLIENTS}
+    if lie.get("importance") != lie.get("importance"):
+        lie = {"importance": dict.fromkeys(replies["a"].info["importance"], float("nan"))}
+    replies["a"] = replace(replies["a"], info={**replies["a"].info, **lie})
+    assert method.aggregate(state, replies, 1).measured_by == ("b",)
+
+
+# extras --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_starved_adapter_is_dropped_and_reported_and_its_rows_with_it() -> None:
+    method = smartfed(active=3, drop_below=0.5)
+    state, personal = begun(method)
+    rows = dict(state.routers)
+    state, _, _ = play(method, state, 1, personal, Hand(step=0.0))  # all weight on expert 0, of "one"
+    assert method.describe(state)["dropped"] == ["two"]
+    assert method.describe(state)["use"] == {"one": 1.0, "two": 0.0}
+    assert all(torch.equal(value, rows[key][:3]) for key, value in state.routers.items())
+    assert sum(state.quotas.values()) == 3 * M
+    hand = Hand(step=0.0)
+    state, _, _ = play(method, state, 2, personal, hand)
+    assert {k.expert for k in hand.banks[0].tensors if k.part is Part.A} == {0, 1, 2}
+    state, _, _ = play(method, state, 3, personal, hand)
+    assert state.dropped == ("two",)  # the last one stays
+
+
+def test_a_fresh_expert_over_a_pool_without_effect_is_fedit(tmp_path: Path) -> None:
+    silent = pools.made(BASE.targets, {"one": 2}, scale=0.0)
+    write_pool(tmp_path / "pool", silent)
+    method = smartfed(tmp_path / "pool", fresh_rank=4)
+    state, personal = begun(method)
+    fedit = FedIT(FedITSettings(), method.plan)
+    theirs = fedit.init(BASE, CLIENTS)
+    ours = method.experts(state)["fresh"]
+    assert codec.encode(dict(sorted(ours.items()))) == codec.encode(dict(sorted(theirs.lora.items())))
+    state, _, _ = play(method, state, 1, personal, Hand(step=0.25))
+    for key, value in method.experts(state)["fresh"].items():
+        assert torch.allclose(value, theirs.lora[key] + 0.25)
+    model, me = tiny.model("bert"), CLIENTS[0]
+    bank = method.bank(method.configure(state, CLIENTS, 2)["a"], me, personal["a"])
+    plain = Bank({**method.experts(state)["fresh"], **start_head(BASE, method.plan, me)}, scaling=2.0)
+    shown = replace(bank, tensors={**bank.tensors, **start_head(BASE, method.plan, me)})
+    assert (effect(model, shown) - effect(model, plain)).abs().max() < 1e-5
+
+
+def test_a_fresh_expert_serves_targets_that_the_pool_does_not(tmp_path: Path) -> None:
+    write_pool(tmp_path / "pool", pools.made(BASE.targets[:1], {"one": 2}))
+    method = smartfed(tmp_path / "pool", fresh_rank=2)
+    state, personal = begun(method)
+    assert len(state.routers) == 1
+    bank = method.bank(method.configure(state, CLIENTS, 1)["a"], CLIENTS[0], personal["a"])
+    assert torch.isfinite(effect(tiny.model("bert"), bank)).all()
+
+
+@pytest.mark.parametrize("granularity", ["rank", "adapter"])
+@pytest.mark.parametrize("fresh", [0, 2])
+def test_chosen_adapters_train_and_travel_and_the_rest_stay_as_they_are(granularity: str, fresh: int) -> None:
+    method = smartfed(train_experts=("two",), granularity=granularity, fresh_rank=fresh)
+    state, personal = begun(method)
+    before, hand = dict(state.trained), Hand(step=0.5)
+    assert {key.expert for key in before} == {3}
+    state, _, _ = play(method, state, 1, personal, hand)
+    scale = method.plan.scaling if fresh else 1.0
+    for key, value in state.trained.items():
+        assert torch.allclose(value, before[key] + 0.5 * (scale if key.part is Part.B else 1.0), atol=1e-5)
+    _, second, _ = play(method, state, 2, personal, hand)
+    assert {k.expert for k in second["a"].tensors if k.part is Part.A} == ({3, SHARED} if fresh else {3})
+    early, late = hand.banks[0].tensors, hand.banks[-1].tensors
+    for key in early:
+        if key.part is Part.A and key.expert in (0, 1, 2):
+            assert torch.equal(early[key], late[key])
+
+
+def test_whole_adapters_as_experts() -> None:
+    method = smartfed(granularity="adapter", active=2)
+    state, personal = begun(method)
+    assert {len(value) for value in state.routers.values()} == {2}
+    bank = method.bank(method.configure(state, CLIENTS, 1)["a"], CLIENTS[0], personal["a"])
+    ranks = {key.expert: value.shape[0] for key, value in bank.tensors.items() if key.part is Part.A}
+    assert ranks == {0: 3, 3: 2}
+    assert torch.isfinite(effect(tiny.model("bert"), bank)).all()
+
+
+# faults --------------------------------------------------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no pool": ({"pool": ""}, "coterie pool build"),
+    "no such adapter": ({"train_experts": ("three",)}, "no 'three' in the pool; it has one, two"),
+    "floors above the budget": ({"floor": 4, "active": 3}, "above active"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_settings_that_cannot_work_say_so(case: str) -> None:
+    settings, reason = FAULTS[case]
+    method = SmartFed(SmartFedSettings(**{"pool": pools.for_tiny(), **settings}), Plan())
+    with pytest.raises(CoterieError, match=reason):
+        method.init(BASE, CLIENTS)
+
+
+def test_a_pool_that_does_not_fit_the_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match=r'set \[lora\] targets = \["query", "value"\]'):
+        smartfed().init(replace(BASE, targets=BASE.targets[:1]), CLIENTS)
+    wide = replace(BASE, targets=tuple(replace(t, d_in=64) for t in BASE.targets))
+    with pytest.raises(CoterieError, match="another base"):
+        smartfed().init(wide, CLIENTS)
+
+
+def test_a_run_goes_on_with_its_own_pool_only(tmp_path: Path) -> None:
+    pool: Pool = pools.made(BASE.targets, RANKS)
+    write_pool(tmp_path / "pool", pool)
+    method = smartfed(tmp_path / "pool")
+    state, _ = begun(method)
+    (tmp_path / "pool" / "pool.safetensors").unlink()
+    write_pool(tmp_path / "pool", pools.made(BASE.targets, {"other": 3}))
+    with pytest.raises(CoterieError, match="put that back"):
+        method.configure(state, CLIENTS, 2)
+
+
+def test_a_relative_pool_starts_at_the_configs_folder() -> None:
+    assert SmartFedSettings(pool="pools/x").located(Path("/a")).pool == "/a/pools/x"
+    assert SmartFedSettings(pool="/b").located(Path("/a")).pool == "/b"
+    assert SmartFedSettings().located(Path("/a")).pool == ""
