@@ -79,6 +79,7 @@ class Runner:
             return self._commit(state, 0)
         os.truncate(self.metrics, found.info["metrics_bytes"])
         self.engine.restore(found.rnd)
+        self._prune(found.rnd)  # the run may have been killed between a commit and this
         self._note(notes, found.rnd)
         self.listen({"event": "resumed", "round": found.rnd})
         return found
@@ -166,9 +167,12 @@ class Runner:
             os.fsync(file.fileno())
         made = Checkpoint(rnd, state, {"metrics_bytes": self.metrics.stat().st_size})
         checkpoints.save(self.folder / "checkpoints", made, self.rounds.keep_checkpoints)
-        self.engine.prune(rnd - self.rounds.keep_checkpoints + 1)
+        self._prune(rnd)
         self.listen({"event": "checkpoint", "round": rnd})
         return made
+
+    def _prune(self, rnd: int) -> None:
+        self.engine.prune(rnd - self.rounds.keep_checkpoints + 1)
 
     def _note(self, notes: list[str], rnd: int) -> None:
         for text in notes:

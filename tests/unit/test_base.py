@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 import tiny
 from coterie.machine import devices
+from coterie.nn.attach import attached
 from coterie.nn.base import describe, load_base, longest, resolve
 from coterie.types import CoterieError
 
@@ -461,3 +462,26 @@ def test_it_speaks_again_after_a_fault(tmp_path: Path) -> None:
 
 def test_a_model_without_a_head() -> None:
     assert describe(tiny.model("bert", "bare")).head == ()
+
+
+@pytest.mark.parametrize("arch", ["bert", "llama", "gpt2"])
+def test_linears_held_in_the_dtype_of_autocast_give_the_same_bits(arch: str, tmp_path: Path) -> None:
+    kind = "classification" if arch == "bert" else "generation"
+    base = load_base(str(tiny.folder(tmp_path, arch)), kind)  # type: ignore[arg-type]
+    bank = tiny.bank(base.spec.targets, 2, gate="softmax")
+
+    def found() -> list[torch.Tensor]:
+        with attached(base.model, bank, bank.tensors) as handle:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = base.model(**tiny.batch()).logits
+            logits.float().square().sum().backward()
+            return [logits.detach(), *(p.grad for p in handle.parameters.values() if p.grad is not None)]
+
+    before = found()
+    base.hold_linears(torch.bfloat16)
+    held = [m.weight.dtype for m in base.model.modules() if type(m) is torch.nn.Linear]
+    assert held.count(torch.bfloat16) == {"bert": 13, "llama": 14, "gpt2": 0}[arch], "all but the head, or the tied one"
+    assert {m.weight.dtype for m in base.model.modules() if isinstance(m, torch.nn.Embedding)} == {torch.float32}
+    after = found()
+    assert len(before) == len(after) > 10
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -27,7 +27,6 @@ from coterie.nn.attach_many import AttachedMany, attached_many
 from coterie.nn.many import UnlikeError
 from coterie.types import (
     Answer,
-    Bank,
     ClientProgram,
     ClientResult,
     CoterieError,
@@ -172,7 +171,7 @@ def score_together(asked: Sequence[tuple[LocalCompute, Score]]) -> list[list[Sco
     faults: dict[int, CoterieError] = {}
     for number in range(max(len(request.banks) for _, request in asked)):
         lanes = [i for i, (_, r) in enumerate(asked) if number < len(r.banks) and i not in faults]
-        chosen = [(asked[i][0], asked[i][1].banks[number], asked[i][1]) for i in lanes]
+        chosen = [(asked[i][0], replace(asked[i][1], banks=[asked[i][1].banks[number]])) for i in lanes]
         for i, one in zip(lanes, _scores(chosen) if chosen else [], strict=True):
             if isinstance(one, CoterieError):
                 faults[i] = one
@@ -181,12 +180,13 @@ def score_together(asked: Sequence[tuple[LocalCompute, Score]]) -> list[list[Sco
     return [faults.get(i) or one for i, one in enumerate(scored)]
 
 
-def _scores(asked: Sequence[tuple[LocalCompute, Bank, Score]]) -> list[Scored | CoterieError]:
+def _scores(asked: Sequence[tuple[LocalCompute, Score]]) -> list[Scored | CoterieError]:
+    """What each of them scores, with the one bank that each asks for."""
     found: dict[int, Scored | CoterieError] = {}
     lanes: list[tuple[int, Tally | ChoiceTally, Fitted]] = []
-    for i, (compute, bank, request) in enumerate(asked):
+    for i, (compute, request) in enumerate(asked):
         try:
-            lanes.append((i, compute.tally(request.split, request.examples), fit(compute.place.base.model, bank)))
+            lanes.append((i, compute.tally(request), fit(compute.place.base.model, request.banks[0])))
         except CoterieError as fault:
             found[i] = fault
     place = asked[0][0].place
@@ -197,20 +197,18 @@ def _scores(asked: Sequence[tuple[LocalCompute, Bank, Score]]) -> list[Scored | 
                 lanes[c][1].add(of, mine)
         texts = _texts(place, many, [asked[i] for i, *_ in lanes])
     for (i, tally, _), made in zip(lanes, texts, strict=True):
-        compute, _, request = asked[i]
+        compute, request = asked[i]
         found[i] = tally.result(None if made is None else compute.compared(request.split, made))
     return [found[i] for i in range(len(asked))]
 
 
-def _texts(
-    place: Workplace, many: AttachedMany, asked: Sequence[tuple[LocalCompute, Bank, Score]]
-) -> list[list[str] | None]:
+def _texts(place: Workplace, many: AttachedMany, asked: Sequence[tuple[LocalCompute, Score]]) -> list[list[str] | None]:
     """The completions that each client's own bank generates, where they are scored."""
     task = place.task
     if not isinstance(task, Generation) or not task.generates:
         return [None] * len(asked)
-    texts: list[list[str] | None] = [[] if request.split == "test" else None for *_, request in asked]
-    prompts = [compute.prompts("test") if request.split == "test" else [] for compute, _, request in asked]
+    texts: list[list[str] | None] = [[] if request.split == "test" else None for _, request in asked]
+    prompts = [compute.prompts(r.split) if r.split == "test" else [] for compute, r in asked]
     size = _share(place, sum(map(bool, prompts)))
     for start in range(0, max(map(len, prompts), default=0), size):
         active = [c for c, rows in enumerate(prompts) if rows[start : start + size]]

@@ -53,7 +53,7 @@ class LocalCompute:
 
     def score(self, request: Score) -> list[Scored]:
         """Mean loss and metrics of every bank on the split."""
-        return [self._score(bank, request.split, request.examples) for bank in request.banks]
+        return [self._score(bank, request) for bank in request.banks]
 
     def observe(self, request: Observe) -> Observed:
         """Gate usage, mean embeddings and modules' importance of the bank on the split."""
@@ -63,32 +63,32 @@ class LocalCompute:
             for batch in sight.batches(self.place.eval_batch_size):
                 sight.prepare(batch, None if request.padding else batch.mask.to(self.place.device))
                 self._logits(batch.to(self.place.device))
-        wanted = [name for name in STATISTICS if name in request.what]
-        return (
-            replace(sight.result(), importance=self._importance(request.bank, sight, wanted))
-            if wanted
-            else sight.result()
-        )
+        return replace(sight.result(), importance=self._importance(request, sight))
 
-    def _importance(self, bank: Bank, sight: Sight, wanted: Sequence[str]) -> dict[str, dict[str, float]]:
-        model, task = self.place.base.model, self.place.task
-        parts = (batch.to(self.place.device) for batch in sight.batches(self.place.eval_batch_size))
-        return gate_importance(model, bank, parts, lambda b: task.loss(self._logits(b), b), wanted)
+    def _importance(self, request: Observe, sight: Sight) -> dict[str, dict[str, float]]:
+        wanted = [name for name in STATISTICS if name in request.what]
+        if not wanted:
+            return {}
+        place = self.place
+        parts = (batch.to(place.device) for batch in sight.batches(place.eval_batch_size))
+        return gate_importance(
+            place.base.model, request.bank, parts, lambda b: place.task.loss(self._logits(b), b), wanted
+        )
 
     def sight(self, request: Observe) -> Sight:
         """What adds up the statistics of a bank on a split. Raises :class:`ValueError` for unknown ones."""
-        known = {*OBSERVABLE, *STATISTICS}
-        if unknown := set(request.what) - known:
-            raise ValueError(f"cannot observe {sorted(unknown)}; known: {', '.join(sorted(known))}")
+        if unknown := set(request.what) - {*OBSERVABLE, *STATISTICS}:
+            known = ", ".join(sorted({*OBSERVABLE, *STATISTICS}))
+            raise ValueError(f"cannot observe {sorted(unknown)}; known: {known}")
         if request.hold_out:
             _, examples = self.place.divided(self.client, request.split, request.hold_out)
         else:
             examples = self.place.examples(self.client, request.split)
         return Sight(self.place.task, request, self._some(examples, request.examples))
 
-    def _score(self, bank: Bank, split: str, at_most: int) -> Scored:
-        task, place, texts = self.place.task, self.place, None
-        tally = self.tally(split, at_most)
+    def _score(self, bank: Bank, request: Score) -> Scored:
+        task, place, split, texts = self.place.task, self.place, request.split, None
+        tally = self.tally(request)
         with attached(place.base.model, bank), evaluating(place.base.model):
             for batch in tally.batches(place.eval_batch_size):
                 tally.add(batch, self._logits(batch.to(place.device)))
@@ -96,9 +96,9 @@ class LocalCompute:
                 texts = generate(place, task, self.prompts(split))
         return tally.result(None if texts is None else self.compared(split, texts))
 
-    def tally(self, split: str, at_most: int = 0) -> Tally | ChoiceTally:
-        """What adds up the scores of one bank on a split."""
-        examples = self._some(self.place.examples(self.client, split), at_most)
+    def tally(self, request: Score) -> Tally | ChoiceTally:
+        """What adds up the scores of one bank."""
+        examples = self._some(self.place.examples(self.client, request.split), request.examples)
         if self.place.task.kind == "multiple_choice":
             return ChoiceTally(self.place.task, examples, self.client.info.labels is not None)
         return Tally(self.place.task, examples)

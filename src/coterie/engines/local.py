@@ -87,6 +87,8 @@ def _load(config: Config, root: Path) -> Base:
         )
     place = next(base.model.parameters()).device
     precision = resolve_precision(config.engine.precision, place)
+    if precision == "bfloat16":
+        base.hold_linears(torch.bfloat16)
     if place.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
         base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
     return base

@@ -52,6 +52,15 @@ class Base:
         model: Any = self.model
         model.set_attn_implementation(name or self.attention)
 
+    def hold_linears(self, dtype: torch.dtype) -> None:
+        """Keep the frozen Linears in the dtype that autocast computes them in: the same bits, without a cast of all
+        weights in every pass. Weights that an embedding shares, the head and quantised Linears stay as they are."""
+        shared = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        heads = set(_head_modules(self.model))
+        for name, module in self.model.named_modules():
+            if type(module) is nn.Linear and id(module.weight) not in shared and name.split(".")[0] not in heads:
+                module.to(dtype)
+
     @property
     def longest(self) -> int | None:
         """The most tokens, prompt and completion together, that the model takes; None: nothing limits them."""
