@@ -69,8 +69,9 @@ def asked_of(place: Workplace, case: Case) -> list[tuple[LocalCompute, Train]]:
 
 def workplace(case: Case, device: str) -> Workplace:
     base = load_base("minilm", "classification", device=device)
-    if case.precision == "bfloat16" and device == "cpu":
-        base.use_attention("eager")  # as the engine does
+    if case.precision == "bfloat16":  # as the engine does
+        base.hold_linears(torch.bfloat16)
+        base.use_attention("eager" if device == "cpu" else None)
     return Workplace(base, Classification(base.tokenizer, case.tokens), 0, precision=case.precision)
 
 
