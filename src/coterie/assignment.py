@@ -68,10 +68,10 @@ def by_round(start: Mapping[str, Json], described: Mapping[int, Mapping[str, Jso
     """The assignment that each round trained with, and the one that the next round will, where that is known.
 
     ``described`` holds what the event of each round says of the method's state, as far as it changed: an assignment is
-    for the rounds after it. That of round 1 is in ``start``, said before it, or in some ``assigned_first``.
+    for the rounds after it. That of round 1 is in ``start``, said before it.
     """
-    said = [start.get("assignment"), *(changes.get("assigned_first") for changes in described.values())]
-    now = next((value for value in said if is_assignment(value)), None)
+    first = start.get("assignment")
+    now = first if is_assignment(first) else None
     found: dict[int, Assignment] = {}
     for rnd in sorted(described):
         if now is not None:

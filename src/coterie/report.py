@@ -31,7 +31,7 @@ PICTURE_FOLDER = "pictures"
 _SPLITS = ("test", "validation")
 _TITLES = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
 _PICTURED = {"clusters", "silhouettes", "distances", "order"}  # of what a method describes; the rest becomes tables
-_ASSIGNED = {"assignment", "assigned_first", "pool"}  # pictured too, where it is an assignment of experts by module
+_ASSIGNED = {"assignment", "pool"}  # pictured too, where it is an assignment of experts by module
 
 
 @dataclass(frozen=True)

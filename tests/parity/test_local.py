@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from coterie.method import Plan, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
     NO_EXPERT,
+    Bank,
     ClientId,
     ClientInfo,
     ClientProgram,
@@ -277,6 +278,23 @@ def test_a_round_starts_from_the_state_before_it_and_can_be_done_again(tmp_path:
     assert codec.encode(engine.store.load("mood-0", 3)) == versions[3]
     engine.restore(0)
     assert engine.store.load("mood-0", 99) is None
+
+
+def test_trained_banks_go_back_and_are_given_up_with_the_personal_states(tmp_path: Path) -> None:
+    method, kept = method_of("fedit"), RoundStore(tmp_path / "trained", Bank)
+    engine = replace(engine_in(tmp_path), trained=kept)
+    state = method.init(engine.spec, engine.clients)
+    for rnd in (1, 2, 3):
+        train(engine, method, state, rnd)
+    banks = {rnd: codec.encode(kept.load("mood-0", rnd)) for rnd in (1, 2, 3)}
+    assert len(set(banks.values())) == 3
+    engine.restore(2)
+    assert codec.encode(kept.load("mood-0", 99)) == banks[2]
+    engine.prune(2)
+    assert kept.load("mood-0", 1) is None
+    instructions = method.configure(state, engine.clients, 3)
+    (used, *_) = (bank for client, bank in engine.banks(method, instructions, 2) if client == "mood-0")
+    assert codec.encode(used) == banks[2]
 
 
 def test_evaluation_is_of_the_state_after_its_round(tmp_path: Path) -> None:

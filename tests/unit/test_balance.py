@@ -213,6 +213,29 @@ def test_embeddings_are_means_of_the_projections_of_a_modules_input() -> None:
     assert observed.usage[module]["share"][0] == 1
 
 
+def test_a_module_that_runs_twice_in_a_pass_has_the_means_of_both_runs() -> None:
+    """As ALBERT's layers do."""
+    place = workplace()
+    worker, request = LocalCompute(place, client_of(place), 1), Observe(routed(place), "test", ("usage", "embeddings"))
+    once = worker.observe(request)
+    query = place.base.model.get_submodule(place.base.spec.targets[0].name)
+
+    def twice(module: nn.Module, args: Any, output: Tensor) -> None:
+        if not getattr(module, "_again", False):
+            module._again = True  # type: ignore[assignment]
+            module(*args)
+            module._again = False  # type: ignore[assignment]
+
+    handle = query.register_forward_hook(twice)
+    seen = worker.observe(request)
+    handle.remove()
+    assert seen.tokens == once.tokens
+    assert largest_difference(seen.embeddings, once.embeddings) < 1e-6
+    name = place.base.spec.targets[0].name
+    assert seen.usage[name]["weight"] == pytest.approx(once.usage[name]["weight"], abs=1e-9)
+    assert max(seen.usage[name]["share"]) <= 1
+
+
 # dropout -------------------------------------------------------------------------------------------------------------
 
 

@@ -289,6 +289,13 @@ def test_one_client_may_mix_datasets_whose_candidates_differ(tmp_path: Path) -> 
         assert choices == {(" cat", " dog"), (" glad", " mad", " sad")}
     with pytest.raises(CoterieError, match="would mix datasets of different labels"):
         load(tmp_path, "classification", datasets=["pets", "moods"], partition={"name": "iid", "clients": 2})
+    with pytest.raises(CoterieError, match=r"own_labels: the rows of client client-0 have no labels in common"):
+        load(
+            tmp_path,
+            datasets=["pets", "moods"],
+            columns=PROMPT,
+            partition={"name": "iid", "clients": 2, "own_labels": True},
+        )
 
 
 def test_rows_with_candidates_of_their_own_have_no_labels_to_split_by(tmp_path: Path) -> None:

@@ -99,7 +99,6 @@ def test_a_round_trains_with_what_the_rounds_before_it_said() -> None:
     one, two, three = ({"m": {"a": [e]}} for e in (1, 2, 3))
     assert by_round({"assignment": one}, {1: {}, 2: {"assignment": two}, 3: {}}) == {1: one, 2: one, 3: two}
     assert by_round({"assignment": one}, {1: {"assignment": two}}) == {1: one, 2: two}, "2 is still to come"
-    assert by_round({}, {1: {"assigned_first": one, "assignment": two}, 2: {}}) == {1: one, 2: two}
     assert by_round({}, {1: {}, 2: {"assignment": three}, 3: {}}) == {3: three}
     assert by_round({"assignment": one}, {}) == {1: one}
     assert by_round({}, {1: {"clusters": {"a": 0}}}) == {}

@@ -161,7 +161,12 @@ def _cut(share: Share, pool: Mapping[str, Sequence[_Example]], own_labels: bool)
             "set data.partition.name to by_dataset"
         )
     names = next(iter(spaces)) if len(spaces) == 1 else None  # rows to choose for bring their candidates along
-    if own_labels and names is not None:
+    if own_labels:
+        if names is None:
+            raise CoterieError(
+                f"data.partition.own_labels: the rows of client {share.id} have no labels in common to choose from; "
+                "leave it out"
+            )
         rows, names = _reindexed(rows, names, share.id)
     held = {example.dataset for found in examples.values() for example in found}
     return _client(share.id, share.group, rows, names), held

@@ -114,6 +114,7 @@ class Sight:
         self.now = now
         now.usage = {} if "usage" in self.request.what else None
         now.embeddings = {} if "embeddings" in self.request.what else None
+        now.seen = {}
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` examples, on the CPU."""
@@ -125,10 +126,10 @@ class Sight:
         self.tokens += batch.mask.numel() if self.request.padding else int(batch.mask.sum())
 
     def result(self) -> Observed:
-        """The means over the tokens."""
-        sums, usage = self.now.embeddings or {}, self.now.usage or {}
-        embeddings = {key: (value / self.tokens).float().cpu() for key, value in sorted(sums.items())}
-        return Observed(_shares(self.request.bank, usage, self.tokens), self.tokens, embeddings)
+        """The means over the tokens that each module saw."""
+        sums, usage, seen = self.now.embeddings or {}, self.now.usage or {}, self.now.seen
+        embeddings = {key: (value / seen[key.module]).float().cpu() for key, value in sorted(sums.items())}
+        return Observed(_shares(self.request.bank, usage, seen), self.tokens, embeddings)
 
 
 def _in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Batch]:
@@ -137,11 +138,11 @@ def _in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Ba
         yield task.collate(by_length[i : i + size])
 
 
-def _shares(bank: Bank, usage: Mapping[str, Tensor], tokens: int) -> dict[str, dict[str, list[float]]]:
-    """Gate usage by module, from sums [2, e] over tokens."""
+def _shares(bank: Bank, usage: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+    """Gate usage by module, from sums [2, e] over the tokens that it saw."""
     found = {}
     for module, counted in usage.items():
-        weight, share = (counted / tokens).tolist()
+        weight, share = (counted / seen[module]).tolist()
         numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
         found[module] = {"weight": weight, "share": share, "expert": numbers}
     return found

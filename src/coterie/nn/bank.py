@@ -35,6 +35,7 @@ class Pass:
     checkpointing draws it again. ``mask`` [b, t] marks the tokens that count (None: all) in what is collected:
     ``usage`` by module, [2, e] of sums over tokens, the experts' weights and how many tokens use them; ``embeddings``
     sums over tokens of A_e x and of R x; ``balance`` the load-balance loss of every module. None: not collected.
+    ``seen`` counts the tokens behind usage and embeddings by module: a model may run a module several times a pass.
     ``probe`` is shown every layer and its gate weights [n, e], and returns those that the layer goes on with.
     """
 
@@ -44,6 +45,7 @@ class Pass:
     usage: dict[str, Tensor] | None = None
     embeddings: dict[Key, Tensor] | None = None
     balance: list[Tensor] | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
     probe: Callable[[BankLayer, Tensor], Tensor] | None = None
 
 
@@ -130,6 +132,9 @@ class BankLayer:
                 self.now.balance.append(self._balance(p, routed, g))
         if self.now.embeddings is not None:
             self._record_embeddings(p, routed, self.now.embeddings)
+        if self.now.usage is not None or self.now.embeddings is not None:
+            tokens = self._counted(routed.new_ones(routed.shape[0], 1)).sum()
+            self.now.seen[self.module] = self.now.seen.get(self.module, torch.zeros_like(tokens)) + tokens
 
     @property
     def has_shared(self) -> bool:
