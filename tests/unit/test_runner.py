@@ -29,6 +29,7 @@ class FakeEngine:
     spoil: Spoil = lambda client, rnd, reply: reply
     number: int = 4
     rounds: list[list[str]] = field(default_factory=list)
+    told: list[tuple[str, int]] = field(default_factory=list)
 
     spec = BaseSpec((Target("q", 3, 2),))
 
@@ -57,9 +58,11 @@ class FakeEngine:
     def banks(self, method: Any, instructions: Any, rnd: int) -> Any:
         return iter(())
 
-    def restore(self, rnd: int) -> None: ...
+    def restore(self, rnd: int) -> None:
+        self.told.append(("restore", rnd))
 
-    def prune(self, rnd: int) -> None: ...
+    def prune(self, rnd: int) -> None:
+        self.told.append(("prune", rnd))
 
 
 class Compute(FakeEngine):
@@ -175,6 +178,12 @@ def test_the_cohort_does_not_depend_on_the_order_of_the_clients(tmp_path: Path) 
     (tmp_path / "turned").mkdir()
     Runner(method, turned, Rounds(10, 0, cohort=0.5), tmp_path / "turned").run()
     assert [sorted(cohort) for cohort in turned.rounds] == [sorted(cohort) for cohort in engine.rounds]
+
+
+def test_a_resumed_run_gives_up_what_its_last_commit_had_no_time_to(tmp_path: Path) -> None:
+    run(tmp_path)
+    _, engine, _ = run(tmp_path)  # killed after the last commit, before it pruned: nothing is left to do but that
+    assert engine.told == [("restore", 3), ("prune", 2)]
 
 
 def test_half_of_five_is_three(tmp_path: Path) -> None:
