@@ -376,6 +376,20 @@ def test_dropout_is_unbiased() -> None:
     assert len(rows.unique(dim=0)) > 1_000
 
 
+@pytest.mark.parametrize(("dropout", "share"), [(0.05, 0.05), (0.9, 0.9), (1e-7, 0.0), (1 - 1e-7, 1 - 2**-16)])
+def test_dropout_drops_the_share_that_was_asked_for(dropout: float, share: float) -> None:
+    """In every place of the draws that four numbers share, to the 1/65536 that a draw can tell apart."""
+    module = linear()
+    attach(module, make_bank(dropout=dropout))
+    (layer,) = module[0]._forward_hooks.values()
+    dropped = ~layer._keep(torch.empty(10_001, 37))
+    assert dropped.shape == (10_001, 37)
+    places = dropped.flatten()[: 92_500 * 4].view(-1, 4).double()
+    assert places.mean(0) == pytest.approx([share] * 4, abs=5 * (share * (1 - share) / 92_500) ** 0.5 + 1e-5)
+    both = (places[:, :1] * places[:, 1:]).mean(0)
+    assert both == pytest.approx([share**2] * 3, abs=5 * share / 92_500**0.5 + 1e-4)
+
+
 def test_the_router_does_not_see_dropout() -> None:
     usage = []
     for training in (False, True):

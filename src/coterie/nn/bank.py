@@ -197,11 +197,16 @@ class BankLayer:
         return y + functional.embedding_bag(picks, columns, per_sample_weights=weights, mode="sum").reshape(y.shape)
 
     def _keep(self, x: Tensor, *expert: int) -> Tensor:
-        """Which numbers of x [n, i] dropout keeps."""
+        """Which numbers of x [n, i] dropout keeps, each with odds 1 - p to the nearest 1/65536.
+
+        Four numbers share a draw of 64 bits: on a CPU that takes a quarter of ``bernoulli_``'s time, measured.
+        """
         generator = stream(self.now.seed, self.module, *expert)
         if x.device.type != "cpu":
             generator = torch.Generator(x.device).manual_seed(generator.initial_seed())
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.dropout, generator=generator)
+        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        bits = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+        return (bits >= min(round(self.dropout * 2**16), 2**16 - 1) - 2**15).view(x.shape)
 
     def weights(self, p: Tensor | None, routed: Tensor) -> Tensor | None:
         """The gate's weights [n, e], the shared expert's too, from p [n, s] and A_cat x of the routed experts."""
