@@ -218,7 +218,7 @@ def test_the_seed_decides_and_nothing_else(pets: Path) -> None:
 
 def test_datasets_may_have_columns_and_names_of_their_own(tmp_path: Path) -> None:
     for split in SPLITS:
-        (tmp_path / f"{split}.csv").write_text("a,b,y\none,two,0\nthree,four,1\n")
+        (tmp_path / f"{split}.csv").write_text(f"a,b,y\none,{split},0\nthree,four,1\n")
     entry = {
         "source": ".",
         "name": "pairs",
@@ -227,7 +227,26 @@ def test_datasets_may_have_columns_and_names_of_their_own(tmp_path: Path) -> Non
     }
     (client,) = load(tmp_path, datasets=[entry]).clients
     assert (client.info.id, client.info.labels) == ("pairs-0", ("n", "y"))
-    assert client.splits["train"] == (TextRow("one", 0, "two"), TextRow("three", 1, "four"))
+    assert client.splits["train"] == (TextRow("one", 0, "train"), TextRow("three", 1, "four"))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_copy_of_the_training_rows_is_no_test_split(tmp_path: Path, link: bool) -> None:
+    folder = tmp_path / "all" / "a"
+    train, copy = table(folder / "train.jsonl", 6), folder / "test.jsonl"
+    copy.symlink_to(train) if link else copy.write_bytes(train.read_bytes())
+    with pytest.raises(CoterieError, match=r"train.jsonl holds the same rows as .*test.jsonl; splits never share"):
+        load(tmp_path, folder="all")
+
+
+def test_clients_may_be_tested_on_the_same_rows_and_not_trained(tmp_path: Path) -> None:
+    for client in "ab":
+        table(tmp_path / "all" / client / "train.jsonl", 6)
+        (tmp_path / "all" / client / "test.jsonl").write_text('{"text": "common", "label": "no"}\n')
+    assert [client.info.num_test for client in load(tmp_path, folder="all").clients] == [1, 1]
+    (tmp_path / "all/b/train.jsonl").write_bytes((tmp_path / "all/a/train.jsonl").read_bytes())
+    with pytest.raises(CoterieError, match=r"b/train.jsonl holds the same rows as .*a/train.jsonl"):
+        load(tmp_path, folder="all")
 
 
 CLIENT = {"id": "a", "train": "a.jsonl"}
@@ -242,8 +261,8 @@ CLIENT = {"id": "a", "train": "a.jsonl"}
         ({"clients": [{"id": "../a", "train": "a.jsonl"}]}, "'../a' cannot name a folder"),
         ({"clients": [{"id": "", "train": "a.jsonl"}]}, "'' cannot name a folder"),
         ({"clients": [CLIENT, {"id": "A", "train": "b.jsonl"}]}, "two clients are called A, a"),
-        ({"clients": [CLIENT, {"id": "b", "train": "./a.jsonl"}]}, "a.jsonl is given 2 times"),
-        ({"clients": [{**CLIENT, "test": "a.jsonl"}]}, "a.jsonl is given 2 times"),
+        ({"clients": [CLIENT, {"id": "b", "train": "./a.jsonl"}]}, "a.jsonl is given twice"),
+        ({"clients": [{**CLIENT, "test": "a.jsonl"}]}, "a.jsonl is given twice"),
         ({"clients": [{**CLIENT, "labels": ["yes"]}]}, "a.jsonl:1: the label 'no' is none of yes"),
         ({"clients": [CLIENT], "labels": ["no"]}, "a.jsonl:2: the label 'yes' is none of no"),
         ({"clients": [CLIENT], "columns": {"text": "body"}}, "no column 'body'; its columns are text, label"),
@@ -252,7 +271,7 @@ CLIENT = {"id": "a", "train": "a.jsonl"}
         ({"folder": "hollow"}, "hollow: no folders; data.folder holds"),
         ({"folder": "odd"}, "'no good' cannot name a folder"),
         ({"datasets": ["cats", "./cats"]}, "two datasets are called 'cats'"),
-        ({"datasets": ["cats", {"source": "cats", "name": "c"}]}, "cats/.*jsonl is given 2 times"),
+        ({"datasets": ["cats", {"source": "cats", "name": "c"}]}, "cats/.*jsonl is given twice"),
         ({"datasets": [{"source": "demo", "name": "d"}]}, "'demo' is 4 datasets"),
         ({"datasets": ["cats"], "partition": {"name": "iid"}}, "needs data.partition.clients"),
         (

@@ -110,11 +110,13 @@ def test_labels(values: list[Any], labels: list[str] | None, indices: list[int],
     assert space == names
 
 
-def test_labels_are_found_over_all_splits() -> None:
+def test_a_label_that_no_training_row_has_is_refused_unless_all_are_listed() -> None:
     tables = {
         split: table_of(split, [{"text": "x", "label": label}]) for split, label in (("train", "b"), ("test", "a"))
     }
-    found, names = parse(tables, Columns(), "classification", None)
+    with pytest.raises(CoterieError, match=r"^test, row 1: no training row has the label 'a', they have b; correct it"):
+        parse(tables, Columns(), "classification", None)
+    found, names = parse(tables, Columns(), "classification", ["a", "b"])
     assert names == ("a", "b")
     assert found == {"train": (TextRow("x", 1),), "test": (TextRow("x", 0),)}
 

@@ -54,7 +54,7 @@ def _own_files(settings: DataSettings, kind: Kind, seed: int, root: Path) -> Loa
     """Clients with files of their own, and what the manifest says of all of them together."""
     _check_ids([files.id for files in settings.clients])
     found = [(files, _tables(files, root)) for files in settings.clients] or _client_folders(settings, root)
-    _check_files(table.source for _, dataset in found for table in dataset.tables.values())
+    _check_files(dataset for _, dataset in found)
     clients = []
     for files, dataset in found:
         labels = files.labels or settings.labels or dataset.labels
@@ -121,7 +121,7 @@ def _datasets(settings: DataSettings, root: Path) -> list[tuple[DatasetEntry, Da
     twice = [name for name, count in Counter(dataset.name for _, dataset in found).items() if count > 1]
     if twice:
         raise CoterieError(f"two datasets are called {twice[0]!r}; give one another name in data.datasets")
-    _check_files(table.source for _, dataset in found for table in dataset.tables.values())
+    _check_files(dataset for _, dataset in found)
     return found
 
 
@@ -253,10 +253,17 @@ def _check_ids(ids: Sequence[str]) -> None:
         raise CoterieError(f"two clients are called {listing(twice)}; ids are unique, capital letters aside")
 
 
-def _check_files(files: Iterable[str]) -> None:
-    for file, count in Counter(files).items():
-        if count > 1:
-            raise CoterieError(f"{file} is given {count} times; splits and clients never share rows")
+def _check_files(datasets: Iterable[Dataset]) -> None:
+    """Raises :class:`CoterieError` where two splits, or two clients' training rows, are the same file or a copy of it.
+
+    Clients may be tested on the same rows.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for split, table in (item for dataset in datasets for item in dataset.tables.items()):
+        other, source = seen.setdefault(table.sha256, (split, table.source))
+        if source is not table.source and (split != other or split == "train"):
+            what = "is given twice" if source == table.source else f"holds the same rows as {source}"
+            raise CoterieError(f"{table.source} {what}; splits never share rows, nor do clients to train on")
 
 
 def _about(dataset: Dataset, root: Path) -> Json:

@@ -21,10 +21,10 @@ def parse(
 ) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...] | None]:
     """The rows of each table, in its order, and the label names (None for generation).
 
-    Without ``labels`` the names are those found in the tables, sorted. With them, a label is one of the names, or,
-    where no name is itself a number, an index into them. The candidates of multiple choice are those of the column
-    ``choices``, and the label names where there is no such column; where not all rows have the same, there are no
-    label names. Raises :class:`CoterieError` that names the file and line.
+    Without ``labels`` the names are those of the training rows, sorted; other rows have no others. With them, a label
+    is one of the names, or, where no name is itself a number, an index into them. The candidates of multiple choice
+    are those of the column ``choices``, and the label names where there is no such column; where not all rows have
+    the same, there are no label names. Raises :class:`CoterieError` that names the file and line.
     """
     _check_template(columns, kind)
     if kind == "generation":
@@ -32,7 +32,7 @@ def parse(
     if kind == "multiple_choice" and _has_choices(tables.values(), columns):
         found = {split: tuple(_choice_rows(table, columns, labels or ())) for split, table in tables.items()}
         return dict(found), _in_common(found.values())
-    names = tuple(labels) if labels is not None else found_labels(tables.values(), columns)
+    names = tuple(labels) if labels is not None else _trained_labels(tables, columns)
     if len(set(names)) < len(names):
         raise CoterieError(f"a label is listed twice in {listing(names)}; label names are unique")
     if kind == "classification":
@@ -49,6 +49,19 @@ def found_labels(tables: Iterable[Table], columns: Columns) -> tuple[str, ...]:
     """The names of the labels that occur, sorted: as numbers if they all are, else as text."""
     names = {_label(value, table.where(row)) for table in tables for row, value in _column(table, columns, "label")}
     return tuple(sorted(names, key=int if all(map(_is_integer, names)) else str))
+
+
+def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str, ...]:
+    """The labels of the training rows; a row elsewhere with another is a misspelt one, as like as not."""
+    names = found_labels([tables["train"]], columns)
+    for table in tables.values():
+        for row, value in _column(table, columns, "label"):
+            if (label := _label(value, table.where(row))) not in names:
+                raise CoterieError(
+                    f"{table.where(row)}: no training row has the label {label!r}, they have {listing(names)}; "
+                    "correct it, or list all labels in data.labels"
+                )
+    return names
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:
