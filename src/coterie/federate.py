@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from coterie.data.federation import load_federation
 from coterie.data.rows import Federation
 from coterie.engine import Engine
 from coterie.export import write_adapter, write_bundle
-from coterie.files import write_json
+from coterie.files import read_json, write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.method import Method, method_named
 from coterie.nn.base import resolve
@@ -67,7 +66,7 @@ def federate(
     check_folder(folder, config, resume)
     if resume and (folder / "summary.json").exists():
         listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
-        found: dict[str, Json] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        found: dict[str, Json] = read_json(folder / "summary.json")
         return found
     opened = open_run(config, folder, root, cache if cache is not None else {})
     opened.method.init(opened.engine.spec, opened.engine.clients)

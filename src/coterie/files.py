@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from coterie.types import Json
+from coterie.types import CoterieError, Json
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -42,6 +43,14 @@ def is_part(path: Path) -> bool:
 def write_json(path: Path, value: Json) -> None:
     """:func:`write_atomic` of ``value`` as indented JSON."""
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote. Raises :class:`CoterieError` for a file that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:  # JSON or UTF-8
+        raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coterie.checkpoint import newest_round
 from coterie.config import Config, differences
-from coterie.files import remove_parts, write_json
+from coterie.files import read_json, remove_parts, write_json
 from coterie.types import CoterieError, Json
 
 
@@ -43,7 +43,7 @@ def claim(folder: Path, config: Config, root: Path, manifest: Json, resume: bool
         write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
     if not path.exists():
         write_json(path, manifest)
-    elif json.loads(path.read_text(encoding="utf-8")) != manifest:
+    elif read_json(path) != manifest:
         raise CoterieError(
             f"the data are not those that {folder} started with (see manifest.json); restore them, or start a new run"
         )
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> tuple[dict[str, Json], Path]:
     path = folder / "config.json"
     if not path.exists():
         raise CoterieError(f"there is no run in {folder}")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     return found["config"], Path(found["root"])
 
 

@@ -225,3 +225,14 @@ def test_resume_refuses_another_config_and_other_data(tmp_path: Path) -> None:
         run(path, out, resume=True)
     with pytest.raises(CoterieError, match="no run to resume"):
         run(path, tmp_path / "nothing", resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "summary.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    run(path, out)
+    (out / name).write_bytes((out / name).read_bytes()[:-9])
+    if name == "manifest.json":
+        (out / "summary.json").unlink()
+    with pytest.raises(CoterieError, match=rf"{name} is damaged \(.*\); restore it"):
+        run(path, out, resume=True)

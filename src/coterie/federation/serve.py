@@ -15,7 +15,7 @@ from coterie.federation.journal import JOURNAL, Journal, Reader
 from coterie.federation.metrics import exporter
 from coterie.federation.server import DEAL
 from coterie.federation.superlink import SuperLink, check_server_keys
-from coterie.files import write_json
+from coterie.files import read_json, write_json
 from coterie.run_folder import check_folder, held, plain, read_run
 from coterie.runner import Listener
 from coterie.types import ClientId, CoterieError, Json
@@ -149,5 +149,5 @@ def _write_deal(folder: Path, keys: Mapping[str, ClientId]) -> None:
 
 
 def _summary(folder: Path) -> dict[str, Json]:
-    found: dict[str, Json] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    found: dict[str, Json] = read_json(folder / "summary.json")
     return found
