@@ -59,6 +59,10 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
     assert {key.part for key in bank.tensors} >= {Part.A, Part.B, Part.ROUTER}
     assert [p.name for p in (out / "experts").iterdir()] == ["fresh"]
     assert build_pool([str(out / "experts" / "fresh")]).adapters[0].rank == 1
+    (kept,) = (out / "kept").iterdir()
+    states = [state.stat().st_size for state in (out / "personal").rglob("*.safetensors")]
+    assert len(states) >= 5
+    assert max(states) < kept.stat().st_size
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
