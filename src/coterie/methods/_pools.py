@@ -40,6 +40,27 @@ def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
     return names
 
 
+def check_base(pool: Pool, names: Mapping[str, str], base: BaseSpec) -> tuple[str, ...]:
+    """Notes on what cannot be checked. Raises :class:`CoterieError` where the base's weights are not the pool's base's.
+
+    ``names`` is by :func:`names_in`.
+    """
+    here = {t.name: t.weights for t in base.targets}
+    pairs = {module: (pool.weights.get(module, ""), here[names[module]]) for module in pool.modules}
+    if others := [module for module, (built, now) in pairs.items() if built and now and built != now]:
+        raise CoterieError(
+            f"the pool was built for another base, {pool.base}: the weights of {others[0]} differ here "
+            f"({len(others)} of {len(pairs)} matrices). Run with that base, or, if the adapters are right for this "
+            "one too, build the pool again with --base"
+        )
+    if unknown := sum(not (built and now) for built, now in pairs.values()):
+        return (
+            f"the pool was built for {pool.base}; whether this run's base is the same cannot be told on {unknown} of "
+            f"{len(pairs)} matrices: their weights are in no safetensors file here, or were in none where it was built",
+        )
+    return ()
+
+
 def numbers(adapters: Iterable[Adapter], module: str, whole: bool) -> list[int]:
     """The numbers of the experts on one of the pool's modules, in order: the rows of its router.
 

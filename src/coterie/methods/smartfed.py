@@ -39,7 +39,7 @@ from coterie.methods._common import (
     with_head,
 )
 from coterie.methods._eeqa import is_sound, mean_numbers, measure, rows_left, starved
-from coterie.methods._pools import named_for, names_in, numbers, pool_in
+from coterie.methods._pools import check_base, named_for, names_in, numbers, pool_in
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
 from coterie.ops.streams import kaiming_uniform, stream
@@ -118,6 +118,7 @@ class SmartFedState:
     measured_by: tuple[ClientId, ...] = ()
     dropped: tuple[str, ...] = ()
     holders: tuple[ClientId, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class SmartFed:
             heads=start_heads(base, self.plan, clients),
             fresh=fresh if self.settings.fresh_rank else {},
             trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
+            notes=check_base(pool, names, base),
         )
         return replace(state, quotas=self._quotas(state, "uniform"))
 
@@ -209,6 +211,7 @@ class SmartFed:
             "measured_by": list(state.measured_by),
             "use": dict(state.use),
             "dropped": list(state.dropped),
+            "notes": list(state.notes),
         }
 
     # client ------------------------------------------------------------------------------------------------------
