@@ -2,9 +2,10 @@
 
 The pool: one LoRA each for sst2, trec, mrpc and sick, trained on its own on 1,500 rows. The targets: ``clinc150``, ten
 domains of user requests with fifteen intents each, a client for each domain (nothing of it is in the pool); ``sst2
-again``, eight clients with 24 rows each of the job that one module does. Test accuracy by round, bytes.
+again``, eight clients with 24 rows each of the job that one module does. ``poisoned``: the pool has one module more,
+sst2's turned round and twice as strong. Test accuracy by round, bytes, the adapters' shares of the gates.
 
-    python bench/reuse/run.py --data ../shared/data --seeds 0     # goes on where it was stopped; runs lie in runs/reuse
+    python bench/reuse/run.py --data ../shared/data --seeds 0,1   # goes on where it was stopped; runs lie in runs/reuse
 """
 
 from __future__ import annotations
@@ -12,31 +13,60 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, measured_on, table
 
-from coterie.adapters import build_pool
+from coterie.adapters import CONFIG_FILE, WEIGHTS_FILE, build_pool
 from coterie.config import check_config
 from coterie.federate import federate
 from coterie.pool import POOL_FILE, write_pool
 
 MODULES = ("sst2", "trec", "mrpc", "sick")
 TRAIN = {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2}
-METHODS: dict[str, dict[str, Any]] = {
-    "SmartFed, K 4": {"name": "smartfed", "active": 4},
-    "SmartFed, K 8": {"name": "smartfed", "active": 8},
-    "SmartFed, K 4 + fresh": {"name": "smartfed", "active": 4, "fresh_rank": 4},
-    "whole-LoRA routing": {"name": "smartfed", "granularity": "adapter", "active": 2},
-    "scale one": {"name": "smartfed", "active": 8, "gate_scale": "one"},
-    "no EEQA": {"name": "smartfed", "active": 4, "quota": "uniform"},
-    "FedIT": {"name": "fedit"},
-    "local": {"name": "local"},
-}
+SHORT, LONG = 6, 20  # rounds
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    method: Mapping[str, Any]
+    poisoned: bool = False
+
+
+SMARTFED = {"name": "smartfed", "active": 4}
+MAIN = [
+    Case("SmartFed, K 4", SMARTFED),
+    Case("SmartFed, K 4 + fresh", {**SMARTFED, "fresh_rank": 4}),
+    Case("no EEQA", {**SMARTFED, "quota": "uniform"}),
+    Case("FedIT", {"name": "fedit"}),
+    Case("local", {"name": "local"}),
+]
+MORE = [
+    Case("SmartFed, K 8", {"name": "smartfed", "active": 8}),
+    Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 2}),
+    Case("scale one", {"name": "smartfed", "active": 8, "gate_scale": "one"}),
+]
+POISONED = [
+    Case("SmartFed, K 4, poisoned", SMARTFED, poisoned=True),
+    Case("SmartFed, K 8, poisoned", {"name": "smartfed", "active": 8}, poisoned=True),
+    Case("SmartFed, K 4, poisoned, drop_below 0.75", {**SMARTFED, "drop_below": 0.75}, poisoned=True),
+]
+
+
+def plan(first: bool) -> Iterator[tuple[str, Case, int]]:
+    """Target, case, rounds. Everything with the first seed, the main comparison and the poison with every one."""
+    yield from (("sst2 again", case, SHORT) for case in (*MAIN, *POISONED))
+    yield from (("clinc150", case, LONG) for case in MAIN)
+    if first:
+        yield from ((target, case, SHORT) for target in ("sst2 again", "clinc150") for case in MORE)
 
 
 def targets(data: Path) -> dict[str, dict[str, Any]]:
@@ -59,20 +89,22 @@ def targets(data: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def config(data: dict[str, Any], method: dict[str, Any], seed: int, rounds: int, **train: Any) -> dict[str, Any]:
+def config(data: dict[str, Any], method: Mapping[str, Any], seed: int, rounds: int, **train: Any) -> dict[str, Any]:
+    run: dict[str, Any] = {"rounds": rounds, "seed": seed}
     return {
         "model": {"path": "minilm", "max_length": 48},
         "data": data,
         "lora": {"rank": 4, "alpha": 8.0, "targets": ["query", "value"]},
         "train": TRAIN | train,
-        "method": method,
-        "run": {"rounds": rounds, "seed": seed},
+        "method": dict(method),
+        "run": run | ({"evaluate_every": 2} if rounds > SHORT else {}),
         "engine": {"threads": torch.get_num_threads(), "device": "cpu", "precision": "auto"},
     }
 
 
-def make_pool(work: Path, data: Path, cache: dict[str, Any]) -> Path:
-    sources = []
+def make_modules(work: Path, data: Path, cache: dict[str, Any]) -> dict[str, Path]:
+    """The adapters' folders by name."""
+    found = {}
     for name in MODULES:
         out = work / "modules" / name
         if not (out / "summary.json").exists():
@@ -80,43 +112,84 @@ def make_pool(work: Path, data: Path, cache: dict[str, Any]) -> Path:
             alone = {"datasets": [str(data / name)], **rows}
             made = config(alone, {"name": "fedit"}, 0, 1, batch_size=16)
             federate(check_config(made), out, root=work, resume=(out / "config.json").exists(), cache=cache)
-        found = json.loads((out / "summary.json").read_text())["mean"]["test"]["accuracy"]
-        print(f"module {name}: test accuracy {found:.3f}", flush=True)
-        sources.append(f"{name}={out / 'experts' / 'global'}")
-    pool = work / "pool"
-    if not (pool / POOL_FILE).exists():
-        write_pool(pool, build_pool(sources))
-    return pool
+        accuracy = json.loads((out / "summary.json").read_text())["mean"]["test"]["accuracy"]
+        print(f"module {name}: test accuracy {accuracy:.3f}", flush=True)
+        found[name] = out / "experts" / "global"
+    return found
+
+
+def make_pools(work: Path, adapters: Mapping[str, Path]) -> dict[bool, Path]:
+    """The pool, and the poisoned one."""
+    poison = work / "modules" / "poison"
+    if not (poison / WEIGHTS_FILE).exists():
+        poison.mkdir(parents=True, exist_ok=True)
+        (poison / CONFIG_FILE).write_bytes((adapters["sst2"] / CONFIG_FILE).read_bytes())
+        save_file(turned_round(load_file(adapters["sst2"] / WEIGHTS_FILE)), poison / WEIGHTS_FILE)
+    pools = {False: (work / "pool", adapters), True: (work / "pool-poisoned", {**adapters, "poison": poison})}
+    for folder, members in pools.values():
+        if not (folder / POOL_FILE).exists():
+            write_pool(folder, build_pool([f"{name}={path}" for name, path in members.items()]))
+    return {poisoned: folder for poisoned, (folder, _) in pools.items()}
+
+
+def turned_round(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA that does the opposite, twice as strongly."""
+    return {name: value * -2 if ".lora_B." in name else value for name, value in tensors.items()}
+
+
+def row_of(out: Path) -> dict[str, Any]:
+    """What a finished run in ``out`` has to say."""
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    accuracy = {str(e["round"]): e["mean"]["test"]["accuracy"] for e in events if e["event"] == "evaluation"}
+    trained = [e for e in events if e["event"] == "round"]
+    moved = sum(c["bytes_up"] + c["bytes_down"] for e in trained for c in e["clients"].values())
+    told: dict[str, Any] = {}
+    for event in trained:
+        told |= event["describe"]
+    kept = {name: told[name] for name in ("use", "dropped") if name in told}
+    uses = [e["describe"]["use"] for e in trained if "use" in e["describe"]]
+    return {"accuracy": accuracy, "KiB": moved // 1024, **kept, **({"uses": uses} if uses else {})}
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    for target, rounds in dict.fromkeys((row["target"], row["rounds"]) for row in found):
+        here = [row for row in found if (row["target"], row["rounds"]) == (target, rounds)]
+        shown = [{"case": row["case"], "seed": row["seed"], **row["accuracy"], "KiB": row["KiB"]} for row in here]
+        table(f"{target}: test accuracy by round, mean over the clients", shown)
+        shares = [{"case": row["case"], "seed": row["seed"], **row["use"]} for row in here if row.get("use")]
+        if shares:
+            table(f"{target}: the adapters' shares of the gates' weight at the last measurement", shares)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the datasets")
-    parser.add_argument("--work", type=Path, default=Path("runs/reuse"), help="modules, pool and runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/reuse"), help="modules, pools and runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--only", default="", help="only what has these words in 'target, case;', with | between them")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     work, data, cache = options.work.resolve(), options.data.resolve(), dict[str, Any]()
-    pool = make_pool(work, data, cache)
-    found = []
-    for seed in map(int, options.seeds.split(",")):
-        for target, rows in targets(data).items():
-            for name, method in METHODS.items():
-                own = {**method, "pool": str(pool)} if method["name"] == "smartfed" else method
-                out = work / "runs" / f"{target}-{name}-{seed}".replace(" ", "-").replace(",", "")
-                made = check_config(config(rows, own, seed, options.rounds))
-                federate(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
-                events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-                accuracy = [e["mean"]["test"]["accuracy"] for e in events if e["event"] == "evaluation"]
-                clients = [c for e in events if e["event"] == "round" for c in e["clients"].values()]
-                row = {"target": target, "method": name, "seed": seed}
-                row |= {str(rnd): value for rnd, value in enumerate(accuracy, start=1)}
-                found.append(row | {"KiB": sum(c["bytes_up"] + c["bytes_down"] for c in clients) // 1024})
-                print(target, name, seed, *(f"{value:.3f}" for value in accuracy), flush=True)
-    table("test accuracy by round, mean over the clients", found)
+    pools = make_pools(work, make_modules(work, data, cache))
+    rows, found = targets(data), []
+    seeds = list(map(int, options.seeds.split(",")))
+    for seed in seeds:
+        for target, case, rounds in plan(seed == seeds[0]):
+            if not all(word in f"{target}, {case.name};" for word in options.only.split("|")):
+                continue
+            smartfed = case.method["name"] == "smartfed"
+            method = {**case.method, "pool": str(pools[case.poisoned])} if smartfed else case.method
+            long = f"-{rounds}" if rounds != SHORT else ""
+            out = work / "runs" / f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
+            made = check_config(config(rows[target], method, seed, rounds))
+            federate(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
+            found.append({"target": target, "case": case.name, "seed": seed, "rounds": rounds, **row_of(out)})
+            print(target, case.name, seed, *(f"{v:.3f}" for v in found[-1]["accuracy"].values()), flush=True)
+    show(found)
+    if options.only:
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     content = {"bench": "reuse", "quick": False, "rows": found, "measured_on": measured_on()}
     (options.out / "reuse.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -18,6 +18,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from coterie.nn.base import bare_linears, resolve
+from coterie.nn.weights import digests, endings
 from coterie.pool import Adapter, Pool, name_of
 from coterie.types import CoterieError, Json, Key, Part
 
@@ -87,7 +88,8 @@ def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
         adapters.append(record)
         first += record.rank
     tensors = dict(sorted(tensors.items()))
-    return Pool(path, tuple(adapters), tensors, name_of(tensors))
+    weights = digests(path, sorted({key.module for key in tensors}))
+    return Pool(path, tuple(adapters), tensors, name_of(tensors), weights)
 
 
 def read_adapter(folder: Path) -> Found:
@@ -232,7 +234,7 @@ def _fitted(name: str, found: Found, sizes: Mapping[str, tuple[int, int]], path:
     """The adapter's tensors under the bare base's names. Raises where the base has no such module, or another size."""
     fitted = {}
     for (module, part), value in found.tensors.items():
-        bare = next((m for m in _endings(module) if m in sizes), None)
+        bare = next((m for m in endings(module) if m in sizes), None)
         if bare is None:
             raise CoterieError(f"{name} adapts {module!r}, which is no Linear in the body of the base {path}")
         d_in, d_out = sizes[bare]
@@ -245,9 +247,3 @@ def _fitted(name: str, found: Found, sizes: Mapping[str, tuple[int, int]], path:
             raise CoterieError(f"{name}: the {part.value} of {bare} has values that are not finite")
         fitted[bare, part] = value
     return fitted
-
-
-def _endings(module: str) -> list[str]:
-    """``a.b.c``, ``b.c``, ``c``."""
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]

@@ -32,6 +32,12 @@ def build(
     pool = build_pool([*(adapters or ()), *(more or ())], base)
     write_pool(folder, pool)
     show(folder)
+    for adapter in pool.adapters:
+        if base and adapter.base not in ("", base, pool.base):
+            text = (
+                f"note: {adapter.name} names the base {adapter.base}; that it was made for {pool.base} too is your word"
+            )
+            out.print(escape(text), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -57,6 +63,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
     lines = [
         f"pool {pool.name}",
         f"base {pool.base}",
+        f"a run checks its base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
         f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {mib:.2f} MiB, sent to a client once",
     ]
     out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

@@ -116,7 +116,10 @@ class Method(Protocol[S]):
         """The server's experts by name, each with expert number 0, for export as PEFT adapters."""
 
     def describe(self, state: S) -> dict[str, Json]:
-        """What the run's report shows of this state: clusters, silhouettes, aggregation error."""
+        """What the run's report shows of this state: clusters, silhouettes, aggregation error.
+
+        ``notes`` in it, of the first state, are texts that the user is told.
+        """
 
 
 class Compute(Protocol):

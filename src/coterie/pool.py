@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from coterie.files import write_atomic
 from coterie.types import CoterieError, Key, Part, Tensors
 
 POOL_FILE = "pool.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Pool:
-    """``tensors`` has the keys (module, the adapter's ``first``, A or B)."""
+    """``tensors`` has the keys (module, the adapter's ``first``, A or B).
+
+    ``weights`` tells the base's weights from others', by module, where they are known: see coterie.nn.weights.
+    """
 
     base: str
     adapters: tuple[Adapter, ...]
     tensors: Tensors
     name: str
+    weights: Mapping[str, str] = field(default_factory=dict)
     format: int = _FORMAT
 
     @property
@@ -100,7 +104,7 @@ def _read(path: Path, changed: int) -> Pool:
         pool = decode(Pool, path.read_bytes())
     except CodecError as fault:
         raise CoterieError(
-            f"{path} is damaged or was not written by Coterie; build the pool again ({fault})"
+            f"{path} is damaged, or another version of Coterie wrote it; build the pool again ({fault})"
         ) from fault
     if pool.format != _FORMAT:
         raise CoterieError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; build the pool again")

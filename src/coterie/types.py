@@ -70,12 +70,16 @@ Tensors = Mapping[Key, Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """An adapted Linear: its qualified name, its sizes, and whether it keeps its weight transposed (``Conv1D``)."""
+    """An adapted Linear: its qualified name, its sizes, and whether it keeps its weight transposed (``Conv1D``).
+
+    ``weights`` tells its weights from others': a digest of them as they lie in the base's files, "" where unknown.
+    """
 
     name: str
     d_in: int
     d_out: int
     transposed: bool = False
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,20 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Tensors that came once and never change, named by their SHA-256: whoever stores them writes them once."""
+
+    name: str
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
 class Personal:
-    """What stays on the client from round to round. It never travels."""
+    """What stays on the client from round to round. It never travels. ``kept`` does not change (SmartFed's pool)."""
 
     tensors: Tensors = field(default_factory=dict)
     info: Mapping[str, Json] = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)

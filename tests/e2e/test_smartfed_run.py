@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sites
 from coterie import codec
@@ -14,7 +16,8 @@ from coterie.adapters import build_pool
 from coterie.config import load_config
 from coterie.export import read_bundle
 from coterie.federate import federate
-from coterie.pool import write_pool
+from coterie.nn.base import resolve
+from coterie.pool import read_pool, write_pool
 from coterie.types import CoterieError, Part
 
 
@@ -59,6 +62,10 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
     assert {key.part for key in bank.tensors} >= {Part.A, Part.B, Part.ROUTER}
     assert [p.name for p in (out / "experts").iterdir()] == ["fresh"]
     assert build_pool([str(out / "experts" / "fresh")]).adapters[0].rank == 1
+    (kept,) = (out / "kept").iterdir()
+    states = [state.stat().st_size for state in (out / "personal").rglob("*.safetensors")]
+    assert len(states) >= 5
+    assert max(states) < kept.stat().st_size
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
@@ -79,6 +86,22 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
     for client in (whole / "clients").iterdir():
         ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
         assert codec.encode(ours) == codec.encode(theirs)
+
+
+def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_noted(site: Path) -> None:
+    config = load_config(site / "smart.toml")
+    file = Path(resolve(config.model.path, site)) / "model.safetensors"
+    blob = file.read_bytes()
+    save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(CoterieError, match="built for another base"):
+        federate(config, site / "other", root=site)
+    file.write_bytes(blob)
+    pool = read_pool(site / "pool")
+    write_pool(site / "old", replace(pool, weights={}))
+    federate(load_config(site / "smart.toml", ['method.pool="old"', "run.rounds=1"]), site / "untold", root=site)
+    notes = [e["text"] for e in map(json.loads, (site / "untold" / "metrics.jsonl").read_text().splitlines())
+             if e["event"] == "note"]  # fmt: skip
+    assert any("cannot be told" in note for note in notes)
 
 
 def test_a_run_without_a_pool_is_refused_before_its_folder_is_made(site: Path) -> None:

@@ -27,7 +27,7 @@ from coterie.engines.batched import answer_all, drive_together
 from coterie.engines.compute import LocalCompute
 from coterie.engines.local import LocalEngine
 from coterie.engines.place import Workplace
-from coterie.engines.store import RoundStore
+from coterie.engines.store import PersonalStore
 from coterie.method import Plan, answer, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
@@ -198,7 +198,7 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, tmp_pat
 
     def engine(together: int) -> LocalEngine:
         place = workplace(kind, torch.float32, eval_batch_size=4)
-        store = RoundStore(tmp_path / str(together), Personal)
+        store = PersonalStore(tmp_path / str(together))
         return LocalEngine(place, Federation(clients, {}), store, together=together)
 
     one, many = engine(1), engine(3)
@@ -537,7 +537,7 @@ def test_no_instruction_is_shared_between_clients_of_a_group(tmp_path: Path) -> 
             yield
 
     clients = loaded("classification", torch.float64)[1]
-    engine = LocalEngine(workplace(), Federation(clients, {}), RoundStore(tmp_path, Personal), together=4)
+    engine = LocalEngine(workplace(), Federation(clients, {}), PersonalStore(tmp_path), together=4)
     shared = Instruction({KEY: torch.zeros(2)})
     deliveries = dict(engine.train(Writer(), {c.info.id: shared for c in clients}, 1))  # type: ignore[arg-type]
     assert len(deliveries) == 5

@@ -25,7 +25,7 @@ from coterie.engine import Delivery
 from coterie.engines import local
 from coterie.engines.compute import LocalCompute, Workplace
 from coterie.engines.local import LocalEngine
-from coterie.engines.store import RoundStore
+from coterie.engines.store import PersonalStore, RoundStore
 from coterie.method import Plan, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
@@ -79,7 +79,7 @@ def workplace(**settings: Any) -> Workplace:
 
 def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> LocalEngine:
     federation = loaded()[1] if clients is None else Federation(tuple(clients), {})
-    return LocalEngine(workplace(), federation, RoundStore(folder / "personal", Personal))
+    return LocalEngine(workplace(), federation, PersonalStore(folder))
 
 
 def method_of(name: str, head: Any = "personal") -> Any:

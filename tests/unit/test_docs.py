@@ -161,7 +161,7 @@ def test_the_readme_from_files_to_a_loaded_expert(tmp_path: Path, monkeypatch: p
     kept = {path.relative_to(tmp_path).parts[2] for path in tmp_path.glob("runs/triage-fedlease-0/*")}
     page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `([\w.]+)", page, re.MULTILINE))
-    assert kept == named - {"tensorboard", "trained"}
+    assert kept == named - {"tensorboard", "trained", "kept"}
 
 
 # Python --------------------------------------------------------------------------------------------------------------

@@ -197,6 +197,7 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match="for one base"):
         build_pool([str(good), str(other)])
     assert len(build_pool([str(good), str(other)], str(tmp_path / "llama")).adapters) == 2
+    assert len(build_pool([str(good)]).weights) == 6, "the base's weights are recorded"
     with pytest.raises(CoterieError, match="two adapters are named 'a'"):
         build_pool([str(good), str(good)])
 
@@ -210,6 +211,11 @@ def test_the_commands_build_and_show_and_a_damaged_pool_is_told(tmp_path: Path) 
     assert shown.output == done.output
     for text in (read_pool(place).name, "one", "two", "6 matrices with 8 experts of rank 1"):
         assert text in shown.output
+    assert "checks its base's weights on 6 of 6 matrices" in shown.output
+    other = edit(adapter(tmp_path, "llama", "other"), base_model_name_or_path="some/where")
+    command = ["pool", "build", str(tmp_path / "pool2"), str(other), "--base", str(tmp_path / "llama")]
+    said = run.invoke(app, command, catch_exceptions=False)
+    assert "note: other names the base some/where" in said.output
     blob = bytearray((place / POOL_FILE).read_bytes())
     blob[-3] ^= 1
     (place / POOL_FILE).write_bytes(blob)

@@ -24,6 +24,7 @@ from coterie.pool import Pool, cut, read_pool, write_pool
 from coterie.types import (
     SHARED,
     Bank,
+    BaseSpec,
     ClientId,
     ClientInfo,
     CoterieError,
@@ -361,6 +362,20 @@ def test_a_pool_that_does_not_fit_the_run_says_so(tmp_path: Path) -> None:
     wide = replace(BASE, targets=tuple(replace(t, d_in=64) for t in BASE.targets))
     with pytest.raises(CoterieError, match="another base"):
         smartfed().init(wide, CLIENTS)
+
+
+def test_a_pool_for_a_base_with_other_weights_is_refused(tmp_path: Path) -> None:
+    def told(weights: str) -> BaseSpec:
+        return replace(BASE, targets=tuple(replace(t, weights=weights) for t in BASE.targets))
+
+    pool = pools.made(BASE.targets, RANKS)
+    write_pool(tmp_path / "pool", replace(pool, weights=dict.fromkeys(pool.modules, "cafe")))
+    method = smartfed(tmp_path / "pool")
+    assert method.describe(method.init(told("cafe"), CLIENTS))["notes"] == []
+    with pytest.raises(CoterieError, match=rf"another base, tiny: .* \({M} of {M} matrices\). .* --base"):
+        method.init(told("beef"), CLIENTS)
+    (note,) = method.describe(method.init(told(""), CLIENTS))["notes"]
+    assert f"cannot be told on {M} of {M} matrices" in note
 
 
 def test_a_run_goes_on_with_its_own_pool_only(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from coterie import checkpoint, files
 from coterie.checkpoint import Checkpoint
-from coterie.engines.store import RoundStore
+from coterie.engines.store import PersonalStore, RoundStore
 from coterie.files import is_part, remove_parts, write_atomic, write_json
-from coterie.types import CoterieError, Key, Part, Personal, Tensors
+from coterie.types import CoterieError, Kept, Key, Part, Personal, Tensors
 
 KEY = Key("encoder.q", 0, Part.A)
 
@@ -45,6 +45,44 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert again.info == {"cluster": 2, "list": [1, None]}
         assert again.tensors[KEY].dtype == dtype
         assert torch.equal(again.tensors[KEY].view(torch.uint8), value.to(dtype).view(torch.uint8))
+
+
+def test_what_a_client_keeps_unchanged_is_written_once_for_all(tmp_path: Path) -> None:
+    store, large = PersonalStore(tmp_path), {KEY: torch.arange(30_000.0)}
+    for rnd, client in ((1, "north"), (1, "south"), (2, "north")):
+        store.save(client, rnd, replace(personal(rnd), kept=Kept("a" * 64, large)))
+    (path,) = (tmp_path / "kept").iterdir()
+    states = list((tmp_path / "personal").rglob("*.safetensors"))
+    assert len(states) == 3
+    assert max(state.stat().st_size for state in states) < 1000 < path.stat().st_size
+    written = path.stat().st_mtime_ns
+    north, south = (PersonalStore(tmp_path).load(client, 2) for client in ("north", "south"))
+    assert north is not None
+    assert south is not None
+    assert (number_of(north), number_of(south)) == (2, 1)
+    assert north.kept is not None
+    assert torch.equal(north.kept.tensors[KEY], large[KEY])
+    assert south.kept == north.kept, "not shared in memory"
+    store.save("north", 3, replace(north, info={"round": 3}))
+    store.forget_after(2)
+    store.prune(2)
+    assert number_of(store.load("north", 9)) == 2
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()] == [written]
+
+
+def test_what_is_kept_may_be_lost_but_not_damaged_unnoticed(tmp_path: Path) -> None:
+    store = PersonalStore(tmp_path)
+    store.save("north", 1, replace(personal(1), kept=Kept("a" * 64, {KEY: torch.ones(3)})))
+    (path,) = (tmp_path / "kept").iterdir()
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    with pytest.raises(CoterieError, match="is damaged"):
+        store.load("north", 1)
+    path.unlink()
+    found = store.load("north", 1)
+    assert found is not None
+    assert (found.kept, number_of(found)) == (None, 1)
 
 
 def test_load_takes_the_newest_version_up_to_a_round(tmp_path: Path) -> None:

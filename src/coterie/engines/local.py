@@ -23,7 +23,7 @@ from coterie.engines.batched import FAULTS, Asked, answer_all, drive_together
 from coterie.engines.compute import LocalCompute, resolve_precision
 from coterie.engines.place import Workplace
 from coterie.engines.sizing import best_size
-from coterie.engines.store import RoundStore
+from coterie.engines.store import PersonalStore, RoundStore
 from coterie.evaluate import check_rouge
 from coterie.method import Compute, Method, drive
 from coterie.nn.base import Base, load_base, resolve
@@ -65,7 +65,7 @@ def make(config: Config, federation: Federation, folder: Path, root: Path, cache
         size = best_size(place, federation.clients, config.train, config.lora.rank)
         together = size.clients
         notes.append(f"{together} clients share a forward pass: {size.reason}")
-    return LocalEngine(place, federation, RoundStore(folder / "personal", Personal), trained, together, notes)
+    return LocalEngine(place, federation, PersonalStore(folder), trained, together, notes)
 
 
 def _load(config: Config, root: Path) -> Base:
@@ -105,7 +105,7 @@ class LocalEngine:
 
     place: Workplace
     federation: Federation
-    store: RoundStore[Personal]
+    store: PersonalStore
     trained: RoundStore[Bank] | None = None
     together: int = 1
     notes: list[str] = field(default_factory=list)  # what the user should know, until a delivery takes it along

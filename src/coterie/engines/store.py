@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import ClientId, CoterieError
+from coterie.types import ClientId, CoterieError, Kept, Key, Personal, Tensors
 
 T = TypeVar("T")
 
@@ -62,3 +65,54 @@ class RoundStore(Generic[T]):
 
     def _path(self, client: ClientId, rnd: int) -> Path:
         return self.folder / client / f"{rnd:06d}.safetensors"
+
+
+@dataclass(frozen=True)
+class PersonalStore:
+    """The personal states in ``folder/personal``, and once for all, in ``folder/kept``, what clients keep unchanged.
+
+    A state's file only names that, by its hash: a large pool is not written again every round and for every client.
+    """
+
+    folder: Path
+
+    def load(self, client: ClientId, until: int) -> Personal | None:
+        """As :meth:`RoundStore.load`; without ``kept`` where its file is gone."""
+        found = self._rounds.load(client, until)
+        if found is None or found.kept is None:
+            return found
+        path = self._path(found.kept)
+        kept = Kept(found.kept.name, _read(path, path.stat().st_mtime_ns)) if path.exists() else None
+        return replace(found, kept=kept)
+
+    def save(self, client: ClientId, rnd: int, value: Personal) -> None:
+        """Keep ``value`` as the client's after round ``rnd``."""
+        if value.kept is not None:
+            path = self._path(value.kept)
+            if not path.exists():
+                write_atomic(path, codec.encode(value.kept.tensors))
+            value = replace(value, kept=replace(value.kept, tensors={}))
+        self._rounds.save(client, rnd, value)
+
+    def forget_after(self, rnd: int) -> None:
+        """As :meth:`RoundStore.forget_after`. What is kept stays: it is the same whoever needs it again."""
+        self._rounds.forget_after(rnd)
+
+    def prune(self, rnd: int) -> None:
+        """As :meth:`RoundStore.prune`."""
+        self._rounds.prune(rnd)
+
+    @property
+    def _rounds(self) -> RoundStore[Personal]:
+        return RoundStore(self.folder / "personal", Personal)
+
+    def _path(self, kept: Kept) -> Path:
+        return self.folder / "kept" / f"{kept.name}.safetensors"
+
+
+@lru_cache(maxsize=2)  # a simulation's clients share it in memory too
+def _read(path: Path, changed: int) -> Tensors:
+    try:
+        return codec.decode(dict[Key, Tensor], path.read_bytes())
+    except codec.CodecError as fault:
+        raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault

@@ -1,16 +1,27 @@
-"""What SmartFed needs of a pool beside its own steps: names, numbers of experts, and the clients' measurements."""
+"""What SmartFed needs of a pool beside its own steps: the pool itself, names, and numbers of experts."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
-from coterie.pool import Adapter, Pool, fit
-from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Json, Key, Observed, Part
+from coterie.pool import Adapter, Pool, fit, read_pool
+from coterie.types import BaseSpec, CoterieError, Key, Part
+
+
+def pool_in(folder: str, name: str | None = None) -> Pool:
+    """The pool in the settings' ``folder``. Raises :class:`CoterieError` where it is not the one called ``name``."""
+    if not folder:
+        raise CoterieError(
+            'SmartFed needs a pool: set [method] pool = "DIR", made by `coterie pool build DIR --adapters A B ...`'
+        )
+    pool = read_pool(Path(folder))
+    if name not in (None, pool.name):
+        raise CoterieError(f"the pool in {folder} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back")
+    return pool
 
 
 def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
@@ -29,6 +40,27 @@ def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
     return names
 
 
+def check_base(pool: Pool, names: Mapping[str, str], base: BaseSpec) -> tuple[str, ...]:
+    """Notes on what cannot be checked. Raises :class:`CoterieError` where the base's weights are not the pool's base's.
+
+    ``names`` is by :func:`names_in`.
+    """
+    here = {t.name: t.weights for t in base.targets}
+    pairs = {module: (pool.weights.get(module, ""), here[names[module]]) for module in pool.modules}
+    if others := [module for module, (built, now) in pairs.items() if built and now and built != now]:
+        raise CoterieError(
+            f"the pool was built for another base, {pool.base}: the weights of {others[0]} differ here "
+            f"({len(others)} of {len(pairs)} matrices). Run with that base, or, if the adapters are right for this "
+            "one too, build the pool again with --base"
+        )
+    if unknown := sum(not (built and now) for built, now in pairs.values()):
+        return (
+            f"the pool was built for {pool.base}; whether this run's base is the same cannot be told on {unknown} of "
+            f"{len(pairs)} matrices: their weights are in no safetensors file here, or were in none where it was built",
+        )
+    return ()
+
+
 def numbers(adapters: Iterable[Adapter], module: str, whole: bool) -> list[int]:
     """The numbers of the experts on one of the pool's modules, in order: the rows of its router.
 
@@ -36,21 +68,6 @@ def numbers(adapters: Iterable[Adapter], module: str, whole: bool) -> list[int]:
     """
     found = [range(a.first, a.first + (1 if whole else a.ranks[module])) for a in adapters if module in a.ranks]
     return [number for several in found for number in several]
-
-
-def starved(
-    adapters: Sequence[Adapter], modules: Collection[str], use: Mapping[str, float], below: float, whole: bool
-) -> list[str]:
-    """The adapters whose share of the gates is less than ``below`` times an even share, the least used first."""
-    count = {a.name: sum(len(numbers([a], module, whole)) for module in modules) for a in adapters}
-    share = {name: use.get(name, 0.0) * sum(count.values()) / n for name, n in count.items() if n}
-    return sorted((name for name, value in share.items() if value < below), key=lambda name: share[name])
-
-
-def mean_numbers(values: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
-    """The weighted mean of each name's numbers."""
-    total = sum(weights)
-    return {n: sum(w * v[n] for v, w in zip(values, weights, strict=True)) / total for n in values[0]}
 
 
 def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter]) -> dict[Key, Tensor]:
@@ -61,30 +78,3 @@ def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter])
         for key, value in pool.tensors.items()
         if key.expert in firsts and key.module in names
     }
-
-
-def is_sound(info: Mapping[str, Json], modules: set[str], adapters: set[str]) -> bool:
-    """Whether a reply's statistics can count: a number of at least 0 for every matrix, and for every adapter."""
-    importance, use = info.get("importance"), info.get("use")
-    if not isinstance(importance, dict) or not isinstance(use, dict):
-        return False
-    numbers = (*importance.values(), *use.values())
-    good = all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in numbers)
-    return good and importance.keys() == modules and use.keys() == adapters
-
-
-def without(bank: Bank, module: str) -> Bank:
-    """The bank without the pool's experts on one matrix; a fresh one stays."""
-    return replace(bank, tensors={k: v for k, v in bank.tensors.items() if k.module != module or k.expert == SHARED})
-
-
-def use_of(bank: Bank, observed: Observed, adapters: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Each adapter's share of all routed weight, over all matrices."""
-    sums = dict.fromkeys(adapters, 0.0)
-    for usage in observed.usage.values():
-        for number, weight in zip(usage["expert"], usage["weight"], strict=True):
-            for name, (first, rank) in adapters.items():
-                if first <= number < first + rank:
-                    sums[name] += weight
-    total = sum(sums.values())
-    return {name: value / total if total else 0.0 for name, value in sums.items()}

@@ -16,10 +16,10 @@ for lack of use (``drop_below``), whole adapters as experts (``granularity = "ad
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -28,7 +28,6 @@ from coterie.method import MethodSettings, Plan
 from coterie.methods._common import (
     Heads,
     Shapes,
-    head_of,
     lora_of,
     mean_heads,
     router_of,
@@ -39,11 +38,12 @@ from coterie.methods._common import (
     start_lora,
     with_head,
 )
-from coterie.methods._pools import is_sound, mean_numbers, named_for, names_in, numbers, starved, use_of, without
+from coterie.methods._eeqa import is_sound, mean_numbers, measure, rows_left, starved
+from coterie.methods._pools import check_base, named_for, names_in, numbers, pool_in
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
 from coterie.ops.streams import kaiming_uniform, stream
-from coterie.pool import Pool, cut, fit, put_back, read_pool
+from coterie.pool import Pool, cut, fit, name_of, put_back
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -56,13 +56,11 @@ from coterie.types import (
     GateSpec,
     Instruction,
     Json,
+    Kept,
     Key,
-    Observe,
     Part,
     Personal,
     Reply,
-    Request,
-    Score,
     Tensors,
     Train,
 )
@@ -120,6 +118,7 @@ class SmartFedState:
     measured_by: tuple[ClientId, ...] = ()
     dropped: tuple[str, ...] = ()
     holders: tuple[ClientId, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,7 @@ class SmartFed:
             heads=start_heads(base, self.plan, clients),
             fresh=fresh if self.settings.fresh_rank else {},
             trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
+            notes=check_base(pool, names, base),
         )
         return replace(state, quotas=self._quotas(state, "uniform"))
 
@@ -211,6 +211,7 @@ class SmartFed:
             "measured_by": list(state.measured_by),
             "use": dict(state.use),
             "dropped": list(state.dropped),
+            "notes": list(state.notes),
         }
 
     # client ------------------------------------------------------------------------------------------------------
@@ -220,8 +221,9 @@ class SmartFed:
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         if ins.info["sent"]:  # keep the pool: later instructions only name it
-            kept = {**head_of(personal.tensors), **self._frozen_in(ins)}
-            personal = Personal(kept, {**personal.info, "pool": ins.info["pool"]})
+            frozen = self._frozen_in(ins)
+            about = {**personal.info, "pool": ins.info["pool"]}
+            personal = Personal(personal.tensors, about, Kept(name_of(frozen), frozen))
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, self._trainable(bank, ins), self.plan.optim)
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
@@ -231,7 +233,9 @@ class SmartFed:
         result = settle(self.plan, replace(trained, tensors=own), me, personal, travels)
         if not ins.info["measure"]:
             return result
-        found = yield from self._measure(after, ins)
+        found = yield from measure(
+            after, self.settings.importance, self.settings.measure_examples, ins.info["adapters"]
+        )
         return replace(result, reply=replace(result.reply, info={**result.reply.info, **found}))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
@@ -250,17 +254,7 @@ class SmartFed:
     # steps of the server -----------------------------------------------------------------------------------------
 
     def _pool(self, name: str | None = None) -> Pool:
-        """The pool in the settings' folder. Raises where it is not the one called ``name``."""
-        if not self.settings.pool:
-            raise CoterieError(
-                'SmartFed needs a pool: set [method] pool = "DIR", made by `coterie pool build DIR --adapters A B ...`'
-            )
-        pool = read_pool(Path(self.settings.pool))
-        if name not in (None, pool.name):
-            raise CoterieError(
-                f"the pool in {self.settings.pool} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back"
-            )
-        return pool
+        return pool_in(self.settings.pool, name)
 
     def _check(self, pool: Pool) -> None:
         s, known = self.settings, [a.name for a in pool.adapters]
@@ -292,12 +286,7 @@ class SmartFed:
         starving = starved(here, modules, state.use, below, whole)
         gone = [name for name in starving if name not in self.settings.train_experts][: len(here) - 1]
         left = [a for a in here if a.name not in gone]
-        routers = {}
-        for module, target in modules.items():
-            stay = {*numbers(left, module, whole)}
-            rows = [i for i, number in enumerate(numbers(here, module, whole)) if number in stay]
-            if rows:
-                routers[_router(target)] = state.routers[_router(target)][rows]
+        routers = rows_left(state.routers, modules, here, left, whole)
         return replace(state, routers=routers, dropped=(*state.dropped, *gone)) if gone else state
 
     def _frozen(self, pool: Pool, routers: Iterable[Key]) -> dict[Key, Tensor]:
@@ -320,12 +309,12 @@ class SmartFed:
             return self._frozen_in(ins)
         if self.settings.pool_at == "everywhere":
             return self._frozen(self._pool(ins.info["pool"]), router_of(ins.tensors))
-        if personal.info.get("pool") != ins.info["pool"]:
+        if personal.kept is None or personal.info.get("pool") != ins.info["pool"]:
             raise CoterieError(
                 f"client {me.id} was sent the pool {ins.info['pool'][:12]} and has it no more; restore its personal "
                 'state, or set [method] pool_at = "everywhere" and give it the folder'
             )
-        return lora_of(personal.tensors)
+        return personal.kept.tensors
 
     def _training_firsts(self, ins: Instruction) -> dict[int, int]:
         """The first number and the rank of each adapter that trains."""
@@ -355,20 +344,6 @@ class SmartFed:
         for first, rank in self._training_firsts(ins).items():
             trains |= {*range(first, first + rank)}
         return frozenset(key for key in bank.tensors if key.part in _WHOLE or key.expert in trains)
-
-    def _measure(self, bank: Bank, ins: Instruction) -> Generator[Request, Any, dict[str, Json]]:
-        """What EEQA is told: a number per matrix, and each adapter's share of the gates' weight."""
-        s = self.settings
-        what = ("usage",) if s.importance == "ablation" else ("usage", s.importance)
-        observed = yield Observe(bank, "train", what, examples=s.measure_examples)
-        modules = sorted(key.module for key in router_of(bank.tensors))
-        if s.importance == "ablation":
-            banks = [bank, *(without(bank, module) for module in modules)]
-            full, *rest = yield Score(banks, "train", examples=s.measure_examples)
-            importance = {m: max(0.0, scored.loss - full.loss) for m, scored in zip(modules, rest, strict=True)}
-        else:
-            importance = {m: observed.importance[s.importance].get(m, 0.0) for m in modules}
-        return {"importance": importance, "use": use_of(bank, observed, ins.info["adapters"])}
 
 
 _WHOLE = (Part.ROUTER, Part.HEAD)

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from coterie.machine import devices
 from coterie.nn.attach import linear_sizes
+from coterie.nn.weights import identified
 from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
 
 TaskKind = Literal["classification", "generation", "multiple_choice"]  # a causal language model for the last two
@@ -113,7 +114,7 @@ def load_base(
     if kind != "classification":
         _check_causal(model, path)
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
-    return Base(model, tokenizer, describe(model, targets), path, kind, attention)
+    return Base(model, tokenizer, identified(describe(model, targets), path), path, kind, attention)
 
 
 def _check_causal(model: nn.Module, path: str) -> None:

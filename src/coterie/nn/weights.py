@@ -1,0 +1,78 @@
+"""Tells a base by its weights, from its files: those in memory may be of another dtype, or quantised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from coterie.types import BaseSpec, CoterieError
+
+_ROWS = 8  # of every weight: training, or merging a LoRA, changes all rows, and these are read at once
+_WEIGHT = ".weight"
+
+
+def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
+    """By module: 16 digits of a SHA-256 over its weight's shape and first rows, in the base's safetensors files.
+
+    A module may have a prefix more or less than in the files, as in a model with a head. One whose weight is not found,
+    or found twice, is left out: so are all where the files are of another format, or not on this machine.
+    Raises :class:`CoterieError` for a damaged file.
+    """
+    found: dict[str, str] = {}
+    where: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+    for file in _files(path):
+        for stored in _stored(file):
+            for ending in endings(stored):
+                where[ending].append((file, stored))
+    for module in modules:
+        shorter = (place for ending in endings(module)[1:] for place in where[ending] if place[1] == ending)
+        places = {*where[module], *shorter}
+        if len(places) == 1:
+            found[module] = _digest(*places.pop())
+    return found
+
+
+def identified(spec: BaseSpec, path: str) -> BaseSpec:
+    """``spec`` with what tells each target's weights from others'."""
+    found = digests(path, [target.name for target in spec.targets])
+    return replace(spec, targets=tuple(replace(t, weights=found.get(t.name, "")) for t in spec.targets))
+
+
+def endings(module: str) -> list[str]:
+    """``a.b.c``, ``b.c``, ``c``."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _files(path: str) -> list[Path]:
+    """The base's safetensors files: in its folder, or in the hub's cache."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            found = cached_file(path, "config.json", local_files_only=True)
+        except OSError:
+            return []
+        folder = Path(str(found)).parent
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _stored(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return [name.removesuffix(_WEIGHT) for name in opened.keys() if name.endswith(_WEIGHT)]  # noqa: SIM118
+    except SafetensorError as fault:
+        raise CoterieError(f"{file} is damaged ({fault}); download the base again") from fault
+
+
+def _digest(file: Path, stored: str) -> str:
+    with safe_open(file, "pt") as opened:
+        part = opened.get_slice(stored + _WEIGHT)
+        shape, rows = part.get_shape(), part[:_ROWS].to(torch.float32).contiguous()
+    return hashlib.sha256(str(list(shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]
