@@ -90,10 +90,15 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     method.init(engine.spec, engine.clients)
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
-    write_json(folder / SITES, table_of(status_of(read_journal(folder))))
+    write_sites(folder)
     summary = finish(Opened(config, method, engine, Federation((), {}), root), state, folder)
     journal({"event": "finished"})
     return summary
+
+
+def write_sites(folder: Path) -> None:
+    """What the report shows of the network, from the journal so far."""
+    write_json(folder / SITES, table_of(status_of(read_journal(folder))))
 
 
 def _close(engine: RemoteEngine, members: set[ClientId]) -> None:
