@@ -54,7 +54,8 @@ class Deal:
     """What all sites of a run have in common; ``terms`` is sent with every parcel, ``sites`` may be empty (anyone).
 
     ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
-    starts of the run's server, so that a site can tell a message of a server that is gone.
+    starts of the run's server, so that a site can tell a message of a server that is gone. ``closed``: the run has
+    begun, and its ``sites`` are all that it can have.
     """
 
     run: str
@@ -62,6 +63,7 @@ class Deal:
     terms_hash: str
     attempt: int = 1
     sites: tuple[ClientId, ...] = ()
+    closed: bool = False
     keys: Mapping[str, ClientId] = field(default_factory=dict)
     deadline: float = 3600.0
     greeting: float = 60.0
@@ -223,6 +225,8 @@ class RemoteEngine:
         if hello is None:
             return "no hello"
         deal, client = self.deal, hello.info.id
+        if deal.closed and client not in deal.sites:
+            return f'{client} was not there at the start, and with [task] head = "shared" nobody can join later'
         if deal.sites and client not in deal.sites:
             return f"{client} is not among [federation] sites"
         if deal.keys and deal.keys.get(key) != client:
