@@ -34,14 +34,15 @@ def outcomes(made: Processes) -> dict[int, dict[str, str]]:
 def test_a_site_that_answers_wrongly_then_late_and_is_killed_in_mid_round(tmp_path: Path) -> None:
     """Every such round goes on without it and says why; it takes part in the next in which it behaves."""
     bad = ["nan", "shape", "garbage"]
-    plan = {**{str(i): name for i, name in enumerate(bad, 1)}, "4": "noise", "6": "late 19", "7": "never"}
     port = free_port()
-    settings = f"wait = 600\ndeadline = 20\ngreeting = 60\nmetrics_port = {port}"
+    settings = f"wait = 600\ngreeting = 60\nmetrics_port = {port}"
     run = "rounds = 200\nevaluate_every = 200"
     with processes(tmp_path, [A, B], insecure=True, run=run, federation=settings, method="fedit") as made:
+        deadline = made.deadline()
         made.serve()
         made.join(A)
-        made.join(B, plan)
+        late = f"late {deadline - 1}"
+        made.join(B, {"1": bad[0], "2": bad[1], "3": bad[2], "4": "noise", "6": late, "7": "never"})
         made.event("start", round=7)
         made.until((tmp_path / f"state-{B}" / "misbehaves-7").exists, "round in which the site is at work")
         made.power_cut(B)
@@ -58,9 +59,9 @@ def test_a_site_that_answers_wrongly_then_late_and_is_killed_in_mid_round(tmp_pa
             assert SPOILED[name][1] in failed[rnd][B], name
         assert "the worker's answer" in failed[4][B]
         assert failed[5] == {}
-        assert failed[6][B] == failed[7][B] == "no reply within 20 s ([federation] deadline)"
+        assert failed[6][B] == failed[7][B] == f"no reply within {deadline:g} s ([federation] deadline)"
         said = made.coterie("status", "run").stdout
-        for rnd in (3, 4, 6, 7):
+        for rnd in [rnd for rnd in failed if failed[rnd]][-4:]:
             assert f"{B}, train of round {rnd}: {failed[rnd][B]}" in said
         assert f"an answer of {B} for round 6 came after its deadline" in said
         ends_with_all_that_it_started(made, "serve")
@@ -116,9 +117,10 @@ def test_thirty_percent_of_the_answers_missing_at_random_over_ten_rounds(tmp_pat
     plans = {site: plan_of_losses(site) for site in (A, B, C)}
     lost = {(site, int(rnd)) for site, plan in plans.items() for rnd in plan}
     assert 7 <= len(lost) <= 11
-    settings = "wait = 600\ndeadline = 20\ngreeting = 60"
+    settings = "wait = 600\ngreeting = 60"
     run = "rounds = 10\nevaluate_every = 10\nquorum = 0.3"
     with processes(tmp_path, [A, B, C], insecure=True, run=run, federation=settings, method="fedit") as made:
+        made.deadline()
         made.serve()
         for site, plan in plans.items():
             made.join(site, plan)
@@ -144,4 +146,4 @@ def test_thirty_percent_of_the_answers_missing_at_random_over_ten_rounds(tmp_pat
         assert "Over the network" in page
         for site, row in status.sites.items():
             assert row.rounds == [e["round"] for e in events if site not in e["failed"]]
-            assert f"train of round {row.failures[0][1]}: no reply within 20 s" in page
+            assert f"train of round {row.failures[0][1]}: no reply within" in page
