@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import sites
 from coterie.federation.journal import read_journal
 from coterie.federation.processes import free_port
 
+MISBEHAVING = [sys.executable, str(Path(__file__).parent / "misbehaving.py")]
 COTERIE = [sys.executable, "-c", "from coterie.cli import main; main()"]
 PATIENCE = 700.0  # seconds for a step; a step that works takes far less
 
@@ -31,6 +34,7 @@ class Processes:
 
     folder: Path
     insecure: bool
+    temp: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -40,24 +44,59 @@ class Processes:
     def coterie(self, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*COTERIE, *args], cwd=self.folder, capture_output=True, text=True, check=False)
 
-    def start(self, name: str, *args: str) -> None:
+    def deadline(self) -> float:
+        """Seconds that an exchange stays well below on this machine as it is now: a start of ours takes 1.5 on idle ones.
+
+        It becomes the deadline of the rounds.
+        """
+        started = time.monotonic()
+        assert self.coterie("version").returncode == 0
+        found = max(20.0, 12 * (time.monotonic() - started)) // 1
+        path = self.folder / "serve.toml"
+        path.write_text(f"{path.read_text()}deadline = {found}\n")
+        return found
+
+    def start(self, name: str, *command: str) -> None:
         extra = ["--insecure"] if self.insecure else []
         with (self.folder / f"{name}.out").open("ab") as out:
             self.running[name] = subprocess.Popen(
-                [*COTERIE, *args, *extra], cwd=self.folder, stdout=out, stderr=out, start_new_session=True
+                [*command, *extra],
+                cwd=self.folder,
+                env={**os.environ, "TMPDIR": str(self.temp)},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     def serve(self, *more: str) -> None:
-        self.start("serve", "serve", "serve.toml", "--out", "run", *more)
+        self.start("serve", *COTERIE, "serve", "serve.toml", "--out", "run", *more)
 
-    def join(self, site: str) -> None:
-        self.start(site, "join", f"{site}.toml")
+    def join(self, site: str, plan: Mapping[str, str] | None = None) -> None:
+        """Start a site; with a plan one that misbehaves."""
+        command = COTERIE if plan is None else [*MISBEHAVING, json.dumps(plan)]
+        self.start(site, *command, "join", f"{site}.toml")
 
     def kill(self, name: str) -> None:
         """SIGKILL, as a crash."""
         process = self.running.pop(name)
         process.kill()
         process.wait()
+
+    def power_cut(self, name: str) -> None:
+        """SIGKILL to a command and all that it started: none of them has a last word."""
+        below = psutil.Process(self.running[name].pid).children(recursive=True)
+        self.running[name].send_signal(signal.SIGSTOP)  # else it would start again what died
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.kill(name)
+        for left in self.temp.glob("coterie-*"):  # as a machine's start clears its folder of temporary files
+            if not any(str(left) in part for p in self.alive() for part in _command(p)):
+                shutil.rmtree(left)
+
+    def alive(self) -> list[psutil.Process]:
+        """All that was started here and runs, whoever its parent is by now."""
+        return [p for p in psutil.process_iter() if _environment(p).get("TMPDIR") == str(self.temp)]
 
     def end(self, name: str) -> int:
         process = self.running.pop(name)
@@ -112,14 +151,51 @@ class Processes:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in paths)
 
 
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 @contextmanager
 def processes(
-    folder: Path, sites_there: list[str], *, insecure: bool, run: str, federation: str
+    folder: Path, sites_there: list[str], *, insecure: bool, run: str, federation: str, method: str = "fedlease"
 ) -> Iterator[Processes]:
     """Files for a server and its sites in ``folder``; whatever was started is gone at the end, and that is checked."""
-    made = Processes(folder, insecure)
+    temp = Path(tempfile.mkdtemp(prefix="ct-"))  # short: a path of a socket may have about 100 characters
+    made = Processes(folder, insecure, temp)
+    write_files(folder, sites_there, run, federation, method)
+    try:
+        yield made
+        for process in made.running.values():
+            process.terminate()
+        for process in made.running.values():
+            process.wait(60)
+        end = time.monotonic() + 60
+        while left := made.alive():
+            assert time.monotonic() < end, [_command(p) for p in left]
+            time.sleep(0.2)
+        assert not [*temp.glob("coterie-*")], "a socket was left behind"
+    finally:
+        for one in made.alive():
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        for process in made.running.values():
+            process.wait()
+        shutil.rmtree(temp)
+
+
+def write_files(folder: Path, sites_there: list[str], run: str, federation: str, method: str) -> None:
     port = free_port()
-    path = sites.config(folder, method="fedlease", run=run)
+    path = sites.config(folder, method=method, run=run)
     text = path.read_text().replace("warmup_rounds = 1", "warmup_rounds = 1\nexperts = 2")
     text = re.sub(r"rounds = 3\n", "", text, count=1) if "rounds" in run else text
     path.write_text(text)
@@ -128,23 +204,6 @@ def processes(
     (folder / "serve.toml").write_text(f"{text}\n[federation]\nsites = [{listed}]\nport = {port}\n{federation}\n")
     for site in sites_there:
         write_site(folder, site, port)
-    before = set(psutil.pids())
-    try:
-        yield made
-    finally:
-        own = [psutil.Process(p.pid).children(recursive=True) for p in made.running.values() if p.poll() is None]
-        for process in made.running.values():
-            process.terminate()
-        for process in made.running.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        _, alive = psutil.wait_procs([p for family in own for p in family], timeout=30)
-        for process in alive:
-            process.kill()
-        assert [p for p in alive if p.pid not in before] == []
 
 
 def write_site(folder: Path, site: str, port: int, key: str | None = None) -> None:

@@ -136,10 +136,15 @@ def report(
     pictures: Annotated[bool, typer.Option("--pictures", help="also write each picture as a PNG")] = False,
 ) -> None:
     """Write the report of a run anew, finished or not."""
+    from coterie.federation.journal import JOURNAL
     from coterie.report import write_report
     from coterie.run_folder import read_run
 
     read_run(folder)
+    if (folder / JOURNAL).exists():
+        from coterie.federation.server import write_sites
+
+        write_sites(folder)
     out.print(f"report: {write_report(folder, pictures)}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 from coterie.types import ClientId, CoterieError
 
@@ -16,6 +15,8 @@ Metrics = Mapping[str, float]
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     """Accuracy, macro-F1 over the labels that occur, and Matthews' correlation, all as fractions."""
+    from sklearn.metrics import f1_score, matthews_corrcoef  # a second to import, and a supervisor scores nothing
+
     right = sum(t == p for t, p in zip(truth, predicted, strict=True))
     several = len({*truth, *predicted}) > 1  # sklearn warns of a single label, whose correlation is 0
     return {

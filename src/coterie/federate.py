@@ -23,11 +23,9 @@ from coterie.config import DEFAULT_METHOD, Config
 from coterie.data.federation import load_federation
 from coterie.data.rows import Federation
 from coterie.engine import Engine
-from coterie.export import write_adapter, write_bundle
 from coterie.files import read_json, write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.method import Method, method_named
-from coterie.nn.base import resolve
 from coterie.report import write_report
 from coterie.run_folder import check_folder, claim, full_disk_told, held
 from coterie.runner import Listener, Rounds, Runner, finite
@@ -105,6 +103,9 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) ->
 
 def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
+    from coterie.export import write_adapter, write_bundle  # peft and transformers: a server begins without them
+    from coterie.nn.base import resolve
+
     config, method, engine = opened.config, opened.method, opened.engine
     base = resolve(config.model.path, opened.root)
     transposed = any(target.transposed for target in engine.spec.targets)

@@ -101,7 +101,7 @@ def _number(value: float, name: str) -> str:
         return f"{100 * value:.1f}%"
     if name.startswith("bytes") or name.endswith("bytes"):
         return _bytes(value)
-    if name == "seconds":
+    if name == "seconds" or name.startswith("seconds "):
         return _seconds(value)
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,26 @@ def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_not
     notes = [e["text"] for e in map(json.loads, (site / "untold" / "metrics.jsonl").read_text().splitlines())
              if e["event"] == "note"]  # fmt: skip
     assert any("cannot be told" in note for note in notes)
+
+
+@pytest.mark.parametrize("together", [1, 5])
+def test_a_client_that_loses_its_personal_state_takes_part_again(site: Path, together: int) -> None:
+    out = site / f"lost-{together}"
+    config = load_config(site / "smart.toml", [f"engine.clients_per_batch={together}"])
+
+    def listen(event: dict) -> None:
+        if event["event"] == "checkpoint" and event["round"] == 1:
+            shutil.rmtree(out / "personal" / "mood-0")
+
+    federate(config, out, root=site, listen=listen)
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rounds = [e for e in events if e["event"] == "round"]
+    assert [r["failed"] for r in rounds] == [{}, {}, {}]
+    told = [r["clients"]["mood-0"] for r in rounds]
+    assert ["loss" in t for t in told] == [True, False, True]
+    assert told[1]["lacks_pool"]
+    assert told[2]["bytes_down"] > 2 * told[1]["bytes_down"]
+    assert all("mood-0" in e["clients"] for e in events if e["event"] == "evaluation")
 
 
 def test_a_run_without_a_pool_is_refused_before_its_folder_is_made(site: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from coterie.cli import app
 from coterie.federation.journal import JOURNAL, Journal, Reader, read_journal
 from coterie.federation.metrics import exporter, render
 from coterie.federation.status import show, spans, status_of
+from pages import Page, make_run
 
 
 def exchange(client: str, rnd: int, failed: str | None = None, kind: str = "train") -> dict[str, Any]:
@@ -56,6 +59,27 @@ def test_the_status_adds_up() -> None:
     for part in ("2 of 4 rounds done", "started 2 times", "1-2", "b, train of round 2: b's norm", "came late"):
         assert part in out.getvalue()
     assert status_of([]).phase == "not started"
+
+
+def test_the_report_shows_who_took_part_over_the_network(tmp_path: Path) -> None:
+    """`coterie report` makes the table from the journal, of a run that has not finished too."""
+    rounds = [{**e, "seconds": 2.0, "describe": {}} for e in EVENTS if e["event"] == "round"]
+    make_run(tmp_path, rounds, config={"root": "/", "config": {"method": {"name": "fedit"}}})
+    journal = Journal(tmp_path / JOURNAL)
+    for event in EVENTS:
+        journal(event)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    text = Page(tmp_path / "report.html").text
+    for part in (
+        "Over the network",
+        "starts of the server 2",
+        "an answer of b came late, the SuperLink died; starting again",
+        "took part in missed bytes down bytes up seconds seconds at work",
+        "a 1-2 - 300 B 30 B 6.0 s 1.5 s",
+        "b 1 train of round 2: no reply within 9 s; train of round 2: b's norm 300 B 20 B 4.0 s 1.0 s",
+    ):
+        assert part in text, part
 
 
 def test_spans_of_rounds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 import flower_sites
 import sites
 from coterie import codec
-from coterie.engines.flower import GridTransport, InProcessGrid, pack, unpack
+from coterie.engines.flower import GridTransport, InProcessGrid, _LocalOnly, pack, unpack
 from coterie.engines.parcel import BrokenParcelError, Parcel
 from coterie.engines.remote import RemoteEngine
 from coterie.federation.worker import Worker
 from coterie.runner import Rounds, Runner
-from coterie.types import CoterieError, Reply
+from coterie.types import CoterieError
+from spoiled import SPOILED
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 VICTIM, NODE = "mood-1", 12
@@ -51,22 +53,14 @@ def rounds_in(folder: Path) -> list[Any]:
     return [line for line in lines if line["event"] == "round"]
 
 
-def with_reply(message: Message, change: Callable[[Reply], Any]) -> Message:
-    parcel = unpack(message.content)
-    changed = change(codec.decode(Reply, parcel.blob))
-    blob = changed if isinstance(changed, bytes) else codec.encode(changed)
-    message.content = pack(Parcel(parcel.head, blob))
-    return message
+def spoiled(change: Callable[[Parcel], Parcel]) -> Callable[[Message], Message]:
+    """The change of a parcel as one of the message that holds it."""
 
+    def spoil(message: Message) -> Message:
+        message.content = pack(change(unpack(message.content)))
+        return message
 
-def first(reply: Reply, change: Callable[[torch.Tensor], torch.Tensor]) -> Reply:
-    key = min(reply.tensors)
-    return replace(reply, tensors={**reply.tensors, key: change(reply.tensors[key])})
-
-
-def error_of(message: Message, text: str) -> Message:
-    message.content = pack(Parcel({"error": text}))
-    return message
+    return spoil
 
 
 def flower_error(message: Message, text: str) -> Message:
@@ -81,25 +75,10 @@ def unreadable(message: Message) -> Message:
 
 
 BAD: dict[str, tuple[Callable[[Message], Message], str]] = {
-    "nan": (lambda m: with_reply(m, lambda r: first(r, lambda t: t * float("nan"))), "not finite"),
-    "shape": (lambda m: with_reply(m, lambda r: first(r, lambda t: t[:1])), "has the shape"),
-    "keys": (lambda m: with_reply(m, lambda r: replace(r, tensors={})), "the reply has no"),
-    "integers": (lambda m: with_reply(m, lambda r: first(r, lambda t: t.int())), "not a floating one"),
-    "norm": (lambda m: with_reply(m, lambda r: first(r, lambda t: t + 1e9)), "above the bound"),
-    "rows": (lambda m: with_reply(m, lambda r: replace(r, num_examples=10**6)), "1000000 examples"),
-    "garbage": (lambda m: with_reply(m, lambda r: b"\x00garbage" * 99), "cannot be read"),
-    "a flipped bit": (lambda m: with_reply(m, flipped), "cannot be read"),
-    "nothing": (lambda m: with_reply(m, lambda r: b""), "cannot be read"),
+    **{name: (spoiled(change), reason) for name, (change, reason) in SPOILED.items()},
     "no parcel": (unreadable, "does not hold a head and a blob"),
-    "its own error": (lambda m: error_of(m, "no power"), "no power"),
     "Flower's error": (lambda m: flower_error(m, "killed\nat line"), "Flower says 8: killed"),
 }
-
-
-def flipped(reply: Reply) -> bytes:
-    blob = bytearray(codec.encode(reply))
-    blob[-9] ^= 4
-    return bytes(blob)
 
 
 def test_a_bad_answer_is_left_out_with_the_reason_and_the_round_goes_on(
@@ -331,3 +310,28 @@ def test_a_parcel_survives_a_message_and_nothing_else_is_one() -> None:
             unpack(content)
     with pytest.raises(BrokenParcelError):
         unpack(RecordDict())
+
+
+def test_the_superlink_answers_other_machines_for_sites_alone() -> None:
+    async def passes(host: str, path: str) -> bool:
+        seen: list[Any] = []
+
+        async def app(scope: Any, get: Any, put: Any) -> None:
+            seen.append("passed")
+
+        async def put(message: Any) -> None:
+            seen.append(message.get("status"))
+
+        await _LocalOnly(app)({"type": "http", "path": path, "client": (host, 1)}, None, put)
+        return seen == ["passed"]
+
+    for path, remote in (
+        ("/v1/fleet/pull-messages", True),
+        ("/health", True),
+        ("/v1/control/start-run", False),
+        ("/v1/runtime/pull-task-input", False),
+        ("/docs", False),
+        ("/v1/fleetx", False),
+    ):
+        assert asyncio.run(passes("127.0.0.1", path))
+        assert asyncio.run(passes("10.1.2.3", path)) == remote

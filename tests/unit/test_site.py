@@ -23,9 +23,10 @@ from coterie import codec
 from coterie.config import load_site
 from coterie.engines.parcel import BrokenParcelError, Parcel, hand_over, listening, receive, send
 from coterie.engines.remote import Hello
-from coterie.federation import site as site_module
-from coterie.federation.terms import federation_config, hash_of, steps_of, terms_of
-from coterie.federation.worker import Worker, fingerprint, serve_forever
+from coterie.federation.policy import steps_of
+from coterie.federation.site_check import check as check_site
+from coterie.federation.terms import federation_config, hash_of, terms_of
+from coterie.federation.worker import Worker, _without_text, fingerprint, serve_forever
 from coterie.types import CoterieError, Instruction, Optim, Part
 
 CLIENT = "mood-0"
@@ -235,7 +236,7 @@ def test_the_log_holds_no_text_of_the_data(
     try:
         raise KeyError("awful great street")
     except KeyError as fault:
-        site_module._without_text(type(fault), fault, fault.__traceback__)
+        _without_text(type(fault), fault, fault.__traceback__)
     text = logged.text
     assert "train of round 1: done" in text
     assert "KeyError at" in text
@@ -271,15 +272,15 @@ train = "clients/{CLIENT}/train.jsonl"
 device = "cpu"
 """
     path.write_text(text)
-    found = {check.name: check for check in site_module.check(path, run)}
+    found = {check.name: check for check in check_site(path, run)}
     assert [name for name, check in found.items() if not check.ok] == ["key", "ca", "server"]
     assert "7 train" in found["data"].value or "train" in found["data"].value
     assert "targets, SHA-256" in found["model"].value
     path.write_text(text + "[policy]\nmax_rank = 1\nmax_steps = 1\n")
-    failed = {check.name for check in site_module.check(path, run, insecure=True) if not check.ok}
+    failed = {check.name for check in check_site(path, run, insecure=True) if not check.ok}
     assert failed == {"server", "policy", "steps per round"}
     path.write_text(text.replace("train.jsonl", "gone.jsonl"))
-    failed = {check.name for check in site_module.check(path, run, insecure=True) if not check.ok}
+    failed = {check.name for check in check_site(path, run, insecure=True) if not check.ok}
     assert failed == {"server", "data"}
 
 

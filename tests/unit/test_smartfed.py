@@ -139,6 +139,27 @@ def test_a_client_that_comes_later_is_sent_the_pool_then() -> None:
         method.bank(ins["a"], CLIENTS[0], lost)
 
 
+def test_a_client_that_lost_the_pool_says_so_and_is_sent_it_again() -> None:
+    method, hand = smartfed(), Hand()
+    state, personal = begun(method)
+    state, _, _ = play(method, state, 1, personal, hand)
+    before, banks = state, len(hand.banks)
+    personal["a"] = method.begin(BASE, CLIENTS[0])
+    state, sent, replies = play(method, state, 2, personal, hand)
+    assert not sent["a"].info["sent"]
+    assert replies["a"].info == {"lacks_pool": True}
+    assert len(hand.banks) == banks + 1  # only b trained, and only b counts
+    for key, value in state.routers.items():
+        assert torch.equal(value, replies["b"].tensors[key])
+    assert state.holders == ("b",)
+    state, sent, replies = play(method, state, 3, personal, hand)
+    assert [sent[c].info["sent"] for c in ("a", "b")] == [True, False]
+    assert replies["a"].info["loss"] == 0.5
+    assert state.holders == ("a", "b")
+    alone = {"a": Reply(replies["a"].tensors, 10, {"lacks_pool": True})}
+    assert codec.encode(method.aggregate(before, alone, 2)) == codec.encode(replace(before, holders=("b",)))
+
+
 def test_with_the_pool_everywhere_nothing_of_it_travels() -> None:
     method, other, hand = smartfed(pool_at="everywhere"), smartfed(), Hand()
     state, personal = begun(method)

@@ -162,6 +162,8 @@ def _to_worker(parcel: Parcel, context: Context, left: float) -> Parcel:
             return Parcel({"error": "the site's worker was not done in time"})
         except PermissionError:
             return Parcel({"error": "the site's worker socket is another user's"})
+        except BrokenParcelError as fault:
+            return Parcel({"error": f"the worker's answer cannot be read: {fault}"})
         except OSError as fault:
             if time.monotonic() + _WORKER_PAUSE > end:
                 return Parcel({"error": f"the site's worker cannot be reached ({fault.strerror or fault})"})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from coterie import codec
@@ -54,7 +54,8 @@ class Deal:
     """What all sites of a run have in common; ``terms`` is sent with every parcel, ``sites`` may be empty (anyone).
 
     ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
-    starts of the run's server, so that a site can tell a message of a server that is gone.
+    starts of the run's server, so that a site can tell a message of a server that is gone. ``closed``: the run has
+    begun, and its ``sites`` are all that it can have.
     """
 
     run: str
@@ -62,6 +63,7 @@ class Deal:
     terms_hash: str
     attempt: int = 1
     sites: tuple[ClientId, ...] = ()
+    closed: bool = False
     keys: Mapping[str, ClientId] = field(default_factory=dict)
     deadline: float = 3600.0
     greeting: float = 60.0
@@ -75,6 +77,7 @@ class _Sent:
     rnd: int
     bytes_down: int
     at: float
+    node: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class RemoteEngine:
     _nodes: dict[ClientId, int] = field(default_factory=dict)
     _greeted: dict[int, float] = field(default_factory=dict)  # node: when
     _hellos: dict[str, int] = field(default_factory=dict)  # ticket: node
+    _refused: dict[int, str] = field(default_factory=dict)  # node: why
     _late: dict[str, _Sent] = field(default_factory=dict)
     _missed: set[ClientId] = field(default_factory=set)  # given up, and not back since
 
@@ -205,12 +209,15 @@ class RemoteEngine:
         hello, fault = _answered(Hello, answer)
         fault = fault or self._unfit(hello, nodes.get(node, ""))
         if hello is None or fault:
-            self.note({"event": "refused", "node": str(node), "reason": str(fault)})
+            if self._refused.get(node) != fault:  # said once
+                self.note({"event": "refused", "node": str(node), "reason": str(fault)})
+            self._refused[node] = str(fault)
             return  # it may be mended: asked again after a while
         client = hello.info.id
         back = client in self.known
         self.known[client] = hello
         self._nodes[client] = node
+        self._refused.pop(node, None)
         about = {"versions": dict(hello.versions), "base": hello.base, "rows": hello.info.num_train}
         self.note({"event": "back" if back else "joined", "client": client, "node": str(node), **about})
 
@@ -218,6 +225,8 @@ class RemoteEngine:
         if hello is None:
             return "no hello"
         deal, client = self.deal, hello.info.id
+        if deal.closed and client not in deal.sites:
+            return f'{client} was not there at the start, and with [task] head = "shared" nobody can join later'
         if deal.sites and client not in deal.sites:
             return f"{client} is not among [federation] sites"
         if deal.keys and deal.keys.get(key) != client:
@@ -252,8 +261,9 @@ class RemoteEngine:
     ) -> Iterator[_Outcome]:
         """What came of every client's message, as it comes.
 
-        A site that goes away before it answers is sent its message again when it is back: a round done again ends with
-        the same bits. It has ``greeting`` seconds for that; after those the round goes on without it.
+        A site that goes away before it answers is sent its message again when it is back, at once where that is as
+        another node: a round done again ends with the same bits. It has ``greeting`` seconds for that; after those the
+        round goes on without it.
         """
         self._note_late()
         parcels = {c: self._parcel(kind, c, rnd, ask, codec.encode(ins)) for c, ins in sorted(instructions.items())}
@@ -275,9 +285,11 @@ class RemoteEngine:
                     yield self._done(one, answer)
             for client in self._given_up(lost):
                 yield self._done(sent[client], lost.pop(client).why)
-            if lost:
-                self._greet()
-                waiting |= self._send(parcels, sent, lost)
+            self._greet()
+            for ticket in [t for t, one in waiting.items() if self._nodes.get(one.client, one.node) != one.node]:
+                one = self._late[ticket] = waiting.pop(ticket)
+                lost[one.client] = _Lost(self.clock(), self.clock(), "the site came back as another node")
+            waiting |= self._send(parcels, sent, lost)
             if (waiting or lost) and not found:
                 self.sleep(self.transport.pause)
         self._late |= waiting
@@ -304,7 +316,7 @@ class RemoteEngine:
             if ticket is None:
                 lost[client] = _Lost(lost[client].since, now + _TRY_AGAIN, "Flower did not take the message")
             else:
-                made[ticket] = sent[client]
+                made[ticket] = replace(sent[client], node=self._nodes[client])
                 self._missed.discard(client)
                 del lost[client]
         return made
@@ -333,8 +345,10 @@ class RemoteEngine:
         return sent.client, sent.bytes_down, answer, up, seconds
 
     def _note_late(self) -> None:
-        for ticket, _ in self.transport.receive(list(self._late)):
+        for ticket, answer in self.transport.receive(list(self._late)):
             sent = self._late.pop(ticket)
+            if isinstance(answer, str):
+                continue  # Flower's own: of a node that is gone, or a message that is too old
             text = f"an answer of {sent.client} for round {sent.rnd} came after its deadline, and was dropped"
             self.note({"event": "late", "client": sent.client, "round": sent.rnd, "kind": sent.kind, "text": text})
 

@@ -97,7 +97,7 @@ def check_site(
     insecure: Insecure = False,
 ) -> None:
     """Say before joining whether versions, keys, server, data and model fit. Exit code 1 if something does not."""
-    from coterie.federation.site import check
+    from coterie.federation.site_check import check
 
     failed = False
     table = Table(box=None, header_style="bold")

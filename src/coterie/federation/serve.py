@@ -13,13 +13,13 @@ from pathlib import Path
 from coterie.config import Config, differences
 from coterie.federation.journal import JOURNAL, Journal, Reader
 from coterie.federation.metrics import exporter
-from coterie.federation.server import DEAL
 from coterie.federation.superlink import SuperLink, check_server_keys
 from coterie.files import read_json, write_json
 from coterie.run_folder import check_folder, held, plain, read_run
 from coterie.runner import Listener
 from coterie.types import ClientId, CoterieError, Json
 
+DEAL = "deal.json"  # what the server of the next attempt starts from
 _POLL = 0.5  # seconds between looks into the journal
 _ASK = 15.0  # seconds between questions to Flower, each of which takes a process
 _HOME = "flower"

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from coterie.data.rows import Federation
 from coterie.engines.remote import Deal, Hello, RemoteEngine, Transport
 from coterie.federate import Opened, finish, rounds_of, set_threads
 from coterie.federation.journal import JOURNAL, Journal, read_journal
+from coterie.federation.serve import DEAL
 from coterie.federation.status import status_of, table_of
 from coterie.federation.terms import hash_of, terms_of
 from coterie.files import remove_parts, write_atomic, write_json
@@ -28,7 +29,6 @@ from coterie.run_folder import full_disk_told, held, read_run
 from coterie.runner import Runner
 from coterie.types import ClientId, CoterieError, Json
 
-DEAL = "deal.json"
 _KNOWN = "sites.safetensors"
 _LAST_SECONDS = 5.0  # for Flower's own way out
 _LOCK_SECONDS = 90.0  # for which the server of an earlier attempt may still be on its way out
@@ -75,7 +75,9 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     method = method_named(config.method["name"])(config.method_settings().located(root), config.plan())
     deal = deal_of(config, json.loads((folder / DEAL).read_text(encoding="utf-8")))
     known = _read_known(folder / _KNOWN)
-    before = set(known)
+    shared = config.task.head == "shared"
+    if shared and newest_round(folder / "checkpoints"):
+        deal = _closed(deal, known)
 
     def note(event: dict[str, Json]) -> None:
         journal(event)
@@ -85,25 +87,33 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     engine = RemoteEngine(transport, deal, note, known)
     journal({"event": "attempt", "attempt": deal.attempt, "sites": list(deal.sites)})
     engine.gather(config.federation.at_least, config.federation.wait)
-    if config.task.head == "shared":
-        _close(engine, before if newest_round(folder / "checkpoints") else set(engine.known))
+    if shared:
+        engine.deal = replace(engine.deal, sites=tuple(c.id for c in engine.clients), closed=True)
     method.init(engine.spec, engine.clients)
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
-    write_json(folder / SITES, table_of(status_of(read_journal(folder))))
+    write_sites(folder)
     summary = finish(Opened(config, method, engine, Federation((), {}), root), state, folder)
     journal({"event": "finished"})
     return summary
 
 
-def _close(engine: RemoteEngine, members: set[ClientId]) -> None:
-    """Let nobody in but ``members``. A shared head is made for the label spaces that there are at the start."""
-    if new := sorted({c.id for c in engine.clients} - members):
+def write_sites(folder: Path) -> None:
+    """What the report shows of the network, from the journal so far."""
+    write_json(folder / SITES, table_of(status_of(read_journal(folder))))
+
+
+def _closed(deal: Deal, members: Collection[ClientId]) -> Deal:
+    """The deal of a run that nobody can join any more but ``members``: those that it has shared heads for.
+
+    A shared head is averaged over the sites that the method's state holds for it, and these are set when it starts.
+    """
+    if new := sorted({*deal.sites} - {*members}):
         raise CoterieError(
             f'{", ".join(new)} cannot join now: with [task] head = "shared" all sites have to be there at the start; '
             "take the new ones out of [federation] sites, or start a new run"
         )
-    engine.deal = replace(engine.deal, sites=tuple(sorted(members)))
+    return replace(deal, sites=tuple(sorted({*members} & {*(deal.sites or members)})), closed=True)
 
 
 def deal_of(config: Config, found: Mapping[str, Json]) -> Deal:
@@ -115,10 +125,10 @@ def deal_of(config: Config, found: Mapping[str, Json]) -> Deal:
         hash_of(terms),
         found["attempt"],
         settings.sites,
-        found["keys"],
-        settings.deadline,
-        settings.greeting,
-        settings.base,
+        keys=found["keys"],
+        deadline=settings.deadline,
+        greeting=settings.greeting,
+        base=settings.base,
     )
 
 

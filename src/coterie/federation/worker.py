@@ -12,14 +12,18 @@ import logging
 import os
 import select
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from coterie import codec
-from coterie.config import Config
+from coterie.config import Config, load_site
 from coterie.data.federation import SAFE_ID, load_federation
 from coterie.data.rows import Federation
 from coterie.deployment import SiteSettings
@@ -29,7 +33,8 @@ from coterie.engines.parcel import BrokenParcelError, Parcel, listening, receive
 from coterie.engines.remote import Hello
 from coterie.export import write_bundle
 from coterie.federate import set_threads
-from coterie.federation.terms import BoundedCompute, check_policy, check_upload, config_at, hash_of
+from coterie.federation.policy import BoundedCompute, check_policy, check_upload
+from coterie.federation.terms import config_at, hash_of
 from coterie.files import write_json
 from coterie.machine import environment
 from coterie.method import Method, method_named
@@ -37,6 +42,7 @@ from coterie.nn.base import resolve
 from coterie.types import CoterieError, Instruction, Json
 
 log = logging.getLogger("coterie.site")
+_LOG_BYTES, _LOG_FILES = 5_000_000, 3
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -240,3 +246,21 @@ def _left(link: socket.socket) -> bool:
     """Whether the other side has closed the connection: it waited in line behind another message, and gave up."""
     ready, _, _ = select.select([link], [], [], 0)
     return bool(ready) and link.recv(1, socket.MSG_PEEK) == b""
+
+
+def work(path: str, door: str) -> None:
+    """The worker's process: loads nothing before it is asked, and answers until it is ended."""
+    worker = Worker(load_site(Path(path)), Path(path).resolve().parent)
+    worker.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handler = RotatingFileHandler(worker.state / "site.log", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    sys.excepthook = _without_text
+    serve_forever(worker, Path(door))
+
+
+def _without_text(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
+    """Log where the worker failed, and not what it said: a message may quote a row."""
+    where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(trace)]
+    log.error("the worker failed with %s at %s", kind.__name__, " < ".join(reversed(where)))

@@ -1,7 +1,7 @@
 """SmartFed (arXiv 2512.00902, ICML 2026): reuse LoRA modules that exist as rank-1 experts; train and send routers only.
 
 1. Pool: every LoRA is cut along its rank; expert i of a matrix is B_i A_i x with A_i [1, d_in], B_i [d_out, 1]. Frozen;
-   sent to a client once, then named by its SHA-256.
+   sent to a client once, then named by its SHA-256; sent again to one that says it has it no more.
 2. MoRE: y = W0 x + sum_{i in top-K_m} g_i B_i A_i x with g from a router W [N_m, d_in] per matrix m and per token
    (:func:`coterie.nn.gates.top_k`).
 3. Rounds: a client trains the routers and its head, and uploads them; the server averages them by examples.
@@ -52,6 +52,7 @@ from coterie.types import (
     ClientId,
     ClientInfo,
     ClientProgram,
+    ClientResult,
     CoterieError,
     GateSpec,
     Instruction,
@@ -182,6 +183,12 @@ class SmartFed:
         return shapes_of(_travels(state), state.heads.of(me.id))
 
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
+        lacking = {c for c in replies if replies[c].info.get("lacks_pool")}
+        state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
+        replies = {c: reply for c, reply in replies.items() if c not in lacking}
+        return self._average(state, replies) if replies else state
+
+    def _average(self, state: SmartFedState, replies: Mapping[ClientId, Reply]) -> SmartFedState:
         weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
         keys = _travels(state).keys()
         merged = mean([{key: replies[c].tensors[key] for key in keys} for c in weight], list(weight.values()))
@@ -224,6 +231,8 @@ class SmartFed:
             frozen = self._frozen_in(ins)
             about = {**personal.info, "pool": ins.info["pool"]}
             personal = Personal(personal.tensors, about, Kept(name_of(frozen), frozen))
+        elif self._lacks_pool(ins, personal):  # what was sent goes back untrained: the server leaves it out
+            return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, self._trainable(bank, ins), self.plan.optim)
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
@@ -309,12 +318,16 @@ class SmartFed:
             return self._frozen_in(ins)
         if self.settings.pool_at == "everywhere":
             return self._frozen(self._pool(ins.info["pool"]), router_of(ins.tensors))
-        if personal.kept is None or personal.info.get("pool") != ins.info["pool"]:
+        if personal.kept is None or self._lacks_pool(ins, personal):
             raise CoterieError(
-                f"client {me.id} was sent the pool {ins.info['pool'][:12]} and has it no more; restore its personal "
-                'state, or set [method] pool_at = "everywhere" and give it the folder'
+                f"client {me.id} was sent the pool {ins.info['pool'][:12]} and has it no more; it is sent again after "
+                "the next round that the client takes part in"
             )
         return personal.kept.tensors
+
+    def _lacks_pool(self, ins: Instruction, personal: Personal) -> bool:
+        """Whether the pool that the server only names is not here: the client's personal state was lost."""
+        return self.settings.pool_at == "server" and personal.info.get("pool") != ins.info["pool"]
 
     def _training_firsts(self, ins: Instruction) -> dict[int, int]:
         """The first number and the rank of each adapter that trains."""

@@ -1,0 +1,48 @@
+"""The worker of a site that misbehaves; see ``misbehaving.py``."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from dataclasses import dataclass, field
+
+from coterie.engines import parcel as parcels
+from coterie.engines.parcel import Parcel
+from coterie.federation import worker
+from spoiled import SPOILED
+
+_NOISE = b"\x07noise" * 999
+
+
+@dataclass
+class Misbehaving(worker.Worker):
+    """A worker that computes its answers as any other does, and then spoils them, or keeps them to itself."""
+
+    plan: dict[str, str] = field(default_factory=dict)
+
+    def answer(self, parcel: Parcel) -> Parcel:
+        made = super().answer(parcel)
+        what = self.plan.get(str(parcel.head.get("round")), "") if parcel.head.get("kind") == "train" else ""
+        if what:
+            (self.state / f"misbehaves-{parcel.head['round']}").touch()
+        if what == "noise":
+            return Parcel({"noise": True})
+        if what.startswith("late "):
+            time.sleep(float(what.removeprefix("late ")))
+        elif what == "never":
+            time.sleep(parcel.head["patience"] + 1.0)  # the ClientApp of its site has given up then
+        return SPOILED[what][0](made) if what in SPOILED else made
+
+
+def send(to: socket.socket, parcel: Parcel) -> None:
+    if parcel.head.get("noise"):
+        to.sendall(_NOISE)
+    else:
+        parcels.send(to, parcel)
+
+
+def work(path: str, door: str, plan: str) -> None:
+    worker.send = send  # type: ignore[attr-defined]
+    worker.Worker = lambda site, root: Misbehaving(site, root, plan=json.loads(plan))  # type: ignore[misc, assignment]
+    worker.work(path, door)
