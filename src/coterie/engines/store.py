@@ -36,6 +36,11 @@ class RoundStore(Generic[T]):
         except codec.CodecError as fault:
             raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
 
+    def size(self, client: ClientId, until: int) -> int:
+        """The bytes on the disk of what :meth:`load` would read."""
+        rounds = [rnd for rnd in self._rounds(client) if rnd <= until]
+        return self._path(client, max(rounds)).stat().st_size if rounds else 0
+
     def save(self, client: ClientId, rnd: int, value: T) -> None:
         """Keep ``value`` as the client's after round ``rnd``."""
         write_atomic(self._path(client, rnd), codec.encode(value))
