@@ -45,7 +45,7 @@ class Processes:
         return subprocess.run([*COTERIE, *args], cwd=self.folder, capture_output=True, text=True, check=False)
 
     def deadline(self) -> float:
-        """Seconds that an exchange stays well below on this machine as it is now: a start of ours takes 1.5 on idle ones.
+        """Seconds that an exchange stays well below on this machine as it is now; one of our starts takes 1.5 s idle.
 
         It becomes the deadline of the rounds.
         """

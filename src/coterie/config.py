@@ -88,14 +88,28 @@ class EngineSettings(_Section):
     """Where it runs."""
 
     name: str = Field("local", description="the engine")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+    device: str | tuple[str, ...] = Field(
+        "auto",
+        description='cpu, cuda, cuda:1, or auto; several, as ["cuda:0", "cuda:1"], or cuda:all: clients are spread '
+        "over them, and each holds the base",
+    )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "float32", description="bfloat16: autocast every forward pass; auto: where the device computes in it by itself"
     )
     clients_per_batch: int | Literal["auto"] = Field(
         1, description="clients that share a forward pass; 1: one after another, the reference; auto: as many as pay"
     )
+    compile: bool = Field(
+        False, description="torch.compile for what lies between the adapters; needs a compiler, changes the last bits"
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
+
+    @field_validator("device")
+    @classmethod
+    def _some_device(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("it names no device")
+        return value
 
     @field_validator("clients_per_batch")
     @classmethod

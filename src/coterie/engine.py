@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from coterie.method import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Observed, Reply
+
+T = TypeVar("T")
+Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closed, it gives up what is not done
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Engine(Protocol):
 
     def train(
         self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Delivery]]: ...
+    ) -> Stream[Delivery]: ...
 
     def evaluate(
         self,
@@ -57,11 +60,9 @@ class Engine(Protocol):
         rnd: int,
         splits: tuple[str, ...],
         usage: bool = False,
-    ) -> Iterator[tuple[ClientId, Evaluation]]: ...
+    ) -> Stream[Evaluation]: ...
 
-    def banks(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Bank]]: ...
+    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
 
     def restore(self, rnd: int) -> None: ...
 

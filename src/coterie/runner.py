@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,16 @@ class Runner:
         replies: dict[ClientId, Reply] = {}
         record: dict[str, Json] = {"event": "round", "round": rnd, "clients": {}, "failed": {}}
         infos = {c.id: c for c in cohort}
-        for client, delivery in self.engine.train(self.method, instructions, rnd):
-            self._note([delivery.note] if delivery.note else [], rnd)
-            fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
-            record["clients"][client] = _entry(delivery)
-            if fault is None and delivery.reply is not None:
-                replies[client] = delivery.reply
-            else:
-                record["failed"][client] = fault
-            self.listen({"event": "client", "round": rnd, "client": client, "failed": fault, **_entry(delivery)})
+        with closing(self.engine.train(self.method, instructions, rnd)) as deliveries:
+            for client, delivery in deliveries:
+                self._note([delivery.note] if delivery.note else [], rnd)
+                fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
+                record["clients"][client] = _entry(delivery)
+                if fault is None and delivery.reply is not None:
+                    replies[client] = delivery.reply
+                else:
+                    record["failed"][client] = fault
+                self.listen({"event": "client", "round": rnd, "client": client, "failed": fault, **_entry(delivery)})
         self._check_quorum(replies, cohort, record["failed"], rnd)
         before = self.method.describe(state)
         state = self.method.aggregate(state, replies, rnd)
@@ -148,12 +150,12 @@ class Runner:
         instructions = self.method.configure(state, self.engine.clients, rnd + 1)
         last = rnd == self.rounds.rounds
         scores: dict[ClientId, Evaluation] = {}
-        for client, evaluation in self.engine.evaluate(
-            self.method, instructions, rnd, ("validation", "test"), usage=last
-        ):
-            self._note([evaluation.note] if evaluation.note else [], rnd)
-            scores[client] = evaluation
-            self.listen({"event": "evaluated", "round": rnd, "client": client, "of": len(instructions)})
+        asked = self.engine.evaluate(self.method, instructions, rnd, ("validation", "test"), usage=last)
+        with closing(asked) as evaluations:
+            for client, evaluation in evaluations:
+                self._note([evaluation.note] if evaluation.note else [], rnd)
+                scores[client] = evaluation
+                self.listen({"event": "evaluated", "round": rnd, "client": client, "of": len(instructions)})
         splits = sorted({split for e in scores.values() for split in e.scores})
         mean = {s: mean_metrics({c: e.scores[s] for c, e in scores.items() if s in e.scores}) for s in splits}
         clients = {c: dict(e.scores) for c, e in scores.items()}

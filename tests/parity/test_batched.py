@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,6 +27,7 @@ from coterie.data.tasks import make_task
 from coterie.engines import batched
 from coterie.engines.batched import answer_all, drive_together
 from coterie.engines.compute import LocalCompute
+from coterie.engines.course import Course
 from coterie.engines.local import LocalEngine
 from coterie.engines.place import Workplace
 from coterie.engines.store import PersonalStore
@@ -220,6 +223,38 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, tmp_pat
         assert scores.keys() == others.keys()
         for client, evaluation in scores.items():
             assert furthest(evaluation, others[client]) < 1e-4
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_several_devices_give_the_bits_of_one(name: str, together: int, tmp_path: Path) -> None:
+    """A base on each; AdamW, in float32, with what stays with the clients, evaluation and use of experts."""
+    method, clients = method_of(name, "classification"), loaded("classification", torch.float32)[1]
+    place = workplace("classification", torch.float32, eval_batch_size=4)
+    first, other = (replace(place, base=replace(place.base, model=copy.deepcopy(place.base.model))) for _ in range(2))
+
+    def engine(folder: str, *more: Workplace) -> LocalEngine:
+        store = PersonalStore(tmp_path / folder)
+        return LocalEngine(first, Federation(clients, {}), store, together=together, more=more, optim=OPTIM)
+
+    one, two = engine("one"), engine("two", other)
+    size = min(together, -(-len(clients) // 2))
+    if size < together:  # a group for each device: the same groups, so that bits can be the same
+        one = replace(one, together=size)
+    state = method.init(one.spec, one.clients)
+    for rnd in range(1, ROUNDS + 1):
+        instructions = method.configure(state, one.clients, rnd)
+        alone, spread = (dict(e.train(method, instructions, rnd)) for e in (one, two))
+        assert len(alone) == len(clients)
+        for client, delivery in alone.items():
+            assert delivery.error is None
+            assert furthest(delivery.reply, spread[client].reply) == 0
+            assert furthest(one.store.load(client, rnd), two.store.load(client, rnd)) == 0
+        state = method.aggregate(state, {c: d.reply for c, d in alone.items()}, rnd)
+        after = method.configure(state, one.clients, rnd + 1)
+        scores, others = (dict(e.evaluate(method, after, rnd, ("validation", "test"), usage=True)) for e in (one, two))
+        assert len(scores) == len(clients)
+        assert furthest(scores, {client: others[client] for client in scores}) == 0
 
 
 # single requests -----------------------------------------------------------------------------------------------------
@@ -421,6 +456,34 @@ def test_a_client_that_fails_leaves_the_others_as_they_were() -> None:
     assert len(rest) == 2
     for client, one in zip(rest, told[3:], strict=True):
         assert furthest(one, LocalCompute(place, client, 1).train(requests[client.info.id])) < 1e-9
+
+
+def test_nothing_of_a_round_outlives_it_but_what_is_returned() -> None:
+    """Whatever waits for the garbage collector is memory that 1,000 clients hold at once."""
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    kept: list[Any] = []
+    begin = Course.start
+
+    def start(self: Course, parameters: Any, now: Any) -> None:
+        kept.extend(map(weakref.ref, [self, now, *parameters.values()]))
+        begin(self, parameters, now)
+
+    asked = [
+        (LocalCompute(place, c, 1), Train(bank, frozenset(bank.tensors), OPTIM))
+        for i, c in enumerate(clients)
+        for bank in [some_bank(place, labels_of(c), i, gate="softmax", rank=2)]
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Course, "start", start)
+            answer_all(asked, ignore)
+            answer(asked[0][1], asked[0][0])
+    finally:
+        gc.enable()
+    assert len(kept) > 6 * 10
+    assert not [one for one in kept if one() is not None]
 
 
 def test_a_client_may_fail_in_the_middle_of_its_steps() -> None:

@@ -8,18 +8,23 @@ import pytest
 import torch
 
 from coterie.engines import sizing
-from coterie.engines.sizing import best_size
-from coterie.types import Optim
-from places import client_of, workplace
+from coterie.engines.place import Workplace
+from coterie.engines.sizing import AutoSize, Size, best_size, first_request
+from coterie.types import Bank, ClientResult, Optim, Personal, Reply, Score, Train
+from places import client_of, plain_bank, workplace
 
 FOUR = ("north", "south", "east", "west")
 
 
-def size(optim: Optim, precision: str = "float32") -> sizing.Size:
+def asked(place: Workplace, optim: Optim, rank: int = 4) -> Train:
+    bank = plain_bank(place, rank=rank)
+    return Train(bank, frozenset(bank.tensors), optim)
+
+
+def size(optim: Optim, precision: str = "float32") -> Size:
     place = workplace(dtype=torch.float32, precision=precision)
-    kept = dict(place.cache)
-    found = best_size(place, [client_of(place, name) for name in FOUR], optim, 4)
-    assert kept.keys() <= place.cache.keys() == {(name, "train") for name in FOUR}
+    found = best_size(place, [client_of(place, name) for name in FOUR], asked(place, optim))
+    assert set(place.cache) == {(name, "train") for name in FOUR}, "what was made to measure is gone"
     return found
 
 
@@ -33,12 +38,12 @@ def test_as_many_clients_as_bring_a_step_to_enough_tokens(monkeypatch: pytest.Mo
         assert size(Optim(batch_size=2)).clients == clients
         assert size(Optim(batch_size=2), "bfloat16").clients == 1
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
-    assert size(Optim(batch_size=2)) == sizing.Size(4, "at most 64")
+    assert size(Optim(batch_size=2)) == Size(4, "at most 64")
 
 
 def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
-    monkeypatch.setattr(sizing, "_peak", lambda place, optim, rank, tokens, clients: 100 + 50 * clients)
+    monkeypatch.setattr(sizing, "_peak", lambda place, request, rows, tokens, clients: 100 + 50 * clients)
     for free, clients in ((0, 1), (249, 1), (251, 2), (313, 3), (10_000, 4)):
         monkeypatch.setattr(sizing, "_free", lambda device, free=free: free)
         assert size(Optim()).clients == clients
@@ -48,18 +53,74 @@ def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sizing, "_peak", short)
-    assert size(Optim()) == sizing.Size(1, "80% of the free memory hold so many")
+    assert size(Optim()) == Size(1, "80% of the free memory hold so many")
 
 
 def test_a_step_is_really_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
-    steps: list[int] = []
+    steps: list[list[tuple[int, set[int]]]] = []
     real = sizing.train_together
-    monkeypatch.setattr(sizing, "train_together", lambda asked: steps.append(len(asked)) or real(asked))
-    assert size(Optim(batch_size=3)).clients == 4
-    assert steps == [1, 2]
+
+    def seen(asked: Any) -> Any:
+        lengths = [[len(e.ids) for e in c.place.examples(c.client, "train")] for c, _ in asked]
+        steps.append([(len(each), set(each)) for each in lengths])
+        assert all(request.optim.steps == request.optim.accumulate == 1 for _, request in asked)
+        return real(asked)
+
+    monkeypatch.setattr(sizing, "train_together", seen)
+    place = workplace()
+    longest = max(place.lengths(client_of(place), "train"))
+    for batch, rows in ((3, 3), (100, 8)):
+        assert size(Optim(batch_size=batch, epochs=7, accumulate=2)).clients == 4
+        assert steps == [[(rows, {longest})], [(rows, {longest})] * 2], "as large as the largest real batch"
+        steps.clear()
+
+
+def test_a_larger_adapter_takes_more_memory() -> None:
+    """What is measured is what the clients carry."""
+    place = workplace(dtype=torch.float32)
+    peaks = [sizing._peak(place, asked(place, Optim(), rank), 8, 16, 2) for rank in (2, 4000)]
+    assert peaks[1] > peaks[0] + 2 * 3 * 4 * sum(t.d_in + t.d_out for t in place.base.spec.targets) * 3998
+
+
+def test_it_is_decided_anew_when_adapters_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = workplace()
+    sizes = {100.0: 8, 105.0: 7, 300.0: 8, 900.0: 2}
+    monkeypatch.setattr(sizing, "best_size", lambda place, clients, request: Size(sizes[request], "measured"))
+    auto, told = AutoSize(), []
+    for weight in (100.0, 105.0, 90.0, 300.0, 100.0, 900.0):
+        told.append(auto.decide([place], [], weight, lambda weight=weight: weight))
+    assert told == [Size(8, "measured"), None, None, None, None, Size(2, "measured")]
+    assert (auto.now, auto.weight) == (Size(2, "measured"), 900.0)
+
+
+def test_the_device_with_the_least_room_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "best_size", lambda place, clients, request: Size(place.seed, "measured"))
+    assert AutoSize().decide([workplace(seed=5), workplace(seed=3)], [], 1.0, lambda: None) == Size(3, "measured")
+
+
+def test_the_first_request_of_a_program_is_what_is_measured() -> None:
+    place = workplace()
+    request, closed = asked(place, Optim(steps=3)), []
+
+    def program(first: Any) -> Any:
+        try:
+            if first:
+                yield first
+            return ClientResult(Reply(), Personal())
+        finally:
+            closed.append(first)
+
+    def bank() -> Bank:
+        return request.bank
+
+    assert first_request(program(request), bank, Optim()) is request
+    for other in (Score([request.bank]), None):
+        made = first_request(program(other), bank, Optim(steps=9))
+        assert made == Train(request.bank, frozenset(request.bank.tensors), Optim(steps=9))
+    assert len(closed) == 3
 
 
 def test_a_single_client_is_not_measured() -> None:
     place = workplace()
-    assert best_size(place, [client_of(place)], Optim(), 4).clients == 1
+    assert best_size(place, [client_of(place)], asked(place, Optim())).clients == 1

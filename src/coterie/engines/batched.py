@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.data.tasks import Batch, Generation
-from coterie.engines.compute import LocalCompute, complete, evaluating, logits_of
-from coterie.engines.course import Course
+from coterie.engines.compute import LocalCompute, complete, evaluating, logits_of, prompts_of
+from coterie.engines.course import Course, Optimisers
 from coterie.engines.place import Workplace
 from coterie.engines.tally import ChoiceTally, Sight, Tally
 from coterie.method import answer
@@ -133,12 +133,16 @@ def train_together(asked: Sequence[tuple[LocalCompute, Train]]) -> list[Trained 
     place = asked[0][0].place
     with attached_many(place.base.model, [fitted for *_, fitted in lanes]) as many:
         for _, course, fitted in lanes:
-            course.start(fitted.parameters, fitted.now, fused=True)
+            course.start(fitted.parameters, fitted.now)
+        optimisers = Optimisers.of(courses, fused=True)
         while going := [c for c, (i, course, _) in enumerate(lanes) if i not in found and not course.done]:
             _backward(place, many, courses, going)
             for c in going:
+                courses[c].clip()
+            optimisers.step([courses[c] for c in going])
+            for c in going:
                 try:
-                    courses[c].update()
+                    courses[c].end()
                 except CoterieError as fault:
                     found[lanes[c][0]] = fault
         trained = {i: fitted.tensors() for i, _, fitted in lanes if i not in found}
@@ -212,7 +216,7 @@ def _texts(place: Workplace, many: AttachedMany, asked: Sequence[tuple[LocalComp
     size = _share(place, sum(map(bool, prompts)))
     for start in range(0, max(map(len, prompts), default=0), size):
         active = [c for c, rows in enumerate(prompts) if rows[start : start + size]]
-        inputs = [task.collate_prompts(prompts[c][start : start + size]) for c in active]
+        inputs = [prompts_of(place, task, prompts[c][start : start + size]) for c in active]
         batch = Merged.of([Batch(one, one["input_ids"], 0) for one in inputs], place, left=True)
         batch.choose(many, active)
         made = complete(place, task, batch.inputs)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Example, Generation
-from coterie.engines.course import Course
+from coterie.engines.course import Course, Optimisers
 from coterie.engines.importance import STATISTICS, gate_importance
-from coterie.engines.place import Workplace, autocast
+from coterie.engines.place import StoppedError, Workplace, autocast
 from coterie.engines.tally import OBSERVABLE, ChoiceTally, Sight, Tally
 from coterie.evaluate import text_metrics
 from coterie.machine import native_bfloat16
@@ -39,11 +39,14 @@ class LocalCompute:
         course = Course(self.place, self.client, self.rnd, request)
         with attached(self.place.base.model, request.bank, request.trainable) as bank:
             course.start(bank.parameters, bank.now)
+            optimisers = Optimisers.of([course])
             while not course.done:
                 for i, batch in enumerate([batch.to(self.place.device) for batch in course.begin()]):
                     course.prepare(i, None if request.balance and request.balance.padding else batch.mask)
                     course.loss(self._logits(batch), batch).backward()
-                course.update()
+                course.clip()
+                optimisers.step([course])
+                course.end()
             return self.keep(request, course.result(bank.tensors()))
 
     def keep(self, request: Train, trained: Trained) -> Trained:
@@ -126,8 +129,14 @@ def generate(place: Workplace, task: Generation, rows: Sequence[PromptRow]) -> l
     """Greedy completions of the rows' prompts, in batches, with whatever bank is attached."""
     texts: list[str] = []
     for i in range(0, len(rows), place.eval_batch_size):
-        texts += complete(place, task, task.collate_prompts(rows[i : i + place.eval_batch_size]))
+        texts += complete(place, task, prompts_of(place, task, rows[i : i + place.eval_batch_size]))
     return texts
+
+
+def prompts_of(place: Workplace, task: Generation, rows: Sequence[PromptRow]) -> Mapping[str, Tensor]:
+    """The rows' prompts, padded on the left [b, t]."""
+    with place.tokenising:
+        return task.collate_prompts(rows)
 
 
 def complete(place: Workplace, task: Generation, prompts: Mapping[str, Tensor]) -> list[str]:
@@ -141,11 +150,14 @@ def complete(place: Workplace, task: Generation, prompts: Mapping[str, Tensor]) 
             **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends
         )
     new = out[:, inputs["input_ids"].shape[1] :]
-    return list(task.tokenizer.batch_decode(new, skip_special_tokens=True))
+    with place.tokenising:
+        return list(task.tokenizer.batch_decode(new, skip_special_tokens=True))
 
 
 def logits_of(place: Workplace, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The model's logits with whatever is attached."""
+    """The model's logits with whatever is attached. Raises :class:`StoppedError` where the place is to stop."""
+    if place.stop.is_set():
+        raise StoppedError
     with autocast(place):
         logits: Tensor = place.base.model(**inputs, use_cache=False).logits
     return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits f
 @dataclass
 class Course:
     """A client's way through the steps of a round. An engine starts it, and for each step: runs the model on every
-    batch of :meth:`begin` after :meth:`prepare`, calls ``backward`` on :meth:`loss`, then :meth:`update`.
+    batch of :meth:`begin` after :meth:`prepare`, calls ``backward`` on :meth:`loss`, then :meth:`clip`, lets the
+    :class:`Optimisers` step, and calls :meth:`end`.
 
     Raises :class:`CoterieError` that names client and step when a loss is not finite.
     """
@@ -49,14 +51,14 @@ class Course:
     def done(self) -> bool:
         return self.step == len(self.groups)
 
-    def start(self, parameters: Mapping[Key, nn.Parameter], now: Pass, fused: bool = False) -> None:
-        """Train these parameters, whose layers share ``now``. ``fused``: the optimiser in one kernel."""
-        optim, self.now = self.request.optim, now
-        self.parameters = list(parameters.values())
-        self.optimizer = make_optimizer(optim, self.parameters, self.rnd, fused)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda i: _factor(optim.schedule, i, len(self.groups))
-        )
+    @property
+    def pace(self) -> Pace:
+        """Courses of one pace, begun together, have the same learning rate at every step."""
+        return Pace(self.request.optim, self.rnd, len(self.groups))
+
+    def start(self, parameters: Mapping[Key, nn.Parameter], now: Pass) -> None:
+        """Train these parameters, whose layers share ``now``."""
+        self.parameters, self.now = list(parameters.values()), now
         now.training = True
 
     def begin(self) -> list[Batch]:
@@ -87,15 +89,16 @@ class Course:
         self._found.append(torch.stack([loss.detach(), balance.detach()]))
         return loss + weight * balance if found else loss
 
-    def update(self) -> None:
-        """The step's end: clip, let the optimiser step, look at the losses now and then."""
-        optim = self.request.optim
+    def clip(self) -> None:
+        """What is to be done with the step's gradients before the optimiser takes them."""
         self.losses.append(torch.stack(self._found).sum(0))
-        if optim.clip > 0:
-            clip_grad_norm_(self.parameters, optim.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.request.optim.clip > 0:
+            clip_grad_norm_(self.parameters, self.request.optim.clip)
+
+    def end(self) -> None:
+        """The end of a step, after the optimiser's: look at the losses now and then."""
+        for parameter in self.parameters:
+            parameter.grad = None
         self.step += 1
         if self.step % _CHECK_EVERY == 0 or self.done:
             self._check_finite()
@@ -139,12 +142,46 @@ class Course:
             )
 
 
-def make_optimizer(
-    optim: Optim, parameters: Sequence[nn.Parameter], rnd: int, fused: bool = False
-) -> torch.optim.Optimizer:
-    """A fresh optimiser for round ``rnd`` (the first is 1), its learning rate decayed by the rounds before."""
-    rate = optim.learning_rate * optim.round_decay ** (rnd - 1)
-    kernel = True if fused else None  # None: torch's choice
+class Pace(NamedTuple):
+    """All that a learning rate depends on."""
+
+    optim: Optim
+    rnd: int
+    steps: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate at ``step`` (from 0) of round ``rnd`` (from 1)."""
+        decayed = self.optim.learning_rate * self.optim.round_decay ** (self.rnd - 1)
+        return decayed * _factor(self.optim.schedule, step, self.steps)
+
+
+@dataclass(frozen=True)
+class Optimisers:
+    """A fresh optimiser for every pace of courses that begin together: one step of it serves all that have the pace.
+
+    Those without gradients, because they have ended, stay as they are.
+    """
+
+    by_pace: Mapping[Pace, torch.optim.Optimizer]
+
+    @staticmethod
+    def of(courses: Sequence[Course], fused: bool = False) -> Optimisers:
+        """``fused``: each in one kernel; else torch's choice."""
+        parameters: dict[Pace, list[nn.Parameter]] = {}
+        for course in courses:
+            parameters.setdefault(course.pace, []).extend(course.parameters)
+        return Optimisers({pace: _optimizer(pace, found, fused) for pace, found in parameters.items() if found})
+
+    def step(self, courses: Sequence[Course]) -> None:
+        """One step of these courses."""
+        for pace, number in {course.pace: course.step for course in courses if course.parameters}.items():
+            for group in self.by_pace[pace].param_groups:
+                group["lr"] = pace.rate(number)
+            self.by_pace[pace].step()
+
+
+def _optimizer(pace: Pace, parameters: Sequence[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+    optim, rate, kernel = pace.optim, pace.rate(0), True if fused else None
     if optim.optimizer == "sgd":
         momentum, decay = optim.momentum, optim.weight_decay
         return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=kernel)

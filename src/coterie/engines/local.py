@@ -7,26 +7,31 @@ programs of several clients run in step and share their forward passes (:mod:`.b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from coterie import codec
 from coterie.config import Config
 from coterie.data.rows import ClientData, Federation
-from coterie.data.tasks import make_task
-from coterie.engine import Delivery, Evaluation
+from coterie.engine import Delivery, Evaluation, Stream
 from coterie.engines.batched import FAULTS, Asked, answer_all, drive_together
-from coterie.engines.compute import LocalCompute, resolve_precision
+from coterie.engines.compute import LocalCompute
+from coterie.engines.grouping import Load, evaluation, grouped, spread, training
+from coterie.engines.loading import workplaces
 from coterie.engines.place import Workplace
-from coterie.engines.sizing import best_size
+from coterie.engines.sizing import AutoSize, first_request
+from coterie.engines.spread import mover, on_places
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.evaluate import check_rouge
+from coterie.machine import release_memory
 from coterie.method import Compute, Method, drive
-from coterie.nn.base import Base, load_base, resolve
 from coterie.types import (
     Answer,
     Bank,
@@ -39,59 +44,46 @@ from coterie.types import (
     Instruction,
     Observe,
     Observed,
+    Optim,
     Personal,
     Score,
     Scored,
+    Train,
 )
+
+T = TypeVar("T")
+_TIDY_EVERY = 5.0  # seconds; it takes some 50 ms
 
 
 def make(config: Config, federation: Federation, folder: Path, root: Path, cache: dict[str, Any]) -> LocalEngine:
     """The engine for a run in ``folder``; the base stays in ``cache`` for further runs with the same model."""
     if config.task.generate:
         check_rouge()
-    engine = config.engine.model_copy(update={"clients_per_batch": 1})  # no part of what is loaded
-    key = str(("base", config.model, config.lora.targets, config.task.kind, engine, root))
-    if key not in cache:
-        cache[key] = _load(config, root)
-    base: Base = cache[key]
-    task = make_task(
-        config.task.kind, base.tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
-    )
-    place = Workplace(base, task, config.run.seed, config.run.eval_batch_size)
-    place.precision = resolve_precision(config.engine.precision, place.device)
+    places = workplaces(config, root, cache)
     trained = RoundStore(folder / "trained", Bank) if config.evaluated == "trained" else None
-    together, notes = config.engine.clients_per_batch, []
-    if together == "auto":
-        size = best_size(place, federation.clients, config.train, config.lora.rank)
-        together = size.clients
-        notes.append(f"{together} clients share a forward pass: {size.reason}")
-    return LocalEngine(place, federation, PersonalStore(folder), trained, together, notes)
+    asked = config.engine.clients_per_batch
+    together, auto = (1, AutoSize()) if asked == "auto" else (asked, None)
+    store = PersonalStore(folder)
+    return LocalEngine(places[0], federation, store, trained, together, auto=auto, more=places[1:], optim=config.train)
 
 
-def _load(config: Config, root: Path) -> Base:
-    device = config.engine.device
-    base = load_base(
-        resolve(config.model.path, root),
-        config.task.kind,
-        targets=config.lora.targets,
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype],
-        quantize=config.model.quantize,
-        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-    )
-    needed = config.model.max_length + (config.task.max_new_tokens if config.task.generate else 0)
-    if base.longest is not None and needed > base.longest:
-        raise CoterieError(
-            f"the model has positions for {base.longest} tokens; [model] max_length (and [task] max_new_tokens) "
-            f"ask for {needed}: lower them"
-        )
-    place = next(base.model.parameters()).device
-    precision = resolve_precision(config.engine.precision, place)
-    if precision == "bfloat16":
-        base.hold_linears(torch.bfloat16)
-    if place.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
-        base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
-    return base
+@dataclass(frozen=True)
+class Start:
+    """What a client starts a round with, as it came through the codec."""
+
+    client: ClientData
+    ins: Instruction
+    bytes_down: int
+    personal: Personal
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a client's round, and what saves that which stays with it."""
+
+    client: ClientId
+    delivery: Delivery
+    saves: Sequence[Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -110,6 +102,9 @@ class LocalEngine:
     together: int = 1
     notes: list[str] = field(default_factory=list)  # what the user should know, until a delivery takes it along
     guard: Callable[[LocalCompute], Compute] = lambda compute: compute  # around training; a site bounds its steps
+    auto: AutoSize | None = None  # decides on ``together``
+    more: tuple[Workplace, ...] = ()  # on further devices
+    optim: Optim = field(default_factory=Optim)  # how clients mostly train: for what their training costs
 
     @property
     def spec(self) -> BaseSpec:
@@ -119,12 +114,30 @@ class LocalEngine:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(client.info for client in self.federation.clients)
 
-    def train(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Delivery]]:
-        """Every client's delivery for round ``rnd``, as it comes. A client's failure is its delivery's ``error``."""
-        for group in self._groups(instructions):
-            yield from self._train(method, group, instructions, rnd)
+    @property
+    def places(self) -> tuple[Workplace, ...]:
+        return self.place, *self.more
+
+    def train(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
+        """Every client's delivery for round ``rnd``, as it comes. A client's failure is its delivery's ``error``.
+
+        Once all have come, what stays with the clients is on the disk.
+        """
+        clients = self._taking_part(instructions)
+        together = self._decide(method, clients, instructions, rnd)
+        groups, shares = self._grouped(clients, together, training(self.place, self.optim))
+
+        def fetch(number: int) -> list[Start]:
+            return [self._start(method, client, instructions[client.info.id], rnd) for client in groups[number]]
+
+        def work(place: Workplace, number: int) -> list[Ended]:
+            return self._train(method, place, moving.take(number), rnd)
+
+        with mover(shares, fetch) as moving, closing(self._each(shares, work)) as done:
+            for ended in chain.from_iterable(done):
+                for save in ended.saves:
+                    moving.write(save)
+                yield ended.client, replace(ended.delivery, note=_taken(self.notes))
 
     def evaluate(
         self,
@@ -133,30 +146,25 @@ class LocalEngine:
         rnd: int,
         splits: tuple[str, ...],
         usage: bool = False,
-    ) -> Iterator[tuple[ClientId, Evaluation]]:
+    ) -> Stream[Evaluation]:
         """Every client's scores with the bank that it would start round ``rnd + 1`` with, or that it trained last."""
-        for group in self._groups(instructions):
-            banks = [self._bank(method, client, instructions[client.info.id], rnd) for client in group]
-            scores: list[dict[str, Mapping[str, float]]] = [{} for _ in group]
-            for split in splits:
-                has = [i for i, client in enumerate(group) if client.splits.get(split)]
-                asked = [(LocalCompute(self.place, group[i], rnd), Score([banks[i]], split)) for i in has]
-                for i, found in zip(has, _told(asked, self.notes), strict=True):
-                    (scored,) = cast(list[Scored], found)
-                    scores[i][split] = {**scored.metrics, "loss": scored.loss}
-            seen = [Observe(bank, _seen(client)) for client, bank in zip(group, banks, strict=True)] if usage else []
-            looks = [
-                (LocalCompute(self.place, client, rnd), one) for client, one in zip(group, seen, strict=bool(seen))
-            ]
-            observed = [cast(Observed, found) for found in _told(looks, self.notes)]
-            for i, client in enumerate(group):
-                yield client.info.id, Evaluation(scores[i], observed[i] if usage else None, _taken(self.notes))
+        clients, together = self._taking_part(instructions), self._together
+        rows = -(-self.place.eval_batch_size // together)
+        groups, shares = self._grouped(clients, together, evaluation(self.place, splits, rows))
 
-    def banks(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Bank]]:
+        def fetch(number: int) -> list[Bank]:
+            return [self._bank(method, client, instructions[client.info.id], rnd) for client in groups[number]]
+
+        def work(place: Workplace, number: int) -> list[tuple[ClientId, Evaluation]]:
+            return self._evaluate(place, groups[number], moving.take(number), rnd, splits, usage)
+
+        with mover(shares, fetch) as moving, closing(self._each(shares, work)) as done:
+            for client, found in chain.from_iterable(done):
+                yield client, replace(found, note=_taken(self.notes))
+
+    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """Every client's bank after round ``rnd``, for export."""
-        for client in self._ordered(instructions):
+        for client in self._taking_part(instructions):
             yield client.info.id, self._bank(method, client, instructions[client.info.id], rnd)
 
     def restore(self, rnd: int) -> None:
@@ -171,22 +179,98 @@ class LocalEngine:
         if self.trained:
             self.trained.prune(rnd)
 
-    def _train(
-        self, method: Method[Any], group: Sequence[ClientData], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Delivery]]:
-        """The deliveries of clients whose programs run together."""
+    @property
+    def _together(self) -> int:
+        return self.auto.now.clients if self.auto and self.auto.now else self.together
+
+    def _decide(
+        self,
+        method: Method[Any],
+        clients: Sequence[ClientData],
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+    ) -> int:
+        """How many clients share a pass of this round: where that is to be found out, by the largest adapter."""
+        if self.auto is None or not clients:
+            return self._together
+
+        def weight(client: ClientData) -> int:
+            sent = sum(tensor.nbytes for tensor in instructions[client.info.id].tensors.values())
+            return sent + self.store.size(client.info.id, rnd - 1)
+
+        def request() -> Train:
+            ins, personal = instructions[heaviest.info.id], self._personal(method, heaviest, rnd - 1)
+            program = method.client(ins, heaviest.info, personal)
+            return first_request(program, lambda: method.bank(ins, heaviest.info, personal), self.optim)
+
+        heaviest = max(clients, key=weight)
+        if size := self.auto.decide(self.places, clients, weight(heaviest), request):
+            self.notes.append(f"{size.clients} clients share a forward pass: {size.reason}")
+        return self._together
+
+    def _grouped(
+        self, clients: Sequence[ClientData], together: int, load: Callable[[int, ClientData], Load]
+    ) -> tuple[list[list[ClientData]], list[list[int]]]:
+        """The clients in groups that share passes, and the numbers of the groups for each place."""
+        if together == len(self.places) == 1:
+            return [[client] for client in clients], [list(range(len(clients)))]
+        size = min(together, -(-len(clients) // len(self.places)))
+        groups = grouped([load(number, client) for number, client in enumerate(clients)], max(1, size))
+        return [[clients[one.number] for one in group] for group in groups], spread(groups, len(self.places))
+
+    def _each(self, shares: Sequence[Sequence[int]], work: Callable[[Workplace, int], T]) -> Generator[T, None, None]:
+        """What ``work`` makes of every group; memory that is free is given back from time to time."""
+        tidied = time.monotonic()
+        with closing(on_places(self.places, shares, work)) as made:
+            for one in made:
+                yield one
+                if time.monotonic() - tidied > _TIDY_EVERY:
+                    release_memory()
+                    tidied = time.monotonic()
+
+    def _start(self, method: Method[Any], client: ClientData, instruction: Instruction, rnd: int) -> Start:
+        """What the client starts the round with; its rows are tokenised, too."""
+        down = codec.encode(instruction)
+        with suppress(CoterieError):  # of a row that cannot be encoded it hears when it trains
+            self.place.prepare(client, "train")
+        return Start(client, codec.decode(Instruction, down), len(down), self._personal(method, client, rnd - 1))
+
+    def _train(self, method: Method[Any], place: Workplace, starts: Sequence[Start], rnd: int) -> list[Ended]:
+        """What came of clients whose programs run together."""
         started = time.perf_counter()
-        downs = [codec.encode(instructions[client.info.id]) for client in group]
-        programs = [
-            method.client(codec.decode(Instruction, down), client.info, self._personal(method, client, rnd - 1))
-            for client, down in zip(group, downs, strict=True)
-        ]
-        computes = [LocalCompute(self.place, client, rnd) for client in group]
+        programs = [method.client(start.ins, start.client.info, start.personal) for start in starts]
+        computes = [LocalCompute(place, start.client, rnd) for start in starts]
         results = self._run(programs, computes)
-        for compute, down, result in zip(computes, downs, results, strict=True):
-            delivery = self._deliver(compute, result, len(down), rnd)
-            seconds = (time.perf_counter() - started) / len(group)
-            yield compute.client.info.id, replace(delivery, seconds=seconds, note=_taken(self.notes))
+        ended = [self._ended(*of, rnd) for of in zip(starts, computes, results, strict=True)]
+        seconds = (time.perf_counter() - started) / len(starts)
+        return [replace(one, delivery=replace(one.delivery, seconds=seconds)) for one in ended]
+
+    def _evaluate(
+        self,
+        place: Workplace,
+        group: Sequence[ClientData],
+        banks: Sequence[Bank],
+        rnd: int,
+        splits: tuple[str, ...],
+        usage: bool,
+    ) -> list[tuple[ClientId, Evaluation]]:
+        """The evaluations of clients that are evaluated together."""
+        scores: list[dict[str, Mapping[str, float]]] = [{} for _ in group]
+        for split in splits:
+            has = [i for i, client in enumerate(group) if client.splits.get(split)]
+            asked: list[Asked] = [(LocalCompute(place, group[i], rnd), Score([banks[i]], split)) for i in has]
+            for i, found in zip(has, _told(asked, self.notes), strict=True):
+                (scored,) = cast(list[Scored], found)
+                scores[i][split] = {**scored.metrics, "loss": scored.loss}
+        looks: list[Asked] = [
+            (LocalCompute(place, client, rnd), Observe(bank, _seen(client)))
+            for client, bank in zip(group, banks, strict=True)
+            if usage
+        ]
+        observed = [cast(Observed, found) for found in _told(looks, self.notes)]
+        return [
+            (client.info.id, Evaluation(scores[i], observed[i] if usage else None)) for i, client in enumerate(group)
+        ]
 
     def _run(
         self, programs: Sequence[ClientProgram], computes: Sequence[LocalCompute]
@@ -199,26 +283,19 @@ class LocalEngine:
         except FAULTS as fault:
             return [fault]
 
-    def _deliver(self, compute: LocalCompute, result: ClientResult | Exception, down: int, rnd: int) -> Delivery:
-        """What the server gets of a client's result; what stays with the client is saved."""
-        client = compute.client.info.id
+    def _ended(self, start: Start, compute: LocalCompute, result: ClientResult | Exception, rnd: int) -> Ended:
+        """What the server gets of a client's result, and what is to be saved with the client."""
+        client = start.client.info.id
         if isinstance(result, Exception):
             memory = isinstance(result, torch.OutOfMemoryError)
             error = f"client {client}: out of memory; lower [train] batch_size" if memory else str(result)
-            return Delivery(None, error, down, 0, 0.0)
+            return Ended(client, Delivery(None, error, start.bytes_down, 0, 0.0), [])
         up = codec.encode(result.reply)
-        self.store.save(client, rnd, result.personal)
+        saves = [partial(self.store.save, client, rnd, result.personal)]
         if self.trained and compute.trained:
-            self.trained.save(client, rnd, compute.trained)
-        return Delivery(codec.decode(type(result.reply), up), None, down, len(up), 0.0)
-
-    def _groups(self, instructions: Mapping[ClientId, Instruction]) -> Iterator[list[ClientData]]:
-        """The clients in groups of ``together``; those with much data first, so that a group's are alike."""
-        clients = [client for client in self.federation.clients if client.info.id in instructions]
-        if self.together > 1:
-            clients.sort(key=lambda client: -client.info.num_train)
-        for start in range(0, len(clients), self.together):
-            yield clients[start : start + self.together]
+            saves.append(partial(self.trained.save, client, rnd, compute.trained))
+        reply = codec.decode(type(result.reply), up)
+        return Ended(client, Delivery(reply, None, start.bytes_down, len(up), 0.0), saves)
 
     def _bank(self, method: Method[Any], client: ClientData, ins: Instruction, rnd: int) -> Bank:
         """What the client evaluates with after round ``rnd``."""
@@ -228,8 +305,8 @@ class LocalEngine:
     def _personal(self, method: Method[Any], client: ClientData, until: int) -> Personal:
         return self.store.load(client.info.id, until) or method.begin(self.spec, client.info)
 
-    def _ordered(self, instructions: Mapping[ClientId, Instruction]) -> Iterator[ClientData]:
-        return (client for client in self.federation.clients if client.info.id in instructions)
+    def _taking_part(self, instructions: Mapping[ClientId, Instruction]) -> list[ClientData]:
+        return [client for client in self.federation.clients if client.info.id in instructions]
 
 
 def _told(asked: Sequence[Asked], notes: list[str]) -> list[Answer]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from coterie import codec
-from coterie.engine import Delivery, Evaluation
+from coterie.engine import Delivery, Evaluation, Stream
 from coterie.engines.parcel import Parcel
 from coterie.method import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Reply
@@ -122,9 +122,7 @@ class RemoteEngine:
         allowed = self.deal.sites
         return tuple(self.known[c].info for c in sorted(self.known) if not allowed or c in allowed)
 
-    def train(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Delivery]]:
+    def train(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``, as it comes; at the deadline an error for each that is missing."""
         for client, sent, answer, up, seconds in self._exchange("train", instructions, rnd, {}):
             reply, error = (None, answer) if isinstance(answer, str) else _decoded(Reply, answer.blob)
@@ -137,14 +135,12 @@ class RemoteEngine:
         rnd: int,
         splits: tuple[str, ...],
         usage: bool = False,
-    ) -> Iterator[tuple[ClientId, Evaluation]]:
+    ) -> Stream[Evaluation]:
         """The scores of the clients that answer."""
         ask: dict[str, Json] = {"splits": list(splits), "usage": usage}
         yield from self._decoded_answers(Evaluation, "evaluate", instructions, rnd, ask)
 
-    def banks(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Iterator[tuple[ClientId, Bank]]:
+    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """The banks of the clients whose site gives them away; every site writes its own to its own disk."""
         yield from self._decoded_answers(Bank, "query.bank", instructions, rnd, {})
 

@@ -39,6 +39,11 @@ class RoundStore(Generic[T]):
         except codec.CodecError as fault:
             raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
 
+    def size(self, client: ClientId, until: int) -> int:
+        """The bytes on the disk of what :meth:`load` would read."""
+        rounds = [rnd for rnd in self._rounds(client) if rnd <= until]
+        return self._path(client, max(rounds)).stat().st_size if rounds else 0
+
     def save(self, client: ClientId, rnd: int, value: T) -> None:
         """Keep ``value`` as the client's after round ``rnd``."""
         write_atomic(self._path(client, rnd), codec.encode(value))
@@ -84,6 +89,10 @@ class PersonalStore:
         path = self._path(found.kept)
         kept = Kept(found.kept.name, _read(path, path.stat().st_mtime_ns)) if path.exists() else None
         return replace(found, kept=kept)
+
+    def size(self, client: ClientId, until: int) -> int:
+        """As :meth:`RoundStore.size`, without what is kept once for all."""
+        return self._rounds.size(client, until)
 
     def save(self, client: ClientId, rnd: int, value: Personal) -> None:
         """Keep ``value`` as the client's after round ``rnd``."""

@@ -1,0 +1,155 @@
+"""Work on several places at once, and reading and writing beside it: in order, and ended cleanly on a fault."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from coterie.engines.place import StoppedError, Workplace
+from coterie.engines.spread import mover, on_places
+from places import workplace
+
+WAIT = 20.0  # seconds, in which anything here happens; on any machine
+
+
+def places(number: int) -> list[Workplace]:
+    first = workplace()
+    return [Workplace(first.base, first.task, i, stop=first.stop) for i in range(number)]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Any:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_results_come_in_order_whoever_is_faster(number: int) -> None:
+    plan = [list(range(i, 9, number)) for i in range(number)]
+    seen: dict[int, list[int]] = {}
+
+    def work(place: Workplace, of: int) -> int:
+        seen.setdefault(place.seed, []).append(of)
+        if place.seed == 0 and number > 1:
+            time.sleep(0.01)
+        return of * of
+
+    made = list(on_places(places(number), plan, work))
+    assert made == [of * of for of in range(9)]
+    assert seen == dict(enumerate(plan))
+
+
+def test_places_work_at_the_same_time() -> None:
+    both = threading.Barrier(2, timeout=WAIT)
+    assert list(on_places(places(2), [[0], [1]], lambda place, of: both.wait() * 0 + of)) == [0, 1]
+
+
+def stubborn(place: Workplace) -> None:
+    """Work that goes on until it is told to stop."""
+    if not place.stop.wait(WAIT):
+        raise AssertionError("nobody stopped it")
+    raise StoppedError
+
+
+def test_the_first_fault_ends_all() -> None:
+    begun: list[int] = []
+
+    def work(place: Workplace, of: int) -> None:
+        begun.append(of)
+        if of == 1:
+            raise ValueError("no")
+        stubborn(place)
+
+    here = places(2)
+    with pytest.raises(ValueError, match="no"):
+        list(on_places(here, [[0, 2, 4], [1, 3]], work))
+    assert sorted(begun) in ([0, 1], [0, 1, 3]), "what was not begun is not begun"
+    assert list(on_places(here, [[0], [1]], lambda place, of: place.stop.is_set())) == [False, False]
+
+
+def test_whoever_listens_no_more_ends_all() -> None:
+    def work(place: Workplace, of: int) -> int:
+        if of == 1:
+            stubborn(place)
+        return of
+
+    with closing(on_places(places(2), [[0, 2], [1, 3]], work)) as made:
+        assert next(made) == 0
+
+
+def test_an_interrupt_ends_all() -> None:
+    def work(place: Workplace, of: int) -> None:
+        if of == 0:
+            time.sleep(0.1)  # until the other has begun, too
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        stubborn(place)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(on_places(places(2), [[0], [1]], work))
+
+
+def test_what_is_next_is_fetched_meanwhile() -> None:
+    fetched = {number: threading.Event() for number in range(4)}
+
+    def fetch(number: int) -> int:
+        fetched[number].set()
+        return 10 * number
+
+    with mover([[0, 2], [1, 3]], fetch) as moving:
+        assert moving.take(0) == 0
+        assert fetched[2].wait(WAIT)
+        assert not fetched[1].is_set()
+        assert not fetched[3].is_set()
+        assert [moving.take(number) for number in (1, 2, 3)] == [10, 20, 30]
+
+
+def test_a_fault_in_fetching_is_raised_where_it_is_needed() -> None:
+    def fetch(number: int) -> int:
+        if number == 1:
+            raise ValueError("damaged")
+        return number
+
+    with mover([[0, 1]], fetch) as moving:
+        assert moving.take(0) == 0
+        with pytest.raises(ValueError, match="damaged"):
+            moving.take(1)
+
+
+def test_all_is_written_once_the_block_has_ended() -> None:
+    written: list[int] = []
+
+    def save(number: int) -> None:
+        time.sleep(0.001)
+        written.append(number)
+
+    with mover([[]], int) as moving:
+        for number in range(100):
+            moving.write(lambda number=number: save(number))  # type: ignore[misc]
+    assert written == list(range(100))
+
+
+def test_a_write_that_fails_is_not_kept_silent() -> None:
+    def full() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), mover([[]], int) as moving:
+        moving.write(full)
+
+
+def test_a_fault_of_the_block_is_the_one_that_is_raised() -> None:
+    def full() -> None:
+        raise OSError("disk full")
+
+    def block() -> None:
+        with mover([[]], int) as moving:
+            moving.write(full)
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        block()
