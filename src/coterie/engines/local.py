@@ -171,6 +171,9 @@ class LocalEngine:
         if self.trained:
             self.trained.prune(rnd)
 
+    def close(self) -> None:
+        """Nothing: all is in this process."""
+
     def _train(
         self, method: Method[Any], group: Sequence[ClientData], instructions: Mapping[ClientId, Instruction], rnd: int
     ) -> Iterator[tuple[ClientId, Delivery]]:

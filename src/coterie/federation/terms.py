@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coterie import __version__
 from coterie.config import Config, check_config
@@ -23,6 +23,7 @@ _SENT = {
     "run": ("rounds", "seed", "evaluate", "eval_batch_size"),
     "engine": ("precision",),
 }
+_USAGE = ("importance", "use")  # what a reply of SmartFed says of the experts, beside its tensors
 _WHOLE = ("task", "lora", "train", "method")
 
 
@@ -79,6 +80,13 @@ def check_upload(policy: Policy, reply: Reply) -> None:
     kept = sorted({key.part.value for key in reply.tensors} - {part.value for part in policy.upload})
     if kept:
         raise CoterieError(f"this site does not send {', '.join(kept)} ([policy] upload)")
+
+
+def without_usage(policy: Policy, reply: Reply) -> Reply:
+    """``reply`` without how the rows use the experts, where the site keeps that to itself; a server does without."""
+    if policy.upload_usage:
+        return reply
+    return replace(reply, info={name: value for name, value in reply.info.items() if name not in _USAGE})
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from coterie.engines.parcel import BrokenParcelError, Parcel, listening, receive
 from coterie.engines.remote import Hello
 from coterie.export import write_bundle
 from coterie.federate import set_threads
-from coterie.federation.terms import BoundedCompute, check_policy, check_upload, config_at, hash_of
+from coterie.federation.terms import BoundedCompute, check_policy, check_upload, config_at, hash_of, without_usage
 from coterie.files import write_json
 from coterie.machine import environment
 from coterie.method import Method, method_named
@@ -112,7 +112,7 @@ class Worker:
         if delivery.reply is None:
             return Parcel({"error": delivery.error})
         check_upload(self.site.policy, delivery.reply)
-        return Parcel({}, codec.encode(delivery.reply))
+        return Parcel({}, codec.encode(without_usage(self.site.policy, delivery.reply)))
 
     def _evaluate(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
         if not self.site.policy.upload_metrics:
