@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ Answer = Callable[[Parcel], Parcel]
 _FOR_SITES = ("/v1/fleet/", "/health")
 _WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
 _LEND_SECONDS = 30.0  # in which Flower has its Grid ready; Ray starts after that
+_LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is told to end
 _RAY_ENVIRONMENT = {  # of a Ray that is started here
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
@@ -271,7 +272,7 @@ def simulation(
     app.main()(lend)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # every fault comes back as an answer
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    with _own_ray(dict(ray)) as init, ThreadPoolExecutor(1) as thread:
+    with _own_ray(dict(ray)) as init, _ended() as started, ThreadPoolExecutor(1) as thread:
         backend = {"client_resources": dict(resources), "init_args": init}
         running = thread.submit(run_simulation, app, client_app_of(answer), nodes, backend_config=backend)
         running.add_done_callback(lambda _: over.set())
@@ -285,9 +286,10 @@ def simulation(
             at_work = True
             raise
         finally:
+            started += psutil.Process().children(recursive=True)
             over.set()
             if at_work:
-                _kill_actors()
+                _kill_actors(started)
 
 
 def _grid_of(lent: queue.SimpleQueue[Grid], running: Future[None]) -> Grid:
@@ -314,14 +316,25 @@ def _own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**init, "_temp_dir": folder}
 
 
-def _kill_actors() -> None:
-    """End the actors of this process's Ray, whatever they are at: Flower would wait for them."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ClientAppActor"):
+@contextmanager
+def _ended() -> Iterator[list[psutil.Process]]:
+    """Processes that are put into the list, and were not there before, are gone after the ``with`` block."""
+    before, started = set(psutil.Process().children(recursive=True)), list[psutil.Process]()
+    try:
+        yield started
+    finally:
+        _, alive = psutil.wait_procs([p for p in started if p not in before], timeout=_LAST_SECONDS)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-        except psutil.NoSuchProcess:
-            continue
+
+
+def _kill_actors(started: Iterable[psutil.Process]) -> None:
+    """End Ray's actors, whatever they are at: Flower would wait for them."""
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            if any("ray::ClientAppActor" in part for part in process.cmdline()[:1]):
+                process.kill()
 
 
 # in process ----------------------------------------------------------------------------------------------------------
