@@ -1,6 +1,9 @@
 """A round over Flower against one in process, and a worker that holds the base against loading it for every message.
 
-Two sites on this machine, MiniLM, FedLEASE with two experts. With --quick no server is started.
+Two sites on this machine, MiniLM, FedLEASE with two experts, one thread each. In process the sites train one after the
+other, over Flower at the same time. A round over Flower is split: training and encoding by clocks, transfer by bytes
+and the seconds that a MiB more takes in an exchange without work, Flower's own waiting by what is left; an empty
+exchange is that waiting measured by itself. With --quick no server is started; --flower starts it all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +30,9 @@ from coterie.deployment import SiteSettings
 from coterie.engines import local
 from coterie.engines.parcel import Parcel
 from coterie.federation.journal import read_journal
-from coterie.federation.processes import free_port, start, stop
-from coterie.federation.terms import federation_config, terms_of
+from coterie.federation.processes import free_port, start, stop, tail
+from coterie.federation.superlink import _PYPROJECT, SuperLink
+from coterie.federation.terms import federation_config, hash_of, terms_of
 from coterie.federation.worker import Worker
 from coterie.method import method_named
 from coterie.types import Instruction
@@ -43,6 +49,39 @@ folder = Path(sys.argv[1])
 site = SiteSettings.model_validate_json((folder / "cold.json").read_text())
 head = json.loads((folder / "head.json").read_text())
 assert "error" not in Worker(site, folder).answer(Parcel(head, (folder / "blob").read_bytes())).head
+"""
+MEASURE = """
+import json, time
+from pathlib import Path
+import torch
+from coterie.engines.flower import server_app
+from coterie.engines.remote import Deal, RemoteEngine
+from coterie.types import Instruction, Key, Part
+
+home = Path({home!r})
+
+def main(transport, config):
+    ask = json.loads((home / "ask.json").read_text())
+    seconds = []
+    def note(event):
+        if event["event"] == "exchange":
+            assert event["failed"] is None, event
+            seconds.append(event["seconds"] - event["site_seconds"])
+    deal = Deal("exchanges", ask["terms"], ask["hash"], 1, tuple(ask["sites"]), deadline=600.0)
+    engine = RemoteEngine(transport, deal, note)
+    engine.gather(0, 300)
+    told = dict()
+    for mib in ask["sizes"]:
+        blob = Instruction(dict([(Key("bench", 0, Part.A), torch.zeros(mib * 2**18))]))
+        seconds.clear()
+        for _ in range(ask["repeats"]):
+            for _ in engine._exchange("query.hello", dict.fromkeys(ask["sites"], blob), 0, dict()):
+                pass
+        told[mib] = seconds[:]
+    (home / "told.part").write_text(json.dumps(told))
+    (home / "told.part").rename(home / "told.json")
+
+app = server_app(main)
 """
 
 
@@ -125,39 +164,92 @@ def worker_against_loading(
     return {"worker": statistics.median(warm), "loading": statistics.median(cold)}
 
 
-def over_flower(folder: Path, server: dict[str, Any], sites: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Median seconds of a round's training over loopback, from the server's journal, after the warm-up."""
-    (folder / "serve.toml").write_text(toml(server))
-    env, running = dict(os.environ), []
+@contextmanager
+def sites_joined(folder: Path, sites: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """`coterie join` for every site, ended at the end of the block."""
+    running = []
     try:
         for site, parts in sites.items():
             (folder / f"{site}.toml").write_text(toml(parts))
             join = [*COTERIE, "join", str(folder / f"{site}.toml"), "--insecure"]
-            running.append(start(join, env, folder / f"{site}.log"))
-        serve = [*COTERIE, "serve", str(folder / "serve.toml"), "--out", str(folder / "run"), "--insecure"]
-        subprocess.run(serve, check=True, capture_output=True)
+            running.append(start(join, dict(os.environ), folder / f"{site}.log"))
+        yield
     finally:
         for process in running:
             stop(process)
+
+
+def over_flower(folder: Path, server: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of a round's training over loopback, from the server's journal, after the warm-up."""
+    (folder / "serve.toml").write_text(toml(server))
+    serve = [*COTERIE, "serve", str(folder / "serve.toml"), "--out", str(folder / "run"), "--insecure"]
+    done = subprocess.run(serve, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     events = read_journal(folder / "run")
+    assert not [e for e in events if e["event"] == "round" and e["failed"]]
     train = [e for e in events if e["event"] == "exchange" and e["kind"] == "train" and e["round"] > 1]
     rounds = [[e for e in train if e["round"] == rnd] for rnd in sorted({e["round"] for e in train})]
-    whole = statistics.median(max(e["seconds"] for e in rnd) for rnd in rounds)
-    work = statistics.median(max(e["site_seconds"] for e in rnd) for rnd in rounds)
+    last = [max(rnd, key=lambda e: e["seconds"]) for rnd in rounds]  # the site that the round waited for
     size = statistics.median(e["bytes_down"] + e["bytes_up"] for e in train)
-    return {"seconds": whole, "at_the_sites": work, "flower": whole - work, "bytes_per_site": size}
+    return {
+        "seconds": statistics.median(e["seconds"] for e in last),
+        "at_the_site": statistics.median(e["site_seconds"] for e in last),
+        "bytes_per_site": size,
+    }
+
+
+def exchanges(folder: Path, server: dict[str, Any], repeats: int, mib: int) -> dict[str, float]:
+    """Median seconds in Flower of an exchange without work: with nothing in it, and with ``mib`` MiB to each site."""
+    config, home, port = federation_config(server), folder / "flower", server["federation"]["port"]
+    terms = terms_of(config)
+    ask = {"terms": terms, "hash": hash_of(terms), "sites": list(SITES), "sizes": [0, mib], "repeats": repeats}
+    (home / "app").mkdir(parents=True)
+    (home / "ask.json").write_text(json.dumps(ask))
+    (home / "app" / "pyproject.toml").write_text(app_of(home))
+    (home / "app" / "coterie_server.py").write_text(MEASURE.format(home=str(home)))
+    link = SuperLink(home, "127.0.0.1", port, None)
+    try:
+        link.connect()
+        link.start()
+        run = link._flwr("run", str(home / "app"), "coterie")["run-id"]
+        while not (home / "told.json").exists():
+            assert not link.status(str(run)).startswith("finished"), tail(link.log)
+            time.sleep(5)
+    finally:
+        link.stop()
+    told = json.loads((home / "told.json").read_text())
+    empty, full = (statistics.median(told[str(size)]) for size in ask["sizes"])
+    return {"empty": empty, "full": full, "full_mib": mib, "seconds_per_mib": max(0.0, full - empty) / mib}
+
+
+def app_of(home: Path) -> str:
+    """The pyproject.toml of the app that measures."""
+    return _PYPROJECT.replace("{folder}", json.dumps(str(home)))
+
+
+def split(here: dict[str, float], over: dict[str, float], empty: dict[str, float]) -> dict[str, float]:
+    """A round over Flower in its parts, seconds; what Flower waits for is what the others leave."""
+    encoding = here["encoding"] / len(SITES)
+    training = over["at_the_site"] - encoding / 2  # half of it is the server's
+    transfer = over["bytes_per_site"] / 2**20 * empty["seconds_per_mib"]
+    waiting = over["seconds"] - training - encoding - transfer
+    parts = {"training": training, "encoding": encoding, "transfer": transfer, "flower_waits": waiting}
+    return {"round": over["seconds"], **parts, "an_empty_exchange": empty["empty"]}
 
 
 def main() -> None:
-    options = arguments(__doc__ or "")
-    rows, rounds, repeats = (8, 2, 1) if options.quick else (200, 5, 5)
+    options = arguments(__doc__ or "", lambda parser: parser.add_argument("--flower", action="store_true"))
+    rows, rounds, repeats, mib = (8, 2, 1, 4) if options.quick else (200, 5, 5, 64)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server, sites = settings(folder, rows, rounds, free_port())
         results: dict[str, Any] = {"rows": rows, "in_process": in_process(folder, server, sites, rounds)}
         results["message"] = worker_against_loading(folder, server, sites["north"], repeats)
-        if not options.quick:
-            results["over_flower"] = over_flower(folder, server, sites)
+        if options.flower or not options.quick:
+            with sites_joined(folder, sites):
+                results["exchange"] = exchanges(folder, server, repeats, mib)
+                results["over_flower"] = over_flower(folder, server)
+            results["split"] = split(results["in_process"], results["over_flower"], results["exchange"])
         for title, row in results.items():
             if isinstance(row, dict):
                 table(title.replace("_", " "), [row])

@@ -45,6 +45,7 @@ def run(
     overrides: Set = None,
     folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+    engine: Annotated[str | None, typer.Option(help="the same as --set engine.name=...: local or flower-sim")] = None,
 ) -> None:
     """Run one method on one federation."""
     from coterie.config import check_config, load_config, override
@@ -52,13 +53,14 @@ def run(
     from coterie.progress import listener, show_summary
     from coterie.run_folder import read_run
 
+    overrides = [*(overrides or ()), *([f"engine.name={engine}"] if engine else [])]
     if config is None:
         if not (resume and folder):
             raise CoterieError("give a config file, or --resume with --out and the run's folder")
         raw, root = read_run(folder)
-        settings = check_config(override(raw, overrides or ()))
+        settings = check_config(override(raw, overrides))
     else:
-        settings, root = load_config(config, overrides or ()), config.parent
+        settings, root = load_config(config, overrides), config.parent
     place = folder or _default_folder(config, settings.method.get("name", "fedlease"), settings.run.seed)
     with goes_on("go on with the same command and --resume"), listener(out, settings.run.rounds) as listen:
         summary = federate(settings, place, root=root, resume=resume, listen=listen)

@@ -84,10 +84,28 @@ class RunSettings(_Section):
     keep_checkpoints: int = Field(2, ge=2, description="checkpoints kept, the newest first")
 
 
+class RaySettings(_Section):
+    """What the engine flower-sim gives to its clients; the other engines do not read it."""
+
+    cpus_per_client: int = Field(
+        1, ge=1, description="cores that Ray sets aside for a client at work; with threads = 0 also its CPU threads"
+    )
+    gpus_per_client: float = Field(
+        0.0, ge=0, description="share of a GPU of a client at work: 0.25 puts four on each GPU; 0: they see no GPU"
+    )
+    clients_at_once: int = Field(
+        0, ge=0, description="clients at work at the same time, each in a process with its own base; 0: as cores allow"
+    )
+    object_store_mib: int = Field(256, ge=76, description="shared memory that Ray takes for messages, MiB")
+    address: str = Field(
+        "", description="a Ray cluster that runs already: HOST:PORT or auto; empty: a Ray of the run's own"
+    )
+
+
 class EngineSettings(_Section):
     """Where it runs."""
 
-    name: str = Field("local", description="the engine")
+    name: str = Field("local", description="the engine: local, or flower-sim (extra flower-sim)")
     device: str | tuple[str, ...] = Field(
         "auto",
         description='cpu, cuda, cuda:1, or auto; several, as ["cuda:0", "cuda:1"], or cuda:all: clients are spread '
@@ -103,6 +121,7 @@ class EngineSettings(_Section):
         False, description="torch.compile for what lies between the adapters; needs a compiler, changes the last bits"
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
+    ray: RaySettings = Field(default_factory=RaySettings)
 
     @field_validator("device")
     @classmethod

@@ -67,3 +67,6 @@ class Engine(Protocol):
     def restore(self, rnd: int) -> None: ...
 
     def prune(self, rnd: int) -> None: ...
+
+    def close(self) -> None:
+        """End the processes that the engine started."""

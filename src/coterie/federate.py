@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from coterie.summary import read_events, summarise
 from coterie.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError, Json
 
-_NEEDS = {"flower": "flwr"}  # modules of engines that an extra brings the library for
+_NEEDS = {"flower": ("flwr",), "flower_sim": ("flwr", "ray")}  # what engines need beside Coterie's own needs
+_FIX = "pip install 'flwr[simulation]==1.41.0'"
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,17 @@ def federate(
         found: dict[str, Json] = read_json(folder / "summary.json")
         return found
     opened = open_run(config, folder, root, cache if cache is not None else {})
-    opened.method.init(opened.engine.spec, opened.engine.clients)
-    reset_peak_memory()
+    with closing(opened.engine):
+        opened.method.init(opened.engine.spec, opened.engine.clients)
+        reset_peak_memory()
+        return _carry_out(opened, folder, resume, listen)
+
+
+def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> dict[str, Json]:
+    """Take the folder, run the rounds, finish."""
+    config = opened.config
     with held(folder), full_disk_told(folder):
-        claim(folder, config, root, opened.federation.manifest, resume)
+        claim(folder, config, opened.root, opened.federation.manifest, resume)
         if config.run.tensorboard:
             listen = both(listen, tensorboard(folder))
         ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
@@ -157,11 +166,14 @@ def _maker(name: str) -> Callable[..., Engine]:
     """The ``make`` function of the engine called ``name``: any module of :mod:`coterie.engines` that has one."""
     makers: dict[str, Callable[..., Engine]] = {}
     for found in pkgutil.iter_modules(engines.__path__):
-        if found.name in _NEEDS and importlib.util.find_spec(_NEEDS[found.name]) is None:
+        called, needs = found.name.replace("_", "-"), _NEEDS.get(found.name, ())
+        if missing := [library for library in needs if importlib.util.find_spec(library) is None]:
+            if called == name:
+                raise CoterieError(f"[engine] {name} needs {' and '.join(missing)}: {_FIX}")
             continue
         module = importlib.import_module(f"{engines.__name__}.{found.name}")
         if hasattr(module, "make"):
-            makers[found.name] = module.make
+            makers[called] = module.make
     if name not in makers:
         raise CoterieError(f"[engine] unknown engine {name!r}; the engines are {', '.join(sorted(makers))}")
     return makers[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def test_defaults_are_those_of_a_config_that_says_nothing() -> None:
     for key, (_, _, default, _) in BY_KEY.items():
         section, _, name = key.partition(".")
         if section in ("model", "task", "lora", "train", "run", "engine"):
-            assert default == repr(plain[section][name]), key
+            value = reduce(lambda found, part: found[part], name.split("."), plain[section])
+            assert default == repr(value), key
             seen += 1
     assert seen > 30
     assert BY_KEY["method.name"][2] == repr(plain["method"]["name"])

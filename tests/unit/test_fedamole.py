@@ -115,6 +115,12 @@ def test_everyone_starts_with_experts_within_the_bounds_and_other_ones_in_each_m
     assert state.pool[Key("q", NO_EXPERT, Part.ROUTER)].shape == (RANK, 6)
 
 
+def test_who_was_not_there_at_the_start_is_refused() -> None:
+    method, state = make()
+    with pytest.raises(CoterieError, match="late was not there at the start"):
+        method.configure(state, [*CLIENTS, ClientInfo("late", 9)], 2)
+
+
 def test_experts_choose_the_clients_whose_data_fits_them() -> None:
     method, state = make()
     for rnd in range(1, 4):

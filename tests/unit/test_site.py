@@ -21,13 +21,14 @@ import flower_sites
 import sites
 from coterie import codec
 from coterie.config import load_site
+from coterie.deployment import Policy
 from coterie.engines.parcel import BrokenParcelError, Parcel, hand_over, listening, receive, send
 from coterie.engines.remote import Hello
-from coterie.federation.policy import steps_of
+from coterie.federation.policy import steps_of, without_usage
 from coterie.federation.site_check import check as check_site
 from coterie.federation.terms import federation_config, hash_of, terms_of
 from coterie.federation.worker import Worker, _without_text, fingerprint, serve_forever
-from coterie.types import CoterieError, Instruction, Optim, Part
+from coterie.types import CoterieError, Instruction, Optim, Part, Reply
 
 CLIENT = "mood-0"
 
@@ -85,6 +86,12 @@ def test_metrics_usage_and_banks_are_sent_only_as_agreed(fedit: tuple[Any, bytes
     assert (kept.state / "run" / "export" / "bundle.safetensors").exists()
     given = flower_sites.workers(tmp_path, [CLIENT], policy={"upload_bank": True})[CLIENT]
     assert given.answer(bank).blob
+
+
+def test_how_the_rows_use_the_experts_stays_where_that_was_agreed() -> None:
+    reply = Reply({}, 3, {"loss": 0.5, "importance": {"q": 1.0}, "use": {"one": 0.5}})
+    assert without_usage(Policy(), reply) == reply
+    assert without_usage(Policy(upload_usage=False), reply) == Reply({}, 3, {"loss": 0.5})
 
 
 HEADS: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,4 +1,4 @@
-"""The one file that knows Flower: messages over its raw Grid, the thin ClientApp of a site, and a Grid in process.
+"""The one file that knows Flower: messages over its raw Grid, a site's ClientApp, its simulation, a Grid in process.
 
 A message holds one parcel: the blob of the codec in one array of bytes, which is bit for bit what was sent whatever
 the dtypes in it, and the head as JSON text. Nothing here imports torch when the module is loaded: Flower starts a
@@ -9,10 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import queue
+import secrets
+import sys
+import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is loaded
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -25,6 +39,14 @@ from coterie.engines.parcel import KINDS, BrokenParcelError, Parcel, hand_over, 
 Answer = Callable[[Parcel], Parcel]
 _FOR_SITES = ("/v1/fleet/", "/health")
 _WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
+_LEND_SECONDS = 30.0  # in which Flower has its Grid ready; Ray starts after that
+_LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is told to end
+_RAY_ENVIRONMENT = {  # of a Ray that is started here
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: listen on 127.0.0.1 alone, on every system
+    "RAY_AUTH_MODE": "token",  # who reaches a Ray without a token can run code in it: other users of the machine too
+}
 
 
 def pack(parcel: Parcel) -> RecordDict:
@@ -187,6 +209,134 @@ def clientapp_command() -> None:
     runtime.install_from_fab = lambda *args, **kwargs: None  # type: ignore[assignment, attr-defined]
     runtime.get_load_client_app_fn = lambda **kwargs: lambda *args: client_app  # type: ignore[attr-defined]
     flwr_clientapp()
+
+
+# simulation ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SimulatedTransport(GridTransport):
+    """The Grid of a simulation. Raises :class:`ConnectionError` once that has ended."""
+
+    running: Future[None] = field(default_factory=Future)
+    open: set[str] = field(default_factory=set)  # tickets without an answer yet
+    pause: float = 0.02
+
+    def nodes(self) -> dict[int, str]:
+        self._check()
+        return super().nodes()
+
+    def send(self, to: Sequence[tuple[int, str, Parcel]], ttl: float, group: str) -> list[str | None]:
+        tickets = super().send(to, ttl, group)
+        self.open.update(ticket for ticket in tickets if ticket)
+        return tickets
+
+    def receive(self, tickets: Collection[str]) -> list[tuple[str, Parcel | str]]:
+        self._check()
+        found = super().receive(tickets)
+        self.open.difference_update(ticket for ticket, _ in found)
+        return found
+
+    def _check(self) -> None:
+        if self.running.done():
+            raise ConnectionError(f"Flower's simulation ended: {_root_of(self.running.exception())}")
+
+
+def _root_of(fault: BaseException | None) -> str:
+    while fault is not None and fault.__cause__ is not None:
+        fault = fault.__cause__
+    return _first_line(str(fault)) if fault is not None else "nobody knows why"
+
+
+@contextmanager
+def simulation(
+    answer: Callable[[Parcel, Context, float], Parcel],
+    nodes: int,
+    resources: Mapping[str, float],
+    ray: Mapping[str, Any],
+) -> Iterator[SimulatedTransport]:
+    """Flower's simulation runtime for a ``with`` block: ``nodes`` SuperNodes whose messages Ray's actors ``answer``.
+
+    ``resources`` are those of one actor, ``ray`` is for ``ray.init``. Flower runs in a thread of its own and lends its
+    Grid to this one. At the end all processes that were started are gone: actors that are at work are killed.
+    Raises :class:`ConnectionError` where it does not start.
+    """
+    from flwr.simulation import run_simulation
+
+    lent: queue.SimpleQueue[Grid] = queue.SimpleQueue()
+    over = threading.Event()
+
+    def lend(grid: Grid, context: Context) -> None:
+        lent.put(grid)
+        over.wait()
+
+    app = ServerApp()
+    app.main()(lend)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # every fault comes back as an answer
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    with _own_ray(dict(ray)) as init, _ended() as started, ThreadPoolExecutor(1) as thread:
+        backend = {"client_resources": dict(resources), "init_args": init}
+        running = thread.submit(run_simulation, app, client_app_of(answer), nodes, backend_config=backend)
+        running.add_done_callback(lambda _: over.set())
+        try:
+            transport = SimulatedTransport(_grid_of(lent, running), running=running)
+            while len(transport.nodes()) < nodes:
+                time.sleep(transport.pause)
+            yield transport
+            at_work = bool(transport.open)
+        except BaseException:
+            at_work = True
+            raise
+        finally:
+            started += psutil.Process().children(recursive=True)
+            over.set()
+            if at_work:
+                _kill_actors(started)
+
+
+def _grid_of(lent: queue.SimpleQueue[Grid], running: Future[None]) -> Grid:
+    try:
+        return lent.get(timeout=_LEND_SECONDS)
+    except queue.Empty as fault:
+        why = _root_of(running.exception()) if running.done() else f"no Grid after {_LEND_SECONDS:g} s"
+        raise ConnectionError(f"Flower's simulation did not start: {why}") from fault
+
+
+@contextmanager
+def _own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of ``ray.init``; without the address of a cluster, for a Ray of this process's own in a folder of
+    its own, with the environment set for it."""
+    init = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **init}
+    if "address" in init:
+        yield init
+        return
+    if "ray" in sys.modules and "RAY_AUTH_TOKEN" not in os.environ:  # it reads its environment when it is loaded
+        raise ConnectionError("Ray was loaded before it could be closed to others; run this in a process of its own")
+    os.environ.update(_RAY_ENVIRONMENT)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with tempfile.TemporaryDirectory(prefix="coterie-", ignore_cleanup_errors=True) as folder:
+        yield {**init, "_temp_dir": folder}
+
+
+@contextmanager
+def _ended() -> Iterator[list[psutil.Process]]:
+    """Processes that are put into the list, and were not there before, are gone after the ``with`` block."""
+    before, started = set(psutil.Process().children(recursive=True)), list[psutil.Process]()
+    try:
+        yield started
+    finally:
+        _, alive = psutil.wait_procs([p for p in started if p not in before], timeout=_LAST_SECONDS)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _kill_actors(started: Iterable[psutil.Process]) -> None:
+    """End Ray's actors, whatever they are at: Flower would wait for them."""
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            if any("ray::ClientAppActor" in part for part in process.cmdline()[:1]):
+                process.kill()
 
 
 # in process ----------------------------------------------------------------------------------------------------------

@@ -179,6 +179,9 @@ class LocalEngine:
         if self.trained:
             self.trained.prune(rnd)
 
+    def close(self) -> None:
+        """Nothing: all is in this process."""
+
     @property
     def _together(self) -> int:
         return self.auto.now.clients if self.auto and self.auto.now else self.together

@@ -152,6 +152,9 @@ class RemoteEngine:
         """The next messages tell the sites which states no checkpoint needs any more."""
         self.keep = rnd
 
+    def close(self) -> None:
+        """Nothing: who started the sites ends them."""
+
     # who is there -----------------------------------------------------------------------------------------------------
 
     def gather(self, at_least: int, wait: float) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coterie.config import Config
 from coterie.deployment import Policy
 from coterie.engines.compute import LocalCompute
 from coterie.run_folder import plain
 from coterie.types import CoterieError, Json, Observe, Observed, Optim, Reply, Score, Scored, Train, Trained
+
+_USAGE = ("importance", "use")  # what a reply of SmartFed says of the experts, beside its tensors
 
 
 def check_policy(policy: Policy, config: Config) -> None:
@@ -37,6 +39,13 @@ def check_upload(policy: Policy, reply: Reply) -> None:
     kept = sorted({key.part.value for key in reply.tensors} - {part.value for part in policy.upload})
     if kept:
         raise CoterieError(f"this site does not send {', '.join(kept)} ([policy] upload)")
+
+
+def without_usage(policy: Policy, reply: Reply) -> Reply:
+    """``reply`` without how the rows use the experts, where the site keeps that to itself; a server does without."""
+    if policy.upload_usage:
+        return reply
+    return replace(reply, info={name: value for name, value in reply.info.items() if name not in _USAGE})
 
 
 @dataclass(frozen=True)

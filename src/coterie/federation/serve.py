@@ -102,6 +102,7 @@ class Supervisor:
 
     def _attempt(self, reader: Reader) -> str | None:
         """One SuperLink and one Flower run; None once the federation is finished, else what died."""
+        self.link.connect()
         if not self.link.alive() or not self.link.answers():
             self.link.stop()
             self.link.start()

@@ -75,7 +75,6 @@ class SuperLink:
 
     def start(self) -> None:
         """Start it, unless it is another's, and wait until it answers. Raises :class:`CoterieError`."""
-        self._write_connection()
         if self.address is None:
             args = [sys.executable, "-c", _SUPERLINK, "--host", self.host, "--port", str(self.port)]
             args += ["--database", str(self.home / "state.db"), "--disable-runtime-dependency-installation"]
@@ -98,7 +97,8 @@ class SuperLink:
             "--enable-supernode-auth",
         ]
 
-    def _write_connection(self) -> None:
+    def connect(self) -> None:
+        """Tell Flower's programs where the SuperLink is."""
         trust = (
             "insecure = true" if self.keys is None else f"root-certificates = {json.dumps(str(self.keys / 'ca.crt'))}"
         )
@@ -164,15 +164,18 @@ class SuperLink:
     def _flwr(self, *args: str) -> dict[str, Json]:
         """The JSON that ``flwr`` prints. Raises :class:`CoterieError` with what it says otherwise."""
         command = [str(Path(sys.executable).parent / "flwr"), *args, "--format", "json"]
-        done = subprocess.run(
-            command,
-            env=flower_environment(self.home),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_SECONDS,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env=flower_environment(self.home),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as fault:
+            raise CoterieError(f"flwr {args[0]} gave no answer within {_COMMAND_SECONDS:g} s") from fault
         start_at = done.stdout.find("{")
         try:
             found = json.loads(done.stdout[start_at:]) if start_at >= 0 else {}

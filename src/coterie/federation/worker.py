@@ -33,7 +33,7 @@ from coterie.engines.parcel import BrokenParcelError, Parcel, listening, receive
 from coterie.engines.remote import Hello
 from coterie.export import write_bundle
 from coterie.federate import set_threads
-from coterie.federation.policy import BoundedCompute, check_policy, check_upload
+from coterie.federation.policy import BoundedCompute, check_policy, check_upload, without_usage
 from coterie.federation.terms import config_at, hash_of
 from coterie.files import write_json
 from coterie.machine import environment
@@ -118,7 +118,7 @@ class Worker:
         if delivery.reply is None:
             return Parcel({"error": delivery.error})
         check_upload(self.site.policy, delivery.reply)
-        return Parcel({}, codec.encode(delivery.reply))
+        return Parcel({}, codec.encode(without_usage(self.site.policy, delivery.reply)))
 
     def _evaluate(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
         if not self.site.policy.upload_metrics:

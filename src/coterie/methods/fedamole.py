@@ -257,6 +257,11 @@ class FedAMoLE:
 
     def _held(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
         """What the client holds of the pool: the server's own tensors, not copies."""
+        if client not in state.clients:
+            raise CoterieError(
+                f"{client} was not there at the start, and FedAMoLE's experts choose among those that were; leave it "
+                "out of [federation] sites, or start a new run"
+            )
         column = state.clients.index(client)
         held: dict[Key, Tensor] = {}
         for module, z in state.holds.items():

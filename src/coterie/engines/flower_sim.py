@@ -1,0 +1,184 @@
+"""Flower's simulation runtime: every client a SuperNode, their messages answered by Ray's actors (:mod:`.actor`).
+
+For more processes, GPUs or machines than one. The run folder is that of the local engine, and so are the bits, with
+the same number of threads. On several machines it has to lie on a file system that all of them share.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from coterie import codec
+from coterie.config import Config, RaySettings
+from coterie.data.rows import Federation
+from coterie.engine import Delivery, Evaluation
+from coterie.engines.actor import answer, digest
+from coterie.engines.flower import simulation
+from coterie.engines.parcel import Parcel
+from coterie.engines.remote import Transport
+from coterie.engines.store import RoundStore
+from coterie.machine import cpu_cores
+from coterie.method import Method
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Personal, Reply
+
+_TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
+_MIB = 2**20
+
+
+def make(config: Config, federation: Federation, folder: Path, root: Path, cache: dict[str, Any]) -> FlowerSimEngine:
+    """The engine for a run in ``folder``; nothing is started before it is asked something."""
+    clients = tuple(client.info for client in federation.clients)
+    start = partial(simulation, answer, len(clients), *_resources(config, len(clients)))
+    return FlowerSimEngine(clients, head_of(config, federation, folder, root), folder, start)
+
+
+def head_of(config: Config, federation: Federation, folder: Path, root: Path) -> dict[str, Json]:
+    """What every message tells an actor of its run."""
+    place = {"folder": str(folder.resolve()), "root": str(root.resolve())}
+    return {"config": json.loads(config.model_dump_json()), "data": digest(federation.manifest), **place}
+
+
+def _resources(config: Config, clients: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """What an actor gets, and the arguments of ``ray.init``. Raises :class:`CoterieError` for what does not fit."""
+    engine, ray = config.engine, config.engine.ray
+    if engine.clients_per_batch != 1:
+        raise CoterieError("[engine] clients_per_batch is of the local engine; with flower-sim set [engine.ray] keys")
+    if not isinstance(engine.device, str) or engine.device == "cuda:all":
+        raise CoterieError(
+            f"[engine] device names several, {engine.device!r}, which the local engine spreads clients over; Ray does "
+            "by itself: name one, and set [engine.ray] gpus_per_client"
+        )
+    if engine.device.startswith("cuda") and not ray.gpus_per_client:
+        raise CoterieError(
+            f"[engine] device = {engine.device!r}, but [engine.ray] gpus_per_client = 0 gives clients no GPU: raise it"
+        )
+    actor = {"num_cpus": float(ray.cpus_per_client), "num_gpus": ray.gpus_per_client}
+    if ray.address:
+        if ray.clients_at_once:
+            raise CoterieError("[engine.ray] clients_at_once: a Ray cluster has what it has; set cpus_per_client")
+        return actor, {"address": ray.address}
+    at_once = min(_at_once(ray), clients)
+    return actor, {"num_cpus": at_once * ray.cpus_per_client, "object_store_memory": ray.object_store_mib * _MIB}
+
+
+def _at_once(ray: RaySettings) -> int:
+    return ray.clients_at_once or max(1, cpu_cores() // ray.cpus_per_client)
+
+
+@dataclass
+class FlowerSimEngine:
+    """Sends every client's message to a node of its own, and waits for all answers.
+
+    Raises :class:`CoterieError` where an actor or the simulation dies: the last checkpoint stands.
+    """
+
+    clients: tuple[ClientInfo, ...]
+    head: Mapping[str, Json]
+    folder: Path
+    start: Callable[[], AbstractContextManager[Transport]]
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    @cached_property
+    def _transport(self) -> Transport:
+        try:
+            return self._stack.enter_context(self.start())
+        except ConnectionError as fault:
+            raise CoterieError(f"{fault}; see [engine.ray]") from fault
+
+    @cached_property
+    def _nodes(self) -> dict[ClientId, int]:
+        return dict(zip(sorted(c.id for c in self.clients), sorted(self._transport.nodes()), strict=True))
+
+    @cached_property
+    def spec(self) -> BaseSpec:
+        """As an actor found it: the base is loaded there alone."""
+        first = self.clients[0].id
+        ((_, _, parcel),) = self._exchange("query.hello", {first: Instruction()}, 0, {})
+        return codec.decode(BaseSpec, parcel.blob)
+
+    def train(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Iterator[tuple[ClientId, Delivery]]:
+        """Every client's delivery for round ``rnd``, in the clients' order."""
+        for client, down, parcel in self._exchange("train", instructions, rnd, {}):
+            error, note, up = parcel.head["error"], parcel.head["note"], parcel.blob
+            reply = codec.decode(Reply, up) if error is None else None
+            yield client, Delivery(reply, error, down, len(up), parcel.head["seconds"], note)
+
+    def evaluate(
+        self,
+        method: Method[Any],
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        splits: tuple[str, ...],
+        usage: bool = False,
+    ) -> Iterator[tuple[ClientId, Evaluation]]:
+        """Scores of every client."""
+        ask: dict[str, Json] = {"splits": list(splits), "usage": usage}
+        for client, _, parcel in self._exchange("evaluate", instructions, rnd, ask):
+            yield client, codec.decode(Evaluation, parcel.blob)
+
+    def banks(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Iterator[tuple[ClientId, Bank]]:
+        """Every client's bank after round ``rnd``, for export."""
+        for client, _, parcel in self._exchange("query.bank", instructions, rnd, {}):
+            yield client, codec.decode(Bank, parcel.blob)
+
+    def restore(self, rnd: int) -> None:
+        """Go back to the personal states after round ``rnd``."""
+        for store in self._stores():
+            store.forget_after(rnd)
+
+    def prune(self, rnd: int) -> None:
+        """Give up the personal states that only rounds before ``rnd`` need."""
+        for store in self._stores():
+            store.prune(rnd)
+
+    def close(self) -> None:
+        """End Ray and all that it started."""
+        self._stack.close()
+
+    def _stores(self) -> tuple[RoundStore[Any], ...]:
+        """Those that the actors write; see :func:`coterie.engines.local.make`."""
+        return RoundStore(self.folder / "personal", Personal), RoundStore(self.folder / "trained", Bank)
+
+    def _exchange(
+        self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
+    ) -> Iterator[tuple[ClientId, int, Parcel]]:
+        """Every client's answer with the bytes that it was sent, in the clients' order."""
+        order = [client.id for client in self.clients if client.id in instructions]
+        blobs = {client: codec.encode(instructions[client]) for client in order}
+        head = {**self.head, "kind": kind, "round": rnd, **ask}
+        to = [(self._nodes[c], kind, Parcel({**head, "client": c}, blobs[c])) for c in order]
+        tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))
+        come: dict[ClientId, Parcel] = {}
+        for client in order:
+            while client not in come:
+                come |= self._come(tickets, kind, rnd)
+            yield client, len(blobs[client]), come.pop(client)
+
+    def _come(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Parcel]:
+        """The answers that are there, after a short pause where there are none; their tickets are taken out."""
+        try:
+            found = self._transport.receive([ticket for ticket in tickets if ticket])
+        except ConnectionError as fault:
+            raise CoterieError(f"{fault}; go on with --resume") from fault
+        come = {}
+        for ticket, parcel in found:
+            client = tickets.pop(ticket)
+            if isinstance(parcel, str):
+                raise CoterieError(f"client {client}, {kind} of round {rnd}: {parcel}; go on with --resume")
+            if "fault" in parcel.head:
+                raise CoterieError(str(parcel.head["fault"]))
+            come[client] = parcel
+        if not found:
+            time.sleep(self._transport.pause)
+        return come

@@ -1,0 +1,145 @@
+"""Every method on Flower's simulation runtime, against the local engine: the same run folders, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+if importlib.util.find_spec("ray") is None:  # not loaded here: it reads its environment when it is
+    pytest.skip("needs ray", allow_module_level=True)
+
+import pools
+import sites
+from coterie.config import Config, load_config
+from coterie.data.federation import load_federation
+from coterie.engines import flower_sim, local
+from coterie.engines.actor import answer
+from coterie.engines.flower import SimulatedTransport, simulation
+from coterie.method import method_named, methods
+from coterie.runner import Rounds, Runner
+from coterie.types import CoterieError
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
+CLIENTS = 3
+TIMES = ("seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[SimulatedTransport]:
+    """One simulation for all tests: two actors, which outlive the runs of single tests."""
+    torch.set_num_threads(1)
+    before = set(psutil.pids())
+    own = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    with simulation(answer, CLIENTS, {"num_cpus": 1.0, "num_gpus": 0.0}, own) as transport:
+        yield transport
+        started = psutil.Process().children(recursive=True)
+        assert named("raylet", started)
+        heard = {link.laddr.ip for p in [psutil.Process(), *started] for link in listening(p)}
+        assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    _, alive = psutil.wait_procs([p for p in started if p.pid not in before], timeout=30)
+    assert alive == []
+
+
+def named(what: str, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those whose command line holds ``what``; of a zombie there is none."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if what in " ".join(process.cmdline()) else []
+    return found
+
+
+def listening(process: psutil.Process) -> list[Any]:
+    try:
+        return [link for link in process.net_connections("inet") if link.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def config_of(folder: Path, name: str, head: str = "personal") -> Config:
+    path = sites.config(folder, method=name)
+    for client in sorted((folder / "clients").iterdir())[CLIENTS:]:
+        client.rename(folder / f"unused-{client.name}")
+    more = [f'method.pool="{pools.for_tiny()}"'] if name == "smartfed" else []
+    return load_config(path, [f"task.head={head}", *more])
+
+
+def engines(config: Config, root: Path, ray: SimulatedTransport) -> dict[str, Any]:
+    """The local engine in ``here``, the simulation's in ``there``."""
+    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    made = {"here": local.make(config, federation, root / "here", root, {})}
+    head = flower_sim.head_of(config, federation, root / "there", root)
+    start = partial(nullcontext, ray)
+    clients = tuple(c.info for c in federation.clients)
+    return {**made, "there": flower_sim.FlowerSimEngine(clients, head, root / "there", start)}
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """What a run left: every file by its bytes, but of checkpoints the state and of events what is no time."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        found[str(path.relative_to(folder))] = data.split(b"\n", 3)[3] if path.suffix == ".ckpt" else data
+    lines = found.pop("metrics.jsonl").decode().splitlines()
+    return {**found, "events": [without_times(json.loads(line)) for line in lines]}
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return value
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_leaves_what_the_local_engine_leaves(name: str, tmp_path: Path, ray: SimulatedTransport) -> None:
+    """Resumed after a round, by an engine that has heard nothing of the first."""
+    config = config_of(tmp_path, name, "shared" if name in ("fedit", "fedlease") else "personal")
+    method = method_named(name)(config.method_settings(), config.plan())
+    banks = {}
+    for rounds in (1, 3):
+        for place, engine in engines(config, tmp_path, ray).items():
+            folder = tmp_path / place
+            folder.mkdir(exist_ok=True)
+            state = Runner(method, engine, Rounds(rounds, 0), folder).run()
+            banks[place] = dict(engine.banks(method, method.configure(state, engine.clients, 4), 3))
+    here, there = (left(tmp_path / place) for place in ("here", "there"))
+    assert len(here) >= 3
+    assert here == there
+    assert list(banks["here"]) == list(banks["there"])
+    for client, bank in banks["here"].items():
+        assert bank.tensors.keys() == banks["there"][client].tensors.keys()
+        assert all(torch.equal(bank.tensors[k], banks["there"][client].tensors[k]) for k in bank.tensors)
+
+
+def test_faults_come_back_from_an_actor(tmp_path: Path, ray: SimulatedTransport) -> None:
+    config = config_of(tmp_path, "fedit")
+    engine = engines(config, tmp_path, ray)["there"]
+    rows = next((tmp_path / "clients").rglob("train.jsonl"))
+    rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    with pytest.raises(CoterieError, match="other rows than the run did"):
+        _ = engine.spec
+    engine = engines(config, tmp_path, ray)["there"]
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(CoterieError, match="model"):
+        _ = engine.spec
+
+
+def test_an_actor_that_dies_is_told(tmp_path: Path, ray: SimulatedTransport) -> None:
+    """The last test: it leaves an actor less."""
+    config = config_of(tmp_path, "fedit")
+    engine = engines(config, tmp_path, ray)["there"]
+    actors = named("ray::ClientAppActor", psutil.Process().children(recursive=True))
+    assert len(actors) == 2
+    for actor in actors:
+        actor.kill()
+    with pytest.raises(CoterieError, match=r"query\.hello of round 0.*--resume"):
+        _ = engine.spec

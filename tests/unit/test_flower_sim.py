@@ -1,0 +1,119 @@
+"""What the simulation's engine asks Ray for, what it refuses, and what is said where Ray is missing. Starts nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+
+import sites
+from coterie.config import check_config, load_config
+from coterie.engines import flower, flower_sim
+from coterie.engines.parcel import Parcel
+from coterie.federate import federate
+from coterie.types import ClientInfo, CoterieError
+
+
+def resources(clients: int = 9, device: str = "cpu", together: int = 1, **ray: Any) -> Any:
+    engine = {"name": "flower-sim", "device": device, "clients_per_batch": together, "ray": ray}
+    return flower_sim._resources(check_config({"data": {"folder": "x"}, "engine": engine}), clients)
+
+
+def test_ray_gets_as_many_cores_as_the_clients_at_once_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_sim, "cpu_cores", lambda: 8)
+    actor, ray = resources()
+    assert actor == {"num_cpus": 1.0, "num_gpus": 0.0}
+    assert ray == {"num_cpus": 8, "object_store_memory": 256 * 2**20}
+    assert resources(cpus_per_client=3)[1]["num_cpus"] == 6
+    assert resources(cpus_per_client=16)[1]["num_cpus"] == 16
+    assert resources(clients_at_once=3, cpus_per_client=2)[1]["num_cpus"] == 6
+    assert resources(clients=2)[1]["num_cpus"] == 2
+    assert resources(device="cuda", gpus_per_client=0.25)[0] == {"num_cpus": 1.0, "num_gpus": 0.25}
+    assert resources(address="auto")[1] == {"address": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"together": 2}, "clients_per_batch is of the local engine"),
+        ({"device": "cuda"}, "gpus_per_client = 0 gives clients no GPU"),
+        ({"device": "cuda:all"}, "device names several, .* name one"),
+        ({"device": ("cpu", "cpu")}, "device names several, .* name one"),
+        ({"address": "auto", "clients_at_once": 2}, "a Ray cluster has what it has"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CoterieError, match=message):
+        resources(**settings)
+
+
+@pytest.mark.parametrize("missing", ["flwr", "ray"])
+def test_a_missing_library_is_named_with_its_command(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    path = sites.config(tmp_path)
+    with pytest.raises(CoterieError, match=rf"flower-sim needs {missing}: pip install 'flwr\[simulation\]==1\.41\.0'"):
+        federate(load_config(path, ["engine.name=flower-sim"]), tmp_path / "out", root=tmp_path)
+    with pytest.raises(CoterieError, match="the engines are local"):
+        federate(load_config(path, ["engine.name=flwer"]), tmp_path / "out", root=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ray_that_was_loaded_open_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", object())
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with pytest.raises(ConnectionError, match="before it could be closed"), flower._own_ray({}):
+        pass
+
+
+class Broken:
+    """A transport that takes messages and then answers as ``answers`` says."""
+
+    pause = 0.0
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    def nodes(self) -> dict[int, str]:
+        return {11: "", 12: ""}
+
+    def send(self, to: Any, ttl: float, group: str) -> list[str | None]:
+        return [f"{node}" for node, _, _ in to]
+
+    def receive(self, tickets: Any) -> Any:
+        found = self.answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([[], [("11", "Flower says 1: the actor died")]], "client a, query.hello of round 0: .*actor died.*--resume"),
+        ([ConnectionError("Flower's simulation ended: Failed to start")], "Failed to start; go on with --resume"),
+        ([[("11", Parcel({"fault": "there is no model"}))]], "there is no model"),
+    ],
+)
+def test_what_goes_wrong_there_ends_the_run_here(answers: list[Any], message: str, tmp_path: Path) -> None:
+    ended = []
+
+    @contextmanager
+    def start() -> Iterator[Any]:
+        yield Broken(*answers)
+        ended.append(True)
+
+    engine = flower_sim.FlowerSimEngine((ClientInfo("a", 3), ClientInfo("b", 3)), {}, tmp_path, start)
+    with pytest.raises(CoterieError, match=message):
+        _ = engine.spec
+    engine.close()
+    assert ended == [True]

@@ -1,0 +1,47 @@
+"""A SuperLink that somebody else started: where it is told, and a command of Flower's that does not answer."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.federation import superlink
+from coterie.federation.journal import JOURNAL, Journal
+from coterie.federation.serve import Supervisor
+from coterie.federation.superlink import SuperLink
+from coterie.types import CoterieError
+
+
+def test_flowers_programs_are_told_of_a_superlink_that_others_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers already, so that nothing is started; the run is submitted to it all the same."""
+    keys = tmp_path / "keys"
+    link = SuperLink(tmp_path / "flower", "127.0.0.1", 1, keys, "10.1.2.3:9092")
+    asked = []
+
+    def flwr(self: SuperLink, command: str, *args: str) -> dict[str, Any]:
+        asked.append((command, tomllib.loads((self.home / "config.toml").read_text())["superlink"]["coterie"]))
+        Journal(tmp_path / JOURNAL)({"event": "finished"})
+        return {"run-id": "7"}
+
+    monkeypatch.setattr(SuperLink, "answers", lambda self: True)
+    monkeypatch.setattr(SuperLink, "register", lambda self: {})
+    monkeypatch.setattr(SuperLink, "_flwr", flwr)
+    Supervisor(link, tmp_path, 0, lambda event: None).run()
+    where = {"address": "10.1.2.3:9092", "root-certificates": str(keys / "ca.crt")}
+    assert asked == [("run", where)]
+    assert link.process is None
+
+
+def test_a_command_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*args: Any, timeout: float, **kwargs: Any) -> None:
+        raise subprocess.TimeoutExpired("flwr", timeout)
+
+    monkeypatch.setattr(superlink.subprocess, "run", hang)
+    with pytest.raises(CoterieError, match="flwr list gave no answer within 120 s"):
+        SuperLink(tmp_path, "127.0.0.1", 1, None).status("7")
