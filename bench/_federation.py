@@ -31,7 +31,8 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is of everything: clients, rows of each, mean words of a row, optimiser steps, rows of a step."""
+    """How much there is of everything: clients, rows of each, mean words of a row, optimiser steps, rows of a step; and
+    what it runs on: the device, and ``minilm`` or a folder of a model in bfloat16."""
 
     clients: int
     train: int
@@ -39,6 +40,8 @@ class Size:
     words: int = 22
     steps: int = 8
     batch: int = 8
+    device: str = "cpu"
+    model: str = "minilm"
 
 
 def made_clients(folder: Path, size: Size) -> list[dict[str, Any]]:
@@ -70,13 +73,13 @@ def _row(job: int, draw: torch.Generator, words: int) -> dict[str, Any]:
 
 
 def config_of(entries: Sequence[dict[str, Any]], size: Size, **sections: dict[str, Any]) -> Config:
-    """A checked config for those clients on the packaged encoder; ``sections`` add to its sections or replace keys."""
+    """A checked config for those clients, a LoRA on query and value; ``sections`` add keys or replace them."""
     raw: dict[str, dict[str, Any]] = {
-        "model": {"path": "minilm", "max_length": 64},
+        "model": {"path": size.model, "max_length": 64, "dtype": "float32" if size.model == "minilm" else "bfloat16"},
         "data": {"clients": list(entries), "validation_fraction": 0.0},
-        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05, "targets": ["query", "value"]},
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05},
         "train": {"batch_size": size.batch, "steps": size.steps},
-        "engine": {"device": "cpu", "threads": torch.get_num_threads()},
+        "engine": {"device": size.device, "threads": torch.get_num_threads()},
     }
     for name, keys in sections.items():
         raw[name] = {**raw.get(name, {}), **keys}

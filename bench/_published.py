@@ -57,7 +57,10 @@ class Work:
     seed: int
     rank: int
     dropout: float
-    head: str = "classifier"
+    head: str
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
     eval_batch: int = 64
 
     def steps(self, rnd: int, client: Rows) -> Iterator[Batch]:
@@ -66,7 +69,7 @@ class Work:
         while True:
             draw = stream(self.seed, rnd, client.id, "train", "batches", epoch)
             for part in batches(client.train, self.optim.batch_size, draw):
-                yield self.task.collate(part)
+                yield self.task.collate(part).to(self.device)
                 number += 1
                 if number == self.optim.steps:
                     return
@@ -75,22 +78,29 @@ class Work:
     def tests(self, client: Rows) -> Iterator[Batch]:
         ordered = sorted(client.test, key=lambda example: len(example.ids))
         for start in range(0, len(ordered), self.eval_batch):
-            yield self.task.collate(ordered[start : start + self.eval_batch])
+            yield self.task.collate(ordered[start : start + self.eval_batch]).to(self.device)
 
     def load(self, layer: Callable[[nn.Linear], nn.Module]) -> nn.Module:
         """The model from its folder, frozen but for its head, with ``layer`` for every target."""
         config = AutoConfig.from_pretrained(self.path, num_labels=2)
         for name, value in list(vars(config).items()):
-            if isinstance(value, float) and "dropout" in name:
+            if isinstance(value, float) and "drop" in name:
                 setattr(config, name, 0.0)
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, config=config)
+        config.pad_token_id = self.task.tokenizer.pad_token_id
+        model = AutoModelForSequenceClassification.from_pretrained(self.path, config=config, dtype=self.dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.head))
         for name in self.targets:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             model.set_submodule(name, layer(linear))
-        return model
+        model.get_submodule(self.head).float()  # what trains is held in float32, as ours
+        return model.to(self.device)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            found: Tensor = model(**batch.inputs, use_cache=False).logits
+        return found.float()
 
 
 @dataclass
@@ -108,14 +118,14 @@ class Bare:
             self.model.train()
             for client in self.work.clients:
                 for batch in self.work.steps(rnd, client):
-                    logits = self.model(**batch.inputs).logits
-                    functional.cross_entropy(logits, batch.labels).backward()
+                    loss = functional.cross_entropy(self.work.logits(self.model, batch), batch.labels)
+                    loss.backward()
                     self.model.zero_grad(set_to_none=True)
         with _timed(self.seconds, "evaluate"), torch.no_grad():
             self.model.eval()
             for client in self.work.clients:
                 for batch in self.work.tests(client):
-                    self.model(**batch.inputs).logits.argmax(-1)
+                    self.work.logits(self.model, batch).argmax(-1)
 
 
 @dataclass
@@ -146,7 +156,7 @@ class Published:
             with _timed(self.seconds, "train"):
                 self.losses[client.id] = self._train(model, rnd, client)
             with _timed(self.seconds, "files"):
-                mine = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+                mine = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
                 save_file({name: p.contiguous() for name, p in mine.items()}, self._file("client", client.id))
         if self.experts:
             with _timed(self.seconds, "files"):
@@ -220,7 +230,7 @@ class Published:
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / optim.steps)
         losses, counts = [], []
         for batch in self.work.steps(rnd, client):
-            loss = functional.cross_entropy(model(**batch.inputs).logits, batch.labels)
+            loss = functional.cross_entropy(self.work.logits(model, batch), batch.labels)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, optim.clip)
             optimizer.step()
@@ -228,7 +238,7 @@ class Published:
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
             counts.append(batch.count)
-        return float((torch.stack(losses) * torch.tensor(counts)).sum()) / sum(counts)
+        return float((torch.stack(losses).cpu() * torch.tensor(counts)).sum()) / sum(counts)
 
     def _average(self) -> None:
         sent = self.server()
@@ -246,7 +256,7 @@ class Published:
         right = 0
         with torch.no_grad():
             for batch in self.work.tests(client):
-                right += int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
+                right += int((self.work.logits(model, batch).argmax(-1) == batch.labels).sum())
         return right / len(client.test)
 
     def _distance(self, one: str, other: str) -> float:
@@ -276,6 +286,8 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     try:
         yield
     finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
 
 

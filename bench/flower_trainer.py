@@ -126,7 +126,7 @@ def task_file(folder: Path, size: Size) -> Path:
         "path": resolve("minilm"),
         "max_length": config.model.max_length,
         "clients": entries,
-        "lora": config.lora.model_dump(),
+        "lora": {**config.lora.model_dump(), "targets": ["query", "value"]},
         "train": config.train.model_dump(),
     }
     file = folder / "task.json"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from _federation import Size, Timed, config_of, made_clients
 from _harness import arguments, table, write
+from _models import MODELS, path_of
 
 from coterie.machine import peak_memory
 
@@ -58,6 +59,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         "evaluate_ms_per_client": each * last["evaluate"],
         "save_s": last["save"],
         "peak_mib": peak_memory() / 2**20,
+        **({"peak_gpu_mib": torch.cuda.max_memory_allocated() / 2**20} if size.device.startswith("cuda") else {}),
         "phases": timed.phases,
     }
 
@@ -77,6 +79,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1, help="optimiser steps of a client in a round, of 8 rows each")
     parser.add_argument("--rounds", type=int, default=2, help="the first is FedLEASE's warm-up; the last is reported")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "auto"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="minilm", choices=MODELS, help="a Llama is random, in bfloat16")
     parser.add_argument("--task", help=argparse.SUPPRESS)
 
 
@@ -87,21 +91,28 @@ def main() -> None:
         return
     rows: dict[str, int] = {"train": 16, "test": 8, "steps": options.steps}
     if options.quick:
-        options.clients, rows = [4, 8], {"train": 2, "test": 2, "words": 6, "steps": 1, "batch": 2}
+        options.clients, rows = [4], {"train": 2, "test": 2, "words": 6, "steps": 1, "batch": 2}
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        where = {"device": options.device, "model": path_of(options.model, folder)}
         entries = made_clients(folder, Size(max(options.clients), **rows))
         (folder / "entries.json").write_text(json.dumps(entries))
         for clients in options.clients:
             for way in WAYS:
-                task = {"way": way, "folder": name, "size": vars(Size(clients, **rows)), "rounds": options.rounds}
+                task = {
+                    "way": way,
+                    "folder": name,
+                    "size": vars(Size(clients, **rows, **where)),
+                    "rounds": options.rounds,
+                }
                 found.append(apart({**task, "threads": options.threads, "precision": options.precision}))
                 shown = {key: value for key, value in found[-1].items() if key != "phases"}
                 print(json.dumps(shown), flush=True)
     shown = [{key: value for key, value in row.items() if key != "phases"} for row in found]
     table(f"a round by the number of clients, {options.precision}", shown)
-    results = {"rows": rows, "precision": options.precision, "runs": found, "targets": targets(found)}
+    about = {"device": options.device, "model": options.model, "precision": options.precision}
+    results = {**about, "rows": rows, "runs": found, "targets": targets(found)}
     table("targets", [{"target": key, **value} for key, value in results["targets"].items()])
     write("scaling", options, results)
 
