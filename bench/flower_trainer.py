@@ -136,7 +136,7 @@ def task_file(folder: Path, size: Size) -> Path:
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a client in a round, of 8 rows each")
+    parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a client in a round, of 8 rows each")
     parser.add_argument("--rounds", type=int, default=4, help="of each run; the first does not count")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each way, in turns")
     parser.add_argument("--with-ray", action="store_true", help="start Ray in the quick form too")
