@@ -1,7 +1,9 @@
 """Many clients in one forward pass against one client at a time: client-steps per second, and memory.
 
-Training with a plain LoRA on the packaged encoder: each client takes the same steps with rows of its own, of equal
-length, first one client after another, then several in a forward pass. Peak memory is that of a process of its own.
+Training with a plain LoRA: each client takes the same steps with rows of its own, of equal length, first one client
+after another, then several in a forward pass. A cell that would take more tokens a pass than ``--budget``, or more
+than half of the free memory by the peak of one client, is not measured, and the table says why. Peak memory is that
+of a process for each size of rows, in which the passes grow.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from _harness import arguments, interleaved, table, write
+from _models import MODELS, matrix_rate, path_of, profile, synchronised, work_per_token
 
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Classification, Example
@@ -28,17 +33,23 @@ from coterie.nn.base import load_base
 from coterie.ops.streams import kaiming_uniform, stream
 from coterie.types import NO_EXPERT, Bank, ClientInfo, Key, Optim, Part, Train
 
-RANK, STEPS = 8, 2
+RANK, SHARE, GIB = 8, 0.5, 2**30
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows and tokens of a client's batch, how many clients there are, and what is computed in."""
+    """Rows and tokens of a client's batch, what is computed in and on, and the base."""
 
     rows: int
     tokens: int
-    clients: int
     precision: str
+    device: str
+    model: str
+
+    @property
+    def step(self) -> int:
+        """Tokens of a client's step."""
+        return self.rows * self.tokens
 
 
 def bank_of(place: Workplace, client: int) -> Bank:
@@ -53,12 +64,12 @@ def bank_of(place: Workplace, client: int) -> Bank:
     return Bank(tensors, scaling=2.0, dropout=0.05)
 
 
-def asked_of(place: Workplace, case: Case) -> list[tuple[LocalCompute, Train]]:
-    """What each client asks: STEPS optimiser steps over rows of random words."""
+def asked_of(place: Workplace, case: Case, clients: int, steps: int) -> list[tuple[LocalCompute, Train]]:
+    """What each client asks: optimiser steps over rows of random words."""
     optim, asked = Optim(batch_size=case.rows, epochs=1), []
-    for number in range(case.clients):
-        client = ClientData(ClientInfo(f"client-{number}", case.rows * STEPS, labels=("no", "yes")), {})
-        ids = torch.randint(1000, 20000, (case.rows * STEPS, case.tokens), generator=stream(number, "rows")).tolist()
+    for number in range(clients):
+        client = ClientData(ClientInfo(f"client-{number}", case.rows * steps, labels=("no", "yes")), {})
+        ids = torch.randint(1000, 20000, (case.rows * steps, case.tokens), generator=stream(number, "rows")).tolist()
         place.cache[client.info.id, "train"] = [
             Example(tuple(row), (0,) * case.tokens, label=i % 2) for i, row in enumerate(ids)
         ]
@@ -67,113 +78,156 @@ def asked_of(place: Workplace, case: Case) -> list[tuple[LocalCompute, Train]]:
     return asked
 
 
-def workplace(case: Case, device: str) -> Workplace:
-    base = load_base("minilm", "classification", device=device)
+def workplace(case: Case) -> Workplace:
+    small = case.model == "minilm"
+    dtype = torch.float32 if small else torch.bfloat16
+    base = load_base(case.model, "classification", device=case.device, dtype=dtype)
     if case.precision == "bfloat16":  # as the engine does
         base.hold_linears(torch.bfloat16)
-        base.use_attention("eager" if device == "cpu" else None)
+        base.use_attention("eager" if case.device == "cpu" else None)
     return Workplace(base, Classification(base.tokenizer, case.tokens), 0, precision=case.precision)
 
 
-def runs_of(asked: list[tuple[LocalCompute, Train]], batches: list[int]) -> dict[str, Callable[[], Any]]:
-    """The same work, by how many clients share a forward pass."""
+def run_of(asked: list[tuple[LocalCompute, Train]], size: int, device: str) -> Callable[[], None]:
+    """The work of all clients, so many of them in a pass; one: the engine's own way for one at a time."""
 
     def alone() -> None:
         for compute, request in asked:
             compute.train(request)
 
-    def together(size: int) -> None:
+    def together() -> None:
         for start in range(0, len(asked), size):
             train_together(asked[start : start + size])
 
-    return {"1": alone, **{str(size): lambda size=size: together(size) for size in batches}}
+    return synchronised(alone if size == 1 else together, device)
 
 
-def measure(case: Case, batches: list[int], repeats: int, device: str) -> list[dict[str, Any]]:
-    place = workplace(case, device)
-    asked = asked_of(place, case)
+def measure(case: Case, sizes: list[int], budget: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each number of clients a pass, measured or not."""
+    found = peaks(case, [size for size in sizes if size == 1 or size * case.step <= budget])
+    limit, one = found["limit"], found["peaks"]["1"]
+    measured = [size for size in sizes if str(size) in found["peaks"]]
+    clients = max(measured)
+    whole = clients * case.step
+    steps = 2 if 2 * whole <= budget // 2 else 1
+    place = workplace(case)
+    asked = asked_of(place, case, clients, steps)
+    run_of(asked[:1], 1, case.device)()
+    runs = {str(size): run_of(asked, size, case.device) for size in measured}
+    work, cases = steps * whole, {size: lambda run=run: run for size, run in runs.items()}
+    times = interleaved(cases, repeats if work <= budget // 2 else min(repeats, 2), warmup=int(work <= budget // 4))
+    rows, per_token = [], work_per_token(place.base, case.tokens)
+    for size in sizes:
+        row: dict[str, Any] = {"precision": case.precision, "rows": case.rows, "tokens": case.tokens, "per_pass": size}
+        name = str(size)
+        if size in measured:
+            seconds = times.median(name)
+            row["client_steps_per_second"] = clients * steps / seconds
+            row["tokens_per_second"] = work / seconds
+            row["speedup"] = times.ratio("1", name)
+            row["speedup_of_cpu_time"] = times.cpu_ratio("1", name)
+            row["tflops"] = per_token * work / seconds / 1e12
+            row["peak_mib"] = found["peaks"][name] / 2**20
+        elif size * one > limit:
+            row["not_measured"] = f"needs {size * one / GIB:.0f} GiB"
+        else:
+            row["not_measured"] = f"{size * case.step:,} tokens a pass: above the budget"
+        rows.append(row)
+    return rows
 
-    def done(run: Callable[[], Any]) -> Callable[[], None]:
-        def timed() -> None:
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
 
-        return timed
+def peaks(case: Case, sizes: list[int]) -> dict[str, Any]:
+    """Bytes of a pass with so many clients above what is held before, as far as half of the free memory reaches."""
+    task = json.dumps({"case": asdict(case), "sizes": sizes, "threads": torch.get_num_threads()})
+    done = subprocess.run([sys.executable, __file__, "--peaks", task], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
-    runs = {size: done(run) for size, run in runs_of(asked, batches).items()}
-    times = interleaved({size: lambda run=run: run for size, run in runs.items()}, repeats, warmup=1)
+
+def print_peaks(task: dict[str, Any]) -> None:
+    """:func:`peaks` in this process."""
+    torch.set_num_threads(task["threads"])
+    case, found = Case(**task["case"]), dict[str, int]()
+    place = workplace(case)
+    cuda = case.device.startswith("cuda")
+    run_of(asked_of(place, Case(1, 4, case.precision, case.device, case.model), 1, 1), 1, case.device)()  # touch it all
+    asked = asked_of(place, case, max(task["sizes"]), 1)
+    limit = SHARE * (torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available)
+    before = torch.cuda.memory_allocated() if cuda else int(psutil.Process().memory_info().rss)
+    for size in sorted(task["sizes"]):
+        if found and size * found["1"] > limit:
+            break
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_peak_memory()
+        run_of(asked[:size], size, case.device)()
+        found[str(size)] = (torch.cuda.max_memory_allocated() if cuda else peak_memory()) - before
+    print(json.dumps({"peaks": found, "limit": limit}))
+
+
+def profiled(case: Case, size: int) -> list[dict[str, Any]]:
+    """Where the time of a pass goes."""
+    asked = asked_of(workplace(case), case, size, 2)
+    run = run_of(asked, size, case.device)
+    run()
+    return profile(run, case.device)
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows for a table: what was not measured says why."""
+    columns = ("client_steps_per_second", "speedup", "speedup_of_cpu_time", "of_matrix_rate", "peak_mib")
     return [
-        {
-            "precision": case.precision,
-            "rows": case.rows,
-            "tokens": case.tokens,
-            "clients": case.clients,
-            "per_batch": int(size),
-            "client_steps_per_second": case.clients * STEPS / times.median(size),
-            "speedup": times.ratio("1", size),
-            "speedup_of_cpu_time": times.cpu_ratio("1", size),
-            "peak_mib": peak(case, int(size), device) / 2**20,
-        }
-        for size in runs
+        {name: row[name] for name in ("precision", "rows", "tokens", "per_pass")}
+        | {name: row.get(name, "-") for name in columns}
+        | ({columns[0]: row["not_measured"]} if "not_measured" in row else {})
+        for row in rows
     ]
-
-
-def peak(case: Case, size: int, device: str) -> int:
-    """Bytes of a process of its own that does the work, above what it holds before it."""
-    given = [str(value) for value in (case.rows, case.tokens, case.clients, case.precision, size)]
-    command = [
-        sys.executable,
-        __file__,
-        "--peak",
-        *given,
-        "--device",
-        device,
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
-    return int(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
-
-
-def print_peak(options: argparse.Namespace) -> None:
-    rows, tokens, clients, precision, size = options.peak
-    case = Case(int(rows), int(tokens), int(clients), precision)
-    asked = asked_of(workplace(case, options.device), case)
-    before = int(psutil.Process().memory_info().rss)
-    reset_peak_memory()
-    runs_of(asked, [int(size)] if size != "1" else [])[size]()
-    found = torch.cuda.max_memory_allocated() if options.device == "cuda" else peak_memory() - before
-    print(found)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--model", default="minilm", choices=MODELS, help="a Llama is random, in bfloat16")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="clients a pass")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=2**15, help="the most tokens of a pass that is measured")
+    parser.add_argument("--profile", type=int, default=16, help="clients of a pass of 4 x 32 to profile; 0: none")
+    parser.add_argument("--peaks", help=argparse.SUPPRESS)
 
 
 def main() -> None:
     options = arguments(__doc__ or "", add)
-    if options.peak:
-        print_peak(options)
+    if options.peaks:
+        print_peaks(json.loads(options.peaks))
         return
-    sizes = [(b, t) for b in options.rows for t in options.tokens]
-    clients, batches, repeats = options.clients, options.batches, options.repeats
+    sizes, batches, where = [(b, t) for b in options.rows for t in options.tokens], options.batches, options.device
     if options.quick:
-        sizes, clients, batches, repeats = [(1, 8)], 2, [2], 1
+        sizes, batches, options.repeats, options.budget, options.profile = [(1, 8)], [1, 2, 64], 1, 64, 0
     found: list[dict[str, Any]] = []
-    for precision in options.precisions:
-        for rows, tokens in sizes:
-            found += measure(Case(rows, tokens, clients, precision), batches, repeats, options.device)
-            if not options.quick:
-                table("one client at a time (1) against many in a forward pass", found[-1 - len(batches) :])
-    table("client-steps per second, peak memory of the training", found)
-    write("batched", options, {"device": options.device, "steps": STEPS, "rank": RANK, "rows": found})
+    profiles: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        path = path_of(options.model, Path(name))
+        for precision in options.precisions:
+            for rows, tokens in sizes:
+                case = Case(rows, tokens, precision, where, path)
+                found += measure(case, batches, options.budget, options.repeats)
+                if not options.quick:
+                    table("one client at a time (1) against many in a forward pass", shown(found[-len(batches) :]))
+            if options.profile:
+                profiles[precision] = profiled(Case(4, 32, precision, where, path), options.profile)
+                table(f"where a pass's time goes, {precision}", profiles[precision])
+    best = {each: matrix_rate(where, getattr(torch, each)) / 1e12 for each in options.precisions}
+    for row in found:
+        if "tflops" in row:
+            row["of_matrix_rate"] = row["tflops"] / best[row["precision"]]
+    table("client-steps per second, peak memory of the training", shown(found))
+    about = {"device": where, "model": options.model, "rank": RANK, "budget": options.budget, "matrix_tflops": best}
+    write("batched", options, {**about, "rows": found, "profiles": profiles})
 
 
 if __name__ == "__main__":

@@ -43,20 +43,21 @@ class Loop(nn.Module):
     (``gather = True``: the kindest form of the loop that we could write).
     """
 
-    def __init__(self, base: nn.Linear, rank: int, experts: int) -> None:
+    def __init__(self, base: nn.Linear, rank: int, experts: int, own: int = OWN, dropout: float = 0.0) -> None:
         super().__init__()
-        self.base, self.experts, self.gather = base, experts, False
+        self.base, self.experts, self.gather, self.dropout = base, experts, False, nn.Dropout(dropout)
         self.router = nn.Linear(base.in_features, 2 * experts - 1, bias=False)
         self.a = nn.ModuleList(nn.Linear(base.in_features, rank, bias=False) for _ in range(experts))
         self.b = nn.ModuleList(nn.Linear(rank, base.out_features, bias=False) for _ in range(experts))
         for expert in range(experts):
             for part in (self.a[expert], self.b[expert]):
-                part.requires_grad_(expert == OWN)
-        self.register_buffer("serves", torch.tensor([*range(experts), *[OWN] * (experts - 1)]))
+                part.requires_grad_(expert == own)
+        self.register_buffer("serves", torch.tensor([*range(experts), *[own] * (experts - 1)]))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         values, slots = self.router(rows).topk(self.experts, dim=-1)
+        rows = self.dropout(rows)
         weights, picks = values.softmax(dim=-1), self.serves[slots]
         out = torch.zeros(rows.shape[0], self.base.out_features, dtype=x.dtype, device=x.device)
         for j in range(self.experts):

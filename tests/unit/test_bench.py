@@ -12,13 +12,17 @@ import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith("_"))
+SLOW = {"rounds", "flower_trainer", "scaling"}  # several processes, or several whole runs
 
 
 def test_the_benches_are_found() -> None:
-    assert {"layer", "cluster"} <= {path.stem for path in BENCHES}
+    assert {"layer", "cluster", *SLOW} <= {path.stem for path in BENCHES}
 
 
-@pytest.mark.parametrize("bench", BENCHES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "bench",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in BENCHES],
+)
 def test_quick_form(bench: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(bench), "--quick", "--threads", "1", "--out", str(tmp_path)]
     done = subprocess.run(
