@@ -139,7 +139,7 @@ def worker_against_loading(
     folder: Path, server: dict[str, Any], site: dict[str, Any], repeats: int
 ) -> dict[str, float]:
     """Median seconds of a message to a worker that has the base, and to a process that is started for it."""
-    settings = SiteSettings.model_validate(site)
+    settings = SiteSettings.model_validate_json(json.dumps(site))
     config = federation_config(server)
     head = {"kind": "train", "client": "north", "round": 1, "run": "bench", "attempt": 1, "since": 0, "keep": 0}
     head |= {"terms": terms_of(config)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def site_settings(folder: Path, client: str, **sections: Any) -> SiteSettings:
         "data": {s: str(rows / f"{s}.jsonl") for s in ("train", "validation", "test")},
         "engine": {"device": "cpu", "threads": 1},
     }
-    return SiteSettings.model_validate({k: {**raw.get(k, {}), **sections.get(k, {})} for k in {*raw, *sections}})
+    whole = {k: {**raw.get(k, {}), **sections.get(k, {})} for k in {*raw, *sections}}
+    return SiteSettings.model_validate_json(json.dumps(whole))
 
 
 def workers(folder: Path, clients: list[str], **sections: Any) -> dict[str, Worker]:
@@ -80,6 +82,6 @@ def local_config(path: Path, clients: list[str], folder: Path, **changes: dict[s
             for c in clients
         ]
     }
-    DataSettings.model_validate(data)
+    DataSettings.model_validate_json(json.dumps(data))
     raw["data"] = data
     return check_config({**raw, **{k: {**raw.get(k, {}), **v} for k, v in changes.items()}})

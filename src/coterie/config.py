@@ -11,19 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from coterie.data.rows import Kind
 from coterie.data.settings import DataSettings
 from coterie.deployment import FederationSettings, SiteSettings
 from coterie.method import MethodSettings, Plan, method_named
-from coterie.types import CoterieError, Json, Optim
+from coterie.types import SETTINGS, CoterieError, Json, Optim
 
 DEFAULT_METHOD = "fedlease"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SETTINGS
 
 
 class ModelSettings(_Section):
@@ -228,7 +228,7 @@ def section_of(raw: Mapping[str, Json], name: str) -> dict[str, Json]:
 
 def override(raw: Mapping[str, Json], overrides: Sequence[str]) -> dict[str, Json]:
     """``raw`` with every ``section.key=value`` set; a value is TOML, or a plain string where it is no TOML."""
-    result: dict[str, Json] = json.loads(json.dumps(raw))
+    result: dict[str, Json] = json.loads(_json(raw))
     for text in overrides:
         path, found, value = text.partition("=")
         if not found or "." not in path:
@@ -314,9 +314,14 @@ def _value(text: str) -> Json:
         return text
 
 
+def _json(raw: Mapping[str, Json]) -> str:
+    """``raw`` as JSON; a date or time of TOML, which no key takes, as text."""
+    return json.dumps(raw, default=str)
+
+
 def _checked(model: type[Any], raw: Mapping[str, Json], path: str) -> Any:
     try:
-        return model.model_validate(raw)
+        return model.model_validate_json(_json(raw))  # as JSON: a list makes a tuple, and yet '4' no number
     except ValidationError as fault:
         errors = fault.errors()
         # Where a string or a section may stand, pydantic also says of a wrong section that it is no string.
@@ -336,7 +341,7 @@ def _message(model: Any, error: Any, path: str) -> str:
     where = f"[{'.'.join(sections)}] " if sections else ""
     if not unknown:
         found = f" (found {error['input']!r})" if not isinstance(error["input"], dict) else ""
-        return f"{where}{key}: {error['msg']}{found}"
+        return f"{where}{key}: {error['msg'].removeprefix('Value error, ')}{found}"
     known = list(getattr(model, "model_fields", {}))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known) or 'none'}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from coterie.data.settings import ClientFiles, Columns, DataSettings
-from coterie.types import Json, Part
+from coterie.types import SETTINGS, Json, Part
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SETTINGS
 
 
 class FederationSettings(_Section):

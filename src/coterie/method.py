@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from coterie.types import (
+    SETTINGS,
     Answer,
     Bank,
     BaseSpec,
@@ -50,7 +51,7 @@ S = TypeVar("S")
 class MethodSettings(BaseModel):
     """A method's own settings: the keys of ``[method]`` beside ``name``. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SETTINGS
 
     def located(self, root: Path) -> Self:
         """These settings with every relative path in them starting at ``root``, the config's folder."""

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from coterie.runner import Listener
+from coterie.runner import Listener, named
 from coterie.types import Json
 
 
@@ -76,7 +76,7 @@ class Lines:
         left = self.left(event["round"] - 1)
         if left is not None:  # of this round, the evaluation is still to come
             text += f"  {clock(max(0.0, left - (time.perf_counter() - self.began)))} left"
-        return text + "".join(f"\n  left out {client}: {reason}" for client, reason in event["failed"].items())
+        return text + "".join(f"\n  left out {named(client, reason)}" for client, reason in event["failed"].items())
 
     def _say(self, text: str) -> None:
         prefix = f"{self.label}: " if self.label else ""

@@ -137,7 +137,7 @@ class Runner:
     ) -> None:
         needed = max(1, math.ceil(self.rounds.quorum * len(cohort)))
         if len(replies) < needed:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(failed.items())[:3])
+            reasons = "; ".join(named(client, reason) for client, reason in list(failed.items())[:3])
             raise CoterieError(
                 f"round {rnd}: {len(replies)} of {len(cohort)} clients replied, the quorum is {needed} ([run] quorum). "
                 f"{reasons}"
@@ -185,6 +185,11 @@ class Runner:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.listen(record)
+
+
+def named(client: ClientId, fault: str) -> str:
+    """``fault`` with the name of its client before it, once."""
+    return fault if fault.startswith(f"client {client}") else f"{client}: {fault}"
 
 
 def finite(value: Json) -> Json:

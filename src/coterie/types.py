@@ -192,10 +192,14 @@ class ClientResult:
     personal: Personal
 
 
+# Of every model of settings: an unknown key is an error, and so are '4' or true for a number, infinity, not-a-number.
+SETTINGS = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
 class Optim(BaseModel):
     """A client's local training in one round: the config section ``[train]``, and part of every request to train."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SETTINGS
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="started anew in every round")
     learning_rate: float = Field(2e-3, gt=0, description="at the start of a round")

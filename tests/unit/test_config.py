@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterator
+from datetime import date
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from coterie.config import Config, check_config, describe_config, differences, load_config, override
+from coterie.config import Config, check_config, describe_config, differences, load_config, load_site, override
 from coterie.method import methods
-from coterie.types import CoterieError
+from coterie.types import CoterieError, Part
 
 DATA = {"data": {"folder": "clients"}}
 
@@ -126,8 +127,17 @@ WRONG = {  # what is wrong: (the config, what the error says)
         {**DATA, "run": {"rounds": 0, "sed": 1}},
         r"^\[run\] rounds: .*\(found 0\); \[run\] unknown key 'sed'; did you mean 'seed'\?$",
     ),
+    "a number as text": ({**DATA, "lora": {"rank": "4"}}, r"^\[lora\] rank: .*valid integer \(found '4'\)$"),
+    "true for a number": ({**DATA, "lora": {"rank": True}}, r"^\[lora\] rank: .*valid integer \(found True\)$"),
+    "true for 1": ({**DATA, "method": {"min_experts": True}}, r"^\[method\] min_experts: .*integer \(found True\)$"),
+    "of train": ({**DATA, "train": {"epochs": "2"}}, r"^\[train\] epochs: .*valid integer \(found '2'\)$"),
+    "a method's": ({**DATA, "method": {"warmup_rounds": "1"}}, r"^\[method\] warmup_rounds: .*integer \(found '1'\)$"),
+    "of data": ({"data": {"folder": "x", "train_rows": "3"}}, r"^\[data\] train_rows: .*integer \(found '3'\)$"),
+    "infinite": ({**DATA, "lora": {"alpha": float("inf")}}, r"^\[lora\] alpha: .*finite number \(found inf\)$"),
+    "no number": ({**DATA, "lora": {"alpha": float("nan")}}, r"^\[lora\] alpha: .*finite number \(found nan\)$"),
+    "a date": ({**DATA, "run": {"seed": date(2026, 1, 2)}}, r"^\[run\] seed: .*integer \(found '2026-01-02'\)$"),
     "nothing": ({}, r"^data: Field required$"),
-    "two ways": ({"data": {"folder": "x", "datasets": ["y"]}}, r"^data: .*one.*data\.folder and data\.datasets"),
+    "two ways": ({"data": {"folder": "x", "datasets": ["y"]}}, r"^data: give exactly one .*folder and data\.datasets"),
 }  # fmt: skip
 
 
@@ -175,6 +185,28 @@ def test_overrides_are_toml_or_plain_text() -> None:
             override(raw, [bad])
     with pytest.raises(CoterieError, match="rounds is no section"):
         override(raw, ["run.rounds.x=3"])
+
+
+def test_whole_numbers_are_numbers_and_lists_are_lists() -> None:
+    """Strict, and yet what TOML has no other word for: 6 for 6.0, a list, a section in a section."""
+    texts = ["lora.rank=4", "lora.alpha=6", "lora.targets=['query']", "engine.clients_per_batch=auto"]
+    config = check_config(override(DATA, [*texts, "data.labels=['no', 'yes']", "data.columns.text=body"]))
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (4, 6.0, ("query",))
+    assert type(config.lora.alpha) is float
+    assert (config.data.labels, config.data.columns.text) == (("no", "yes"), "body")
+    assert check_config(override({**DATA, "run": {"seed": 1}}, ["engine.clients_per_batch=3"])).run.seed == 1
+    with pytest.raises(CoterieError, match=r"^\[engine\] clients_per_batch: .*integer \(found '3'\)"):
+        check_config(override(DATA, ["engine.clients_per_batch='3'"]))
+
+
+def test_a_site_is_strict_too(tmp_path: Path) -> None:
+    path = tmp_path / "SITE.toml"
+    text = '[site]\nid = "north"\nserver = "x:1"\n[data]\ntrain = "a.jsonl"\n[policy]\nupload = ["A", "B"]\n'
+    path.write_text(f"{text}max_steps = 3\n")
+    assert load_site(path).policy.upload == (Part.A, Part.B)
+    path.write_text(f'{text}max_steps = "3"\n')
+    with pytest.raises(CoterieError, match=r"^\[policy\] max_steps: .*valid integer \(found '3'\)$"):
+        load_site(path)
 
 
 def test_differences_names_keys_that_were_added_taken_away_or_changed() -> None:

@@ -79,7 +79,7 @@ class FedLEASESettings(MethodSettings):
     max_experts: int | None = Field(
         None, ge=2, description="the most clusters that the silhouette may choose; none: 4, or one less than clients"
     )
-    min_experts: Literal[1, 2] = Field(2, description="1: also allow one cluster, when no silhouette is high enough")
+    min_experts: int = Field(2, ge=1, le=2, description="1: also allow one cluster, when no silhouette is high enough")
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
     linkage: Literal["average", "complete", "single"] = Field("average", description="linkage of the clustering")
