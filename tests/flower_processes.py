@@ -45,13 +45,13 @@ class Processes:
         return subprocess.run([*COTERIE, *args], cwd=self.folder, capture_output=True, text=True, check=False)
 
     def deadline(self) -> float:
-        """Seconds that an exchange stays well below on this machine as it is now; one of our starts takes 1.5 s idle.
+        """Make the rounds' deadline one that an exchange stays well below here and now, and return it in seconds.
 
-        It becomes the deadline of the rounds.
+        A start of `coterie` takes 1.5 s on idle cores, an exchange 5.
         """
         started = time.monotonic()
         assert self.coterie("version").returncode == 0
-        found = max(20.0, 12 * (time.monotonic() - started)) // 1
+        found = min(60.0, max(20.0, 12 * (time.monotonic() - started))) // 1
         path = self.folder / "serve.toml"
         path.write_text(f"{path.read_text()}deadline = {found}\n")
         return found

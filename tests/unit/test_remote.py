@@ -178,6 +178,31 @@ def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
     assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
 
 
+def test_a_site_that_is_back_as_another_node_is_sent_its_message_at_once(
+    fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
+) -> None:
+    path, staff = fedit
+    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
+    engine = flower_sites.engine_over(config, staff, note=heard.append)
+    engine.transport = GridTransport(grid)
+    engine.gather(len(CLIENTS), 10)
+    slept = engine.sleep
+
+    def sleep(seconds: float) -> None:
+        slept(seconds)
+        if engine.clock() > 5:  # started again; Flower takes the old node for alive
+            grid.sites.setdefault(99, staff[VICTIM].answer)
+
+    engine.sleep = sleep
+    method = flower_sites.method_of(config)
+    state = method.init(engine.spec, engine.clients)
+    one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
+    assert one[VICTIM].error is None
+    assert 5 < engine.clock() < 10
+    assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
+
+
 def test_a_site_that_comes_back_in_time_is_sent_its_message_again(
     fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
 ) -> None:
