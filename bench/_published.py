@@ -29,7 +29,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from coterie.data.tasks import Batch, Example, Task, batches
-from coterie.engines.course import make_optimizer
 from coterie.ops.streams import kaiming_uniform, stream
 from coterie.types import Optim
 
@@ -226,15 +225,17 @@ class Published:
         """Train what is not frozen; the mean loss of a row."""
         optim, model = self.work.optim, model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(optim, trained, rnd)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / optim.steps)
+        rate, decay = optim.learning_rate * optim.round_decay ** (rnd - 1), optim.weight_decay
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optim.optimizer]
+        optimizer = kind(trained, lr=rate, weight_decay=decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / optim.steps)
         losses, counts = [], []
         for batch in self.work.steps(rnd, client):
             loss = functional.cross_entropy(self.work.logits(model, batch), batch.labels)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, optim.clip)
             optimizer.step()
-            decay.step()
+            schedule.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
             counts.append(batch.count)
