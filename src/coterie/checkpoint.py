@@ -40,29 +40,38 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
-def load_newest(folder: Path, state: type[Any], note: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; says in ``note`` which ones are not, and deletes those.
+def load_newest(
+    folder: Path,
+    state: type[Any],
+    note: Callable[[str], None],
+    lacks: Callable[[Checkpoint], str | None] = lambda found: None,
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole and ``lacks`` nothing; says in ``note`` which are not, and deletes those.
 
-    None where there is no checkpoint at all. Raises :class:`CoterieError`, and touches nothing, where none is whole
+    None where there is no checkpoint at all. Raises :class:`CoterieError`, and touches nothing, where none serves
     and where one is whole but was written by another version.
     """
-    corrupt: list[Path] = []
+    unfit: list[Path] = []
+    faults: list[str] = []
     for path in _newest_first(folder):
         try:
             found = _read(path, state)
+            if lacking := lacks(found):
+                raise CorruptCheckpointError(lacking)
         except CorruptCheckpointError as fault:
-            note(f"{path} is corrupt ({fault}); falling back to the checkpoint before it")
-            corrupt.append(path)
+            unfit.append(path)
+            faults.append(f"{path} cannot be used ({fault})")
+            note(f"{faults[-1]}; falling back to the checkpoint before it")
         except codec.CodecError as fault:
             raise CoterieError(
                 f"{path} is whole, but this version cannot read it ({fault}); resume with the version that wrote it"
             ) from fault
         else:
-            for path in corrupt:
+            for path in unfit:
                 path.unlink()
             return found
-    if corrupt:
-        raise CoterieError(f"none of the checkpoints in {folder} is whole; restore one, or start a new run with --out")
+    if faults:
+        raise CoterieError(f"{faults[0]}, nor can one before it; restore what is gone, or start a new run with --out")
     return None
 
 

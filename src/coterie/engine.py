@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from coterie.method import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Observed, Reply
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Observed, Reply
 
 T = TypeVar("T")
 Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closed, it gives up what is not done
@@ -65,6 +65,8 @@ class Engine(Protocol):
     def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
 
     def restore(self, rnd: int) -> None: ...
+
+    def held(self, rnd: int) -> dict[str, Json]: ...
 
     def prune(self, rnd: int) -> None: ...
 

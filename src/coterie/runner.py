@@ -70,8 +70,9 @@ class Runner:
     def _restore(self) -> Checkpoint:
         """The newest whole checkpoint, with the metrics and the personal states as they were; or the start."""
         notes: list[str] = []
-        found = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append)
+        found = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append, self._lacks)
         if found is None:
+            self._check_new()
             state = self.method.init(self.engine.spec, self.engine.clients)
             self.metrics.write_bytes(b"")
             self.engine.restore(0)
@@ -85,6 +86,25 @@ class Runner:
         self._note(notes, found.rnd)
         self.listen({"event": "resumed", "round": found.rnd})
         return found
+
+    def _check_new(self) -> None:
+        """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""
+        if self.metrics.exists() and '"event": "round"' in self.metrics.read_text(encoding="utf-8", errors="replace"):
+            raise CoterieError(
+                f"{self.metrics} tells of rounds, but {self.folder / 'checkpoints'} holds no checkpoint; restore one, "
+                "or start a new run with --out"
+            )
+
+    def _lacks(self, found: Checkpoint) -> str | None:
+        """What of the run's folder a whole checkpoint needs and does not find there."""
+        if not self.metrics.exists() or self.metrics.stat().st_size < found.info["metrics_bytes"]:
+            return f"{self.metrics.name} is shorter than it was"
+        here = self.engine.held(found.rnd)
+        for kind, then in found.info.get("held", {}).items():
+            lost = sorted(client for client, rnd in then.items() if here.get(kind, {}).get(client) != rnd)
+            if lost:
+                return f"of {len(lost)} client(s), {lost[0]} among them, the {kind} state of that round is gone"
+        return None
 
     @property
     def metrics(self) -> Path:
@@ -168,7 +188,8 @@ class Runner:
         """Everything of round ``rnd`` is on the disk once this returns."""
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
-        made = Checkpoint(rnd, state, {"metrics_bytes": self.metrics.stat().st_size})
+        info = {"metrics_bytes": self.metrics.stat().st_size, "held": self.engine.held(rnd)}
+        made = Checkpoint(rnd, state, info)
         checkpoints.save(self.folder / "checkpoints", made, self.rounds.keep_checkpoints)
         self._prune(rnd)
         self.listen({"event": "checkpoint", "round": rnd})

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -188,7 +190,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
     for checkpoint in (out / "checkpoints").glob("*.ckpt"):
         checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(CoterieError, match=r"none of the checkpoints in .* is whole"):
+    with pytest.raises(CoterieError, match=r"ckpt cannot be used \(.*\), nor can one before it"):
         run(path, out, resume=True)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
@@ -236,3 +238,37 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
         (out / "summary.json").unlink()
     with pytest.raises(CoterieError, match=rf"{name} is damaged \(.*\); restore it"):
         run(path, out, resume=True)
+
+
+def stopped(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """A run that lacks only its end, and what comes of it."""
+    path, out = sites.config(tmp_path), tmp_path / "out"
+    run(path, out)
+    whole = results(out)
+    (out / "summary.json").unlink()
+    return path, out, whole
+
+
+@pytest.mark.parametrize("what", ["a state", "metrics"])
+def test_a_checkpoint_whose_run_folder_lost_something_falls_back(tmp_path: Path, what: str) -> None:
+    path, out, whole = stopped(tmp_path)
+    if what == "metrics":
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    else:
+        max((out / "personal" / "mood-0").iterdir()).unlink()
+    notes: list[str] = []
+    run(path, out, resume=True, listen=lambda event: notes.append(event.get("text", "")))
+    reason = "metrics.jsonl is shorter" if what == "metrics" else r"of 1 client.*mood-0 .*the personal state .* gone"
+    assert any(re.search(rf"000003.ckpt cannot be used \(.*{reason}.*falling back", note) for note in notes)
+    assert results(out) == whole
+
+
+@pytest.mark.parametrize("folder", ["personal", "checkpoints"])
+def test_a_folder_that_is_gone_is_told_and_nothing_is_touched(tmp_path: Path, folder: str) -> None:
+    path, out, _ = stopped(tmp_path)
+    shutil.rmtree(out / folder)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(CoterieError, match=r"personal state of that round is gone|tells of rounds, but .*checkpoints"):
+        run(path, out, resume=True)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before

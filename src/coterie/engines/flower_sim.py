@@ -137,6 +137,10 @@ class FlowerSimEngine:
         for store in self._stores():
             store.forget_after(rnd)
 
+    def held(self, rnd: int) -> dict[str, Json]:
+        """From which round each client's state is, after round ``rnd``."""
+        return {store.folder.name: store.held(rnd) for store in self._stores()}
+
     def prune(self, rnd: int) -> None:
         """Give up the personal states that only rounds before ``rnd`` need."""
         for store in self._stores():

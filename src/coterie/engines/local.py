@@ -42,6 +42,7 @@ from coterie.types import (
     ClientResult,
     CoterieError,
     Instruction,
+    Json,
     Observe,
     Observed,
     Optim,
@@ -172,6 +173,11 @@ class LocalEngine:
         self.store.forget_after(rnd)
         if self.trained:
             self.trained.forget_after(rnd)
+
+    def held(self, rnd: int) -> dict[str, Json]:
+        """From which round each client's state is, after round ``rnd``."""
+        trained = {"trained": self.trained.held(rnd)} if self.trained else {}
+        return {"personal": self.store.held(rnd), **trained}
 
     def prune(self, rnd: int) -> None:
         """Give up the personal states that only rounds before ``rnd`` need."""

@@ -148,6 +148,10 @@ class RemoteEngine:
         """Every message of this attempt tells its site to go back to its state after round ``rnd`` first, once."""
         self.since = rnd
 
+    def held(self, rnd: int) -> dict[str, Json]:
+        """Nothing that the server could check: sites hold their own."""
+        return {}
+
     def prune(self, rnd: int) -> None:
         """The next messages tell the sites which states no checkpoint needs any more."""
         self.keep = rnd

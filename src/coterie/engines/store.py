@@ -48,6 +48,11 @@ class RoundStore(Generic[T]):
         """Keep ``value`` as the client's after round ``rnd``."""
         write_atomic(self._path(client, rnd), codec.encode(value))
 
+    def held(self, until: int) -> dict[ClientId, int]:
+        """The round, up to ``until``, of every client's newest version."""
+        found = {client: [rnd for rnd in self._rounds(client) if rnd <= until] for client in self._clients()}
+        return {client: max(rounds) for client, rounds in found.items() if rounds}
+
     def forget_after(self, rnd: int) -> None:
         """Delete the versions of rounds after ``rnd``: they were not committed."""
         for client in self._clients():
@@ -102,6 +107,10 @@ class PersonalStore:
                 write_atomic(path, codec.encode(value.kept.tensors))
             value = replace(value, kept=replace(value.kept, tensors={}))
         self._rounds.save(client, rnd, value)
+
+    def held(self, until: int) -> dict[ClientId, int]:
+        """As :meth:`RoundStore.held`."""
+        return self._rounds.held(until)
 
     def forget_after(self, rnd: int) -> None:
         """As :meth:`RoundStore.forget_after`. What is kept stays: it is the same whoever needs it again."""
