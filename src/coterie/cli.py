@@ -62,7 +62,7 @@ def run(
     else:
         settings, root = load_config(config, overrides), config.parent
     place = folder or _default_folder(config, settings.method.get("name", "fedlease"), settings.run.seed)
-    with goes_on("go on with the same command and --resume"), listener(out, settings.run.rounds) as listen:
+    with goes_on(place, "go on with the same command and --resume"), listener(out, settings.run.rounds) as listen:
         summary = federate(settings, place, root=root, resume=resume, listen=listen)
     show_summary(out, summary, place)
 
@@ -83,7 +83,7 @@ def compare(
 
     place = folder or Path("runs") / config.stem
     seed_numbers = [_seed(text) for text in seeds.split(",")]
-    with goes_on("go on with the same command"):
+    with goes_on(place, "go on with the same command"):
         results = run_all(config, methods.split(","), seed_numbers, place, overrides or (), out)
     show(out, results, place)
 
@@ -163,6 +163,8 @@ def main() -> None:
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer makes an exit code of Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as fault:
         errors.print(f"[bold red]error:[/] {escape(str(fault))}")
@@ -174,9 +176,11 @@ def main() -> None:
         errors.print(f"\n{stop}")
         sys.exit(_INTERRUPTED)
     except (KeyboardInterrupt, click.exceptions.Abort):
+        errors.print("\nstopped")
         sys.exit(_INTERRUPTED)
     except click.exceptions.ClickException as fault:
-        fault.show()
+        hinted = "Did you mean" in fault.message  # by typer, and click would say it again
+        errors.print(f"[bold red]error:[/] {escape(fault.message if hinted else fault.format_message())}")
         sys.exit(fault.exit_code)
 
 
@@ -185,12 +189,21 @@ class Interrupted(Exception):  # noqa: N818
 
 
 @contextmanager
-def goes_on(how: str) -> Iterator[None]:
-    """Turn Ctrl-C into :class:`Interrupted` that says how to go on."""
+def goes_on(folder: Path, how: str) -> Iterator[None]:
+    """Turn Ctrl-C into :class:`Interrupted` that says what is kept in ``folder``, or below it, and how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"stopped; the last checkpoint is kept: {how}") from stop
+        raise Interrupted(_kept(folder, how)) from stop
+
+
+def _kept(folder: Path, how: str) -> str:
+    def holds(what: str) -> bool:
+        return any(folder.glob(what)) or any(folder.glob(f"*/{what}"))
+
+    if holds("checkpoints/*.ckpt"):
+        return f"stopped; the last checkpoint is kept: {how}"
+    return f"stopped before the first checkpoint: {how}" if holds("config.json") else "stopped; nothing was begun"
 
 
 def _seed(text: str) -> int:

@@ -54,10 +54,11 @@ MAY_IMPORT = {
     "report": {"types", "files", "assignment", "plots", "report_assignment", "report_quotas", "tables"},
     "tracking": {"types", "runner"},
 }
-OUTERMOST = {"cli", "cli_pool", "federate", "federation", "compare", "demo", "progress"}
+OUTERMOST = {"__main__", "cli", "cli_pool", "federate", "federation", "compare", "demo", "progress"}
 
 # Heavy or replaceable libraries: the files and folders that may import them.
 ONLY_IN = {
+    "huggingface_hub": {"nn"},
     "transformers": {"nn", "data/tasks.py", "export.py"},
     "peft": {"nn", "export.py", "adapters.py"},
     "bitsandbytes": {"nn"},

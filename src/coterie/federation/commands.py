@@ -55,7 +55,7 @@ def serve(
     settings = federation_config(override(load_raw(config), overrides or ()))
     place = folder or Path("runs") / f"{config.stem}-{settings.method['name']}-{settings.run.seed}"
     how = "go on with the same command and --resume"
-    with goes_on(how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
+    with goes_on(place, how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
 
         def listen(event: dict[str, Any]) -> None:
             _say(event)
