@@ -19,6 +19,7 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from coterie import __version__, cli_pool
@@ -115,7 +116,7 @@ def show_config(
     """Every key of a config: type, default, meaning."""
     from coterie.config import describe_config
 
-    show_table(("key", "type", "default", "meaning"), list(describe_config(method)), markdown)
+    show_keys(list(describe_config(method)), markdown)
 
 
 @app.command()
@@ -214,6 +215,17 @@ def _seed(text: str) -> int:
 
 def _default_folder(config: Path | None, method: object, seed: int) -> Path:
     return Path("runs") / f"{config.stem if config else 'run'}-{method}-{seed}"
+
+
+def show_keys(rows: Sequence[tuple[str, str, str, str]], markdown: bool) -> None:
+    """Print (key, type, default, meaning) of settings, the meaning below the rest; or the Markdown of a page."""
+    if markdown:
+        show_table(("key", "type", "default", "meaning"), rows, markdown)
+        return
+    for key, kind, default, meaning in rows:
+        told = "" if default == "required" else "default "
+        out.print(f"[bold]{escape(key)}[/]  {escape(kind)}  {told}{escape(default)}", highlight=False, soft_wrap=True)
+        out.print(Padding(escape(meaning), (0, 0, 0, 4), expand=False), highlight=False)
 
 
 def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], markdown: bool) -> None:

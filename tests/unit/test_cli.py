@@ -113,8 +113,11 @@ def test_config_shows_every_key_whole_even_on_a_narrow_screen(coterie_command: C
     assert len(keys) > 60
     code, text, _ = coterie_command("config")
     assert code == 0
-    first = {line.split()[0] for line in text.splitlines() if line and not line.startswith(" ")}
-    assert first == {"key", *keys}
+    heads = [line for line in text.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in heads] == keys
+    assert max(map(len, text.splitlines())) <= 110
+    assert max(len(line) for line in text.splitlines() if line.startswith(" ")) <= 80
+    assert 'model.dtype  float32 | bfloat16  default "float32"' in heads
     rows = markdown(coterie_command("config", "--markdown")[1])
     assert [[cell.replace("\\|", "|") for cell in row] for row in rows[2:]] == [list(row) for row in describe_config()]
     one = coterie_command("config", "--method", "local", "--markdown")[1]

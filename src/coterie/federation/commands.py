@@ -114,10 +114,10 @@ def check_site(
 @site.command("config")
 def site_config(markdown: Annotated[bool, typer.Option(help="as the table of the docs")] = False) -> None:
     """Every key of a SITE.toml: type, default, meaning."""
-    from coterie.cli import show_table
+    from coterie.cli import show_keys
     from coterie.config import describe_site
 
-    show_table(("key", "type", "default", "meaning"), list(describe_site()), markdown)
+    show_keys(list(describe_site()), markdown)
 
 
 @keys.command("init")
