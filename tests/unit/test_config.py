@@ -13,9 +13,19 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from coterie.config import Config, check_config, describe_config, differences, load_config, load_site, override
+from coterie.config import (
+    Config,
+    check_config,
+    describe_config,
+    describe_site,
+    differences,
+    load_config,
+    load_site,
+    override,
+)
 from coterie.method import methods
 from coterie.types import CoterieError, Part
+from coterie.wording import value_in_words
 
 DATA = {"data": {"folder": "clients"}}
 
@@ -71,12 +81,30 @@ def test_defaults_are_those_of_a_config_that_says_nothing() -> None:
         section, _, name = key.partition(".")
         if section in ("model", "task", "lora", "train", "run", "engine"):
             value = reduce(lambda found, part: found[part], name.split("."), plain[section])
-            assert default == repr(value), key
+            assert default == value_in_words(value), key
             seen += 1
     assert seen > 30
-    assert BY_KEY["method.name"][2] == repr(plain["method"]["name"])
+    assert BY_KEY["method.name"][2] == '"fedlease"'
     assert BY_KEY["method[fedlease].warmup_rounds"][2] == "5"
     assert BY_KEY["data.clients.id"][2] == BY_KEY["data.datasets.source"][2] == "required"
+
+
+def test_types_and_defaults_are_in_the_words_of_toml() -> None:
+    expected = {
+        "model.dtype": ("float32 | bfloat16", '"float32"'),
+        "model.gradient_checkpointing": ("true or false", "false"),
+        "lora.alpha": ("number", "16.0"),
+        "lora.targets": ("list of text", "[]"),
+        "data.labels": ("list of text, or none", "none"),
+        "data.clients": ("list of section", "[]"),
+        "data.datasets": ("list of text or section", "[]"),
+        "engine.clients_per_batch": ("whole number, or auto", "1"),
+    }
+    assert {key: BY_KEY[key][1:3] for key in expected} == expected
+    site = {row[0]: row for row in describe_site()}
+    parts = ("A", "B", "router", "embedding", "head")
+    assert site["policy.upload"][1:3] == (f"list of {' | '.join(parts)}", json.dumps(parts))
+    assert site["policy.settings"][1:3] == ("section", "{}")
 
 
 def test_the_settings_of_one_method_alone() -> None:

@@ -256,7 +256,7 @@ CLIENT = {"id": "a", "train": "a.jsonl"}
     ("settings", "says"),
     [
         ({"clients": [{"id": "a", "train": "gone.csv"}]}, "client a: .*gone.csv: no such file"),
-        ({"clients": [{"id": "a", "train": "empty.jsonl"}]}, "client a: .*empty.jsonl: no rows"),
+        ({"clients": [{"id": "a", "train": "empty.jsonl"}]}, "client a: .*empty.jsonl: no rows; give it some$"),
         ({"clients": [{"id": "a", "train": "a.txt"}]}, "client a: .*a.txt: unknown file type"),
         ({"clients": [{"id": "../a", "train": "a.jsonl"}]}, "'../a' cannot name a folder"),
         ({"clients": [{"id": "", "train": "a.jsonl"}]}, "'' cannot name a folder"),

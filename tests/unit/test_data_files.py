@@ -65,7 +65,7 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2: not a line of JSON"),
         ("a.jsonl", '\n["x"]\n', "a.jsonl:2: a row is a JSON object"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl:2: not UTF-8"),
-        ("a.jsonl", "\n\n", "a.jsonl: no rows"),
+        ("a.jsonl", "\n\n", "a.jsonl: no rows; give it some$"),
         ("a.csv", "text,label\n", "a.csv: no rows"),
         ("a.csv", "text,label\nx,y\nred, green,blue\n", "a.csv:3: 3 fields for 2 columns"),
         ("a.csv", 'text,label\nx,y\n"z,y\n', "a.csv:3: not a line of CSV"),
@@ -76,6 +76,12 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
 def test_a_bad_file_says_where(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
     with pytest.raises(CoterieError, match=says):
         read_table(write(tmp_path / name, content))
+
+
+def test_only_a_file_that_may_be_missing_can_be_left_out(tmp_path: Path) -> None:
+    for split in ("validation", "test"):
+        with pytest.raises(CoterieError, match=r"no rows; give it some, or leave the file out$"):
+            read_table(write(tmp_path / "a.jsonl", "\n"), split)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -154,9 +155,16 @@ def test_a_hub_label_is_a_name_even_where_names_are_numbers(monkeypatch: pytest.
     ],
 )
 def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch, answer: Any, says: str) -> None:
+    level = logging.getLogger("huggingface_hub").level
     fake_hub(monkeypatch, answer)
     with pytest.raises(CoterieError, match=says):
         load("hub:x")
+    if isinstance(answer, Exception):
+        with pytest.raises(CoterieError, match=r"; for a folder write hub:\./pets/mine, or \./pets/mine for one with"):
+            load("hub:pets/mine")
+        with pytest.raises(CoterieError, match=r"'hub:\./x': [^;]*$"):
+            load("hub:./x")
+    assert logging.getLogger("huggingface_hub").level == level
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

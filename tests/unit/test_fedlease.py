@@ -299,6 +299,14 @@ def test_everyone_starts_from_the_same_a_and_heads_of_the_same_size() -> None:
     assert all(not starts[0][Key(m, 0, Part.B)].any() for m in "qv")
 
 
+def test_too_few_clients_are_told_a_number_that_works() -> None:
+    for few, fix in ((2, "1 or 2"), (1, "1")):
+        with pytest.raises(CoterieError, match=rf"3 clients, here are {few}; set \[method\] experts to {fix}$"):
+            make(clients=CLIENTS[:few])
+        for experts in map(int, fix.split(" or ")):
+            assert make(clients=CLIENTS[:few], experts=experts)
+
+
 def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
     with pytest.raises(CoterieError, match=r"10 clusters of 9 clients; .* at most 9"):
         make(max_experts=10)

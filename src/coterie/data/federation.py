@@ -68,7 +68,7 @@ def _own_files(settings: DataSettings, kind: Kind, seed: int, root: Path) -> Loa
 def _tables(files: ClientFiles, root: Path) -> Dataset:
     paths = {split: getattr(files, split) for split in SPLITS}
     try:
-        return Dataset(files.id, {split: read_table((root / p).resolve()) for split, p in paths.items() if p})
+        return Dataset(files.id, {split: read_table((root / p).resolve(), split) for split, p in paths.items() if p})
     except CoterieError as fault:
         raise CoterieError(f"client {files.id}: {fault}") from fault
 

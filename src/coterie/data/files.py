@@ -46,8 +46,8 @@ def table_of(source: str, records: Sequence[Record]) -> Table:
     return Table(source, records, hashlib.sha256(text.encode()).hexdigest())
 
 
-def read_table(path: Path) -> Table:
-    """The rows of a file. Raises :class:`CoterieError`: no such file, unknown ending, cannot be read, no rows."""
+def read_table(path: Path, split: str = "train") -> Table:
+    """The rows of a split's file. Raises :class:`CoterieError`: no such file, unknown ending, unreadable, no rows."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise CoterieError(f"{path}: unknown file type; the types are {', '.join(READERS)}")
@@ -56,7 +56,8 @@ def read_table(path: Path) -> Table:
     content = path.read_bytes()
     records, lines = reader(path, content)
     if not records:
-        raise CoterieError(f"{path}: no rows; give it some, or leave the file out")
+        more = ", or leave the file out" if split != "train" else ""
+        raise CoterieError(f"{path}: no rows; give it some{more}")
     return Table(str(path), records, hashlib.sha256(content).hexdigest(), lines)
 
 

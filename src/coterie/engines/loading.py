@@ -80,6 +80,7 @@ def _load(config: Config, root: Path, device: str) -> Base:
         quantize=config.model.quantize,
         device=device,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        root=root,
     )
 
 

@@ -55,7 +55,7 @@ def serve(
     settings = federation_config(override(load_raw(config), overrides or ()))
     place = folder or Path("runs") / f"{config.stem}-{settings.method['name']}-{settings.run.seed}"
     how = "go on with the same command and --resume"
-    with goes_on(how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
+    with goes_on(place, how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
 
         def listen(event: dict[str, Any]) -> None:
             _say(event)
@@ -114,10 +114,10 @@ def check_site(
 @site.command("config")
 def site_config(markdown: Annotated[bool, typer.Option(help="as the table of the docs")] = False) -> None:
     """Every key of a SITE.toml: type, default, meaning."""
-    from coterie.cli import show_table
+    from coterie.cli import show_keys
     from coterie.config import describe_site
 
-    show_table(("key", "type", "default", "meaning"), list(describe_site()), markdown)
+    show_keys(list(describe_site()), markdown)
 
 
 @keys.command("init")

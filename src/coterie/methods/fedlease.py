@@ -235,7 +235,8 @@ class FedLEASE:
                 f"[method] asks for {asked} clusters of {n} clients; set experts or max_experts to at most {n}"
             )
         if n < self._needed():
-            raise CoterieError(f"a silhouette needs at least 3 clients, here are {n}; set [method] experts to 1 or 2")
+            fix = "1 or 2" if n > 1 else "1"
+            raise CoterieError(f"a silhouette needs at least 3 clients, here are {n}; set [method] experts to {fix}")
         if s.allocation == "oracle" and any(c.group is None for c in clients):
             raise CoterieError('allocation = "oracle" needs a group for every client; set it in [data]')
         if s.warmup_rounds >= self.plan.rounds:

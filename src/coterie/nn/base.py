@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from coterie.machine import devices
 from coterie.nn.attach import linear_sizes
+from coterie.nn.hub import files_of
 from coterie.nn.weights import identified
 from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
 
@@ -77,18 +78,21 @@ def load_base(
     quantize: Literal["none", "nf4", "int8"] = "none",
     device: str = "cpu",
     gradient_checkpointing: bool = False,
+    root: Path | None = None,
 ) -> Base:
     """Load a model from its absolute folder, a hub name or the alias ``minilm``, freeze it, and describe its targets.
 
-    Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
-    Raises :class:`CoterieError` for a folder that holds no model, or not all of one, for targets that match nothing,
-    for a model that is no decoder where one is needed, for a device that is not here, and for gradient checkpointing
-    with a model that has none.
+    ``root`` is where a relative folder of that name would be. Dropout of the base is turned off: the only noise in
+    training is the bank's own dropout, whose stream is known.
+    Raises :class:`CoterieError` for a name that the hub does not know, a folder that holds no model, or not all of one,
+    for targets that match nothing, for a model that is no decoder where one is needed, for a device that is not here,
+    and for gradient checkpointing with a model that has none.
     """
     path = resolve(name)
     if Path(path).is_dir() and name != _ALIAS and not Path(name).expanduser().is_absolute():
         raise CoterieError(f"{name!r} is a hub name, and a folder here; give the whole path of the folder, {path}")
     _check_device(device)
+    path = files_of(path, root)
     with _quietly(path):
         tokenizer = _tokenizer(path)
         config = _from_pretrained(AutoConfig, path)
@@ -211,6 +215,7 @@ def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
 
 def bare_linears(path: str) -> dict[str, tuple[int, int]]:
     """``(d_in, d_out)`` of every Linear of a base without its head or output layer; its weights are not read."""
+    path = files_of(path, weights=False)
     with _quietly(path):
         config = _from_pretrained(AutoConfig, path)
         with torch.device("meta"):

@@ -34,7 +34,7 @@ def read_folder(path: Path) -> Dataset:
             other = Path(tables[file.stem].source).name
             raise CoterieError(f"{path}: two files of {file.stem} rows, {other} and {file.name}; keep one")
         if file.stem in SPLITS:
-            tables[file.stem] = read_table(file)
+            tables[file.stem] = read_table(file, file.stem)
         elif file.suffix.lower() in READERS:
             raise CoterieError(f"{file}: which split is this? The files are called {', '.join(SPLITS)}")
     if "train" not in tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,17 @@ def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
     except ImportError as fault:
         raise CoterieError(f"the dataset 'hub:{rest}' needs a package: pip install datasets") from fault
     path, config = _address(rest, root)
+    retries = logging.getLogger("huggingface_hub")  # it announces each of its five in two lines
+    level = retries.level
+    retries.setLevel(logging.ERROR)
     try:
         found = datasets.load_dataset(path, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:
-        raise CoterieError(f"cannot load the dataset 'hub:{rest}': {fault}") from fault
+        here = f"; for a folder write hub:./{rest}, or ./{rest} for one with train.jsonl"
+        fix = "" if rest.startswith((".", "/")) else here
+        raise CoterieError(f"cannot load the dataset 'hub:{rest}': {fault}{fix}") from fault
+    finally:
+        retries.setLevel(level)
     if "train" not in found:
         raise CoterieError(f"the dataset 'hub:{rest}' has no split 'train'; its splits are {', '.join(found)}")
     names = getattr(found["train"].features.get(columns.label), "names", None)
