@@ -91,7 +91,7 @@ def settings(folder: Path, rows: int, rounds: int, port: int) -> tuple[dict[str,
     for site, (one, other) in SITES.items():
         (folder / site).mkdir()
         for split, number in (("train", rows), ("validation", 8), ("test", 8)):
-            texts = [{"text": f"{split} of {(one, other)[i % 2]}, case {i}", "label": i % 2} for i in range(number)]
+            texts = [{"text": f"about the {(one, other)[i % 2]}, {split} {i}", "label": i % 2} for i in range(number)]
             (folder / site / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
         own = {"id": site, "server": f"127.0.0.1:{port}", "state": f"state-{site}"}
         data = {split: f"{site}/{split}.jsonl" for split in ("train", "validation", "test")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,27 @@ CLIENTS = 3
 TIMES = ("seconds", "peak_memory_bytes")
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[SimulatedTransport]:
-    """One simulation for all tests: two actors, which outlive the runs of single tests."""
+def test_flowers_simulation_runtime(tmp_path: Path) -> None:
+    """One Ray for all that is looked at, in two actors, which outlive single runs: it takes its time to start."""
     torch.set_num_threads(1)
-    before = set(psutil.pids())
-    own = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    with closed_ray() as transport:
+        for name in sorted(methods()):
+            every_file_is_the_local_engines(name, tmp_path / name, transport)
+        faults_come_back(tmp_path / "faults", transport)
+        an_actor_that_dies_is_told(tmp_path / "dies", transport)
+
+
+@contextmanager
+def closed_ray() -> Iterator[SimulatedTransport]:
+    """A simulation with two actors that listens on this machine alone, and leaves no process behind."""
+    before, own = set(psutil.pids()), {"num_cpus": 2, "object_store_memory": 80 * 2**20}
     with simulation(answer, CLIENTS, {"num_cpus": 1.0, "num_gpus": 0.0}, own) as transport:
         yield transport
         started = psutil.Process().children(recursive=True)
         assert named("raylet", started)
         heard = {link.laddr.ip for p in [psutil.Process(), *started] for link in listening(p)}
         assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    _, alive = psutil.wait_procs([p for p in started if p.pid not in before], timeout=30)
-    assert alive == []
+    assert [p for p in started if p.pid not in before and p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def named(what: str, processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -66,6 +73,7 @@ def listening(process: psutil.Process) -> list[Any]:
 
 
 def config_of(folder: Path, name: str, head: str = "personal") -> Config:
+    folder.mkdir()
     path = sites.config(folder, method=name)
     for client in sorted((folder / "clients").iterdir())[CLIENTS:]:
         client.rename(folder / f"unused-{client.name}")
@@ -76,11 +84,15 @@ def config_of(folder: Path, name: str, head: str = "personal") -> Config:
 def engines(config: Config, root: Path, ray: SimulatedTransport) -> dict[str, Any]:
     """The local engine in ``here``, the simulation's in ``there``."""
     federation = load_federation(config.data, config.task.kind, config.run.seed, root)
-    made = {"here": local.make(config, federation, root / "here", root, {})}
+    return {"here": local.make(config, federation, root / "here", root, {}), "there": there(config, root, ray)}
+
+
+def there(config: Config, root: Path, ray: SimulatedTransport) -> flower_sim.FlowerSimEngine:
+    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
     head = flower_sim.head_of(config, federation, root / "there", root)
     start = partial(nullcontext, ray)
     clients = tuple(c.info for c in federation.clients)
-    return {**made, "there": flower_sim.FlowerSimEngine(clients, head, root / "there", start)}
+    return flower_sim.FlowerSimEngine(clients, head, root / "there", start)
 
 
 def left(folder: Path) -> dict[str, Any]:
@@ -99,8 +111,7 @@ def without_times(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("name", sorted(methods()))
-def test_every_method_leaves_what_the_local_engine_leaves(name: str, tmp_path: Path, ray: SimulatedTransport) -> None:
+def every_file_is_the_local_engines(name: str, tmp_path: Path, ray: SimulatedTransport) -> None:
     """Resumed after a round, by an engine that has heard nothing of the first."""
     config = config_of(tmp_path, name, "shared" if name in ("fedit", "fedlease") else "personal")
     method = method_named(name)(config.method_settings(), config.plan())
@@ -120,23 +131,22 @@ def test_every_method_leaves_what_the_local_engine_leaves(name: str, tmp_path: P
         assert all(torch.equal(bank.tensors[k], banks["there"][client].tensors[k]) for k in bank.tensors)
 
 
-def test_faults_come_back_from_an_actor(tmp_path: Path, ray: SimulatedTransport) -> None:
+def faults_come_back(tmp_path: Path, ray: SimulatedTransport) -> None:
     config = config_of(tmp_path, "fedit")
-    engine = engines(config, tmp_path, ray)["there"]
+    engine = there(config, tmp_path, ray)
     rows = next((tmp_path / "clients").rglob("train.jsonl"))
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     with pytest.raises(CoterieError, match="other rows than the run did"):
         _ = engine.spec
-    engine = engines(config, tmp_path, ray)["there"]
-    (tmp_path / "model").rename(tmp_path / "moved")
-    with pytest.raises(CoterieError, match="model"):
-        _ = engine.spec
+    long = config.model_copy(update={"model": config.model.model_copy(update={"max_length": 4000})})
+    with pytest.raises(CoterieError, match="the model has positions for 160 tokens"):
+        _ = there(long, tmp_path, ray).spec
 
 
-def test_an_actor_that_dies_is_told(tmp_path: Path, ray: SimulatedTransport) -> None:
-    """The last test: it leaves an actor less."""
+def an_actor_that_dies_is_told(tmp_path: Path, ray: SimulatedTransport) -> None:
+    """Comes last: it leaves no actor."""
     config = config_of(tmp_path, "fedit")
-    engine = engines(config, tmp_path, ray)["there"]
+    engine = there(config, tmp_path, ray)
     actors = named("ray::ClientAppActor", psutil.Process().children(recursive=True))
     assert len(actors) == 2
     for actor in actors:

@@ -43,6 +43,7 @@ def test_ray_gets_as_many_cores_as_the_clients_at_once_take(monkeypatch: pytest.
     ("settings", "message"),
     [
         ({"together": 2}, "clients_per_batch is of the local engine"),
+        ({"device": "cuda:all"}, "device names several"),
         ({"device": "cuda"}, "gpus_per_client = 0 gives clients no GPU"),
         ({"device": "cuda:all"}, "device names several, .* name one"),
         ({"device": ("cpu", "cpu")}, "device names several, .* name one"),

@@ -44,6 +44,7 @@ _LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is 
 _RAY_ENVIRONMENT = {  # of a Ray that is started here
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
+    "RAY_worker_niceness": "0",  # as every other engine's; Ray's own is 15
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: listen on 127.0.0.1 alone, on every system
     "RAY_AUTH_MODE": "token",  # who reaches a Ray without a token can run code in it: other users of the machine too
 }

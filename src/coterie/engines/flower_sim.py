@@ -23,10 +23,10 @@ from coterie.engines.actor import answer, digest
 from coterie.engines.flower import simulation
 from coterie.engines.parcel import Parcel
 from coterie.engines.remote import Transport
-from coterie.engines.store import RoundStore
+from coterie.engines.store import PersonalStore, RoundStore
 from coterie.machine import cpu_cores
 from coterie.method import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Personal, Reply
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Reply
 
 _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
 _MIB = 2**20
@@ -150,9 +150,9 @@ class FlowerSimEngine:
         """End Ray and all that it started."""
         self._stack.close()
 
-    def _stores(self) -> tuple[RoundStore[Any], ...]:
+    def _stores(self) -> tuple[PersonalStore, RoundStore[Bank]]:
         """Those that the actors write; see :func:`coterie.engines.local.make`."""
-        return RoundStore(self.folder / "personal", Personal), RoundStore(self.folder / "trained", Bank)
+        return PersonalStore(self.folder), RoundStore(self.folder / "trained", Bank)
 
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
