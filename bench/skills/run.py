@@ -60,8 +60,9 @@ MAIN = [
     Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 3}),
     Case("local", {"name": "local"}),
 ]
+NO_EEQA = Case("no EEQA", {"name": "smartfed", "quota": "uniform"})
 ABLATIONS = [
-    Case("no EEQA", {"name": "smartfed", "quota": "uniform"}),
+    Case("by a matrix's sum", {"name": "smartfed", "per_active": False}),
     Case("greedy quotas", {"name": "smartfed", "quota": "greedy"}),
     Case("gate_mass", {"name": "smartfed", "importance": "gate_mass"}),
     Case("scale one", {"name": "smartfed", "gate_scale": "one"}),
@@ -71,16 +72,18 @@ ABLATIONS = [
 ]
 
 
-def plan(quick: bool) -> Iterator[tuple[str, Case, int]]:
-    """Target, case, per cent of the rows."""
+def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
+    """Target, case, per cent of the rows. All with the first seed; with others no ablations, merge and local."""
     if quick:
         yield "sort in letters", MAIN[0], 10
         return
+    main = [case for case in MAIN if first or case.name not in ("FedIT from merge", "local")]
     for target in ("sort in letters", "mirror in letters"):
         for share in (100, 10):
-            yield from ((target, case, share) for case in MAIN)
+            yield from ((target, case, share) for case in main)
     yield from (("unrelated", case, 100) for case in MAIN[:3])
-    yield from (("sort in letters", case, 100) for case in ABLATIONS)
+    yield from (("sort in letters", case, 100) for case in (NO_EEQA, ABLATIONS[0]))
+    yield from (("sort in letters", case, 100) for case in ABLATIONS[1:] if first)
 
 
 class Bench:
@@ -177,15 +180,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them; of the clients' rows and of training")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name'")
+    parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name;'")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     bench = Bench(options.work.resolve(), options.quick)
     found = []
-    for seed in map(int, options.seeds.split(",")):
-        for target, case, share in plan(options.quick):
-            if all(word in f"{target}, {share}, {case.name}" for word in options.only.split("|")):
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    for seed in seeds:
+        for target, case, share in plan(options.quick, seed == seeds[0]):
+            if all(word in f"{target}, {share}, {case.name};" for word in options.only.split("|")):
                 found.append(bench.run(target, case, share, seed))
                 print(
                     f"{target}, {share}%, {case.name}, seed {seed}:",

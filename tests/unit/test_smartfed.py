@@ -255,6 +255,22 @@ def test_quotas_follow_the_importance_that_clients_measure() -> None:
     assert state.measured_by == ("a", "b")
 
 
+def test_a_matrix_does_not_get_more_for_having_more() -> None:
+    """Weights that add up to K_m make every sum over a matrix's experts grow with K_m."""
+    quotas = {}
+    for per_active in (True, False):
+        method = smartfed(active=3, quota_interval=1, per_active=per_active)
+        state, personal = begun(method)
+        modules = sorted(key.module for key in state.routers)
+        state = replace(state, quotas=dict(zip(modules, [5, *[3] * (M - 2), 1], strict=True)))
+        each = {m: float(k) for m, k in state.quotas.items()}  # every active expert matters alike
+        state, _, _ = play(method, state, 1, personal, Hand(importance=each))
+        quotas[per_active] = [state.quotas[m] for m in modules]
+        assert state.importance == (dict.fromkeys(modules, 1.0) if per_active else each)
+    assert quotas[True] == [3] * M
+    assert quotas[False][0] > quotas[False][-1]
+
+
 def test_without_eeqa_the_quotas_stay() -> None:
     method = smartfed(active=3, quota="uniform")
     state, personal = begun(method)

@@ -88,6 +88,9 @@ class SmartFedSettings(MethodSettings):
     importance: Literal["first_order", "gate_mass", "ablation"] = Field(
         "first_order", description="what clients measure for EEQA"
     )
+    per_active: bool = Field(
+        True, description="share the budget out by importance per active expert, not by the matrix's sum"
+    )
     quota_interval: int = Field(2, ge=1, description="rounds from one measurement to the next; the first is round 1")
     measure_examples: int = Field(64, ge=0, description="training examples that a measurement takes; 0: all")
     fresh_rank: int = Field(0, ge=0, description="rank of an expert beside the pool, trained and averaged as FedIT's")
@@ -284,6 +287,8 @@ class SmartFed:
         """Importance and use as the clients' means by examples, starved adapters dropped, the quotas anew."""
         weights = [weight[c] for c in infos]
         importance, use = (mean_numbers([i[what] for i in infos.values()], weights) for what in ("importance", "use"))
+        if self.settings.per_active:
+            importance = {module: value / state.quotas[module] for module, value in importance.items()}
         state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
         return replace(state, quotas=self._quotas(state, self.settings.quota))
 
