@@ -22,7 +22,7 @@ from coterie.data.federation import load_federation
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import Classification
 from coterie.engine import Delivery
-from coterie.engines import local
+from coterie.engines import loading, local
 from coterie.engines.compute import LocalCompute, Workplace
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import PersonalStore, RoundStore
@@ -51,7 +51,7 @@ OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedlease": {"warmup_rounds": 1, "max_experts": 2},
     "fedamole": {"experts": 6, "dropout_masks": "per_expert"},
-    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ["two"], "drop_below": 0.1},
+    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},
 }
 
 
@@ -332,7 +332,7 @@ def test_the_base_is_loaded_once_for_all_runs_with_the_same_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    monkeypatch.setattr(local, "load_base", lambda path, *_, **__: (loads.append(path), copy.copy(loaded()[0]))[1])
+    monkeypatch.setattr(loading, "load_base", lambda path, *_, **__: (loads.append(path), copy.copy(loaded()[0]))[1])
     cache_of_all: dict[str, Any] = {}
 
     def made(**changes: dict[str, Any]) -> LocalEngine:
