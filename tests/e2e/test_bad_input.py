@@ -163,7 +163,7 @@ def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refu
     refused("run", str(path), "--out", str(path), because="is a file")
     for checkpoint in (out / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    refused(*run, "--resume", because="none of the checkpoints")
+    refused(*run, "--resume", because="nor can one before it")
 
 
 def test_overrides() -> None:
