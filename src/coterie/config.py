@@ -115,7 +115,9 @@ class EngineSettings(_Section):
         "float32", description="bfloat16: autocast every forward pass; auto: where the device computes in it by itself"
     )
     clients_per_batch: int | Literal["auto"] = Field(
-        1, description="clients that share a forward pass; 1: one after another, the reference; auto: as many as pay"
+        1,
+        description="clients that share a forward pass; 1: one after another, the reference; auto: as many as pay by "
+        "what is measured, which a resumed run measures anew",
     )
     compile: bool = Field(
         False, description="torch.compile for what lies between the adapters; needs a compiler, changes the last bits"

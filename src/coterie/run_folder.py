@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coterie.checkpoint import newest_round
-from coterie.config import Config, differences
+from coterie.config import Config, check_config, differences
 from coterie.files import read_json, remove_parts, write_json
 from coterie.types import CoterieError, Json
 
@@ -28,7 +28,7 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
     if not exists:
         raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
     old, _ = read_run(folder)
-    if changed := differences(old, plain(config)):
+    if changed := differences(plain(check_config(old)), plain(config)):  # keys that are new since have their defaults
         raise CoterieError(
             f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
             "or start a new run with --out"

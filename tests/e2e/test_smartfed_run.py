@@ -105,14 +105,14 @@ def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_not
     assert any("cannot be told" in note for note in notes)
 
 
-@pytest.mark.parametrize("together", [1, 5])
-def test_a_client_that_loses_its_personal_state_takes_part_again(site: Path, together: int) -> None:
-    out = site / f"lost-{together}"
+@pytest.mark.parametrize(("together", "lost"), [(1, "personal/mood-0"), (5, "personal/mood-0"), (1, "kept")])
+def test_a_client_that_loses_the_pool_takes_part_again(site: Path, together: int, lost: str) -> None:
+    out = site / f"lost-{together}-{lost[:4]}"
     config = load_config(site / "smart.toml", [f"engine.clients_per_batch={together}"])
 
     def listen(event: dict) -> None:
         if event["event"] == "checkpoint" and event["round"] == 1:
-            shutil.rmtree(out / "personal" / "mood-0")
+            shutil.rmtree(out / lost)
 
     federate(config, out, root=site, listen=listen)
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -25,6 +25,7 @@ from coterie.data.federation import load_federation
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import make_task
 from coterie.engines import batched
+from coterie.engines import compute as computing
 from coterie.engines.batched import answer_all, drive_together
 from coterie.engines.compute import LocalCompute
 from coterie.engines.course import Course
@@ -545,6 +546,36 @@ def test_a_client_for_whom_memory_never_suffices_fails_alone(monkeypatch: pytest
         asked.append((LocalCompute(place, client, 1), Train(bank, frozenset(bank.tensors), OPTIM)))
     told = answer_all(asked, lambda text: None)
     assert [isinstance(one, torch.OutOfMemoryError) for one in told] == [c.info.id == hungry for c in clients]
+
+
+@pytest.mark.parametrize("together", [1, 5])
+def test_evaluation_that_is_short_of_memory_goes_on_with_fewer_rows(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    place = replace(place, eval_batch_size=8)
+    banks = [some_bank(place, labels_of(c), i, rank=2) for i, c in enumerate(clients)][:together]
+    asked = [(LocalCompute(place, c, 1), Score([b], "test")) for c, b in zip(clients, banks, strict=False)]
+    whole = answer_all(asked, ignore)
+    real, fits, sizes = computing.logits_of, [5], list[int]()
+
+    def logits(place: Workplace, inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > fits[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(place, inputs)
+
+    for module in (batched, computing):
+        monkeypatch.setattr(module, "logits_of", logits)
+    notes: list[str] = []
+    for found, before in zip(answer_all(asked, notes.append), whole, strict=True):
+        assert furthest(found, before) < 1e-9
+    assert sizes[0] > 5
+    assert any("going on with" in note for note in notes)
+    fits[0] = 0
+    for fault in answer_all(asked, notes.append):
+        assert isinstance(fault, torch.OutOfMemoryError)
+        assert fault.__traceback__ is None  # it would hold the tensors of the pass
 
 
 # programs ------------------------------------------------------------------------------------------------------------

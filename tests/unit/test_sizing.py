@@ -96,7 +96,7 @@ def test_it_is_decided_anew_when_adapters_grow(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_device_with_the_least_room_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "best_size", lambda place, clients, request: Size(place.seed, "measured"))
-    assert AutoSize().decide([workplace(seed=5), workplace(seed=3)], [], 1.0, lambda: None) == Size(3, "measured")
+    assert AutoSize().decide([workplace(seed=5), workplace(seed=3)], [], 1.0, lambda: 1.0) == Size(3, "measured")
 
 
 def test_the_first_request_of_a_program_is_what_is_measured() -> None:
@@ -124,3 +124,9 @@ def test_the_first_request_of_a_program_is_what_is_measured() -> None:
 def test_a_single_client_is_not_measured() -> None:
     place = workplace()
     assert best_size(place, [client_of(place)], asked(place, Optim())).clients == 1
+
+
+def test_where_no_client_asks_for_anything_it_stays_as_it_was() -> None:
+    auto = AutoSize(Size(4, "measured"), 1.0)
+    assert auto.decide([], [], 9.0, lambda: None) is None
+    assert auto == AutoSize(Size(4, "measured"), 1.0)

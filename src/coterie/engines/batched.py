@@ -65,7 +65,7 @@ def drive_together(
                 except StopIteration as stop:
                     found[i] = stop.value
                 except FAULTS as fault:
-                    found[i] = fault
+                    found[i] = fault.with_traceback(None)
             told = answer_all([(computes[i], request) for i, request in asked.items()], note)
             found |= {i: one for i, one in zip(asked, told, strict=True) if isinstance(one, Exception)}
             replies = {i: one for i, one in zip(asked, told, strict=True) if not isinstance(one, Exception)}
@@ -84,13 +84,14 @@ def answer_all(asked: Sequence[Asked], note: Note) -> list[Answer | Exception]:
 def _halving(asked: list[Asked], note: Note) -> list[Answer | Exception]:
     """The answers to requests of one kind; where memory does not suffice for all at once, in halves."""
     if len(asked) == 1:
-        return [_alone(asked[0])]
+        return [_alone(asked[0], note)]
     try:
-        return _together(asked)
+        return _together(asked, note)
     except UnlikeError:
-        return [_alone(one) for one in asked]
+        return [_alone(one, note) for one in asked]
     except torch.OutOfMemoryError:
         pass  # go on below, where the traceback no longer holds the tensors
+    asked = [_fewer_rows(one) for one in asked]  # each of half as many clients would get twice as many
     half = -(-len(asked) // 2)
     note(f"out of memory with {len(asked)} clients in a batch: going on with {half}")
     if torch.cuda.is_available():
@@ -98,15 +99,31 @@ def _halving(asked: list[Asked], note: Note) -> list[Answer | Exception]:
     return [*_halving(asked[:half], note), *_halving(asked[half:], note)]
 
 
-def _alone(asked: Asked) -> Answer | Exception:
+def _alone(asked: Asked, note: Note) -> Answer | Exception:
+    """One client's answer or fault. A traceback holds the tensors of the pass: none is kept while others run."""
     compute, request = asked
     try:
         return answer(request, compute)
     except FAULTS as fault:
-        return fault
+        found = fault.with_traceback(None)
+    fewer = _fewer_rows(asked)
+    if not isinstance(found, torch.OutOfMemoryError) or fewer is asked:
+        return found
+    rows = fewer[0].place.eval_batch_size
+    note(f"out of memory evaluating client {compute.client.info.id}: going on with {rows} rows at once")
+    return _alone(fewer, note)
 
 
-def _together(asked: list[Asked]) -> list[Answer | Exception]:
+def _fewer_rows(asked: Asked) -> Asked:
+    """The same with half as many rows at once where that may be, which is in evaluation, but where padding counts."""
+    compute, request = asked
+    rows = compute.place.eval_batch_size
+    if isinstance(request, Train) or (isinstance(request, Observe) and request.padding) or rows == 1:
+        return asked
+    return replace(compute, place=replace(compute.place, eval_batch_size=-(-rows // 2))), request
+
+
+def _together(asked: list[Asked], note: Note) -> list[Answer | Exception]:
     match asked[0][1]:
         case Train():
             return [*train_together([(c, r) for c, r in asked if isinstance(r, Train)])]
@@ -115,7 +132,7 @@ def _together(asked: list[Asked]) -> list[Answer | Exception]:
         case Observe() if all(isinstance(r, Observe) and _TOGETHER.issuperset(r.what) for _, r in asked):
             return [*observe_together([(c, r) for c, r in asked if isinstance(r, Observe)])]
         case _:  # what this file does not know
-            return [_alone(one) for one in asked]
+            return [_alone(one, note) for one in asked]
 
 
 def train_together(asked: Sequence[tuple[LocalCompute, Train]]) -> list[Trained | CoterieError]:

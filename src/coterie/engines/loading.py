@@ -29,6 +29,7 @@ def workplaces(config: Config, root: Path, cache: dict[str, Any]) -> tuple[Workp
     if key not in cache:
         cache[key] = _bases(config, root, names)
     bases: tuple[Base, ...] = cache[key]
+    _check_positions(config, bases[0])
     task = make_task(
         config.task.kind, bases[0].tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
     )
@@ -53,13 +54,6 @@ def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ...]:
     bases = tuple(_load(config, root, name) for name in names)
-    needed = config.model.max_length + (config.task.max_new_tokens if config.task.generate else 0)
-    longest = bases[0].longest
-    if longest is not None and needed > longest:
-        raise CoterieError(
-            f"the model has positions for {longest} tokens; [model] max_length (and [task] max_new_tokens) "
-            f"ask for {needed}: lower them"
-        )
     precision = _precision(config, bases)
     for base in bases:
         if precision == "bfloat16":
@@ -69,6 +63,15 @@ def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ..
         if config.engine.compile:
             compile_frozen(base)
     return bases
+
+
+def _check_positions(config: Config, base: Base) -> None:
+    needed = config.model.max_length + (config.task.max_new_tokens if config.task.generate else 0)
+    if base.longest is not None and needed > base.longest:
+        raise CoterieError(
+            f"the model has positions for {base.longest} tokens; [model] max_length (and [task] max_new_tokens) "
+            f"ask for {needed}: lower them"
+        )
 
 
 def _load(config: Config, root: Path, device: str) -> Base:

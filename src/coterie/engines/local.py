@@ -207,13 +207,17 @@ class LocalEngine:
             sent = sum(tensor.nbytes for tensor in instructions[client.info.id].tensors.values())
             return sent + self.store.size(client.info.id, rnd - 1)
 
-        def request() -> Train:
-            ins, personal = instructions[heaviest.info.id], self._personal(method, heaviest, rnd - 1)
-            program = method.client(ins, heaviest.info, personal)
-            return first_request(program, lambda: method.bank(ins, heaviest.info, personal), self.optim)
+        def request() -> Train | None:
+            for client in heaviest:
+                ins, me = instructions[client.info.id], client.info
+                with suppress(CoterieError):  # that client fails by itself
+                    personal = self._personal(method, client, rnd - 1)
+                    program = method.client(ins, me, personal)
+                    return first_request(program, partial(method.bank, ins, me, personal), self.optim)
+            return None
 
-        heaviest = max(clients, key=weight)
-        if size := self.auto.decide(self.places, clients, weight(heaviest), request):
+        heaviest = sorted(clients, key=weight, reverse=True)
+        if size := self.auto.decide(self.places, clients, weight(heaviest[0]), request):
             self.notes.append(f"{size.clients} clients share a forward pass: {size.reason}")
         return self._together
 
@@ -290,7 +294,7 @@ class LocalEngine:
         try:
             return [drive(programs[0], self.guard(computes[0]))]
         except FAULTS as fault:
-            return [fault]
+            return [fault.with_traceback(None)]
 
     def _ended(self, start: Start, compute: LocalCompute, result: ClientResult | Exception, rnd: int) -> Ended:
         """What the server gets of a client's result, and what is to be saved with the client."""
@@ -321,7 +325,12 @@ class LocalEngine:
 def _told(asked: Sequence[Asked], notes: list[str]) -> list[Answer]:
     """The answer to each client's request. Raises the first fault."""
     told = answer_all(asked, notes.append)
-    for one in told:
+    for (compute, _), one in zip(asked, told, strict=True):
+        if isinstance(one, torch.OutOfMemoryError):
+            raise CoterieError(
+                f"client {compute.client.info.id}: out of memory in evaluation; lower [run] eval_batch_size or [model] "
+                "max_length"
+            ) from one
         if isinstance(one, Exception):
             raise one
     return [one for one in told if not isinstance(one, Exception)]
@@ -329,9 +338,8 @@ def _told(asked: Sequence[Asked], notes: list[str]) -> list[Answer]:
 
 def _taken(notes: list[str]) -> str | None:
     """The notes as one text; they are told once."""
-    text = "; ".join(dict.fromkeys(notes)) or None
-    notes.clear()
-    return text
+    taken = [notes.pop(0) for _ in range(len(notes))]  # a place may add one meanwhile
+    return "; ".join(dict.fromkeys(taken)) or None
 
 
 def _seen(client: ClientData) -> str:

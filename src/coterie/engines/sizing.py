@@ -41,12 +41,20 @@ class AutoSize:
     weight: float = 0.0
 
     def decide(
-        self, places: Sequence[Workplace], clients: Sequence[ClientData], weight: float, request: Callable[[], Train]
+        self,
+        places: Sequence[Workplace],
+        clients: Sequence[ClientData],
+        weight: float,
+        request: Callable[[], Train | None],
     ) -> Size | None:
-        """The size for a round whose largest client has ``weight`` and asks for ``request``; None: as before."""
+        """The size for a round whose largest client has ``weight`` and asks for ``request`` (None: no client asks for
+        anything); None: as before."""
         if self.now and weight <= _GROWN * self.weight:
             return None
-        before, self.weight, asked = self.now, weight, request()
+        asked = request()
+        if asked is None:
+            return None
+        before, self.weight = self.now, weight
         self.now = min((best_size(place, clients, asked) for place in places), key=lambda size: size.clients)
         return self.now if before is None or self.now.clients != before.clients else None
 

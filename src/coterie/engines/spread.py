@@ -33,9 +33,9 @@ def on_places(
     finished: SimpleQueue[tuple[int, Future[T]]] = SimpleQueue()
     made: dict[int, T] = {}
     upcoming = 0
-    for place in places:
-        place.stop.clear()
+    _go_on(places)
     with ExitStack() as stack:
+        stack.callback(_go_on, places)  # after the pools are joined
         pools = [stack.enter_context(ThreadPoolExecutor(1, f"place-{i}")) for i in range(len(places))]
         stack.callback(_stop, places, pools)  # before the pools are waited for
         for place, pool, numbers in zip(places, pools, plan, strict=True):
@@ -47,8 +47,6 @@ def on_places(
             while upcoming in made:
                 yield made.pop(upcoming)
                 upcoming += 1
-    for place in places:
-        place.stop.clear()
 
 
 def _finished(line: SimpleQueue[tuple[int, Future[T]]], number: int, future: Future[T]) -> None:
@@ -58,6 +56,11 @@ def _finished(line: SimpleQueue[tuple[int, Future[T]]], number: int, future: Fut
 def _work(place: Workplace, number: int, work: Callable[[Workplace, int], T]) -> T:
     with place.current():
         return work(place, number)
+
+
+def _go_on(places: Sequence[Workplace]) -> None:
+    for place in places:
+        place.stop.clear()
 
 
 def _stop(places: Sequence[Workplace], pools: Sequence[ThreadPoolExecutor]) -> None:

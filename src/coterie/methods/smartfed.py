@@ -331,8 +331,9 @@ class SmartFed:
         return personal.kept.tensors
 
     def _lacks_pool(self, ins: Instruction, personal: Personal) -> bool:
-        """Whether the pool that the server only names is not here: the client's personal state was lost."""
-        return self.settings.pool_at == "server" and personal.info.get("pool") != ins.info["pool"]
+        """Whether the pool that the server only names is not here: the client lost it."""
+        lost = personal.kept is None or personal.info.get("pool") != ins.info["pool"]
+        return self.settings.pool_at == "server" and lost
 
     def _training_firsts(self, ins: Instruction) -> dict[int, int]:
         """The first number and the rank of each adapter that trains."""
