@@ -150,11 +150,8 @@ def _collection_from(kind: Any, origin: type, tree: Any, tensors: Mapping[str, t
 
 
 def _dataclass_from(kind: type, tree: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    fields = dataclasses.fields(kind)
-    names = {field.name for field in fields}
-    plain = dataclasses.MISSING
-    needed = {f.name for f in fields if f.default is plain and f.default_factory is plain}
-    if not needed <= tree.keys() <= names:  # one that is missing has its default: an earlier version wrote the bytes
+    names = {field.name for field in dataclasses.fields(kind)}
+    if tree.keys() != names:
         raise CodecError(f"{kind.__name__} has the fields {sorted(names)}, the bytes hold {sorted(tree)}")
     hints = typing.get_type_hints(kind)
     return kind(**{name: _from_tree(hints[name], tree[name], tensors) for name in tree})

@@ -34,10 +34,7 @@ class RoundStore(Generic[T]):
         if not rounds:
             return None
         path = self._path(client, max(rounds))
-        try:
-            return codec.decode(self.kind, path.read_bytes())
-        except codec.CodecError as fault:
-            raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
+        return _decoded(self.kind, path)
 
     def size(self, client: ClientId, until: int) -> int:
         """The bytes on the disk of what :meth:`load` would read."""
@@ -130,7 +127,13 @@ class PersonalStore:
 
 @lru_cache(maxsize=2)  # a simulation's clients share it in memory too
 def _read(path: Path, changed: int) -> Tensors:
+    return _decoded(dict[Key, Tensor], path)
+
+
+def _decoded(kind: type[T], path: Path) -> T:
     try:
-        return codec.decode(dict[Key, Tensor], path.read_bytes())
+        return codec.decode(kind, path.read_bytes())
     except codec.CodecError as fault:
-        raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
+        raise CoterieError(
+            f"{path} is damaged, or of another version ({fault}); restore it, or start a new run with --out"
+        ) from fault
