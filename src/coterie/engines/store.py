@@ -133,4 +133,6 @@ def _read(path: Path, changed: int) -> Tensors:
     try:
         return codec.decode(dict[Key, Tensor], path.read_bytes())
     except codec.CodecError as fault:
-        raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
+        raise CoterieError(
+            f"{path} is damaged ({fault}); delete it: a client that lacks it is sent it again"
+        ) from fault
