@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them")
     parser.add_argument("--only", default="", help="only what has these words in 'target, case;', with | between them")
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -186,6 +187,8 @@ def main() -> None:
             out = work / "runs" / f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
             made = check_config(config(rows[target], method, seed, rounds))
             if not (out / "summary.json").exists():
+                if options.finished:
+                    continue
                 federate(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
             row = {"target": target, "case": case.name, "seed": seed, "rounds": rounds}
             found.append(row | row_of(out, rounds))

@@ -129,7 +129,17 @@ class Bench:
                 write_rows(folder / "test.jsonl", own[TRAIN + 16 :])
         return place
 
+    def place(self, target: str, case: Case, share: int, seed: int) -> Path:
+        return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
+
     def run(self, target: str, case: Case, share: int, seed: int) -> dict[str, Any]:
+        """The row of a run, which is made where it is not finished."""
+        out = self.place(target, case, share, seed)
+        if not (out / "summary.json").exists():
+            self._federate(target, case, share, seed, out)
+        return _row(out) | {"target": target, "share": share, "case": case.name, "seed": seed}
+
+    def _federate(self, target: str, case: Case, share: int, seed: int, out: Path) -> None:
         base, method = self.base, dict(case.method)
         if case.merged:
             pool = make_pool(self.pool, self.modules)
@@ -137,21 +147,23 @@ class Bench:
         if method["name"] == "smartfed":
             method["pool"] = str(self.pool_of(case))
         clients = self.clients(target, share, seed)
-        out = self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
         more = {"run": {"rounds": 2 if self.quick else 10}, "train": {"epochs": 1 if share == 100 else 5}}
         made = check_config(config(base, clients, method, seed, **(more | dict(case.more))))
         federate(made, out, root=self.work, resume=(out / "config.json").exists())
-        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
-        trained = [e for e in events if e["event"] == "round"]
-        moved = [sum(c["bytes_up"] + c["bytes_down"] for c in e["clients"].values()) for e in trained]
-        up = [sum(c["bytes_up"] for c in e["clients"].values()) for e in trained]
-        told: dict[str, Any] = {}
-        for event in trained:
-            told |= event["describe"]
-        kept = {name: told[name] for name in ("use", "quotas", "importance", "dropped") if name in told}
-        row = {"target": target, "share": share, "case": case.name, "seed": seed, "accuracy": accuracy}
-        return {**row, "bytes": moved, "bytes_up": up, **kept}
+
+
+def _row(out: Path) -> dict[str, Any]:
+    """What a finished run has to say."""
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
+    trained = [e for e in events if e["event"] == "round"]
+    moved = [sum(c["bytes_up"] + c["bytes_down"] for c in e["clients"].values()) for e in trained]
+    up = [sum(c["bytes_up"] for c in e["clients"].values()) for e in trained]
+    told: dict[str, Any] = {}
+    for event in trained:
+        told |= event["describe"]
+    kept = {name: told[name] for name in ("use", "quotas", "importance", "dropped") if name in told}
+    return {"accuracy": accuracy, "bytes": moved, "bytes_up": up, **kept}
 
 
 def first_at(values: list[float], goal: float) -> int | None:
@@ -191,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="with commas between them; of the clients' rows and of training")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name;'")
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -199,6 +212,8 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for seed in seeds:
         for target, case, share in plan(options.quick, seed == seeds[0]):
+            if options.finished and not (bench.place(target, case, share, seed) / "summary.json").exists():
+                continue
             if all(word in f"{target}, {share}, {case.name};" for word in options.only.split("|")):
                 found.append(bench.run(target, case, share, seed))
                 print(
