@@ -31,7 +31,7 @@ from coterie.pool import POOL_FILE, write_pool
 
 MODULES = ("sst2", "trec", "mrpc", "sick")
 TRAIN = {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2}
-SHORT, LONG = 6, 20  # rounds
+SHORT, LONG = 6, 12  # rounds
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def config(data: dict[str, Any], method: Mapping[str, Any], seed: int, rounds: i
         "train": TRAIN | train,
         "method": dict(method),
         "run": run | ({"evaluate_every": 2} if rounds > SHORT else {}),
-        "engine": {"threads": torch.get_num_threads(), "device": "cpu", "precision": "auto"},
+        "engine": {"threads": torch.get_num_threads(), "device": "cpu", "clients_per_batch": "auto"},
     }
 
 
@@ -137,9 +137,10 @@ def turned_round(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: value * -2 if ".lora_B." in name else value for name, value in tensors.items()}
 
 
-def row_of(out: Path) -> dict[str, Any]:
-    """What a finished run in ``out`` has to say."""
+def row_of(out: Path, rounds: int) -> dict[str, Any]:
+    """What a finished run in ``out`` has to say of its first ``rounds`` rounds."""
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    events = [event for event in events if event.get("round", 0) <= rounds]
     accuracy = {str(e["round"]): e["mean"]["test"]["accuracy"] for e in events if e["event"] == "evaluation"}
     trained = [e for e in events if e["event"] == "round"]
     moved = sum(c["bytes_up"] + c["bytes_down"] for e in trained for c in e["clients"].values())
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them")
     parser.add_argument("--only", default="", help="only what has these words in 'target, case;', with | between them")
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -184,8 +186,12 @@ def main() -> None:
             long = f"-{rounds}" if rounds != SHORT else ""
             out = work / "runs" / f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
             made = check_config(config(rows[target], method, seed, rounds))
-            federate(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
-            found.append({"target": target, "case": case.name, "seed": seed, "rounds": rounds, **row_of(out)})
+            if not (out / "summary.json").exists():
+                if options.finished:
+                    continue
+                federate(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
+            row = {"target": target, "case": case.name, "seed": seed, "rounds": rounds}
+            found.append(row | row_of(out, rounds))
             print(target, case.name, seed, *(f"{v:.3f}" for v in found[-1]["accuracy"].values()), flush=True)
     show(found)
     if options.only:

@@ -2,7 +2,8 @@
 
 A small decoder knows the general skills in digits. A pool holds a LoRA for the general skills in letters and one for
 each of four special skills in digits. The targets compose them: sort in letters, mirror in letters; four clients each.
-``unrelated`` is a skill that no module has. ``poisoned``: the pool has one more module, trained on wrong answers.
+``unrelated`` is a skill that no module has, with the whole pool and with two of its modules (narrow). ``poisoned``: the
+pool has one more module, trained on wrong answers.
 Exact matches on test rows by round and by bytes, rounds to FedIT's best, with 100% and 10% of the rows (five epochs a
 round instead of one, for steps enough).
 
@@ -48,6 +49,7 @@ class Case:
     method: Mapping[str, Any]
     merged: float = 0.0
     poisoned: bool = False
+    narrow: bool = False
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -70,6 +72,10 @@ ABLATIONS = [
     Case("K 16", {"name": "smartfed", "active": 16}),
     Case("poisoned", {"name": "smartfed"}, poisoned=True),
 ]
+NARROW = [  # no mixture of two modules swaps: the parts of the whole pool do
+    Case("SmartFed, narrow pool", {"name": "smartfed", "active": 4}, narrow=True),
+    Case("SmartFed + fresh, narrow pool", {**FRESH, "active": 4}, narrow=True),
+]
 
 
 def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
@@ -81,7 +87,7 @@ def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
     for target in ("sort in letters", "mirror in letters"):
         for share in (100, 10):
             yield from ((target, case, share) for case in main)
-    yield from (("unrelated", case, 100) for case in MAIN[:3])
+    yield from (("unrelated", case, 100) for case in (*MAIN[:3], *NARROW))
     yield from (("sort in letters", case, 100) for case in (NO_EEQA, ABLATIONS[0]))
     yield from (("sort in letters", case, 100) for case in ABLATIONS[1:] if first)
 
@@ -99,12 +105,16 @@ class Bench:
         self.pool = work / "pool"
         make_pool(self.pool, self.modules)
 
-    def poisoned(self) -> Path:
-        """The pool and a module that was trained to answer sorting in letters wrongly, with the reversed answer."""
-        folder = self.work / "pool-poisoned"
-        bad = make_module(self.work, self.base, "poison", [("wrong sort", "letters")], 2000, 3)
-        make_pool(folder, {**self.modules, "poison": bad})
-        return folder
+    def pool_of(self, case: Case) -> Path:
+        """The case's pool. Poison is a module trained to answer sorting in letters with the reversed answer."""
+        if case.poisoned:
+            bad = make_module(self.work, self.base, "poison", [("wrong sort", "letters")], 2000, 3)
+            make_pool(self.work / "pool-poisoned", {**self.modules, "poison": bad})
+            return self.work / "pool-poisoned"
+        if case.narrow:
+            make_pool(self.work / "pool-narrow", {name: self.modules[name] for name in ("sort", "largest")})
+            return self.work / "pool-narrow"
+        return self.pool
 
     def clients(self, target: str, share: int, seed: int) -> Path:
         place = self.work / "clients" / f"{target}-{share}-{seed}".replace(" ", "-")
@@ -119,29 +129,41 @@ class Bench:
                 write_rows(folder / "test.jsonl", own[TRAIN + 16 :])
         return place
 
+    def place(self, target: str, case: Case, share: int, seed: int) -> Path:
+        return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
+
     def run(self, target: str, case: Case, share: int, seed: int) -> dict[str, Any]:
+        """The row of a run, which is made where it is not finished."""
+        out = self.place(target, case, share, seed)
+        if not (out / "summary.json").exists():
+            self._federate(target, case, share, seed, out)
+        return _row(out) | {"target": target, "share": share, "case": case.name, "seed": seed}
+
+    def _federate(self, target: str, case: Case, share: int, seed: int, out: Path) -> None:
         base, method = self.base, dict(case.method)
         if case.merged:
             pool = make_pool(self.pool, self.modules)
             base = merged_base(self.base, pool, case.merged, self.work / f"merged-{case.merged}")
         if method["name"] == "smartfed":
-            method["pool"] = str(self.poisoned() if case.poisoned else self.pool)
+            method["pool"] = str(self.pool_of(case))
         clients = self.clients(target, share, seed)
-        out = self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
         more = {"run": {"rounds": 2 if self.quick else 10}, "train": {"epochs": 1 if share == 100 else 5}}
         made = check_config(config(base, clients, method, seed, **(more | dict(case.more))))
         federate(made, out, root=self.work, resume=(out / "config.json").exists())
-        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
-        trained = [e for e in events if e["event"] == "round"]
-        moved = [sum(c["bytes_up"] + c["bytes_down"] for c in e["clients"].values()) for e in trained]
-        up = [sum(c["bytes_up"] for c in e["clients"].values()) for e in trained]
-        told: dict[str, Any] = {}
-        for event in trained:
-            told |= event["describe"]
-        kept = {name: told[name] for name in ("use", "quotas", "importance", "dropped") if name in told}
-        row = {"target": target, "share": share, "case": case.name, "seed": seed, "accuracy": accuracy}
-        return {**row, "bytes": moved, "bytes_up": up, **kept}
+
+
+def _row(out: Path) -> dict[str, Any]:
+    """What a finished run has to say."""
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [e["mean"]["test"]["exact_match"] for e in events if e["event"] == "evaluation"]
+    trained = [e for e in events if e["event"] == "round"]
+    moved = [sum(c["bytes_up"] + c["bytes_down"] for c in e["clients"].values()) for e in trained]
+    up = [sum(c["bytes_up"] for c in e["clients"].values()) for e in trained]
+    told: dict[str, Any] = {}
+    for event in trained:
+        told |= event["describe"]
+    kept = {name: told[name] for name in ("use", "quotas", "importance", "dropped") if name in told}
+    return {"accuracy": accuracy, "bytes": moved, "bytes_up": up, **kept}
 
 
 def first_at(values: list[float], goal: float) -> int | None:
@@ -181,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="with commas between them; of the clients' rows and of training")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name;'")
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -189,6 +212,8 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for seed in seeds:
         for target, case, share in plan(options.quick, seed == seeds[0]):
+            if options.finished and not (bench.place(target, case, share, seed) / "summary.json").exists():
+                continue
             if all(word in f"{target}, {share}, {case.name};" for word in options.only.split("|")):
                 found.append(bench.run(target, case, share, seed))
                 print(

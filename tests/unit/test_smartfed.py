@@ -156,6 +156,9 @@ def test_a_client_that_lost_the_pool_says_so_and_is_sent_it_again() -> None:
     assert [sent[c].info["sent"] for c in ("a", "b")] == [True, False]
     assert replies["a"].info["loss"] == 0.5
     assert state.holders == ("a", "b")
+    personal["b"] = replace(personal["b"], kept=None)  # the file is gone, the state is not
+    state, sent, replies = play(method, state, 4, personal, hand)
+    assert (sent["b"].info["sent"], replies["b"].info) == (False, {"lacks_pool": True})
     alone = {"a": Reply(replies["a"].tensors, 10, {"lacks_pool": True})}
     assert codec.encode(method.aggregate(before, alone, 2)) == codec.encode(replace(before, holders=("b",)))
 

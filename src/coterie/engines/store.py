@@ -127,13 +127,11 @@ class PersonalStore:
 
 @lru_cache(maxsize=2)  # a simulation's clients share it in memory too
 def _read(path: Path, changed: int) -> Tensors:
-    return _decoded(dict[Key, Tensor], path)
+    return _decoded(dict[Key, Tensor], path, "delete it: a client that lacks it is sent it again")
 
 
-def _decoded(kind: type[T], path: Path) -> T:
+def _decoded(kind: type[T], path: Path, advice: str = "restore it, or start a new run with --out") -> T:
     try:
         return codec.decode(kind, path.read_bytes())
     except codec.CodecError as fault:
-        raise CoterieError(
-            f"{path} is damaged, or of another version ({fault}); restore it, or start a new run with --out"
-        ) from fault
+        raise CoterieError(f"{path} is damaged, or of another version ({fault}); {advice}") from fault

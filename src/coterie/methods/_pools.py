@@ -1,15 +1,19 @@
-"""What SmartFed needs of a pool beside its own steps: the pool itself, names, and numbers of experts."""
+"""What SmartFed needs of a pool beside its own steps: the pool itself, names, numbers, and what was sent of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from coterie.pool import Adapter, Pool, fit, read_pool
-from coterie.types import BaseSpec, CoterieError, Key, Part
+from coterie.methods._common import lora_of
+from coterie.pool import Adapter, Pool, cut, fit, put_back, read_pool
+from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, Tensors
+
+WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
 
 
 def pool_in(folder: str, name: str | None = None) -> Pool:
@@ -78,3 +82,51 @@ def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter])
         for key, value in pool.tensors.items()
         if key.expert in firsts and key.module in names
     }
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The pool's experts in an instruction: adapters in ``train`` come every round, the others once.
+
+    ``whole``: every adapter is one expert, and is not cut.
+    """
+
+    ins: Instruction
+    train: tuple[str, ...]
+    whole: bool
+
+    @property
+    def training(self) -> dict[Key, Tensor]:
+        """The adapters that train, as they travel."""
+        return {key: value for key, value in lora_of(self.ins.tensors).items() if key.expert in self._firsts}
+
+    @property
+    def frozen(self) -> dict[Key, Tensor]:
+        """The adapters that do not; empty where they are only named."""
+        others = {SHARED, *self._firsts}
+        return {key: value for key, value in lora_of(self.ins.tensors).items() if key.expert not in others}
+
+    def cut(self, pool: Tensors) -> dict[Key, Tensor]:
+        """The experts of those adapters of ``pool`` that were not dropped."""
+        here = {first for first, _ in self.ins.info["adapters"].values()}
+        left = {key: value for key, value in pool.items() if key.expert in here}
+        return left if self.whole else cut(left)
+
+    def stacked(self, bank: Bank) -> dict[Key, Tensor]:
+        """The adapters of ``bank`` that train, as they travel: put back together, the bank's scale in B."""
+        like = {key: 1 if self.whole else v.shape[int(key.part is Part.B)] for key, v in self.training.items()}
+        found = put_back(bank.tensors, like)
+        return {key: value * bank.scaling if key.part is Part.B else value for key, value in found.items()}
+
+    def trainable(self, bank: Bank) -> frozenset[Key]:
+        """Routers, head, the fresh expert, and the experts of the adapters that train."""
+        trains = {SHARED}
+        for first, rank in self._firsts.items():
+            trains |= {*range(first, first + rank)}
+        return frozenset(key for key in bank.tensors if key.part in WHOLE or key.expert in trains)
+
+    @property
+    def _firsts(self) -> dict[int, int]:
+        """The first number and the rank of each adapter that trains."""
+        adapters = self.ins.info["adapters"]
+        return {adapters[name][0]: adapters[name][1] for name in self.train}

@@ -28,7 +28,6 @@ from coterie.method import MethodSettings, Plan
 from coterie.methods._common import (
     Heads,
     Shapes,
-    lora_of,
     mean_heads,
     router_of,
     settle,
@@ -39,11 +38,11 @@ from coterie.methods._common import (
     with_head,
 )
 from coterie.methods._eeqa import is_sound, mean_numbers, measure, rows_left, starved
-from coterie.methods._pools import check_base, named_for, names_in, numbers, pool_in
+from coterie.methods._pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
 from coterie.ops.streams import kaiming_uniform, stream
-from coterie.pool import Pool, cut, fit, name_of, put_back
+from coterie.pool import Pool, fit, name_of
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -230,17 +229,18 @@ class SmartFed:
         return Personal(start_head(base, self.plan, me) if self.plan.head == "personal" else {})
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
+        sent = self._sent(ins)
         if ins.info["sent"]:  # keep the pool: later instructions only name it
-            frozen = self._frozen_in(ins)
+            frozen = sent.frozen
             about = {**personal.info, "pool": ins.info["pool"]}
             personal = Personal(personal.tensors, about, Kept(name_of(frozen), frozen))
         elif self._lacks_pool(ins, personal):  # what was sent goes back untrained: the server leaves it out
             return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
-        trained = yield Train(bank, self._trainable(bank, ins), self.plan.optim)
+        trained = yield Train(bank, sent.trainable(bank), self.plan.optim)
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
-        own = {key: v for key, v in trained.tensors.items() if key.part in _WHOLE or key.expert == SHARED}
-        own |= self._put_back(ins, after)
+        own = {key: v for key, v in trained.tensors.items() if key.part in WHOLE or key.expert == SHARED}
+        own |= sent.stacked(after)
         travels = [key for key in own if key.part is not Part.HEAD]
         result = settle(self.plan, replace(trained, tensors=own), me, personal, travels)
         if not ins.info["measure"]:
@@ -252,11 +252,9 @@ class SmartFed:
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         """The pool's experts and the fresh one. Where there is one, s is its scale, and divides the pool's B again."""
-        pool = {**self._pool_of(ins, me, personal), **self._training_in(ins)}
-        kept = {first for first, _ in ins.info["adapters"].values()}
-        pool = {key: value for key, value in pool.items() if key.expert in kept}
-        s = self._scaling
-        experts = {key: v / s if key.part is Part.B else v for key, v in self._cut(pool).items()}
+        sent, s = self._sent(ins), self.plan.scaling if self.settings.fresh_rank else 1.0
+        pool = sent.cut({**self._pool_of(ins, me, personal), **sent.training})
+        experts = {key: v / s if key.part is Part.B else v for key, v in pool.items()}
         fresh = {key: value for key, value in ins.tensors.items() if key.expert == SHARED}
         quotas = {module: {"k": k} for module, k in ins.info["quotas"].items()}
         gate = GateSpec("top_k", {"k": self.settings.active, "scale": self.settings.gate_scale}, quotas)
@@ -313,14 +311,13 @@ class SmartFed:
     def _whole(self) -> bool:
         return self.settings.granularity == "adapter"
 
-    @property
-    def _scaling(self) -> float:
-        return self.plan.scaling if self.settings.fresh_rank else 1.0
+    def _sent(self, ins: Instruction) -> Sent:
+        return Sent(ins, self.settings.train_experts, self._whole)
 
     def _pool_of(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Tensors:
         """The frozen experts: sent just now, or from the client's own folder, or kept from an earlier round."""
         if ins.info["sent"]:
-            return self._frozen_in(ins)
+            return self._sent(ins).frozen
         if self.settings.pool_at == "everywhere":
             return self._frozen(self._pool(ins.info["pool"]), router_of(ins.tensors))
         if personal.kept is None or self._lacks_pool(ins, personal):
@@ -331,41 +328,9 @@ class SmartFed:
         return personal.kept.tensors
 
     def _lacks_pool(self, ins: Instruction, personal: Personal) -> bool:
-        """Whether the pool that the server only names is not here: the client lost it."""
-        lost = personal.kept is None or personal.info.get("pool") != ins.info["pool"]
-        return self.settings.pool_at == "server" and lost
-
-    def _training_firsts(self, ins: Instruction) -> dict[int, int]:
-        """The first number and the rank of each adapter that trains."""
-        return {ins.info["adapters"][name][0]: ins.info["adapters"][name][1] for name in self.settings.train_experts}
-
-    def _training_in(self, ins: Instruction) -> dict[Key, Tensor]:
-        firsts = self._training_firsts(ins)
-        return {key: value for key, value in lora_of(ins.tensors).items() if key.expert in firsts}
-
-    def _frozen_in(self, ins: Instruction) -> dict[Key, Tensor]:
-        trains = {SHARED, *self._training_firsts(ins)}
-        return {key: value for key, value in lora_of(ins.tensors).items() if key.expert not in trains}
-
-    def _cut(self, tensors: Tensors) -> dict[Key, Tensor]:
-        return dict(tensors) if self._whole else cut(tensors)
-
-    def _put_back(self, ins: Instruction, bank: Bank) -> dict[Key, Tensor]:
-        """The adapters that train as they travel: stacked, and with the bank's scale in B."""
-        like = {
-            key: 1 if self._whole else v.shape[int(key.part is Part.B)] for key, v in self._training_in(ins).items()
-        }
-        found = put_back(bank.tensors, like)
-        return {key: value * bank.scaling if key.part is Part.B else value for key, value in found.items()}
-
-    def _trainable(self, bank: Bank, ins: Instruction) -> frozenset[Key]:
-        trains = {SHARED}
-        for first, rank in self._training_firsts(ins).items():
-            trains |= {*range(first, first + rank)}
-        return frozenset(key for key in bank.tensors if key.part in _WHOLE or key.expert in trains)
-
-
-_WHOLE = (Part.ROUTER, Part.HEAD)
+        """Whether the pool that the server only names is not here: the client's personal state was lost."""
+        here = personal.kept is not None and personal.info.get("pool") == ins.info["pool"]
+        return self.settings.pool_at == "server" and not here
 
 
 def _router(module: str) -> Key:
