@@ -141,7 +141,8 @@ def row_of(out: Path, rounds: int) -> dict[str, Any]:
     """What a finished run in ``out`` has to say of its first ``rounds`` rounds."""
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     events = [event for event in events if event.get("round", 0) <= rounds]
-    accuracy = {str(e["round"]): e["mean"]["test"]["accuracy"] for e in events if e["event"] == "evaluation"}
+    tests = {str(e["round"]): e["mean"]["test"] for e in events if e["event"] == "evaluation"}
+    accuracy, loss = ({rnd: test[what] for rnd, test in tests.items()} for what in ("accuracy", "loss"))
     trained = [e for e in events if e["event"] == "round"]
     moved = sum(c["bytes_up"] + c["bytes_down"] for e in trained for c in e["clients"].values())
     told: dict[str, Any] = {}
@@ -149,7 +150,7 @@ def row_of(out: Path, rounds: int) -> dict[str, Any]:
         told |= event["describe"]
     kept = {name: told[name] for name in ("use", "dropped") if name in told}
     uses = [e["describe"]["use"] for e in trained if "use" in e["describe"]]
-    return {"accuracy": accuracy, "KiB": moved // 1024, **kept, **({"uses": uses} if uses else {})}
+    return {"accuracy": accuracy, "loss": loss, "KiB": moved // 1024, **kept, **({"uses": uses} if uses else {})}
 
 
 def show(found: list[dict[str, Any]]) -> None:
