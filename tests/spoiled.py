@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from coterie import codec
 from coterie.engines.parcel import Parcel
-from coterie.types import Reply
+from coterie.types import Key, Part, Reply
 
 
 def with_reply(parcel: Parcel, change: Callable[[Reply], Reply]) -> Parcel:
@@ -19,6 +20,18 @@ def with_reply(parcel: Parcel, change: Callable[[Reply], Reply]) -> Parcel:
 def first(reply: Reply, change: Callable[[torch.Tensor], torch.Tensor]) -> Reply:
     key = min(reply.tensors)
     return replace(reply, tensors={**reply.tensors, key: change(reply.tensors[key])})
+
+
+def saying(parcel: Parcel, **info: Any) -> Parcel:
+    """The reply with something else said of its training."""
+    return with_reply(parcel, lambda r: replace(r, info={**r.info, **info}))
+
+
+def nested(depth: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for _ in range(depth):
+        made = {"a": made}
+    return made
 
 
 def flipped(blob: bytes) -> bytes:
@@ -31,11 +44,28 @@ SPOILED: dict[str, tuple[Callable[[Parcel], Parcel], str]] = {
     "nan": (lambda p: with_reply(p, lambda r: first(r, lambda t: t * float("nan"))), "not finite"),
     "shape": (lambda p: with_reply(p, lambda r: first(r, lambda t: t[:1])), "has the shape"),
     "keys": (lambda p: with_reply(p, lambda r: replace(r, tensors={})), "the reply has no"),
-    "integers": (lambda p: with_reply(p, lambda r: first(r, lambda t: t.int())), "not a floating one"),
+    "integers": (lambda p: with_reply(p, lambda r: first(r, lambda t: t.int())), "not torch.float32"),
+    "float8": (lambda p: with_reply(p, lambda r: first(r, lambda t: t.to(torch.float8_e4m3fn))), "not torch.float32"),
+    "float64": (lambda p: with_reply(p, lambda r: first(r, lambda t: t.double())), "not torch.float32"),
+    "a key with escapes": (
+        lambda p: with_reply(p, lambda r: replace(r, tensors={**r.tensors, Key("\x1b[2J", 0, Part.A): torch.ones(1)})),
+        "the reply has  [2J:0:A, which nobody asked for",
+    ),
+    "a loss of text": (lambda p: saying(p, loss="x"), "the reply's loss is 'x'"),
+    "a loss beyond floats": (lambda p: saying(p, loss=10**400), "a number that is too large"),
+    "tokens of text": (lambda p: saying(p, tokens="y"), "number of tokens is 'y'"),
+    "tokens without end": (lambda p: saying(p, tokens=float("inf")), "number of tokens is inf"),
+    "steps of a list": (lambda p: saying(p, steps=[1]), "number of steps is a list"),
+    "a deep tree": (lambda p: saying(p, importance=nested(70)), "is too large"),
+    "a long text": (lambda p: saying(p, remark="x" * 10_000), "has a text that is too long"),
+    "many numbers": (lambda p: saying(p, importance=[0] * 200_000), "is too large"),
+    "rows beyond floats": (lambda p: with_reply(p, lambda r: replace(r, num_examples=10**400)), "that is too large"),
     "norm": (lambda p: with_reply(p, lambda r: first(r, lambda t: t + 1e9)), "above the bound"),
     "rows": (lambda p: with_reply(p, lambda r: replace(r, num_examples=10**6)), "1000000 examples"),
     "garbage": (lambda p: Parcel(p.head, b"\x00garbage" * 99), "cannot be read"),
     "a flipped bit": (lambda p: Parcel(p.head, flipped(p.blob)), "cannot be read"),
     "nothing": (lambda p: Parcel(p.head), "cannot be read"),
     "its own error": (lambda p: Parcel({"error": "no power"}), "no power"),
+    "an error with escapes": (lambda p: Parcel({"error": "no\x1b[2J\npower\r" + 9999 * "."}), "no [2J power ..."),
+    "an error that is no text": (lambda p: Parcel({"error": nested(70)}), "an error without a text"),
 }

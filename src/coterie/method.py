@@ -105,7 +105,10 @@ class Method(Protocol[S]):
         """The client's half of a round: yields requests, returns a :class:`ClientResult`."""
 
     def expects(self, state: S, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
-        """The shape of every tensor that a valid reply of ``me`` in round ``rnd`` holds: these keys and no others."""
+        """The shape of every tensor that a valid reply of ``me`` in round ``rnd`` holds: these keys and no others.
+
+        All of them are float32 (:data:`coterie.checks.DTYPE`).
+        """
 
     def aggregate(self, state: S, replies: Mapping[ClientId, Reply], rnd: int) -> S:
         """The state after round ``rnd``, from the replies that came and passed the checks."""

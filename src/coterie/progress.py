@@ -101,7 +101,7 @@ class Live:
                 self.progress.update(self.bar, completed=event["round"] - 1, now=escape(self.todo[0]))
             case "client":
                 self.todo.remove(event["client"])
-                self.losses += [event["loss"]] if "loss" in event else []
+                self.losses += [event["loss"]] if event.get("loss") is not None else []
                 at_work = escape((self.todo or [event["client"]])[0])
                 rate = event.get("tokens", 0) / max(event["seconds"], 1e-9)
                 self.progress.update(self.bar, now=f"{at_work}  loss {_mean(self.losses):.3f}  {rate:,.0f} tokens/s")
@@ -150,7 +150,7 @@ def clock(seconds: float) -> str:
 
 
 def _mean_loss(event: dict[str, Json]) -> float:
-    return _mean([entry["loss"] for entry in event["clients"].values() if "loss" in entry])
+    return _mean([entry["loss"] for entry in event["clients"].values() if entry.get("loss") is not None])
 
 
 def _mean(losses: list[float]) -> float:

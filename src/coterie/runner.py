@@ -122,12 +122,12 @@ class Runner:
             for client, delivery in deliveries:
                 self._note([delivery.note] if delivery.note else [], rnd)
                 fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
-                record["clients"][client] = _entry(delivery)
+                entry = record["clients"][client] = _entry(delivery, fault)
                 if fault is None and delivery.reply is not None:
                     replies[client] = delivery.reply
                 else:
                     record["failed"][client] = fault
-                self.listen({"event": "client", "round": rnd, "client": client, "failed": fault, **_entry(delivery)})
+                self.listen({**entry, "event": "client", "round": rnd, "client": client, "failed": fault})
         self._check_quorum(replies, cohort, record["failed"], rnd)
         before = self.method.describe(state)
         state = self.method.aggregate(state, replies, rnd)
@@ -222,7 +222,8 @@ def finite(value: Json) -> Json:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _entry(delivery: Delivery) -> dict[str, Json]:
-    info = dict(delivery.reply.info) if delivery.reply else {}
+def _entry(delivery: Delivery, fault: str | None) -> dict[str, Json]:
+    """What the record says of a client: of a reply that does not count, nothing that it said itself."""
+    info = dict(delivery.reply.info) if delivery.reply and fault is None else {}
     sizes = {"bytes_down": delivery.bytes_down, "bytes_up": delivery.bytes_up}
     return {**info, **sizes, "seconds": delivery.seconds}

@@ -107,6 +107,22 @@ def test_the_metrics_are_those_of_the_status(tmp_path: Path) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
 
 
+def test_a_label_cannot_end_before_its_quote() -> None:
+    joined = [{"event": "joined", "client": 'a"b\\c\nd', "at": 1.0}, exchange('a"b\\c\nd', 1)]
+    assert 'coterie_replies_total{site="a\\"b\\\\c\\nd",kind="train"} 1' in render(status_of(joined)).splitlines()
+
+
+def test_an_answer_that_cannot_be_read_is_counted() -> None:
+    bad = {"event": "unreadable", "kind": "evaluate", "round": 1, "client": "a", "reason": "its test loss is nan"}
+    assert status_of([*EVENTS, bad]).sites["a"].failures == [("evaluate", 1, "its test loss is nan")]
+
+
+def test_the_time_of_an_event_is_the_journals(tmp_path: Path) -> None:
+    Journal(tmp_path / JOURNAL)({"event": "client", "at": "never"})
+    (event,) = read_journal(tmp_path)
+    assert event["at"] > 1e9
+
+
 def test_a_journal_is_read_as_it_is_written(tmp_path: Path) -> None:
     reader, journal = Reader(tmp_path / JOURNAL), Journal(tmp_path / JOURNAL)
     assert list(reader.new()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,16 +21,19 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 import flower_sites
 import sites
 from coterie import codec
+from coterie.engine import Evaluation
 from coterie.engines.flower import GridTransport, InProcessGrid, _LocalOnly, pack, unpack
 from coterie.engines.parcel import BrokenParcelError, Parcel
-from coterie.engines.remote import RemoteEngine
+from coterie.engines.remote import Hello, RemoteEngine
 from coterie.federation.worker import Worker
 from coterie.runner import Rounds, Runner
-from coterie.types import CoterieError
+from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
 from spoiled import SPOILED
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 VICTIM, NODE = "mood-1", 12
+TARGET = "bert.encoder.layer.0.attention.self.query"
+AK, BK = Key(TARGET, 0, Part.A), Key(TARGET, 0, Part.B)
 
 
 @pytest.fixture(autouse=True)
@@ -305,6 +309,165 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
     assert any("key is unknown's" in r for r in reasons(keys={"digest": "mood-0"}))
     staff[VICTIM] = flower_sites.workers(tmp_path, [VICTIM], policy={"methods": ["fedlease"]})[VICTIM]
     assert reasons() == {"this site does not run fedit, only fedlease ([policy] methods)"}
+
+
+LONG = "x" * 501
+NO_SITE: dict[str, tuple[Callable[[Hello], Hello], str]] = {
+    "a path": (lambda h: with_info(h, id="../../evil"), "'../../evil' cannot name a folder"),
+    "a quote": (lambda h: with_info(h, id='evil"x'), "cannot name a folder"),
+    "rows": (lambda h: with_info(h, num_train=10**400), "numbers of rows cannot be"),
+    "fewer than none": (lambda h: with_info(h, num_test=-1), "numbers of rows cannot be"),
+    "labels": (lambda h: with_info(h, labels=tuple(map(str, range(20_000)))), "too many labels"),
+    "a label": (lambda h: with_info(h, labels=("a", LONG)), "too long"),
+    "a group": (lambda h: with_info(h, group=LONG), "too long"),
+    "a base": (lambda h: replace(h, base="\x1b[2J"), "whose hash is none"),
+    "a side": (lambda h: replace(h, spec=replace(h.spec, targets=(Target("q", 10**12, 1),))), "sizes that cannot be"),
+    "a head": (lambda h: replace(h, spec=replace(h.spec, head_std=10**400)), "sizes that cannot be"),
+}
+
+
+def with_info(hello: Hello, **changes: Any) -> Hello:
+    return replace(hello, info=replace(hello.info, **changes))
+
+
+@pytest.mark.parametrize("name", NO_SITE)
+def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str, Worker]]) -> None:
+    path, staff = fedit
+    change, reason = NO_SITE[name]
+    heard: list[dict[str, Any]] = []
+
+    def spoil(node: int, message: Message) -> Message:
+        if node != NODE:
+            return message
+        return with_answer(message, Hello, change)
+
+    engine = flower_sites.engine_over(flower_sites.server_config(path), staff, spoil=spoil, note=heard.append)
+    engine.gather(3, 5)
+    assert sorted(engine.known) == [c for c in CLIENTS if c != VICTIM]
+    assert all(reason in event["reason"] for event in heard if event["event"] == "refused")
+    assert [event["event"] for event in heard].count("refused") == 1
+
+
+def with_answer(message: Message, kind: type[Any], change: Callable[[Any], Any]) -> Message:
+    parcel = unpack(message.content)
+    message.content = pack(Parcel(parcel.head, codec.encode(change(codec.decode(kind, parcel.blob)))))
+    return message
+
+
+def with_metric(name: str, value: Any, split: str = "test") -> Callable[[Evaluation], Evaluation]:
+    return lambda e: replace(e, scores={**e.scores, split: {**e.scores["test"], name: value}})
+
+
+def with_usage(module: str, **row: Any) -> Callable[[Evaluation], Evaluation]:
+    good = {"weight": [1.0], "share": [1.0], "expert": [0]}
+    return lambda e: replace(e, observed=Observed({module: {**good, **row}}, 3))
+
+
+NO_SCORES: dict[str, Callable[[Evaluation], Evaluation]] = {
+    "a loss that is none": with_metric("loss", float("nan")),
+    "a loss below 0": with_metric("loss", -1e300),
+    "a loss beyond floats": with_metric("loss", 10**400),
+    "more than all": with_metric("accuracy", 1.01),
+    "a correlation below -1": with_metric("matthews", -1.5),
+    "another metric": with_metric("speed", 1e308),
+    "a metric's name": with_metric("\x1b[2J", 1.0),
+    "no loss": lambda e: replace(e, scores={"test": {"accuracy": 1.0}}),
+    "another split": with_metric("loss", 1.0, "train"),
+    "another module": with_usage("zz"),
+    "half a row": lambda e: replace(e, observed=Observed({TARGET: {"weight": [1.0]}}, 1)),
+    "rows that differ": with_usage(TARGET, weight=[1.0, 0.5]),
+    "no experts": with_usage(TARGET, weight=[], share=[], expert=[]),
+    "half an expert": with_usage(TARGET, expert=[0.5]),
+    "a share above all": with_usage(TARGET, share=[2.0]),
+    "a weight that is none": with_usage(TARGET, weight=[float("inf")]),
+    "tokens": lambda e: replace(e, observed=Observed({}, 10**400)),
+    "embeddings": lambda e: replace(e, observed=Observed({}, 1, {Key(TARGET, 0, Part.EMBEDDING): torch.ones(2)})),
+}
+
+
+def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
+    fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
+) -> None:
+    path, staff = fedit
+    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+
+    def spoil(node: int, message: Message) -> Message:
+        if node != NODE or message.metadata.message_type != "evaluate":
+            return message
+        turn = int(message.metadata.group_id) - 1
+        return message if turn >= len(NO_SCORES) else with_answer(message, Evaluation, [*NO_SCORES.values()][turn])
+
+    engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
+    engine.gather(4, 10)
+    assert TARGET in {target.name for target in engine.spec.targets}
+    method = flower_sites.method_of(config)
+    instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
+    for rnd, name in enumerate(NO_SCORES, start=1):
+        asked = dict(engine.evaluate(method, instructions, rnd, ("validation", "test"), usage=True))
+        assert sorted(asked) == [c for c in CLIENTS if c != VICTIM], name
+    assert [(e["client"], e["round"]) for e in heard if e["event"] == "unreadable"] == [
+        (VICTIM, rnd) for rnd in range(1, len(NO_SCORES) + 1)
+    ]
+    good = dict(engine.evaluate(method, instructions, len(NO_SCORES) + 1, ("validation", "test"), usage=True))
+    assert sorted(good) == CLIENTS
+
+
+NO_BANKS: dict[str, tuple[Callable[[Bank], Bank], str]] = {
+    "another module": (lambda b: with_tensor(b, Key("zz", 0, Part.A), torch.ones(2, 2)), "the base has no 'zz:0:A'"),
+    "an embedding": (lambda b: with_tensor(b, Key(TARGET, 0, Part.EMBEDDING), torch.ones(2)), "the base has no"),
+    "no B": (lambda b: replace(b, tensors={k: v for k, v in b.tensors.items() if k != BK}), "has no B of its rank"),
+    "another rank": (lambda b: with_tensor(b, AK, b.tensors[AK][:1].clone()), "has no B of its rank"),
+    "another side": (lambda b: with_tensor(b, AK, torch.ones(2, 3)), "has the shape"),
+    "not a number": (lambda b: with_tensor(b, AK, b.tensors[AK] * math.nan), "not finite"),
+    "float8": (lambda b: with_tensor(b, AK, b.tensors[AK].to(torch.float8_e4m3fn)), "not torch.float32"),
+    "scaling": (lambda b: replace(b, scaling=math.inf), "its scaling"),
+    "a gate": (lambda b: replace(b, gate=GateSpec("x" * 999)), "its gate has a text"),
+}
+
+
+def with_tensor(bank: Bank, key: Key, value: torch.Tensor) -> Bank:
+    return replace(bank, tensors={**bank.tensors, key: value})
+
+
+def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
+    path, _ = fedit
+    staff = flower_sites.workers(tmp_path, CLIENTS[:2], policy={"upload_bank": True})
+    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+
+    def spoil(node: int, message: Message) -> Message:
+        if node != NODE or message.metadata.message_type != "query.bank":
+            return message
+        return with_answer(message, Bank, [*NO_BANKS.values()][int(message.metadata.group_id) - 1][0])
+
+    engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
+    engine.gather(2, 10)
+    method = flower_sites.method_of(config)
+    instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
+    for rnd in range(1, len(NO_BANKS) + 1):
+        assert sorted(dict(engine.banks(method, instructions, rnd))) == [CLIENTS[0]]
+    reasons = [event["reason"] for event in heard if event["event"] == "unreadable"]
+    for (name, (_, reason)), found in zip(NO_BANKS.items(), reasons, strict=True):
+        assert reason in found, name
+
+
+@pytest.mark.parametrize("seconds", [10**400, -1, float("nan"), True, "1"])
+def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[str, Worker]]) -> None:
+    path, staff = fedit
+    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+
+    def spoil(node: int, message: Message) -> Message:
+        parcel = unpack(message.content)
+        message.content = pack(Parcel({**parcel.head, "seconds": seconds}, parcel.blob))
+        return message
+
+    some = {VICTIM: staff[VICTIM]}
+    engine = flower_sites.engine_over(config, some, spoil=spoil, note=heard.append)
+    engine.gather(1, 10)
+    method = flower_sites.method_of(config)
+    state = method.init(engine.spec, engine.clients)
+    (delivery,) = dict(engine.train(method, method.configure(state, engine.clients, 1), 1)).values()
+    assert delivery.error is None
+    assert [event["site_seconds"] for event in heard if event["event"] == "exchange"] == [None]
 
 
 def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) -> None:

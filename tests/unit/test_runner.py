@@ -6,15 +6,19 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from coterie.engine import Delivery, Evaluation
 from coterie.method import Plan, drive, method_named
-from coterie.runner import Rounds, Runner
+from coterie.progress import Lines, Live, listener
+from coterie.runner import Rounds, Runner, finite
 from coterie.summary import best_round, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target, Train, Trained
 
@@ -97,12 +101,14 @@ BAD = {
         "has q:3:A, which nobody asked for",
     ),
     "shape": (lambda r: with_tensor(r, lambda t: t.T.contiguous()), r"q:0:A has the shape \[3, 2\], not \[2, 3\]"),
-    "integers": (lambda r: with_tensor(r, lambda t: t.int()), "not a floating one"),
+    "integers": (lambda r: with_tensor(r, lambda t: t.int()), "not torch.float32"),
     "nan": (lambda r: with_tensor(r, lambda t: t * math.nan), "not finite"),
     "infinite": (lambda r: with_tensor(r, lambda t: t / 0), "not finite"),
     "huge": (lambda r: with_tensor(r, lambda t: t * 1e9), "norm .* above the bound"),
     "no examples": (lambda r: replace(r, num_examples=0), "0 examples"),
     "too many examples": (lambda r: replace(r, num_examples=41), "41 examples, the client has 40"),
+    "other floats": (lambda r: with_tensor(r, lambda t: t.double()), "dtype torch.float64, not torch.float32"),
+    "a loss of text": (lambda r: replace(r, info={"loss": "x"}), "loss is 'x'"),
     "failed": (lambda r: "out of memory", "out of memory"),
     "silent": (lambda r: None, "no reply"),
 }
@@ -194,6 +200,37 @@ def test_half_of_five_is_three(tmp_path: Path) -> None:
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
     with pytest.raises(CoterieError, match="2 of 5 clients replied, the quorum is 3"):
         Runner(method, engine, Rounds(3, 0), tmp_path).run()
+
+
+def test_what_a_reply_says_stands_under_no_name_of_the_runners(tmp_path: Path) -> None:
+    lie = {"event": "finished", "client": "c9", "failed": None, "round": 7, "bytes_up": 0, "seconds": -1, "said": 1}
+
+    def spoil(client: str, rnd: int, reply: Reply) -> Reply:
+        bad = {"num_examples": 0} if client == "c3" else {}
+        return replace(reply, info={**lie, "loss": 0.5}, **bad)
+
+    _, _, heard = run(tmp_path, spoil)
+    told = [event for event in heard if "said" in event or event["event"] == "client"]
+    assert [(e["event"], e["round"], e["client"]) for e in told] == [
+        ("client", rnd, f"c{i}") for rnd in (1, 2, 3) for i in range(4)
+    ]
+    assert [(e["failed"] is None, e["bytes_up"], e["seconds"], e.get("said")) for e in told] == [
+        *[(True, 5, 0.5, 1)] * 3,
+        (False, 5, 0.5, None),
+    ] * 3
+    assert not [event for event in heard if event["event"] == "finished"]
+    assert events(tmp_path, "round")[0]["clients"]["c3"] == {"bytes_down": 7, "bytes_up": 5, "seconds": 0.5}
+
+
+def test_a_loss_that_is_infinite_stops_no_line_of_the_progress(tmp_path: Path) -> None:
+    _, _, heard = run(tmp_path, lambda c, rnd, reply: replace(reply, info={"loss": math.inf, "tokens": 1}))
+    console = Console(file=StringIO(), width=120)
+    with listener(console, 3) as plain, Progress(console=console) as progress:
+        live = Live(Lines(console, 3), progress, progress.add_task("round", total=3, now="", left=""))
+        for event in heard:
+            plain(event)
+            live(finite(event))
+    assert "round 3/3  loss nan" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_metrics_are_strict_json(tmp_path: Path) -> None:

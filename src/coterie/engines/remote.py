@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from coterie import codec
+from coterie.checks import bank_fault, evaluation_fault, is_number, plain_text, site_fault
+from coterie.data.federation import SAFE_ID
 from coterie.engine import Delivery, Evaluation, Stream
 from coterie.engines.parcel import Parcel
 from coterie.method import Method
@@ -138,11 +140,22 @@ class RemoteEngine:
     ) -> Stream[Evaluation]:
         """The scores of the clients that answer."""
         ask: dict[str, Json] = {"splits": list(splits), "usage": usage}
-        yield from self._decoded_answers(Evaluation, "evaluate", instructions, rnd, ask)
+        modules = {target.name for target in self.spec.targets}
+
+        def fault(client: ClientId, made: Evaluation) -> str | None:
+            return evaluation_fault(made, splits, modules)
+
+        for client, made in self._decoded_answers(Evaluation, "evaluate", instructions, rnd, ask, fault):
+            kept = made.observed if usage else None
+            yield client, replace(made, observed=kept, note=plain_text(made.note) if made.note else None)
 
     def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """The banks of the clients whose site gives them away; every site writes its own to its own disk."""
-        yield from self._decoded_answers(Bank, "query.bank", instructions, rnd, {})
+
+        def fault(client: ClientId, bank: Bank) -> str | None:
+            return bank_fault(bank, self.spec, self.known[client].info.labels)
+
+        yield from self._decoded_answers(Bank, "query.bank", instructions, rnd, {}, fault)
 
     def restore(self, rnd: int) -> None:
         """Every message of this attempt tells its site to go back to its state after round ``rnd`` first, once."""
@@ -221,13 +234,19 @@ class RemoteEngine:
         self.known[client] = hello
         self._nodes[client] = node
         self._refused.pop(node, None)
-        about = {"versions": dict(hello.versions), "base": hello.base, "rows": hello.info.num_train}
+        about = {"versions": _plain_versions(hello.versions), "base": hello.base, "rows": hello.info.num_train}
         self.note({"event": "back" if back else "joined", "client": client, "node": str(node), **about})
 
     def _unfit(self, hello: Hello | None, key: str) -> str | None:
         if hello is None:
             return "no hello"
         deal, client = self.deal, hello.info.id
+        if not SAFE_ID.fullmatch(client):
+            return f"the client id {plain_text(client, 100)!r} cannot name a folder"
+        if not SAFE_ID.fullmatch(hello.base):
+            return f"{client} holds a base whose hash is none"
+        if fault := site_fault(hello.info, hello.spec):
+            return f"{client} cannot be what it says: {fault}"
         if deal.closed and client not in deal.sites:
             return f'{client} was not there at the start, and with [task] head = "shared" nobody can join later'
         if deal.sites and client not in deal.sites:
@@ -337,9 +356,10 @@ class RemoteEngine:
         at_site: Json = None
         if isinstance(answer, Parcel):
             told = answer.head.get("seconds")
-            at_site = told if isinstance(told, (int, float)) and math.isfinite(told) else None
-            fault = answer.head.get("error")
-            answer = str(fault)[:500] if fault is not None else answer
+            at_site = told if is_number(told) else None
+            answer = _error_in(answer) or answer
+        if isinstance(answer, str):
+            answer = plain_text(answer)
         up = len(answer.blob) if isinstance(answer, Parcel) else 0
         error = answer if isinstance(answer, str) else None
         event = {"event": "exchange", "kind": sent.kind, "round": sent.rnd, "client": sent.client, "failed": error}
@@ -362,27 +382,46 @@ class RemoteEngine:
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
         ask: Mapping[str, Json],
+        fault_in: Callable[[ClientId, Any], str | None],
     ) -> Iterator[tuple[ClientId, Any]]:
+        """What the answers hold. One that cannot be read, or that ``fault_in`` finds a fault in, is noted and left."""
         for client, _, answer, _, _ in self._exchange(name, instructions, rnd, ask):
             if isinstance(answer, str) or not answer.blob:
                 continue  # noted by _done; a site may also keep its bank to itself
             value, fault = _decoded(kind, answer.blob)
+            fault = fault or fault_in(client, value)
             if fault is None:
                 yield client, value
             else:
-                self.note({"event": "unreadable", "kind": name, "round": rnd, "client": client, "reason": fault})
+                self.note(
+                    {"event": "unreadable", "kind": name, "round": rnd, "client": client, "reason": plain_text(fault)}
+                )
 
 
 def _decoded(kind: type[Any], blob: bytes) -> tuple[Any, str | None]:
     try:
         return codec.decode(kind, blob), None
     except codec.CodecError as fault:
-        return None, f"the reply cannot be read: {str(fault)[:300]}"
+        return None, plain_text(f"the reply cannot be read: {str(fault)[:300]}")
 
 
 def _answered(kind: type[Any], answer: Parcel | str) -> tuple[Any, str | None]:
     if isinstance(answer, str):
-        return None, answer
-    if answer.head.get("error") is not None:
-        return None, str(answer.head["error"])[:500]
+        return None, plain_text(answer)
+    if error := _error_in(answer):
+        return None, error
     return _decoded(kind, answer.blob)
+
+
+def _error_in(answer: Parcel) -> str | None:
+    """Why a site gives no answer, in its own words."""
+    error = answer.head.get("error")
+    if error is None:
+        return None
+    return (plain_text(error) if isinstance(error, str) else "") or "an error without a text"
+
+
+def _plain_versions(versions: Mapping[str, str | None]) -> dict[str, str | None]:
+    """What a site says of its libraries, as it is noted."""
+    some = list(versions.items())[:50]
+    return {plain_text(name, 50): version and plain_text(version, 50) for name, version in some}

@@ -24,7 +24,8 @@ class Journal:
     path: Path
 
     def __call__(self, event: Mapping[str, Json]) -> None:
-        line = json.dumps(finite({"at": round(time.time(), 3), **event}), allow_nan=False)
+        at = {"at": round(time.time(), 3)}
+        line = json.dumps(finite({**at, **event, **at}), allow_nan=False)  # first in the line, and never the event's
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

@@ -57,7 +57,11 @@ def render(status: Status) -> str:
 
 
 def _labels(labels: dict[str, str]) -> str:
-    return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
+    return "{" + ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items()) + "}" if labels else ""
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 class _Page(BaseHTTPRequestHandler):

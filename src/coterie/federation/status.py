@@ -79,6 +79,9 @@ def _take(status: Status, event: Mapping[str, Json]) -> None:
             losses = [e["loss"] for e in event["clients"].values() if e.get("loss") is not None]
             status.loss = sum(losses) / len(losses) if losses else None
             _count(status, event)
+        case "unreadable":
+            site = status.sites.setdefault(event["client"], Site())
+            site.failures.append((event["kind"], event["round"], event["reason"]))
         case "evaluation":
             status.mean = event["mean"]
         case "refused":

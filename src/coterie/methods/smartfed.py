@@ -185,7 +185,7 @@ class SmartFed:
         return shapes_of(_travels(state), state.heads.of(me.id))
 
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
-        lacking = {c for c in replies if replies[c].info.get("lacks_pool")}
+        lacking = {c for c in replies if replies[c].info.get("lacks_pool") is True}
         state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
         replies = {c: reply for c, reply in replies.items() if c not in lacking}
         return self._average(state, replies) if replies else state
