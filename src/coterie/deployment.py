@@ -86,7 +86,9 @@ class Policy(_Section):
     )
     max_steps: int = Field(10_000, ge=1, description="optimiser steps that a round may take here")
     max_rounds: int = Field(1_000, ge=1, description="rounds that a run may have")
-    max_rank: int = Field(256, ge=1, description="largest rank of an expert")
+    max_rank: int = Field(
+        256, ge=1, description="largest rank of what is sent here: of an expert, and of each adapter of a pool"
+    )
     upload: tuple[Part, ...] = Field(
         tuple(Part), description="the parts that a reply may hold: A, B, router, embedding, head"
     )

@@ -79,7 +79,8 @@ class Method(Protocol[S]):
     """One federated method. ``S`` is its server state: a frozen dataclass that :mod:`coterie.codec` can encode.
 
     ``evaluates``: whether a client is meant to use what the server sends after averaging ("received"), or what it
-    trained last itself ("trained"); ``[run] evaluate`` overrules it.
+    trained last itself ("trained"); ``[run] evaluate`` overrules it. ``newcomers``: why no client can come once the
+    run has begun, "" where any can.
     """
 
     name: ClassVar[str]
@@ -87,6 +88,7 @@ class Method(Protocol[S]):
     paper: ClassVar[str]
     summary: ClassVar[str]
     evaluates: ClassVar[Literal["received", "trained"]]
+    newcomers: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]]
     State: ClassVar[type[Any]]
 

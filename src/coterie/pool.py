@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coterie.codec import CodecError, decode, encode
 from coterie.files import write_atomic
-from coterie.types import CoterieError, Key, Part, Tensors
+from coterie.types import CoterieError, Key, Part, PrivateError, Tensors
 
 POOL_FILE = "pool.safetensors"
 _FORMAT = 2
@@ -87,12 +87,12 @@ def write_pool(folder: Path, pool: Pool) -> None:
 
 
 def read_pool(folder: Path) -> Pool:
-    """The pool in ``folder``. Raises :class:`CoterieError` where there is none, or a damaged one."""
+    """The pool in ``folder``. Raises :class:`PrivateError` where there is none, or a damaged one."""
     path = folder / POOL_FILE
     try:
         stat = path.stat()
     except OSError as fault:
-        raise CoterieError(
+        raise PrivateError(
             f"no pool at {folder}: it has no {POOL_FILE}; make one with `coterie pool build {folder} --adapters ...`"
         ) from fault
     return _read(path, stat.st_mtime_ns)
@@ -103,13 +103,13 @@ def _read(path: Path, changed: int) -> Pool:
     try:
         pool = decode(Pool, path.read_bytes())
     except CodecError as fault:
-        raise CoterieError(
+        raise PrivateError(
             f"{path} is damaged, or another version of Coterie wrote it; build the pool again ({fault})"
         ) from fault
     if pool.format != _FORMAT:
-        raise CoterieError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; build the pool again")
+        raise PrivateError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; build the pool again")
     if pool.name != name_of(pool.tensors):
-        raise CoterieError(f"{path} is not the pool that it is named for; build the pool again")
+        raise PrivateError(f"{path} is not the pool that it is named for; build the pool again")
     return pool
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -26,6 +26,18 @@ _EXPERT_IDS = {name: number for number, name in _EXPERT_NAMES.items()}
 
 class CoterieError(Exception):
     """A fault that the user can mend. Its text says what is wrong, where, and the fix; the command exits with 2."""
+
+
+class PrivateError(CoterieError):
+    """Its text names what is this machine's alone, such as paths. ``told`` is what another machine may hear of it."""
+
+    told: ClassVar[str] = "this site cannot use a file of its own; site.log there says where it failed"
+
+
+class DataError(PrivateError):
+    """A fault of the rows; its text may quote them."""
+
+    told: ClassVar[str] = "this site cannot read its rows; `coterie site check` there says why"
 
 
 class Part(StrEnum):

@@ -84,17 +84,31 @@ class Broken:
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
 
+    takes = True
+
     def nodes(self) -> dict[int, str]:
         return {11: "", 12: ""}
 
     def send(self, to: Any, ttl: float, group: str) -> list[str | None]:
-        return [f"{node}" for node, _, _ in to]
+        return [f"{node}" if self.takes else None for node, _, _ in to]
 
     def receive(self, tickets: Any) -> Any:
         found = self.answers.pop(0)
         if isinstance(found, Exception):
             raise found
         return found
+
+
+def test_a_message_that_flower_does_not_take_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Broken, "takes", False)
+    engine = flower_sim.FlowerSimEngine((ClientInfo("a", 3), ClientInfo("b", 3)), {}, tmp_path, lambda: started())
+
+    @contextmanager
+    def started() -> Iterator[Any]:
+        yield Broken()
+
+    with pytest.raises(CoterieError, match="Flower did not take the message of a; go on with --resume"):
+        _ = engine.spec
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,47 @@ def test_rows_that_changed_are_refused(fedit: tuple[Path, dict[str, Worker]], tm
     assert ["not those that it began with" in e["reason"] for e in heard if e["event"] == "refused"] == [True]
 
 
+def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[Path, dict[str, Worker]]) -> None:
+    path, staff = fedit
+    heard: list[dict[str, Any]] = []
+    engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append, sites=tuple(CLIENTS))
+    grid = engine.transport.grid  # type: ignore[attr-defined]
+    right = grid.sites[11]
+
+    def wrong(parcel: Parcel) -> Parcel:
+        made = right(parcel)
+        return Parcel(made.head, codec.encode(replace(codec.decode(Hello, made.blob), base="another")))
+
+    grid.sites[11], slept = wrong, engine.sleep
+
+    def sleep(seconds: float) -> None:
+        slept(seconds)
+        if engine.clock() > 5 and 11 in grid.sites:  # its people mend it, and start it again
+            del grid.sites[11]
+            grid.sites[99] = right
+
+    engine.sleep = sleep
+    engine.gather(0, 60)
+    assert sorted(engine.known) == CLIENTS
+    assert len({hello.base for hello in engine.known.values()}) == 1
+    assert all("not another as mood-0); give both" in e["reason"] for e in heard if e["event"] == "refused")
+
+
+def test_who_said_hello_and_left_before_the_start_is_no_client(fedit: tuple[Path, dict[str, Worker]]) -> None:
+    path, staff = fedit
+    engine = flower_sites.engine_over(flower_sites.server_config(path), staff, sites=(*CLIENTS, "someone"))
+    grid, slept = engine.transport.grid, engine.sleep  # type: ignore[attr-defined]
+
+    def sleep(seconds: float) -> None:
+        slept(seconds)
+        if engine.clock() > 5:
+            grid.sites.pop(NODE, None)
+
+    engine.sleep = sleep
+    engine.gather(3, 10)
+    assert [c.id for c in engine.clients] == ["mood-0", "place-0", "size-0"]
+
+
 def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, staff = fedit
     config = flower_sites.server_config(path)

@@ -1,7 +1,9 @@
-"""What runs in Flower's ServerApp, over sites in process: who may join a run that has begun."""
+"""What runs in Flower's ServerApp, over sites in process: who may join a run that has begun, and one that has not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from flwr.app import Message
 
 import flower_sites
 import sites
+from coterie import codec
 from coterie.engines.flower import GridTransport, InProcessGrid
+from coterie.engines.parcel import Parcel
+from coterie.engines.remote import Hello
 from coterie.federation import server
 from coterie.federation.journal import JOURNAL, Journal, read_journal
 from coterie.federation.serve import _write_deal
@@ -23,45 +28,125 @@ from coterie.run_folder import plain
 from coterie.types import CoterieError
 
 FIRST, LATE = ["mood-0", "place-0", "size-0"], "mood-1"
+SHARED: dict[str, Any] = {"task": {"head": "shared"}}
+WHY = {
+    "fedit": 'with [task] head = "shared" nobody can join later',
+    "fedamole": "FedAMoLE's experts choose among the sites that were there at the start",
+}
 
 
 class DiedError(Exception):
     """The server is gone."""
 
 
-def attempt(folder: Path, there: list[str], listed: list[str], dies_in: str = "") -> None:
-    """Start the server once more, with some sites there and some listed; it may die in a round."""
+def attempt(
+    folder: Path,
+    there: list[str],
+    listed: list[str],
+    dies_in: str = "",
+    comes: str = "",
+    lies: Callable[[str, Hello], Hello] = lambda client, hello: hello,
+    **changes: Any,
+) -> None:
+    """Start the server once more, with some sites there and some listed; it may die in a round.
+
+    ``comes`` connects in round 1. ``lies``: what a site says of itself.
+    """
     torch.set_num_threads(1)
     federation = {"sites": listed, "at_least": 3, "wait": 5.0, "greeting": 0.0}
-    changes: dict[str, Any] = {"task": {"head": "shared"}, "federation": federation}
-    config = flower_sites.server_config(folder / "run.toml", **changes)
+    config = flower_sites.server_config(folder / "run.toml", federation=federation, **changes)
     out = folder / "out"
     out.mkdir(exist_ok=True)
     write_json(out / "config.json", {"root": str(folder), "config": plain(config)})
     _write_deal(out, {})
-    staff = flower_sites.workers(folder, there)
+    staff = flower_sites.workers(folder, [*there, *([comes] if comes else [])])
 
     def spoil(node: int, message: Message) -> Message:
         if dies_in and message.metadata.group_id == dies_in:
             raise DiedError
+        if comes and message.metadata.group_id == "1":
+            grid.sites[99] = staff[comes].answer
         return message
 
-    grid = InProcessGrid({11 + i: staff[c].answer for i, c in enumerate(there)}, spoil=spoil)
+    def answering(client: str) -> Callable[[Parcel], Parcel]:
+        def answer(parcel: Parcel) -> Parcel:
+            made = staff[client].answer(parcel)
+            if parcel.head["kind"] != "query.hello":
+                return made
+            return Parcel(made.head, codec.encode(lies(client, codec.decode(Hello, made.blob))))
+
+        return answer
+
+    grid = InProcessGrid({11 + i: answering(c) for i, c in enumerate(there)}, spoil=spoil)
     server.run(GridTransport(grid, pause=0.01), out, Journal(out / JOURNAL))
 
 
+def who_took_part(folder: Path) -> tuple[set[str], set[str]]:
+    """The sites of the journal, and why others were refused."""
+    events = read_journal(folder / "out")
+    assert events[-1]["event"] == "finished"
+    there = {e["client"] for e in events if e["event"] in ("joined", "exchange")}
+    return there, {e["reason"] for e in events if e["event"] == "refused"}
+
+
+@pytest.mark.parametrize("dies_in", ["1", "2"])
 @pytest.mark.parametrize("listed", [FIRST, []], ids=["sites by name", "any site"])
-def test_nobody_joins_shared_heads_later_and_it_says_so(listed: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fedit", "fedamole"])
+def test_nobody_joins_later_where_that_cannot_be_and_it_says_so(
+    method: str, listed: list[str], dies_in: str, tmp_path: Path
+) -> None:
+    sites.config(tmp_path, method=method)
+    changes = SHARED if method == "fedit" else {}
+    with pytest.raises(DiedError):
+        attempt(tmp_path, FIRST, listed, dies_in=dies_in, **changes)
+    for _ in range(2):  # what the first try left behind must not let it in at the second
+        with pytest.raises(CoterieError) as told:
+            attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], **changes)
+        assert f"mood-1 cannot join now: {WHY[method]}; take" in str(told.value)
+    attempt(tmp_path, [LATE, *FIRST], listed, **changes)
+    there, refused = who_took_part(tmp_path)
+    assert there == {*FIRST}
+    assert refused == {f"mood-1 was not there at the start, and {WHY[method]}"}
+
+
+@pytest.mark.parametrize("listed", [[*FIRST, LATE], []], ids=["missed the start", "any site"])
+def test_a_site_that_connects_too_late_for_fedamole_is_refused_and_the_run_goes_on(
+    listed: list[str], tmp_path: Path
+) -> None:
+    sites.config(tmp_path, method="fedamole")
+    attempt(tmp_path, FIRST, listed, comes=LATE)
+    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 was not there at the start, and {WHY['fedamole']}"})
+
+
+LIES: dict[str, Callable[[Hello], Hello]] = {
+    "base": lambda hello: replace(hello, base="wrong"),
+    "rows": lambda hello: replace(hello, info=replace(hello.info, num_train=3)),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_first_hello_can_be_mended_before_the_run_begins(name: str, tmp_path: Path) -> None:
+    sites.config(tmp_path, method="fedit")
+
+    def wrong(client: str, hello: Hello) -> Hello:
+        return LIES[name](hello) if client == FIRST[0] else hello
+
+    there = FIRST if name == "base" else FIRST[:1]  # alone, nobody contradicts it
+    with pytest.raises(CoterieError, match=r"sites are there after 5 s; missing"):
+        attempt(tmp_path, there, FIRST, lies=wrong)
+    attempt(tmp_path, FIRST, FIRST)
+    assert who_took_part(tmp_path)[0] == {*FIRST}
+    reasons = {e["reason"] for e in read_journal(tmp_path / "out") if e["event"] == "refused"}
+    told = "holds another base ({}, not wrong as mood-0); give both the same model files, and start `coterie join`"
+    assert all(told.split("{}")[1] in reason for reason in reasons)
+    assert len(reasons) == (2 if name == "base" else 0)
+
+
+def test_what_a_site_said_holds_once_the_run_has_begun(tmp_path: Path) -> None:
     sites.config(tmp_path, method="fedit")
     with pytest.raises(DiedError):
-        attempt(tmp_path, FIRST, listed, dies_in="2")
-    for _ in range(2):  # what the first try left behind must not let it in at the second
-        with pytest.raises(CoterieError, match=r"mood-1 cannot join now: with \[task\] head = \"shared\""):
-            attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE])
-    attempt(tmp_path, [LATE, *FIRST], listed)
-    events = read_journal(tmp_path / "out")
-    assert events[-1]["event"] == "finished"
-    assert {e["client"] for e in events if e["event"] in ("joined", "exchange")} == {*FIRST}
-    assert {e["reason"] for e in events if e["event"] == "refused"} == {
-        'mood-1 was not there at the start, and with [task] head = "shared" nobody can join later'
-    }
+        attempt(tmp_path, FIRST, FIRST, dies_in="1")
+    with pytest.raises(CoterieError, match="missing: mood-0"):
+        attempt(tmp_path, FIRST[:1], FIRST[:1], lies=lambda client, hello: LIES["rows"](hello))
+    (reason,) = {e["reason"] for e in read_journal(tmp_path / "out") if e["event"] == "refused"}
+    assert reason.startswith("the rows or labels of mood-0 are not those that it began with")

@@ -9,6 +9,8 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ import torch
 
 pytest.importorskip("flwr")
 
+from flwr.app import Context, RecordDict
+
 import flower_sites
+import pools
 import sites
 from coterie import codec
 from coterie.config import load_site
 from coterie.deployment import Policy
+from coterie.engines import flower
 from coterie.engines.parcel import BrokenParcelError, Parcel, hand_over, listening, receive, send
 from coterie.engines.remote import Hello
 from coterie.federation.policy import steps_of, without_usage
@@ -62,6 +68,7 @@ def refusal(folder: Path, parcel: Parcel, **sections: Any) -> str:
 POLICIES = {
     "method": ({"methods": ["fedlease"]}, "does not run fedit, only fedlease"),
     "rank": ({"max_rank": 1}, "at most 1 rank, the run has 2"),
+    "fresh rank": ({"max_rank": 4}, "at most 4 rank, the run has 5"),
     "rounds": ({"max_rounds": 2}, "at most 2 rounds, the run has 3"),
     "steps": ({"max_steps": 2}, "would take 3 steps here, and this site allows 2"),
     "settings": ({"settings": {"train.epochs": [2, 3]}}, "wants train.epochs = [2, 3], the run has 1"),
@@ -73,7 +80,24 @@ POLICIES = {
 def test_what_a_site_did_not_agree_to_is_refused_there(name: str, fedit: tuple[Any, bytes], tmp_path: Path) -> None:
     config, blob = fedit
     policy, reason = POLICIES[name]
+    if name == "fresh rank":
+        smart = {"name": "smartfed", "fresh_rank": 5}
+        config = flower_sites.server_config(sites.config(tmp_path / "smart", method="smartfed"), method=smart)
     assert reason in refusal(tmp_path, Parcel(head(config), blob), policy=policy)
+
+
+def test_no_expert_of_a_higher_rank_trains_than_was_agreed(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
+    config, blob = fedit
+    ins, policy = codec.decode(Instruction, blob), {"max_rank": 2}
+    assert (
+        "error"
+        not in flower_sites.workers(tmp_path, [CLIENT], policy=policy)[CLIENT].answer(Parcel(head(config), blob)).head
+    )
+    for part, made in ((Part.A, torch.zeros(300, 32)), (Part.B, torch.zeros(32, 300)), (Part.A, torch.zeros(3))):
+        key = next(key for key in ins.tensors if key.part is part)
+        changed = codec.encode(replace(ins, tensors={**ins.tensors, key: made}))
+        for kind in ("train", "evaluate", "query.bank"):
+            assert f"{key} has rank " in refusal(tmp_path, Parcel(head(config, kind), changed), policy=policy)
 
 
 def test_metrics_usage_and_banks_are_sent_only_as_agreed(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
@@ -98,7 +122,13 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"kind": "shell"}, "knows no 'shell'"),
     "run": ({"run": "../../etc"}, "cannot name a folder"),
     "attempt": ({"attempt": "1"}, "attempt is no int"),
-    "round": ({"round": 10**9}, "takes part in rounds 1 to 1000"),
+    "round": ({"round": 10**5}, "takes part in rounds 1 to 1000"),
+    "negative": ({"round": -1}, "round is -1; it is at least 0"),
+    "since": ({"since": -1}, "since is -1; it is at least 0"),
+    "keep": ({"kind": "evaluate", "keep": -7}, "keep is -7; it is at least 0"),
+    "large": ({"kind": "query.bank", "round": 10**9}, "below 1000000"),
+    "splits": ({"kind": "evaluate", "splits": 3}, "splits are some of train, validation, test"),
+    "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are some of train, validation, test"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
     "terms": ({"terms": {}}, "not those that a coterie server sends"),
 }
@@ -159,9 +189,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answering(worker: Any, place: Path) -> threading.Thread:
     thread = threading.Thread(target=serve_forever, args=(worker, place), daemon=True)
     thread.start()
-    while not place.exists():
-        pass
-    return thread
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(str(place))
+            return thread
 
 
 class Echo:
@@ -213,6 +244,28 @@ def test_another_user_is_turned_away(place: Path) -> None:
     assert heard == []
 
 
+def test_a_message_that_kills_the_worker_is_handed_over_three_times(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed = []
+
+    def dies() -> None:
+        with listening(place) as door:
+            while True:
+                link, _ = door.accept()
+                with link:
+                    handed.append(receive(link))
+
+    threading.Thread(target=dies, daemon=True).start()
+    while not place.exists():
+        pass
+    monkeypatch.setattr(flower, "_WORKER_PAUSE", 0.0)
+    context = Context(1, 11, {"socket": str(place)}, RecordDict(), {})
+    answer = flower._to_worker(Parcel({"patience": 60}, b"poison"), context, 60.0)
+    assert answer.head["error"] == "the site's worker died of this message; see site.log there"
+    assert len(handed) == 3
+
+
 def test_half_a_parcel_is_an_error() -> None:
     one, other = socket.socketpair()
     with one, other:
@@ -250,6 +303,134 @@ def test_the_log_holds_no_text_of_the_data(
     for job in sites.JOBS.values():
         for word in (*job[0], *job[1]):
             assert f" {word}" not in text
+
+
+# what the server hears of a fault -------------------------------------------------------------------------------------
+
+SECRET = "patient John Doe has HIV"
+ROWS_FAULT = "this site cannot read its rows; `coterie site check` there says why"
+BAD_ROWS: dict[str, str | bytes | None] = {
+    "no JSON": f"{SECRET}\n",
+    "no object": f'"{SECRET}"\n',
+    "a list": f'["{SECRET}"]\n',
+    "not UTF-8": SECRET.encode() + b"\xff\n",
+    "no column": f'{{"{SECRET}": 1}}\n',
+    "empty text": f'{{"text": "", "label": "{SECRET}"}}\n',
+    "no text": f'{{"text": ["{SECRET}"], "label": "good"}}\n',
+    "no label": f'{{"text": "one", "label": ["{SECRET}"]}}\n',
+    "another label": f'{{"text": "one", "label": "{SECRET}"}}\n',
+    "no rows": "",
+    "no file": None,
+}
+
+
+def is_told_nothing(error: str, folder: Path) -> bool:
+    """Whether an error holds no word of the row, and no path."""
+    return not any(word in error for word in (*SECRET.split(), "John", "secret", str(folder), "jsonl", "clients/"))
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_of_rows_that_cannot_be_read_the_server_hears_no_word(
+    name: str, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    config = flower_sites.server_config(sites.config(tmp_path, method="fedit"))
+    path, bad = tmp_path / "clients" / CLIENT / "test.jsonl", BAD_ROWS[name]
+    path.unlink()
+    if bad is not None:
+        path.write_bytes(bad if isinstance(bad, bytes) else (bad.encode()))
+    for kind in ("query.hello", "train"):
+        error = refusal(tmp_path, Parcel(head(config, kind), codec.encode(Instruction())))
+        assert error == ROWS_FAULT
+        assert is_told_nothing(error, tmp_path)
+    assert "DataError at" in logged.text
+    assert not any(word in logged.text for word in SECRET.split()[1:])
+
+
+CSV = {
+    "fields": f"text,label\none,good,{SECRET}\n",
+    "quotes": f'text,label\n"one" {SECRET},good\n',
+    "twice": f'text,label\n"{SECRET}\n',
+}
+
+
+@pytest.mark.parametrize("name", [*CSV, "parquet", "ending", "copy", "columns", "labels", "too few"])
+def test_nor_of_other_files_and_settings(name: str, tmp_path: Path) -> None:
+    config = flower_sites.server_config(sites.config(tmp_path, method="fedit"))
+    path = tmp_path / f"secret.{ {'parquet': 'parquet', 'ending': 'John'}.get(name, 'csv') }"
+    path.write_text(CSV.get(name, f"text,label\n{SECRET},good\n"))
+    data: dict[str, Any] = {"validation": str(path)}
+    if name == "copy":
+        data["test"] = str(path)
+    elif name == "columns":
+        data["columns"] = {"text": "John"}
+    elif name == "labels":
+        data["labels"] = ["John", "John"]
+    elif name == "too few":
+        data["train_rows"] = 10**6
+    error = refusal(tmp_path, Parcel(head(config, "query.hello")), data=data)
+    assert error == ROWS_FAULT
+
+
+def test_nor_of_a_row_that_cannot_be_tokenised(tmp_path: Path) -> None:
+    path = sites.config(tmp_path, "gpt2", method="fedit", kind="multiple_choice")
+    config = flower_sites.server_config(path)
+    worker = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
+    for split in ("train", "test"):
+        rows = tmp_path / "clients" / CLIENT / f"{split}.jsonl"
+        long = f"{SECRET} " * 40
+        row = {"prompt": "one", "choices": [f" {long} one", f" {long} two"], "label": 0}
+        rows.write_text(f"{json.dumps(row)}\n" * (1 + (split == "train")))
+    hello = codec.decode(Hello, worker.answer(Parcel(head(config, "query.hello"))).blob)
+    method = flower_sites.method_of(config)
+    ins = method.configure(method.init(hello.spec, [hello.info]), [hello.info], 1)[CLIENT]
+    for kind in ("train", "evaluate"):
+        answer = worker.answer(Parcel(head(config, kind, splits=["test"]), codec.encode(ins)))
+        assert answer.head["error"] == ROWS_FAULT
+
+
+def test_nor_of_a_model_a_state_or_a_pool_where_they_are(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
+    config, blob = fedit
+    error = refusal(tmp_path, Parcel(head(config, "query.hello")), model={"path": str(tmp_path / "secret")})
+    assert error == "this site cannot load its model; `coterie site check` there says why"
+    kept = tmp_path / "states" / CLIENT / "run" / "personal" / CLIENT / "000000.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"damaged")
+    general = "this site cannot use a file of its own; site.log there says where it failed"
+    assert refusal(tmp_path, Parcel(head(config), blob)) == general
+
+
+def test_a_server_cannot_ask_whether_a_file_is_there(tmp_path: Path) -> None:
+    """It names the folder of a pool that is everywhere: one that is not there, one with a file, one that is damaged."""
+    path, told = sites.config(tmp_path, method="smartfed"), set()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "pool.safetensors").write_bytes(b"damaged")
+    ours = {"pool": pools.for_tiny(), "pool_at": "everywhere"}
+    worker = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
+    config = flower_sites.server_config(path, method=ours)
+    hello = codec.decode(Hello, worker.answer(Parcel(head(config, "query.hello"))).blob)
+    method = flower_sites.method_of(config)
+    ins = method.configure(method.init(hello.spec, [hello.info]), [hello.info], 1)[CLIENT]
+    other = replace(ins, info={**ins.info, "pool": "0" * 64})
+    for pool, sent in (("gone", ins), ("damaged", ins), (ours["pool"], other)):
+        config = flower_sites.server_config(path, method={**ours, "pool": pool})
+        for kind in ("train", "evaluate", "query.bank"):
+            told.add(worker.answer(Parcel(head(config, kind, splits=["test"]), codec.encode(sent))).head["error"])
+    assert told == {"this site cannot use a file of its own; site.log there says where it failed"}
+
+
+def test_site_check_quotes_a_row_that_cannot_be_tokenised(tmp_path: Path) -> None:
+    run = sites.config(tmp_path, "gpt2", method="fedit", kind="multiple_choice")
+    row = {"prompt": "one", "choices": [f" {'great ' * 40}one", f" {'great ' * 40}two"], "label": 0}
+    (tmp_path / "clients" / CLIENT / "test.jsonl").write_text(json.dumps(row) + "\n")
+    path = tmp_path / "SITE.toml"
+    files = "\n".join(f'{s} = "clients/{CLIENT}/{s}.jsonl"' for s in ("train", "validation", "test"))
+    path.write_text(
+        f'[site]\nid = "{CLIENT}"\nserver = "127.0.0.1:9"\n[model]\npath = "model"\n[data]\n{files}\n'
+        '[engine]\ndevice = "cpu"\n'
+    )
+    failed = {check.name: check.value for check in check_site(path, run, insecure=True) if not check.ok}
+    assert failed.keys() == {"server", "rows"}
+    assert "two candidates have the same tokens" in failed["rows"]
 
 
 # SITE.toml -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""A SuperLink that somebody else started: where it is told, and a command of Flower's that does not answer."""
+"""A SuperLink that somebody else started, a command of Flower's that does not answer, and who may look and listen."""
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import tomllib
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 
+import flower_sites
+import sites
 from coterie.federation import superlink
 from coterie.federation.journal import JOURNAL, Journal
-from coterie.federation.serve import Supervisor
+from coterie.federation.processes import flower_environment
+from coterie.federation.serve import Supervisor, serve
 from coterie.federation.superlink import SuperLink
 from coterie.types import CoterieError
 
@@ -45,3 +49,28 @@ def test_a_command_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(superlink.subprocess, "run", hang)
     with pytest.raises(CoterieError, match="flwr list gave no answer within 120 s"):
         SuperLink(tmp_path, "127.0.0.1", 1, None).status("7")
+
+
+def test_the_servers_run_folder_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class EndedError(Exception): ...
+
+    def run(self: Supervisor) -> None:
+        raise EndedError
+
+    monkeypatch.setattr(Supervisor, "run", run)
+    config, folder = flower_sites.server_config(sites.config(tmp_path)), tmp_path / "runs" / "one"
+    for resume in (False, True):
+        with pytest.raises(EndedError):
+            serve(config, folder, root=tmp_path, resume=resume, insecure=True)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        folder.chmod(0o755)
+
+
+def test_flower_opens_no_second_port_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API"):
+        monkeypatch.setenv(name, "1")
+    made = flower_environment(tmp_path)
+    assert not [name for name in made if name.startswith("FLWR_INTERNAL_GRPC")]
+    assert made["FLWR_HOME"] == str(tmp_path)

@@ -21,7 +21,7 @@ from coterie.data.settings import ClientFiles, DatasetEntry, DataSettings
 from coterie.data.sources import Dataset
 from coterie.data.sources.folder import read_folder
 from coterie.ops.streams import stream_seed
-from coterie.types import ClientInfo, CoterieError, Json
+from coterie.types import ClientInfo, DataError, Json
 
 T = TypeVar("T")
 Loaded = tuple[list[tuple[ClientData, list[Table]]], dict[str, Json]]  # clients with their files; for the manifest
@@ -41,7 +41,7 @@ class _Example:
 def load_federation(settings: DataSettings, kind: Kind, seed: int, root: Path) -> Federation:
     """The clients that ``settings`` describe. Relative paths start at ``root``, the folder of the config file.
 
-    Raises :class:`CoterieError` that names the file and line, or the client, and says what to change.
+    Raises :class:`DataError` that names the file and line, or the client, and says what to change.
     """
     clients, about = (_split if settings.datasets else _own_files)(settings, kind, seed, root)
     _check_ids([client.info.id for client, _ in clients])
@@ -69,19 +69,17 @@ def _tables(files: ClientFiles, root: Path) -> Dataset:
     paths = {split: getattr(files, split) for split in SPLITS}
     try:
         return Dataset(files.id, {split: read_table((root / p).resolve(), split) for split, p in paths.items() if p})
-    except CoterieError as fault:
-        raise CoterieError(f"client {files.id}: {fault}") from fault
+    except DataError as fault:
+        raise DataError(f"client {files.id}: {fault}") from fault
 
 
 def _client_folders(settings: DataSettings, root: Path) -> list[tuple[ClientFiles, Dataset]]:
     path = (root / str(settings.folder)).resolve()
     if not path.is_dir():
-        raise CoterieError(f"{path}: no such folder; data.folder holds one folder per client")
+        raise DataError(f"{path}: no such folder; data.folder holds one folder per client")
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
-        raise CoterieError(
-            f"{path}: no folders; data.folder holds one folder per client, with a file train.jsonl in it"
-        )
+        raise DataError(f"{path}: no folders; data.folder holds one folder per client, with a file train.jsonl in it")
     return [(ClientFiles(id=folder.name, train=""), read_folder(folder)) for folder in folders]
 
 
@@ -116,11 +114,11 @@ def _datasets(settings: DataSettings, root: Path) -> list[tuple[DatasetEntry, Da
         entry = DatasetEntry(source=given) if isinstance(given, str) else given
         loaded = sources.load(entry.source, root, entry.columns or settings.columns)
         if entry.name and len(loaded) > 1:
-            raise CoterieError(f"{entry.source!r} is {len(loaded)} datasets; to name them, list them one by one")
+            raise DataError(f"{entry.source!r} is {len(loaded)} datasets; to name them, list them one by one")
         found += [(entry, replace(dataset, name=entry.name or dataset.name)) for dataset in loaded]
     twice = [name for name, count in Counter(dataset.name for _, dataset in found).items() if count > 1]
     if twice:
-        raise CoterieError(f"two datasets are called {twice[0]!r}; give one another name in data.datasets")
+        raise DataError(f"two datasets are called {twice[0]!r}; give one another name in data.datasets")
     _check_files(dataset for _, dataset in found)
     return found
 
@@ -156,14 +154,14 @@ def _cut(share: Share, pool: Mapping[str, Sequence[_Example]], own_labels: bool)
     spaces = {example.labels: example.dataset for found in examples.values() for example in found}
     rows = {split: tuple(example.row for example in found) for split, found in examples.items()}
     if len(spaces) > 1 and any(isinstance(row, TextRow) for found in rows.values() for row in found):
-        raise CoterieError(
+        raise DataError(
             f"client {share.id} would mix datasets of different labels ({', '.join(spaces.values())}); "
             "set data.partition.name to by_dataset"
         )
     names = next(iter(spaces)) if len(spaces) == 1 else None  # rows to choose for bring their candidates along
     if own_labels:
         if names is None:
-            raise CoterieError(
+            raise DataError(
                 f"data.partition.own_labels: the rows of client {share.id} have no labels in common to choose from; "
                 "leave it out"
             )
@@ -179,7 +177,7 @@ def _reindexed(
     occur = sorted({label for found in rows.values() for row in found if (label := label_of(row)) is not None})
     index = {label: i for i, label in enumerate(occur)}
     if len(occur) < 2 and any(isinstance(row, ChoiceRow) for found in rows.values() for row in found):
-        raise CoterieError(
+        raise DataError(
             f"client {client} has rows of one label alone, {names[occur[0]]}, and so nothing to choose between; leave "
             "data.partition.own_labels out"
         )
@@ -208,7 +206,7 @@ def _complete(splits: Mapping[str, Sequence[T]], settings: DataSettings, seed: i
             done[split] = [rows[i] for i in np.sort(order[start:end])]
             start = end
     if start >= len(rows):
-        raise CoterieError(
+        raise DataError(
             f"{of}: {len(rows)} training row(s) are too few to cut other splits from; give files for validation and "
             "test, or set data.validation_fraction and data.test_fraction to 0"
         )
@@ -220,9 +218,7 @@ def _choose(split: str, rows: Sequence[Row], settings: DataSettings, seed: int, 
     """As many rows as ``data.<split>_rows`` asks for, at random."""
     asked = _asked(settings, split)
     if asked > len(rows):
-        raise CoterieError(
-            f"client {client} has {len(rows)} {split} rows, {asked} are asked for; lower data.{split}_rows"
-        )
+        raise DataError(f"client {client} has {len(rows)} {split} rows, {asked} are asked for; lower data.{split}_rows")
     order = np.random.default_rng(stream_seed(seed, "choose", client, split)).permutation(len(rows))
     return tuple(rows[i] for i in np.sort(order[: asked or len(rows)]))
 
@@ -243,18 +239,18 @@ def _client(
 def _check_ids(ids: Sequence[str]) -> None:
     for name in ids:
         if not SAFE_ID.fullmatch(name):
-            raise CoterieError(
+            raise DataError(
                 f"the client id {name!r} cannot name a folder; use letters, digits, '.', '_' and '-', at most 100, "
                 "and begin with a letter or digit"
             )
     lower = [name.lower() for name in ids]  # some file systems do not tell a from A
     twice = sorted(name for name in ids if lower.count(name.lower()) > 1)
     if twice:
-        raise CoterieError(f"two clients are called {listing(twice)}; ids are unique, capital letters aside")
+        raise DataError(f"two clients are called {listing(twice)}; ids are unique, capital letters aside")
 
 
 def _check_files(datasets: Iterable[Dataset]) -> None:
-    """Raises :class:`CoterieError` where two splits, or two clients' training rows, are the same file or a copy of it.
+    """Raises :class:`DataError` where two splits, or two clients' training rows, are the same file or a copy of it.
 
     Clients may be tested on the same rows.
     """
@@ -263,7 +259,7 @@ def _check_files(datasets: Iterable[Dataset]) -> None:
         other, source = seen.setdefault(table.sha256, (split, table.source))
         if source is not table.source and (split != other or split == "train"):
             what = "is given twice" if source == table.source else f"holds the same rows as {source}"
-            raise CoterieError(f"{table.source} {what}; splits never share rows, nor do clients to train on")
+            raise DataError(f"{table.source} {what}; splits never share rows, nor do clients to train on")
 
 
 def _about(dataset: Dataset, root: Path) -> Json:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from coterie.types import CoterieError, Json
+from coterie.types import DataError, Json
 
 Record = dict[str, Json]
 
@@ -47,17 +47,17 @@ def table_of(source: str, records: Sequence[Record]) -> Table:
 
 
 def read_table(path: Path, split: str = "train") -> Table:
-    """The rows of a split's file. Raises :class:`CoterieError`: no such file, unknown ending, unreadable, no rows."""
+    """The rows of a split's file. Raises :class:`DataError`: no such file, unknown ending, unreadable, no rows."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise CoterieError(f"{path}: unknown file type; the types are {', '.join(READERS)}")
+        raise DataError(f"{path}: unknown file type; the types are {', '.join(READERS)}")
     if not path.is_file():
-        raise CoterieError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file")
     content = path.read_bytes()
     records, lines = reader(path, content)
     if not records:
         more = ", or leave the file out" if split != "train" else ""
-        raise CoterieError(f"{path}: no rows; give it some{more}")
+        raise DataError(f"{path}: no rows; give it some{more}")
     return Table(str(path), records, hashlib.sha256(content).hexdigest(), lines)
 
 
@@ -66,7 +66,7 @@ def _text(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         line = content.count(b"\n", 0, fault.start) + 1
-        raise CoterieError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from fault
+        raise DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from fault
 
 
 def _jsonl(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
@@ -77,9 +77,9 @@ def _jsonl(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as fault:
-            raise CoterieError(f"{path}:{number}: not a line of JSON: {fault.msg} (column {fault.colno})") from fault
+            raise DataError(f"{path}:{number}: not a line of JSON: {fault.msg} (column {fault.colno})") from fault
         if not isinstance(record, dict):
-            raise CoterieError(f'{path}:{number}: a row is a JSON object such as {{"text": "..."}}, not {line[:40]}')
+            raise DataError(f'{path}:{number}: a row is a JSON object such as {{"text": "..."}}, not {line[:40]}')
         records.append(record)
         lines.append(number)
     return records, lines
@@ -96,14 +96,14 @@ def _csv(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
                 header = fields
             elif fields and header is not None:
                 if len(fields) > len(header):
-                    raise CoterieError(
+                    raise DataError(
                         f"{path}:{start}: {len(fields)} fields for {len(header)} columns; is a comma unquoted?"
                     )
                 records.append(dict(zip(header, fields, strict=False)))
                 lines.append(start)
             start = reader.line_num + 1
     except csv.Error as fault:
-        raise CoterieError(f"{path}:{start}: not a line of CSV: {fault}") from fault
+        raise DataError(f"{path}:{start}: not a line of CSV: {fault}") from fault
     return records, lines
 
 
@@ -111,7 +111,7 @@ def _parquet(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist(), []
     except pyarrow.ArrowException as fault:
-        raise CoterieError(f"{path}: not a Parquet file: {fault}") from fault
+        raise DataError(f"{path}: not a Parquet file: {fault}") from fault
 
 
 READERS: dict[str, Callable[[Path, bytes], tuple[list[Record], list[int]]]] = {

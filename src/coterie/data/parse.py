@@ -10,7 +10,7 @@ from coterie.data.files import Table
 from coterie.data.rows import ChoiceRow, Kind, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
-from coterie.types import CoterieError, Json
+from coterie.types import DataError, Json
 
 TEXT_PAIR = "text_pair"
 CHOICES = "choices"
@@ -24,7 +24,7 @@ def parse(
     Without ``labels`` the names are those of the training rows, sorted; other rows have no others. With them, a label
     is one of the names, or, where no name is itself a number, an index into them. The candidates of multiple choice
     are those of the column ``choices``, and the label names where there is no such column; where not all rows have
-    the same, there are no label names. Raises :class:`CoterieError` that names the file and line.
+    the same, there are no label names. Raises :class:`DataError` that names the file and line.
     """
     _check_template(columns, kind)
     if kind == "generation":
@@ -34,11 +34,11 @@ def parse(
         return dict(found), _in_common(found.values())
     names = tuple(labels) if labels is not None else _trained_labels(tables, columns)
     if len(set(names)) < len(names):
-        raise CoterieError(f"a label is listed twice in {listing(names)}; label names are unique")
+        raise DataError(f"a label is listed twice in {listing(names)}; label names are unique")
     if kind == "classification":
         return {split: tuple(_text_rows(table, columns, names)) for split, table in tables.items()}, names
     if len(names) < 2 or not all(name.strip() for name in names):
-        raise CoterieError(
+        raise DataError(
             f"{next(iter(tables.values())).source}: the candidates are the label names, two or more and none of them "
             f"empty, not {listing(list(map(repr, names)))}; name them in data.labels, or give the rows choices"
         )
@@ -57,7 +57,7 @@ def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str,
     for table in tables.values():
         for row, value in _column(table, columns, "label"):
             if (label := _label(value, table.where(row))) not in names:
-                raise CoterieError(
+                raise DataError(
                     f"{table.where(row)}: no training row has the label {label!r}, they have {listing(names)}; "
                     "correct it, or list all labels in data.labels"
                 )
@@ -85,7 +85,7 @@ def _labels(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[in
     for row, value in _column(table, columns, "label"):
         label = _label(value, table.where(row))
         if label not in index:
-            raise CoterieError(f"{table.where(row)}: the label {label!r} is none of {listing(names)}")
+            raise DataError(f"{table.where(row)}: the label {label!r} is none of {listing(names)}")
         yield index[label]
 
 
@@ -121,16 +121,16 @@ def _candidates(value: Json, where: str, column: str) -> tuple[str, ...]:
         with suppress(json.JSONDecodeError):  # no list, as the next lines say
             value = json.loads(value)
     if not isinstance(value, list):
-        raise CoterieError(f'{where}: {column} is {value!r}, not a list of texts such as ["yes", "no"]')
+        raise DataError(f'{where}: {column} is {value!r}, not a list of texts such as ["yes", "no"]')
     for i, choice in enumerate(value):
         if not isinstance(choice, str):
-            raise CoterieError(f"{where}: {column}[{i}] is {choice!r}, not text")
+            raise DataError(f"{where}: {column}[{i}] is {choice!r}, not text")
         if not choice.strip():
-            raise CoterieError(f"{where}: {column}[{i}] is empty; every candidate has a text")
+            raise DataError(f"{where}: {column}[{i}] is empty; every candidate has a text")
     if len(value) < 2:
-        raise CoterieError(f"{where}: {column} holds {len(value)} candidate(s); there is a choice between two or more")
+        raise DataError(f"{where}: {column} holds {len(value)} candidate(s); there is a choice between two or more")
     if len({choice.strip() for choice in value}) < len(value):
-        raise CoterieError(f"{where}: a candidate is listed twice in {column}, {listing(value)}")
+        raise DataError(f"{where}: a candidate is listed twice in {column}, {listing(value)}")
     return tuple(value)
 
 
@@ -146,9 +146,9 @@ def _answer(value: Json, choices: Sequence[str], names: Sequence[str], where: st
     elif _is_integer(label) and (numbered or not any(map(_is_integer, texts))):
         found = int(label)
     else:
-        raise CoterieError(f"{where}: the label {label!r} is none of the candidates {listing(texts)}")
+        raise DataError(f"{where}: the label {label!r} is none of the candidates {listing(texts)}")
     if not 0 <= found < len(choices):
-        raise CoterieError(f"{where}: the label {label} is no place among {len(choices)} candidates; 0 is the first")
+        raise DataError(f"{where}: the label {label} is no place among {len(choices)} candidates; 0 is the first")
     return found
 
 
@@ -159,16 +159,14 @@ def _in_common(splits: Iterable[Sequence[ChoiceRow]]) -> tuple[str, ...] | None:
 
 
 def _check_template(columns: Columns, kind: Kind) -> None:
-    """Raises :class:`CoterieError` for a template where there is no prompt, and for one that gives the answer away."""
+    """Raises :class:`DataError` for a template where there is no prompt, and for one that gives the answer away."""
     if columns.template is None:
         return
     if kind == "classification":
-        raise CoterieError("data.columns.template makes a prompt, and task.kind is classification; leave it out")
+        raise DataError("data.columns.template makes a prompt, and task.kind is classification; leave it out")
     answer = columns.completion if kind == "generation" else columns.label
     if answer in columns_of(columns.template):
-        raise CoterieError(
-            f"data.columns.template has {{{answer}}}: the answer would stand in the prompt; leave it out"
-        )
+        raise DataError(f"data.columns.template has {{{answer}}}: the answer would stand in the prompt; leave it out")
 
 
 def _prompts(table: Table, columns: Columns) -> list[str]:
@@ -179,7 +177,7 @@ def _prompts(table: Table, columns: Columns) -> list[str]:
     for name in names:
         if name not in table.columns:
             known = listing(table.columns) or "none"
-            raise CoterieError(f"{table.source}: no column {name!r} for data.columns.template; its columns are {known}")
+            raise DataError(f"{table.source}: no column {name!r} for data.columns.template; its columns are {known}")
     filled = [[_plain(value, table.where(row), name) for row, value in _values(table, name)] for name in names]
     return [fill(columns.template, dict(zip(names, values, strict=True))) for values in zip(*filled, strict=True)]
 
@@ -190,7 +188,7 @@ def _column(table: Table, columns: Columns, role: str) -> Iterable[tuple[int, Js
     if name not in table.columns:
         known = listing(table.columns) or "none"
         fix = f"Set data.columns.{role}" + (", or data.columns.template" if role == "prompt" else "")
-        raise CoterieError(f"{table.source}: no column {name!r}; its columns are {known}. {fix}")
+        raise DataError(f"{table.source}: no column {name!r}; its columns are {known}. {fix}")
     return _values(table, name)
 
 
@@ -199,7 +197,7 @@ def _values(table: Table, name: str) -> Iterable[tuple[int, Json]]:
     for row, record in enumerate(table.records):
         value = record.get(name)
         if value is None or (isinstance(value, str) and not value.strip()):
-            raise CoterieError(f"{table.where(row)}: the row has no {name}")
+            raise DataError(f"{table.where(row)}: the row has no {name}")
         yield row, value
 
 
@@ -213,14 +211,14 @@ def _pairs(table: Table, columns: Columns) -> Sequence[str | None]:
 
 def _string(value: Json, where: str, column: str) -> str:
     if not isinstance(value, str):
-        raise CoterieError(f"{where}: {column} is {value!r}, not text")
+        raise DataError(f"{where}: {column} is {value!r}, not text")
     return value
 
 
 def _plain(value: Json, where: str, column: str) -> str:
     """Text as it is, a number in digits."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise CoterieError(f"{where}: {column} is {value!r}, neither text nor a number; the template has no use for it")
+        raise DataError(f"{where}: {column} is {value!r}, neither text nor a number; the template has no use for it")
     return str(value)
 
 
@@ -231,7 +229,7 @@ def _label(value: Json, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int):
-        raise CoterieError(f"{where}: the label {value!r} is neither text nor an integer")
+        raise DataError(f"{where}: the label {value!r} is neither text nor an integer")
     return str(value).strip()
 
 

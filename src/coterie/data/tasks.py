@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from coterie.data.parse import listing
 from coterie.data.rows import ChoiceRow, Kind, PromptRow, Row, TextRow
-from coterie.types import CoterieError
+from coterie.types import DataError
 
 IGNORE = -100  # the label of a token that does not count
 
@@ -102,7 +102,7 @@ class Generation:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         completion = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end)
         if not completion:
-            raise CoterieError(f"the completion {text!r} has no token")
+            raise DataError(f"the completion {text!r} has no token")
         return completion[: self.max_length - 1]
 
     def prompt_ids(self, row: PromptRow) -> list[int]:
@@ -155,7 +155,7 @@ class MultipleChoice:
         assert isinstance(row, ChoiceRow)
         choices = tuple(map(self._completion_ids, row.choices))
         if len(set(choices)) < len(choices):
-            raise CoterieError(
+            raise DataError(
                 f"two candidates have the same tokens, of {listing(row.choices)}: of those that are longer, the first "
                 f"{self.max_length - 1} count; raise [model] max_length"
             )

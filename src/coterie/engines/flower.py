@@ -34,11 +34,12 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from coterie.engines.parcel import KINDS, BrokenParcelError, Parcel, hand_over, head_of
+from coterie.engines.parcel import KINDS, BrokenParcelError, GoneError, Parcel, hand_over, head_of
 
 Answer = Callable[[Parcel], Parcel]
 _FOR_SITES = ("/v1/fleet/", "/health")
 _WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
+_WORKER_DEATHS = 3  # of one message: it may have been ended by something else
 _LEND_SECONDS = 30.0  # in which Flower has its Grid ready; Ray starts after that
 _LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is told to end
 _RAY_ENVIRONMENT = {  # of a Ray that is started here
@@ -175,8 +176,11 @@ def client_app_of(answer: Callable[[Parcel, Context, float], Parcel]) -> ClientA
 
 
 def _to_worker(parcel: Parcel, context: Context, left: float) -> Parcel:
-    """The worker's answer; asks again for as long as there is time, as a worker that died is started again."""
-    path = str(context.node_config.get("socket", ""))
+    """The worker's answer; asks again for as long as there is time, as a worker that died is started again.
+
+    A worker that died of this very message is handed it three times.
+    """
+    deaths, path = 0, str(context.node_config.get("socket", ""))
     end = time.monotonic() + min(left, float(parcel.head.get("patience", left)))
     while True:
         try:
@@ -188,6 +192,9 @@ def _to_worker(parcel: Parcel, context: Context, left: float) -> Parcel:
         except BrokenParcelError as fault:
             return Parcel({"error": f"the worker's answer cannot be read: {fault}"})
         except OSError as fault:
+            deaths += isinstance(fault, GoneError)
+            if deaths == _WORKER_DEATHS:
+                return Parcel({"error": "the site's worker died of this message; see site.log there"})
             if time.monotonic() + _WORKER_PAUSE > end:
                 return Parcel({"error": f"the site's worker cannot be reached ({fault.strerror or fault})"})
             time.sleep(_WORKER_PAUSE)

@@ -163,6 +163,8 @@ class FlowerSimEngine:
         head = {**self.head, "kind": kind, "round": rnd, **ask}
         to = [(self._nodes[c], kind, Parcel({**head, "client": c}, blobs[c])) for c in order]
         tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))
+        if None in tickets:
+            raise CoterieError(f"Flower did not take the message of {tickets[None]}; go on with --resume")
         come: dict[ClientId, Parcel] = {}
         for client in order:
             while client not in come:

@@ -106,6 +106,7 @@ class LocalEngine:
     auto: AutoSize | None = None  # decides on ``together``
     more: tuple[Workplace, ...] = ()  # on further devices
     optim: Optim = field(default_factory=Optim)  # how clients mostly train: for what their training costs
+    said: Callable[[Exception], str] = str  # a fault in a delivery's words; a site keeps what is its own out of them
 
     @property
     def spec(self) -> BaseSpec:
@@ -301,7 +302,7 @@ class LocalEngine:
         client = start.client.info.id
         if isinstance(result, Exception):
             memory = isinstance(result, torch.OutOfMemoryError)
-            error = f"client {client}: out of memory; lower [train] batch_size" if memory else str(result)
+            error = f"client {client}: out of memory; lower [train] batch_size" if memory else self.said(result)
             return Ended(client, Delivery(None, error, start.bytes_down, 0, 0.0), [])
         up = codec.encode(result.reply)
         saves = [partial(self.store.save, client, rnd, result.personal)]

@@ -31,6 +31,10 @@ class BrokenParcelError(ValueError):
     """What came is no parcel."""
 
 
+class GoneError(ConnectionError):
+    """The other side had all of the parcel, and went away before it answered."""
+
+
 def head_of(text: str) -> dict[str, Any]:
     """The head that ``text`` is the JSON of. Raises :class:`BrokenParcelError`."""
     try:
@@ -94,7 +98,8 @@ def user_of(peer: socket.socket) -> int:
 def hand_over(path: str, parcel: Parcel, seconds: float) -> Parcel:
     """Hand ``parcel`` to the worker that listens at ``path`` and return its answer.
 
-    Raises :class:`OSError` (:class:`TimeoutError` after ``seconds``) and :class:`BrokenParcelError`.
+    Raises :class:`OSError` (:class:`TimeoutError` after ``seconds``, :class:`GoneError` where the worker died of it)
+    and :class:`BrokenParcelError`.
     """
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(seconds)
@@ -102,4 +107,7 @@ def hand_over(path: str, parcel: Parcel, seconds: float) -> Parcel:
         if user_of(link) != os.getuid():
             raise PermissionError(13, "another user listens there", path)
         send(link, parcel)
-        return receive(link)
+        try:
+            return receive(link)
+        except ConnectionError as fault:
+            raise GoneError(*fault.args) from fault

@@ -57,7 +57,7 @@ class Deal:
 
     ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
     starts of the run's server, so that a site can tell a message of a server that is gone. ``closed``: the run has
-    begun, and its ``sites`` are all that it can have.
+    begun, and its ``sites`` are all that it can have, for this reason; "" while it is open.
     """
 
     run: str
@@ -65,7 +65,7 @@ class Deal:
     terms_hash: str
     attempt: int = 1
     sites: tuple[ClientId, ...] = ()
-    closed: bool = False
+    closed: str = ""
     keys: Mapping[str, ClientId] = field(default_factory=dict)
     deadline: float = 3600.0
     greeting: float = 60.0
@@ -112,6 +112,7 @@ class RemoteEngine:
     _refused: dict[int, str] = field(default_factory=dict)  # node: why
     _late: dict[str, _Sent] = field(default_factory=dict)
     _missed: set[ClientId] = field(default_factory=set)  # given up, and not back since
+    _settled: set[ClientId] | None = None  # before the run begins, those that it began with earlier
 
     # what the runner asks ---------------------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class RemoteEngine:
 
     def prune(self, rnd: int) -> None:
         """The next messages tell the sites which states no checkpoint needs any more."""
-        self.keep = rnd
+        self.keep = max(0, rnd)
 
     def close(self) -> None:
         """Nothing: who started the sites ends them."""
@@ -180,6 +181,7 @@ class RemoteEngine:
         Raises :class:`CoterieError` that names those who are missing.
         """
         end = self.clock() + wait
+        self._settled = set(self.known)
         wanted = set(self.deal.sites)
         while True:
             self._greet()
@@ -195,6 +197,9 @@ class RemoteEngine:
                     "`coterie join` runs there, or lower [federation] at_least"
                 )
             self.sleep(self.transport.pause)
+        for client in self.known.keys() - self._settled - self._nodes.keys():  # gone again before it began
+            del self.known[client]
+        self._settled = None
         self._check_bases()
 
     def _check_bases(self) -> None:
@@ -248,23 +253,33 @@ class RemoteEngine:
         if fault := site_fault(hello.info, hello.spec):
             return f"{client} cannot be what it says: {fault}"
         if deal.closed and client not in deal.sites:
-            return f'{client} was not there at the start, and with [task] head = "shared" nobody can join later'
+            return f"{client} was not there at the start, and {deal.closed}"
         if deal.sites and client not in deal.sites:
             return f"{client} is not among [federation] sites"
         if deal.keys and deal.keys.get(key) != client:
             return f"the node says that it is {client}, and its key is {deal.keys.get(key, 'unknown')}'s"
         if hello.terms != deal.terms_hash:
             return f"{client} understood other terms than were sent; install the same version of coterie there"
-        if client in self.known and hello.info != self.known[client].info:
+        known = self._bound_by(client)
+        if client in known and hello.info != known[client].info:
             return f"the rows or labels of {client} are not those that it began with; restore them, or start a new run"
-        bases = {h.base for h in self.known.values()} | ({deal.base} if deal.base else set())
+        bases = {h.base: f" as {c}" for c, h in sorted(known.items(), reverse=True)}
+        bases = {deal.base: ""} if deal.base else bases
         if bases and hello.base not in bases:
+            wanted, whose = min(bases.items())
             return (
-                f"{client} holds another base ({hello.base[:12]}, not {min(bases)[:12]}); give it the same model files"
+                f"{client} holds another base ({hello.base[:12]}, not {wanted[:12]}{whose}); give both the same model "
+                "files, and start `coterie join` again where they were wrong"
             )
-        if self.known and hello.spec != self.spec:
+        if known and hello.spec != next(iter(known.values())).spec:
             return f"the base of {client} has other targets"
         return None
+
+    def _bound_by(self, client: ClientId) -> dict[ClientId, Hello]:
+        """What a hello of ``client`` has to agree with. Before the run begins it may take back what it said itself,
+        and who has gone again counts no more."""
+        settled = self.known.keys() if self._settled is None else self._settled
+        return {c: h for c, h in self.known.items() if c in settled or (c != client and c in self._nodes)}
 
     # parcels ----------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import ClientId, CoterieError, Kept, Key, Personal, Tensors
+from coterie.types import ClientId, Kept, Key, Personal, PrivateError, Tensors
 
 T = TypeVar("T")
 
@@ -134,4 +134,4 @@ def _decoded(kind: type[T], path: Path, advice: str = "restore it, or start a ne
     try:
         return codec.decode(kind, path.read_bytes())
     except codec.CodecError as fault:
-        raise CoterieError(f"{path} is damaged, or of another version ({fault}); {advice}") from fault
+        raise PrivateError(f"{path} is damaged, or of another version ({fault}); {advice}") from fault

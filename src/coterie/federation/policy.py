@@ -9,7 +9,20 @@ from coterie.config import Config
 from coterie.deployment import Policy
 from coterie.engines.compute import LocalCompute
 from coterie.run_folder import plain
-from coterie.types import CoterieError, Json, Observe, Observed, Optim, Reply, Score, Scored, Train, Trained
+from coterie.types import (
+    CoterieError,
+    Instruction,
+    Json,
+    Observe,
+    Observed,
+    Optim,
+    Part,
+    Reply,
+    Score,
+    Scored,
+    Train,
+    Trained,
+)
 
 _USAGE = ("importance", "use")  # what a reply of SmartFed says of the experts, beside its tensors
 
@@ -21,6 +34,7 @@ def check_policy(policy: Policy, config: Config) -> None:
         raise CoterieError(f"this site does not run {name}, only {', '.join(policy.methods)} ([policy] methods)")
     for what, asked, most in (
         ("rank", config.lora.rank, policy.max_rank),
+        ("rank", config.method.get("fresh_rank", 0), policy.max_rank),  # SmartFed's expert beside the pool
         ("rounds", config.run.rounds, policy.max_rounds),
     ):
         if asked > most:
@@ -32,6 +46,15 @@ def check_policy(policy: Policy, config: Config) -> None:
             found = found.get(part) if isinstance(found, dict) else None
         if found not in (wanted if isinstance(wanted, list) else [wanted]):
             raise CoterieError(f"this site wants {key} = {wanted!r}, the run has {found!r} ([policy] settings)")
+
+
+def check_ranks(policy: Policy, ins: Instruction) -> None:
+    """Raises :class:`CoterieError` where an expert that was sent, or an adapter of a pool, has too high a rank."""
+    for key, value in ins.tensors.items():
+        if key.part in (Part.A, Part.B):
+            rank = value.shape[0 if key.part is Part.A else 1] if value.ndim == 2 else math.inf
+            if rank > policy.max_rank:
+                raise CoterieError(f"{key} has rank {rank}, this site allows {policy.max_rank} ([policy] max_rank)")
 
 
 def check_upload(policy: Policy, reply: Reply) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
+_NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")  # open ports without our guard
+
 
 def flower_environment(home: Path) -> dict[str, str]:
     """The environment of Flower's programs: a home of their own, nothing told or asked outside, ours on the path."""
@@ -26,7 +28,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    return {**os.environ, **ours}
+    return {**{name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}, **ours}
 
 
 def start(args: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:

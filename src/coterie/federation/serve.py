@@ -47,6 +47,8 @@ def serve(
     if keys is not None:
         check_server_keys(keys)
     settings = config.federation
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)  # every site's tensors pass through it
     link = SuperLink((folder / _HOME).resolve(), settings.host, settings.port, keys, superlink)
     with ExitStack() as stack:
         stack.enter_context(held(folder / _HOME))

@@ -30,6 +30,8 @@ from coterie.runner import Runner
 from coterie.types import ClientId, CoterieError, Json
 
 _KNOWN = "sites.safetensors"
+# A shared head is averaged over the sites that the method's state holds for it, and these are set when it starts.
+_SHARED = 'with [task] head = "shared" nobody can join later'
 _LAST_SECONDS = 5.0  # for Flower's own way out
 _LOCK_SECONDS = 90.0  # for which the server of an earlier attempt may still be on its way out
 
@@ -74,10 +76,11 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     set_threads(config)
     method = method_named(config.method["name"])(config.method_settings().located(root), config.plan())
     deal = deal_of(config, json.loads((folder / DEAL).read_text(encoding="utf-8")))
-    known = _read_known(folder / _KNOWN)
-    shared = config.task.head == "shared"
-    if shared and newest_round(folder / "checkpoints"):
-        deal = _closed(deal, known)
+    begun = newest_round(folder / "checkpoints") is not None
+    known = _read_known(folder / _KNOWN) if begun else {}
+    closed = method.newcomers or (_SHARED if config.task.head == "shared" else "")
+    if closed and begun:
+        deal = _closed(deal, known, closed)
 
     def note(event: dict[str, Json]) -> None:
         journal(event)
@@ -87,8 +90,9 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     engine = RemoteEngine(transport, deal, note, known)
     journal({"event": "attempt", "attempt": deal.attempt, "sites": list(deal.sites)})
     engine.gather(config.federation.at_least, config.federation.wait)
-    if shared:
-        engine.deal = replace(engine.deal, sites=tuple(c.id for c in engine.clients), closed=True)
+    if closed:
+        engine.deal = replace(engine.deal, sites=tuple(c.id for c in engine.clients), closed=closed)
+    _write_known(folder, engine, config)
     method.init(engine.spec, engine.clients)
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
@@ -103,17 +107,13 @@ def write_sites(folder: Path) -> None:
     write_json(folder / SITES, table_of(status_of(read_journal(folder))))
 
 
-def _closed(deal: Deal, members: Collection[ClientId]) -> Deal:
-    """The deal of a run that nobody can join any more but ``members``: those that it has shared heads for.
-
-    A shared head is averaged over the sites that the method's state holds for it, and these are set when it starts.
-    """
+def _closed(deal: Deal, members: Collection[ClientId], why: str) -> Deal:
+    """The deal of a run that nobody can join any more but ``members``: those that it began with."""
     if new := sorted({*deal.sites} - {*members}):
         raise CoterieError(
-            f'{", ".join(new)} cannot join now: with [task] head = "shared" all sites have to be there at the start; '
-            "take the new ones out of [federation] sites, or start a new run"
+            f"{', '.join(new)} cannot join now: {why}; take the new ones out of [federation] sites, or start a new run"
         )
-    return replace(deal, sites=tuple(sorted({*members} & {*(deal.sites or members)})), closed=True)
+    return replace(deal, sites=tuple(sorted({*members} & {*(deal.sites or members)})), closed=why)
 
 
 def deal_of(config: Config, found: Mapping[str, Json]) -> Deal:

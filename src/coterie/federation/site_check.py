@@ -104,4 +104,9 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     except CoterieError as fault:
         yield Check("model", str(fault), False, "mend [model], or ask which model the federation uses")
         return
+    try:
+        for split in (split for split, rows in client.splits.items() if rows):
+            engine.place.prepare(client, split)
+    except CoterieError as fault:
+        yield Check("rows", str(fault), False, "mend the row, or [model]")
     yield Check("model", f"{len(engine.spec.targets)} targets, SHA-256 {base}")

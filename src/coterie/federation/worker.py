@@ -15,7 +15,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 from coterie import codec
 from coterie.config import Config, load_site
 from coterie.data.federation import SAFE_ID, load_federation
-from coterie.data.rows import Federation
+from coterie.data.rows import SPLITS, Federation
 from coterie.deployment import SiteSettings
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
@@ -33,13 +34,13 @@ from coterie.engines.parcel import BrokenParcelError, Parcel, listening, receive
 from coterie.engines.remote import Hello
 from coterie.export import write_bundle
 from coterie.federate import set_threads
-from coterie.federation.policy import BoundedCompute, check_policy, check_upload, without_usage
+from coterie.federation.policy import BoundedCompute, check_policy, check_ranks, check_upload, without_usage
 from coterie.federation.terms import config_at, hash_of
 from coterie.files import write_json
 from coterie.machine import environment
 from coterie.method import Method, method_named
 from coterie.nn.base import resolve
-from coterie.types import CoterieError, Instruction, Json
+from coterie.types import CoterieError, DataError, Instruction, Json, PrivateError
 
 log = logging.getLogger("coterie.site")
 _LOG_BYTES, _LOG_FILES = 5_000_000, 3
@@ -76,7 +77,7 @@ class Worker:
         try:
             made = self._answer(kind, parcel)
         except (CoterieError, codec.CodecError) as fault:
-            made = Parcel({"error": str(fault)})
+            made = Parcel({"error": told(fault)})
         seconds = time.perf_counter() - started
         log.info(
             "%s of round %s: %s, %d bytes in, %d out, %.1f s",
@@ -99,12 +100,15 @@ class Worker:
         if head["client"] != self.site.site.id:
             raise CoterieError(f"this is {self.site.site.id}, the message is for {head['client']}")
         answers = {"train": self._train, "evaluate": self._evaluate, "query.bank": self._bank}
-        return answers[kind](run, head, codec.decode(Instruction, parcel.blob))
+        ins = codec.decode(Instruction, parcel.blob)
+        check_ranks(self.site.policy, ins)
+        return answers[kind](run, head, ins)
 
     # one answer per kind ----------------------------------------------------------------------------------------------
 
     def _hello(self, run: _Open, head: Mapping[str, Json]) -> Parcel:
-        base = fingerprint(resolve(run.config.model.path, self.root), self.state / "base.json")
+        with _model_told():
+            base = fingerprint(resolve(run.config.model.path, self.root), self.state / "base.json")
         versions = environment()["versions"]
         (info,) = run.engine.clients
         return Parcel({}, codec.encode(Hello(info, run.engine.spec, hash_of(head["terms"]), base, versions)))
@@ -123,10 +127,10 @@ class Worker:
     def _evaluate(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
         if not self.site.policy.upload_metrics:
             raise CoterieError("this site sends no metrics ([policy] upload_metrics)")
-        splits, usage = tuple(map(str, head.get("splits", ()))), bool(head.get("usage"))
+        splits, usage = tuple(head.get("splits", ())), bool(head.get("usage"))
         usage = usage and self.site.policy.upload_usage
         found = dict(run.engine.evaluate(run.method, {self.site.site.id: ins}, head["round"], splits, usage))
-        return Parcel({}, codec.encode(found[self.site.site.id]))
+        return Parcel({}, codec.encode(replace(found[self.site.site.id], note=None)))
 
     def _bank(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
         """Write this site's own experts to its own disk; send them only where the policy says so."""
@@ -161,22 +165,49 @@ class Worker:
         config = config_at(self.site, head["terms"])
         check_policy(self.site.policy, config)
         set_threads(config)
+        federation = self.federation(config)
         method = method_named(config.method["name"])(config.method_settings().located(self.root), config.plan())
         folder = self.state / str(head["run"])
-        engine = local.make(config, self.federation(config), folder, self.root, self.cache)
+        with _model_told():
+            engine = local.make(config, federation, folder, self.root, self.cache)
         bound = self.site.policy.max_steps
         while len(self.cache) > 1:  # the base of an earlier run with other terms
             self.cache.pop(next(iter(self.cache)))
-        engine = replace(engine, guard=lambda compute: BoundedCompute(compute, bound))
+        engine = replace(engine, guard=lambda compute: BoundedCompute(compute, bound), said=told)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return _Open(config, method, engine, folder)
 
     def federation(self, config: Config) -> Federation:
-        """This site's rows. What is wrong with a file is said without quoting it."""
-        return load_federation(config.data, config.task.kind, config.run.seed, self.root)
+        """This site's rows. Raises :class:`DataError`, whose text may quote them: for ``coterie site check`` alone."""
+        try:
+            return load_federation(config.data, config.task.kind, config.run.seed, self.root)
+        except OSError as fault:
+            raise DataError(f"{fault.filename}: {fault.strerror}") from fault
+
+
+class _ModelError(PrivateError):
+    told = "this site cannot load its model; `coterie site check` there says why"
+
+
+@contextmanager
+def _model_told() -> Iterator[None]:
+    """Faults of the base as a :class:`PrivateError`: their texts hold paths and what libraries said."""
+    try:
+        yield
+    except (CoterieError, OSError) as fault:
+        raise _ModelError(str(fault)) from fault
+
+
+def told(fault: Exception) -> str:
+    """What the server hears of a fault: nothing that quotes rows or names paths. The log says where that was."""
+    if not isinstance(fault, PrivateError):
+        return str(fault)
+    log.warning("%s at %s", type(fault).__name__, _where(fault))
+    return fault.told
 
 
 _ANSWERS = ("query.hello", "train", "evaluate", "query.bank")
+_ROUND_BOUND = 10**6  # the files of a site's states have six digits
 _HEAD: dict[str, type] = {
     "kind": str,
     "client": str,
@@ -193,6 +224,11 @@ def _checked_head(head: Mapping[str, Json]) -> Mapping[str, Json]:
     for name, kind in _HEAD.items():
         if type(head.get(name)) is not kind:
             raise CoterieError(f"the message's {name} is no {kind.__name__}")
+        if kind is int and not 0 <= head[name] < _ROUND_BOUND:
+            raise CoterieError(f"the message's {name} is {head[name]}; it is at least 0 and below {_ROUND_BOUND}")
+    splits = head.get("splits", [])
+    if not isinstance(splits, list) or not all(split in SPLITS for split in splits):
+        raise CoterieError(f"the message's splits are some of {', '.join(SPLITS)}")
     if not SAFE_ID.fullmatch(head["run"]):
         raise CoterieError("the message's run cannot name a folder")
     return head
@@ -262,5 +298,10 @@ def work(path: str, door: str) -> None:
 
 def _without_text(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
     """Log where the worker failed, and not what it said: a message may quote a row."""
-    where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(trace)]
-    log.error("the worker failed with %s at %s", kind.__name__, " < ".join(reversed(where)))
+    log.error("the worker failed with %s at %s", kind.__name__, _where(fault))
+
+
+def _where(fault: BaseException) -> str:
+    """The files and lines that a fault came through, the innermost first."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    return " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.methods._common import lora_of
 from coterie.pool import Adapter, Pool, cut, fit, put_back, read_pool
-from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, Tensors
+from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Tensors
 
 WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
 
@@ -24,7 +24,7 @@ def pool_in(folder: str, name: str | None = None) -> Pool:
         )
     pool = read_pool(Path(folder))
     if name not in (None, pool.name):
-        raise CoterieError(f"the pool in {folder} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back")
+        raise PrivateError(f"the pool in {folder} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back")
     return pool
 
 

@@ -136,6 +136,7 @@ class FedAMoLE:
     paper = "arXiv 2411.19128 (WWW 2026)"
     summary = "experts of a pool choose the clients whose data fits them; architectures differ by client"
     evaluates = "trained"
+    newcomers = "FedAMoLE's experts choose among the sites that were there at the start"
     Settings = FedAMoLESettings
     State = FedAMoLEState
 

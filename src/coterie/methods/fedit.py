@@ -60,6 +60,7 @@ class FedIT:
     paper = "arXiv 2305.05644"
     summary = "averages A and B, weighted by examples"
     evaluates = "received"
+    newcomers = ""
     Settings = FedITSettings
     State = FedITState
 

@@ -147,6 +147,7 @@ class FedLEASE:
     paper = "arXiv 2509.15087 (NeurIPS 2025)"
     summary = "one LoRA expert per cluster of clients, adaptive top-M routing over all experts"
     evaluates = "received"
+    newcomers = ""
     Settings = FedLEASESettings
     State = FedLEASEState
 

@@ -45,6 +45,7 @@ class Local:
     paper = "-"
     summary = "every client alone"
     evaluates = "received"
+    newcomers = ""
     Settings = LocalSettings
     State = LocalState
 

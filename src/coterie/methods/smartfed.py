@@ -136,6 +136,7 @@ class SmartFed:
     paper = "arXiv 2512.00902 (ICML 2026)"
     summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
     evaluates = "received"
+    newcomers = ""
     Settings = SmartFedSettings
     State = SmartFedState
 

@@ -12,14 +12,14 @@ from coterie.data.files import READERS, Table, read_table
 from coterie.data.rows import SPLITS
 from coterie.data.settings import Columns
 from coterie.data.sources import Dataset, sources
-from coterie.types import CoterieError
+from coterie.types import DataError
 
 PREFIX = "folder"
 USAGE = "PATH: a folder with train.jsonl, .csv or .parquet, maybe validation, test, and info.json with the labels"
 
 
 def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
-    """The dataset in the folder ``rest``. Raises :class:`CoterieError`: no such folder, no or doubled split files."""
+    """The dataset in the folder ``rest``. Raises :class:`DataError`: no such folder, no or doubled split files."""
     return (read_folder((root / rest).resolve()),)
 
 
@@ -27,18 +27,18 @@ def read_folder(path: Path) -> Dataset:
     """The dataset of one folder, called as the folder is."""
     if not path.is_dir():
         ways = "; ".join(source.USAGE for source in sources().values())
-        raise CoterieError(f"{path}: no such folder. A dataset is one of {ways}")
+        raise DataError(f"{path}: no such folder. A dataset is one of {ways}")
     tables: dict[str, Table] = {}
     for file in sorted(path.iterdir()):
         if file.stem in SPLITS and file.stem in tables:
             other = Path(tables[file.stem].source).name
-            raise CoterieError(f"{path}: two files of {file.stem} rows, {other} and {file.name}; keep one")
+            raise DataError(f"{path}: two files of {file.stem} rows, {other} and {file.name}; keep one")
         if file.stem in SPLITS:
             tables[file.stem] = read_table(file, file.stem)
         elif file.suffix.lower() in READERS:
-            raise CoterieError(f"{file}: which split is this? The files are called {', '.join(SPLITS)}")
+            raise DataError(f"{file}: which split is this? The files are called {', '.join(SPLITS)}")
     if "train" not in tables:
-        raise CoterieError(f"{path}: no file of training rows; it is called train{' or train'.join(READERS)}")
+        raise DataError(f"{path}: no file of training rows; it is called train{' or train'.join(READERS)}")
     return Dataset(path.name, tables, _labels(path / "info.json"))
 
 
@@ -48,7 +48,7 @@ def _labels(file: Path) -> tuple[str, ...] | None:
     try:
         labels = json.loads(file.read_text(encoding="utf-8")).get("labels")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as fault:
-        raise CoterieError(f"{file}: not a JSON object such as {{'labels': ['no', 'yes']}}: {fault}") from fault
+        raise DataError(f"{file}: not a JSON object such as {{'labels': ['no', 'yes']}}: {fault}") from fault
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
-        raise CoterieError(f"{file}: labels is {labels!r}, not a list of names or null")
+        raise DataError(f"{file}: labels is {labels!r}, not a list of names or null")
     return None if labels is None else tuple(labels)
