@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -290,15 +291,17 @@ def test_ablation_measures_the_loss_without_each_matrix() -> None:
 
 
 @pytest.mark.parametrize(
-    "lie", [{"importance": {"x": 1.0}}, {"importance": None}, {"use": {}}, {"importance": float("nan")}], ids=str
+    "lie",
+    [{"importance": {"x": 1.0}}, {"importance": None}, {"use": {}}, {"importance": math.nan}, {"importance": 10**400}],
+    ids=["others", "none", "no use", "nan", "beyond floats"],
 )
 def test_a_senseless_measurement_does_not_count(lie: dict[str, Any]) -> None:
     method = smartfed(active=3)
     state, personal = begun(method)
     ins = method.configure(state, CLIENTS, 1)
     replies = {c.id: drive(method.client(ins[c.id], c, personal[c.id]), Hand()).reply for c in CLIENTS}
-    if lie.get("importance") != lie.get("importance"):
-        lie = {"importance": dict.fromkeys(replies["a"].info["importance"], float("nan"))}
+    if isinstance(number := lie.get("importance"), (int, float)):
+        lie = {"importance": dict.fromkeys(replies["a"].info["importance"], number)}
     replies["a"] = replace(replies["a"], info={**replies["a"].info, **lie})
     assert method.aggregate(state, replies, 1).measured_by == ("b",)
 
