@@ -55,7 +55,7 @@ def test_a_run_on_two_devices_is_the_same_as_on_one(together: int, tmp_path: Pat
 def test_a_fault_on_one_device_ends_the_run_and_leaves_it_to_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, before = sites.config(tmp_path, method="fedit"), set(threading.enumerate())
+    path = sites.config(tmp_path, method="fedit")
     config = load_config(path, ["engine.device=['cpu', 'cpu']", "run.rounds=3"])
     real = LocalCompute.train
 
@@ -68,7 +68,7 @@ def test_a_fault_on_one_device_ends_the_run_and_leaves_it_to_be_resumed(
         patch.setattr(LocalCompute, "train", broken)
         with pytest.raises(RuntimeError, match="the device is gone"):
             federate(config, tmp_path / "broken", root=tmp_path)
-    assert set(threading.enumerate()) == before
+    assert not [t for t in threading.enumerate() if t.name.startswith(("place-", "mover"))]
     assert len(clients_of(tmp_path / "broken", "round")) == 1
     federate(config, tmp_path / "broken", root=tmp_path, resume=True)
     federate(config, tmp_path / "whole", root=tmp_path)
