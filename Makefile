@@ -33,8 +33,8 @@ test-slow: lint types  ## lint, types and all tests but those of real processes
 	$(PYTEST) -m 'not flower'
 
 test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; under five minutes
-	@# Three at a time: they wait more than they work. The files by name: to collect all tests would take longer.
-	$(PYTEST) -n 3 -m flower $$(grep -rl 'mark\.flower' tests --include='*.py')
+	@# Four at a time: they wait more than they work. The files by name: to collect all tests would take longer.
+	$(PYTEST) -n 4 -m flower $$(grep -rl 'mark\.flower' tests --include='*.py')
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check
