@@ -51,7 +51,7 @@ class Processes:
         """
         started = time.monotonic()
         assert self.coterie("version").returncode == 0
-        found = min(60.0, max(14.0, 9 * (time.monotonic() - started))) // 1
+        found = min(60.0, max(14.0, 7 * (time.monotonic() - started))) // 1
         path = self.folder / "serve.toml"
         path.write_text(f"{path.read_text()}deadline = {found}\n")
         return found
