@@ -55,7 +55,8 @@ import json, time
 from pathlib import Path
 import torch
 from coterie.engines.flower import server_app
-from coterie.engines.remote import Deal, RemoteEngine
+from coterie.engines.remote import RemoteEngine
+from coterie.engines.roster import Deal, Roster
 from coterie.types import Instruction, Key, Part
 
 home = Path({home!r})
@@ -68,8 +69,8 @@ def main(transport, config):
             assert event["failed"] is None, event
             seconds.append(event["seconds"] - event["site_seconds"])
     deal = Deal("exchanges", ask["terms"], ask["hash"], 1, tuple(ask["sites"]), deadline=600.0)
-    engine = RemoteEngine(transport, deal, note)
-    engine.gather(0, 300)
+    engine = RemoteEngine(Roster(transport, deal, note))
+    engine.roster.gather(0, 300)
     told = dict()
     for mib in ask["sizes"]:
         blob = Instruction(dict([(Key("bench", 0, Part.A), torch.zeros(mib * 2**18))]))

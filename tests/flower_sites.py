@@ -10,11 +10,13 @@ from typing import Any
 from coterie.config import Config, check_config, load_raw
 from coterie.data.settings import DataSettings
 from coterie.deployment import SiteSettings
-from coterie.engines.flower import GridTransport, InProcessGrid
-from coterie.engines.remote import Deal, RemoteEngine
+from coterie.engines.flower import GridTransport
+from coterie.engines.remote import RemoteEngine
+from coterie.engines.roster import Deal, Roster
 from coterie.federation.terms import federation_config, hash_of, terms_of
 from coterie.federation.worker import Worker
 from coterie.method import Method, method_named
+from grid import InProcessGrid
 
 
 def site_settings(folder: Path, client: str, **sections: Any) -> SiteSettings:
@@ -70,7 +72,7 @@ def engine_over(
     terms = terms_of(config)
     made = Deal("run", terms, hash_of(terms), attempt, **{"deadline": 30.0, "greeting": 0.2, **deal})
     clock = Clock()
-    return RemoteEngine(GridTransport(grid), made, note, clock=lambda: clock.now, sleep=clock.sleep)
+    return RemoteEngine(Roster(GridTransport(grid), made, note, clock=lambda: clock.now, sleep=clock.sleep))
 
 
 def local_config(path: Path, clients: list[str], folder: Path, **changes: dict[str, Any]) -> Config:

@@ -50,14 +50,8 @@ from coterie.types import (
     Score,
     Train,
 )
+from few_rounds import OPTIM, ROUNDS, SETTINGS
 
-ROUNDS = 3
-OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "fedlease": {"warmup_rounds": 1, "max_experts": 3},
-    "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
-    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},
-}
 ALONE = {"smartfed"}  # its programs also ask for statistics that are not collected in batches
 KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
 CHOSEN = {"mood-0": 8, "mood-1": 5, "size-0": 7, "place-0": 3, "size-1": 8}  # rows of training; none divides by 4 twice

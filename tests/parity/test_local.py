@@ -39,20 +39,12 @@ from coterie.types import (
     Instruction,
     Key,
     Observe,
-    Optim,
     Part,
     Personal,
     Reply,
     Score,
 )
-
-ROUNDS = 3
-OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "fedlease": {"warmup_rounds": 1, "max_experts": 2},
-    "fedamole": {"experts": 6, "dropout_masks": "per_expert"},
-    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},
-}
+from few_rounds import OPTIM, ROUNDS, SETTINGS
 
 
 @pytest.fixture(autouse=True)

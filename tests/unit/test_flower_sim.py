@@ -15,8 +15,9 @@ pytest.importorskip("flwr")
 
 import sites
 from coterie.config import check_config, load_config
-from coterie.engines import flower, flower_sim
+from coterie.engines import flower_sim
 from coterie.engines.parcel import Parcel
+from coterie.engines.ray import own_ray
 from coterie.federate import federate
 from coterie.types import ClientInfo, CoterieError
 
@@ -72,7 +73,7 @@ def test_a_missing_library_is_named_with_its_command(
 def test_a_ray_that_was_loaded_open_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", object())
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    with pytest.raises(ConnectionError, match="before it could be closed"), flower._own_ray({}):
+    with pytest.raises(ConnectionError, match="before it could be closed"), own_ray({}):
         pass
 
 

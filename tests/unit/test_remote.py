@@ -22,12 +22,14 @@ import flower_sites
 import sites
 from coterie import codec
 from coterie.engine import Evaluation
-from coterie.engines.flower import GridTransport, InProcessGrid, _LocalOnly, pack, unpack
+from coterie.engines.flower import GridTransport, _LocalOnly, pack, unpack
 from coterie.engines.parcel import BrokenParcelError, Parcel
-from coterie.engines.remote import Hello, RemoteEngine
+from coterie.engines.remote import RemoteEngine
+from coterie.engines.roster import Hello
 from coterie.federation.worker import Worker
 from coterie.runner import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
+from grid import InProcessGrid
 from spoiled import SPOILED
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
@@ -98,7 +100,7 @@ def test_a_bad_answer_is_left_out_with_the_reason_and_the_round_goes_on(
         return [*BAD.values()][int(message.metadata.group_id) - 1][0](message)
 
     engine = flower_sites.engine_over(config, staff, sites=tuple(CLIENTS), spoil=spoil)
-    engine.gather(0, 10)
+    engine.roster.gather(0, 10)
     run(engine, config, tmp_path / "run", rounds=len(BAD), evaluate_every=99)
     failed = [event["failed"] for event in rounds_in(tmp_path / "run")]
     assert [list(f) for f in failed] == [[VICTIM]] * len(BAD)
@@ -120,7 +122,7 @@ def test_thirty_percent_of_the_answers_missing_over_ten_rounds(
         return message
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil)
-    engine.gather(len(CLIENTS), 10)
+    engine.roster.gather(len(CLIENTS), 10)
     run(engine, config, tmp_path / "run", rounds=10, quorum=0.25)
     failed = [reason for event in rounds_in(tmp_path / "run") for reason in event["failed"].values()]
     assert len(rounds_in(tmp_path / "run")) == 10
@@ -145,8 +147,8 @@ def test_a_late_answer_is_dropped_and_noted(fedit: tuple[Path, dict[str, Worker]
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
     grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
     engine = flower_sites.engine_over(config, staff, note=heard.append)
-    engine.transport = GridTransport(grid)
-    engine.gather(len(CLIENTS), 10)
+    engine.roster.transport = GridTransport(grid)
+    engine.roster.gather(len(CLIENTS), 10)
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
@@ -165,17 +167,17 @@ def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
     path, staff = fedit
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
     engine = flower_sites.engine_over(config, staff, note=heard.append)
-    engine.gather(len(CLIENTS), 10)
-    grid = engine.transport.grid  # type: ignore[attr-defined]
+    engine.roster.gather(len(CLIENTS), 10)
+    grid = engine.roster.transport.grid  # type: ignore[attr-defined]
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     answer = grid.sites.pop(NODE)
     gone = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
     assert gone[VICTIM].error == "the site is not connected"
-    assert engine.clock() < 30  # it was waited for, and not for the whole round
-    at = engine.clock()
+    assert engine.roster.clock() < 30  # it was waited for, and not for the whole round
+    at = engine.roster.clock()
     dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
-    assert engine.clock() == at  # and not a second time
+    assert engine.roster.clock() == at  # and not a second time
     grid.sites[99] = answer
     back = dict(engine.train(method, method.configure(state, engine.clients, 2), 2))
     assert back[VICTIM].error is None
@@ -189,21 +191,21 @@ def test_a_site_that_is_back_as_another_node_is_sent_its_message_at_once(
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
     grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
     engine = flower_sites.engine_over(config, staff, note=heard.append)
-    engine.transport = GridTransport(grid)
-    engine.gather(len(CLIENTS), 10)
-    slept = engine.sleep
+    engine.roster.transport = GridTransport(grid)
+    engine.roster.gather(len(CLIENTS), 10)
+    slept = engine.roster.sleep
 
     def sleep(seconds: float) -> None:
         slept(seconds)
-        if engine.clock() > 5:  # started again; Flower takes the old node for alive
+        if engine.roster.clock() > 5:  # started again; Flower takes the old node for alive
             grid.sites.setdefault(99, staff[VICTIM].answer)
 
-    engine.sleep = sleep
+    engine.roster.sleep = sleep
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
     assert one[VICTIM].error is None
-    assert 5 < engine.clock() < 10
+    assert 5 < engine.roster.clock() < 10
     assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
 
 
@@ -220,7 +222,7 @@ def test_a_site_that_comes_back_in_time_is_sent_its_message_again(
         return flower_error(message, "the node is gone") if bad else message
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, greeting=20.0)
-    engine.gather(len(CLIENTS), 10)
+    engine.roster.gather(len(CLIENTS), 10)
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
@@ -234,7 +236,7 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
     config = flower_sites.server_config(path)
     whole_staff = flower_sites.workers(tmp_path, CLIENTS, site={"state": "whole"})
     whole = flower_sites.engine_over(config, whole_staff)
-    whole.gather(4, 10)
+    whole.roster.gather(4, 10)
     state = run(whole, config, tmp_path / "whole-run")
 
     class DiedError(Exception): ...
@@ -246,12 +248,12 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
 
     staff = flower_sites.workers(tmp_path, CLIENTS)
     engine = flower_sites.engine_over(config, staff, spoil=dies)
-    engine.gather(4, 10)
+    engine.roster.gather(4, 10)
     with pytest.raises(DiedError):
         run(engine, config, tmp_path / "run")
     assert all((w.state / "run" / "personal" / c / "000002.safetensors").exists() for c, w in staff.items())
     again = flower_sites.engine_over(config, staff, attempt=2)
-    again.gather(4, 10)
+    again.roster.gather(4, 10)
     assert codec.encode(run(again, config, tmp_path / "run")) == codec.encode(state)
     for client, worker in staff.items():
         mine, others = (w.state / "run" / "personal" / client for w in (worker, whole_staff[client]))
@@ -268,12 +270,12 @@ def test_a_site_may_join_and_another_leave_between_two_starts(name: str, tmp_pat
     config = flower_sites.server_config(path)
     some = {c: staff[c] for c in CLIENTS[:3]}
     engine = flower_sites.engine_over(config, some, sites=tuple(some))
-    engine.gather(0, 10)
+    engine.roster.gather(0, 10)
     run(engine, config, tmp_path / "run", rounds=2)
     others = {c: staff[c] for c in CLIENTS[1:]}
     again = flower_sites.engine_over(config, others, attempt=2, sites=tuple(others))
-    again.known.update(engine.known)
-    again.gather(0, 10)
+    again.roster.known.update(engine.roster.known)
+    again.roster.gather(0, 10)
     run(again, config, tmp_path / "run", rounds=5)
     assert [(sorted(e["clients"]), e["failed"]) for e in rounds_in(tmp_path / "run")] == [
         *[(CLIENTS[:3], {})] * 2,
@@ -284,12 +286,12 @@ def test_a_site_may_join_and_another_leave_between_two_starts(name: str, tmp_pat
 def test_rows_that_changed_are_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, staff = fedit
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff)
-    engine.gather(4, 10)
-    info = replace(engine.known[VICTIM].info, num_train=99)
+    engine.roster.gather(4, 10)
+    info = replace(engine.roster.known[VICTIM].info, num_train=99)
     heard: list[dict[str, Any]] = []
     again = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
-    again.known.update({**engine.known, VICTIM: replace(engine.known[VICTIM], info=info)})
-    again.gather(3, 10)
+    again.roster.known.update({**engine.roster.known, VICTIM: replace(engine.roster.known[VICTIM], info=info)})
+    again.roster.gather(3, 10)
     assert ["not those that it began with" in e["reason"] for e in heard if e["event"] == "refused"] == [True]
 
 
@@ -297,40 +299,87 @@ def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[P
     path, staff = fedit
     heard: list[dict[str, Any]] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append, sites=tuple(CLIENTS))
-    grid = engine.transport.grid  # type: ignore[attr-defined]
+    grid = engine.roster.transport.grid  # type: ignore[attr-defined]
     right = grid.sites[11]
 
     def wrong(parcel: Parcel) -> Parcel:
         made = right(parcel)
         return Parcel(made.head, codec.encode(replace(codec.decode(Hello, made.blob), base="another")))
 
-    grid.sites[11], slept = wrong, engine.sleep
+    grid.sites[11], slept = wrong, engine.roster.sleep
 
     def sleep(seconds: float) -> None:
         slept(seconds)
-        if engine.clock() > 5 and 11 in grid.sites:  # its people mend it, and start it again
+        if engine.roster.clock() > 5 and 11 in grid.sites:  # its people mend it, and start it again
             del grid.sites[11]
             grid.sites[99] = right
 
-    engine.sleep = sleep
-    engine.gather(0, 60)
-    assert sorted(engine.known) == CLIENTS
-    assert len({hello.base for hello in engine.known.values()}) == 1
+    engine.roster.sleep = sleep
+    engine.roster.gather(0, 60)
+    assert sorted(engine.roster.known) == CLIENTS
+    assert len({hello.base for hello in engine.roster.known.values()}) == 1
     assert all("not another as mood-0); give both" in e["reason"] for e in heard if e["event"] == "refused")
+
+
+def test_of_two_nodes_with_one_name_the_latest_is_the_site_until_it_is_gone(
+    fedit: tuple[Path, dict[str, Worker]],
+) -> None:
+    path, staff = fedit
+    heard: list[dict[str, Any]] = []
+    engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
+    roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
+
+    def looked(seconds: int) -> int:
+        for _ in range(seconds):
+            roster.sleep(1.0)
+            roster.look()
+        return roster.nodes[VICTIM]
+
+    roster.gather(4, 10)
+    grid.sites[99] = grid.sites[NODE]
+    assert [looked(100), looked(100)] == [99, 99]
+    del grid.sites[99]
+    assert looked(100) == NODE
+    assert [e["node"] for e in heard if e["event"] == "back"] == ["99", str(NODE)]
+
+
+def test_for_a_stranger_who_says_nothing_no_absent_site_is_waited_for(
+    fedit: tuple[Path, dict[str, Worker]],
+) -> None:
+    path, staff = fedit
+    config = flower_sites.server_config(path)
+
+    def spoil(node: int, message: Message) -> Message | None:
+        return None if node == 99 else message
+
+    engine = flower_sites.engine_over(config, staff, spoil=spoil, greeting=20.0)
+    roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
+    roster.gather(4, 10)
+    method = flower_sites.method_of(config)
+    instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
+    grid.sites[99] = grid.sites.pop(NODE)
+    took = []
+    for _ in range(3):  # it may be the one that is missed, for a while
+        began = roster.clock()
+        assert dict(engine.train(method, instructions, 1))[VICTIM].error == "the site is not connected"
+        took.append(roster.clock() - began)
+    assert took[0] > 20
+    assert took[-1] == 0
 
 
 def test_who_said_hello_and_left_before_the_start_is_no_client(fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, sites=(*CLIENTS, "someone"))
-    grid, slept = engine.transport.grid, engine.sleep  # type: ignore[attr-defined]
+    grid, slept = engine.roster.transport.grid, engine.roster.sleep  # type: ignore[attr-defined]
 
     def sleep(seconds: float) -> None:
         slept(seconds)
-        if engine.clock() > 5:
+        if engine.roster.clock() > 5:
             grid.sites.pop(NODE, None)
 
-    engine.sleep = sleep
-    engine.gather(3, 10)
+    engine.roster.sleep = sleep
+    engine.roster.gather(3, 10)
+    assert 10 <= engine.roster.clock() < 11  # so long it waits for someone
     assert [c.id for c in engine.clients] == ["mood-0", "place-0", "size-0"]
 
 
@@ -342,7 +391,7 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
         heard: list[dict[str, Any]] = []
         engine = flower_sites.engine_over(config, staff, note=heard.append, **deal)
         with pytest.raises(CoterieError, match=r"sites are there after 20 s; missing"):
-            engine.gather(4, 20)
+            engine.roster.gather(4, 20)
         return {event["reason"] for event in heard if event["event"] == "refused"}
 
     assert reasons(sites=("mood-0", "mood-1", "place-0", "someone")) == {"size-0 is not among [federation] sites"}
@@ -383,8 +432,8 @@ def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str
         return with_answer(message, Hello, change)
 
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, spoil=spoil, note=heard.append)
-    engine.gather(3, 5)
-    assert sorted(engine.known) == [c for c in CLIENTS if c != VICTIM]
+    engine.roster.gather(3, 5)
+    assert sorted(engine.roster.known) == [c for c in CLIENTS if c != VICTIM]
     assert all(reason in event["reason"] for event in heard if event["event"] == "refused")
     assert [event["event"] for event in heard].count("refused") == 1
 
@@ -439,7 +488,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
         return message if turn >= len(NO_SCORES) else with_answer(message, Evaluation, [*NO_SCORES.values()][turn])
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
-    engine.gather(4, 10)
+    engine.roster.gather(4, 10)
     assert TARGET in {target.name for target in engine.spec.targets}
     method = flower_sites.method_of(config)
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
@@ -481,7 +530,7 @@ def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]
         return with_answer(message, Bank, [*NO_BANKS.values()][int(message.metadata.group_id) - 1][0])
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
-    engine.gather(2, 10)
+    engine.roster.gather(2, 10)
     method = flower_sites.method_of(config)
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
     for rnd in range(1, len(NO_BANKS) + 1):
@@ -503,7 +552,7 @@ def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[s
 
     some = {VICTIM: staff[VICTIM]}
     engine = flower_sites.engine_over(config, some, spoil=spoil, note=heard.append)
-    engine.gather(1, 10)
+    engine.roster.gather(1, 10)
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     (delivery,) = dict(engine.train(method, method.configure(state, engine.clients, 1), 1)).values()
@@ -520,10 +569,10 @@ def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) 
     heard: list[dict[str, Any]] = []
     keys = {digest[c]: c for c in CLIENTS}
     engine = flower_sites.engine_over(config, staff, note=heard.append, keys=keys)
-    grid = engine.transport.grid  # type: ignore[attr-defined]
+    grid = engine.roster.transport.grid  # type: ignore[attr-defined]
     shown = {"mood-0": "mood-0", "mood-1": "mood-0", "place-0": "place-0", "size-0": "size-0"}  # mood-1 with another's
     grid.keys = {11 + i: shown[c].encode() for i, c in enumerate(CLIENTS)}
-    engine.gather(3, 5)
+    engine.roster.gather(3, 5)
     (refused,) = {event["reason"] for event in heard if event["event"] == "refused"}
     assert refused == "the node says that it is mood-1, and its key is mood-0's"
 

@@ -17,15 +17,16 @@ from flwr.app import Message
 import flower_sites
 import sites
 from coterie import codec
-from coterie.engines.flower import GridTransport, InProcessGrid
+from coterie.engines.flower import GridTransport
 from coterie.engines.parcel import Parcel
-from coterie.engines.remote import Hello
+from coterie.engines.roster import Hello
 from coterie.federation import server
 from coterie.federation.journal import JOURNAL, Journal, read_journal
 from coterie.federation.serve import _write_deal
 from coterie.files import write_json
 from coterie.run_folder import plain
 from coterie.types import CoterieError
+from grid import InProcessGrid
 
 FIRST, LATE = ["mood-0", "place-0", "size-0"], "mood-1"
 SHARED: dict[str, Any] = {"task": {"head": "shared"}}

@@ -29,7 +29,7 @@ from coterie.config import load_site
 from coterie.deployment import Policy
 from coterie.engines import flower
 from coterie.engines.parcel import BrokenParcelError, Parcel, hand_over, listening, receive, send
-from coterie.engines.remote import Hello
+from coterie.engines.roster import Hello
 from coterie.federation.policy import steps_of, without_usage
 from coterie.federation.site_check import check as check_site
 from coterie.federation.terms import federation_config, hash_of, terms_of

@@ -13,7 +13,7 @@ import pytest
 import flower_sites
 import sites
 from coterie.federation import superlink
-from coterie.federation.journal import JOURNAL, Journal
+from coterie.federation.journal import JOURNAL, Journal, Reader
 from coterie.federation.processes import flower_environment
 from coterie.federation.serve import Supervisor, serve
 from coterie.federation.superlink import SuperLink
@@ -40,6 +40,22 @@ def test_flowers_programs_are_told_of_a_superlink_that_others_started(
     where = {"address": "10.1.2.3:9092", "root-certificates": str(keys / "ca.crt")}
     assert asked == [("run", where)]
     assert link.process is None
+
+
+def test_a_round_that_ended_gives_the_restarts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def attempt(self: Supervisor, reader: Reader) -> str:
+        tried.append(len(tried))
+        if len(tried) == 3:
+            Journal(tmp_path / JOURNAL)({"event": "round", "round": 1})
+            self._hear(reader)
+        return "the SuperLink died"
+
+    monkeypatch.setattr(Supervisor, "_attempt", attempt)
+    with pytest.raises(CoterieError, match="started again 2 times without a round"):
+        Supervisor(SuperLink(tmp_path, "127.0.0.1", 1, None), tmp_path, 2, lambda event: None).run()
+    assert len(tried) == 5  # two, and after the round of the third two again
 
 
 def test_a_command_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

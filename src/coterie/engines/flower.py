@@ -1,4 +1,4 @@
-"""The one file that knows Flower: messages over its raw Grid, a site's ClientApp, its simulation, a Grid in process.
+"""The one file that knows Flower: messages over its raw Grid, a site's ClientApp, its simulation.
 
 A message holds one parcel: the blob of the codec in one array of bytes, which is bit for bit what was sent whatever
 the dtypes in it, and the head as JSON text. Nothing here imports torch when the module is loaded: Flower starts a
@@ -12,15 +12,12 @@ import json
 import logging
 import os
 import queue
-import secrets
-import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,27 +25,17 @@ import psutil
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is loaded
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.task_identity import TaskIdentity
 
 from coterie.engines.parcel import KINDS, BrokenParcelError, GoneError, Parcel, hand_over, head_of
+from coterie.engines.ray import ended, kill_actors, own_ray
 
-Answer = Callable[[Parcel], Parcel]
 _FOR_SITES = ("/v1/fleet/", "/health")
 _WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
 _WORKER_DEATHS = 3  # of one message: it may have been ended by something else
 _LEND_SECONDS = 30.0  # in which Flower has its Grid ready; Ray starts after that
-_LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is told to end
-_RAY_ENVIRONMENT = {  # of a Ray that is started here
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
-    "RAY_worker_niceness": "0",  # as every other engine's; Ray's own is 15
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: listen on 127.0.0.1 alone, on every system
-    "RAY_AUTH_MODE": "token",  # who reaches a Ray without a token can run code in it: other users of the machine too
-}
 
 
 def pack(parcel: Parcel) -> RecordDict:
@@ -282,7 +269,7 @@ def simulation(
     app.main()(lend)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # every fault comes back as an answer
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    with _own_ray(dict(ray)) as init, _ended() as started, ThreadPoolExecutor(1) as thread:
+    with own_ray(dict(ray)) as init, ended() as started, ThreadPoolExecutor(1) as thread:
         backend = {"client_resources": dict(resources), "init_args": init}
         running = thread.submit(run_simulation, app, client_app_of(answer), nodes, backend_config=backend)
         running.add_done_callback(lambda _: over.set())
@@ -299,7 +286,7 @@ def simulation(
             started += psutil.Process().children(recursive=True)
             over.set()
             if at_work:
-                _kill_actors(started)
+                kill_actors(started)
 
 
 def _grid_of(lent: queue.SimpleQueue[Grid], running: Future[None]) -> Grid:
@@ -308,106 +295,3 @@ def _grid_of(lent: queue.SimpleQueue[Grid], running: Future[None]) -> Grid:
     except queue.Empty as fault:
         why = _root_of(running.exception()) if running.done() else f"no Grid after {_LEND_SECONDS:g} s"
         raise ConnectionError(f"Flower's simulation did not start: {why}") from fault
-
-
-@contextmanager
-def _own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of ``ray.init``; without the address of a cluster, for a Ray of this process's own in a folder of
-    its own, with the environment set for it."""
-    init = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **init}
-    if "address" in init:
-        yield init
-        return
-    if "ray" in sys.modules and "RAY_AUTH_TOKEN" not in os.environ:  # it reads its environment when it is loaded
-        raise ConnectionError("Ray was loaded before it could be closed to others; run this in a process of its own")
-    os.environ.update(_RAY_ENVIRONMENT)
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with tempfile.TemporaryDirectory(prefix="coterie-", ignore_cleanup_errors=True) as folder:
-        yield {**init, "_temp_dir": folder}
-
-
-@contextmanager
-def _ended() -> Iterator[list[psutil.Process]]:
-    """Processes that are put into the list, and were not there before, are gone after the ``with`` block."""
-    before, started = set(psutil.Process().children(recursive=True)), list[psutil.Process]()
-    try:
-        yield started
-    finally:
-        _, alive = psutil.wait_procs([p for p in started if p not in before], timeout=_LAST_SECONDS)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def _kill_actors(started: Iterable[psutil.Process]) -> None:
-    """End Ray's actors, whatever they are at: Flower would wait for them."""
-    for process in started:
-        with suppress(psutil.NoSuchProcess):
-            if any("ray::ClientAppActor" in part for part in process.cmdline()[:1]):
-                process.kill()
-
-
-# in process ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class InProcessGrid(Grid):
-    """A Grid over ClientApps in this process: the same messages and the same apps, no SuperLink.
-
-    Payloads are bytes and text on both sides, so nothing can be shared by accident. ``spoil`` sees every reply before
-    it is delivered, and may change it, hold it back (None), or turn it into an error.
-    """
-
-    sites: dict[int, Answer]
-    keys: dict[int, bytes] = field(default_factory=dict)
-    spoil: Callable[[int, Message], Message | None] = lambda node, message: message
-    waiting: dict[str, Message] = field(default_factory=dict)
-    sent: int = 0
-
-    def __post_init__(self) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        return None
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        return Message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.sites)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node, public_key=self.keys.get(node, b"")) for node in self.sites]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return [self._push(message) for message in messages]
-
-    def _push(self, message: Message) -> str:
-        self.sent += 1
-        message.metadata.__dict__["_message_id"] = f"message-{self.sent}"
-        self.waiting[f"message-{self.sent}"] = message
-        return f"message-{self.sent}"
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """One reply at a time: a site works when its message is asked for."""
-        return next(([reply] for ticket in message_ids for reply in self._reply(ticket)), [])
-
-    def _reply(self, ticket: str) -> Iterator[Message]:
-        message = self.waiting.pop(ticket, None)
-        if message is None:
-            return
-        node = message.metadata.dst_node_id
-        if node in self.sites:
-            app = client_app_of(lambda parcel, context, left: self.sites[node](parcel))
-            made = app(message, Context(1, node, {}, RecordDict(), {}))
-        else:
-            made = Message(Error(5, "the node is gone"), reply_to=message)
-        spoiled = self.spoil(node, made)
-        if spoiled is not None:
-            yield spoiled
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return [reply for ticket in self.push_messages(messages) for reply in self._reply(ticket)]

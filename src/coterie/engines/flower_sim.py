@@ -22,7 +22,7 @@ from coterie.engine import Delivery, Evaluation
 from coterie.engines.actor import answer, digest
 from coterie.engines.flower import simulation
 from coterie.engines.parcel import Parcel
-from coterie.engines.remote import Transport
+from coterie.engines.roster import Transport
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.machine import cpu_cores
 from coterie.method import Method

@@ -82,22 +82,25 @@ class Supervisor:
     folder: Path
     restarts: int
     listen: Listener
+    rounds: int = 0  # that ended while this process looked on
 
     def run(self) -> None:
-        """Raises :class:`CoterieError` for what the server said, and once the restarts are used up."""
+        """Raises :class:`CoterieError` for what the server said, and once the restarts are used up: so many in a row,
+        with no round between them."""
         reader = Reader(self.folder / JOURNAL)
         for _ in reader.new():
             pass  # what earlier attempts wrote
         journal, left = Journal(self.folder / JOURNAL), self.restarts
         while True:
+            before = self.rounds
             why = self._attempt(reader)
             if why is None:
                 return
-            left -= 1
+            left = (left if self.rounds == before else self.restarts) - 1
             if left < 0:
                 raise CoterieError(
-                    f"{why}; it was started again {self.restarts} times ([federation] restarts). See {self.link.log}; "
-                    "go on with --resume"
+                    f"{why}; it was started again {self.restarts} times without a round ([federation] restarts). "
+                    f"See {self.link.log}; go on with --resume"
                 )
             journal({"event": "note", "text": f"{why}; starting again"})
             self._hear(reader)
@@ -136,6 +139,7 @@ class Supervisor:
         """Pass on what happened since; whether the run is finished. Raises what the server stopped for."""
         for event in reader.new():
             self.listen(event)
+            self.rounds += event["event"] == "round"
             if event["event"] == "stopped":
                 raise CoterieError(str(event["error"]))
             if event["event"] == "finished":

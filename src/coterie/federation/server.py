@@ -16,7 +16,8 @@ from coterie import codec
 from coterie.checkpoint import newest_round
 from coterie.config import Config, check_config
 from coterie.data.rows import Federation
-from coterie.engines.remote import Deal, Hello, RemoteEngine, Transport
+from coterie.engines.remote import RemoteEngine
+from coterie.engines.roster import Deal, Hello, Roster, Transport
 from coterie.federate import Opened, finish, rounds_of, set_threads
 from coterie.federation.journal import JOURNAL, Journal, read_journal
 from coterie.federation.serve import DEAL
@@ -85,14 +86,15 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     def note(event: dict[str, Json]) -> None:
         journal(event)
         if event["event"] in ("joined", "back"):
-            _write_known(folder, engine, config)
+            _write_known(folder, roster.known, config)
 
-    engine = RemoteEngine(transport, deal, note, known)
+    roster = Roster(transport, deal, note, known)
+    engine = RemoteEngine(roster)
     journal({"event": "attempt", "attempt": deal.attempt, "sites": list(deal.sites)})
-    engine.gather(config.federation.at_least, config.federation.wait)
+    roster.gather(config.federation.at_least, config.federation.wait)
     if closed:
-        engine.deal = replace(engine.deal, sites=tuple(c.id for c in engine.clients), closed=closed)
-    _write_known(folder, engine, config)
+        roster.deal = replace(deal, sites=tuple(c.id for c in engine.clients), closed=closed)
+    _write_known(folder, roster.known, config)
     method.init(engine.spec, engine.clients)
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
@@ -150,9 +152,9 @@ def _read_known(path: Path) -> dict[ClientId, Hello]:
     return codec.decode(dict[str, Hello], path.read_bytes()) if path.exists() else {}
 
 
-def _write_known(folder: Path, engine: RemoteEngine, config: Config) -> None:
+def _write_known(folder: Path, known: Mapping[ClientId, Hello], config: Config) -> None:
     """Who ever said hello, for the next attempt; and the manifest: counts and label names, as the sites told them."""
-    write_atomic(folder / _KNOWN, codec.encode(engine.known))
+    write_atomic(folder / _KNOWN, codec.encode(known))
     clients = {
         c: {
             "labels": list(h.info.labels) if h.info.labels else None,
@@ -160,6 +162,6 @@ def _write_known(folder: Path, engine: RemoteEngine, config: Config) -> None:
             "base": h.base,
             "versions": dict(h.versions),
         }
-        for c, h in sorted(engine.known.items())
+        for c, h in sorted(known.items())
     }
     write_json(folder / "manifest.json", {"kind": config.task.kind, "seed": config.run.seed, "clients": clients})

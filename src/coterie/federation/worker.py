@@ -31,7 +31,7 @@ from coterie.deployment import SiteSettings
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
 from coterie.engines.parcel import BrokenParcelError, Parcel, listening, receive, send, user_of
-from coterie.engines.remote import Hello
+from coterie.engines.roster import Hello
 from coterie.export import write_bundle
 from coterie.federate import set_threads
 from coterie.federation.policy import BoundedCompute, check_policy, check_ranks, check_upload, without_usage

@@ -1,0 +1,59 @@
+"""A Ray of this process's own: closed to others, and gone afterwards. Imports neither Ray nor Flower."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+_LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is told to end
+_RAY_ENVIRONMENT = {  # of a Ray that is started here
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
+    "RAY_worker_niceness": "0",  # as every other engine's; Ray's own is 15
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: listen on 127.0.0.1 alone, on every system
+    "RAY_AUTH_MODE": "token",  # who reaches a Ray without a token can run code in it: other users of the machine too
+}
+
+
+@contextmanager
+def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of ``ray.init``; without the address of a cluster, for a Ray of this process's own in a folder of
+    its own, with the environment set for it."""
+    init = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **init}
+    if "address" in init:
+        yield init
+        return
+    if "ray" in sys.modules and "RAY_AUTH_TOKEN" not in os.environ:  # it reads its environment when it is loaded
+        raise ConnectionError("Ray was loaded before it could be closed to others; run this in a process of its own")
+    os.environ.update(_RAY_ENVIRONMENT)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with tempfile.TemporaryDirectory(prefix="coterie-", ignore_cleanup_errors=True) as folder:
+        yield {**init, "_temp_dir": folder}
+
+
+@contextmanager
+def ended() -> Iterator[list[psutil.Process]]:
+    """Processes that are put into the list, and were not there before, are gone after the ``with`` block."""
+    before, started = set(psutil.Process().children(recursive=True)), list[psutil.Process]()
+    try:
+        yield started
+    finally:
+        _, alive = psutil.wait_procs([p for p in started if p not in before], timeout=_LAST_SECONDS)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def kill_actors(started: Iterable[psutil.Process]) -> None:
+    """End Ray's actors, whatever they are at: Flower would wait for them."""
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            if any("ray::ClientAppActor" in part for part in process.cmdline()[:1]):
+                process.kill()

@@ -1,0 +1,15 @@
+"""Settings of every method for a run of three rounds over a handful of rows: small, and what is special switched on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coterie.types import Optim
+
+ROUNDS = 3
+OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fedlease": {"warmup_rounds": 1, "max_experts": 3},
+    "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
+    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},
+}
