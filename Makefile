@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower lint types format hooks bench docs clean
+.PHONY: help venv demo test test-slow test-flower test-ray lint types format hooks bench docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,11 +30,14 @@ test: lint types  ## lint, types and all tests but the slow ones
 	$(PYTEST) -m 'not slow'
 
 test-slow: lint types  ## lint, types and all tests but those of real processes
-	$(PYTEST) -m 'not flower'
+	$(PYTEST) -m 'not flower and not ray'
 
 test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; under five minutes
-	@# Four at a time: they wait more than they work. The files by name: to collect all tests would take longer.
-	$(PYTEST) -n 4 -m flower $$(grep -rl 'mark\.flower' tests --include='*.py')
+	@# Three at a time: they wait more than they work.
+	$(PYTEST) -n 3 -m flower tests/e2e
+
+test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
+	$(PYTEST) -n 0 -m ray tests/parity/test_flower_ray.py
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check

@@ -73,7 +73,7 @@ def test_tls_with_a_site_a_worker_the_superlink_and_the_server_killed(tmp_path: 
 
         made.next("start")
         made.descendant(A, "federation.worker import work").kill()
-        made.descendant(B, "flower-supernode").kill()
+        made.descendant(B, "supernode_command").kill()
         made.next("start")
         made.descendant("serve", "superlink_command").kill()
         made.event("attempt", attempt=2)

@@ -28,7 +28,7 @@ from coterie.method import method_named, methods
 from coterie.runner import Rounds, Runner
 from coterie.types import CoterieError
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CLIENTS = 3
 TIMES = ("seconds", "peak_memory_bytes")
 

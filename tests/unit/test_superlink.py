@@ -6,12 +6,14 @@ import stat
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import flower_sites
 import sites
+from coterie.engines import flower
 from coterie.federation import superlink
 from coterie.federation.journal import JOURNAL, Journal, Reader
 from coterie.federation.processes import flower_environment
@@ -90,3 +92,26 @@ def test_flower_opens_no_second_port_whatever_the_environment_says(
     made = flower_environment(tmp_path)
     assert not [name for name in made if name.startswith("FLWR_INTERNAL_GRPC")]
     assert made["FLWR_HOME"] == str(tmp_path)
+
+
+def test_a_supernode_looks_sooner_for_a_while_after_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supernode import cli, start_client_internal
+
+    found, slept, now = iter([None, 7, None]), list[float](), [1000.0]
+
+    def supernode() -> None:
+        """Flower's loop: three looks, and at last one after a long time without a message."""
+        for seconds in (0.0, 0.0, 100.0):
+            now[0] += seconds
+            start_client_internal._pull_and_store_message()  # type: ignore[call-arg]
+            start_client_internal.time.sleep(3)  # type: ignore[attr-defined]
+        now[0] += 30.0
+        start_client_internal.time.sleep(3)  # type: ignore[attr-defined]
+        start_client_internal.time.sleep(0.1)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(cli, "flower_supernode", supernode)
+    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda: next(found))
+    monkeypatch.setattr(start_client_internal, "time", None)
+    monkeypatch.setattr(flower, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
+    flower.supernode_command()
+    assert slept == [3, 0.5, 0.5, 3, 0.1]

@@ -24,6 +24,7 @@ from coterie.types import CoterieError
 
 log = logging.getLogger("coterie.site")
 _CLIENTAPP = "#!{python}\nfrom coterie.engines.flower import clientapp_command\n\nclientapp_command()\n"
+_SUPERNODE = "from coterie.engines.flower import supernode_command; supernode_command()"
 _WORKER = "import sys; from coterie.federation.worker import work; work(sys.argv[1], sys.argv[2])"
 # Seconds before a process that died is started again. With a key Flower refuses a new SuperNode for about a minute.
 _BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)
@@ -101,7 +102,7 @@ def _supernode(site: SiteSettings, root: Path, state: Path, doors: Path, door: P
     command.chmod(0o700)
     env = flower_environment(state / "flower")
     env["PATH"] = os.pathsep.join([str(doors), env["PATH"]])
-    args = [str(Path(sys.executable).parent / "flower-supernode"), "--superlink", site.site.server]
+    args = [sys.executable, "-c", _SUPERNODE, "--superlink", site.site.server]
     args += ["--port", str(free_port()), "--node-config", f'socket="{door}"']
     if insecure:
         args.append("--insecure")
