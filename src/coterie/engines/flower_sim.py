@@ -20,6 +20,7 @@ from coterie.config import Config, RaySettings
 from coterie.data.rows import Federation
 from coterie.engine import Delivery, Evaluation
 from coterie.engines.actor import answer, digest
+from coterie.engines.blobs import Blobs
 from coterie.engines.flower import simulation
 from coterie.engines.parcel import Parcel
 from coterie.engines.roster import Transport
@@ -159,7 +160,8 @@ class FlowerSimEngine:
     ) -> Iterator[tuple[ClientId, int, Parcel]]:
         """Every client's answer with the bytes that it was sent, in the clients' order."""
         order = [client.id for client in self.clients if client.id in instructions]
-        blobs = {client: codec.encode(instructions[client]) for client in order}
+        encoded = Blobs()
+        blobs = {client: encoded.of(instructions[client]) for client in order}
         head = {**self.head, "kind": kind, "round": rnd, **ask}
         to = [(self._nodes[c], kind, Parcel({**head, "client": c}, blobs[c])) for c in order]
         tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))

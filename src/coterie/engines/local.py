@@ -22,6 +22,7 @@ from coterie.config import Config
 from coterie.data.rows import ClientData, Federation
 from coterie.engine import Delivery, Evaluation, Stream
 from coterie.engines.batched import FAULTS, Asked, answer_all, drive_together
+from coterie.engines.blobs import Blobs
 from coterie.engines.compute import LocalCompute
 from coterie.engines.grouping import Load, evaluation, grouped, spread, training
 from coterie.engines.loading import workplaces
@@ -128,9 +129,10 @@ class LocalEngine:
         clients = self._taking_part(instructions)
         together = self._decide(method, clients, instructions, rnd)
         groups, shares = self._grouped(clients, together, training(self.place, self.optim))
+        blobs = Blobs()
 
         def fetch(number: int) -> list[Start]:
-            return [self._start(method, client, instructions[client.info.id], rnd) for client in groups[number]]
+            return [self._start(method, c, blobs.of(instructions[c.info.id]), rnd) for c in groups[number]]
 
         def work(place: Workplace, number: int) -> list[Ended]:
             return self._train(method, place, moving.take(number), rnd)
@@ -242,9 +244,8 @@ class LocalEngine:
                     release_memory()
                     tidied = time.monotonic()
 
-    def _start(self, method: Method[Any], client: ClientData, instruction: Instruction, rnd: int) -> Start:
+    def _start(self, method: Method[Any], client: ClientData, down: bytes, rnd: int) -> Start:
         """What the client starts the round with; its rows are tokenised, too."""
-        down = codec.encode(instruction)
         with suppress(CoterieError):  # of a row that cannot be encoded it hears when it trains
             self.place.prepare(client, "train")
         return Start(client, codec.decode(Instruction, down), len(down), self._personal(method, client, rnd - 1))

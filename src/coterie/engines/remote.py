@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coterie import codec
 from coterie.checks import bank_fault, evaluation_fault, is_number, plain_text
 from coterie.engine import Delivery, Evaluation, Stream
+from coterie.engines.blobs import Blobs
 from coterie.engines.parcel import Parcel
 from coterie.engines.roster import Roster, decoded, error_in
 from coterie.method import Method
@@ -115,9 +115,9 @@ class RemoteEngine:
 
     # parcels ----------------------------------------------------------------------------------------------------------
 
-    def _parcel(self, kind: str, client: ClientId, rnd: int, ask: Mapping[str, Json], ins: Instruction) -> Parcel:
+    def _parcel(self, kind: str, client: ClientId, rnd: int, ask: Mapping[str, Json], blob: bytes) -> Parcel:
         state: dict[str, Json] = {"since": self.since, "keep": self.keep}
-        return self.roster.deal.parcel(kind, client, rnd, {**state, **ask}, codec.encode(ins))
+        return self.roster.deal.parcel(kind, client, rnd, {**state, **ask}, blob)
 
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
@@ -129,7 +129,8 @@ class RemoteEngine:
         round goes on without it.
         """
         self._note_late()
-        parcels = {c: self._parcel(kind, c, rnd, ask, ins) for c, ins in sorted(instructions.items())}
+        blobs = Blobs()
+        parcels = {c: self._parcel(kind, c, rnd, ask, blobs.of(ins)) for c, ins in sorted(instructions.items())}
         started = self.roster.clock()
         sent = {c: _Sent(c, kind, rnd, len(parcel.blob), started) for c, parcel in parcels.items()}
         waiting: dict[str, _Sent] = {}
