@@ -28,7 +28,7 @@ class FederationSettings(_Section):
     port: int = Field(9092, ge=1, le=65535, description="port that the server listens on")
     keys: str = Field("keys", description="folder that `coterie keys init` made")
     base: str = Field("", description="SHA-256 of the base that all must hold; empty: that of the first site")
-    restarts: int = Field(5, ge=0, description="how often, with no round between, what died is started again")
+    restarts: int = Field(5, ge=0, description="how often in a row, with no new checkpoint, what died is started again")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")
 
 

@@ -18,7 +18,7 @@ def tensors(value: float) -> Tensors:
 
 
 def test_every_instruction_is_its_own_bytes() -> None:
-    one, made = tensors(1.0), Blobs()
+    one = tensors(1.0)
     other = {KEY: one[KEY].clone()}
     all_of_them = [
         Instruction(one, {"expert": 1}),
@@ -28,28 +28,30 @@ def test_every_instruction_is_its_own_bytes() -> None:
         Instruction(other, {"expert": 1}),
         Instruction({Key("layer", 1, Part.A): one[KEY]}, {"expert": 1}),
         Instruction(tensors(2.0), {"expert": 1}),
-    ]
-    for _ in range(2):
-        for instruction in all_of_them:
-            assert made.of(instruction) == codec.encode(instruction)
+    ] * 2
+    made = Blobs(all_of_them)
+    for instruction in [*all_of_them, all_of_them[0]]:  # once more than was told
+        assert made.of(instruction) == codec.encode(instruction)
 
 
-def test_the_same_is_encoded_once_among_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, made, calls = tensors(1.0), Blobs(), list[int]()
+def test_the_same_is_encoded_once_and_given_up_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, calls = tensors(1.0), list[int]()
     encode = codec.encode
     monkeypatch.setattr(blobs.codec, "encode", lambda value: calls.append(1) or encode(value))
-    for _ in range(5):
-        made.of(Instruction(dict(one), {"expert": 1}))
-    assert len(calls) == 1
-    for number in range(blobs._KEPT):
-        made.of(Instruction(one, {"expert": number + 2}))
-    made.of(Instruction(one, {"expert": 1}))
-    assert len(calls) == 1 + blobs._KEPT + 1
-    assert len(made._made) == blobs._KEPT
+    alike = [Instruction(dict(one), {"expert": 1}) for _ in range(5)]
+    others = [Instruction(one, {"expert": number}) for number in range(2, 9)]
+    made = Blobs([*alike[:3], *others, *alike[3:]])
+    for instruction in [*alike[:3], *others]:
+        made.of(instruction)
+    assert (len(calls), len(made._made)) == (1 + len(others), 1)
+    for instruction in alike[3:]:
+        made.of(instruction)
+    assert (len(calls), len(made._made)) == (1 + len(others), 0)
 
 
 def test_what_one_client_does_to_its_tensors_no_other_sees() -> None:
-    made, instruction = Blobs(), Instruction(tensors(1.0))
+    instruction = Instruction(tensors(1.0))
+    made = Blobs([instruction, instruction])
     first = codec.decode(Instruction, made.of(instruction))
     first.tensors[KEY].add_(1.0)
     second = codec.decode(Instruction, made.of(instruction))

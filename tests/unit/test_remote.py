@@ -336,11 +336,40 @@ def test_of_two_nodes_with_one_name_the_latest_is_the_site_until_it_is_gone(
         return roster.nodes[VICTIM]
 
     roster.gather(4, 10)
+    grid.sites[98] = grid.sites[NODE]
+    assert [looked(100), looked(100)] == [98, 98]
     grid.sites[99] = grid.sites[NODE]
     assert [looked(100), looked(100)] == [99, 99]
+    del grid.sites[98]
+    assert looked(100) == 99  # and not the first again
     del grid.sites[99]
     assert looked(100) == NODE
-    assert [e["node"] for e in heard if e["event"] == "back"] == ["99", str(NODE)]
+    told = [(e["node"], e["instead_of"]) for e in heard if e["event"] == "back"]
+    assert told == [("98", str(NODE)), ("99", "98"), (str(NODE), None)]
+
+
+def test_the_answer_of_a_node_that_is_gone_counts_no_more(fedit: tuple[Path, dict[str, Worker]]) -> None:
+    path, staff = fedit
+    heard: list[dict[str, Any]] = []
+    engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
+    roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
+    pull, answered = grid.pull_messages, list[Message]()
+
+    def only_now(tickets: list[str]) -> list[Message]:
+        """The first site's answer has come, and is read after its node has left."""
+        found = [m for m in answered if m.metadata.reply_to_message_id in tickets]
+        return found or pull(tickets)
+
+    grid.pull_messages = lambda tickets: []
+    roster.look()
+    answered += pull([ticket for ticket, node in roster._hellos.items() if node == NODE])
+    assert len(answered) == 1
+    grid.sites[99], grid.pull_messages = grid.sites.pop(NODE), only_now
+    for _ in range(9):
+        roster.look()
+    assert roster.nodes[VICTIM] == 99
+    assert not roster.asking
+    assert [e["node"] for e in heard if e["client"] == VICTIM] == ["99"]
 
 
 def test_for_a_stranger_who_says_nothing_no_absent_site_is_waited_for(

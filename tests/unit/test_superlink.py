@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
+import time
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,20 +47,55 @@ def test_flowers_programs_are_told_of_a_superlink_that_others_started(
     assert link.process is None
 
 
-def test_a_round_that_ended_gives_the_restarts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
+@pytest.mark.parametrize(
+    ("checkpoints", "attempts"),
+    [([None, None, 1], 5), ([1, 1, 1, 1, 1], 3), ([1, 2, 1, 2], 4), ([1, 2, 3, 4], 6)],
+    ids=["late", "the same again", "back and again", "further each time"],
+)
+def test_only_a_new_checkpoint_gives_the_restarts_back(
+    checkpoints: list[int | None], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, made = 0, iter(checkpoints)
 
     def attempt(self: Supervisor, reader: Reader) -> str:
-        tried.append(len(tried))
-        if len(tried) == 3:
-            Journal(tmp_path / JOURNAL)({"event": "round", "round": 1})
-            self._hear(reader)
+        """A server that dies after some round's events; the round itself may be one that was done before."""
+        nonlocal tried
+        tried += 1
+        journal, rnd = Journal(tmp_path / JOURNAL), next(made, None)
+        journal({"event": "round", "round": 9})
+        if rnd is not None:
+            journal({"event": "checkpoint", "round": rnd})
+        self._hear(reader)
         return "the SuperLink died"
 
     monkeypatch.setattr(Supervisor, "_attempt", attempt)
-    with pytest.raises(CoterieError, match="started again 2 times without a round"):
+    with pytest.raises(CoterieError, match="the SuperLink died; it was started again without getting further, 2 in"):
         Supervisor(SuperLink(tmp_path, "127.0.0.1", 1, None), tmp_path, 2, lambda event: None).run()
-    assert len(tried) == 5  # two, and after the round of the third two again
+    assert tried == attempts
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_superlink_that_dies_before_the_run_is_submitted_is_started_again(
+    dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(self: SuperLink, folder: Path) -> str:
+        raise CoterieError("flwr run failed: the SuperLink is unavailable")
+
+    monkeypatch.setattr(SuperLink, "start", lambda self: None)
+    monkeypatch.setattr(SuperLink, "alive", lambda self: not dies)
+    monkeypatch.setattr(SuperLink, "answers", lambda self: True)
+    monkeypatch.setattr(SuperLink, "submit", submit)
+    with pytest.raises(CoterieError, match="^the SuperLink died; it was" if dies else "^flwr run failed"):
+        Supervisor(SuperLink(tmp_path, "127.0.0.1", 1, None), tmp_path, 1, lambda event: None).run()
+
+
+def test_a_metrics_port_that_is_taken_is_named_and_nothing_is_begun(tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        config = flower_sites.server_config(sites.config(tmp_path), federation={"metrics_port": port})
+        with pytest.raises(CoterieError, match=rf"\[federation\] metrics_port = {port}: Address already in use"):
+            serve(config, tmp_path / "run", root=tmp_path, insecure=True)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_command_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,21 +135,20 @@ def test_flower_opens_no_second_port_whatever_the_environment_says(
 def test_a_supernode_looks_sooner_for_a_while_after_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supernode import cli, start_client_internal
 
-    found, slept, now = iter([None, 7, None]), list[float](), [1000.0]
+    found, slept, now = iter([None, 7, None, None, None]), list[float](), [1000.0]
+    assert start_client_internal.time is time  # type: ignore[attr-defined]
 
     def supernode() -> None:
-        """Flower's loop: three looks, and at last one after a long time without a message."""
-        for seconds in (0.0, 0.0, 100.0):
-            now[0] += seconds
-            start_client_internal._pull_and_store_message()  # type: ignore[call-arg]
-            start_client_internal.time.sleep(3)  # type: ignore[attr-defined]
-        now[0] += 30.0
-        start_client_internal.time.sleep(3)  # type: ignore[attr-defined]
+        """Flower's loop: after a message it works until its answer is sent, and looks again at once."""
+        for passed in (0.0, 0.0, 300.0, 100.0, 30.0):
+            now[0] += passed
+            if start_client_internal._pull_and_store_message() is None:  # type: ignore[call-arg]
+                start_client_internal.time.sleep(3)  # type: ignore[attr-defined]
         start_client_internal.time.sleep(0.1)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(cli, "flower_supernode", supernode)
     monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda: next(found))
-    monkeypatch.setattr(start_client_internal, "time", None)
+    monkeypatch.setattr(start_client_internal, "time", time)
     monkeypatch.setattr(flower, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
     flower.supernode_command()
     assert slept == [3, 0.5, 0.5, 3, 0.1]

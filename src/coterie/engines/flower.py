@@ -31,12 +31,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from coterie.engines.parcel import KINDS, BrokenParcelError, GoneError, Parcel, hand_over, head_of
-from coterie.engines.ray import ended, kill_actors, own_ray
+from coterie.engines.ray import ended, kill, own_ray
 
 _FOR_SITES = ("/v1/fleet/", "/health")
 _WORKER_PAUSE = 1.0  # seconds between tries to reach a worker that is being started again
 _WORKER_DEATHS = 3  # of one message: it may have been ended by something else
-_EAGER, _LOOK = 120.0, 0.5  # seconds after a message in which a SuperNode looks for the next, and how often
+_EAGER, _LOOK = 120.0, 0.5  # seconds after an answer in which a SuperNode looks for the next, and how often
 _LEND_SECONDS = 30.0  # in which Flower has its Grid ready; Ray starts after that
 
 
@@ -62,7 +62,7 @@ def unpack(content: RecordDict) -> Parcel:
 
 @dataclass(frozen=True)
 class GridTransport:
-    """A Grid as :class:`coterie.engines.remote.Transport`."""
+    """A Grid as :class:`coterie.engines.parcel.Transport`."""
 
     grid: Grid
     pause: float = 0.5
@@ -209,27 +209,31 @@ def clientapp_command() -> None:
 
 
 def supernode_command() -> None:
-    """Flower's ``flower-supernode``, but for a while after a message it looks for the next one more often.
+    """Flower's ``flower-supernode``, but for a while after an answer it looks for the next message more often.
 
     Flower looks every three seconds, so that a site's next message lies about two seconds at the server; at half a
-    second all the time, fifty sites would keep a SuperLink busy with that.
+    second all the time, fifty sites would keep a SuperLink busy with that. Where this Flower is another one inside,
+    it is left as it is: nothing rests on it but time.
     """
     from flwr.supernode import start_client_internal as runtime
     from flwr.supernode.cli import flower_supernode
 
-    pull, last = runtime._pull_and_store_message, -_EAGER
+    pull, last, answering = getattr(runtime, "_pull_and_store_message", None), -_EAGER, False
 
     def pulled(**kwargs: Any) -> int | None:
-        nonlocal last
-        found = pull(**kwargs)
-        if found is not None:
+        nonlocal last, answering
+        if answering:  # the answer to the one before has just gone out
             last = time.monotonic()
+        assert pull is not None
+        found: int | None = pull(**kwargs)
+        answering = found is not None
         return found
 
     def sleep(seconds: float) -> None:
         time.sleep(min(seconds, _LOOK) if time.monotonic() - last < _EAGER else seconds)
 
-    runtime._pull_and_store_message, runtime.time = pulled, SimpleNamespace(sleep=sleep)  # type: ignore[assignment, attr-defined]
+    if pull is not None and hasattr(runtime, "time"):
+        runtime._pull_and_store_message, runtime.time = pulled, SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
     flower_supernode()
 
 
@@ -313,7 +317,7 @@ def simulation(
             started += psutil.Process().children(recursive=True)
             over.set()
             if at_work:
-                kill_actors(started)
+                kill(started, "ray::ClientAppActor")
 
 
 def _grid_of(lent: queue.SimpleQueue[Grid], running: Future[None]) -> Grid:

@@ -22,8 +22,7 @@ from coterie.engine import Delivery, Evaluation
 from coterie.engines.actor import answer, digest
 from coterie.engines.blobs import Blobs
 from coterie.engines.flower import simulation
-from coterie.engines.parcel import Parcel
-from coterie.engines.roster import Transport
+from coterie.engines.parcel import Parcel, Transport
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.machine import cpu_cores
 from coterie.method import Method
@@ -160,7 +159,7 @@ class FlowerSimEngine:
     ) -> Iterator[tuple[ClientId, int, Parcel]]:
         """Every client's answer with the bytes that it was sent, in the clients' order."""
         order = [client.id for client in self.clients if client.id in instructions]
-        encoded = Blobs()
+        encoded = Blobs(instructions[client] for client in order)
         blobs = {client: encoded.of(instructions[client]) for client in order}
         head = {**self.head, "kind": kind, "round": rnd, **ask}
         to = [(self._nodes[c], kind, Parcel({**head, "client": c}, blobs[c])) for c in order]

@@ -129,7 +129,7 @@ class LocalEngine:
         clients = self._taking_part(instructions)
         together = self._decide(method, clients, instructions, rnd)
         groups, shares = self._grouped(clients, together, training(self.place, self.optim))
-        blobs = Blobs()
+        blobs = Blobs(instructions[client.info.id] for client in clients)
 
         def fetch(number: int) -> list[Start]:
             return [self._start(method, c, blobs.of(instructions[c.info.id]), rnd) for c in groups[number]]

@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 KINDS = ("query.hello", "train", "evaluate", "query.bank")
 _SIZES = struct.Struct("<IQ")  # bytes of the head, bytes of the blob
@@ -25,6 +26,19 @@ class Parcel:
 
     head: dict[str, Any] = field(default_factory=dict)
     blob: bytes = b""
+
+
+class Transport(Protocol):
+    """Carries parcels to nodes and back; see :class:`coterie.engines.flower.GridTransport`."""
+
+    @property
+    def pause(self) -> float: ...
+
+    def nodes(self) -> Mapping[int, str]: ...
+
+    def send(self, to: Sequence[tuple[int, str, Parcel]], ttl: float, group: str) -> list[str | None]: ...
+
+    def receive(self, tickets: Collection[str]) -> list[tuple[str, Parcel | str]]: ...
 
 
 class BrokenParcelError(ValueError):

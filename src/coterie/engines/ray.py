@@ -51,9 +51,9 @@ def ended() -> Iterator[list[psutil.Process]]:
                 process.kill()
 
 
-def kill_actors(started: Iterable[psutil.Process]) -> None:
-    """End Ray's actors, whatever they are at: Flower would wait for them."""
+def kill(started: Iterable[psutil.Process], actor: str) -> None:
+    """End Ray's actors of that name, whatever they are at: who asked them would wait for them."""
     for process in started:
         with suppress(psutil.NoSuchProcess):
-            if any("ray::ClientAppActor" in part for part in process.cmdline()[:1]):
+            if any(actor in part for part in process.cmdline()[:1]):
                 process.kill()

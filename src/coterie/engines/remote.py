@@ -13,9 +13,10 @@ from typing import Any
 
 from coterie.checks import bank_fault, evaluation_fault, is_number, plain_text
 from coterie.engine import Delivery, Evaluation, Stream
+from coterie.engines.answers import decoded, error_in
 from coterie.engines.blobs import Blobs
 from coterie.engines.parcel import Parcel
-from coterie.engines.roster import Roster, decoded, error_in
+from coterie.engines.roster import Roster
 from coterie.method import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
 
@@ -116,8 +117,7 @@ class RemoteEngine:
     # parcels ----------------------------------------------------------------------------------------------------------
 
     def _parcel(self, kind: str, client: ClientId, rnd: int, ask: Mapping[str, Json], blob: bytes) -> Parcel:
-        state: dict[str, Json] = {"since": self.since, "keep": self.keep}
-        return self.roster.deal.parcel(kind, client, rnd, {**state, **ask}, blob)
+        return self.roster.deal.parcel(kind, client, rnd, ask, blob, since=self.since, keep=self.keep)
 
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
@@ -129,7 +129,7 @@ class RemoteEngine:
         round goes on without it.
         """
         self._note_late()
-        blobs = Blobs()
+        blobs = Blobs(instructions.values())
         parcels = {c: self._parcel(kind, c, rnd, ask, blobs.of(ins)) for c, ins in sorted(instructions.items())}
         started = self.roster.clock()
         sent = {c: _Sent(c, kind, rnd, len(parcel.blob), started) for c, parcel in parcels.items()}
@@ -214,7 +214,8 @@ class RemoteEngine:
             sent = self._late.pop(ticket)
             if isinstance(answer, str):
                 continue  # Flower's own: of a node that is gone, or a message that is too old
-            text = f"an answer of {sent.client} for round {sent.rnd} came after its deadline, and was dropped"
+            what = f"an answer of {sent.client} for round {sent.rnd}"
+            text = f"{what} came when it was no longer waited for, and was dropped"
             self.roster.note(
                 {"event": "late", "client": sent.client, "round": sent.rnd, "kind": sent.kind, "text": text}
             )

@@ -8,32 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from coterie import codec
 from coterie.checks import plain_text, site_fault
 from coterie.data.federation import SAFE_ID
-from coterie.engines.parcel import Parcel
+from coterie.engines.answers import answered
+from coterie.engines.parcel import Parcel, Transport
 from coterie.types import BaseSpec, ClientId, ClientInfo, CoterieError, Json
 
 Note = Callable[[dict[str, Json]], None]
 _GRACE = 60.0  # seconds after the deadline for which Flower keeps a message, so that late answers are seen
 _ASK_AGAIN = 30.0  # seconds before a node that was refused is asked again who it is
-
-
-class Transport(Protocol):
-    """Carries parcels to nodes and back; see :class:`coterie.engines.flower.GridTransport`."""
-
-    @property
-    def pause(self) -> float: ...
-
-    def nodes(self) -> Mapping[int, str]: ...
-
-    def send(self, to: Sequence[tuple[int, str, Parcel]], ttl: float, group: str) -> list[str | None]: ...
-
-    def receive(self, tickets: Collection[str]) -> list[tuple[str, Parcel | str]]: ...
 
 
 @dataclass(frozen=True)
@@ -73,11 +59,22 @@ class Deal:
         return self.deadline + _GRACE
 
     def parcel(
-        self, kind: str, client: ClientId = "", rnd: int = 0, ask: Mapping[str, Json] | None = None, blob: bytes = b""
+        self,
+        kind: str,
+        client: ClientId = "",
+        rnd: int = 0,
+        ask: Mapping[str, Json] | None = None,
+        blob: bytes = b"",
+        *,
+        since: int = 0,
+        keep: int = 0,
     ) -> Parcel:
-        """A message of this run; ``ask`` is what its kind has beside what all have."""
-        head = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
-        head |= {"since": 0, "keep": 0, "patience": self.deadline, "terms": dict(self.terms), **(ask or {})}
+        """A message of this run; ``ask`` is what its kind has beside what all have.
+
+        ``since`` is the round whose state this attempt starts from, ``keep`` the oldest that is still needed.
+        """
+        head: dict[str, Json] = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
+        head |= {"since": since, "keep": keep, "patience": self.deadline, "terms": dict(self.terms), **(ask or {})}
         return Parcel(head, blob)
 
 
@@ -104,7 +101,7 @@ class Roster:
     @property
     def asking(self) -> bool:
         """Whether some node was asked a short while ago who it is, and has not answered."""
-        since = self.clock() - _ASK_AGAIN
+        since = self.clock() - self.deal.greeting
         return any(self._greeted.get(node, -math.inf) >= since for node in self._hellos.values())
 
     def gather(self, at_least: int, wait: float) -> None:
@@ -138,6 +135,7 @@ class Roster:
         nodes = self.transport.nodes()
         self.nodes = {c: n for c, n in self.nodes.items() if n in nodes}
         self._greeted = {n: at for n, at in self._greeted.items() if n in nodes}
+        self._hellos = {ticket: n for ticket, n in self._hellos.items() if n in nodes}
         self._replaced = {n: by for n, by in self._replaced.items() if n in nodes and by in nodes}
         now, settled = self.clock(), {*self.nodes.values(), *self._hellos.values(), *self._replaced}
         due = {n for n in nodes if now - self._greeted.get(n, -math.inf) > _ASK_AGAIN}
@@ -162,11 +160,18 @@ class Roster:
         client = hello.info.id
         back = client in self.known
         self.known[client] = hello
-        if client in self.nodes:  # one that Flower does not miss yet, or a second of that name: the latest is the site
-            self._replaced[self.nodes[client]] = node
+        before = self.nodes.get(client)
+        if before is not None:  # one that Flower does not miss yet, or a second of that name: the latest is the site
+            same = [before, *(n for n, by in self._replaced.items() if by == before)]
+            self._replaced |= dict.fromkeys(same, node)
         self.nodes[client] = node
         self._refused.pop(node, None)
-        about = {"versions": _plain_versions(hello.versions), "base": hello.base, "rows": hello.info.num_train}
+        about: dict[str, Json] = {
+            "versions": _plain_versions(hello.versions),
+            "base": hello.base,
+            "rows": hello.info.num_train,
+            "instead_of": str(before) if before is not None else None,
+        }
         self.note({"event": "back" if back else "joined", "client": client, "node": str(node), **about})
 
     def _unfit(self, hello: Hello | None, key: str) -> str | None:
@@ -213,31 +218,6 @@ def _other_base(hello: Hello, agreed: str, known: Mapping[ClientId, Hello]) -> s
                 "model files, and start `coterie join` again where they were wrong"
             )
     return None
-
-
-def decoded(kind: type[Any], blob: bytes) -> tuple[Any, str | None]:
-    """What a site's blob says, or why it cannot be read."""
-    try:
-        return codec.decode(kind, blob), None
-    except codec.CodecError as fault:
-        return None, plain_text(f"the reply cannot be read: {str(fault)[:300]}")
-
-
-def answered(kind: type[Any], answer: Parcel | str) -> tuple[Any, str | None]:
-    """What a site answered; or the transport's, the site's or our own reason why there is nothing."""
-    if isinstance(answer, str):
-        return None, plain_text(answer)
-    if error := error_in(answer):
-        return None, error
-    return decoded(kind, answer.blob)
-
-
-def error_in(answer: Parcel) -> str | None:
-    """Why a site gives no answer, in its own words."""
-    error = answer.head.get("error")
-    if error is None:
-        return None
-    return (plain_text(error) if isinstance(error, str) else "") or "an error without a text"
 
 
 def _plain_versions(versions: Mapping[str, str | None]) -> dict[str, str | None]:

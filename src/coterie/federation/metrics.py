@@ -12,15 +12,16 @@ from pathlib import Path
 
 from coterie.federation.journal import read_journal
 from coterie.federation.status import Status, status_of
+from coterie.types import CoterieError
 
 _HELP = {
     "coterie_round": ("gauge", "The last round that ended"),
     "coterie_rounds": ("gauge", "The rounds of the run"),
-    "coterie_sites": ("gauge", "The sites that ever took part"),
+    "coterie_sites": ("gauge", "The sites of the run: those listed and those that joined"),
     "coterie_attempts_total": ("counter", "Starts of the server"),
     "coterie_replies_total": ("counter", "Answers that came, by site and kind"),
     "coterie_failures_total": ("counter", "Answers that did not come or did not count, by site and kind"),
-    "coterie_late_total": ("counter", "Answers after their deadline, by site"),
+    "coterie_late_total": ("counter", "Answers that came when they were no longer waited for, by site"),
     "coterie_sent_bytes_total": ("counter", "Bytes to a site, as encoded"),
     "coterie_received_bytes_total": ("counter", "Bytes from a site, as encoded"),
     "coterie_exchange_seconds_total": ("counter", "Seconds from a message to its answer, by site"),
@@ -85,8 +86,15 @@ class _Page(BaseHTTPRequestHandler):
 
 @contextmanager
 def exporter(folder: Path, port: int) -> Iterator[int]:
-    """Serve the metrics of the run in ``folder`` at ``http://127.0.0.1:port/metrics`` for a ``with`` block."""
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(_Page, folder)) as server:
+    """Serve the metrics of the run in ``folder`` at ``http://127.0.0.1:port/metrics`` for a ``with`` block.
+
+    Raises :class:`CoterieError` for a port that cannot be had.
+    """
+    try:
+        made = ThreadingHTTPServer(("127.0.0.1", port), partial(_Page, folder))
+    except OSError as fault:
+        raise CoterieError(f"[federation] metrics_port = {port}: {fault.strerror}; choose another") from fault
+    with made as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

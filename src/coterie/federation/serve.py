@@ -52,10 +52,10 @@ def serve(
     link = SuperLink((folder / _HOME).resolve(), settings.host, settings.port, keys, superlink)
     with ExitStack() as stack:
         stack.enter_context(held(folder / _HOME))
-        write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
-        stack.callback(link.stop)
         if settings.metrics_port:
             stack.enter_context(exporter(folder, settings.metrics_port))
+        write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
+        stack.callback(link.stop)
         Supervisor(link, folder, settings.restarts, listen).run()
     return _summary(folder)
 
@@ -82,24 +82,24 @@ class Supervisor:
     folder: Path
     restarts: int
     listen: Listener
-    rounds: int = 0  # that ended while this process looked on
+    committed: int = 0  # the newest round that this process saw a checkpoint of
 
     def run(self) -> None:
         """Raises :class:`CoterieError` for what the server said, and once the restarts are used up: so many in a row,
-        with no round between them."""
+        with no new checkpoint between them."""
         reader = Reader(self.folder / JOURNAL)
         for _ in reader.new():
             pass  # what earlier attempts wrote
         journal, left = Journal(self.folder / JOURNAL), self.restarts
         while True:
-            before = self.rounds
+            before = self.committed
             why = self._attempt(reader)
             if why is None:
                 return
-            left = (left if self.rounds == before else self.restarts) - 1
+            left = (left if self.committed == before else self.restarts) - 1
             if left < 0:
                 raise CoterieError(
-                    f"{why}; it was started again {self.restarts} times without a round ([federation] restarts). "
+                    f"{why}; it was started again without getting further, {self.restarts} in [federation] restarts. "
                     f"See {self.link.log}; go on with --resume"
                 )
             journal({"event": "note", "text": f"{why}; starting again"})
@@ -111,8 +111,13 @@ class Supervisor:
         if not self.link.alive() or not self.link.answers():
             self.link.stop()
             self.link.start()
-        _write_deal(self.folder, self.link.register())
-        run = self.link.submit(self.folder)
+        try:
+            _write_deal(self.folder, self.link.register())
+            run = self.link.submit(self.folder)
+        except CoterieError:
+            if self.link.alive():
+                raise
+            return "the SuperLink died"
         asked = time.monotonic()
         while True:
             if self._hear(reader):
@@ -139,7 +144,8 @@ class Supervisor:
         """Pass on what happened since; whether the run is finished. Raises what the server stopped for."""
         for event in reader.new():
             self.listen(event)
-            self.rounds += event["event"] == "round"
+            if event["event"] == "checkpoint":
+                self.committed = max(self.committed, event["round"])
             if event["event"] == "stopped":
                 raise CoterieError(str(event["error"]))
             if event["event"] == "finished":

@@ -16,8 +16,9 @@ from coterie import codec
 from coterie.checkpoint import newest_round
 from coterie.config import Config, check_config
 from coterie.data.rows import Federation
+from coterie.engines.parcel import Transport
 from coterie.engines.remote import RemoteEngine
-from coterie.engines.roster import Deal, Hello, Roster, Transport
+from coterie.engines.roster import Deal, Hello, Roster
 from coterie.federate import Opened, finish, rounds_of, set_threads
 from coterie.federation.journal import JOURNAL, Journal, read_journal
 from coterie.federation.serve import DEAL

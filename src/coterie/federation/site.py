@@ -77,7 +77,10 @@ def join(path: Path, insecure: bool = False) -> None:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     state.chmod(0o700)
     with ExitStack() as stack:
-        stack.enter_context(held(state))
+        try:
+            stack.enter_context(held(state))
+        except CoterieError as fault:
+            raise CoterieError(f"{fault} (two sites on one machine need a [site] state each)") from fault
         # A path of a socket may have about 100 characters, so it is not in the state folder.
         doors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coterie-")))
         door = doors / "worker"
@@ -92,7 +95,9 @@ def join(path: Path, insecure: bool = False) -> None:
 
 def _worker(path: Path, state: Path, door: Path) -> Child:
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    return Child("worker", [sys.executable, "-c", _WORKER, str(path.resolve()), str(door)], env, state / "worker.log")
+    return Child(
+        "worker", [sys.executable, "-P", "-c", _WORKER, str(path.resolve()), str(door)], env, state / "worker.log"
+    )
 
 
 def _supernode(site: SiteSettings, root: Path, state: Path, doors: Path, door: Path, insecure: bool) -> Child:
@@ -102,7 +107,7 @@ def _supernode(site: SiteSettings, root: Path, state: Path, doors: Path, door: P
     command.chmod(0o700)
     env = flower_environment(state / "flower")
     env["PATH"] = os.pathsep.join([str(doors), env["PATH"]])
-    args = [sys.executable, "-c", _SUPERNODE, "--superlink", site.site.server]
+    args = [sys.executable, "-P", "-c", _SUPERNODE, "--superlink", site.site.server]
     args += ["--port", str(free_port()), "--node-config", f'socket="{door}"']
     if insecure:
         args.append("--insecure")

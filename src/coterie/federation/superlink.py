@@ -76,7 +76,7 @@ class SuperLink:
     def start(self) -> None:
         """Start it, unless it is another's, and wait until it answers. Raises :class:`CoterieError`."""
         if self.address is None:
-            args = [sys.executable, "-c", _SUPERLINK, "--host", self.host, "--port", str(self.port)]
+            args = [sys.executable, "-P", "-c", _SUPERLINK, "--host", self.host, "--port", str(self.port)]
             args += ["--database", str(self.home / "state.db"), "--disable-runtime-dependency-installation"]
             self.process = start([*args, *self._security()], flower_environment(self.home), self.log)
         end = time.monotonic() + _UP_SECONDS
