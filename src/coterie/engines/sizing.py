@@ -19,7 +19,7 @@ from coterie.engines.place import Workplace
 from coterie.types import Bank, ClientInfo, ClientProgram, CoterieError, Optim, Train
 
 # Tokens of a step from which a larger batch is hardly faster on a CPU (docs/performance-batched.md); a GPU: what fits.
-ENOUGH = {"bfloat16": 2000, "float32": 500}
+ENOUGH = {"bfloat16": 2000, "float32": 250}
 MOST = 64
 SHARE = 0.8  # of the free memory
 _GROWN = 1.1  # measured anew where the largest adapter has grown to so much of the one that was measured
