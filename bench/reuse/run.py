@@ -3,7 +3,8 @@
 The pool: one LoRA each for sst2, trec, mrpc and sick, trained on its own on 1,500 rows. The targets: ``clinc150``, ten
 domains of user requests with fifteen intents each, a client for each domain (nothing of it is in the pool); ``sst2
 again``, eight clients with 24 rows each of the job that one module does. ``poisoned``: the pool has one module more,
-sst2's turned round and twice as strong. Test accuracy by round, bytes, the adapters' shares of the gates.
+sst2's turned round and twice as strong; ``noise``: one with sst2's A and a random B, four times as strong. Test
+accuracy by round, bytes, the adapters' shares of the gates.
 
     python bench/reuse/run.py --data ../shared/data --seeds 0,1   # goes on where it was stopped; runs lie in runs/reuse
 """
@@ -27,6 +28,7 @@ from _harness import RESULTS, measured_on, table
 from coterie.adapters import CONFIG_FILE, WEIGHTS_FILE, build_pool
 from coterie.config import check_config
 from coterie.federate import federate
+from coterie.ops.streams import stream
 from coterie.pool import POOL_FILE, write_pool
 
 MODULES = ("sst2", "trec", "mrpc", "sick")
@@ -38,7 +40,7 @@ SHORT, LONG = 6, 48  # rounds: clinc150 takes about forty to learn, from scratch
 class Case:
     name: str
     method: Mapping[str, Any]
-    poisoned: bool = False
+    pool: str = "pool"  # or one with a poisoned module
 
 
 SMARTFED = {"name": "smartfed", "active": 4}
@@ -55,15 +57,18 @@ MORE = [
     Case("scale one", {"name": "smartfed", "active": 8, "gate_scale": "one"}),
 ]
 POISONED = [
-    Case("SmartFed, K 4, poisoned", SMARTFED, poisoned=True),
-    Case("SmartFed, K 8, poisoned", {"name": "smartfed", "active": 8}, poisoned=True),
-    Case("SmartFed, K 4, poisoned, drop_below 0.75", {**SMARTFED, "drop_below": 0.75}, poisoned=True),
+    Case("SmartFed, K 4, poisoned", SMARTFED, "pool-poisoned"),
+    Case("SmartFed, K 8, poisoned", {"name": "smartfed", "active": 8}, "pool-poisoned"),
+    Case("SmartFed, K 4, poisoned, drop_below 0.75", {**SMARTFED, "drop_below": 0.75}, "pool-poisoned"),
+    Case("SmartFed, K 4, noise", SMARTFED, "pool-noise"),
+    Case("SmartFed, K 4, noise, drop_below 0.5", {**SMARTFED, "drop_below": 0.5}, "pool-noise"),
 ]
 
 
 def plan(first: bool) -> Iterator[tuple[str, Case, int]]:
     """Target, case, rounds. Everything with the first seed, the main comparison and the poison with every one."""
     yield from (("sst2 again", case, SHORT) for case in (*MAIN, *POISONED))
+    yield from (("sst2 again", case, LONG // 2) for case in POISONED if case.method == SMARTFED)
     yield from (("clinc150", case, LONG) for case in MAIN)
     if first:
         yield from ((target, case, SHORT) for target in ("sst2 again", "clinc150") for case in MORE)
@@ -119,23 +124,38 @@ def make_modules(work: Path, data: Path, cache: dict[str, Any]) -> dict[str, Pat
     return found
 
 
-def make_pools(work: Path, adapters: Mapping[str, Path]) -> dict[bool, Path]:
-    """The pool, and the poisoned one."""
-    poison = work / "modules" / "poison"
-    if not (poison / WEIGHTS_FILE).exists():
-        poison.mkdir(parents=True, exist_ok=True)
-        (poison / CONFIG_FILE).write_bytes((adapters["sst2"] / CONFIG_FILE).read_bytes())
-        save_file(turned_round(load_file(adapters["sst2"] / WEIGHTS_FILE)), poison / WEIGHTS_FILE)
-    pools = {False: (work / "pool", adapters), True: (work / "pool-poisoned", {**adapters, "poison": poison})}
-    for folder, members in pools.values():
-        if not (folder / POOL_FILE).exists():
-            write_pool(folder, build_pool([f"{name}={path}" for name, path in members.items()]))
-    return {poisoned: folder for poisoned, (folder, _) in pools.items()}
+def make_pools(work: Path, adapters: Mapping[str, Path]) -> dict[str, Path]:
+    """The pool, and one with each of the bad modules."""
+    pools = {"pool": dict(adapters)}
+    for kind, spoil in BAD.items():
+        bad = work / "modules" / kind
+        if not (bad / WEIGHTS_FILE).exists():
+            bad.mkdir(parents=True, exist_ok=True)
+            (bad / CONFIG_FILE).write_bytes((adapters["sst2"] / CONFIG_FILE).read_bytes())
+            save_file(spoil(load_file(adapters["sst2"] / WEIGHTS_FILE)), bad / WEIGHTS_FILE)
+        pools["pool-noise" if kind == "noise" else "pool-poisoned"] = {**adapters, kind: bad}
+    for name, members in pools.items():
+        if not (work / name / POOL_FILE).exists():
+            write_pool(work / name, build_pool([f"{module}={path}" for module, path in members.items()]))
+    return {name: work / name for name in pools}
 
 
 def turned_round(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A LoRA that does the opposite, twice as strongly."""
     return {name: value * -2 if ".lora_B." in name else value for name, value in tensors.items()}
+
+
+def noise(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA that looks at the same and answers at random, four times as strongly."""
+    made = dict(tensors)
+    for name in sorted(made):
+        if ".lora_B." in name:
+            draw = torch.randn(made[name].shape, generator=stream(0, "noise", name))
+            made[name] = draw * (4 * made[name].norm() / draw.norm())
+    return made
+
+
+BAD = {"poison": turned_round, "noise": noise}
 
 
 def row_of(out: Path, rounds: int) -> dict[str, Any]:
@@ -184,7 +204,7 @@ def main() -> None:
             if not all(word in f"{target}, {case.name};" for word in options.only.split("|")):
                 continue
             smartfed = case.method["name"] == "smartfed"
-            method = {**case.method, "pool": str(pools[case.poisoned])} if smartfed else case.method
+            method = {**case.method, "pool": str(pools[case.pool])} if smartfed else case.method
             long = f"-{rounds}" if rounds != SHORT else ""
             out = work / "runs" / f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
             made = check_config(config(rows[target], method, seed, rounds))
