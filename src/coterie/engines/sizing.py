@@ -118,6 +118,7 @@ def _peak(place: Workplace, request: Train, rows: int, tokens: int, clients: int
         place.cache[client.info.id, "train"] = [example] * rows
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1, "batch_size": rows})
     once = replace(request, optim=optim, hold_out=None)
+    machine.release_memory()  # what glibc keeps free would take the step's tensors unseen
     before = _used(place.device, reset=True)
     try:
         train_together([(LocalCompute(place, client, 1), once) for client in made])
