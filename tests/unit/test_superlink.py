@@ -69,7 +69,7 @@ def test_only_a_new_checkpoint_gives_the_restarts_back(
         return "the SuperLink died"
 
     monkeypatch.setattr(Supervisor, "_attempt", attempt)
-    with pytest.raises(CoterieError, match="the SuperLink died; it was started again without getting further, 2 in"):
+    with pytest.raises(CoterieError, match=r"the SuperLink died, once more than \[federation\] restarts = 2 allows"):
         Supervisor(SuperLink(tmp_path, "127.0.0.1", 1, None), tmp_path, 2, lambda event: None).run()
     assert tried == attempts
 
@@ -85,7 +85,7 @@ def test_a_superlink_that_dies_before_the_run_is_submitted_is_started_again(
     monkeypatch.setattr(SuperLink, "alive", lambda self: not dies)
     monkeypatch.setattr(SuperLink, "answers", lambda self: True)
     monkeypatch.setattr(SuperLink, "submit", submit)
-    with pytest.raises(CoterieError, match="^the SuperLink died; it was" if dies else "^flwr run failed"):
+    with pytest.raises(CoterieError, match="^the SuperLink died, once more" if dies else "^flwr run failed"):
         Supervisor(SuperLink(tmp_path, "127.0.0.1", 1, None), tmp_path, 1, lambda event: None).run()
 
 
@@ -152,3 +152,13 @@ def test_a_supernode_looks_sooner_for_a_while_after_a_message(monkeypatch: pytes
     monkeypatch.setattr(flower, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
     flower.supernode_command()
     assert slept == [3, 0.5, 0.5, 3, 0.1]
+
+
+def test_a_supernode_that_is_another_one_inside_keeps_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supernode import cli, start_client_internal
+
+    ran = []
+    monkeypatch.setattr(cli, "flower_supernode", lambda: ran.append(start_client_internal.time))  # type: ignore[attr-defined]
+    monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
+    flower.supernode_command()
+    assert ran == [time]

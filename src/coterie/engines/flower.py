@@ -218,22 +218,23 @@ def supernode_command() -> None:
     from flwr.supernode import start_client_internal as runtime
     from flwr.supernode.cli import flower_supernode
 
-    pull, last, answering = getattr(runtime, "_pull_and_store_message", None), -_EAGER, False
+    if not (hasattr(runtime, "_pull_and_store_message") and hasattr(runtime, "time")):
+        flower_supernode()
+        return
+    pull, last, answering = runtime._pull_and_store_message, -_EAGER, False
 
     def pulled(**kwargs: Any) -> int | None:
         nonlocal last, answering
         if answering:  # the answer to the one before has just gone out
             last = time.monotonic()
-        assert pull is not None
-        found: int | None = pull(**kwargs)
+        found = pull(**kwargs)
         answering = found is not None
         return found
 
     def sleep(seconds: float) -> None:
         time.sleep(min(seconds, _LOOK) if time.monotonic() - last < _EAGER else seconds)
 
-    if pull is not None and hasattr(runtime, "time"):
-        runtime._pull_and_store_message, runtime.time = pulled, SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
+    runtime._pull_and_store_message, runtime.time = pulled, SimpleNamespace(sleep=sleep)  # type: ignore[assignment, attr-defined]
     flower_supernode()
 
 

@@ -99,7 +99,7 @@ class Supervisor:
             left = (left if self.committed == before else self.restarts) - 1
             if left < 0:
                 raise CoterieError(
-                    f"{why}; it was started again without getting further, {self.restarts} in [federation] restarts. "
+                    f"{why}, once more than [federation] restarts = {self.restarts} allows without a new checkpoint. "
                     f"See {self.link.log}; go on with --resume"
                 )
             journal({"event": "note", "text": f"{why}; starting again"})
