@@ -85,3 +85,14 @@ def test_a_client_with_a_row_that_cannot_be_encoded_is_not_in_the_way(monkeypatc
 
     monkeypatch.setattr(type(place.task), "encode", broken)
     assert training(place, Optim())(0, client) == Load(0, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("few", [2, 8])
+def test_of_several_orders_the_cheapest_is_taken(few: int) -> None:
+    """Alike in passes, or alike in length: what costs less depends on which of the two differs more."""
+    loads = [Load(0, few, 4, 100), Load(1, 8, 4, 10), Load(2, few, 4, 10), Load(3, 8, 4, 100)]
+    by_length, by_passes = [[3, 0], [1, 2]], [[3, 1], [0, 2]]
+    costs = [sum(cost([loads[number] for number in group]) for group in groups) for groups in (by_length, by_passes)]
+    assert costs[0] < costs[1]
+    made = [{one.number for one in group} for group in grouped(loads, 2)]
+    assert made == [{0, 3}, {1, 2}]
