@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from coterie.nn.bank import BankLayer, Pass, Ranks, Span, padded
+from coterie.nn.bank import BankLayer, Pass
 from coterie.nn.gates import gates
+from coterie.nn.products import Ranks, Span, padded
 from coterie.types import NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
 
 

@@ -10,21 +10,21 @@ as they do without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from coterie.nn.gates import balance_loss, gates, routes_by_output
+from coterie.nn.products import Add, Project, Ranks, Span, padded
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Key, Part
 
-Span = tuple[int, int]
 SPARSE_FROM = 256  # experts of a matrix from which the sum over the active ones alone was faster (bench/gather.py)
+KEPT_PART = 10  # a bank keeps of A_cat x no more than x is large divided by this, and makes the rest again
 
 
 @dataclass
@@ -47,44 +47,6 @@ class Pass:
     balance: list[Tensor] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
     probe: Callable[[BankLayer, Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The experts' ranks, in the bank's order. ``owner`` [R] is the expert of each rank, None where all are alike."""
-
-    each: tuple[int, ...]
-    owner: Tensor | None
-
-    @staticmethod
-    def of(each: tuple[int, ...], device: torch.device) -> Ranks:
-        if len(set(each)) == 1:
-            return Ranks(each, None)
-        return Ranks(each, torch.arange(len(each)).repeat_interleave(torch.tensor(each)).to(device))
-
-    def weigh(self, z: Tensor, g: Tensor | None) -> Tensor:
-        """z [n, R] with the columns of expert e multiplied by g[:, e]."""
-        if g is None:
-            return z
-        if self.owner is None:
-            return (z.reshape(-1, len(self.each), self.each[0]) * g.unsqueeze(-1)).flatten(1)
-        return z * g.index_select(1, self.owner)
-
-    def per_expert(self, values: Tensor) -> Tensor:
-        """Sums of values [n, R] over the ranks of each expert: [n, e]."""
-        experts = len(self.each)
-        if self.owner is None:
-            return values.reshape(-1, experts, self.each[0]).sum(-1)
-        return values @ (self.owner.unsqueeze(1) == torch.arange(experts, device=values.device)).to(values.dtype)
-
-
-def padded(rows: int) -> int:
-    """The number of rows to store for ``rows``: a multiple of 8, or up to 8 as they are.
-
-    A router has an odd number of outputs, and a product that is 39 wide takes 1.6 times as long as one 40 wide (MKL,
-    float32, measured); GPUs want multiples of 8 too.
-    """
-    return rows if rows <= 8 else -(-rows // 8) * 8
 
 
 @dataclass
@@ -116,12 +78,13 @@ class BankLayer:
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        h, routed, p = self._project(x.to(output.dtype).reshape(-1, x.shape[-1]))
+        x = x.to(output.dtype)
+        h, routed, p = self._project(x)
         g = self.weights(p, routed)
         self.record(p, routed, g)
         if g is not None and self.now.probe is not None:
             g = self.now.probe(self, g)
-        return self._add(output.contiguous(), h, g)
+        return self._add(output.contiguous(), h, g, self._again(x, g))
 
     def record(self, p: Tensor | None, routed: Tensor, g: Tensor | None) -> None:
         """Collect what the pass asks for, from p [n, s], A_cat x of the routed experts and g [n, e] (None: no gate)."""
@@ -172,16 +135,29 @@ class BankLayer:
         spans = [(lo - start, hi - start) for (lo, hi), _ in inside]
         weight = self.rows[start : None if slots else stop].to(x.dtype)
         scale = 1 / (1 - self.dropout)
-        h, p = _Project.apply(x, weight, keep, scale, (rank, slots), spans, *(p for _, p in inside))  # type: ignore[no-untyped-call]
+        h, p = Project.apply(x, weight, keep, scale, (rank, slots), spans, *(p for _, p in inside))  # type: ignore[no-untyped-call]
         return h, p
 
-    def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
+    def _add(self, y: Tensor, h: Tensor, g: Tensor | None, again: tuple[Tensor, Tensor] | None) -> Tensor:
         trained = [p for key, p in self.parameters.items() if key.part is Part.B]
         columns = self.columns.to(y.dtype)
         if g is not None and self._few_active(y):
             return self._add_active(y, h, g, columns)
-        result: Tensor = _Add.apply(y, h, g, columns, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
+        result: Tensor = Add.apply(y, h, g, columns, again, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
         return result
+
+    def _again(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """x and the last rows of A, whose product the backward pass makes again; None: it is kept whole.
+
+        x is kept anyway for the gradients of A and of the router; beside it, with many experts, A_cat x would be a
+        good part of it. With 16 experts of rank 8 at d 768 the layer so keeps 5% less for 3% of the time. Not with
+        dropout, where x~ would have to be made again too.
+        """
+        rank, keeps = self.columns.shape[0], padded(x.shape[-1] // KEPT_PART)
+        dropping, by_output = self.now.training and self.dropout > 0, routes_by_output(self.gate)
+        if g is None or rank <= keeps or dropping or by_output or not self.row_spans or not torch.is_grad_enabled():
+            return None
+        return x.detach(), self.rows[keeps:rank].to(x.dtype)
 
     def _few_active(self, y: Tensor) -> bool:
         """Whether so few of so many frozen rank-1 experts are active that to touch these alone is faster."""
@@ -197,7 +173,7 @@ class BankLayer:
         return y + functional.embedding_bag(picks, columns, per_sample_weights=weights, mode="sum").reshape(y.shape)
 
     def _keep(self, x: Tensor, *expert: int) -> Tensor:
-        """Which numbers of x [n, i] dropout keeps, each with odds 1 - p to the nearest 1/65536.
+        """Which numbers of x dropout keeps, [n, i], each with odds 1 - p to the nearest 1/65536.
 
         Four numbers share a draw of 64 bits: on a CPU that takes a quarter of ``bernoulli_``'s time, measured.
         """
@@ -206,7 +182,7 @@ class BankLayer:
             generator = torch.Generator(x.device).manual_seed(generator.initial_seed())
         drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
         bits = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
-        return (bits >= min(round(self.dropout * 2**16), 2**16 - 1) - 2**15).view(x.shape)
+        return (bits >= min(round(self.dropout * 2**16), 2**16 - 1) - 2**15).view(-1, x.shape[-1])
 
     def weights(self, p: Tensor | None, routed: Tensor) -> Tensor | None:
         """The gate's weights [n, e], the shared expert's too, from p [n, s] and A_cat x of the routed experts."""
@@ -246,114 +222,3 @@ class BankLayer:
         """values [n, ...] in float64 with zeros for the tokens that do not count."""
         real = values.detach().double()
         return real if self.now.mask is None else real * self.now.mask.reshape(-1, 1).to(real.dtype)
-
-
-class _Project(torch.autograd.Function):
-    """h = x~ A^T and p = x R^T, x~ = x with dropout; gradients for x and for the trained spans of W = [A; R; 0] alone.
-
-    Shapes: x [n, i], W [>= R + s, i], keep [n, i] or None, h [n, R], p [n, s] or None where s = 0; sizes = (R, s).
-    Keeps x and keep (a byte each), not x~. h and p are tensors of their own: the rest of the layer keeps h for its
-    backward, and nobody keeps p.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        keep: Tensor | None,
-        scale: float,
-        sizes: tuple[int, int],
-        spans: Sequence[Span],
-        *trained: nn.Parameter,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(x if trained else None, weight, keep)
-        ctx.scale, ctx.sizes, ctx.spans, ctx.dtypes = scale, sizes, spans, [p.dtype for p in trained]
-        rank, slots = sizes
-        if keep is None:
-            both = x @ weight.T
-            h, rest = both[:, :rank], both[:, rank:]
-        else:
-            h, rest = (x * keep @ weight[:rank].T).mul_(scale), x @ weight[rank:].T if slots else x
-        return h.contiguous(), rest[:, :slots].contiguous() if slots else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, h_grad: Tensor, p_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, keep = ctx.saved_tensors
-        (rank, slots), spans, dtypes, x_grad = ctx.sizes, ctx.spans, ctx.dtypes, None
-        of_a, of_router = weight[:rank], weight[rank : rank + slots]
-        if keep is None:
-            both = h_grad if p_grad is None else torch.cat([h_grad, p_grad], dim=1)
-            x_grad = both @ weight[: both.shape[1]] if ctx.needs_input_grad[0] else None
-            return x_grad, *_NONE_5, *_span_grads(both, x, spans, dtypes)
-        h_grad = h_grad * ctx.scale
-        if ctx.needs_input_grad[0]:
-            x_grad = (h_grad @ of_a).mul_(keep)
-            x_grad = x_grad if p_grad is None else x_grad.addmm_(p_grad, of_router)
-        count = sum(stop <= rank for _, stop in spans)
-        grads = list(_span_grads(h_grad, x * keep, spans[:count], dtypes[:count])) if count else []
-        if p_grad is not None:
-            grads += _span_grads(p_grad, x, [(lo - rank, hi - rank) for lo, hi in spans[count:]], dtypes[count:])
-        return x_grad, *_NONE_5, *grads
-
-
-class _Add(torch.autograd.Function):
-    """y + s (g * h) C, written over y; gradients for y, h, g and for the trained spans of C's rows.
-
-    Shapes: y [..., o], h [n, R], g [n, e] or None, C [R, o]. Keeps h and g, not their product: that is made again.
-    y is written past autograd, which need not know (no one computes with the base's output again): told of it, it
-    would copy the gradient of a y that is a view, and refuse the y of a quantised Linear. The version counter is
-    shared, so a base that kept y for its own backward would raise an error, not go wrong.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        h: Tensor,
-        g: Tensor | None,
-        columns: Tensor,
-        ranks: Ranks,
-        scaling: float,
-        spans: Sequence[Span],
-        *trained: nn.Parameter,
-    ) -> Tensor:
-        ctx.save_for_backward(h, g, columns)
-        ctx.ranks, ctx.scaling, ctx.spans, ctx.dtypes = ranks, scaling, spans, [p.dtype for p in trained]
-        result = y.detach()
-        result.view(-1, y.shape[-1]).addmm_(ranks.weigh(h, g), columns, alpha=scaling)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, g, columns = ctx.saved_tensors
-        flat = y_grad.reshape(-1, y_grad.shape[-1])
-        u_grad = (flat @ columns.T).mul_(ctx.scaling)
-        g_grad = ctx.ranks.per_expert(u_grad * h) if ctx.needs_input_grad[2] else None
-        h_grad = ctx.ranks.weigh(u_grad, g)
-        u = ctx.ranks.weigh(h, g).mul(ctx.scaling) if ctx.spans else h
-        grads = (grad.T for grad in _span_grads(u, flat, ctx.spans, ctx.dtypes))
-        return y_grad, h_grad, g_grad, None, None, None, None, *grads
-
-
-_NONE_5 = (None,) * 5
-
-
-def _span_grads(left: Tensor, right: Tensor, spans: Sequence[Span], dtypes: Sequence[torch.dtype]) -> Iterator[Tensor]:
-    """left[:, span]^T right for each of the spans (in order), with one product for each run of spans that touch."""
-    start = stop = -1
-    whole = left
-    for (lo, hi), dtype in zip(spans, dtypes, strict=True):
-        if hi > stop:
-            start, stop = lo, _run_end(spans, lo)
-            whole = left[:, start:stop].T @ right
-        yield whole[lo - start : hi - start].to(dtype)
-
-
-def _run_end(spans: Sequence[Span], start: int) -> int:
-    stop = start
-    for lo, hi in spans:
-        stop = hi if lo == stop else stop
-    return stop

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.nn.bank import BankLayer, padded
+from coterie.nn.bank import BankLayer
 from coterie.nn.gates import routes_by_output
 from coterie.nn.many_products import AddMany, Picked, ProjectMany
+from coterie.nn.products import padded
 from coterie.types import CoterieError, Part
 
 

@@ -1,6 +1,6 @@
 """The two batched products of :mod:`coterie.nn.many`, with gradients for what each client trains and nothing else.
 
-What :class:`coterie.nn.bank._Project` and ``_Add`` are for one client, these are for many: c clients, n rows each.
+What :class:`coterie.nn.products.Project` and ``Add`` are for one client, these are for many: c clients, n rows each.
 """
 
 from __future__ import annotations
