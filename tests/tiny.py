@@ -16,7 +16,7 @@ from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
@@ -38,7 +38,7 @@ _CHAT = (
 )
 
 
-def config(arch: str, **overrides: Any) -> PreTrainedConfig:
+def config(arch: str, **overrides: Any) -> PretrainedConfig:
     """Two layers, hidden size 32, 4 heads (2 of them for keys and values in Llama and Qwen2), a vocabulary of 300."""
     shared: dict[str, Any] = {
         "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,

@@ -139,7 +139,8 @@ def test_dropout_of_any_name_is_turned_off(arch: str, name: str, targets: Any, t
     tiny.tokenizer().save_pretrained(tmp_path)
     noisy = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
     inputs = tiny.batch(padded=False)
-    assert not torch.equal(*(noisy(**inputs).logits for _ in range(2)))
+    first = noisy(**inputs).logits
+    assert not all(torch.equal(first, noisy(**inputs).logits) for _ in range(20))  # a layer is dropped by chance
     base = load_base(str(tmp_path), "classification", targets=targets)
     base.model.train()
     state = torch.random.get_rng_state()
