@@ -312,11 +312,15 @@ def kept(parameters: list[Tensor]) -> Iterator[dict[int, int]]:
         yield sizes
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(("experts", "rank"), [(1, 4), (4, 8), (8, 8), (16, 4), (16, 8)])
-def test_activations_kept_are_within_15_percent_of_one_plain_lora(experts: int, rank: int, dropout: float) -> None:
+def test_activations_kept_are_within_15_percent_of_one_plain_lora(
+    experts: int, rank: int, dropout: float, strided: bool
+) -> None:
     d, tokens = 768, 64
-    x = torch.randn(tokens, d, generator=stream(0, "x")).requires_grad_()
+    x = torch.randn(*((d, tokens) if strided else (tokens, d)), generator=stream(0, "x")).requires_grad_()
+    x = x.T if strided else x
     a, b, base = nn.Linear(d, rank, bias=False), nn.Linear(rank, d, bias=False), nn.Linear(d, d).requires_grad_(False)
     with kept([a.weight, b.weight, base.weight, base.bias]) as plain:
         y_plain = base(x) + 2.0 * b(a(nn.functional.dropout(x, dropout)))

@@ -146,7 +146,8 @@ def test_dropout_of_any_name_is_turned_off(arch: str, name: str, targets: Any, t
     state = torch.random.get_rng_state()
     first, second = (base.model(**inputs).logits for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(torch.random.get_rng_state(), state)
+    if arch != "opt":  # that of transformers 5.0 draws though nothing is to be dropped
+        assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first, base.model.eval()(**inputs).logits)
 
 

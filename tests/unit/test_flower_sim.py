@@ -60,8 +60,10 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) ->
 def test_a_missing_library_is_named_with_its_command(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    found, there = importlib.util.find_spec, {"flwr": "json", "ray": "json"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else found(there.get(name, name))
+    )
     path = sites.config(tmp_path)
     with pytest.raises(CoterieError, match=rf"flower-sim needs {missing}: pip install 'flwr\[simulation\]==1\.41\.0'"):
         federate(load_config(path, ["engine.name=flower-sim"]), tmp_path / "out", root=tmp_path)

@@ -24,7 +24,7 @@ from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Key, Part
 
 SPARSE_FROM = 256  # experts of a matrix from which the sum over the active ones alone was faster (bench/gather.py)
-KEPT_PART = 10  # a bank keeps of A_cat x no more than x is large divided by this, and makes the rest again
+KEPT_PART = 10  # of A_cat x a bank keeps one part in this of the size of x, to the next multiple of 8
 
 
 @dataclass
@@ -78,7 +78,7 @@ class BankLayer:
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        x = x.to(output.dtype)
+        x = x.to(output.dtype).contiguous()  # else each product would keep a copy of its own
         h, routed, p = self._project(x)
         g = self.weights(p, routed)
         self.record(p, routed, g)

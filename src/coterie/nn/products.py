@@ -89,7 +89,7 @@ class Project(torch.autograd.Function):
         (rank, slots), spans, dtypes, x_grad = ctx.sizes, ctx.spans, ctx.dtypes, None
         if keep is None:
             both = h_grad
-            if p_grad is not None:  # as wide as W: odd products are slow
+            if p_grad is not None:
                 both = torch.cat([h_grad, p_grad], dim=1)
                 weight = weight[: both.shape[1]]
             if ctx.needs_input_grad[0]:
