@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from coterie.ops.streams import kaiming_uniform, stream, stream_seed
 
 PINNED = {
-    (0,): (2033344993903900207, [824216266, 878311056, 421178134, 1735687227]),
-    (0, 3, "client-7", "batches"): (1020154252168996277, [72302700, 2141359594, 691991933, 914730560]),
+    (0,): (2033344993903900207, [1028413, 35530, 325422, 652944]),
+    (0, 3, "client-7", "batches"): (1020154252168996277, [349292, 999532, 207548, 167402]),
     (2**40, "A", "encoder.layer.0.attention.self.query"): (
         2281203619154213231,
-        [1379383700, 2046862279, 1255081624, 1912355604],
+        [100795, 506260, 883054, 41927],
     ),
 }
 
@@ -28,7 +28,8 @@ def draws(*purpose: str | int, count: int = 4096) -> Tensor:
 def test_known_values(purpose: tuple[int, ...]) -> None:
     seed, numbers = PINNED[purpose]
     assert stream_seed(*purpose) == seed
-    assert torch.randint(0, 2**31, (4,), generator=stream(*purpose)).tolist() == numbers
+    # A wide range would be drawn otherwise by old versions of torch.
+    assert torch.randint(0, 2**20, (4,), generator=stream(*purpose)).tolist() == numbers
 
 
 def test_a_seed_is_the_head_of_a_sha256() -> None:
