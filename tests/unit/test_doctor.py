@@ -41,9 +41,7 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) 
 def test_versions_are_those_that_are_imported() -> None:
     assert named("coterie").value == coterie.__version__
     assert named("python").value == platform.python_version()
-    assert (
-        named("torch").value.partition("+")[0] == torch.__version__.partition("+")[0]
-    )  # a distribution may name no build
+    assert named("torch").value in (torch.__version__, torch.__version__.partition("+")[0])  # without a build, on PyPI
     assert named("safetensors").ok
 
 

@@ -91,7 +91,7 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_version_is_that_of_the_distribution() -> None:
-    assert str(version("torch")).partition("+")[0] == torch.__version__.partition("+")[0]
+    assert version("torch") in (torch.__version__, torch.__version__.partition("+")[0])  # without a build, on PyPI
     assert version("no-such-distribution") is None
 
 

@@ -131,10 +131,9 @@ class Add(torch.autograd.Function):
         spans: Sequence[Span],
         *trained: nn.Parameter,
     ) -> Tensor:
-        if again is None:
-            ctx.save_for_backward(h, g, columns, None, None)
-        else:
-            ctx.save_for_backward(h[:, : h.shape[1] - len(again[1])].contiguous(), g, columns, *again)
+        x, rows = again or (None, None)
+        kept = h if rows is None else h[:, : h.shape[1] - len(rows)].contiguous()
+        ctx.save_for_backward(kept, g, columns, x, rows)
         ctx.ranks, ctx.scaling, ctx.spans, ctx.dtypes = ranks, scaling, spans, [p.dtype for p in trained]
         result = y.detach()
         result.view(-1, y.shape[-1]).addmm_(ranks.weigh(h, g), columns, alpha=scaling)
