@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from coterie.config import Config, check_config
+from coterie.config.run import Config, check_config
 from coterie.engines.local import LocalEngine
-from coterie.federate import Opened, open_run, rounds_of
+from coterie.experiment import Opened, open_run, rounds_of
 from coterie.ops.streams import stream
-from coterie.runner import Runner
+from coterie.run.rounds import Runner
 from coterie.types import Json
 
 LABELS = ("no", "yes")

@@ -63,7 +63,7 @@ class Work:
     eval_batch: int = 64
 
     def steps(self, rnd: int, client: Rows) -> Iterator[Batch]:
-        """The batches that :class:`coterie.engines.course.Course` takes too."""
+        """The batches that :class:`coterie.compute.train.Course` takes too."""
         number, epoch = 0, 0
         while True:
             draw = stream(self.seed, rnd, client.id, "train", "batches", epoch)

@@ -23,11 +23,11 @@ import torch
 from _harness import arguments, interleaved, table, write
 from _models import MODELS, matrix_rate, path_of, profile, synchronised, work_per_token
 
+from coterie.compute.batched import train_together
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Classification, Example
-from coterie.engines.batched import train_together
-from coterie.engines.compute import LocalCompute
-from coterie.engines.place import Workplace
 from coterie.machine import peak_memory, reset_peak_memory
 from coterie.nn.base import load_base
 from coterie.ops.streams import kaiming_uniform, stream

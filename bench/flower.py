@@ -24,27 +24,27 @@ from typing import Any
 from _harness import arguments, table, write
 
 from coterie import codec
-from coterie.config import check_config
-from coterie.data.federation import load_federation
-from coterie.deployment import SiteSettings
+from coterie.config.deployment import SiteSettings
+from coterie.config.run import check_config
+from coterie.data.clients import load_federation
+from coterie.deploy.agreement import federation_config, hash_of, terms_of
+from coterie.deploy.journal import read_journal
+from coterie.deploy.processes import free_port, start, stop, tail
+from coterie.deploy.superlink import _PYPROJECT, SuperLink
+from coterie.deploy.worker import Worker
 from coterie.engines import local
-from coterie.engines.parcel import Parcel
-from coterie.federation.journal import read_journal
-from coterie.federation.processes import free_port, start, stop, tail
-from coterie.federation.superlink import _PYPROJECT, SuperLink
-from coterie.federation.terms import federation_config, hash_of, terms_of
-from coterie.federation.worker import Worker
-from coterie.method import method_named
+from coterie.flower.message import Parcel
+from coterie.methods.base import method_named
 from coterie.types import Instruction
 
 SITES = {"north": ("invoice", "refund"), "south": ("fever", "cough")}
-COTERIE = [sys.executable, "-c", "from coterie.cli import main; main()"]
+COTERIE = [sys.executable, "-c", "from coterie.cli.main import main; main()"]
 COLD = """
 import json, sys
 from pathlib import Path
-from coterie.deployment import SiteSettings
-from coterie.engines.parcel import Parcel
-from coterie.federation.worker import Worker
+from coterie.config.deployment import SiteSettings
+from coterie.flower.message import Parcel
+from coterie.deploy.worker import Worker
 folder = Path(sys.argv[1])
 site = SiteSettings.model_validate_json((folder / "cold.json").read_text())
 head = json.loads((folder / "head.json").read_text())
@@ -54,9 +54,9 @@ MEASURE = """
 import json, time
 from pathlib import Path
 import torch
-from coterie.engines.flower import server_app
-from coterie.engines.remote import RemoteEngine
-from coterie.engines.roster import Deal, Roster
+from coterie.flower.app import server_app
+from coterie.deploy.remote import RemoteEngine
+from coterie.deploy.sites import Deal, Roster
 from coterie.types import Instruction, Key, Part
 
 home = Path({home!r})

@@ -25,7 +25,7 @@ import torch
 from _federation import Size, Timed, config_of, made_clients
 from _harness import arguments, table, write
 
-from coterie.federation.processes import flower_environment, start, stop, tail
+from coterie.deploy.processes import flower_environment, start, stop, tail
 from coterie.machine import version
 from coterie.nn.base import resolve
 

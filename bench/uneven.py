@@ -18,10 +18,10 @@ import torch
 from _harness import arguments, interleaved, table, write
 from batched import Case, asked_of, workplace
 
-from coterie.engines.batched import train_together
-from coterie.engines.compute import LocalCompute
+from coterie.compute.batched import train_together
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
 from coterie.engines.grouping import Load, _mean_longest, cost, grouped
-from coterie.engines.place import Workplace
 from coterie.nn.compiled import compile_frozen
 from coterie.ops.streams import stream
 from coterie.types import Train

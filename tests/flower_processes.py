@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 
 import sites
-from coterie.federation.journal import read_journal
-from coterie.federation.processes import free_port
+from coterie.deploy.journal import read_journal
+from coterie.deploy.processes import free_port
 
 MISBEHAVING = [sys.executable, str(Path(__file__).parent / "misbehaving.py")]
-COTERIE = [sys.executable, "-c", "from coterie.cli import main; main()"]
+COTERIE = [sys.executable, "-c", "from coterie.cli.main import main; main()"]
 PATIENCE = 700.0  # seconds for a step; a step that works takes far less
 
 

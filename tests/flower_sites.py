@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coterie.config import Config, check_config, load_raw
+from coterie.config.deployment import SiteSettings
+from coterie.config.run import Config, check_config, load_raw
 from coterie.data.settings import DataSettings
-from coterie.deployment import SiteSettings
-from coterie.engines.flower import GridTransport
-from coterie.engines.remote import RemoteEngine
-from coterie.engines.roster import Deal, Roster
-from coterie.federation.terms import federation_config, hash_of, terms_of
-from coterie.federation.worker import Worker
-from coterie.method import Method, method_named
+from coterie.deploy.agreement import federation_config, hash_of, terms_of
+from coterie.deploy.remote import RemoteEngine
+from coterie.deploy.sites import Deal, Roster
+from coterie.deploy.worker import Worker
+from coterie.flower.app import GridTransport
+from coterie.methods.base import Method, method_named
 from grid import InProcessGrid
 
 

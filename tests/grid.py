@@ -11,8 +11,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from coterie.engines.flower import client_app_of
-from coterie.engines.parcel import Parcel
+from coterie.flower.app import client_app_of
+from coterie.flower.message import Parcel
 
 Answer = Callable[[Parcel], Parcel]
 

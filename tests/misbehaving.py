@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from coterie.cli import main
-from coterie.federation import site
+from coterie.cli.main import main
+from coterie.deploy import site
 
 if __name__ == "__main__":
     plan, here = sys.argv.pop(1), str(Path(__file__).parent)

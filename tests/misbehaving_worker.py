@@ -7,9 +7,9 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-from coterie.engines import parcel as parcels
-from coterie.engines.parcel import Parcel
-from coterie.federation import worker
+from coterie.deploy import worker
+from coterie.flower import message as parcels
+from coterie.flower.message import Parcel
 from spoiled import SPOILED
 
 _NOISE = b"\x07noise" * 999

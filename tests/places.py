@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import tiny
+from coterie.compute.client import LocalCompute, Workplace
 from coterie.data.rows import ClientData, PromptRow, Row, TextRow
 from coterie.data.tasks import Classification, Generation
-from coterie.engines.compute import LocalCompute, Workplace
 from coterie.nn.base import Base, load_base
 from coterie.types import Bank, ClientInfo, Optim, Train, Trained
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import tiny
+from coterie.adapters.pool import Adapter, Pool, name_of, write_pool
 from coterie.ops.streams import stream
-from coterie.pool import Adapter, Pool, name_of, write_pool
 from coterie.types import Key, Part, Target
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from coterie import codec
-from coterie.engines.parcel import Parcel
+from coterie.flower.message import Parcel
 from coterie.types import Key, Part, Reply
 
 

@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, measured_on, table
 
-from coterie.adapters import CONFIG_FILE, WEIGHTS_FILE, build_pool
-from coterie.config import check_config
-from coterie.federate import federate
+from coterie.adapters.pool import POOL_FILE, write_pool
+from coterie.adapters.read import CONFIG_FILE, WEIGHTS_FILE, build_pool
+from coterie.config.run import check_config
+from coterie.experiment import federate
 from coterie.ops.streams import stream
-from coterie.pool import POOL_FILE, write_pool
 
 MODULES = ("sst2", "trec", "mrpc", "sick")
 TRAIN = {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2}

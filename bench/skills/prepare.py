@@ -11,10 +11,10 @@ import torch
 from language import GENERAL, Task, row, rows, tokenizer, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coterie.adapters import build_pool
-from coterie.config import check_config
-from coterie.federate import federate
-from coterie.pool import POOL_FILE, Pool, read_pool, write_pool
+from coterie.adapters.pool import POOL_FILE, Pool, read_pool, write_pool
+from coterie.adapters.read import build_pool
+from coterie.config.run import check_config
+from coterie.experiment import federate
 from coterie.types import Key, Part
 
 SIZES = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}

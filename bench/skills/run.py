@@ -30,8 +30,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, measured_on
 
-from coterie.config import check_config
-from coterie.federate import federate
+from coterie.config.run import check_config
+from coterie.experiment import federate
 
 TARGETS: dict[str, Task] = {
     "sort in letters": ("sort", "letters"),

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line; Ctrl-C, whenever it comes, ends it with a line and exit code 130."""
     try:
-        from coterie.cli import main as command
+        from coterie.cli.main import main as command
 
         command()
     except KeyboardInterrupt:

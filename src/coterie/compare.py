@@ -6,35 +6,36 @@ A variant is a method with settings of its own: ``fedamole:assignment=static``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from coterie.config import DEFAULT_METHOD, Config, check_config, load_raw, override, section_of
-from coterie.federate import federate
+from coterie.config.run import DEFAULT_METHOD, Config, check_config, load_raw, override, section_of
+from coterie.experiment import federate
 from coterie.files import write_json
-from coterie.method import method_named
-from coterie.progress import heading, listener
-from coterie.summary import read_events
+from coterie.methods.base import method_named
+from coterie.run.rounds import Listener
+from coterie.run.summary import read_events
 from coterie.types import Json
 
 Results = dict[str, dict[int, dict[str, Json]]]  # variant -> seed -> summary
 
 
+Watch = Callable[[int, str], AbstractContextManager[Listener]]  # what listens to a run of so many rounds, by its label
+
+
 def compare(
-    config: Path, methods: Sequence[str], seeds: Sequence[int], folder: Path, overrides: Sequence[str], console: Console
+    config: Path, methods: Sequence[str], seeds: Sequence[int], folder: Path, overrides: Sequence[str], watch: Watch
 ) -> Results:
     """:func:`compare_all` on a TOML file."""
-    return compare_all(override(load_raw(config), overrides), methods, seeds, folder, config.parent, console)
+    return compare_all(override(load_raw(config), overrides), methods, seeds, folder, config.parent, watch)
 
 
 def compare_all(
-    raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, console: Console
+    raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, watch: Watch
 ) -> Results:
     """Every variant with every seed, each in its own folder below ``folder``; what is there already goes on.
 
@@ -45,7 +46,7 @@ def compare_all(
     cache: dict[str, Any] = {}
     for (method, seed), settings in runs.items():
         place = folder / folder_of(method, seed)
-        with listener(console, settings.run.rounds, f"{method} seed {seed}") as listen:
+        with watch(settings.run.rounds, f"{method} seed {seed}") as listen:
             resume = (place / "config.json").exists()
             summary = federate(settings, place, root=root, resume=resume, listen=listen, cache=cache)
         results.setdefault(method, {})[seed] = summary
@@ -115,47 +116,6 @@ def curves(folder: Path, results: Results) -> dict[str, list[tuple[int, float]]]
                     values.setdefault(event["round"], []).append(event["mean"]["test"][summary["primary"]])
         found[title_of(method)] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
     return found
-
-
-def show(console: Console, results: Results, folder: Path) -> None:
-    """The table: a row per client, a column per method, the best in bold; then means, worst clients and bytes."""
-    rows = table_of(results)
-    first = next(iter(rows.values()))
-    clusters = results.get("fedlease", {})
-    found = next(iter(clusters.values()))["describe"].get("clusters", {}) if clusters else {}
-    heading(console, f"Test {first['primary']} at the round that validation chose")
-    table = Table(box=None, header_style="bold")
-    table.add_column("client")
-    for column in (*(["cluster"] if found else []), *map(title_of, rows)):
-        table.add_column(column, justify="right")
-    for client in first["clients"]:
-        cluster = [str(found.get(client, "-"))] if found else []
-        table.add_row(
-            escape(client), *cluster, *_best([row["clients"][client] for row in rows.values()], first["primary"])
-        )
-    table.add_section()
-    space = [""] if found else []
-    table.add_row("mean", *space, *_best([row["mean"] for row in rows.values()], first["primary"]))
-    if len(first["seeds"]) > 1:
-        table.add_row("spread over seeds", *space, *(f"{row['std']:.3f}" for row in rows.values()))
-    table.add_row("worst client", *space, *_best([row["worst"] for row in rows.values()], first["primary"]))
-    table.add_row("MiB sent", *space, *(f"{row['bytes'] / 2**20:.1f}" for row in rows.values()))
-    console.print(table)
-    if len({row["evaluated"] for row in rows.values()}) > 1:
-        mixed = "; ".join(f"{title_of(m)}: {row['evaluated']}" for m, row in rows.items())
-        console.print(
-            f"not all measured alike ({mixed}): received is what the server sends, trained what a client trained last "
-            "itself; --set run.evaluate=trained (or received) treats all alike",
-            highlight=False,
-            markup=False,
-        )
-    console.print(f"each run has a report.html; see {folder}", highlight=False, soft_wrap=True)
-
-
-def _best(values: Sequence[float | None], metric: str) -> list[str]:
-    known = [value for value in values if value is not None]
-    best = (min if metric == "loss" else max)(known, default=None)
-    return ["-" if value is None else f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}" for value in values]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of ``coterie doctor`` or ``coterie site check``: what was found, whether it will do, and the fix."""
+
+    name: str
+    value: str
+    ok: bool = True
+    fix: str = ""
 
 
 def environment() -> dict[str, dict[str, Any]]:

@@ -310,7 +310,7 @@ class Scored:
 class Observe:
     """Ask: statistics of the bank's forward pass on ``split``, in evaluation mode. Answer: :class:`Observed`.
 
-    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, and of :mod:`coterie.engines.importance`
+    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, and of :mod:`coterie.compute.importance`
     ``"first_order"`` and ``"gate_mass"``. With ``hold_out`` only the rows that it sets aside are looked at, and of
     those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and in
     no module's importance.

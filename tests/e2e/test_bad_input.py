@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import sites
-from coterie import cli
-from coterie.config import check_config, load_config, override
-from coterie.federate import federate
+from coterie.cli import main as cli
+from coterie.config.run import check_config, load_config, override
+from coterie.experiment import federate
 from coterie.types import CoterieError
 
 EDITS = {  # what is wrong: (the edit of the config, what the error says)
@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path), tmp_path / "out"
     path.write_text(path.read_text().replace("rounds = 3", "rounds = 500"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from coterie.cli import main; main()", "run", str(path), "--out", str(out)]
+    command = [sys.executable, "-c", "from coterie.cli.main import main; main()", "run", str(path), "--out", str(out)]
     process = subprocess.Popen(
         command,
         env=env,

@@ -14,9 +14,9 @@ pytest.importorskip("flwr")
 
 from safetensors.torch import load_file
 
-from coterie.federation.journal import read_journal
-from coterie.federation.processes import free_port
-from coterie.federation.status import status_of
+from coterie.deploy.journal import read_journal
+from coterie.deploy.processes import free_port
+from coterie.deploy.status import status_of
 from flower_processes import Processes, processes
 from pages import Page
 from spoiled import SPOILED

@@ -12,10 +12,10 @@ import torch
 pytest.importorskip("flwr")
 
 import sites
-from coterie.config import load_config
-from coterie.federate import federate
-from coterie.federation.journal import read_journal
-from coterie.federation.keys import site_key
+from coterie.config.run import load_config
+from coterie.deploy.journal import read_journal
+from coterie.deploy.keys import site_key
+from coterie.experiment import federate
 from flower_processes import Processes, processes, write_site
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]

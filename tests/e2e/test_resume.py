@@ -21,9 +21,9 @@ import torch
 
 import coterie.files
 import sites
-from coterie.config import load_config
-from coterie.federate import federate
-from coterie.run_folder import held
+from coterie.config.run import load_config
+from coterie.experiment import federate
+from coterie.run.folder import held
 from coterie.types import CoterieError
 
 FORK = multiprocessing.get_context("fork")

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import sites
 import tiny
 from coterie import __version__, codec
-from coterie.checkpoint import load_newest
+from coterie.adapters.write import read_bundle
+from coterie.cli.progress import listener
 from coterie.compare import compare
-from coterie.config import load_config
-from coterie.data.federation import load_federation
+from coterie.config.run import load_config
+from coterie.data.clients import load_federation
 from coterie.data.rows import TextRow
-from coterie.export import read_bundle
-from coterie.federate import federate
-from coterie.method import method_named
+from coterie.experiment import federate
+from coterie.methods.base import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
+from coterie.run.checkpoint import load_newest
 from coterie.types import Bank, Key, Part
 
 ROUGE = importlib.util.find_spec("rouge_score") is not None  # the extra metrics
@@ -379,7 +380,7 @@ def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any,
 def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     few = ["run.rounds=1"]
-    results = compare(path, ["fedit", "local"], [0, 5], out, few, Console(quiet=True))
+    results = compare(path, ["fedit", "local"], [0, 5], out, few, partial(listener, Console(quiet=True)))
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["fedit-0", "fedit-5", "local-0", "local-5"]
     for method, seed in (("fedit", 0), ("fedit", 5), ("local", 0), ("local", 5)):
         summary = json.loads((out / f"{method}-{seed}" / "summary.json").read_text())
@@ -391,7 +392,7 @@ def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_
     assert files_of(alone.out, "clients") == files_of(out / "local-5", "clients")
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "compare.json"}
-    assert compare(path, ["fedit", "local"], [0, 5], out, few, Console(quiet=True)) == results
+    assert compare(path, ["fedit", "local"], [0, 5], out, few, partial(listener, Console(quiet=True))) == results
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import sites
-from coterie.config import load_config
-from coterie.engines import batched, sizing
-from coterie.federate import federate
+from coterie.compute import batched
+from coterie.config.run import load_config
+from coterie.engines import batch_size as sizing
+from coterie.experiment import federate
 from coterie.types import CoterieError
 
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import sites
-from coterie.config import load_config
-from coterie.export import read_bundle
-from coterie.federate import federate
+from coterie.adapters.write import read_bundle
+from coterie.config.run import load_config
+from coterie.experiment import federate
 
 MORE = [  # enough to learn which label goes with which word
     "lora.rank=8", "lora.targets=['q_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']", "lora.dropout=0.0",

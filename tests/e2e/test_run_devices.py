@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import sites
-from coterie.config import load_config
-from coterie.engines import batched, loading
-from coterie.engines.compute import LocalCompute
-from coterie.engines.loading import device_names
-from coterie.federate import federate
+from coterie.compute import batched, loading
+from coterie.compute.client import LocalCompute
+from coterie.compute.loading import device_names
+from coterie.config.run import load_config
+from coterie.experiment import federate
 from coterie.nn.base import load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.types import CoterieError

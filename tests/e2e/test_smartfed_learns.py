@@ -12,10 +12,10 @@ import torch
 
 import sites
 import tiny
-from coterie.adapters import build_pool
-from coterie.config import check_config
-from coterie.federate import federate
-from coterie.pool import Pool, name_of, write_pool
+from coterie.adapters.pool import Pool, name_of, write_pool
+from coterie.adapters.read import build_pool
+from coterie.config.run import check_config
+from coterie.experiment import federate
 from coterie.types import Part
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import sites
 from coterie import codec
-from coterie.adapters import build_pool
-from coterie.config import load_config
-from coterie.export import read_bundle
-from coterie.federate import federate
+from coterie.adapters.pool import read_pool, write_pool
+from coterie.adapters.read import build_pool
+from coterie.adapters.write import read_bundle
+from coterie.config.run import load_config
+from coterie.experiment import federate
 from coterie.nn.base import resolve
-from coterie.pool import read_pool, write_pool
 from coterie.types import CoterieError, Part
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coterie.method import Plan
+from coterie.methods.base import Plan
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
 from coterie.types import NO_EXPERT, SHARED, BaseSpec, ClientInfo, Key, Part, Reply, Target, Tensors
 

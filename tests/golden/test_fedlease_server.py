@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.method import Plan
-from coterie.methods._common import start_router
+from coterie.methods.base import Plan
 from coterie.methods.fedlease import Allocation, FedLEASE, FedLEASESettings, FedLEASEState
+from coterie.methods.parts import start_router
 from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, Key, Part, Reply, Target
 
 FILE = np.load(Path(__file__).parent / "fedlease_server_aggregation.npz", allow_pickle=False)

@@ -20,19 +20,19 @@ from torch import Tensor
 import pools
 import sites
 import tiny
-from coterie.config import check_config
-from coterie.data.federation import load_federation
+from coterie.compute import batched
+from coterie.compute import client as computing
+from coterie.compute.batched import answer_all, drive_together
+from coterie.compute.client import LocalCompute
+from coterie.compute.train import Course
+from coterie.compute.workplace import Workplace
+from coterie.config.run import check_config
+from coterie.data.clients import load_federation
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import make_task
-from coterie.engines import batched
-from coterie.engines import compute as computing
-from coterie.engines.batched import answer_all, drive_together
-from coterie.engines.compute import LocalCompute
-from coterie.engines.course import Course
 from coterie.engines.local import LocalEngine
-from coterie.engines.place import Workplace
 from coterie.engines.store import PersonalStore
-from coterie.method import Plan, answer, drive, method_named, methods
+from coterie.methods.base import Plan, answer, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
     Bank,
@@ -351,7 +351,7 @@ def test_scores_of_several_banks(kind: str, generates: bool, monkeypatch: pytest
         texts.append(list(made))
         return {"length": float(sum(map(len, made)))}
 
-    monkeypatch.setattr("coterie.engines.compute.text_metrics", keep)
+    monkeypatch.setattr("coterie.compute.client.text_metrics", keep)
     place = workplace(kind, eval_batch_size=7, generates=generates)
     clients = loaded(kind, torch.float64)[1]
     asked = {

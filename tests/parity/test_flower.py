@@ -13,10 +13,10 @@ import flower_sites
 import pools
 import sites
 from coterie import codec
-from coterie.data.federation import load_federation
+from coterie.data.clients import load_federation
 from coterie.engines import local
-from coterie.method import methods
-from coterie.runner import Rounds, Runner
+from coterie.methods.base import methods
+from coterie.run.rounds import Rounds, Runner
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 TIMES = ("seconds", "peak_memory_bytes")

@@ -19,13 +19,13 @@ if importlib.util.find_spec("ray") is None:  # not loaded here: it reads its env
 
 import pools
 import sites
-from coterie.config import Config, load_config
-from coterie.data.federation import load_federation
+from coterie.config.run import Config, load_config
+from coterie.data.clients import load_federation
 from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
-from coterie.engines.flower import SimulatedTransport, simulation
-from coterie.method import method_named, methods
-from coterie.runner import Rounds, Runner
+from coterie.flower.app import SimulatedTransport, simulation
+from coterie.methods.base import method_named, methods
+from coterie.run.rounds import Rounds, Runner
 from coterie.types import CoterieError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

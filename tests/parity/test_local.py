@@ -17,16 +17,17 @@ import pools
 import sites
 import tiny
 from coterie import codec
-from coterie.config import Config, check_config
-from coterie.data.federation import load_federation
+from coterie.compute import loading
+from coterie.compute.client import LocalCompute, Workplace
+from coterie.config.run import Config, check_config
+from coterie.data.clients import load_federation
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import Classification
-from coterie.engine import Delivery
-from coterie.engines import loading, local
-from coterie.engines.compute import LocalCompute, Workplace
+from coterie.engines import local
+from coterie.engines.base import Delivery
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import PersonalStore, RoundStore
-from coterie.method import Plan, drive, method_named, methods
+from coterie.methods.base import Plan, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
     NO_EXPERT,

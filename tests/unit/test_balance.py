@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from coterie.engines.compute import LocalCompute, Workplace
+from coterie.compute.client import LocalCompute, Workplace
 from coterie.nn.attach import attach
 from coterie.nn.gates import balance_loss, top_k
 from coterie.ops.streams import stream

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from coterie import codec
-from coterie.engines import blobs
-from coterie.engines.blobs import Blobs
+from coterie.engines import encode_once as blobs
+from coterie.engines.encode_once import Blobs
 from coterie.types import Instruction, Key, Part, Tensors
 
 KEY = Key("layer", 0, Part.A)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import tiny
+from coterie.compute.client import LocalCompute, Workplace
 from coterie.data.rows import ChoiceRow, ClientData, PromptRow
 from coterie.data.tasks import IGNORE, Batch, Example, Generation, MultipleChoice, candidate, completion_losses
-from coterie.engines.compute import LocalCompute, Workplace
-from coterie.evaluate import classification_metrics
 from coterie.nn.attach import attached
 from coterie.nn.base import Base, load_base
+from coterie.ops.metrics import classification_metrics
 from coterie.ops.streams import stream
 from coterie.types import Bank, ClientInfo, CoterieError, Optim, Score, Scored, Train
 

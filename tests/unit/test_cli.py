@@ -20,12 +20,14 @@ from rich.console import Console
 import coterie
 import sites
 from coterie import __main__ as console
-from coterie import cli, compare, progress
+from coterie.cli import compare as comparison
+from coterie.cli import main as cli
+from coterie.cli import progress
+from coterie.cli.doctor import Check
+from coterie.cli.progress import Lines, Live, clock, listener, show_summary
 from coterie.compare import config_for, curves, table_of
-from coterie.config import describe_config
-from coterie.doctor import Check
-from coterie.method import methods
-from coterie.progress import Lines, Live, clock, listener, show_summary
+from coterie.config.run import describe_config
+from coterie.methods.base import methods
 from coterie.types import CoterieError
 
 
@@ -132,7 +134,7 @@ def test_doctor_shows_what_is_found_and_the_whole_command_that_mends(
 ) -> None:
     assert coterie_command("doctor")[0] == 0
     checks = [Check("torch", "1.2.3"), Check("x", "[not] here :x:", False, "pip install 'x[y]'")]
-    monkeypatch.setattr("coterie.doctor.examine", lambda: checks)
+    monkeypatch.setattr("coterie.cli.doctor.examine", lambda: checks)
     code, text, _ = coterie_command("doctor")
     assert code == 0
     assert text.splitlines()[1].split() == ["ok", "torch", "1.2.3"]
@@ -172,7 +174,7 @@ def test_a_fault_is_shown_as_it_is(coterie_command: Command, monkeypatch: pytest
     def fail(*args: Any) -> None:
         raise CoterieError(message)
 
-    monkeypatch.setattr("coterie.doctor.examine", fail)
+    monkeypatch.setattr("coterie.cli.doctor.examine", fail)
     assert coterie_command("doctor") == (2, "", f"error: {message}\n")
 
 
@@ -183,7 +185,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
         raise KeyboardInterrupt
 
     path = sites.config(tmp_path)
-    for name in ("coterie.federate.federate", "coterie.compare.federate", "coterie.doctor.examine"):
+    for name in ("coterie.experiment.federate", "coterie.compare.federate", "coterie.cli.doctor.examine"):
         monkeypatch.setattr(name, interrupt)
     out = tmp_path / "out"
     run, both = ("run", str(path), "--out", str(out)), ("compare", str(path), "--out", str(tmp_path))
@@ -445,7 +447,7 @@ def test_a_comparison_adds_up_over_seeds() -> None:
 def test_a_comparison_marks_the_best_of_every_row() -> None:
     console = terminal()
     results = {"fedlease": {0: scaled(0.8, describe={"clusters": {"north": 1, "south": 0}})}, "fedit": {0: summary()}}
-    compare.show(console, results, Path("runs/x"))
+    comparison.show(console, results, Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     bold = re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
     assert bold == ["0.250", "0.750", "0.500", "0.250"]
@@ -454,7 +456,7 @@ def test_a_comparison_marks_the_best_of_every_row() -> None:
     assert ["MiB", "sent", "4.0", "4.0"] in rows
     console = terminal()
     by_loss = {m: {0: summary(primary="loss", worst={"loss": loss})} for m, loss in (("fedit", 9.0), ("local", 8.0))}
-    compare.show(console, by_loss, Path("runs/x"))
+    comparison.show(console, by_loss, Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     assert "8.000" in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
     assert "9.000" not in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
@@ -465,7 +467,7 @@ def test_a_comparison_without_test_data_has_dashes() -> None:
     assert (made["fedit"]["mean"], made["fedit"]["worst"], made["fedit"]["std"]) == (None, None, 0.0)
     assert made["fedit"]["clients"] == {"north": None, "south": None}
     console = terminal()
-    compare.show(console, {"fedit": {0: without_test()}, "local": {0: summary()}}, Path("runs/x"))
+    comparison.show(console, {"fedit": {0: without_test()}, "local": {0: summary()}}, Path("runs/x"))
     assert ["north", "-", "0.250"] in [line.split() for line in shown_on(console).splitlines()]
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from coterie.compute import client as compute
+from coterie.compute import train as course
+from coterie.compute.client import LocalCompute, Workplace, generate, resolve_precision
 from coterie.data.rows import ClientData, PromptRow, TextRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
-from coterie.engines import compute, course
-from coterie.engines.compute import LocalCompute, Workplace, generate, resolve_precision
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.ops.streams import stream

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from coterie.config import (
+from coterie.config.run import (
     Config,
     check_config,
     describe_config,
@@ -23,9 +23,9 @@ from coterie.config import (
     load_site,
     override,
 )
-from coterie.method import methods
+from coterie.config.wording import value_in_words
+from coterie.methods.base import methods
 from coterie.types import CoterieError, Part
-from coterie.wording import value_in_words
 
 DATA = {"data": {"folder": "clients"}}
 

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from coterie.config import check_config
-from coterie.data.federation import load_federation
+from coterie.config.run import check_config
+from coterie.data.clients import load_federation
 from coterie.data.files import read_table, table_of
 from coterie.data.parse import parse
 from coterie.data.rows import SPLITS, ChoiceRow, Federation, Kind, PromptRow, Row, TextRow, label_of

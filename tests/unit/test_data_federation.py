@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from coterie.data.federation import load_federation
+from coterie.data.clients import load_federation
 from coterie.data.rows import SPLITS, Federation, Kind, PromptRow, TextRow
 from coterie.data.settings import DataSettings
 from coterie.types import CoterieError

@@ -20,15 +20,15 @@ import typer
 import coterie.methods
 import sites
 import tiny
-from coterie.cli import app
+from coterie.cli.main import app
 from coterie.compare import config_for
-from coterie.config import check_config, load_config, load_raw
+from coterie.config.run import check_config, load_config, load_raw
 from coterie.data import sources
-from coterie.data.federation import load_federation
+from coterie.data.clients import load_federation
 from coterie.data.settings import Columns
-from coterie.federate import federate
-from coterie.federation.terms import federation_config
-from coterie.method import methods
+from coterie.deploy.agreement import federation_config
+from coterie.experiment import federate
+from coterie.methods.base import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
 from coterie.types import CoterieError

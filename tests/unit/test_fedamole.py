@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coterie import codec
-from coterie.method import Plan
+from coterie.methods.base import Plan
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
 from coterie.ops.streams import stream
 from coterie.types import (

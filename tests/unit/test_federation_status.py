@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from coterie.cli import app
-from coterie.federation.journal import JOURNAL, Journal, Reader, read_journal
-from coterie.federation.metrics import exporter, render
-from coterie.federation.status import show, spans, status_of
+from coterie.cli.main import app
+from coterie.cli.status import show
+from coterie.deploy.journal import JOURNAL, Journal, Reader, read_journal
+from coterie.deploy.metrics import exporter, render
+from coterie.deploy.status import spans, status_of
 from pages import Page, make_run
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coterie import codec
-from coterie.method import Plan
+from coterie.methods.base import Plan
 from coterie.methods.fedlease import FedLEASE, FedLEASESettings, FedLEASEState
 from coterie.ops.streams import stream
 from coterie.types import (

@@ -14,11 +14,11 @@ import pytest
 pytest.importorskip("flwr")
 
 import sites
-from coterie.config import check_config, load_config
+from coterie.config.run import check_config, load_config
 from coterie.engines import flower_sim
-from coterie.engines.parcel import Parcel
-from coterie.engines.ray import own_ray
-from coterie.federate import federate
+from coterie.experiment import federate
+from coterie.flower.message import Parcel
+from coterie.flower.ray import own_ray
 from coterie.types import ClientInfo, CoterieError
 
 

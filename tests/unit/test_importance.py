@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import tiny
+from coterie.compute.importance import gate_importance
 from coterie.data.tasks import Batch
-from coterie.engines.importance import gate_importance
 from coterie.nn import gates
 from coterie.nn.attach import attached
 from coterie.nn.bank import BankLayer

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from coterie.federation.keys import add_site, check_private, init_keys, key_digest, known_sites, load_public, site_key
-from coterie.federation.superlink import check_server_keys
+from coterie.deploy.keys import add_site, check_private, init_keys, key_digest, known_sites, load_public, site_key
+from coterie.deploy.superlink import check_server_keys
 from coterie.types import CoterieError
 
 

@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 import tiny
-from coterie.adapters import build_pool, read_adapter
-from coterie.cli import app
-from coterie.export import write_adapter
+from coterie.adapters.pool import POOL_FILE, cut, fit, name_of, put_back, read_pool, write_pool
+from coterie.adapters.read import build_pool, read_adapter
+from coterie.adapters.write import write_adapter
+from coterie.cli.main import app
 from coterie.nn.attach import attached
-from coterie.pool import POOL_FILE, cut, fit, name_of, put_back, read_pool, write_pool
 from coterie.types import Bank, CoterieError, Key, Part
 
 torch.set_num_threads(1)

@@ -21,13 +21,13 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 import flower_sites
 import sites
 from coterie import codec
-from coterie.engine import Evaluation
-from coterie.engines.flower import GridTransport, _LocalOnly, pack, unpack
-from coterie.engines.parcel import BrokenParcelError, Parcel
-from coterie.engines.remote import RemoteEngine
-from coterie.engines.roster import Hello
-from coterie.federation.worker import Worker
-from coterie.runner import Rounds, Runner
+from coterie.deploy.remote import RemoteEngine
+from coterie.deploy.sites import Hello
+from coterie.deploy.worker import Worker
+from coterie.engines.base import Evaluation
+from coterie.flower.app import GridTransport, _LocalOnly, pack, unpack
+from coterie.flower.message import BrokenParcelError, Parcel
+from coterie.run.rounds import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
 from grid import InProcessGrid
 from spoiled import SPOILED

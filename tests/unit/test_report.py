@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coterie import plots
-from coterie.report import write_report
-from coterie.tables import show, tables
+from coterie.report import plots
+from coterie.report.page import write_report
+from coterie.report.tables import show, tables
 from coterie.types import CoterieError
 from pages import Page, drawn, make_run
 

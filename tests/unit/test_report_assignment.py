@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coterie import plots
-from coterie.assignment import (
+from coterie.report import plots
+from coterie.report.assignment import (
     agreement,
     by_round,
     chance_of,
@@ -23,9 +23,9 @@ from coterie.assignment import (
     together,
     used,
 )
-from coterie.plots import Panel
-from coterie.report import write_report
-from coterie.summary import summarise
+from coterie.report.page import write_report
+from coterie.report.plots import Panel
+from coterie.run.summary import summarise
 from coterie.types import ClientInfo
 from pages import Page, drawn, make_run
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from coterie import plots
-from coterie.report import write_report
-from coterie.report_quotas import _places, adapter_use, is_quotas
+from coterie.report import plots
+from coterie.report.page import write_report
+from coterie.report.quotas import _places, adapter_use, is_quotas
 from coterie.types import SHARED
 from pages import Page, drawn, make_run
 

@@ -17,14 +17,14 @@ from flwr.app import Message
 import flower_sites
 import sites
 from coterie import codec
-from coterie.engines.flower import GridTransport
-from coterie.engines.parcel import Parcel
-from coterie.engines.roster import Hello
-from coterie.federation import server
-from coterie.federation.journal import JOURNAL, Journal, read_journal
-from coterie.federation.serve import _write_deal
+from coterie.deploy import server
+from coterie.deploy.journal import JOURNAL, Journal, read_journal
+from coterie.deploy.serve import _write_deal
+from coterie.deploy.sites import Hello
 from coterie.files import write_json
-from coterie.run_folder import plain
+from coterie.flower.app import GridTransport
+from coterie.flower.message import Parcel
+from coterie.run.folder import plain
 from coterie.types import CoterieError
 from grid import InProcessGrid
 

@@ -25,15 +25,15 @@ import flower_sites
 import pools
 import sites
 from coterie import codec
-from coterie.config import load_site
-from coterie.deployment import Policy
-from coterie.engines import flower
-from coterie.engines.parcel import BrokenParcelError, Parcel, hand_over, listening, receive, send
-from coterie.engines.roster import Hello
-from coterie.federation.policy import steps_of, without_usage
-from coterie.federation.site_check import check as check_site
-from coterie.federation.terms import federation_config, hash_of, terms_of
-from coterie.federation.worker import Worker, _without_text, fingerprint, serve_forever
+from coterie.config.deployment import Policy
+from coterie.config.run import load_site
+from coterie.deploy.agreement import federation_config, hash_of, terms_of
+from coterie.deploy.policy import steps_of, without_usage
+from coterie.deploy.site_check import check as check_site
+from coterie.deploy.sites import Hello
+from coterie.deploy.worker import Worker, _without_text, fingerprint, serve_forever
+from coterie.flower import app as flower
+from coterie.flower.message import BrokenParcelError, Parcel, hand_over, listening, receive, send
 from coterie.types import CoterieError, Instruction, Optim, Part, Reply
 
 CLIENT = "mood-0"

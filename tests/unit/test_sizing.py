@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from coterie.engines import sizing
-from coterie.engines.place import Workplace
-from coterie.engines.sizing import AutoSize, Size, best_size, first_request
+from coterie.compute.workplace import Workplace
+from coterie.engines import batch_size as sizing
+from coterie.engines.batch_size import AutoSize, Size, best_size, first_request
 from coterie.types import Bank, ClientResult, Optim, Personal, Reply, Score, Train
 from places import client_of, plain_bank, workplace
 

@@ -15,13 +15,13 @@ from torch import Tensor
 import pools
 import tiny
 from coterie import codec
-from coterie.method import Plan, drive
-from coterie.methods._common import start_head
+from coterie.adapters.pool import Pool, cut, read_pool, write_pool
+from coterie.methods.base import Plan, drive
 from coterie.methods.fedit import FedIT, FedITSettings
+from coterie.methods.parts import start_head
 from coterie.methods.smartfed import SmartFed, SmartFedSettings, SmartFedState
 from coterie.nn.attach import attached
 from coterie.nn.base import describe
-from coterie.pool import Pool, cut, read_pool, write_pool
 from coterie.types import (
     SHARED,
     Bank,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from coterie.engines.place import StoppedError, Workplace
-from coterie.engines.spread import mover, on_places
+from coterie.compute.workplace import StoppedError, Workplace
+from coterie.engines.schedule import mover, on_places
 from places import workplace
 
 WAIT = 20.0  # seconds, in which anything here happens; on any machine

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie import checkpoint, files
-from coterie.checkpoint import Checkpoint
+from coterie import files
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.files import is_part, remove_parts, write_atomic, write_json
+from coterie.run import checkpoint
+from coterie.run.checkpoint import Checkpoint
 from coterie.types import CoterieError, Kept, Key, Part, Personal, Tensors
 
 KEY = Key("encoder.q", 0, Part.A)

@@ -16,12 +16,12 @@ import pytest
 
 import flower_sites
 import sites
-from coterie.engines import flower
-from coterie.federation import superlink
-from coterie.federation.journal import JOURNAL, Journal, Reader
-from coterie.federation.processes import flower_environment
-from coterie.federation.serve import Supervisor, serve
-from coterie.federation.superlink import SuperLink
+from coterie.deploy import superlink
+from coterie.deploy.journal import JOURNAL, Journal, Reader
+from coterie.deploy.processes import flower_environment
+from coterie.deploy.serve import Supervisor, serve
+from coterie.deploy.superlink import SuperLink
+from coterie.flower import app as flower
 from coterie.types import CoterieError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.compute.tokens import Packed, TokenCache
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Example
-from coterie.engines.tokens import Packed, TokenCache
 from places import client_of, workplace
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9).map(tuple)

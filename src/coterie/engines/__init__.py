@@ -1,1 +1,1 @@
-"""One file per engine, and what they share: ``course.py`` is the only training loop."""
+"""Who runs where: one file per engine, found by its name, and what engines share."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from coterie import codec
-from coterie.config import check_config
-from coterie.data.federation import load_federation
+from coterie.config.run import check_config
+from coterie.data.clients import load_federation
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
-from coterie.engines.parcel import Parcel
+from coterie.flower.message import Parcel
 from coterie.machine import default_threads
-from coterie.method import Method, method_named
+from coterie.methods.base import Method, method_named
 from coterie.types import CoterieError, Instruction, Json
 
 _RUN = ("config", "folder", "root", "data")  # of a head: the keys that say which run it is of

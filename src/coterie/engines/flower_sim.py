@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from coterie import codec
-from coterie.config import Config, RaySettings
+from coterie.config.run import Config, RaySettings
 from coterie.data.rows import Federation
-from coterie.engine import Delivery, Evaluation
 from coterie.engines.actor import answer, digest
-from coterie.engines.blobs import Blobs
-from coterie.engines.flower import simulation
-from coterie.engines.parcel import Parcel, Transport
+from coterie.engines.base import Delivery, Evaluation
+from coterie.engines.encode_once import Blobs
 from coterie.engines.store import PersonalStore, RoundStore
+from coterie.flower.app import simulation
+from coterie.flower.message import Parcel, Transport
 from coterie.machine import cpu_cores
-from coterie.method import Method
+from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Reply
 
 _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
-from coterie.engines.place import Workplace
 from coterie.types import CoterieError, Optim
 
 PASS = 100  # tokens of the packaged encoder on a CPU that take as long as what a pass costs besides

@@ -18,21 +18,21 @@ from typing import Any, TypeVar, cast
 import torch
 
 from coterie import codec
-from coterie.config import Config
+from coterie.compute.batched import FAULTS, Asked, answer_all, drive_together
+from coterie.compute.client import LocalCompute
+from coterie.compute.loading import workplaces
+from coterie.compute.workplace import Workplace
+from coterie.config.run import Config
 from coterie.data.rows import ClientData, Federation
-from coterie.engine import Delivery, Evaluation, Stream
-from coterie.engines.batched import FAULTS, Asked, answer_all, drive_together
-from coterie.engines.blobs import Blobs
-from coterie.engines.compute import LocalCompute
+from coterie.engines.base import Delivery, Evaluation, Stream
+from coterie.engines.batch_size import AutoSize, first_request
+from coterie.engines.encode_once import Blobs
 from coterie.engines.grouping import Load, evaluation, grouped, spread, training
-from coterie.engines.loading import workplaces
-from coterie.engines.place import Workplace
-from coterie.engines.sizing import AutoSize, first_request
-from coterie.engines.spread import mover, on_places
+from coterie.engines.schedule import mover, on_places
 from coterie.engines.store import PersonalStore, RoundStore
-from coterie.evaluate import check_rouge
 from coterie.machine import release_memory
-from coterie.method import Compute, Method, drive
+from coterie.methods.base import Compute, Method, drive
+from coterie.ops.metrics import check_rouge
 from coterie.types import (
     Answer,
     Bank,

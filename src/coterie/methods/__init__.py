@@ -1,1 +1,1 @@
-"""One file per method. Each defines ``METHOD``; a module whose name starts with an underscore is no method."""
+"""One file or folder per method; each defines ``METHOD``. ``base`` and ``parts`` are what they share."""

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from coterie.method import MethodSettings, Plan
-from coterie.methods._common import (
+from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.parts import (
     Heads,
     Shapes,
     lora_of,

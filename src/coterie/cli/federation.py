@@ -1,0 +1,199 @@
+"""The commands of a real federation: ``serve``, ``join``, ``status``, ``site check`` and ``keys``."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coterie.types import CoterieError
+
+keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: a CA, the server's certificate, a pair per site.")
+site = typer.Typer(no_args_is_help=True, help="A site's own file.")
+out = Console(emoji=False)
+
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="no TLS and no authentication: for one machine, or a network of your own")
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the file; repeatable")]
+SiteFile = Annotated[Path, typer.Argument(help="SITE.toml")]
+KeyFolder = Annotated[Path, typer.Argument(help="folder of the keys")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add all commands to the command line."""
+    app.command()(serve)
+    app.command()(join)
+    app.command()(status)
+    app.add_typer(site, name="site")
+    app.add_typer(keys, name="keys")
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="TOML file with a section [federation]")],
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME-METHOD-SEED")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+    insecure: Insecure = False,
+    superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that runs already")] = None,
+) -> None:
+    """Run a federation of sites: wait for them, run the rounds, write experts and report."""
+    _need_flower()
+    from coterie.cli.main import goes_on
+    from coterie.cli.progress import listener, show_summary
+    from coterie.config.run import load_raw, override
+    from coterie.deploy.agreement import federation_config
+    from coterie.deploy.serve import serve as run
+
+    settings = federation_config(override(load_raw(config), overrides or ()))
+    place = folder or Path("runs") / f"{config.stem}-{settings.method['name']}-{settings.run.seed}"
+    how = "go on with the same command and --resume"
+    with goes_on(place, how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
+
+        def listen(event: dict[str, Any]) -> None:
+            _say(event)
+            show(event)
+
+        summary = run(
+            settings, place, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
+        )
+    show_summary(out, summary, place)
+
+
+def join(path: SiteFile, insecure: Insecure = False) -> None:
+    """Take part in a federation with this site's data, until stopped."""
+    _need_flower()
+    from coterie.deploy.site import join as run
+    from coterie.deploy.site import load
+
+    settings, root = load(path)
+    state = (root / settings.site.state).resolve()
+    out.print(f"{settings.site.id} joins {settings.site.server}; log: {state / 'site.log'}", soft_wrap=True)
+    with _ended_by_signal():
+        run(path, insecure)
+
+
+def status(folder: Annotated[Path, typer.Argument(help="the folder of the server's run")]) -> None:
+    """Who took part in which round, why others did not, bytes and seconds per site."""
+    from coterie.cli.status import show
+    from coterie.deploy.journal import JOURNAL, read_journal
+    from coterie.deploy.status import status_of
+
+    if not (folder / JOURNAL).exists():
+        raise CoterieError(f"{folder} is no folder of `coterie serve`: it has no {JOURNAL}")
+    show(out, status_of(read_journal(folder)))
+
+
+@site.command("check")
+def check_site(
+    path: SiteFile,
+    config: Annotated[Path | None, typer.Option(help="the server's config, to see whether all fits it")] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Say before joining whether versions, keys, server, data and model fit. Exit code 1 if something does not."""
+    from coterie.deploy.site_check import check
+
+    failed = False
+    table = Table(box=None, header_style="bold")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for found in check(path, config, insecure):
+        failed = failed or not found.ok
+        cells = map(escape, (found.name, found.value, found.fix))
+        table.add_row("[green]ok[/]" if found.ok else "[red]no[/]", *cells)
+    out.print(table)
+    raise typer.Exit(int(failed))
+
+
+@site.command("config")
+def site_config(markdown: Annotated[bool, typer.Option(help="as the table of the docs")] = False) -> None:
+    """Every key of a SITE.toml: type, default, meaning."""
+    from coterie.cli.main import show_keys
+    from coterie.config.run import describe_site
+
+    show_keys(list(describe_site()), markdown)
+
+
+@keys.command("init")
+def init_keys(
+    folder: KeyFolder,
+    sites: Annotated[str, typer.Option(help="ids of sites, with commas between them")] = "",
+    host: Annotated[str, typer.Option(help="addresses that sites call the server by, with commas")] = "",
+) -> None:
+    """Make a CA, the server's certificate and a key pair per site."""
+    _need_flower()
+    from coterie.deploy import keys as made
+
+    made.init_keys(folder, _listed(sites), _listed(host))
+    lines = [f"{folder / 'ca.crt'}: give it to every site", f"{folder / 'ca.key'}: keep it off the server"]
+    lines += [f"{folder / 'sites' / name}: give it to {name} alone, then delete it here" for name in _listed(sites)]
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@keys.command("add")
+def add_key(
+    folder: KeyFolder,
+    name: Annotated[str, typer.Argument(help="id of the site")],
+    public: Annotated[Path | None, typer.Option(help="its public key; without one a pair is made")] = None,
+) -> None:
+    """Take in one more site; it is let in when the server is started the next time."""
+    _need_flower()
+    from coterie.deploy import keys as made
+
+    made.add_site(folder, name, public)
+    out.print(f"{folder / 'sites' / name}.pub", markup=False, highlight=False, soft_wrap=True)
+
+
+@keys.command("site")
+def make_site_key(path: Annotated[Path, typer.Argument(help="file of the private key; .pub is put beside it")]) -> None:
+    """At a site: make its own key pair, so that the private half never leaves it."""
+    _need_flower()
+    from coterie.deploy import keys as made
+
+    made.site_key(path)
+    out.print(f"give {path}.pub to the server's people", markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _need_flower() -> None:
+    from coterie.machine import version
+
+    if version("flwr") is None:
+        raise CoterieError("this needs Flower: pip install 'coterie[flower]'")
+
+
+def _say(event: dict[str, Any]) -> None:
+    """What the network does; of rounds the listener of every run tells."""
+    line = {
+        "joined": "{client} joined with {rows} rows",
+        "back": "{client} is back",
+        "refused": "node {node} was refused: {reason}",
+        "late": "{text}",
+    }.get(event["event"])
+    if line is not None:
+        out.print(line.format(**event), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, with everything that it started."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

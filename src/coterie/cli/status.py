@@ -1,0 +1,42 @@
+"""What ``coterie status`` shows of a federation."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coterie.cli.progress import clock
+from coterie.deploy.status import Status, spans
+
+
+def show(console: Console, status: Status) -> None:
+    """Print a status as a table and lines."""
+    loss = "" if status.loss is None else f", loss {status.loss:.3f}"
+    again = f", started {status.attempts} times" if status.attempts > 1 else ""
+    console.print(
+        f"{escape(status.phase)}; {status.round} of {status.rounds} rounds done{loss}{again}", highlight=False
+    )
+    table = Table(box=None, header_style="bold")
+    for column in ("site", "state", "took part in", "missed", "sent", "received", "seconds", "of these at work"):
+        table.add_column(column, justify="left" if column in ("site", "state", "took part in") else "right")
+    for client, site in sorted(status.sites.items()):
+        missed = len({rnd for kind, rnd, _ in site.failures if kind == "train" and rnd not in site.rounds})
+        state = f"{site.state}, {clock(time.time() - site.seen)} ago" if site.state == "connected" else site.state
+        row = (client, state, spans(site.rounds), str(missed), _size(site.bytes_down), _size(site.bytes_up))
+        table.add_row(*map(escape, row), f"{site.seconds:.1f}", f"{site.site_seconds:.1f}")
+    console.print(table)
+    for client, site in sorted(status.sites.items()):
+        for kind, rnd, why in site.failures[-5:]:
+            console.print(f"{client}, {kind} of round {rnd}: {why}", markup=False, highlight=False, soft_wrap=True)
+    for text in status.notes[-5:]:
+        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(size: int) -> str:
+    units = ("B", "KiB", "MiB", "GiB")
+    power = min(int(math.log(size, 1024)), 3) if size else 0
+    return f"{size / 1024**power:.1f} {units[power]}" if power else f"{size} B"

@@ -1,0 +1,1 @@
+"""What a request costs: training, scoring and observing on a frozen base."""

@@ -1,0 +1,97 @@
+"""Loads what all clients of a process share, once for each device that ``[engine]`` names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.compute.client import resolve_precision
+from coterie.compute.workplace import Workplace
+from coterie.config.run import Config
+from coterie.data.tasks import make_task
+from coterie.machine import devices
+from coterie.nn.base import Base, load_base, resolve
+from coterie.nn.compiled import compile_frozen
+from coterie.types import CoterieError
+
+_NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # of [engine], what does not change a base
+
+
+def workplaces(config: Config, root: Path, cache: dict[str, Any]) -> tuple[Workplace, ...]:
+    """A workplace on every device, all with the same tokens; bases stay in ``cache`` for runs with the same model."""
+    names = device_names(config.engine.device)
+    engine = config.engine.model_copy(update=_NOT_LOADED)
+    key = str(("base", config.model, config.lora.targets, config.task.kind, engine, root))
+    if key not in cache:
+        cache[key] = _bases(config, root, names)
+    bases: tuple[Base, ...] = cache[key]
+    _check_positions(config, bases[0])
+    task = make_task(
+        config.task.kind, bases[0].tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
+    )
+    first = Workplace(bases[0], task, config.run.seed, config.run.eval_batch_size)
+    first.precision = _precision(config, bases)
+    return first, *(replace(first, base=base) for base in bases[1:])
+
+
+def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The devices that ``[engine] device`` means. Raises :class:`CoterieError` for a GPU that is named twice."""
+    if setting == "auto":
+        return ("cuda" if torch.cuda.is_available() else "cpu",)
+    if setting == "cuda:all":
+        return tuple(name for name in devices() if name.startswith("cuda")) or ("cuda",)  # which is not here, then
+    if isinstance(setting, str):
+        return (setting,)
+    twice = [name for name, count in Counter(setting).items() if count > 1 and name != "cpu"]
+    if twice:
+        raise CoterieError(f"[engine] device names {twice[0]} twice; a base on each device is enough")
+    return setting
+
+
+def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ...]:
+    bases = tuple(_load(config, root, name) for name in names)
+    precision = _precision(config, bases)
+    for base in bases:
+        if precision == "bfloat16":
+            base.hold_linears(torch.bfloat16)
+        if _device(base).type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
+            base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
+        if config.engine.compile:
+            compile_frozen(base)
+    return bases
+
+
+def _check_positions(config: Config, base: Base) -> None:
+    needed = config.model.max_length + (config.task.max_new_tokens if config.task.generate else 0)
+    if base.longest is not None and needed > base.longest:
+        raise CoterieError(
+            f"the model has positions for {base.longest} tokens; [model] max_length (and [task] max_new_tokens) "
+            f"ask for {needed}: lower them"
+        )
+
+
+def _load(config: Config, root: Path, device: str) -> Base:
+    return load_base(
+        resolve(config.model.path, root),
+        config.task.kind,
+        targets=config.lora.targets,
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype],
+        quantize=config.model.quantize,
+        device=device,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        root=root,
+    )
+
+
+def _precision(config: Config, bases: tuple[Base, ...]) -> str:
+    """What all devices compute in: ``auto`` is bfloat16 where each of them does it by itself."""
+    found = {resolve_precision(config.engine.precision, _device(base)) for base in bases}
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def _device(base: Base) -> torch.device:
+    return next(base.model.parameters()).device

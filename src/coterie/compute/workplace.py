@@ -1,0 +1,100 @@
+"""What all clients of a process share: the base, the task, and every split tokenised once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from coterie.compute.tokens import Split, TokenCache
+from coterie.data.rows import ClientData
+from coterie.data.tasks import Example, Task
+from coterie.nn.base import Base
+from coterie.ops.streams import stream
+from coterie.types import CoterieError, HoldOut
+
+
+class StoppedError(Exception):
+    """Another thread asked this one to end."""
+
+
+@dataclass
+class Workplace:
+    """What all clients on a device share: the base, the task, the seed, and every split tokenised once.
+
+    ``tokenising`` is held while the tokenizer works: it bears one thread at a time. Once ``stop`` is set, the next
+    forward pass raises :class:`StoppedError`.
+    """
+
+    base: Base
+    task: Task
+    seed: int
+    eval_batch_size: int = 64
+    precision: str = "float32"
+    cache: TokenCache = field(default_factory=TokenCache)
+    known: dict[Split, list[int]] = field(default_factory=dict)  # the rows' lengths, of all splits
+    tokenising: threading.RLock = field(default_factory=threading.RLock)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.model.parameters()).device
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Makes the device the thread's own, for kernels that ask for no other."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def examples(self, client: ClientData, split: str) -> list[Example]:
+        """The tokenised rows of a client's split. Raises :class:`CoterieError` where it has none."""
+        key = client.info.id, split
+        with self.tokenising:
+            if key in self.cache:
+                return self.cache[key]
+            if not client.splits.get(split):
+                has = ", ".join(name for name, rows in client.splits.items() if rows)
+                raise CoterieError(f"client {client.info.id} has no {split} rows; it has {has or 'none at all'}")
+            made = self.cache[key] = [self.task.encode(row) for row in client.splits[split]]
+            return made
+
+    def prepare(self, client: ClientData, split: str) -> None:
+        """Have the rows of a split tokenised for :meth:`examples`; raises as that does."""
+        with self.tokenising:
+            if (client.info.id, split) not in self.cache:
+                self.examples(client, split)
+
+    def lengths(self, client: ClientData, split: str) -> Sequence[int]:
+        """The tokens of each row of a split, remembered when the rows themselves are given up; none without rows.
+
+        Raises as the task does for a row that it cannot encode.
+        """
+        key = client.info.id, split
+        with self.tokenising:
+            if key not in self.known:
+                rows = self.examples(client, split) if client.splits.get(split) else []
+                self.known[key] = [len(e.ids) for e in rows]
+            return self.known[key]
+
+    def divided(self, client: ClientData, split: str, hold_out: HoldOut) -> tuple[list[Example], list[Example]]:
+        """The examples of a split that ``hold_out`` leaves, and those that it sets aside.
+
+        Raises :class:`CoterieError` where it leaves none.
+        """
+        examples = self.examples(client, split)
+        order = torch.randperm(len(examples), generator=stream(self.seed, client.info.id, "hold out", split)).tolist()
+        aside = set(order[: hold_out.count(len(examples))])
+        if len(aside) == len(examples):
+            raise CoterieError(
+                f"client {client.info.id} has {len(examples)} {split} row(s), and all of them are set aside "
+                f"(a share of {hold_out.fraction:g}); give it more rows"
+            )
+        left = [example for i, example in enumerate(examples) if i not in aside]
+        return left, [examples[i] for i in sorted(aside)]
+
+
+def autocast(place: Workplace) -> AbstractContextManager[None]:
+    """bfloat16 autocast, or nothing for float32."""
+    return torch.autocast(place.device.type, torch.bfloat16, enabled=place.precision == "bfloat16")

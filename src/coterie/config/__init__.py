@@ -1,0 +1,1 @@
+"""What a run is asked to be: one TOML file, checked once."""

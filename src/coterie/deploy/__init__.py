@@ -1,0 +1,1 @@
+"""A real federation: the server, the sites, their keys, and what they agree on."""

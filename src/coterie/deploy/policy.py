@@ -1,0 +1,103 @@
+"""What a site agreed to, enforced at the site: methods and settings, a bound on the steps, the parts that it sends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from coterie.compute.client import LocalCompute
+from coterie.config.deployment import Policy
+from coterie.config.run import Config
+from coterie.run.folder import plain
+from coterie.types import (
+    CoterieError,
+    Instruction,
+    Json,
+    Observe,
+    Observed,
+    Optim,
+    Part,
+    Reply,
+    Score,
+    Scored,
+    Train,
+    Trained,
+)
+
+_USAGE = ("importance", "use")  # what a reply of SmartFed says of the experts, beside its tensors
+
+
+def check_policy(policy: Policy, config: Config) -> None:
+    """Raises :class:`CoterieError` that says what in the server's config this site did not agree to."""
+    name = config.method["name"]
+    if policy.methods and name not in policy.methods:
+        raise CoterieError(f"this site does not run {name}, only {', '.join(policy.methods)} ([policy] methods)")
+    for what, asked, most in (
+        ("rank", config.lora.rank, policy.max_rank),
+        ("rank", config.method.get("fresh_rank", 0), policy.max_rank),  # SmartFed's expert beside the pool
+        ("rounds", config.run.rounds, policy.max_rounds),
+    ):
+        if asked > most:
+            raise CoterieError(f"this site allows at most {most} {what}, the run has {asked} ([policy] max_{what})")
+    asked_for = plain(config)
+    for key, wanted in policy.settings.items():
+        found: Json = asked_for
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found not in (wanted if isinstance(wanted, list) else [wanted]):
+            raise CoterieError(f"this site wants {key} = {wanted!r}, the run has {found!r} ([policy] settings)")
+
+
+def check_ranks(policy: Policy, ins: Instruction) -> None:
+    """Raises :class:`CoterieError` where an expert that was sent, or an adapter of a pool, has too high a rank."""
+    for key, value in ins.tensors.items():
+        if key.part in (Part.A, Part.B):
+            rank = value.shape[0 if key.part is Part.A else 1] if value.ndim == 2 else math.inf
+            if rank > policy.max_rank:
+                raise CoterieError(f"{key} has rank {rank}, this site allows {policy.max_rank} ([policy] max_rank)")
+
+
+def check_upload(policy: Policy, reply: Reply) -> None:
+    """Raises :class:`CoterieError` where ``reply`` holds a part that this site keeps to itself."""
+    kept = sorted({key.part.value for key in reply.tensors} - {part.value for part in policy.upload})
+    if kept:
+        raise CoterieError(f"this site does not send {', '.join(kept)} ([policy] upload)")
+
+
+def without_usage(policy: Policy, reply: Reply) -> Reply:
+    """``reply`` without how the rows use the experts, where the site keeps that to itself; a server does without."""
+    if policy.upload_usage:
+        return reply
+    return replace(reply, info={name: value for name, value in reply.info.items() if name not in _USAGE})
+
+
+@dataclass(frozen=True)
+class BoundedCompute:
+    """A client's compute with a bound on the optimiser steps of its round: counts before it trains."""
+
+    inner: LocalCompute
+    bound: int
+    taken: list[int] = field(default_factory=list)
+
+    def train(self, request: Train) -> Trained:
+        steps = steps_of(request.optim, len(self.inner.place.examples(self.inner.client, "train")))
+        if sum(self.taken) + steps > self.bound:
+            raise CoterieError(
+                f"round {self.inner.rnd} would take {sum(self.taken) + steps} steps here, and this site allows "
+                f"{self.bound} ([policy] max_steps)"
+            )
+        self.taken.append(steps)
+        return self.inner.train(request)
+
+    def score(self, request: Score) -> list[Scored]:
+        return self.inner.score(request)
+
+    def observe(self, request: Observe) -> Observed:
+        return self.inner.observe(request)
+
+
+def steps_of(optim: Optim, rows: int) -> int:
+    """The optimiser steps that ``optim`` asks for on so many rows."""
+    if optim.steps:
+        return optim.steps
+    return optim.epochs * math.ceil(math.ceil(rows / optim.batch_size) / optim.accumulate)

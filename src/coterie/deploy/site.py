@@ -1,0 +1,153 @@
+"""``coterie join``: a site's SuperNode and its worker, kept alive. Loads no model library itself: it only watches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coterie.config.deployment import SiteSettings
+from coterie.config.run import load_site
+from coterie.deploy.keys import check_private
+from coterie.deploy.processes import flower_environment, free_port, start, stop
+from coterie.machine import Check
+from coterie.run.folder import held
+from coterie.types import CoterieError
+
+log = logging.getLogger("coterie.site")
+_CLIENTAPP = "#!{python}\nfrom coterie.flower.app import clientapp_command\n\nclientapp_command()\n"
+_SUPERNODE = "from coterie.flower.app import supernode_command; supernode_command()"
+_WORKER = "import sys; from coterie.deploy.worker import work; work(sys.argv[1], sys.argv[2])"
+# Seconds before a process that died is started again. With a key Flower refuses a new SuperNode for about a minute.
+_BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)
+_CALM = 300.0  # seconds after which a start counts as a success
+
+
+def load(path: Path) -> tuple[SiteSettings, Path]:
+    """The settings of a SITE.toml and the folder that its paths start at."""
+    return load_site(path), path.resolve().parent
+
+
+@dataclass
+class Child:
+    """A process that is started again when it dies."""
+
+    name: str
+    args: list[str]
+    env: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    started: float = 0.0
+    failures: int = 0
+
+    def keep(self) -> None:
+        """Start it if it does not run, later and later where it dies at once."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        if self.process is not None:
+            if time.monotonic() - self.started > _CALM:
+                self.failures = 0
+            self.failures += 1
+            log.warning("%s ended with %s; starting it again", self.name, self.process.returncode)
+            stop(self.process)
+            self.process = None
+        if time.monotonic() - self.started >= _BACKOFF[min(self.failures, len(_BACKOFF) - 1)]:
+            self.process = start(self.args, self.env, self.log)
+            self.started = time.monotonic()
+
+    def end(self) -> None:
+        if self.process is not None:
+            stop(self.process)
+            self.process = None
+
+
+def join(path: Path, insecure: bool = False) -> None:
+    """Run the site until it is stopped. Raises :class:`CoterieError` for what would keep it from working."""
+    site, root = load(path)
+    _raise_first(key_checks(site, root, insecure))
+    state = (root / site.site.state).resolve()
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state.chmod(0o700)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(state))
+        except CoterieError as fault:
+            raise CoterieError(f"{fault} (two sites on one machine need a [site] state each)") from fault
+        # A path of a socket may have about 100 characters, so it is not in the state folder.
+        doors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coterie-")))
+        door = doors / "worker"
+        children = [_worker(path, state, door), _supernode(site, root, state, doors, door, insecure)]
+        for child in children:
+            stack.callback(child.end)
+        while True:
+            for child in children:
+                child.keep()
+            time.sleep(0.5)
+
+
+def _worker(path: Path, state: Path, door: Path) -> Child:
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    return Child(
+        "worker", [sys.executable, "-P", "-c", _WORKER, str(path.resolve()), str(door)], env, state / "worker.log"
+    )
+
+
+def _supernode(site: SiteSettings, root: Path, state: Path, doors: Path, door: Path, insecure: bool) -> Child:
+    """Flower's SuperNode, with a ClientApp command of ours before Flower's own on its path."""
+    command = doors / "flwr-clientapp"
+    command.write_text(_CLIENTAPP.format(python=sys.executable), encoding="utf-8")
+    command.chmod(0o700)
+    env = flower_environment(state / "flower")
+    env["PATH"] = os.pathsep.join([str(doors), env["PATH"]])
+    args = [sys.executable, "-P", "-c", _SUPERNODE, "--superlink", site.site.server]
+    args += ["--port", str(free_port()), "--node-config", f'socket="{door}"']
+    if insecure:
+        args.append("--insecure")
+    else:
+        args += ["--root-certificates", str((root / site.site.ca).resolve())]
+        args += ["--auth-supernode-private-key", str((root / site.site.key).resolve())]
+    return Child("supernode", args, env, state / "supernode.log")
+
+
+def key_checks(site: SiteSettings, root: Path, insecure: bool) -> Iterator[Check]:
+    """Whether the site has what TLS and node authentication need."""
+    if insecure:
+        yield Check("keys", "none: --insecure; others can read and change what is sent", True)
+        return
+    for name, value in (("key", site.site.key), ("ca", site.site.ca)):
+        if not value:
+            fix = f"set [site] {name}, or type --insecure on a network that nobody else is on"
+            yield Check(name, "not set", False, fix)
+        elif not (root / value).is_file():
+            yield Check(
+                name, f"{root / value} is not there", False, f"ask the server's people for it, or mend [site] {name}"
+            )
+        elif name == "key":
+            try:
+                yield Check(name, f"SHA-256 {check_private(root / value)[:16]}")
+            except CoterieError as fault:
+                yield Check(name, str(fault), False, "make one with `coterie keys site`")
+        else:
+            yield _ca_check(root / value)
+
+
+def _ca_check(path: Path) -> Check:
+    try:
+        ssl.create_default_context(cafile=str(path))
+    except (ssl.SSLError, OSError) as fault:
+        return Check("ca", f"{path} is no certificate: {fault}", False, "ask the server's people for ca.crt")
+    return Check("ca", str(path))
+
+
+def _raise_first(checks: Iterator[Check]) -> None:
+    for found in checks:
+        if not found.ok:
+            raise CoterieError(f"[site] {found.name}: {found.value}; {found.fix}")

@@ -1,0 +1,111 @@
+"""``coterie site check``: says before a site joins whether versions, keys, server, data and model fit."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from coterie.config.deployment import SiteSettings
+from coterie.config.run import Config, check_config, load_raw
+from coterie.deploy.agreement import config_at, terms_of
+from coterie.deploy.policy import check_policy, steps_of
+from coterie.deploy.site import key_checks, load
+from coterie.deploy.worker import Worker, fingerprint
+from coterie.engines import local
+from coterie.machine import Check, environment, version
+from coterie.nn.base import resolve
+from coterie.types import CoterieError
+
+_FLOWER = "1.41.0"
+
+
+def check(path: Path, config: Path | None = None, insecure: bool = False) -> Iterator[Check]:
+    """Every check in turn: versions, keys, server, data and model; with the server's ``config`` whether all fits it.
+
+    Without one, data and model are tried with the defaults of a classification.
+    """
+    site, root = load(path)
+    yield Check("site", site.site.id)
+    found = version("flwr")
+    yield Check(
+        "flwr", found or "not installed", found == _FLOWER, "" if found == _FLOWER else f"pip install flwr=={_FLOWER}"
+    )
+    for name, number in environment()["versions"].items():
+        yield Check(name, str(number))
+    yield from key_checks(site, root, insecure)
+    yield _server_check(site, root, insecure)
+    run, fault = _run_config(site, config)
+    if run is None:
+        yield fault
+        return
+    yield from _policy_checks(site, run)
+    yield from _data_and_model(site, root, run)
+
+
+def _run_config(site: SiteSettings, config: Path | None) -> tuple[Config | None, Check]:
+    try:
+        raw = load_raw(config) if config is not None else {}
+        served = check_config({**raw, "data": {"clients": [{"id": site.site.id, "train": "at the site"}]}})
+        return config_at(site, terms_of(served)), Check("config", str(config))
+    except CoterieError as fault:
+        return None, Check("config", str(fault), False, "ask the server's people for their config file")
+
+
+def _server_check(site: SiteSettings, root: Path, insecure: bool) -> Check:
+    """Whether the server is there, and is who its certificate says."""
+    host, _, port = site.site.server.rpartition(":")
+    fix = "see whether `coterie serve` runs there, and whether a firewall is between"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as plain:
+            if insecure:
+                return Check("server", f"{site.site.server} is there")
+            trust = ssl.create_default_context(cafile=str(root / site.site.ca))
+            with trust.wrap_socket(plain, server_hostname=host.strip("[]")) as secure:
+                return Check("server", f"{site.site.server} is there, {secure.version()}")
+    except ssl.SSLError as fault:
+        return Check(
+            "server", f"{site.site.server}: {fault.reason or fault}", False, "the certificate is another's; ask"
+        )
+    except (OSError, ValueError) as fault:
+        return Check("server", f"{site.site.server}: {fault}", False, fix)
+
+
+def _policy_checks(site: SiteSettings, run: Config) -> Iterator[Check]:
+    try:
+        check_policy(site.policy, run)
+    except CoterieError as fault:
+        yield Check("policy", str(fault), False, "change [policy], or ask the server's people to change theirs")
+    else:
+        yield Check("policy", f"allows {run.method['name']}, rank {run.lora.rank}, {run.run.rounds} rounds")
+
+
+def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Check]:
+    worker = Worker(site, root)
+    try:
+        federation = worker.federation(run)
+    except CoterieError as fault:
+        yield Check("data", str(fault), False, "mend the files or [data]")
+        return
+    (client,) = federation.clients
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in client.splits.items())
+    yield Check("data", f"{counts} rows; labels {', '.join(client.info.labels or ()) or 'none'}")
+    steps, bound = steps_of(run.train, client.info.num_train), site.policy.max_steps
+    yield Check(
+        "steps per round", f"{steps} of {bound}", steps <= bound, "" if steps <= bound else "raise [policy] max_steps"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            engine = local.make(run, federation, Path(folder), root, {})
+            base = fingerprint(resolve(run.model.path, root), Path(folder) / "base.json")
+    except CoterieError as fault:
+        yield Check("model", str(fault), False, "mend [model], or ask which model the federation uses")
+        return
+    try:
+        for split in (split for split, rows in client.splits.items() if rows):
+            engine.place.prepare(client, split)
+    except CoterieError as fault:
+        yield Check("rows", str(fault), False, "mend the row, or [model]")
+    yield Check("model", f"{len(engine.spec.targets)} targets, SHA-256 {base}")

@@ -1,0 +1,74 @@
+"""The Engine protocol: what a runner asks of whatever holds the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from coterie.methods.base import Method
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Observed, Reply
+
+T = TypeVar("T")
+Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closed, it gives up what is not done
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What came of one client's round: a reply, or the reason why there is none; bytes as encoded, seconds.
+
+    Of clients that are simulated together, each takes an equal part of the time. ``note``: what the user should know.
+    """
+
+    reply: Reply | None
+    error: str | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A client's metrics by split (``loss`` among them), and how its tokens use the experts if that was asked.
+
+    ``note``: what the user should know.
+    """
+
+    scores: Mapping[str, Mapping[str, float]]
+    observed: Observed | None = None
+    note: str | None = None
+
+
+class Engine(Protocol):
+    """Holds the clients: their data, their personal state, and the compute that answers their programs."""
+
+    @property
+    def spec(self) -> BaseSpec: ...
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]: ...
+
+    def train(
+        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+    ) -> Stream[Delivery]: ...
+
+    def evaluate(
+        self,
+        method: Method[Any],
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        splits: tuple[str, ...],
+        usage: bool = False,
+    ) -> Stream[Evaluation]: ...
+
+    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
+
+    def restore(self, rnd: int) -> None: ...
+
+    def held(self, rnd: int) -> dict[str, Json]: ...
+
+    def prune(self, rnd: int) -> None: ...
+
+    def close(self) -> None:
+        """End the processes that the engine started."""

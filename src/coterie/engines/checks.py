@@ -1,0 +1,194 @@
+"""What comes from a client before it counts: the keys, shapes and dtypes asked for, finite values, bounded sizes.
+
+Sites are other organisations' machines: whatever they say is checked here before it is added up, written or shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.engines.base import Evaluation
+from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Observed, Part, Reply
+
+DTYPE = torch.float32  # of everything that trains, whatever the base is held in; a mean keeps the dtype of its first
+MOST = 1e15  # for any number that a client reports
+_ROWS = 2**53  # beyond, a float no longer tells one row more
+_SIZE = 2**24  # for a side of a matrix
+_TEXT = 500
+_ITEMS = 100_000  # numbers, texts and names in one piece of JSON
+_DEPTH = 8
+_FRACTIONS = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
+_RANGES = {**dict.fromkeys(_FRACTIONS, (0.0, 1.0)), "matthews": (-1.0, 1.0), "loss": (0.0, MOST)}
+_METRICS = 20  # in one split
+
+
+def fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float, num_train: int) -> str | None:
+    """Why ``reply`` must be left out, or None if it is good."""
+    fault = _fault_of(reply, expected, norm_bound, num_train)
+    return fault and plain_text(fault)  # it may name keys, which are the client's own words
+
+
+def _fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float, num_train: int) -> str | None:
+    if missing := sorted(expected.keys() - reply.tensors.keys()):
+        return f"the reply has no {_some(missing)}"
+    if surplus := sorted(reply.tensors.keys() - expected.keys()):
+        return f"the reply has {_some(surplus)}, which nobody asked for"
+    for key, value in reply.tensors.items():
+        if fault := _tensor_fault(key, value, expected[key]):
+            return fault
+    norm = float(sum(value.double().square().sum() for value in reply.tensors.values())) ** 0.5
+    if norm > norm_bound:
+        return f"the reply's norm {norm:.3g} is above the bound {norm_bound:g} ([run] norm_bound)"
+    if not 1 <= reply.num_examples <= num_train:
+        return f"the reply says that it stands on {shown(reply.num_examples)} examples, the client has {num_train}"
+    return _statistics_fault(reply.info)
+
+
+def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None:
+    if tuple(value.shape) != shape:
+        return f"{key} has the shape {list(value.shape)}, not {list(shape)}"
+    if value.dtype != DTYPE:
+        return f"{key} has the dtype {value.dtype}, not {DTYPE}"
+    if not bool(torch.isfinite(value).all()):
+        return f"{key} has values that are not finite"
+    return None
+
+
+def _statistics_fault(info: Mapping[str, Json]) -> str | None:
+    """What a reply says beside its tensors. A loss that is infinite or not a number may be: training can diverge."""
+    if fault := json_fault(info):
+        return f"what the reply says of its training {fault}"
+    for name in ("tokens", "steps"):
+        if name in info and not is_number(info[name]):
+            return f"the reply's number of {name} is {shown(info[name])}"
+    if "loss" in info and not is_number(info["loss"], -MOST) and not _is_infinite(info["loss"]):
+        return f"the reply's loss is {shown(info['loss'])}"
+    return None
+
+
+def evaluation_fault(evaluation: Evaluation, splits: Collection[str], modules: Collection[str]) -> str | None:
+    """Why a site's ``evaluation`` must be left out, or None; ``splits`` were asked for, ``modules`` are the base's."""
+    for split, metrics in evaluation.scores.items():
+        if split not in splits:
+            return f"it scores {shown(split)}, which nobody asked for"
+        if "loss" not in metrics or len(metrics) > _METRICS:
+            return f"its {split} metrics have no loss, or there are more than {_METRICS}"
+        for name, value in metrics.items():
+            low, high = _RANGES.get(name, (-MOST, MOST))
+            if not (is_number(value, low, high) or (name == "perplexity" and value == math.inf)):
+                return f"its {split} {shown(name)} is {shown(value)}"
+            if not (name.isidentifier() and name.isascii() and len(name) <= 50):
+                return f"{shown(name)} cannot name a metric"
+    return _usage_fault(evaluation.observed, modules) if evaluation.observed else None
+
+
+def _usage_fault(observed: Observed, modules: Collection[str]) -> str | None:
+    if observed.embeddings or observed.importance:
+        return "it holds embeddings or importance, which nobody asked for"
+    if not is_number(observed.tokens, high=_ROWS):
+        return f"its use of experts is over {shown(observed.tokens)} tokens"
+    for module, row in observed.usage.items():
+        if module not in modules:
+            return f"it tells of the use of {shown(module)}, which the base has not"
+        if row.keys() != {"weight", "share", "expert"} or len({len(values) for values in row.values()}) > 1:
+            return f"its use of experts in {module} is no weight, share and number of each"
+        good = all(is_number(value) for value in row["weight"]) and all(is_number(v, 0, 1.001) for v in row["share"])
+        if not good or not row["expert"] or not all(type(e) is int and -2 <= e < _SIZE for e in row["expert"]):
+            return f"its use of experts in {module} has numbers that cannot be"
+    return None
+
+
+def bank_fault(bank: Bank, spec: BaseSpec, labels: Sequence[str] | None) -> str | None:
+    """Why a site's ``bank`` cannot be written, or None: it must fit the base, every A its B, every value be finite."""
+    shapes = {p.name: p.shape_for(len(labels or ())) for p in spec.head}
+    sizes = {t.name: (t.d_in, t.d_out) for t in spec.targets}
+    for key, value in bank.tensors.items():
+        shape = shapes.get(key.module) if key.part is Part.HEAD else _fits(key, value, sizes.get(key.module))
+        if shape is None:
+            return f"the base has no {shown(str(key))}"
+        if fault := _tensor_fault(key, value, shape):
+            return fault
+    for part, other in ((Part.A, Part.B), (Part.B, Part.A)):
+        for key in (key for key in bank.tensors if key.part is part):
+            pair = bank.tensors.get(key._replace(part=other))
+            if pair is None or pair.shape[int(other is Part.B)] != bank.tensors[key].shape[int(part is Part.B)]:
+                return f"{key} has no {other.value} of its rank"
+    if not is_number(bank.scaling) or not is_number(bank.dropout, 0, 1):
+        return "its scaling or its dropout cannot be"
+    fault = json_fault({"name": bank.gate.name, "all": dict(bank.gate.options), "each": dict(bank.gate.per_module)})
+    return f"its gate {fault}" if fault else None
+
+
+def _fits(key: Key, value: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...] | None:
+    """The shape that the tensor of an expert or a router should have: one side is free."""
+    if sizes is None or key.part is Part.EMBEDDING or value.ndim != 2 or not value.numel():
+        return None
+    return (sizes[1], value.shape[1]) if key.part is Part.B else (value.shape[0], sizes[0])
+
+
+def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
+    """Why a site cannot be what it says that it is, or None: counts of rows, labels, targets, in bounds."""
+    if not all(0 <= count < _ROWS for count in (info.num_train, info.num_validation, info.num_test)):
+        return "its numbers of rows cannot be"
+    texts = [*(info.labels or ()), *([info.group] if info.group else []), *(t.name for t in spec.targets)]
+    texts += [*(t.weights for t in spec.targets), *(p.name for p in spec.head)]
+    if len(texts) > _ITEMS or len(info.labels or ()) > 10_000 or any(len(text) > _TEXT for text in texts):
+        return "it has too many labels or targets, or names that are too long"
+    sides = [side for t in spec.targets for side in (t.d_in, t.d_out)]
+    sides += [abs(side) for p in spec.head for side in p.shape]
+    if not all(1 <= side <= _SIZE for side in sides) or not is_number(spec.head_std, 0, 1e3):
+        return "its base has sizes that cannot be"
+    return None
+
+
+def json_fault(value: Json) -> str | None:
+    """Why ``value`` is not taken as JSON: other things in it, too many, too deep, numbers or texts too large."""
+    todo, seen = [(value, 0)], 0
+    while todo:
+        item, depth = todo.pop()
+        seen += 1
+        if seen > _ITEMS or depth > _DEPTH:
+            return "is too large"
+        if isinstance(item, Mapping):
+            todo += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, (list, tuple)):
+            todo += [(part, depth + 1) for part in item]
+        elif isinstance(item, str):
+            if len(item) > _TEXT:
+                return "has a text that is too long"
+        elif not (item is None or isinstance(item, bool) or is_number(item, -MOST) or _is_infinite(item)):
+            return f"holds {shown(item)}"
+    return None
+
+
+def is_number(value: Json, low: float = 0.0, high: float = MOST) -> bool:
+    """Whether ``value`` is a number from ``low`` to ``high``: no truth value, infinity or not-a-number.
+
+    An integer of JSON may be larger than any float: :func:`math.isfinite` raises for it, and comparing does not.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_infinite(value: Json) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def plain_text(text: str, most: int = _TEXT) -> str:
+    """``text`` cut to ``most`` characters, with a space for each that no terminal shows as itself (ESC, say)."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
+
+
+def shown(value: Json) -> str:
+    """A client's value as a message quotes it: an integer may have more digits than Python writes."""
+    if isinstance(value, (int, float)):
+        return str(value) if is_number(value, -MOST) or isinstance(value, float) else "a number that is too large"
+    return repr(plain_text(value, 80)) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _some(keys: list[Key]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(plain_text(str(key), 120) for key in keys[:3]) + more

@@ -1,0 +1,182 @@
+"""A whole run from a config: data, engine, rounds, and what a run leaves behind.
+
+This is where the parts meet; the Python entry for what ``coterie run`` does:
+
+    from coterie.experiment import federate
+    summary = federate(load_config(Path("clinic.toml")), Path("runs/clinic"), root=Path("."))
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie import engines
+from coterie.config.run import DEFAULT_METHOD, Config
+from coterie.data.clients import load_federation
+from coterie.data.rows import Federation
+from coterie.engines.base import Engine
+from coterie.files import read_json, write_json
+from coterie.machine import default_threads, reset_peak_memory
+from coterie.methods.base import Method, method_named
+from coterie.report.page import write_report
+from coterie.run.folder import check_folder, claim, full_disk_told, held
+from coterie.run.rounds import Listener, Rounds, Runner, finite
+from coterie.run.summary import read_events, summarise
+from coterie.run.tracking import check_tensorboard, tensorboard
+from coterie.types import CoterieError, Json
+
+_NEEDS = {"flower_sim": ("flwr", "ray")}  # what engines need beside Coterie's own needs
+_FIX = "pip install 'flwr[simulation]==1.41.0'"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that is ready to go: its method, its engine, its data."""
+
+    config: Config
+    method: Method[Any]
+    engine: Engine
+    federation: Federation
+    root: Path
+
+
+def federate(
+    config: Config,
+    folder: Path,
+    *,
+    root: Path,
+    resume: bool = False,
+    listen: Listener = lambda event: None,
+    cache: dict[str, Any] | None = None,
+) -> dict[str, Json]:
+    """Run ``config`` in ``folder`` to its end and return its summary; relative paths in it start at ``root``.
+
+    ``cache`` lets several runs in one process share what is loaded (the base). Everything is checked before the
+    folder is made. Raises :class:`CoterieError`: see :mod:`coterie.run.folder` and :class:`coterie.run.rounds.Runner`.
+    """
+    check_folder(folder, config, resume)
+    if resume and (folder / "summary.json").exists():
+        listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
+        found: dict[str, Json] = read_json(folder / "summary.json")
+        return found
+    opened = open_run(config, folder, root, cache if cache is not None else {})
+    with closing(opened.engine):
+        opened.method.init(opened.engine.spec, opened.engine.clients)
+        reset_peak_memory()
+        return _carry_out(opened, folder, resume, listen)
+
+
+def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> dict[str, Json]:
+    """Take the folder, run the rounds, finish."""
+    config = opened.config
+    with held(folder), full_disk_told(folder):
+        claim(folder, config, opened.root, opened.federation.manifest, resume)
+        if config.run.tensorboard:
+            listen = both(listen, tensorboard(folder))
+        ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
+        listen({"event": "ready", "folder": str(folder), **ready})
+        state = Runner(opened.method, opened.engine, rounds_of(config), folder, listen).run()
+        return finish(opened, state, folder)
+
+
+def both(first: Listener, second: Listener) -> Listener:
+    """A listener that passes every event to two."""
+
+    def listen(event: dict[str, Json]) -> None:
+        first(event)
+        second(event)
+
+    return listen
+
+
+def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) -> Opened:
+    """The run's method, engine and data, loaded and checked, and the threads set; nothing is written."""
+    set_threads(config)
+    if config.run.tensorboard:
+        check_tensorboard()
+    settings = config.method_settings().located(root)
+    method = method_named(str(config.method.get("name", DEFAULT_METHOD)))(settings, config.plan())
+    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    engine = _maker(config.engine.name)(config, federation, folder, root, cache)
+    return Opened(config, method, engine, federation, root)
+
+
+def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
+    """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
+    from coterie.adapters.write import (  # peft and transformers: a server begins without them
+        write_adapter,
+        write_bundle,
+    )
+    from coterie.nn.base import resolve
+
+    config, method, engine = opened.config, opened.method, opened.engine
+    base = resolve(config.model.path, opened.root)
+    transposed = any(target.transposed for target in engine.spec.targets)
+    for name, tensors in method.experts(state).items():
+        write_adapter(
+            folder / "experts" / name,
+            tensors,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            base=base,
+            kind=config.task.kind,
+            fan_in_fan_out=transposed,
+        )
+    infos = {client.id: client for client in engine.clients}
+    rnd = config.run.rounds
+    for client, bank in engine.banks(method, method.configure(state, engine.clients, rnd + 1), rnd):
+        info = {"client": client, "labels": infos[client].labels, "method": method.name, "round": rnd}
+        info |= {"base": base, "task": config.task.kind}
+        write_bundle(folder / "clients" / client, bank, info, fan_in_fan_out=transposed)
+    summary = summarise(
+        read_events(folder / "metrics.jsonl"),
+        engine.clients,
+        method=method.name,
+        title=method.title,
+        evaluated=config.evaluated,
+        task=config.task.kind,
+        seed=config.run.seed,
+    )
+    summary = dict(finite(summary))
+    write_report(folder, summary=summary)
+    write_json(folder / "summary.json", summary)  # last: a run with a summary is finished
+    return summary
+
+
+def set_threads(config: Config) -> None:
+    """Use as many CPU threads as the config says; results on a CPU depend on their number in the last bits."""
+    torch.set_num_threads(config.engine.threads or default_threads())
+
+
+def rounds_of(config: Config) -> Rounds:
+    """How the rounds of ``config`` go."""
+    run = config.run
+    return Rounds(
+        run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints
+    )
+
+
+def _maker(name: str) -> Callable[..., Engine]:
+    """The ``make`` function of the engine called ``name``: any module of :mod:`coterie.engines` that has one."""
+    makers: dict[str, Callable[..., Engine]] = {}
+    for found in pkgutil.iter_modules(engines.__path__):
+        called, needs = found.name.replace("_", "-"), _NEEDS.get(found.name, ())
+        if missing := [library for library in needs if importlib.util.find_spec(library) is None]:
+            if called == name:
+                raise CoterieError(f"[engine] {name} needs {' and '.join(missing)}: {_FIX}")
+            continue
+        module = importlib.import_module(f"{engines.__name__}.{found.name}")
+        if hasattr(module, "make"):
+            makers[called] = module.make
+    if name not in makers:
+        raise CoterieError(f"[engine] unknown engine {name!r}; the engines are {', '.join(sorted(makers))}")
+    return makers[name]

@@ -1,0 +1,1 @@
+"""Flower, all of it: the only folder that imports flwr and ray."""

@@ -1,0 +1,168 @@
+"""What the methods share: the seeded start, heads, and the split of what was trained into what travels and stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from coterie.methods.base import Plan
+from coterie.ops.mean import aggregation_error, mean
+from coterie.ops.streams import kaiming_uniform, stream
+from coterie.types import (
+    NO_EXPERT,
+    BaseSpec,
+    ClientId,
+    ClientInfo,
+    ClientResult,
+    CoterieError,
+    Instruction,
+    Key,
+    Part,
+    Personal,
+    Reply,
+    Tensors,
+    Trained,
+)
+
+Shapes = dict[Key, tuple[int, ...]]
+
+
+def start_lora(base: BaseSpec, plan: Plan, expert: int = 0, *purpose: str | int) -> dict[Key, Tensor]:
+    """One expert on every target: A [r, d_in] Kaiming uniform from the seed and the module's name, B [d_out, r] zero.
+
+    Everyone who shares the seed starts from the same A: FedLEASE's comparison of B needs it. Experts that are to
+    start apart from each other are told apart by ``purpose``.
+    """
+    if not base.targets:
+        raise CoterieError("the base has no target to adapt; set [lora] targets")
+    return {
+        key: kaiming_uniform(shape, stream(plan.seed, "A", key.module, *purpose))
+        if key.part is Part.A
+        else torch.zeros(shape)
+        for key, shape in lora_shapes(base, plan, expert).items()
+    }
+
+
+def lora_shapes(base: BaseSpec, plan: Plan, expert: int = 0) -> Shapes:
+    """The shapes of :func:`start_lora`."""
+    of_a: Shapes = {Key(t.name, expert, Part.A): (plan.rank, t.d_in) for t in base.targets}
+    return of_a | {Key(t.name, expert, Part.B): (t.d_out, plan.rank) for t in base.targets}
+
+
+def start_router(base: BaseSpec, plan: Plan, slots: int) -> dict[Key, Tensor]:
+    """A router [slots, d_in] on every target, started as ``torch.nn.Linear`` starts."""
+    shapes = {Key(t.name, NO_EXPERT, Part.ROUTER): (slots, t.d_in) for t in base.targets}
+    return {key: kaiming_uniform(shape, stream(plan.seed, "router", key.module)) for key, shape in shapes.items()}
+
+
+def start_head(base: BaseSpec, plan: Plan, me: ClientInfo) -> dict[Key, Tensor]:
+    """The head for the client's number of labels: the same for all clients with as many. Empty for generation."""
+    init = {p.name: p.init for p in base.head}
+    return {
+        key: _start(shape, init[key.module], base, plan, f"{key.module}/{len(me.labels or ())}")
+        for key, shape in head_shapes(base, me).items()
+    }
+
+
+def head_shapes(base: BaseSpec, me: ClientInfo) -> Shapes:
+    """The shapes of :func:`start_head`."""
+    return {Key(p.name, NO_EXPERT, Part.HEAD): p.shape_for(len(me.labels or ())) for p in base.head}
+
+
+def _start(shape: tuple[int, ...], init: str, base: BaseSpec, plan: Plan, purpose: str) -> Tensor:
+    if init == "normal":
+        return torch.randn(shape, generator=stream(plan.seed, "head", purpose)) * base.head_std
+    return torch.ones(shape) if init == "ones" else torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The server's shared heads: one per group of clients with the same label space. Empty for personal heads."""
+
+    values: Mapping[str, Tensors] = field(default_factory=dict)
+    group: Mapping[ClientId, str] = field(default_factory=dict)
+
+    def of(self, client: ClientId) -> Tensors:
+        """The head that ``client`` is sent; empty where heads are personal."""
+        return self.values[self.group[client]] if client in self.group else {}
+
+
+def label_space(me: ClientInfo) -> str:
+    """A name for the client's label space: clients with the same labels in the same order share it."""
+    return json.dumps(me.labels)
+
+
+def start_heads(base: BaseSpec, plan: Plan, clients: Sequence[ClientInfo]) -> Heads:
+    """Shared heads by label space, or none where the plan keeps heads personal."""
+    if plan.head == "personal" or not base.head:
+        return Heads()
+    return Heads({label_space(c): start_head(base, plan, c) for c in clients}, {c.id: label_space(c) for c in clients})
+
+
+def mean_heads(heads: Heads, replies: Mapping[ClientId, Reply], weight: Mapping[ClientId, float]) -> Heads:
+    """Every shared head as the mean of its group's replies; a group that sent none keeps its head."""
+    values = dict(heads.values)
+    for name in values:
+        members = [c for c in sorted(replies) if heads.group.get(c) == name]
+        if members:
+            values[name] = mean([head_of(replies[c].tensors) for c in members], [weight[c] for c in members])
+    return replace(heads, values=values)
+
+
+def head_of(tensors: Tensors) -> dict[Key, Tensor]:
+    """The head's tensors among ``tensors``."""
+    return {key: value for key, value in tensors.items() if key.part is Part.HEAD}
+
+
+def router_of(tensors: Tensors) -> dict[Key, Tensor]:
+    """The routers among ``tensors``."""
+    return {key: value for key, value in tensors.items() if key.part is Part.ROUTER}
+
+
+def lora_of(tensors: Tensors, expert: int | None = None, new: int | None = None) -> dict[Key, Tensor]:
+    """The A and B among ``tensors``: of one expert if given, renumbered to ``new`` if given."""
+    return {
+        key if new is None else key._replace(expert=new): value
+        for key, value in tensors.items()
+        if key.part in (Part.A, Part.B) and (expert is None or key.expert == expert)
+    }
+
+
+def shapes_of(*tensors: Tensors) -> Shapes:
+    """The shape of every tensor, by key."""
+    return {key: tuple(value.shape) for group in tensors for key, value in group.items()}
+
+
+def with_head(tensors: Tensors, ins: Instruction, personal: Personal) -> dict[Key, Tensor]:
+    """``tensors`` and the client's head: the one that the server sent, or else the personal one."""
+    return {**tensors, **(head_of(ins.tensors) or head_of(personal.tensors))}
+
+
+def settle(plan: Plan, trained: Trained, me: ClientInfo, personal: Personal, travels: Iterable[Key]) -> ClientResult:
+    """The reply with the trained tensors named in ``travels``, and the personal state with the head that stays.
+
+    A trained head travels where heads are shared and stays where they are personal.
+    """
+    head = head_of(trained.tensors)
+    shared = plan.head == "shared"
+    upload = {key: trained.tensors[key] for key in travels} | (head if shared else {})
+    kept = personal if shared else replace(personal, tensors={**personal.tensors, **head})
+    return ClientResult(Reply(upload, me.num_train, statistics(trained)), kept)
+
+
+def statistics(trained: Trained) -> dict[str, float]:
+    """What a reply says of its training."""
+    return {"loss": trained.loss, "tokens": trained.tokens, "steps": trained.steps}
+
+
+def mean_error(replies: Sequence[Tensors], weights: Sequence[float]) -> list[tuple[float, float]]:
+    """Per module, what averaging A and B apart costs (:func:`~coterie.ops.mean.aggregation_error`), one expert each."""
+    a_keys = sorted(key for key in replies[0] if key.part is Part.A)
+    return [
+        aggregation_error([r[key] for r in replies], [r[key._replace(part=Part.B)] for r in replies], weights)
+        for key in a_keys
+    ]

@@ -1,0 +1,132 @@
+"""What SmartFed needs of a pool beside its own steps: the pool itself, names, numbers, and what was sent of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from coterie.adapters.pool import Adapter, Pool, cut, fit, put_back, read_pool
+from coterie.methods.parts import lora_of
+from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Tensors
+
+WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
+
+
+def pool_in(folder: str, name: str | None = None) -> Pool:
+    """The pool in the settings' ``folder``. Raises :class:`CoterieError` where it is not the one called ``name``."""
+    if not folder:
+        raise CoterieError(
+            'SmartFed needs a pool: set [method] pool = "DIR", made by `coterie pool build DIR --adapters A B ...`'
+        )
+    pool = read_pool(Path(folder))
+    if name not in (None, pool.name):
+        raise PrivateError(f"the pool in {folder} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back")
+    return pool
+
+
+def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
+    """The target of each of the pool's modules. Raises :class:`CoterieError` where pool and run do not fit."""
+    sizes = {t.name: (t.d_in, t.d_out) for t in base.targets}
+    names = fit(pool, sizes)
+    if lost := [m for m in pool.modules if m not in names]:
+        leaves = sorted({m.rsplit(".", 1)[-1] for m in pool.modules})
+        raise CoterieError(
+            f"the pool adapts {lost[0]}, which is no target of this run; set [lora] targets = {json.dumps(leaves)}"
+        )
+    for key, value in pool.tensors.items():
+        d_in, d_out = sizes[names[key.module]]
+        if value.shape[int(key.part is Part.A)] != (d_in if key.part is Part.A else d_out):
+            raise CoterieError(f"the pool is for another base: {key.module} is a Linear of {d_in} to {d_out} here")
+    return names
+
+
+def check_base(pool: Pool, names: Mapping[str, str], base: BaseSpec) -> tuple[str, ...]:
+    """Notes on what cannot be checked. Raises :class:`CoterieError` where the base's weights are not the pool's base's.
+
+    ``names`` is by :func:`names_in`.
+    """
+    here = {t.name: t.weights for t in base.targets}
+    pairs = {module: (pool.weights.get(module, ""), here[names[module]]) for module in pool.modules}
+    if others := [module for module, (built, now) in pairs.items() if built and now and built != now]:
+        raise CoterieError(
+            f"the pool was built for another base, {pool.base}: the weights of {others[0]} differ here "
+            f"({len(others)} of {len(pairs)} matrices). Run with that base, or, if the adapters are right for this "
+            "one too, build the pool again with --base"
+        )
+    if unknown := sum(not (built and now) for built, now in pairs.values()):
+        return (
+            f"the pool was built for {pool.base}; whether this run's base is the same cannot be told on {unknown} of "
+            f"{len(pairs)} matrices: their weights are in no safetensors file here, or were in none where it was built",
+        )
+    return ()
+
+
+def numbers(adapters: Iterable[Adapter], module: str, whole: bool) -> list[int]:
+    """The numbers of the experts on one of the pool's modules, in order: the rows of its router.
+
+    ``whole``: every adapter is one expert.
+    """
+    found = [range(a.first, a.first + (1 if whole else a.ranks[module])) for a in adapters if module in a.ranks]
+    return [number for several in found for number in several]
+
+
+def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter]) -> dict[Key, Tensor]:
+    """The pool's tensors of some adapters, under the targets' names."""
+    firsts = {a.first for a in adapters}
+    return {
+        key._replace(module=names[key.module]): value
+        for key, value in pool.tensors.items()
+        if key.expert in firsts and key.module in names
+    }
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The pool's experts in an instruction: adapters in ``train`` come every round, the others once.
+
+    ``whole``: every adapter is one expert, and is not cut.
+    """
+
+    ins: Instruction
+    train: tuple[str, ...]
+    whole: bool
+
+    @property
+    def training(self) -> dict[Key, Tensor]:
+        """The adapters that train, as they travel."""
+        return {key: value for key, value in lora_of(self.ins.tensors).items() if key.expert in self._firsts}
+
+    @property
+    def frozen(self) -> dict[Key, Tensor]:
+        """The adapters that do not; empty where they are only named."""
+        others = {SHARED, *self._firsts}
+        return {key: value for key, value in lora_of(self.ins.tensors).items() if key.expert not in others}
+
+    def cut(self, pool: Tensors) -> dict[Key, Tensor]:
+        """The experts of those adapters of ``pool`` that were not dropped."""
+        here = {first for first, _ in self.ins.info["adapters"].values()}
+        left = {key: value for key, value in pool.items() if key.expert in here}
+        return left if self.whole else cut(left)
+
+    def stacked(self, bank: Bank) -> dict[Key, Tensor]:
+        """The adapters of ``bank`` that train, as they travel: put back together, the bank's scale in B."""
+        like = {key: 1 if self.whole else v.shape[int(key.part is Part.B)] for key, v in self.training.items()}
+        found = put_back(bank.tensors, like)
+        return {key: value * bank.scaling if key.part is Part.B else value for key, value in found.items()}
+
+    def trainable(self, bank: Bank) -> frozenset[Key]:
+        """Routers, head, the fresh expert, and the experts of the adapters that train."""
+        trains = {SHARED}
+        for first, rank in self._firsts.items():
+            trains |= {*range(first, first + rank)}
+        return frozenset(key for key in bank.tensors if key.part in WHOLE or key.expert in trains)
+
+    @property
+    def _firsts(self) -> dict[int, int]:
+        """The first number and the rank of each adapter that trains."""
+        adapters = self.ins.info["adapters"]
+        return {adapters[name][0]: adapters[name][1] for name in self.train}

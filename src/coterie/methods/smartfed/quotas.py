@@ -1,0 +1,114 @@
+"""SmartFed's EEQA beside the quotas' rules: what clients measure, what the server makes of it, and who starves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from coterie.adapters.pool import Adapter
+from coterie.methods.smartfed.pools import numbers
+from coterie.types import (
+    NO_EXPERT,
+    SHARED,
+    Bank,
+    Json,
+    Key,
+    Observe,
+    Observed,
+    Part,
+    Request,
+    Score,
+)
+
+# a client -------------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    bank: Bank, importance: str, examples: int, adapters: Mapping[str, Sequence[int]]
+) -> Generator[Request, Any, dict[str, Json]]:
+    """What EEQA is told: a number per matrix, and each adapter's share of the gates' weight.
+
+    ``adapters`` holds the first number and the rank of each; ``examples`` of the training rows are looked at, 0: all.
+    """
+    what = ("usage",) if importance == "ablation" else ("usage", importance)
+    observed = yield Observe(bank, "train", what, examples=examples)
+    modules = sorted(key.module for key in bank.tensors if key.part is Part.ROUTER)
+    if importance == "ablation":
+        banks = [bank, *(without(bank, module) for module in modules)]
+        full, *rest = yield Score(banks, "train", examples=examples)
+        found = {m: max(0.0, scored.loss - full.loss) for m, scored in zip(modules, rest, strict=True)}
+    else:
+        found = {m: observed.importance[importance].get(m, 0.0) for m in modules}
+    return {"importance": found, "use": use_of(bank, observed, adapters)}
+
+
+def without(bank: Bank, module: str) -> Bank:
+    """The bank without the pool's experts on one matrix; a fresh one stays."""
+    return replace(bank, tensors={k: v for k, v in bank.tensors.items() if k.module != module or k.expert == SHARED})
+
+
+def use_of(bank: Bank, observed: Observed, adapters: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Each adapter's share of all routed weight, over all matrices."""
+    sums = dict.fromkeys(adapters, 0.0)
+    for usage in observed.usage.values():
+        for number, weight in zip(usage["expert"], usage["weight"], strict=True):
+            for name, (first, rank) in adapters.items():
+                if first <= number < first + rank:
+                    sums[name] += weight
+    total = sum(sums.values())
+    return {name: value / total if total else 0.0 for name, value in sums.items()}
+
+
+# the server -----------------------------------------------------------------------------------------------------------
+
+
+_MOST = 1e15
+
+
+def is_sound(info: Mapping[str, Json], modules: set[str], adapters: set[str]) -> bool:
+    """Whether a reply's statistics can count: a number of at least 0 for every matrix, and for every adapter."""
+    importance, use = info.get("importance"), info.get("use")
+    if not isinstance(importance, dict) or not isinstance(use, dict):
+        return False
+    told = (*importance.values(), *use.values())
+    good = all(type(value) in (int, float) and 0 <= value <= _MOST for value in told)
+    return good and importance.keys() == modules and use.keys() == adapters
+
+
+def mean_numbers(values: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """The weighted mean of each name's numbers."""
+    total = sum(weights)
+    return {n: sum(w * v[n] for v, w in zip(values, weights, strict=True)) / total for n in values[0]}
+
+
+def starved(
+    adapters: Sequence[Adapter], modules: Collection[str], use: Mapping[str, float], below: float, whole: bool
+) -> list[str]:
+    """The adapters whose share of the gates is less than ``below`` times an even share, the least used first."""
+    count = {a.name: sum(len(numbers([a], module, whole)) for module in modules) for a in adapters}
+    share = {name: use.get(name, 0.0) * sum(count.values()) / n for name, n in count.items() if n}
+    return sorted((name for name, value in share.items() if value < below), key=lambda name: share[name])
+
+
+def rows_left(
+    routers: Mapping[Key, Tensor],
+    modules: Mapping[str, str],
+    before: Sequence[Adapter],
+    left: Sequence[Adapter],
+    whole: bool,
+) -> dict[Key, Tensor]:
+    """The routers with the rows of the adapters that are ``left``; a matrix that none of them has loses its router.
+
+    ``modules`` names the target of each of the pool's modules.
+    """
+    found = {}
+    for module, target in modules.items():
+        stay = {*numbers(left, module, whole)}
+        rows = [i for i, number in enumerate(numbers(before, module, whole)) if number in stay]
+        if rows:
+            key = Key(target, NO_EXPERT, Part.ROUTER)
+            found[key] = routers[key][rows]
+    return found

@@ -1,0 +1,1 @@
+"""What is shown: the page of a run, its tables and pictures."""

@@ -1,0 +1,36 @@
+"""The pictures of a run, a comparison and the demo. Plain data in, a matplotlib Figure out; no pyplot, no display.
+
+Colours are told apart by readers with any colour vision, and never carry a meaning alone: lines are labelled, cells
+that fit hold their number. A file per group of pictures; ``style`` holds what they share.
+"""
+
+from coterie.report.plots.assignment import Panel, assigned_experts, held_experts, held_together, used_experts
+from coterie.report.plots.clusters import client_distances, demo_picture, silhouettes
+from coterie.report.plots.curves import accuracy_by_round
+from coterie.report.plots.experts import expert_usage
+from coterie.report.plots.quotas import adapter_use, quota_map
+from coterie.report.plots.style import INK, LINE, MUTED, PALETTE, SURFACE, Picture, natural, png, svg
+
+__all__ = [
+    "INK",
+    "LINE",
+    "MUTED",
+    "PALETTE",
+    "SURFACE",
+    "Panel",
+    "Picture",
+    "accuracy_by_round",
+    "adapter_use",
+    "assigned_experts",
+    "client_distances",
+    "demo_picture",
+    "expert_usage",
+    "held_experts",
+    "held_together",
+    "natural",
+    "png",
+    "quota_map",
+    "silhouettes",
+    "svg",
+    "used_experts",
+]

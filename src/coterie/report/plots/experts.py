@@ -1,0 +1,58 @@
+"""Experts that all modules share: which client uses which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from coterie.report.plots.heat import BLUES, NAMED_ROWS, heat_map, name_rows
+from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, natural, number, styled
+
+
+@styled
+def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], own: Mapping[str, int] | None = None) -> Figure:
+    """Clients x experts: the mean gate weight, and the share of the tokens that use the expert at all.
+
+    ``usage`` is ``{client: {"weight": [...], "share": [...]}}``; ``own`` names the expert to outline in each row.
+    """
+    clients = sorted(usage, key=lambda c: ((own or {}).get(c, -1), natural(c)))
+    panels = [(key, title) for key, title in _USAGE.items() if any(usage[c].get(key) for c in clients)]
+    widest = max((len(usage[c].get(key, ())) for c in clients for key, _ in panels), default=1)
+    width = 1.4 + len(panels) * max(1.6, 0.42 * widest)
+    figure = Figure(figsize=(min(max(width, 4.2), 8.0), min(1.2 + 0.23 * len(clients), 8.0)), layout="constrained")
+    axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
+    for ax, (key, title) in zip(axes, panels, strict=False):
+        table = np.full((len(clients), widest), np.nan)
+        for row, client in enumerate(clients):
+            values = usage[client].get(key, ())
+            table[row, : len(values)] = [number(v) for v in values]
+        _usage_panel(ax, table, clients, own or {})
+        ax.set_title(title)
+    return figure
+
+
+_USAGE = {"weight": "mean gate weight", "share": "share of tokens"}
+
+
+def _usage_panel(ax: Axes, table: np.ndarray[Any, Any], clients: Sequence[str], own: Mapping[str, int]) -> None:
+    rows, columns = table.shape
+    heat_map(ax, table, (0.0, 1.0), BLUES)
+    name_rows(ax, clients)
+    named = range(0, columns, math.ceil(columns / 16))
+    ax.set_xticks([e + 0.5 for e in named], [str(e) for e in named])
+    ax.set_xlabel("expert")
+    for row, client in enumerate(clients):
+        if 0 <= own.get(client, -1) < columns:
+            cell = Rectangle((own[client], row), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=1.6, clip_on=False)
+            ax.add_patch(cell)
+    if rows <= NAMED_ROWS and columns <= 8:
+        for (row, column), value in np.ndenumerate(table):
+            if math.isfinite(value):
+                colour = ON_STRONG if value > 0.55 else ON_PALE
+                ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour)

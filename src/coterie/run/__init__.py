@@ -1,0 +1,1 @@
+"""A run: its rounds, its events, its folder, its checkpoints."""

@@ -1,0 +1,94 @@
+"""The folder of a run: whether it may be used, what is written there first, who works in it, and a full disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coterie.config.run import Config, check_config, differences
+from coterie.files import read_json, remove_parts, write_json
+from coterie.run.checkpoint import newest_round
+from coterie.types import CoterieError, Json
+
+
+def check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raises :class:`CoterieError` for a folder that is taken, or that holds no run or another run to resume."""
+    if folder.exists() and not folder.is_dir():
+        raise CoterieError(f"{folder} is a file; name a folder with --out")
+    exists = (folder / "config.json").exists()
+    if not resume:
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            what = "holds a run" if exists else "is not empty"
+            raise CoterieError(f"{folder} {what}; go on with --resume, or name another folder with --out")
+        return
+    if not exists:
+        raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
+    old, _ = read_run(folder)
+    if changed := differences(plain(check_config(old)), plain(config)):  # keys that are new since have their defaults
+        raise CoterieError(
+            f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
+            "or start a new run with --out"
+        )
+
+
+def claim(folder: Path, config: Config, root: Path, manifest: Json, resume: bool) -> None:
+    """Write the resolved config and the manifest, or check that the data are those that the run started with."""
+    manifest, path = json.loads(json.dumps(manifest)), folder / "manifest.json"
+    remove_parts(folder)
+    if not resume:
+        write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
+    if not path.exists():
+        write_json(path, manifest)
+    elif read_json(path) != manifest:
+        raise CoterieError(
+            f"the data are not those that {folder} started with (see manifest.json); restore them, or start a new run"
+        )
+
+
+def read_run(folder: Path) -> tuple[dict[str, Json], Path]:
+    """The raw config of the run in ``folder``, and the folder that its paths start at."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise CoterieError(f"there is no run in {folder}")
+    found = read_json(path)
+    return found["config"], Path(found["root"])
+
+
+def plain(config: Config) -> dict[str, Json]:
+    """The config as JSON."""
+    found: dict[str, Json] = json.loads(config.model_dump_json())
+    return found
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep others out of ``folder`` for the length of a ``with`` block: two runs there would undo each other.
+
+    Raises :class:`CoterieError` where another process holds it. A process that is killed lets go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            raise CoterieError(f"another process is at work in {folder}; wait for it or stop it") from fault
+        yield
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Turn a full disk into a :class:`CoterieError` that says what stands."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        newest = newest_round(folder / "checkpoints")
+        stands = f"the checkpoint of round {newest} stands" if newest is not None else "there is no checkpoint yet"
+        raise CoterieError(
+            f"the disk is full ({fault.filename or folder}); {stands}: make room, then go on with --resume"
+        ) from fault
