@@ -1,6 +1,6 @@
 """`coterie join` of a site that misbehaves by a plan: all of it is real but what its worker does with an answer.
 
-    python tests/misbehaving.py PLAN join SITE.toml --insecure
+    python tests/support/misbehaving.py PLAN join SITE.toml --insecure
 
 PLAN is JSON. ``{"1": "nan", "3": "late 20"}`` names what happens to the answer of a round of training: a name of
 :data:`spoiled.SPOILED`; ``noise``, bytes that are no parcel; ``late S``, after S seconds; ``never``.

@@ -20,7 +20,7 @@ from coterie import machine
 from coterie.cli import doctor
 from coterie.cli.doctor import Check, examine
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def named(name: str, checks: list[Check] | None = None) -> Check:
