@@ -1,6 +1,6 @@
 """Do two versions of Coterie compute the same? Runs every method, task and engine in both, and compares all bits.
 
-    python bench/same_bits.py OLD NEW [--only PATTERN] [--engines local,batched,flower-sim] [--keep FOLDER]
+    python tests/same_bits.py OLD NEW [--only PATTERN] [--engines local,batched,flower-sim] [--keep FOLDER]
 
 OLD and NEW are checkouts (folders that hold ``src/coterie``). A case is a run of three rounds on a tiny random model;
 its name is METHOD-TASK-ENGINE, and ``--only`` keeps those that match a regular expression. Compared are the tensors
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
 }
 IGNORED = {"seconds", "site_seconds", "at", "peak_memory_bytes", "machine", "versions", "coterie", "report"}
 EVENTS = ("start_state", "round", "evaluation")
-SUPPORT = Path(__file__).parents[1] / "tests" / "support"
+SUPPORT = Path(__file__).parent / "support"
 
 
 def main() -> None:
