@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coterie.cli.progress import heading
+from coterie.cli.console import heading
 from coterie.compare import Results, table_of, title_of
 
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from coterie.cli.compare import show
-from coterie.cli.progress import clock, heading, listener
+from coterie.cli.console import heading
+from coterie.cli.progress import clock, listener
 from coterie.compare import Results, compare_all, curves, table_of
 from coterie.files import write_json
 from coterie.report.plots import demo_picture

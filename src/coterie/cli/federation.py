@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from coterie.cli import console
+from coterie.cli.console import Markdown, Out, Resume, Set, default_folder, resumable, say, show_checks, show_keys
 from coterie.types import CoterieError
 
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: a CA, the server's certificate, a pair per site.")
 site = typer.Typer(no_args_is_help=True, help="A site's own file.")
-out = Console(emoji=False)
 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="no TLS and no authentication: for one machine, or a network of your own")
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the file; repeatable")]
 SiteFile = Annotated[Path, typer.Argument(help="SITE.toml")]
 KeyFolder = Annotated[Path, typer.Argument(help="folder of the keys")]
 
@@ -38,24 +35,23 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     config: Annotated[Path, typer.Argument(help="TOML file with a section [federation]")],
-    overrides: Overrides = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME-METHOD-SEED")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+    overrides: Set = None,
+    folder: Out = None,
+    resume: Resume = False,
     insecure: Insecure = False,
     superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that runs already")] = None,
 ) -> None:
     """Run a federation of sites: wait for them, run the rounds, write experts and report."""
     _need_flower()
-    from coterie.cli.main import goes_on
     from coterie.cli.progress import listener, show_summary
     from coterie.config.run import load_raw, override
     from coterie.deploy.agreement import federation_config
     from coterie.deploy.serve import serve as run
 
     settings = federation_config(override(load_raw(config), overrides or ()))
-    place = folder or Path("runs") / f"{config.stem}-{settings.method['name']}-{settings.run.seed}"
+    place = folder or default_folder(config.stem, settings.method["name"], settings.run.seed)
     how = "go on with the same command and --resume"
-    with goes_on(place, how), _ended_by_signal(), listener(out, settings.run.rounds) as show:
+    with resumable(place, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
 
         def listen(event: dict[str, Any]) -> None:
             _say(event)
@@ -64,7 +60,7 @@ def serve(
         summary = run(
             settings, place, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
         )
-    show_summary(out, summary, place)
+    show_summary(console.out, summary, place)
 
 
 def join(path: SiteFile, insecure: Insecure = False) -> None:
@@ -75,7 +71,7 @@ def join(path: SiteFile, insecure: Insecure = False) -> None:
 
     settings, root = load(path)
     state = (root / settings.site.state).resolve()
-    out.print(f"{settings.site.id} joins {settings.site.server}; log: {state / 'site.log'}", soft_wrap=True)
+    say(f"{settings.site.id} joins {settings.site.server}; log: {state / 'site.log'}")
     with _ended_by_signal():
         run(path, insecure)
 
@@ -88,7 +84,7 @@ def status(folder: Annotated[Path, typer.Argument(help="the folder of the server
 
     if not (folder / JOURNAL).exists():
         raise CoterieError(f"{folder} is no folder of `coterie serve`: it has no {JOURNAL}")
-    show(out, status_of(read_journal(folder)))
+    show(console.out, status_of(read_journal(folder)))
 
 
 @site.command("check")
@@ -100,22 +96,15 @@ def check_site(
     """Say before joining whether versions, keys, server, data and model fit. Exit code 1 if something does not."""
     from coterie.deploy.site_check import check
 
-    failed = False
-    table = Table(box=None, header_style="bold")
-    for column in ("", "what", "found", "what to do"):
-        table.add_column(column, overflow="fold")
-    for found in check(path, config, insecure):
-        failed = failed or not found.ok
-        cells = map(escape, (found.name, found.value, found.fix))
-        table.add_row("[green]ok[/]" if found.ok else "[red]no[/]", *cells)
-    out.print(table)
-    raise typer.Exit(int(failed))
+    checks = list(check(path, config, insecure))
+    marks = {True: "[green]ok[/]", False: "[red]no[/]"}
+    show_checks([(marks[found.ok], found.name, found.value, found.fix) for found in checks])
+    raise typer.Exit(int(not all(found.ok for found in checks)))
 
 
 @site.command("config")
-def site_config(markdown: Annotated[bool, typer.Option(help="as the table of the docs")] = False) -> None:
+def site_config(markdown: Markdown = False) -> None:
     """Every key of a SITE.toml: type, default, meaning."""
-    from coterie.cli.main import show_keys
     from coterie.config.run import describe_site
 
     show_keys(list(describe_site()), markdown)
@@ -135,7 +124,7 @@ def init_keys(
     lines = [f"{folder / 'ca.crt'}: give it to every site", f"{folder / 'ca.key'}: keep it off the server"]
     lines += [f"{folder / 'sites' / name}: give it to {name} alone, then delete it here" for name in _listed(sites)]
     for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 @keys.command("add")
@@ -149,7 +138,7 @@ def add_key(
     from coterie.deploy import keys as made
 
     made.add_site(folder, name, public)
-    out.print(f"{folder / 'sites' / name}.pub", markup=False, highlight=False, soft_wrap=True)
+    say(f"{folder / 'sites' / name}.pub")
 
 
 @keys.command("site")
@@ -159,7 +148,7 @@ def make_site_key(path: Annotated[Path, typer.Argument(help="file of the private
     from coterie.deploy import keys as made
 
     made.site_key(path)
-    out.print(f"give {path}.pub to the server's people", markup=False, highlight=False, soft_wrap=True)
+    say(f"give {path}.pub to the server's people")
 
 
 def _listed(text: str) -> list[str]:
@@ -182,7 +171,7 @@ def _say(event: dict[str, Any]) -> None:
         "late": "{text}",
     }.get(event["event"])
     if line is not None:
-        out.print(line.format(**event), markup=False, highlight=False, soft_wrap=True)
+        say(line.format(**event))
 
 
 @contextmanager

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from coterie.cli import console
+
 app = typer.Typer(no_args_is_help=True, help="Pools of LoRA modules that exist already, for SmartFed.")
-out = Console(emoji=False)
 
 
 @app.command()
@@ -37,7 +37,7 @@ def build(
             text = (
                 f"note: {adapter.name} names the base {adapter.base}; that it was made for {pool.base} too is your word"
             )
-            out.print(escape(text), highlight=False, soft_wrap=True)
+            console.out.print(escape(text), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -56,7 +56,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
         cells = [adapter.name, rank, numbers, str(len(adapter.ranks)), adapter.licence or "not given", adapter.base]
         cells += [adapter.source, adapter.sha256[:12], ", ".join(adapter.left_out) or "-"]
         table.add_row(*map(escape, cells))
-    out.print(table)
+    console.out.print(table)
     sizes = sorted({pool.size(module) for module in pool.modules})
     rank_one = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     mib = sum(value.nbytes for value in pool.tensors.values()) / 2**20
@@ -66,4 +66,4 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
         f"a run checks its base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
         f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {mib:.2f} MiB, sent to a client once",
     ]
-    out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)
+    console.out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from coterie.cli.console import heading
 from coterie.run.rounds import Listener, named
 from coterie.types import Json
 
@@ -135,11 +136,6 @@ def show_summary(console: Console, summary: dict[str, Json], folder: Path) -> No
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def heading(console: Console, text: str) -> None:
-    """A line above a table. A title of the table itself would be folded to the table's width."""
-    console.print(f"\n[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

@@ -152,7 +152,7 @@ def test_doctor_shows_what_is_found_and_the_whole_command_that_mends(
         (("run", "--resume", "--out", "nowhere"), "there is no run in nowhere"),
         (("run", "none.toml"), "there is no config file none.toml"),
         (("compare", "none.toml"), "there is no config file none.toml"),
-        (("compare", "none.toml", "--seeds", "1,x"), "--seeds takes whole numbers with commas between them, not 'x'"),
+        (("compare", "none.toml", "--seeds", "1,x"), "--seeds takes whole numbers separated by commas, not 'x'"),
         (("report", "nowhere"), "there is no run in nowhere"),
     ],
 )
@@ -191,7 +191,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
     run, both = ("run", str(path), "--out", str(out)), ("compare", str(path), "--out", str(tmp_path))
     for command in (run, ("compare", str(path), "--out", str(tmp_path / "none")), ("doctor",)):
         code, _, errors = coterie_command(*command)
-        said = "\nstopped\n" if command == ("doctor",) else "\nstopped; nothing was begun\n"
+        said = "\nstopped\n" if command == ("doctor",) else "\nstopped; nothing was written\n"
         assert (code, errors) == (130, said)
     (out / "checkpoints").mkdir(parents=True)
     (out / "config.json").touch()
@@ -254,7 +254,7 @@ def test_a_run_on_a_terminal_shows_a_bar_and_leaves_the_lines(
     coterie_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = terminal()
-    monkeypatch.setattr(cli, "out", console)
+    monkeypatch.setattr("coterie.cli.console.out", console)
     path, out = sites.config(tmp_path, method="fedit"), tmp_path / "out"
     assert coterie_command("run", str(path), "--out", str(out))[0] == 0
     text = shown_on(console)

@@ -1,0 +1,50 @@
+"""The commands that answer questions: ``methods``, ``config``, ``doctor`` and ``version``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from coterie import __version__
+from coterie.cli import console
+from coterie.cli.console import Markdown, show_checks, show_keys, show_table
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(methods)
+    app.command("config")(show_config)
+    app.command()(doctor)
+    app.command()(version)
+
+
+def methods(markdown: Markdown = False) -> None:
+    """List the methods."""
+    from coterie.methods.base import methods as known
+
+    rows = [(name, method.title, method.summary, method.paper) for name, method in known().items()]
+    show_table(("name", "method", "what it does", "source"), rows, markdown)
+
+
+def show_config(
+    method: Annotated[str | None, typer.Option(help="only the settings of this method")] = None,
+    markdown: Markdown = False,
+) -> None:
+    """List every key of a config with its type, default and meaning."""
+    from coterie.config.run import describe_config
+
+    show_keys(list(describe_config(method)), markdown)
+
+
+def doctor() -> None:
+    """Say what this machine has, what is missing, and the command that fixes it. Uses no network."""
+    from coterie.cli.doctor import examine
+
+    marks = {True: "[green]ok[/]", False: "[yellow]--[/]"}
+    show_checks([(marks[check.ok], check.name, check.value, check.fix) for check in examine()])
+
+
+def version() -> None:
+    """Print the version."""
+    console.out.print(__version__)

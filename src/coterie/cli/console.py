@@ -1,0 +1,94 @@
+"""What all commands share: the console, tables, options, and what Ctrl-C leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+out = Console(emoji=False)  # used as ``console.out``, so that a test can replace it in one place
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the file; repeatable")]
+Out = Annotated[Path | None, typer.Option("--out", help="the run's folder; default runs/NAME-METHOD-SEED")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
+Markdown = Annotated[bool, typer.Option(help="print a Markdown table, as in the docs")]
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C in a command that can be continued later. Its text says how."""
+
+
+@contextmanager
+def resumable(folder: Path, how: str) -> Iterator[None]:
+    """Turn Ctrl-C into :class:`Interrupted`, which says what ``folder`` holds and ``how`` to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(_kept(folder, how)) from stop
+
+
+def _kept(folder: Path, how: str) -> str:
+    def holds(what: str) -> bool:
+        return any(folder.glob(what)) or any(folder.glob(f"*/{what}"))
+
+    if holds("checkpoints/*.ckpt"):
+        return f"stopped; the last checkpoint is kept: {how}"
+    return f"stopped before the first checkpoint: {how}" if holds("config.json") else "stopped; nothing was written"
+
+
+def default_folder(name: str, method: object, seed: int) -> Path:
+    """The folder of a run without ``--out``."""
+    return Path("runs") / f"{name}-{method}-{seed}"
+
+
+def say(text: str) -> None:
+    """Print ``text`` as it is: no markup, no colours, no line breaks."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def heading(console: Console, text: str) -> None:
+    """A line above a table. A title of the table itself would be folded to the table's width."""
+    console.print(f"\n[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+
+def show_keys(rows: Sequence[tuple[str, str, str, str]], markdown: bool) -> None:
+    """Print the (key, type, default, meaning) of settings, the meaning on lines of its own; or a Markdown table."""
+    if markdown:
+        show_table(("key", "type", "default", "meaning"), rows, markdown)
+        return
+    for key, kind, default, meaning in rows:
+        label = "" if default == "required" else "default "
+        out.print(f"[bold]{escape(key)}[/]  {escape(kind)}  {label}{escape(default)}", highlight=False, soft_wrap=True)
+        out.print(Padding(escape(meaning), (0, 0, 0, 4), expand=False), highlight=False)
+
+
+def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], markdown: bool) -> None:
+    """Print ``rows`` under ``columns``, as a table or as Markdown."""
+    if markdown:
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        print("\n".join(lines))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+def show_checks(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print the (mark, name, value, fix) of checks; the mark is markup, the rest is not."""
+    table = Table(box=None, header_style="bold")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for mark, *cells in rows:
+        table.add_row(mark, *map(escape, cells))
+    out.print(table)

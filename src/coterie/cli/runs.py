@@ -1,0 +1,108 @@
+"""The commands that run methods and show the results: ``run``, ``compare``, ``demo`` and ``report``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli import console
+from coterie.cli.console import Out, Resume, Set, default_folder, resumable, say
+from coterie.types import CoterieError
+
+ConfigFile = Annotated[Path, typer.Argument(help="a TOML file; all runs share it")]
+RunFolder = Annotated[Path, typer.Argument(help="a run's folder")]
+Engine = Annotated[str | None, typer.Option(help="the same as --set engine.name=...: local or flower-sim")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (run, compare, demo, report):
+        app.command()(command)
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help="a TOML file; not needed with --resume")] = None,
+    overrides: Set = None,
+    folder: Out = None,
+    resume: Resume = False,
+    engine: Engine = None,
+) -> None:
+    """Run one method on one federation."""
+    from coterie.cli.progress import listener, show_summary
+    from coterie.config.run import check_config, load_config, override
+    from coterie.experiment import federate
+    from coterie.run.folder import read_run
+
+    overrides = [*(overrides or ()), *([f"engine.name={engine}"] if engine else [])]
+    if config is None:
+        if not (resume and folder):
+            raise CoterieError("give a config file, or --resume with --out and the run's folder")
+        raw, root = read_run(folder)
+        settings = check_config(override(raw, overrides))
+    else:
+        settings, root = load_config(config, overrides), config.parent
+    name = config.stem if config else "run"
+    folder = folder or default_folder(name, settings.method.get("name", "fedlease"), settings.run.seed)
+    how = "go on with the same command and --resume"
+    with resumable(folder, how), listener(console.out, settings.run.rounds) as listen:
+        summary = federate(settings, folder, root=root, resume=resume, listen=listen)
+    show_summary(console.out, summary, folder)
+
+
+def compare(
+    config: ConfigFile,
+    methods: Annotated[
+        str, typer.Option(help="methods, separated by commas; fedamole:assignment=static sets an option of one")
+    ] = "fedlease,fedit,local",
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
+    overrides: Set = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="the folder of all runs; default runs/NAME")] = None,
+) -> None:
+    """Run several methods on the same federation, and show them side by side. Run it again to continue."""
+    from coterie.cli.compare import show
+    from coterie.cli.progress import listener
+    from coterie.compare import compare as run_all
+
+    folder = folder or Path("runs") / config.stem
+    seed_numbers = [_seed(text) for text in seeds.split(",")]
+    watch = partial(listener, console.out)
+    with resumable(folder, "go on with the same command"):
+        results = run_all(config, methods.split(","), seed_numbers, folder, overrides or (), watch)
+    show(console.out, results, folder)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="the folder of the demo's runs and pictures")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Run FedLEASE, FedIT and local on organisations with different jobs, in a few minutes."""
+    from coterie.cli.demo import run_demo
+
+    run_demo(folder, console.out)
+
+
+def report(
+    folder: RunFolder,
+    pictures: Annotated[bool, typer.Option("--pictures", help="also write each picture as a PNG")] = False,
+) -> None:
+    """Write the report of a run again, whether it has finished or not."""
+    from coterie.deploy.journal import JOURNAL
+    from coterie.report.page import write_report
+    from coterie.run.folder import read_run
+
+    read_run(folder)
+    if (folder / JOURNAL).exists():
+        from coterie.deploy.server import write_sites
+
+        write_sites(folder)
+    say(f"report: {write_report(folder, pictures)}")
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdigit():
+        raise CoterieError(f"--seeds takes whole numbers separated by commas, not {text!r}")
+    return int(text)
