@@ -38,7 +38,7 @@ LAYERS = (
     {"adapters"},
     {"nn", "data"},
     {"ops"},
-    {"codec", "files", "machine"},
+    {"codec", "files", "machine", "units"},
     {"types"},
 )
 # What these may not import although it is below them: they know what a request or a bank is, not how it is computed.

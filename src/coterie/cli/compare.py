@@ -11,6 +11,7 @@ from rich.table import Table
 
 from coterie.cli.console import heading
 from coterie.compare import Results, table_of, title_of
+from coterie.units import size
 
 
 def show(console: Console, results: Results, folder: Path) -> None:
@@ -35,7 +36,7 @@ def show(console: Console, results: Results, folder: Path) -> None:
     if len(first["seeds"]) > 1:
         table.add_row("spread over seeds", *space, *(f"{row['std']:.3f}" for row in rows.values()))
     table.add_row("worst client", *space, *_best([row["worst"] for row in rows.values()], first["primary"]))
-    table.add_row("MiB sent", *space, *(f"{row['bytes'] / 2**20:.1f}" for row in rows.values()))
+    table.add_row("sent", *space, *(size(row["bytes"]) for row in rows.values()))
     console.print(table)
     if len({row["evaluated"] for row in rows.values()}) > 1:
         mixed = "; ".join(f"{title_of(m)}: {row['evaluated']}" for m, row in rows.items())

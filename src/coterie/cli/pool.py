@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coterie.cli import console
+from coterie.units import size
 
 app = typer.Typer(no_args_is_help=True, help="Pools of LoRA modules that exist already, for SmartFed.")
 
@@ -59,11 +60,11 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
     console.out.print(table)
     sizes = sorted({pool.size(module) for module in pool.modules})
     rank_one = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    mib = sum(value.nbytes for value in pool.tensors.values()) / 2**20
+    total = size(sum(value.nbytes for value in pool.tensors.values()))
     lines = [
         f"pool {pool.name}",
         f"base {pool.base}",
         f"a run checks its base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
-        f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {mib:.2f} MiB, sent to a client once",
+        f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {total}, sent to a client once",
     ]
     console.out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from rich.table import Table
 from coterie.cli.console import heading
 from coterie.run.rounds import Listener, named
 from coterie.types import Json
+from coterie.units import clock, size
 
 
 @contextmanager
@@ -129,20 +130,13 @@ def show_summary(console: Console, summary: dict[str, Json], folder: Path) -> No
     table.add_section()
     table.add_row("mean", *([""] if clusters else []), "", *(_cell(mean.get(n)) for n in names), style="bold")
     console.print(table)
-    up, down = (summary["bytes"][way] / 2**20 for way in ("up", "down"))
+    up, down = (size(summary["bytes"][way]) for way in ("up", "down"))
     console.print(
-        f"{summary['rounds']} rounds in {clock(summary['seconds'])}, {up:.1f} MiB up, {down:.1f} MiB down, "
-        f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB",
+        f"{summary['rounds']} rounds in {clock(summary['seconds'])}, {up} up, {down} down, "
+        f"peak memory {size(summary['peak_memory_bytes'])}",
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def _mean_loss(event: dict[str, Json]) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coterie.cli.progress import clock
 from coterie.deploy.status import Status, spans
+from coterie.units import clock, size
 
 
 def show(console: Console, status: Status) -> None:
@@ -26,7 +25,7 @@ def show(console: Console, status: Status) -> None:
     for client, site in sorted(status.sites.items()):
         missed = len({rnd for kind, rnd, _ in site.failures if kind == "train" and rnd not in site.rounds})
         state = f"{site.state}, {clock(time.time() - site.seen)} ago" if site.state == "connected" else site.state
-        row = (client, state, spans(site.rounds), str(missed), _size(site.bytes_down), _size(site.bytes_up))
+        row = (client, state, spans(site.rounds), str(missed), size(site.bytes_down), size(site.bytes_up))
         table.add_row(*map(escape, row), f"{site.seconds:.1f}", f"{site.site_seconds:.1f}")
     console.print(table)
     for client, site in sorted(status.sites.items()):
@@ -34,9 +33,3 @@ def show(console: Console, status: Status) -> None:
             console.print(f"{client}, {kind} of round {rnd}: {why}", markup=False, highlight=False, soft_wrap=True)
     for text in status.notes[-5:]:
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _size(size: int) -> str:
-    units = ("B", "KiB", "MiB", "GiB")
-    power = min(int(math.log(size, 1024)), 3) if size else 0
-    return f"{size / 1024**power:.1f} {units[power]}" if power else f"{size} B"

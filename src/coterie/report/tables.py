@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from coterie.types import Json
+from coterie.units import duration, size
 
 MISSING = "-"
 PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
@@ -100,24 +101,9 @@ def _number(value: float, name: str) -> str:
     if name in PERCENT:
         return f"{100 * value:.1f}%"
     if name.startswith("bytes") or name.endswith("bytes"):
-        return _bytes(value)
+        return size(value)
     if name == "seconds" or name.startswith("seconds "):
-        return _seconds(value)
+        return duration(value)
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     return f"{value:.3f}" if name in ("loss", "matthews") else f"{value:.4g}"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
-
-
-def _seconds(value: float) -> str:
-    if value < 60:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

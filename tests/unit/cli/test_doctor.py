@@ -100,7 +100,7 @@ def test_too_little_memory_or_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30, total=2**32))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**29))
     assert named("free memory") == Check("free memory", "1.0 GiB", False, "close other programs")
-    assert named("free disk").value == "0.5 GiB"
+    assert named("free disk").value == "512 MiB"
     assert "--out" in named("free disk").fix
 
 
@@ -117,7 +117,7 @@ def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
-    assert named("device") == Check("device", "NVIDIA H200, 140.0 GiB; NVIDIA H200, 140.0 GiB")
+    assert named("device") == Check("device", "NVIDIA H200, 140 GiB; NVIDIA H200, 140 GiB")
 
 
 @pytest.mark.parametrize(("setting", "state"), [("1", "off"), ("true", "off"), ("0", "on"), (None, "on")])
