@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from coterie.config.run import Config, check_config
+from coterie.config.load import check_config
+from coterie.config.sections import Config
 from coterie.engines.local import LocalEngine
 from coterie.experiment import Opened, open_run, rounds_of
 from coterie.ops.streams import stream

@@ -17,7 +17,7 @@ from _harness import arguments, table, write
 from sklearn.metrics import adjusted_rand_score
 
 from coterie.compare import config_for
-from coterie.config.run import load_raw, override
+from coterie.config.load import load_raw, override
 from coterie.experiment import open_run
 from coterie.ops.cluster import cluster, lora_distances
 from coterie.types import Key, Part

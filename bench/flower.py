@@ -25,7 +25,7 @@ from _harness import arguments, table, write
 
 from coterie import codec
 from coterie.config.deployment import SiteSettings
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.data.clients import load_federation
 from coterie.deploy.agreement import federation_config, hash_of, terms_of
 from coterie.deploy.journal import read_journal

@@ -27,7 +27,7 @@ from _harness import Times, arguments, interleaved, table, write
 from _models import MODELS, path_of
 from _published import Bare, Published, Rows, Weights, Work, quiet
 
-from coterie.config.run import Config
+from coterie.config.sections import Config
 from coterie.experiment import federate
 from coterie.methods.parts import start_head, start_lora
 from coterie.types import Part, Tensors

@@ -27,7 +27,7 @@ from _harness import RESULTS, measured_on, table
 
 from coterie.adapters.pool import POOL_FILE, write_pool
 from coterie.adapters.read import CONFIG_FILE, WEIGHTS_FILE, build_pool
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.experiment import federate
 from coterie.ops.streams import stream
 

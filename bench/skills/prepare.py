@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from coterie.adapters.pool import POOL_FILE, Pool, read_pool, write_pool
 from coterie.adapters.read import build_pool
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.experiment import federate
 from coterie.types import Key, Part
 

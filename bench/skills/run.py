@@ -30,7 +30,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, measured_on
 
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.experiment import federate
 
 TARGETS: dict[str, Task] = {

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from coterie.config.run import DEFAULT_METHOD, Config, check_config, load_raw, override, section_of
+from coterie.config.load import check_config, load_raw, method_name, override, section_of
+from coterie.config.sections import Config
 from coterie.experiment import federate
 from coterie.files import write_json
 from coterie.methods.base import method_named
@@ -61,8 +62,7 @@ def config_for(raw: Mapping[str, Json], variant: str, seed: int) -> Config:
     """
     method, *settings = variant.split(":")
     method_named(method)
-    one = section_of(raw, "method")
-    own = one if one.get("name", DEFAULT_METHOD) == method else {}
+    own = section_of(raw, "method") if method_name(raw) == method else {}
     own = section_of(override({"method": own}, [f"method.{setting}" for setting in settings]), "method")
     return check_config({**raw, "method": {**own, "name": method}, "run": {**section_of(raw, "run"), "seed": seed}})
 

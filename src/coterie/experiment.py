@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from coterie import engines
-from coterie.config.run import DEFAULT_METHOD, Config
+from coterie.config.sections import Config
 from coterie.data.clients import load_federation
 from coterie.data.rows import Federation
 from coterie.engines.base import Engine
 from coterie.files import read_json, write_json
 from coterie.machine import default_threads, reset_peak_memory
-from coterie.methods.base import Method, method_named
+from coterie.methods.base import Method
 from coterie.report.page import write_report
 from coterie.run.folder import check_folder, claim, full_disk_told, held
 from coterie.run.rounds import Listener, Rounds, Runner, finite
@@ -103,8 +103,7 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) ->
     set_threads(config)
     if config.run.tensorboard:
         check_tensorboard()
-    settings = config.method_settings().located(root)
-    method = method_named(str(config.method.get("name", DEFAULT_METHOD)))(settings, config.plan())
+    method = config.make_method(root)
     federation = load_federation(config.data, config.task.kind, config.run.seed, root)
     engine = _maker(config.engine.name)(config, federation, folder, root, cache)
     return Opened(config, method, engine, federation, root)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 ClientId = str
+TaskKind = Literal["classification", "generation", "multiple_choice"]
 Json = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 NO_EXPERT = -1  # the tensor belongs to the module as a whole (a router, a head)
@@ -204,14 +205,14 @@ class ClientResult:
     personal: Personal
 
 
-# Of every model of settings: an unknown key is an error, and so are '4' or true for a number, infinity, not-a-number.
-SETTINGS = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+class Section(BaseModel):
+    """Settings: a section of a config. Unknown keys are errors; so are "4" or true for a number, infinity and nan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Optim(BaseModel):
+class Optim(Section):
     """A client's local training in one round: the config section ``[train]``, and part of every request to train."""
-
-    model_config = SETTINGS
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="started anew in every round")
     learning_rate: float = Field(2e-3, gt=0, description="at the start of a round")

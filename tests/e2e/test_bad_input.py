@@ -16,7 +16,7 @@ import torch
 
 import sites
 from coterie.cli import main as cli
-from coterie.config.run import check_config, load_config, override
+from coterie.config.load import check_config, load_config, override
 from coterie.experiment import federate
 from coterie.types import CoterieError
 
@@ -149,7 +149,7 @@ def test_a_missing_config_and_bad_toml(tmp_path: Path, refused: Refused) -> None
     refused("run", str(tmp_path / "none.toml"), because="there is no config file")
     refused("run", str(tmp_path), because="there is no config file")
     (tmp_path / "bad.toml").write_text("[run\n")
-    refused("run", str(tmp_path / "bad.toml"), because=r"bad\.toml is no TOML file")
+    refused("run", str(tmp_path / "bad.toml"), because=r"bad\.toml is not valid TOML")
 
 
 def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refused: Refused) -> None:
@@ -170,7 +170,7 @@ def test_overrides() -> None:
     raw = {"data": {"folder": "x"}, "run": {"rounds": 3}}
     changed = override(raw, ["run.rounds=7", "model.path=some/folder", 'method.name="local"'])
     config = check_config(changed)
-    assert (config.run.rounds, config.model.path, config.method["name"]) == (7, "some/folder", "local")
+    assert (config.run.rounds, config.model.path, config.method_name) == (7, "some/folder", "local")
     assert raw["run"] == {"rounds": 3}
     with pytest.raises(CoterieError, match=r"not of the form section\.key=value"):
         override(raw, ["rounds 7"])

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("flwr")
 
 import sites
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.deploy.journal import read_journal
 from coterie.deploy.keys import site_key
 from coterie.experiment import federate

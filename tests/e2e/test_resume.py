@@ -21,7 +21,7 @@ import torch
 
 import coterie.files
 import sites
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.experiment import federate
 from coterie.run.folder import held
 from coterie.types import CoterieError

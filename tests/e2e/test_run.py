@@ -23,7 +23,7 @@ from coterie import __version__, codec
 from coterie.adapters.write import read_bundle
 from coterie.cli.progress import listener
 from coterie.compare import compare
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.data.clients import load_federation
 from coterie.data.rows import TextRow
 from coterie.experiment import federate
@@ -74,7 +74,7 @@ class Done:
     def state(self) -> Any:
         """The server's state after the last round."""
         config = load_config(self.config)
-        found = load_newest(self.out / "checkpoints", method_named(config.method["name"]).State, print)
+        found = load_newest(self.out / "checkpoints", method_named(config.method_name).State, print)
         assert found is not None
         return found.state
 

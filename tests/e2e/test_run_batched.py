@@ -11,7 +11,7 @@ import torch
 
 import sites
 from coterie.compute import batched
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.engines import batch_size as sizing
 from coterie.experiment import federate
 from coterie.types import CoterieError

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sites
 from coterie.adapters.write import read_bundle
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.experiment import federate
 
 MORE = [  # enough to learn which label goes with which word

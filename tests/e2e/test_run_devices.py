@@ -14,7 +14,7 @@ import sites
 from coterie.compute import batched, loading
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import device_names
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.experiment import federate
 from coterie.nn.base import load_base
 from coterie.nn.compiled import compile_frozen

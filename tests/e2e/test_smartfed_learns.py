@@ -14,7 +14,7 @@ import sites
 import tiny
 from coterie.adapters.pool import Pool, name_of, write_pool
 from coterie.adapters.read import build_pool
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.experiment import federate
 from coterie.types import Part
 

@@ -16,7 +16,7 @@ from coterie import codec
 from coterie.adapters.pool import read_pool, write_pool
 from coterie.adapters.read import build_pool
 from coterie.adapters.write import read_bundle
-from coterie.config.run import load_config
+from coterie.config.load import load_config
 from coterie.experiment import federate
 from coterie.nn.base import resolve
 from coterie.types import CoterieError, Part

@@ -26,7 +26,7 @@ from coterie.compute.batched import answer_all, drive_together
 from coterie.compute.client import LocalCompute
 from coterie.compute.train import Course
 from coterie.compute.workplace import Workplace
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.data.clients import load_federation
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import make_task

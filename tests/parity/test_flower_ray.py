@@ -19,7 +19,8 @@ if importlib.util.find_spec("ray") is None:  # not loaded here: it reads its env
 
 import pools
 import sites
-from coterie.config.run import Config, load_config
+from coterie.config.load import load_config
+from coterie.config.sections import Config
 from coterie.data.clients import load_federation
 from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer

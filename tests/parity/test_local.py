@@ -19,7 +19,8 @@ import tiny
 from coterie import codec
 from coterie.compute import loading
 from coterie.compute.client import LocalCompute, Workplace
-from coterie.config.run import Config, check_config
+from coterie.config.load import check_config
+from coterie.config.sections import Config
 from coterie.data.clients import load_federation
 from coterie.data.rows import ClientData, Federation
 from coterie.data.tasks import Classification

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.config.deployment import SiteSettings
-from coterie.config.run import Config, check_config, load_raw
+from coterie.config.load import check_config, load_raw
+from coterie.config.sections import Config
 from coterie.data.settings import DataSettings
 from coterie.deploy.agreement import federation_config, hash_of, terms_of
 from coterie.deploy.remote import RemoteEngine
@@ -44,7 +45,7 @@ def server_config(path: Path, **changes: dict[str, Any]) -> Config:
 
 
 def method_of(config: Config) -> Method[Any]:
-    return method_named(config.method["name"])(config.method_settings(), config.plan())
+    return method_named(config.method_name)(config.method_settings(), config.plan())
 
 
 class Clock:

@@ -22,7 +22,7 @@ import sites
 import tiny
 from coterie.cli.main import app
 from coterie.compare import config_for
-from coterie.config.run import check_config, load_config, load_raw
+from coterie.config.load import check_config, load_config, load_raw
 from coterie.data import sources
 from coterie.data.clients import load_federation
 from coterie.data.settings import Columns

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coterie.codec import CodecError, decode, encode
 from coterie.files import write_atomic
-from coterie.types import Bank, CoterieError, Json, Key, Part, Tensors
+from coterie.types import Bank, CoterieError, Json, Key, Part, TaskKind, Tensors
 
 BUNDLE_FILE = "bundle.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -46,7 +46,7 @@ def write_adapter(
     rank: int,
     alpha: float,
     base: str,
-    kind: Literal["classification", "generation", "multiple_choice"],
+    kind: TaskKind,
     rslora: bool = False,
     head: Tensors | None = None,
     fan_in_fan_out: bool = False,

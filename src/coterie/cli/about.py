@@ -32,7 +32,7 @@ def show_config(
     markdown: Markdown = False,
 ) -> None:
     """List every key of a config with its type, default and meaning."""
-    from coterie.config.run import describe_config
+    from coterie.config.describe import describe_config
 
     show_keys(list(describe_config(method)), markdown)
 

@@ -44,12 +44,12 @@ def serve(
     """Run a federation of sites: wait for them, run the rounds, write experts and report."""
     _need_flower()
     from coterie.cli.progress import listener, show_summary
-    from coterie.config.run import load_raw, override
+    from coterie.config.load import load_raw, override
     from coterie.deploy.agreement import federation_config
     from coterie.deploy.serve import serve as run
 
     settings = federation_config(override(load_raw(config), overrides or ()))
-    place = folder or default_folder(config.stem, settings.method["name"], settings.run.seed)
+    place = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
     how = "go on with the same command and --resume"
     with resumable(place, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
 
@@ -105,7 +105,7 @@ def check_site(
 @site.command("config")
 def site_config(markdown: Markdown = False) -> None:
     """Every key of a SITE.toml: type, default, meaning."""
-    from coterie.config.run import describe_site
+    from coterie.config.describe import describe_site
 
     show_keys(list(describe_site()), markdown)
 

@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Run one method on one federation."""
     from coterie.cli.progress import listener, show_summary
-    from coterie.config.run import check_config, load_config, override
+    from coterie.config.load import check_config, load_config, override
     from coterie.experiment import federate
     from coterie.run.folder import read_run
 
@@ -45,7 +45,7 @@ def run(
     else:
         settings, root = load_config(config, overrides), config.parent
     name = config.stem if config else "run"
-    folder = folder or default_folder(name, settings.method.get("name", "fedlease"), settings.run.seed)
+    folder = folder or default_folder(name, settings.method_name, settings.run.seed)
     how = "go on with the same command and --resume"
     with resumable(folder, how), listener(console.out, settings.run.rounds) as listen:
         summary = federate(settings, folder, root=root, resume=resume, listen=listen)

@@ -11,7 +11,7 @@ import torch
 
 from coterie.compute.client import resolve_precision
 from coterie.compute.workplace import Workplace
-from coterie.config.run import Config
+from coterie.config.sections import Config
 from coterie.data.tasks import make_task
 from coterie.machine import devices
 from coterie.nn.base import Base, load_base, resolve

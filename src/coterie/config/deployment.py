@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from coterie.data.settings import ClientFiles, Columns, DataSettings
-from coterie.types import SETTINGS, Json, Part
+from coterie.types import Json, Part, Section
 
 
-class _Section(BaseModel):
-    model_config = SETTINGS
-
-
-class FederationSettings(_Section):
+class FederationSettings(Section):
     """How the server of ``coterie serve`` meets its sites. ``coterie run`` does not read it."""
 
     sites: tuple[str, ...] = Field((), description="the sites that may take part, by id; empty: any that may connect")
@@ -32,7 +28,7 @@ class FederationSettings(_Section):
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")
 
 
-class SiteIdentity(_Section):
+class SiteIdentity(Section):
     """Who this site is, and where the server is."""
 
     id: str = Field(description="the client id, as the server knows it")
@@ -42,13 +38,13 @@ class SiteIdentity(_Section):
     state: str = Field("state", description="folder for what stays here: personal state, exports, the log")
 
 
-class SiteModel(_Section):
+class SiteModel(Section):
     """The base at this site."""
 
     path: str = Field("minilm", description="a model folder, a hub name, or the alias minilm")
 
 
-class SiteData(_Section):
+class SiteData(Section):
     """This site's files. They are never sent."""
 
     train: str = Field(description="file of training rows: .jsonl, .csv or .parquet")
@@ -69,14 +65,14 @@ class SiteData(_Section):
         return DataSettings(clients=(own,), columns=self.columns, **rest)
 
 
-class SiteEngine(_Section):
+class SiteEngine(Section):
     """How this site computes."""
 
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
 
 
-class Policy(_Section):
+class Policy(Section):
     """What this site agreed to. It is enforced here, whatever the server asks for."""
 
     methods: tuple[str, ...] = Field((), description="methods that may run here; empty: all that are installed")
@@ -97,7 +93,7 @@ class Policy(_Section):
     upload_bank: bool = Field(False, description="send this site's whole bank, personal tensors included, at the end")
 
 
-class SiteSettings(_Section):
+class SiteSettings(Section):
     """A whole SITE.toml."""
 
     site: SiteIdentity

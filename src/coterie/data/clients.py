@@ -16,12 +16,12 @@ from coterie.data import sources
 from coterie.data.files import Record, Table, read_table
 from coterie.data.parse import listing, parse
 from coterie.data.partition import Pool, Share, partition
-from coterie.data.rows import SPLITS, ChoiceRow, ClientData, Federation, Kind, Row, TextRow, label_of
+from coterie.data.rows import SPLITS, ChoiceRow, ClientData, Federation, Row, TextRow, label_of
 from coterie.data.settings import ClientFiles, DatasetEntry, DataSettings
 from coterie.data.sources import Dataset
 from coterie.data.sources.folder import read_folder
 from coterie.ops.streams import stream_seed
-from coterie.types import ClientInfo, DataError, Json
+from coterie.types import ClientInfo, DataError, Json, TaskKind
 
 T = TypeVar("T")
 Loaded = tuple[list[tuple[ClientData, list[Table]]], dict[str, Json]]  # clients with their files; for the manifest
@@ -38,7 +38,7 @@ class _Example:
     record: Record
 
 
-def load_federation(settings: DataSettings, kind: Kind, seed: int, root: Path) -> Federation:
+def load_federation(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> Federation:
     """The clients that ``settings`` describe. Relative paths start at ``root``, the folder of the config file.
 
     Raises :class:`DataError` that names the file and line, or the client, and says what to change.
@@ -50,7 +50,7 @@ def load_federation(settings: DataSettings, kind: Kind, seed: int, root: Path) -
     return Federation(tuple(client for client, _ in clients), manifest)
 
 
-def _own_files(settings: DataSettings, kind: Kind, seed: int, root: Path) -> Loaded:
+def _own_files(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> Loaded:
     """Clients with files of their own, and what the manifest says of all of them together."""
     _check_ids([files.id for files in settings.clients])
     found = [(files, _tables(files, root)) for files in settings.clients] or _client_folders(settings, root)
@@ -83,7 +83,7 @@ def _client_folders(settings: DataSettings, root: Path) -> list[tuple[ClientFile
     return [(ClientFiles(id=folder.name, train=""), read_folder(folder)) for folder in folders]
 
 
-def _split(settings: DataSettings, kind: Kind, seed: int, root: Path) -> Loaded:
+def _split(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> Loaded:
     """Clients that divide datasets among themselves, and what the manifest says of the datasets."""
     how = settings.partition
     datasets = _datasets(settings, root)
@@ -124,7 +124,7 @@ def _datasets(settings: DataSettings, root: Path) -> list[tuple[DatasetEntry, Da
 
 
 def _examples(
-    entry: DatasetEntry, dataset: Dataset, settings: DataSettings, kind: Kind, seed: int
+    entry: DatasetEntry, dataset: Dataset, settings: DataSettings, kind: TaskKind, seed: int
 ) -> dict[str, Sequence[_Example]]:
     labels = entry.labels or settings.labels or dataset.labels
     rows, names = parse(dataset.tables, entry.columns or settings.columns, kind, labels)

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from coterie.data.files import Table
-from coterie.data.rows import ChoiceRow, Kind, PromptRow, Row, TextRow
+from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
-from coterie.types import DataError, Json
+from coterie.types import DataError, Json, TaskKind
 
 TEXT_PAIR = "text_pair"
 CHOICES = "choices"
 
 
 def parse(
-    tables: Mapping[str, Table], columns: Columns, kind: Kind, labels: Sequence[str] | None
+    tables: Mapping[str, Table], columns: Columns, kind: TaskKind, labels: Sequence[str] | None
 ) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...] | None]:
     """The rows of each table, in its order, and the label names (None for generation).
 
@@ -158,7 +158,7 @@ def _in_common(splits: Iterable[Sequence[ChoiceRow]]) -> tuple[str, ...] | None:
     return None if others else tuple(choice.strip() for choice in first)
 
 
-def _check_template(columns: Columns, kind: Kind) -> None:
+def _check_template(columns: Columns, kind: TaskKind) -> None:
     """Raises :class:`DataError` for a template where there is no prompt, and for one that gives the answer away."""
     if columns.template is None:
         return

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from coterie.types import ClientInfo, Json
 
-Kind = Literal["classification", "generation", "multiple_choice"]
 SPLITS = ("train", "validation", "test")
 
 

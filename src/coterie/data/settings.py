@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from coterie.data.template import pieces
-from coterie.types import SETTINGS
+from coterie.types import Section
 
 
-class _Settings(BaseModel):
-    model_config = SETTINGS
-
-
-class Columns(_Settings):
+class Columns(Section):
     """Which column holds what."""
 
     text: str = Field(default="text", description="column of the text to classify")
@@ -45,7 +41,7 @@ class Columns(_Settings):
         return self
 
 
-class ClientFiles(_Settings):
+class ClientFiles(Section):
     """One client and its files."""
 
     id: str = Field(description="name of the client; also of its folders, so letters, digits, '.', '_' and '-' only")
@@ -61,7 +57,7 @@ class ClientFiles(_Settings):
     columns: Columns | None = Field(default=None, description="this client's column names; none: data.columns")
 
 
-class DatasetEntry(_Settings):
+class DatasetEntry(Section):
     """One dataset, where it needs more than its source."""
 
     source: str = Field(description="a dataset's folder, 'hub:NAME[/CONFIG]', 'demo:JOB'")
@@ -72,7 +68,7 @@ class DatasetEntry(_Settings):
     columns: Columns | None = Field(default=None, description="this dataset's column names; none: data.columns")
 
 
-class PartitionSettings(_Settings):
+class PartitionSettings(Section):
     """How datasets are split over simulated clients."""
 
     name: str = Field(
@@ -102,7 +98,7 @@ class PartitionSettings(_Settings):
     )
 
 
-class DataSettings(_Settings):
+class DataSettings(Section):
     """Where rows come from: exactly one of ``folder``, ``clients`` and ``datasets``. Paths start at the config file."""
 
     folder: str | None = Field(

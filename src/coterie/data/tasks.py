@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.data.parse import listing
-from coterie.data.rows import ChoiceRow, Kind, PromptRow, Row, TextRow
-from coterie.types import DataError
+from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
+from coterie.types import DataError, TaskKind
 
 IGNORE = -100  # the label of a token that does not count
 
@@ -183,7 +183,9 @@ class MultipleChoice:
 Task = Classification | Generation | MultipleChoice
 
 
-def make_task(kind: Kind, tokenizer: Any, max_length: int, max_new_tokens: int = 64, generates: bool = False) -> Task:
+def make_task(
+    kind: TaskKind, tokenizer: Any, max_length: int, max_new_tokens: int = 64, generates: bool = False
+) -> Task:
     """The task of that kind."""
     match kind:
         case "classification":

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from coterie import __version__
 from coterie.config.deployment import SiteSettings
-from coterie.config.run import Config, check_config
+from coterie.config.load import check_config
+from coterie.config.sections import Config
 from coterie.run.folder import plain
 from coterie.types import CoterieError, Json
 

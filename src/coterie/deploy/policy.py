@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from coterie.compute.client import LocalCompute
 from coterie.config.deployment import Policy
-from coterie.config.run import Config
+from coterie.config.sections import Config
 from coterie.run.folder import plain
 from coterie.types import (
     CoterieError,
@@ -29,7 +29,7 @@ _USAGE = ("importance", "use")  # what a reply of SmartFed says of the experts, 
 
 def check_policy(policy: Policy, config: Config) -> None:
     """Raises :class:`CoterieError` that says what in the server's config this site did not agree to."""
-    name = config.method["name"]
+    name = config.method_name
     if policy.methods and name not in policy.methods:
         raise CoterieError(f"this site does not run {name}, only {', '.join(policy.methods)} ([policy] methods)")
     for what, asked, most in (

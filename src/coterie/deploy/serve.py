@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.config.run import Config, differences
+from coterie.config.load import differences
+from coterie.config.sections import Config
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
 from coterie.deploy.superlink import SuperLink, check_server_keys

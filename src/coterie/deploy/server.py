@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie import codec
-from coterie.config.run import Config, check_config
+from coterie.config.load import check_config
+from coterie.config.sections import Config
 from coterie.data.rows import Federation
 from coterie.deploy.agreement import hash_of, terms_of
 from coterie.deploy.journal import JOURNAL, Journal, read_journal
@@ -24,7 +25,6 @@ from coterie.deploy.status import status_of, table_of
 from coterie.experiment import Opened, finish, rounds_of, set_threads
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
-from coterie.methods.base import method_named
 from coterie.report.page import SITES
 from coterie.run.checkpoint import newest_round
 from coterie.run.folder import full_disk_told, held, read_run
@@ -76,7 +76,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     raw, root = read_run(folder)
     config = check_config(raw)
     set_threads(config)
-    method = method_named(config.method["name"])(config.method_settings().located(root), config.plan())
+    method = config.make_method(root)
     deal = deal_of(config, json.loads((folder / DEAL).read_text(encoding="utf-8")))
     begun = newest_round(folder / "checkpoints") is not None
     known = _read_known(folder / _KNOWN) if begun else {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.config.deployment import SiteSettings
-from coterie.config.run import load_site
+from coterie.config.load import load_site
 from coterie.deploy.keys import check_private
 from coterie.deploy.processes import flower_environment, free_port, start, stop
 from coterie.machine import Check

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coterie.config.deployment import SiteSettings
-from coterie.config.run import Config, check_config, load_raw
+from coterie.config.load import check_config, load_raw
+from coterie.config.sections import Config
 from coterie.deploy.agreement import config_at, terms_of
 from coterie.deploy.policy import check_policy, steps_of
 from coterie.deploy.site import key_checks, load
@@ -79,7 +80,7 @@ def _policy_checks(site: SiteSettings, run: Config) -> Iterator[Check]:
     except CoterieError as fault:
         yield Check("policy", str(fault), False, "change [policy], or ask the server's people to change theirs")
     else:
-        yield Check("policy", f"allows {run.method['name']}, rank {run.lora.rank}, {run.run.rounds} rounds")
+        yield Check("policy", f"allows {run.method_name}, rank {run.lora.rank}, {run.run.rounds} rounds")
 
 
 def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Check]:

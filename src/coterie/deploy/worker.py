@@ -26,7 +26,8 @@ from typing import Any
 from coterie import codec
 from coterie.adapters.write import write_bundle
 from coterie.config.deployment import SiteSettings
-from coterie.config.run import Config, load_site
+from coterie.config.load import load_site
+from coterie.config.sections import Config
 from coterie.data.clients import SAFE_ID, load_federation
 from coterie.data.rows import SPLITS, Federation
 from coterie.deploy.agreement import config_at, hash_of
@@ -38,7 +39,7 @@ from coterie.experiment import set_threads
 from coterie.files import write_json
 from coterie.flower.message import BrokenParcelError, Parcel, listening, receive, send, user_of
 from coterie.machine import environment
-from coterie.methods.base import Method, method_named
+from coterie.methods.base import Method
 from coterie.nn.base import resolve
 from coterie.types import CoterieError, DataError, Instruction, Json, PrivateError
 
@@ -166,7 +167,7 @@ class Worker:
         check_policy(self.site.policy, config)
         set_threads(config)
         federation = self.federation(config)
-        method = method_named(config.method["name"])(config.method_settings().located(self.root), config.plan())
+        method = config.make_method(self.root)
         folder = self.state / str(head["run"])
         with _model_told():
             engine = local.make(config, federation, folder, self.root, self.cache)

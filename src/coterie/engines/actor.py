@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from coterie import codec
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.data.clients import load_federation
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
 from coterie.flower.message import Parcel
 from coterie.machine import default_threads
-from coterie.methods.base import Method, method_named
+from coterie.methods.base import Method
 from coterie.types import CoterieError, Instruction, Json
 
 _RUN = ("config", "folder", "root", "data")  # of a head: the keys that say which run it is of
@@ -100,5 +100,5 @@ def _load(about: Mapping[str, Json]) -> _Run:
     federation = load_federation(config.data, config.task.kind, config.run.seed, root)
     if (here := digest(federation.manifest)) != about["data"]:
         raise CoterieError(f"an actor read other rows than the run did ({here[:12]}); give all machines the same files")
-    method = method_named(config.method["name"])(config.method_settings().located(root), config.plan())
+    method = config.make_method(root)
     return _Run(about, method, local.make(config, federation, Path(about["folder"]), root, _BASES))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie import codec
-from coterie.config.run import Config, RaySettings
+from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import Federation
 from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation

@@ -22,7 +22,7 @@ from coterie.compute.batched import FAULTS, Asked, answer_all, drive_together
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
 from coterie.compute.workplace import Workplace
-from coterie.config.run import Config
+from coterie.config.sections import Config
 from coterie.data.rows import ClientData, Federation
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.batch_size import AutoSize, first_request

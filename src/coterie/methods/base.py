@@ -17,10 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel
-
 from coterie.types import (
-    SETTINGS,
     Answer,
     Bank,
     BaseSpec,
@@ -40,6 +37,7 @@ from coterie.types import (
     Request,
     Score,
     Scored,
+    Section,
     Tensors,
     Train,
     Trained,
@@ -49,10 +47,8 @@ S = TypeVar("S")
 _SHARED = {"base", "parts"}  # modules of the package that are no methods
 
 
-class MethodSettings(BaseModel):
+class MethodSettings(Section):
     """A method's own settings: the keys of ``[method]`` beside ``name``. Unknown keys are errors."""
-
-    model_config = SETTINGS
 
     def located(self, root: Path) -> Self:
         """These settings with every relative path in them starting at ``root``, the config's folder."""

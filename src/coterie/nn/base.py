@@ -29,9 +29,8 @@ from coterie.machine import devices
 from coterie.nn.attach import linear_sizes
 from coterie.nn.hub import files_of
 from coterie.nn.weights import identified
-from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
+from coterie.types import BaseSpec, CoterieError, HeadParameter, Target, TaskKind
 
-TaskKind = Literal["classification", "generation", "multiple_choice"]  # a causal language model for the last two
 _PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
 _OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
 _ALIAS = "minilm"

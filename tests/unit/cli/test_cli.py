@@ -26,7 +26,7 @@ from coterie.cli import progress
 from coterie.cli.doctor import Check
 from coterie.cli.progress import Lines, Live, listener, show_summary
 from coterie.compare import config_for, curves, table_of
-from coterie.config.run import describe_config
+from coterie.config.describe import describe_config
 from coterie.methods.base import methods
 from coterie.types import CoterieError
 

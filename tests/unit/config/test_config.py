@@ -13,17 +13,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from coterie.config.run import (
-    Config,
-    check_config,
-    describe_config,
-    describe_site,
-    differences,
-    load_config,
-    load_site,
-    override,
-)
-from coterie.config.wording import value_in_words
+from coterie.config.describe import describe_config, describe_site, value_in_words
+from coterie.config.load import check_config, differences, load_config, load_site, override
+from coterie.config.sections import Config
 from coterie.methods.base import methods
 from coterie.types import CoterieError, Part
 
@@ -211,7 +203,7 @@ def test_overrides_are_toml_or_plain_text() -> None:
     for bad in ("rounds=3", "run.rounds", "", "=3"):
         with pytest.raises(CoterieError, match=r"is not of the form section\.key=value"):
             override(raw, [bad])
-    with pytest.raises(CoterieError, match="rounds is no section"):
+    with pytest.raises(CoterieError, match="rounds is not a section"):
         override(raw, ["run.rounds.x=3"])
 
 

@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from coterie.data.clients import load_federation
-from coterie.data.rows import SPLITS, Federation, Kind, PromptRow, TextRow
+from coterie.data.rows import SPLITS, Federation, PromptRow, TextRow
 from coterie.data.settings import DataSettings
-from coterie.types import CoterieError
+from coterie.types import CoterieError, TaskKind
 
 
 def table(path: Path, rows: int, labels: tuple[Any, ...] = ("no", "yes"), **columns: str) -> Path:
@@ -24,7 +24,7 @@ def table(path: Path, rows: int, labels: tuple[Any, ...] = ("no", "yes"), **colu
     return path
 
 
-def load(root: Path, kind: Kind = "classification", seed: int = 0, **settings: Any) -> Federation:
+def load(root: Path, kind: TaskKind = "classification", seed: int = 0, **settings: Any) -> Federation:
     return load_federation(DataSettings.model_validate_json(json.dumps(settings)), kind, seed, root)
 
 

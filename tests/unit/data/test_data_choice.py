@@ -10,14 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from coterie.config.run import check_config
+from coterie.config.load import check_config
 from coterie.data.clients import load_federation
 from coterie.data.files import read_table, table_of
 from coterie.data.parse import parse
-from coterie.data.rows import SPLITS, ChoiceRow, Federation, Kind, PromptRow, Row, TextRow, label_of
+from coterie.data.rows import SPLITS, ChoiceRow, Federation, PromptRow, Row, TextRow, label_of
 from coterie.data.settings import Columns, DataSettings
 from coterie.data.template import columns_of, fill
-from coterie.types import CoterieError
+from coterie.types import CoterieError, TaskKind
 
 RECORDS = [
     {"prompt": "2 + 2 =", "choices": [" four", " five"], "label": 0},
@@ -33,7 +33,7 @@ def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def rows(
-    records: list[dict[str, Any]], labels: list[str] | None = None, kind: Kind = "multiple_choice", **columns: str
+    records: list[dict[str, Any]], labels: list[str] | None = None, kind: TaskKind = "multiple_choice", **columns: str
 ) -> tuple[tuple[Row, ...], tuple[str, ...] | None]:
     found, names = parse({"train": table_of("t", records)}, Columns(**columns), kind, labels)
     return found["train"], names
@@ -210,7 +210,7 @@ def test_a_template_that_cannot_be_is_an_error_of_the_config(template: str, says
         ("{text} {list}", "multiple_choice", r"t, row 1: list is \['x'\], neither text nor a number"),
     ],
 )
-def test_a_template_that_does_not_fit_the_rows(template: str, kind: Kind, says: str) -> None:
+def test_a_template_that_does_not_fit_the_rows(template: str, kind: TaskKind, says: str) -> None:
     records = [{**TEXTS[0], "list": ["x"], "completion": "z"}, {**TEXTS[1], "list": ["x"], "completion": "z"}]
     if "more" in template:
         records[0]["more"] = "x"
@@ -231,7 +231,7 @@ def test_settings_come_back_from_their_dump() -> None:
 # clients -------------------------------------------------------------------------------------------------------------
 
 
-def load(root: Path, kind: Kind = "multiple_choice", **settings: Any) -> Federation:
+def load(root: Path, kind: TaskKind = "multiple_choice", **settings: Any) -> Federation:
     return load_federation(DataSettings.model_validate_json(json.dumps(settings)), kind, 0, root)
 
 

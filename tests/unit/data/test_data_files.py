@@ -13,9 +13,9 @@ import pytest
 
 from coterie.data.files import Table, read_table, table_of
 from coterie.data.parse import parse
-from coterie.data.rows import Kind, PromptRow, Row, TextRow
+from coterie.data.rows import PromptRow, Row, TextRow
 from coterie.data.settings import Columns
-from coterie.types import CoterieError
+from coterie.types import CoterieError, TaskKind
 
 RECORDS = [{"text": "a stone, wet", "label": "old"}, {"text": 'she said "no"\nand left', "label": "new"}]
 
@@ -30,7 +30,7 @@ def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def rows(
-    path: Path, kind: Kind = "classification", labels: list[str] | None = None, **columns: str
+    path: Path, kind: TaskKind = "classification", labels: list[str] | None = None, **columns: str
 ) -> tuple[tuple[Row, ...], tuple[str, ...] | None]:
     found, names = parse({"train": read_table(path)}, Columns(**columns), kind, labels)
     return found["train"], names

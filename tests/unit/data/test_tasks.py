@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from coterie.data.rows import Kind, PromptRow, TextRow
+from coterie.data.rows import PromptRow, TextRow
 from coterie.data.tasks import (
     IGNORE,
     Batch,
@@ -23,7 +23,7 @@ from coterie.data.tasks import (
     make_task,
 )
 from coterie.ops.streams import stream
-from coterie.types import CoterieError
+from coterie.types import CoterieError, TaskKind
 
 BOS, EOS = 1, 2
 PLAIN = tiny.tokenizer()
@@ -184,7 +184,7 @@ def test_make_task() -> None:
     assert make_task("classification", PLAIN, 9) == Classification(PLAIN, 9)
     assert make_task("generation", PLAIN, 9, 3, True) == Generation(PLAIN, 9, 3, True)
     assert make_task("multiple_choice", PLAIN, 9) == MultipleChoice(PLAIN, 9)
-    assert [make_task(kind, PLAIN, 9).kind for kind in get_args(Kind)] == list(get_args(Kind))
+    assert [make_task(kind, PLAIN, 9).kind for kind in get_args(TaskKind)] == list(get_args(TaskKind))
 
 
 # batches -------------------------------------------------------------------------------------------------------------

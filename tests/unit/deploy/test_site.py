@@ -26,7 +26,7 @@ import pools
 import sites
 from coterie import codec
 from coterie.config.deployment import Policy
-from coterie.config.run import load_site
+from coterie.config.load import load_site
 from coterie.deploy.agreement import federation_config, hash_of, terms_of
 from coterie.deploy.policy import steps_of, without_usage
 from coterie.deploy.site_check import check as check_site

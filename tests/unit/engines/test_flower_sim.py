@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flwr")
 
 import sites
-from coterie.config.run import check_config, load_config
+from coterie.config.load import check_config, load_config
 from coterie.engines import flower_sim
 from coterie.experiment import federate
 from coterie.flower.message import Parcel

@@ -1,0 +1,113 @@
+"""Reads a config or a SITE.toml: the TOML file, the overrides of the command line, the checks."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from coterie.config.check import as_json, checked
+from coterie.config.deployment import SiteSettings
+from coterie.config.sections import DEFAULT_METHOD, Config
+from coterie.methods.base import method_named
+from coterie.types import CoterieError
+
+Raw = Mapping[str, object]  # the content of a TOML file, unchecked
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a TOML file, with ``section.key=value`` overrides.
+
+    Raises :class:`CoterieError` for a missing file, bad TOML, an unknown key (names the nearest) or a wrong value.
+    """
+    return check_config(override(load_raw(path), overrides))
+
+
+def load_site(path: Path) -> SiteSettings:
+    """The checked SITE.toml at ``path``. Raises :class:`CoterieError` as :func:`load_config` does."""
+    return checked(SiteSettings, load_raw(path), "")
+
+
+def load_raw(path: Path) -> dict[str, object]:
+    """The unchecked content of a TOML file. Raises :class:`CoterieError` for a missing file and for bad TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as fault:
+        raise CoterieError(f"there is no config file {path}") from fault
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise CoterieError(f"{path} is not valid TOML: {fault}") from fault
+
+
+def check_config(raw: Raw) -> Config:
+    """The checked config of nested mappings; see :func:`load_config`.
+
+    ``[methods.NAME]`` holds the settings of a method by name, for a file that several methods share. Those of the
+    method in use apply; keys of ``[method]`` itself take precedence.
+    """
+    several, named = section_of(raw, "methods"), section_of(raw, "method")
+    for name in several:
+        checked(method_named(name).Settings, section_of(several, name), f"methods.{name}")
+    chosen = method_name(raw)
+    rest = {name: value for name, value in raw.items() if name != "methods"}
+    config = checked(Config, {**rest, "method": {**section_of(several, chosen), **named, "name": chosen}}, "")
+    resolved = config.method_settings().model_dump(mode="json")
+    return config.model_copy(update={"method": {"name": chosen, **resolved}})
+
+
+def method_name(raw: Raw) -> str:
+    """The method that an unchecked config runs: ``[method] name``, or the default."""
+    return str(section_of(raw, "method").get("name", DEFAULT_METHOD))
+
+
+def section_of(raw: Raw, name: str) -> dict[str, object]:
+    """A section of an unchecked config, empty where there is none.
+
+    Raises :class:`CoterieError` where the key holds something other than a section.
+    """
+    section = raw.get(name, {})
+    if not isinstance(section, dict):
+        raise CoterieError(f"{name} = {section!r} in the config: {name} is a section")
+    return section
+
+
+def override(raw: Raw, overrides: Sequence[str]) -> dict[str, object]:
+    """``raw`` with every ``section.key=value`` set. A value is TOML, or plain text where it is not valid TOML.
+
+    Raises :class:`CoterieError` for an override of another form.
+    """
+    result: dict[str, object] = json.loads(as_json(raw))
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or "." not in path:
+            raise CoterieError(f"--set {text!r} is not of the form section.key=value")
+        *sections, key = path.strip().split(".")
+        inner = result
+        for section in sections:
+            below = inner.setdefault(section, {})
+            if not isinstance(below, dict):
+                raise CoterieError(f"--set {text!r}: {section} is not a section")
+            inner = below
+        inner[key] = _value(value)
+    return result
+
+
+def differences(old: Raw, new: Raw) -> list[str]:
+    """The keys, dotted, in which two configs differ."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def _flat(tree: Raw, path: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
