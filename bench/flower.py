@@ -33,7 +33,7 @@ from coterie.deploy.processes import free_port, start, stop, tail
 from coterie.deploy.superlink import _PYPROJECT, SuperLink
 from coterie.deploy.worker import Worker
 from coterie.engines import local
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.methods.base import method_named
 from coterie.types import Instruction
 
@@ -43,12 +43,12 @@ COLD = """
 import json, sys
 from pathlib import Path
 from coterie.config.deployment import SiteSettings
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.deploy.worker import Worker
 folder = Path(sys.argv[1])
 site = SiteSettings.model_validate_json((folder / "cold.json").read_text())
 head = json.loads((folder / "head.json").read_text())
-assert "error" not in Worker(site, folder).answer(Parcel(head, (folder / "blob").read_bytes())).head
+assert "error" not in Worker(site, folder).answer(Message(head, (folder / "blob").read_bytes())).head
 """
 MEASURE = """
 import json, time
@@ -145,7 +145,7 @@ def worker_against_loading(
     head = {"kind": "train", "client": "north", "round": 1, "run": "bench", "attempt": 1, "since": 0, "keep": 0}
     head |= {"terms": terms_of(config)}
     worker = Worker(settings, folder)
-    worker.answer(Parcel({**head, "kind": "query.hello"}))
+    worker.answer(Message({**head, "kind": "query.hello"}))
     method = method_named("fedlease")(config.method_settings(), config.plan())
     engine = next(iter(worker.runs.values())).engine
     both = [engine.clients[0], replace(engine.clients[0], id="south")]
@@ -157,7 +157,7 @@ def worker_against_loading(
     warm, cold = [], []
     for _ in range(repeats):
         began = time.perf_counter()
-        assert "error" not in worker.answer(Parcel(head, blob)).head
+        assert "error" not in worker.answer(Message(head, blob)).head
         warm.append(time.perf_counter() - began)
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", COLD, str(folder)], check=True, capture_output=True)

@@ -24,7 +24,7 @@ from coterie.config.sections import Config
 from coterie.data.clients import load_federation
 from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
-from coterie.flower.app import SimulatedTransport, simulation
+from coterie.flower.simulation import SimulatedTransport, simulation
 from coterie.methods.base import method_named, methods
 from coterie.run.rounds import Rounds, Runner
 from coterie.types import CoterieError

@@ -3,7 +3,7 @@
     python tests/support/misbehaving.py PLAN join SITE.toml --insecure
 
 PLAN is JSON. ``{"1": "nan", "3": "late 20"}`` names what happens to the answer of a round of training: a name of
-:data:`spoiled.SPOILED`; ``noise``, bytes that are no parcel; ``late S``, after S seconds; ``never``.
+:data:`spoiled.SPOILED`; ``noise``, bytes that are no message; ``late S``, after S seconds; ``never``.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 
 from coterie.deploy import worker
-from coterie.flower import message as parcels
-from coterie.flower.message import Parcel
+from coterie.flower import local_socket
+from coterie.flower.message import Message
 from spoiled import SPOILED
 
 _NOISE = b"\x07noise" * 999
@@ -21,25 +21,25 @@ class Misbehaving(worker.Worker):
 
     plan: dict[str, str] = field(default_factory=dict)
 
-    def answer(self, parcel: Parcel) -> Parcel:
-        made = super().answer(parcel)
-        what = self.plan.get(str(parcel.head.get("round")), "") if parcel.head.get("kind") == "train" else ""
+    def answer(self, message: Message) -> Message:
+        made = super().answer(message)
+        what = self.plan.get(str(message.head.get("round")), "") if message.head.get("kind") == "train" else ""
         if what:
-            (self.state / f"misbehaves-{parcel.head['round']}").touch()
+            (self.state / f"misbehaves-{message.head['round']}").touch()
         if what == "noise":
-            return Parcel({"noise": True})
+            return Message({"noise": True})
         if what.startswith("late "):
             time.sleep(float(what.removeprefix("late ")))
         elif what == "never":
-            time.sleep(parcel.head["patience"] + 1.0)  # the ClientApp of its site has given up then
+            time.sleep(message.head["patience"] + 1.0)  # the ClientApp of its site has given up then
         return SPOILED[what][0](made) if what in SPOILED else made
 
 
-def send(to: socket.socket, parcel: Parcel) -> None:
-    if parcel.head.get("noise"):
+def send(to: socket.socket, message: Message) -> None:
+    if message.head.get("noise"):
         to.sendall(_NOISE)
     else:
-        parcels.send(to, parcel)
+        local_socket.send(to, message)
 
 
 def work(path: str, door: str, plan: str) -> None:

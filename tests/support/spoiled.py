@@ -1,4 +1,4 @@
-"""A site's answers as they should not be: changes of the parcel, each with a part of the reason that is to be given."""
+"""A site's answers as they should not be: changes of the message, each with a part of the reason that is given."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from coterie import codec
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.types import Key, Part, Reply
 
 
-def with_reply(parcel: Parcel, change: Callable[[Reply], Reply]) -> Parcel:
-    return Parcel(parcel.head, codec.encode(change(codec.decode(Reply, parcel.blob))))
+def with_reply(message: Message, change: Callable[[Reply], Reply]) -> Message:
+    return Message(message.head, codec.encode(change(codec.decode(Reply, message.body))))
 
 
 def first(reply: Reply, change: Callable[[torch.Tensor], torch.Tensor]) -> Reply:
@@ -22,9 +22,9 @@ def first(reply: Reply, change: Callable[[torch.Tensor], torch.Tensor]) -> Reply
     return replace(reply, tensors={**reply.tensors, key: change(reply.tensors[key])})
 
 
-def saying(parcel: Parcel, **info: Any) -> Parcel:
+def saying(message: Message, **info: Any) -> Message:
     """The reply with something else said of its training."""
-    return with_reply(parcel, lambda r: replace(r, info={**r.info, **info}))
+    return with_reply(message, lambda r: replace(r, info={**r.info, **info}))
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def flipped(blob: bytes) -> bytes:
     return bytes(changed)
 
 
-SPOILED: dict[str, tuple[Callable[[Parcel], Parcel], str]] = {
+SPOILED: dict[str, tuple[Callable[[Message], Message], str]] = {
     "nan": (lambda p: with_reply(p, lambda r: first(r, lambda t: t * float("nan"))), "not finite"),
     "shape": (lambda p: with_reply(p, lambda r: first(r, lambda t: t[:1])), "has the shape"),
     "keys": (lambda p: with_reply(p, lambda r: replace(r, tensors={})), "the reply has no"),
@@ -62,10 +62,10 @@ SPOILED: dict[str, tuple[Callable[[Parcel], Parcel], str]] = {
     "rows beyond floats": (lambda p: with_reply(p, lambda r: replace(r, num_examples=10**400)), "that is too large"),
     "norm": (lambda p: with_reply(p, lambda r: first(r, lambda t: t + 1e9)), "above the bound"),
     "rows": (lambda p: with_reply(p, lambda r: replace(r, num_examples=10**6)), "1000000 examples"),
-    "garbage": (lambda p: Parcel(p.head, b"\x00garbage" * 99), "cannot be read"),
-    "a flipped bit": (lambda p: Parcel(p.head, flipped(p.blob)), "cannot be read"),
-    "nothing": (lambda p: Parcel(p.head), "cannot be read"),
-    "its own error": (lambda p: Parcel({"error": "no power"}), "no power"),
-    "an error with escapes": (lambda p: Parcel({"error": "no\x1b[2J\npower\r" + 9999 * "."}), "no [2J power ..."),
-    "an error that is no text": (lambda p: Parcel({"error": nested(70)}), "an error without a text"),
+    "garbage": (lambda p: Message(p.head, b"\x00garbage" * 99), "cannot be read"),
+    "a flipped bit": (lambda p: Message(p.head, flipped(p.body)), "cannot be read"),
+    "nothing": (lambda p: Message(p.head), "cannot be read"),
+    "its own error": (lambda p: Message({"error": "no power"}), "no power"),
+    "an error with escapes": (lambda p: Message({"error": "no\x1b[2J\npower\r" + 9999 * "."}), "no [2J power ..."),
+    "an error that is no text": (lambda p: Message({"error": nested(70)}), "an error without a text"),
 }

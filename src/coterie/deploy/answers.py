@@ -6,7 +6,7 @@ from typing import Any
 
 from coterie import codec
 from coterie.engines.checks import plain_text
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 
 
 def decoded(kind: type[Any], blob: bytes) -> tuple[Any, str | None]:
@@ -17,16 +17,16 @@ def decoded(kind: type[Any], blob: bytes) -> tuple[Any, str | None]:
         return None, plain_text(f"the reply cannot be read: {str(fault)[:300]}")
 
 
-def answered(kind: type[Any], answer: Parcel | str) -> tuple[Any, str | None]:
+def answered(kind: type[Any], answer: Message | str) -> tuple[Any, str | None]:
     """What a site answered; or the transport's, the site's or our own reason why there is nothing."""
     if isinstance(answer, str):
         return None, plain_text(answer)
     if error := error_in(answer):
         return None, error
-    return decoded(kind, answer.blob)
+    return decoded(kind, answer.body)
 
 
-def error_in(answer: Parcel) -> str | None:
+def error_in(answer: Message) -> str | None:
     """Why a site gives no answer, in its own words."""
     error = answer.head.get("error")
     if error is None:

@@ -1,4 +1,4 @@
-"""The engine of a real federation: the clients are sites that answer parcels over a transport.
+"""The engine of a real federation: the clients are sites that answer messages over a transport.
 
 Knows no network. The Runner uses it as it uses the local engine. Who is there is asked anew before every exchange: a
 site may come, go, and come back as another node. A site that does not answer before the deadline is left out of the
@@ -16,7 +16,7 @@ from coterie.deploy.sites import Roster
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.checks import bank_fault, evaluation_fault, is_number, plain_text
 from coterie.engines.encode_once import Blobs
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
 
@@ -42,7 +42,7 @@ class _Lost:
     why: str
 
 
-_Outcome = tuple[ClientId, int, Parcel | str, int, float]  # client, bytes down, answer or reason, bytes up, seconds
+_Outcome = tuple[ClientId, int, Message | str, int, float]  # client, bytes down, answer or reason, bytes up, seconds
 
 
 @dataclass
@@ -69,7 +69,7 @@ class RemoteEngine:
     def train(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``, as it comes; at the deadline an error for each that is missing."""
         for client, sent, answer, up, seconds in self._exchange("train", instructions, rnd, {}):
-            reply, error = (None, answer) if isinstance(answer, str) else decoded(Reply, answer.blob)
+            reply, error = (None, answer) if isinstance(answer, str) else decoded(Reply, answer.body)
             yield client, Delivery(reply, error, sent, up, seconds)
 
     def evaluate(
@@ -114,10 +114,10 @@ class RemoteEngine:
     def close(self) -> None:
         """Nothing: who started the sites ends them."""
 
-    # parcels ----------------------------------------------------------------------------------------------------------
+    # messages ---------------------------------------------------------------------------------------------------------
 
-    def _parcel(self, kind: str, client: ClientId, rnd: int, ask: Mapping[str, Json], blob: bytes) -> Parcel:
-        return self.roster.deal.parcel(kind, client, rnd, ask, blob, since=self.since, keep=self.keep)
+    def _message(self, kind: str, client: ClientId, rnd: int, ask: Mapping[str, Json], blob: bytes) -> Message:
+        return self.roster.deal.message(kind, client, rnd, ask, blob, since=self.since, keep=self.keep)
 
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
@@ -130,14 +130,14 @@ class RemoteEngine:
         """
         self._note_late()
         blobs = Blobs(instructions.values())
-        parcels = {c: self._parcel(kind, c, rnd, ask, blobs.of(ins)) for c, ins in sorted(instructions.items())}
+        messages = {c: self._message(kind, c, rnd, ask, blobs.of(ins)) for c, ins in sorted(instructions.items())}
         started = self.roster.clock()
-        sent = {c: _Sent(c, kind, rnd, len(parcel.blob), started) for c, parcel in parcels.items()}
+        sent = {c: _Sent(c, kind, rnd, len(message.body), started) for c, message in messages.items()}
         waiting: dict[str, _Sent] = {}
-        lost = {c: _Lost(started, started, "the site is not connected") for c in parcels}
+        lost = {c: _Lost(started, started, "the site is not connected") for c in messages}
         first: dict[ClientId, float] = {}  # when a site was lost first
         self.roster.look()
-        waiting |= self._send(parcels, sent, lost)
+        waiting |= self._send(messages, sent, lost)
         while (waiting or lost) and self.roster.clock() < started + self.roster.deal.deadline:
             found = [(t, answer) for t, answer in self.roster.transport.receive(list(waiting)) if t in waiting]
             for ticket, answer in found:
@@ -153,7 +153,7 @@ class RemoteEngine:
             for ticket in [t for t, one in waiting.items() if self.roster.nodes.get(one.client, one.node) != one.node]:
                 one = self._late[ticket] = waiting.pop(ticket)
                 lost[one.client] = _Lost(self.roster.clock(), self.roster.clock(), "the site came back as another node")
-            waiting |= self._send(parcels, sent, lost)
+            waiting |= self._send(messages, sent, lost)
             if (waiting or lost) and not found:
                 self.roster.sleep(self.roster.transport.pause)
         self._late |= waiting
@@ -162,7 +162,7 @@ class RemoteEngine:
 
     def _send(
         self,
-        parcels: Mapping[ClientId, Parcel],
+        messages: Mapping[ClientId, Message],
         sent: Mapping[ClientId, _Sent],
         lost: dict[ClientId, _Lost],
     ) -> dict[str, _Sent]:
@@ -173,7 +173,7 @@ class RemoteEngine:
         now = self.roster.clock()
         due = [c for c, gone in lost.items() if c in self.roster.nodes and now >= gone.again]
         group = str(sent[due[0]].rnd) if due else ""
-        to = [(self.roster.nodes[c], sent[c].kind, parcels[c]) for c in due]
+        to = [(self.roster.nodes[c], sent[c].kind, messages[c]) for c in due]
         tickets = self.roster.transport.send(to, self.roster.deal.ttl, group)
         made = {}
         for client, ticket in zip(due, tickets, strict=True):
@@ -193,16 +193,16 @@ class RemoteEngine:
         self._missed |= set(away)
         return away
 
-    def _done(self, sent: _Sent, answer: Parcel | str) -> _Outcome:
+    def _done(self, sent: _Sent, answer: Message | str) -> _Outcome:
         seconds = self.roster.clock() - sent.at
         at_site: Json = None
-        if isinstance(answer, Parcel):
+        if isinstance(answer, Message):
             told = answer.head.get("seconds")
             at_site = told if is_number(told) else None
             answer = error_in(answer) or answer
         if isinstance(answer, str):
             answer = plain_text(answer)
-        up = len(answer.blob) if isinstance(answer, Parcel) else 0
+        up = len(answer.body) if isinstance(answer, Message) else 0
         error = answer if isinstance(answer, str) else None
         event = {"event": "exchange", "kind": sent.kind, "round": sent.rnd, "client": sent.client, "failed": error}
         event |= {"bytes_down": sent.bytes_down, "bytes_up": up, "seconds": seconds, "site_seconds": at_site}
@@ -231,9 +231,9 @@ class RemoteEngine:
     ) -> Iterator[tuple[ClientId, Any]]:
         """What the answers hold. One that cannot be read, or that ``fault_in`` finds a fault in, is noted and left."""
         for client, _, answer, _, _ in self._exchange(name, instructions, rnd, ask):
-            if isinstance(answer, str) or not answer.blob:
+            if isinstance(answer, str) or not answer.body:
                 continue  # noted by _done; a site may also keep its bank to itself
-            value, fault = decoded(kind, answer.blob)
+            value, fault = decoded(kind, answer.body)
             fault = fault or fault_in(client, value)
             if fault is None:
                 yield client, value

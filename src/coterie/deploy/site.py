@@ -23,8 +23,8 @@ from coterie.run.folder import held
 from coterie.types import CoterieError
 
 log = logging.getLogger("coterie.site")
-_CLIENTAPP = "#!{python}\nfrom coterie.flower.app import clientapp_command\n\nclientapp_command()\n"
-_SUPERNODE = "from coterie.flower.app import supernode_command; supernode_command()"
+_CLIENTAPP = "#!{python}\nfrom coterie.flower.commands import clientapp_command\n\nclientapp_command()\n"
+_SUPERNODE = "from coterie.flower.commands import supernode_command; supernode_command()"
 _WORKER = "import sys; from coterie.deploy.worker import work; work(sys.argv[1], sys.argv[2])"
 # Seconds before a process that died is started again. With a key Flower refuses a new SuperNode for about a minute.
 _BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from coterie.data.clients import SAFE_ID
 from coterie.deploy.answers import answered
 from coterie.engines.checks import plain_text, site_fault
-from coterie.flower.message import Parcel, Transport
+from coterie.flower.message import Message, Transport
 from coterie.types import BaseSpec, ClientId, ClientInfo, CoterieError, Json
 
 Note = Callable[[dict[str, Json]], None]
@@ -35,7 +35,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Deal:
-    """What all sites of a run have in common; ``terms`` is sent with every parcel, ``sites`` may be empty (anyone).
+    """What all sites of a run have in common; ``terms`` is sent with every message, ``sites`` may be empty (anyone).
 
     ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
     starts of the run's server, so that a site can tell a message of a server that is gone. ``closed``: the run has
@@ -58,7 +58,7 @@ class Deal:
         """Seconds for which Flower keeps a message."""
         return self.deadline + _GRACE
 
-    def parcel(
+    def message(
         self,
         kind: str,
         client: ClientId = "",
@@ -68,14 +68,14 @@ class Deal:
         *,
         since: int = 0,
         keep: int = 0,
-    ) -> Parcel:
+    ) -> Message:
         """A message of this run; ``ask`` is what its kind has beside what all have.
 
         ``since`` is the round whose state this attempt starts from, ``keep`` the oldest that is still needed.
         """
         head: dict[str, Json] = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
         head |= {"since": since, "keep": keep, "patience": self.deadline, "terms": dict(self.terms), **(ask or {})}
-        return Parcel(head, blob)
+        return Message(head, blob)
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Roster:
         now, settled = self.clock(), {*self.nodes.values(), *self._hellos.values(), *self._replaced}
         due = {n for n in nodes if now - self._greeted.get(n, -math.inf) > _ASK_AGAIN}
         new = [n for n in nodes if n in due and n not in settled]
-        hello = self.deal.parcel("query.hello")
+        hello = self.deal.message("query.hello")
         tickets = self.transport.send([(n, "query.hello", hello) for n in new], self.deal.ttl, "hello")
         for node, ticket in zip(new, tickets, strict=True):
             if ticket is not None:
@@ -149,7 +149,7 @@ class Roster:
         for ticket, answer in self.transport.receive(list(self._hellos)):
             self._take_in(self._hellos.pop(ticket), answer, nodes)
 
-    def _take_in(self, node: int, answer: Parcel | str, nodes: Mapping[int, str]) -> None:
+    def _take_in(self, node: int, answer: Message | str, nodes: Mapping[int, str]) -> None:
         hello, fault = answered(Hello, answer)
         fault = fault or self._unfit(hello, nodes.get(node, ""))
         if hello is None or fault:

@@ -20,7 +20,7 @@ from coterie.types import ClientId, CoterieError, Json
 _UP_SECONDS = 60.0
 _COMMAND_SECONDS = 120.0
 _NAME = "coterie"
-_SUPERLINK = "from coterie.flower.app import superlink_command; superlink_command()"
+_SUPERLINK = "from coterie.flower.commands import superlink_command; superlink_command()"
 _PYPROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"

@@ -1,4 +1,4 @@
-"""The long-lived process of a site: holds the base, the data and the personal state, and answers parcels.
+"""The long-lived process of a site: holds the base, the data and the personal state, and answers messages.
 
 It listens on a socket that only its own user can open. What it logs is what happened, never a row, a label or a
 message of a library: kinds, rounds, sizes, seconds.
@@ -37,7 +37,8 @@ from coterie.engines import local
 from coterie.engines.local import LocalEngine
 from coterie.experiment import set_threads
 from coterie.files import write_json
-from coterie.flower.message import BrokenParcelError, Parcel, listening, receive, send, user_of
+from coterie.flower.local_socket import listening, receive, send, user_of
+from coterie.flower.message import BrokenMessageError, Message
 from coterie.machine import environment
 from coterie.methods.base import Method
 from coterie.nn.base import resolve
@@ -60,7 +61,7 @@ class _Open:
 
 @dataclass
 class Worker:
-    """Answers one parcel at a time. ``root`` is where the paths of SITE.toml start."""
+    """Answers one message at a time. ``root`` is where the paths of SITE.toml start."""
 
     site: SiteSettings
     root: Path
@@ -71,69 +72,69 @@ class Worker:
     def state(self) -> Path:
         return (self.root / self.site.site.state).resolve()
 
-    def answer(self, parcel: Parcel) -> Parcel:
-        """The reply to one parcel; a fault that the other side can mend is the ``error`` in its head."""
+    def answer(self, message: Message) -> Message:
+        """The reply to one message; a fault that the other side can mend is the ``error`` in its head."""
         started = time.perf_counter()
-        kind = str(parcel.head.get("kind", ""))
+        kind = str(message.head.get("kind", ""))
         try:
-            made = self._answer(kind, parcel)
+            made = self._answer(kind, message)
         except (CoterieError, codec.CodecError) as fault:
-            made = Parcel({"error": told(fault)})
+            made = Message({"error": told(fault)})
         seconds = time.perf_counter() - started
         log.info(
             "%s of round %s: %s, %d bytes in, %d out, %.1f s",
             kind if kind in _ANSWERS else "an unknown kind",
-            parcel.head.get("round") if isinstance(parcel.head.get("round"), int) else "?",
+            message.head.get("round") if isinstance(message.head.get("round"), int) else "?",
             "refused" if "error" in made.head else "done",
-            len(parcel.blob),
-            len(made.blob),
+            len(message.body),
+            len(made.body),
             seconds,
         )
-        return Parcel({**made.head, "seconds": seconds}, made.blob)
+        return Message({**made.head, "seconds": seconds}, made.body)
 
-    def _answer(self, kind: str, parcel: Parcel) -> Parcel:
+    def _answer(self, kind: str, message: Message) -> Message:
         if kind not in _ANSWERS:
             raise CoterieError(f"this site knows no {kind!r}")
-        head = _checked_head(parcel.head)
+        head = _checked_head(message.head)
         run = self._open(head)
         if kind == "query.hello":
             return self._hello(run, head)
         if head["client"] != self.site.site.id:
             raise CoterieError(f"this is {self.site.site.id}, the message is for {head['client']}")
         answers = {"train": self._train, "evaluate": self._evaluate, "query.bank": self._bank}
-        ins = codec.decode(Instruction, parcel.blob)
+        ins = codec.decode(Instruction, message.body)
         check_ranks(self.site.policy, ins)
         return answers[kind](run, head, ins)
 
     # one answer per kind ----------------------------------------------------------------------------------------------
 
-    def _hello(self, run: _Open, head: Mapping[str, Json]) -> Parcel:
+    def _hello(self, run: _Open, head: Mapping[str, Json]) -> Message:
         with _model_told():
             base = fingerprint(resolve(run.config.model.path, self.root), self.state / "base.json")
         versions = environment()["versions"]
         (info,) = run.engine.clients
-        return Parcel({}, codec.encode(Hello(info, run.engine.spec, hash_of(head["terms"]), base, versions)))
+        return Message({}, codec.encode(Hello(info, run.engine.spec, hash_of(head["terms"]), base, versions)))
 
-    def _train(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
+    def _train(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
         if not 1 <= head["round"] <= self.site.policy.max_rounds:
             raise CoterieError(
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
         ((_, delivery),) = run.engine.train(run.method, {self.site.site.id: ins}, head["round"])
         if delivery.reply is None:
-            return Parcel({"error": delivery.error})
+            return Message({"error": delivery.error})
         check_upload(self.site.policy, delivery.reply)
-        return Parcel({}, codec.encode(without_usage(self.site.policy, delivery.reply)))
+        return Message({}, codec.encode(without_usage(self.site.policy, delivery.reply)))
 
-    def _evaluate(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
+    def _evaluate(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
         if not self.site.policy.upload_metrics:
             raise CoterieError("this site sends no metrics ([policy] upload_metrics)")
         splits, usage = tuple(head.get("splits", ())), bool(head.get("usage"))
         usage = usage and self.site.policy.upload_usage
         found = dict(run.engine.evaluate(run.method, {self.site.site.id: ins}, head["round"], splits, usage))
-        return Parcel({}, codec.encode(replace(found[self.site.site.id], note=None)))
+        return Message({}, codec.encode(replace(found[self.site.site.id], note=None)))
 
-    def _bank(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Parcel:
+    def _bank(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
         """Write this site's own experts to its own disk; send them only where the policy says so."""
         ((client, bank),) = run.engine.banks(run.method, {self.site.site.id: ins}, head["round"])
         base, task = resolve(run.config.model.path, self.root), run.config.task.kind
@@ -142,7 +143,7 @@ class Worker:
         transposed = any(target.transposed for target in run.engine.spec.targets)
         info |= {"base": base, "task": task}
         write_bundle(run.folder / "export", bank, info, fan_in_fan_out=transposed)
-        return Parcel({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
+        return Message({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
 
     # runs -------------------------------------------------------------------------------------------------------------
 
@@ -269,13 +270,13 @@ def _serve_one(worker: Worker, link: socket.socket) -> None:
             log.warning("another user tried to connect")
             return
         link.settimeout(60)
-        parcel = receive(link)
+        message = receive(link)
         if _left(link):
             log.info("a message whose sender gave up was skipped")
             return
-        reply = worker.answer(parcel)
+        reply = worker.answer(message)
         send(link, reply)
-    except (OSError, BrokenParcelError) as fault:
+    except (OSError, BrokenMessageError) as fault:
         log.warning("a connection failed: %s", type(fault).__name__)
 
 

@@ -20,7 +20,7 @@ from coterie.config.load import check_config
 from coterie.data.clients import load_federation
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.machine import default_threads
 from coterie.methods.base import Method
 from coterie.types import CoterieError, Instruction, Json
@@ -41,14 +41,14 @@ _RUNS: list[_Run] = []  # the last one
 _BASES: dict[str, Any] = {}
 
 
-def answer(parcel: Parcel, *_: object) -> Parcel:
+def answer(message: Message, *_: object) -> Message:
     """The reply to one message; a fault that the user can mend is the ``fault`` in its head."""
     try:
-        run = _opened(parcel.head)
-        ins = codec.decode(Instruction, parcel.blob)
-        return _ANSWERS[parcel.head["kind"]](run, parcel.head, ins)
+        run = _opened(message.head)
+        ins = codec.decode(Instruction, message.body)
+        return _ANSWERS[message.head["kind"]](run, message.head, ins)
     except (CoterieError, codec.CodecError) as fault:
-        return Parcel({"fault": str(fault)})
+        return Message({"fault": str(fault)})
 
 
 def digest(manifest: Json) -> str:
@@ -56,29 +56,29 @@ def digest(manifest: Json) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _hello(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Parcel:
-    return Parcel({}, codec.encode(run.engine.spec))
+def _hello(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
+    return Message({}, codec.encode(run.engine.spec))
 
 
-def _train(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Parcel:
+def _train(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
     ((_, delivery),) = run.engine.train(run.method, {head["client"]: ins}, head["round"])
     told = {"error": delivery.error, "note": delivery.note, "seconds": delivery.seconds}
-    return Parcel(told, codec.encode(delivery.reply) if delivery.reply is not None else b"")
+    return Message(told, codec.encode(delivery.reply) if delivery.reply is not None else b"")
 
 
-def _evaluate(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Parcel:
+def _evaluate(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
     ((_, found),) = run.engine.evaluate(
         run.method, {head["client"]: ins}, head["round"], tuple(head["splits"]), head["usage"]
     )
-    return Parcel({}, codec.encode(found))
+    return Message({}, codec.encode(found))
 
 
-def _bank(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Parcel:
+def _bank(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
     ((_, bank),) = run.engine.banks(run.method, {head["client"]: ins}, head["round"])
-    return Parcel({}, codec.encode(bank))
+    return Message({}, codec.encode(bank))
 
 
-_ANSWERS: dict[str, Callable[[_Run, Mapping[str, Json], Instruction], Parcel]] = {
+_ANSWERS: dict[str, Callable[[_Run, Mapping[str, Json], Instruction], Message]] = {
     "query.hello": _hello,
     "train": _train,
     "evaluate": _evaluate,

@@ -22,8 +22,8 @@ from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation
 from coterie.engines.encode_once import Blobs
 from coterie.engines.store import PersonalStore, RoundStore
-from coterie.flower.app import simulation
-from coterie.flower.message import Parcel, Transport
+from coterie.flower.message import Message, Transport
+from coterie.flower.simulation import simulation
 from coterie.machine import cpu_cores
 from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Reply
@@ -100,17 +100,17 @@ class FlowerSimEngine:
     def spec(self) -> BaseSpec:
         """As an actor found it: the base is loaded there alone."""
         first = self.clients[0].id
-        ((_, _, parcel),) = self._exchange("query.hello", {first: Instruction()}, 0, {})
-        return codec.decode(BaseSpec, parcel.blob)
+        ((_, _, message),) = self._exchange("query.hello", {first: Instruction()}, 0, {})
+        return codec.decode(BaseSpec, message.body)
 
     def train(
         self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
     ) -> Iterator[tuple[ClientId, Delivery]]:
         """Every client's delivery for round ``rnd``, in the clients' order."""
-        for client, down, parcel in self._exchange("train", instructions, rnd, {}):
-            error, note, up = parcel.head["error"], parcel.head["note"], parcel.blob
+        for client, down, message in self._exchange("train", instructions, rnd, {}):
+            error, note, up = message.head["error"], message.head["note"], message.body
             reply = codec.decode(Reply, up) if error is None else None
-            yield client, Delivery(reply, error, down, len(up), parcel.head["seconds"], note)
+            yield client, Delivery(reply, error, down, len(up), message.head["seconds"], note)
 
     def evaluate(
         self,
@@ -122,15 +122,15 @@ class FlowerSimEngine:
     ) -> Iterator[tuple[ClientId, Evaluation]]:
         """Scores of every client."""
         ask: dict[str, Json] = {"splits": list(splits), "usage": usage}
-        for client, _, parcel in self._exchange("evaluate", instructions, rnd, ask):
-            yield client, codec.decode(Evaluation, parcel.blob)
+        for client, _, message in self._exchange("evaluate", instructions, rnd, ask):
+            yield client, codec.decode(Evaluation, message.body)
 
     def banks(
         self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
     ) -> Iterator[tuple[ClientId, Bank]]:
         """Every client's bank after round ``rnd``, for export."""
-        for client, _, parcel in self._exchange("query.bank", instructions, rnd, {}):
-            yield client, codec.decode(Bank, parcel.blob)
+        for client, _, message in self._exchange("query.bank", instructions, rnd, {}):
+            yield client, codec.decode(Bank, message.body)
 
     def restore(self, rnd: int) -> None:
         """Go back to the personal states after round ``rnd``."""
@@ -156,36 +156,36 @@ class FlowerSimEngine:
 
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
-    ) -> Iterator[tuple[ClientId, int, Parcel]]:
+    ) -> Iterator[tuple[ClientId, int, Message]]:
         """Every client's answer with the bytes that it was sent, in the clients' order."""
         order = [client.id for client in self.clients if client.id in instructions]
         encoded = Blobs(instructions[client] for client in order)
         blobs = {client: encoded.of(instructions[client]) for client in order}
         head = {**self.head, "kind": kind, "round": rnd, **ask}
-        to = [(self._nodes[c], kind, Parcel({**head, "client": c}, blobs[c])) for c in order]
+        to = [(self._nodes[c], kind, Message({**head, "client": c}, blobs[c])) for c in order]
         tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))
         if None in tickets:
             raise CoterieError(f"Flower did not take the message of {tickets[None]}; go on with --resume")
-        come: dict[ClientId, Parcel] = {}
+        come: dict[ClientId, Message] = {}
         for client in order:
             while client not in come:
                 come |= self._come(tickets, kind, rnd)
             yield client, len(blobs[client]), come.pop(client)
 
-    def _come(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Parcel]:
+    def _come(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Message]:
         """The answers that are there, after a short pause where there are none; their tickets are taken out."""
         try:
             found = self._transport.receive([ticket for ticket in tickets if ticket])
         except ConnectionError as fault:
             raise CoterieError(f"{fault}; go on with --resume") from fault
         come = {}
-        for ticket, parcel in found:
+        for ticket, message in found:
             client = tickets.pop(ticket)
-            if isinstance(parcel, str):
-                raise CoterieError(f"client {client}, {kind} of round {rnd}: {parcel}; go on with --resume")
-            if "fault" in parcel.head:
-                raise CoterieError(str(parcel.head["fault"]))
-            come[client] = parcel
+            if isinstance(message, str):
+                raise CoterieError(f"client {client}, {kind} of round {rnd}: {message}; go on with --resume")
+            if "fault" in message.head:
+                raise CoterieError(str(message.head["fault"]))
+            come[client] = message
         if not found:
             time.sleep(self._transport.pause)
         return come

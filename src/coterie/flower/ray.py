@@ -12,26 +12,29 @@ from typing import Any
 
 import psutil
 
-_LAST_SECONDS = 5.0  # that Ray's processes have to go by themselves once it is told to end
+_EXIT_SECONDS = 5.0  # in which Ray's processes may end by themselves
 _RAY_ENVIRONMENT = {  # of a Ray that is started here
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
     "RAY_worker_niceness": "0",  # as every other engine's; Ray's own is 15
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: listen on 127.0.0.1 alone, on every system
-    "RAY_AUTH_MODE": "token",  # who reaches a Ray without a token can run code in it: other users of the machine too
+    "RAY_AUTH_MODE": "token",  # without one, whoever reaches Ray can run code in it: other users of the machine too
 }
 
 
 @contextmanager
 def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of ``ray.init``; without the address of a cluster, for a Ray of this process's own in a folder of
-    its own, with the environment set for it."""
+    """The arguments of ``ray.init``.
+
+    Without the address of a cluster they are for a Ray of this process's own, in a folder of its own, and the
+    environment is set for it. Raises :class:`ConnectionError` if Ray was imported before that.
+    """
     init = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **init}
     if "address" in init:
         yield init
         return
-    if "ray" in sys.modules and "RAY_AUTH_TOKEN" not in os.environ:  # it reads its environment when it is loaded
-        raise ConnectionError("Ray was loaded before it could be closed to others; run this in a process of its own")
+    if "ray" in sys.modules and "RAY_AUTH_TOKEN" not in os.environ:  # it reads its environment when it is imported
+        raise ConnectionError("Ray was imported before it could be closed to others; run this in a process of its own")
     os.environ.update(_RAY_ENVIRONMENT)
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory(prefix="coterie-", ignore_cleanup_errors=True) as folder:
@@ -39,20 +42,20 @@ def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def ended() -> Iterator[list[psutil.Process]]:
-    """Processes that are put into the list, and were not there before, are gone after the ``with`` block."""
+def processes_end() -> Iterator[list[psutil.Process]]:
+    """See to it that processes are gone after the ``with`` block: those put into the list, unless they ran before."""
     before, started = set(psutil.Process().children(recursive=True)), list[psutil.Process]()
     try:
         yield started
     finally:
-        _, alive = psutil.wait_procs([p for p in started if p not in before], timeout=_LAST_SECONDS)
+        _, alive = psutil.wait_procs([p for p in started if p not in before], timeout=_EXIT_SECONDS)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
 def kill(started: Iterable[psutil.Process], actor: str) -> None:
-    """End Ray's actors of that name, whatever they are at: who asked them would wait for them."""
+    """End Ray's actors of that name, whatever they are doing: whoever called them would wait for them."""
     for process in started:
         with suppress(psutil.NoSuchProcess):
             if any(actor in part for part in process.cmdline()[:1]):

@@ -16,7 +16,8 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, RecordDict
+from flwr.app import Message as FlowerMessage
 
 import flower_sites
 import sites
@@ -25,8 +26,9 @@ from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.sites import Hello
 from coterie.deploy.worker import Worker
 from coterie.engines.base import Evaluation
-from coterie.flower.app import GridTransport, _LocalOnly, pack, unpack
-from coterie.flower.message import BrokenParcelError, Parcel
+from coterie.flower.app import GridTransport
+from coterie.flower.commands import LocalOnly
+from coterie.flower.message import BrokenMessageError, Message, pack, unpack
 from coterie.run.rounds import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
 from grid import InProcessGrid
@@ -59,31 +61,31 @@ def rounds_in(folder: Path) -> list[Any]:
     return [line for line in lines if line["event"] == "round"]
 
 
-def spoiled(change: Callable[[Parcel], Parcel]) -> Callable[[Message], Message]:
-    """The change of a parcel as one of the message that holds it."""
+def spoiled(change: Callable[[Message], Message]) -> Callable[[FlowerMessage], FlowerMessage]:
+    """The change of a message as one of Flower's that holds it."""
 
-    def spoil(message: Message) -> Message:
+    def spoil(message: FlowerMessage) -> FlowerMessage:
         message.content = pack(change(unpack(message.content)))
         return message
 
     return spoil
 
 
-def flower_error(message: Message, text: str) -> Message:
-    made = Message(Error(8, text), reply_to=message)
+def flower_error(message: FlowerMessage, text: str) -> FlowerMessage:
+    made = FlowerMessage(Error(8, text), reply_to=message)
     made.metadata.__dict__["_reply_to_message_id"] = message.metadata.reply_to_message_id
     return made
 
 
-def unreadable(message: Message) -> Message:
+def unreadable(message: FlowerMessage) -> FlowerMessage:
     message.content = RecordDict({"head": ConfigRecord({"json": "{}"})})
     return message
 
 
-BAD: dict[str, tuple[Callable[[Message], Message], str]] = {
+BAD: dict[str, tuple[Callable[[FlowerMessage], FlowerMessage], str]] = {
     **{name: (spoiled(change), reason) for name, (change, reason) in SPOILED.items()},
-    "no parcel": (unreadable, "does not hold a head and a blob"),
-    "Flower's error": (lambda m: flower_error(m, "killed\nat line"), "Flower says 8: killed"),
+    "not a message": (unreadable, "does not hold exactly a head and a body"),
+    "Flower's error": (lambda m: flower_error(m, "killed\nat line"), "Flower reports error 8: killed"),
 }
 
 
@@ -93,7 +95,7 @@ def test_a_bad_answer_is_left_out_with_the_reason_and_the_round_goes_on(
     path, staff = fedit
     config = flower_sites.server_config(path)
 
-    def spoil(node: int, message: Message) -> Message:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         """In round i the victim's answer is bad in the i-th way; a message's group is its round."""
         if node != NODE or message.metadata.message_type != "train":
             return message
@@ -115,7 +117,7 @@ def test_thirty_percent_of_the_answers_missing_over_ten_rounds(
     config = flower_sites.server_config(path)
     draw, lost = random.Random(3), []
 
-    def spoil(node: int, message: Message) -> Message | None:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage | None:
         if message.metadata.message_type in ("train", "evaluate") and draw.random() < 0.3:
             lost.append(message.metadata.message_type)
             return None
@@ -215,7 +217,7 @@ def test_a_site_that_comes_back_in_time_is_sent_its_message_again(
     path, staff = fedit
     config, calls = flower_sites.server_config(path), 0
 
-    def spoil(node: int, message: Message) -> Message:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         nonlocal calls
         calls += node == NODE and message.metadata.message_type == "train"
         bad = node == NODE and message.metadata.message_type == "train" and calls < 3
@@ -241,7 +243,7 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
 
     class DiedError(Exception): ...
 
-    def dies(node: int, message: Message) -> Message:
+    def dies(node: int, message: FlowerMessage) -> FlowerMessage:
         if message.metadata.message_type == "evaluate" and message.metadata.group_id == "2":
             raise DiedError
         return message
@@ -302,9 +304,9 @@ def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[P
     grid = engine.roster.transport.grid  # type: ignore[attr-defined]
     right = grid.sites[11]
 
-    def wrong(parcel: Parcel) -> Parcel:
-        made = right(parcel)
-        return Parcel(made.head, codec.encode(replace(codec.decode(Hello, made.blob), base="another")))
+    def wrong(message: Message) -> Message:
+        made = right(message)
+        return Message(made.head, codec.encode(replace(codec.decode(Hello, made.body), base="another")))
 
     grid.sites[11], slept = wrong, engine.roster.sleep
 
@@ -353,9 +355,9 @@ def test_the_answer_of_a_node_that_is_gone_counts_no_more(fedit: tuple[Path, dic
     heard: list[dict[str, Any]] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
     roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
-    pull, answered = grid.pull_messages, list[Message]()
+    pull, answered = grid.pull_messages, list[FlowerMessage]()
 
-    def only_now(tickets: list[str]) -> list[Message]:
+    def only_now(tickets: list[str]) -> list[FlowerMessage]:
         """The first site's answer has come, and is read after its node has left."""
         found = [m for m in answered if m.metadata.reply_to_message_id in tickets]
         return found or pull(tickets)
@@ -378,7 +380,7 @@ def test_for_a_stranger_who_says_nothing_no_absent_site_is_waited_for(
     path, staff = fedit
     config = flower_sites.server_config(path)
 
-    def spoil(node: int, message: Message) -> Message | None:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage | None:
         return None if node == 99 else message
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, greeting=20.0)
@@ -455,7 +457,7 @@ def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str
     change, reason = NO_SITE[name]
     heard: list[dict[str, Any]] = []
 
-    def spoil(node: int, message: Message) -> Message:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if node != NODE:
             return message
         return with_answer(message, Hello, change)
@@ -467,9 +469,9 @@ def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str
     assert [event["event"] for event in heard].count("refused") == 1
 
 
-def with_answer(message: Message, kind: type[Any], change: Callable[[Any], Any]) -> Message:
-    parcel = unpack(message.content)
-    message.content = pack(Parcel(parcel.head, codec.encode(change(codec.decode(kind, parcel.blob)))))
+def with_answer(message: FlowerMessage, kind: type[Any], change: Callable[[Any], Any]) -> FlowerMessage:
+    inner = unpack(message.content)
+    message.content = pack(Message(inner.head, codec.encode(change(codec.decode(kind, inner.body)))))
     return message
 
 
@@ -510,7 +512,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
     path, staff = fedit
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
 
-    def spoil(node: int, message: Message) -> Message:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if node != NODE or message.metadata.message_type != "evaluate":
             return message
         turn = int(message.metadata.group_id) - 1
@@ -553,7 +555,7 @@ def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]
     staff = flower_sites.workers(tmp_path, CLIENTS[:2], policy={"upload_bank": True})
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
 
-    def spoil(node: int, message: Message) -> Message:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if node != NODE or message.metadata.message_type != "query.bank":
             return message
         return with_answer(message, Bank, [*NO_BANKS.values()][int(message.metadata.group_id) - 1][0])
@@ -574,9 +576,9 @@ def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[s
     path, staff = fedit
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
 
-    def spoil(node: int, message: Message) -> Message:
-        parcel = unpack(message.content)
-        message.content = pack(Parcel({**parcel.head, "seconds": seconds}, parcel.blob))
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
+        inner = unpack(message.content)
+        message.content = pack(Message({**inner.head, "seconds": seconds}, inner.body))
         return message
 
     some = {VICTIM: staff[VICTIM]}
@@ -606,16 +608,16 @@ def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) 
     assert refused == "the node says that it is mood-1, and its key is mood-0's"
 
 
-def test_a_parcel_survives_a_message_and_nothing_else_is_one() -> None:
-    parcel = Parcel({"a": [1, None, "é"]}, bytes(range(256)))
-    assert unpack(pack(parcel)) == parcel
-    assert unpack(pack(Parcel())) == Parcel()
+def test_a_message_survives_flower_and_nothing_else_is_one() -> None:
+    message = Message({"a": [1, None, "é"]}, bytes(range(256)))
+    assert unpack(pack(message)) == message
+    assert unpack(pack(Message())) == Message()
     for head in ("[1]", "{", "1", ""):
-        content = pack(Parcel({}, b"x"))
+        content = pack(Message({}, b"x"))
         content["head"] = ConfigRecord({"json": head})
-        with pytest.raises(BrokenParcelError):
+        with pytest.raises(BrokenMessageError):
             unpack(content)
-    with pytest.raises(BrokenParcelError):
+    with pytest.raises(BrokenMessageError):
         unpack(RecordDict())
 
 
@@ -629,7 +631,7 @@ def test_the_superlink_answers_other_machines_for_sites_alone() -> None:
         async def put(message: Any) -> None:
             seen.append(message.get("status"))
 
-        await _LocalOnly(app)({"type": "http", "path": path, "client": (host, 1)}, None, put)
+        await LocalOnly(app)({"type": "http", "path": path, "client": (host, 1)}, None, put)
         return seen == ["passed"]
 
     for path, remote in (

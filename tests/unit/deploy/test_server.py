@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Message
+from flwr.app import Message as FlowerMessage
 
 import flower_sites
 import sites
@@ -23,7 +23,7 @@ from coterie.deploy.serve import _write_deal
 from coterie.deploy.sites import Hello
 from coterie.files import write_json
 from coterie.flower.app import GridTransport
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.run.folder import plain
 from coterie.types import CoterieError
 from grid import InProcessGrid
@@ -62,19 +62,19 @@ def attempt(
     _write_deal(out, {})
     staff = flower_sites.workers(folder, [*there, *([comes] if comes else [])])
 
-    def spoil(node: int, message: Message) -> Message:
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if dies_in and message.metadata.group_id == dies_in:
             raise DiedError
         if comes and message.metadata.group_id == "1":
             grid.sites[99] = staff[comes].answer
         return message
 
-    def answering(client: str) -> Callable[[Parcel], Parcel]:
-        def answer(parcel: Parcel) -> Parcel:
-            made = staff[client].answer(parcel)
-            if parcel.head["kind"] != "query.hello":
+    def answering(client: str) -> Callable[[Message], Message]:
+        def answer(message: Message) -> Message:
+            made = staff[client].answer(message)
+            if message.head["kind"] != "query.hello":
                 return made
-            return Parcel(made.head, codec.encode(lies(client, codec.decode(Hello, made.blob))))
+            return Message(made.head, codec.encode(lies(client, codec.decode(Hello, made.body))))
 
         return answer
 

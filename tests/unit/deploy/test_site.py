@@ -33,7 +33,8 @@ from coterie.deploy.site_check import check as check_site
 from coterie.deploy.sites import Hello
 from coterie.deploy.worker import Worker, _without_text, fingerprint, serve_forever
 from coterie.flower import app as flower
-from coterie.flower.message import BrokenParcelError, Parcel, hand_over, listening, receive, send
+from coterie.flower.local_socket import hand_over, listening, receive, send
+from coterie.flower.message import BrokenMessageError, Message
 from coterie.types import CoterieError, Instruction, Optim, Part, Reply
 
 CLIENT = "mood-0"
@@ -53,15 +54,15 @@ def head(config: Any, kind: str = "train", **changes: Any) -> dict[str, Any]:
 def fedit(tmp_path: Path) -> tuple[Any, Any]:
     config = flower_sites.server_config(sites.config(tmp_path, method="fedit"))
     worker = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
-    hello = codec.decode(Hello, worker.answer(Parcel(head(config, "query.hello"))).blob)
+    hello = codec.decode(Hello, worker.answer(Message(head(config, "query.hello"))).body)
     method = flower_sites.method_of(config)
     ins = method.configure(method.init(hello.spec, [hello.info]), [hello.info], 1)[CLIENT]
     return config, codec.encode(ins)
 
 
-def refusal(folder: Path, parcel: Parcel, **sections: Any) -> str:
-    answer = flower_sites.workers(folder, [CLIENT], **sections)[CLIENT].answer(parcel)
-    assert answer.blob == b""
+def refusal(folder: Path, message: Message, **sections: Any) -> str:
+    answer = flower_sites.workers(folder, [CLIENT], **sections)[CLIENT].answer(message)
+    assert answer.body == b""
     return str(answer.head["error"])
 
 
@@ -83,7 +84,7 @@ def test_what_a_site_did_not_agree_to_is_refused_there(name: str, fedit: tuple[A
     if name == "fresh rank":
         smart = {"name": "smartfed", "fresh_rank": 5}
         config = flower_sites.server_config(sites.config(tmp_path / "smart", method="smartfed"), method=smart)
-    assert reason in refusal(tmp_path, Parcel(head(config), blob), policy=policy)
+    assert reason in refusal(tmp_path, Message(head(config), blob), policy=policy)
 
 
 def test_no_expert_of_a_higher_rank_trains_than_was_agreed(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
@@ -91,25 +92,25 @@ def test_no_expert_of_a_higher_rank_trains_than_was_agreed(fedit: tuple[Any, byt
     ins, policy = codec.decode(Instruction, blob), {"max_rank": 2}
     assert (
         "error"
-        not in flower_sites.workers(tmp_path, [CLIENT], policy=policy)[CLIENT].answer(Parcel(head(config), blob)).head
+        not in flower_sites.workers(tmp_path, [CLIENT], policy=policy)[CLIENT].answer(Message(head(config), blob)).head
     )
     for part, made in ((Part.A, torch.zeros(300, 32)), (Part.B, torch.zeros(32, 300)), (Part.A, torch.zeros(3))):
         key = next(key for key in ins.tensors if key.part is part)
         changed = codec.encode(replace(ins, tensors={**ins.tensors, key: made}))
         for kind in ("train", "evaluate", "query.bank"):
-            assert f"{key} has rank " in refusal(tmp_path, Parcel(head(config, kind), changed), policy=policy)
+            assert f"{key} has rank " in refusal(tmp_path, Message(head(config, kind), changed), policy=policy)
 
 
 def test_metrics_usage_and_banks_are_sent_only_as_agreed(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
     config, blob = fedit
-    ask = Parcel(head(config, "evaluate", splits=["test"], usage=True), blob)
+    ask = Message(head(config, "evaluate", splits=["test"], usage=True), blob)
     assert "sends no metrics" in refusal(tmp_path, ask, policy={"upload_metrics": False})
-    bank = Parcel(head(config, "query.bank"), blob)
+    bank = Message(head(config, "query.bank"), blob)
     kept = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
-    assert kept.answer(bank).blob == b""
+    assert kept.answer(bank).body == b""
     assert (kept.state / "run" / "export" / "bundle.safetensors").exists()
     given = flower_sites.workers(tmp_path, [CLIENT], policy={"upload_bank": True})[CLIENT]
-    assert given.answer(bank).blob
+    assert given.answer(bank).body
 
 
 def test_how_the_rows_use_the_experts_stays_where_that_was_agreed() -> None:
@@ -138,14 +139,14 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_message_that_makes_no_sense_is_refused(name: str, fedit: tuple[Any, bytes], tmp_path: Path) -> None:
     config, blob = fedit
     change, reason = HEADS[name]
-    assert reason in refusal(tmp_path, Parcel({**head(config), **change}, blob))
-    assert "cannot decode" in refusal(tmp_path, Parcel(head(config), b"junk"))
+    assert reason in refusal(tmp_path, Message({**head(config), **change}, blob))
+    assert "cannot decode" in refusal(tmp_path, Message(head(config), b"junk"))
 
 
 def test_another_version_is_refused(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
     config, _ = fedit
     terms = {**terms_of(config), "coterie": "9.9"}
-    assert "install the same version" in refusal(tmp_path, Parcel(head(config, "query.hello", terms=terms)))
+    assert "install the same version" in refusal(tmp_path, Message(head(config, "query.hello", terms=terms)))
 
 
 def test_the_terms_hold_neither_paths_nor_addresses_nor_data(tmp_path: Path) -> None:
@@ -196,36 +197,36 @@ def answering(worker: Any, place: Path) -> threading.Thread:
 
 
 class Echo:
-    def answer(self, parcel: Parcel) -> Parcel:
-        return Parcel({"heard": parcel.head}, parcel.blob)
+    def answer(self, message: Message) -> Message:
+        return Message({"heard": message.head}, message.body)
 
 
 def test_a_worker_answers_over_its_socket(place: Path) -> None:
     answering(Echo(), place)
     for blob in (b"", b"x" * 3_000_000):
-        assert hand_over(str(place), Parcel({"n": 1}, blob), 20) == Parcel({"heard": {"n": 1}}, blob)
+        assert hand_over(str(place), Message({"n": 1}, blob), 20) == Message({"heard": {"n": 1}}, blob)
     with socket.socket(socket.AF_UNIX) as rude:  # hangs up in the middle
         rude.connect(str(place))
         rude.sendall(b"\x01\x02")
-    assert hand_over(str(place), Parcel({"n": 2}), 20).head == {"heard": {"n": 2}}
+    assert hand_over(str(place), Message({"n": 2}), 20).head == {"heard": {"n": 2}}
 
 
 def test_only_its_user_can_open_the_socket(place: Path) -> None:
     with listening(place):
         assert stat.S_IMODE(place.stat().st_mode) == 0o600
     place.parent.chmod(0o755)
-    with pytest.raises(PermissionError, match="others may enter"):
+    with pytest.raises(PermissionError, match="others can enter"):
         listening(place)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
 def test_another_user_is_turned_away(place: Path) -> None:
-    heard: list[Parcel] = []
+    heard: list[Message] = []
 
     class Listens(Echo):
-        def answer(self, parcel: Parcel) -> Parcel:
-            heard.append(parcel)
-            return super().answer(parcel)
+        def answer(self, message: Message) -> Message:
+            heard.append(message)
+            return super().answer(message)
 
     answering(Listens(), place)
     place.parent.chmod(0o711)
@@ -236,8 +237,8 @@ def test_another_user_is_turned_away(place: Path) -> None:
         code = 0
         try:
             os.setuid(65534)
-            hand_over(str(place), Parcel({"n": 1}), 5)
-        except (OSError, BrokenParcelError):
+            hand_over(str(place), Message({"n": 1}), 5)
+        except (OSError, BrokenMessageError):
             code = 7
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -261,18 +262,18 @@ def test_a_message_that_kills_the_worker_is_handed_over_three_times(
         pass
     monkeypatch.setattr(flower, "_WORKER_PAUSE", 0.0)
     context = Context(1, 11, {"socket": str(place)}, RecordDict(), {})
-    answer = flower._to_worker(Parcel({"patience": 60}, b"poison"), context, 60.0)
+    answer = flower.answer_of_worker(Message({"patience": 60}, b"poison"), context, 60.0)
     assert answer.head["error"] == "the site's worker died of this message; see site.log there"
     assert len(handed) == 3
 
 
-def test_half_a_parcel_is_an_error() -> None:
+def test_half_a_message_is_an_error() -> None:
     one, other = socket.socketpair()
     with one, other:
-        send(one, Parcel({"a": 1}, b"blob"))
-        assert receive(other) == Parcel({"a": 1}, b"blob")
+        send(one, Message({"a": 1}, b"blob"))
+        assert receive(other) == Message({"a": 1}, b"blob")
         one.sendall(b"\xff" * 12)
-        with pytest.raises(BrokenParcelError, match="its head would have"):
+        with pytest.raises(BrokenMessageError, match="its head has"):
             receive(other)
 
 
@@ -291,8 +292,8 @@ def test_the_log_holds_no_text_of_the_data(
     config, blob = fedit
     worker = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
     for kind in ("query.hello", "train", "evaluate", "query.bank"):
-        assert "error" not in worker.answer(Parcel(head(config, kind, splits=["test"]), blob)).head
-    worker.answer(Parcel({"kind": "awful street", "round": "great"}))
+        assert "error" not in worker.answer(Message(head(config, kind, splits=["test"]), blob)).head
+    worker.answer(Message({"kind": "awful street", "round": "great"}))
     try:
         raise KeyError("awful great street")
     except KeyError as fault:
@@ -339,7 +340,7 @@ def test_of_rows_that_cannot_be_read_the_server_hears_no_word(
     if bad is not None:
         path.write_bytes(bad if isinstance(bad, bytes) else (bad.encode()))
     for kind in ("query.hello", "train"):
-        error = refusal(tmp_path, Parcel(head(config, kind), codec.encode(Instruction())))
+        error = refusal(tmp_path, Message(head(config, kind), codec.encode(Instruction())))
         assert error == ROWS_FAULT
         assert is_told_nothing(error, tmp_path)
     assert "DataError at" in logged.text
@@ -367,7 +368,7 @@ def test_nor_of_other_files_and_settings(name: str, tmp_path: Path) -> None:
         data["labels"] = ["John", "John"]
     elif name == "too few":
         data["train_rows"] = 10**6
-    error = refusal(tmp_path, Parcel(head(config, "query.hello")), data=data)
+    error = refusal(tmp_path, Message(head(config, "query.hello")), data=data)
     assert error == ROWS_FAULT
 
 
@@ -380,23 +381,23 @@ def test_nor_of_a_row_that_cannot_be_tokenised(tmp_path: Path) -> None:
         long = f"{SECRET} " * 40
         row = {"prompt": "one", "choices": [f" {long} one", f" {long} two"], "label": 0}
         rows.write_text(f"{json.dumps(row)}\n" * (1 + (split == "train")))
-    hello = codec.decode(Hello, worker.answer(Parcel(head(config, "query.hello"))).blob)
+    hello = codec.decode(Hello, worker.answer(Message(head(config, "query.hello"))).body)
     method = flower_sites.method_of(config)
     ins = method.configure(method.init(hello.spec, [hello.info]), [hello.info], 1)[CLIENT]
     for kind in ("train", "evaluate"):
-        answer = worker.answer(Parcel(head(config, kind, splits=["test"]), codec.encode(ins)))
+        answer = worker.answer(Message(head(config, kind, splits=["test"]), codec.encode(ins)))
         assert answer.head["error"] == ROWS_FAULT
 
 
 def test_nor_of_a_model_a_state_or_a_pool_where_they_are(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
     config, blob = fedit
-    error = refusal(tmp_path, Parcel(head(config, "query.hello")), model={"path": str(tmp_path / "secret")})
+    error = refusal(tmp_path, Message(head(config, "query.hello")), model={"path": str(tmp_path / "secret")})
     assert error == "this site cannot load its model; `coterie site check` there says why"
     kept = tmp_path / "states" / CLIENT / "run" / "personal" / CLIENT / "000000.safetensors"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"damaged")
     general = "this site cannot use a file of its own; site.log there says where it failed"
-    assert refusal(tmp_path, Parcel(head(config), blob)) == general
+    assert refusal(tmp_path, Message(head(config), blob)) == general
 
 
 def test_a_server_cannot_ask_whether_a_file_is_there(tmp_path: Path) -> None:
@@ -407,14 +408,14 @@ def test_a_server_cannot_ask_whether_a_file_is_there(tmp_path: Path) -> None:
     ours = {"pool": pools.for_tiny(), "pool_at": "everywhere"}
     worker = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
     config = flower_sites.server_config(path, method=ours)
-    hello = codec.decode(Hello, worker.answer(Parcel(head(config, "query.hello"))).blob)
+    hello = codec.decode(Hello, worker.answer(Message(head(config, "query.hello"))).body)
     method = flower_sites.method_of(config)
     ins = method.configure(method.init(hello.spec, [hello.info]), [hello.info], 1)[CLIENT]
     other = replace(ins, info={**ins.info, "pool": "0" * 64})
     for pool, sent in (("gone", ins), ("damaged", ins), (ours["pool"], other)):
         config = flower_sites.server_config(path, method={**ours, "pool": pool})
         for kind in ("train", "evaluate", "query.bank"):
-            told.add(worker.answer(Parcel(head(config, kind, splits=["test"]), codec.encode(sent))).head["error"])
+            told.add(worker.answer(Message(head(config, kind, splits=["test"]), codec.encode(sent))).head["error"])
     assert told == {"this site cannot use a file of its own; site.log there says where it failed"}
 
 

@@ -21,7 +21,7 @@ from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.processes import flower_environment
 from coterie.deploy.serve import Supervisor, serve
 from coterie.deploy.superlink import SuperLink
-from coterie.flower import app as flower
+from coterie.flower import commands
 from coterie.types import CoterieError
 
 
@@ -149,8 +149,8 @@ def test_a_supernode_looks_sooner_for_a_while_after_a_message(monkeypatch: pytes
     monkeypatch.setattr(cli, "flower_supernode", supernode)
     monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda: next(found))
     monkeypatch.setattr(start_client_internal, "time", time)
-    monkeypatch.setattr(flower, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
-    flower.supernode_command()
+    monkeypatch.setattr(commands, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
+    commands.supernode_command()
     assert slept == [3, 0.5, 0.5, 3, 0.1]
 
 
@@ -160,5 +160,5 @@ def test_a_supernode_that_is_another_one_inside_keeps_its_own_pace(monkeypatch: 
     ran = []
     monkeypatch.setattr(cli, "flower_supernode", lambda: ran.append(start_client_internal.time))  # type: ignore[attr-defined]
     monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
-    flower.supernode_command()
+    commands.supernode_command()
     assert ran == [time]

@@ -17,7 +17,7 @@ import sites
 from coterie.config.load import check_config, load_config
 from coterie.engines import flower_sim
 from coterie.experiment import federate
-from coterie.flower.message import Parcel
+from coterie.flower.message import Message
 from coterie.flower.ray import own_ray
 from coterie.types import ClientInfo, CoterieError
 
@@ -117,9 +117,9 @@ def test_a_message_that_flower_does_not_take_ends_the_run(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([[], [("11", "Flower says 1: the actor died")]], "client a, query.hello of round 0: .*actor died.*--resume"),
+        ([[], [("11", "Flower reports error 1: the actor died")]], "client a, query.hello of .*actor died.*--resume"),
         ([ConnectionError("Flower's simulation ended: Failed to start")], "Failed to start; go on with --resume"),
-        ([[("11", Parcel({"fault": "there is no model"}))]], "there is no model"),
+        ([[("11", Message({"fault": "there is no model"}))]], "there is no model"),
     ],
 )
 def test_what_goes_wrong_there_ends_the_run_here(answers: list[Any], message: str, tmp_path: Path) -> None:
