@@ -16,7 +16,7 @@ from coterie.config.sections import Config
 from coterie.engines.local import LocalEngine
 from coterie.experiment import Opened, open_run, rounds_of
 from coterie.ops.streams import stream
-from coterie.run.rounds import Runner
+from coterie.runs.rounds import Runner
 from coterie.types import Json
 
 LABELS = ("no", "yes")

@@ -16,7 +16,7 @@ from typing import Any
 from _harness import arguments, table, write
 from sklearn.metrics import adjusted_rand_score
 
-from coterie.compare import config_for
+from coterie.comparison import config_for
 from coterie.config.load import load_raw, override
 from coterie.experiment import open_run
 from coterie.ops.cluster import cluster, lora_distances

@@ -28,7 +28,7 @@ from _models import MODELS, path_of
 from _published import Bare, Published, Rows, Weights, Work, quiet
 
 from coterie.config.sections import Config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.methods.parts import start_head, start_lora
 from coterie.types import Part, Tensors
 
@@ -191,7 +191,7 @@ def whole(place: Place, last: int, most: int, repeats: int) -> dict[str, Any]:
                 published = published_run(replace(place, cache={}), folder, config, most)
                 clusters[way], seconds = published.experts, published.seconds
             else:
-                summary = federate(config, folder, root=place.folder)
+                summary = run(config, folder, root=place.folder)
                 clusters[way] = len({*summary["describe"]["clusters"].values()})
             found.setdefault(way, []).append(time.perf_counter() - began)
     over = {way: statistics.median(p / o for p, o in zip(found["published"], found[way], strict=True)) for way in OURS}

@@ -28,7 +28,7 @@ from _harness import RESULTS, measured_on, table
 from coterie.adapters.pool import POOL_FILE, write_pool
 from coterie.adapters.read import CONFIG_FILE, WEIGHTS_FILE, build_pool
 from coterie.config.load import check_config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.ops.streams import stream
 
 MODULES = ("sst2", "trec", "mrpc", "sick")
@@ -117,7 +117,7 @@ def make_modules(work: Path, data: Path, cache: dict[str, Any]) -> dict[str, Pat
             rows = {"train_rows": 1500, "validation_rows": 8, "test_rows": 200}
             alone = {"datasets": [str(data / name)], **rows}
             made = config(alone, {"name": "fedit"}, 0, 1, batch_size=16)
-            federate(check_config(made), out, root=work, resume=(out / "config.json").exists(), cache=cache)
+            run(check_config(made), out, root=work, resume=(out / "config.json").exists(), cache=cache)
         accuracy = json.loads((out / "summary.json").read_text())["mean"]["test"]["accuracy"]
         print(f"module {name}: test accuracy {accuracy:.3f}", flush=True)
         found[name] = out / "experts" / "global"
@@ -211,7 +211,7 @@ def main() -> None:
             if not (out / "summary.json").exists():
                 if options.finished:
                     continue
-                federate(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
+                run(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
             row = {"target": target, "case": case.name, "seed": seed, "rounds": rounds}
             found.append(row | row_of(out, rounds))
             print(target, case.name, seed, *(f"{v:.3f}" for v in found[-1]["accuracy"].values()), flush=True)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from coterie.adapters.pool import POOL_FILE, Pool, read_pool, write_pool
 from coterie.adapters.read import build_pool
 from coterie.config.load import check_config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.types import Key, Part
 
 SIZES = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -104,7 +104,7 @@ def make_module(work: Path, base: Path, name: str, tasks: Sequence[Task], number
         train = {"learning_rate": 5e-3, "batch_size": 32, "epochs": epochs}
         lora = {"rank": 4, "alpha": 8.0}
         made = config(base, place.parent, {"name": "fedit"}, 0, run={"rounds": 1}, train=train, lora=lora)
-        federate(check_config(made), out, root=work, resume=(out / "config.json").exists())
+        run(check_config(made), out, root=work, resume=(out / "config.json").exists())
     return out / "experts" / "global"
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, measured_on
 
 from coterie.config.load import check_config
-from coterie.experiment import federate
+from coterie.experiment import run
 
 TARGETS: dict[str, Task] = {
     "sort in letters": ("sort", "letters"),
@@ -149,7 +149,7 @@ class Bench:
         clients = self.clients(target, share, seed)
         more = {"run": {"rounds": 2 if self.quick else 10}, "train": {"epochs": 1 if share == 100 else 5}}
         made = check_config(config(base, clients, method, seed, **(more | dict(case.more))))
-        federate(made, out, root=self.work, resume=(out / "config.json").exists())
+        run(made, out, root=self.work, resume=(out / "config.json").exists())
 
 
 def _row(out: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 This is where the parts meet; the Python entry for what ``coterie run`` does:
 
-    from coterie.experiment import federate
-    summary = federate(load_config(Path("clinic.toml")), Path("runs/clinic"), root=Path("."))
+    from coterie.experiment import run
+    summary = run(load_config(Path("clinic.toml")), Path("runs/clinic"), root=Path("."))
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from coterie.files import read_json, write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.report.page import write_report
-from coterie.run.folder import check_folder, claim, full_disk_told, held
-from coterie.run.rounds import Listener, Rounds, Runner, finite
-from coterie.run.summary import read_events, summarise
-from coterie.run.tracking import check_tensorboard, tensorboard
+from coterie.runs.folder import check_folder, claim, full_disk_told, held
+from coterie.runs.rounds import Listener, Rounds, Runner, finite
+from coterie.runs.summary import read_events, summarise
+from coterie.runs.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError, Json
 
 _NEEDS = {"flower_sim": ("flwr", "ray")}  # what engines need beside Coterie's own needs
@@ -49,7 +49,7 @@ class Opened:
     root: Path
 
 
-def federate(
+def run(
     config: Config,
     folder: Path,
     *,
@@ -61,7 +61,8 @@ def federate(
     """Run ``config`` in ``folder`` to its end and return its summary; relative paths in it start at ``root``.
 
     ``cache`` lets several runs in one process share what is loaded (the base). Everything is checked before the
-    folder is made. Raises :class:`CoterieError`: see :mod:`coterie.run.folder` and :class:`coterie.run.rounds.Runner`.
+    folder is made. Raises :class:`CoterieError`: see :mod:`coterie.runs.folder` and
+    :class:`coterie.runs.rounds.Runner`.
     """
     check_folder(folder, config, resume)
     if resume and (folder / "summary.json").exists():

@@ -17,7 +17,7 @@ import torch
 import sites
 from coterie.cli import main as cli
 from coterie.config.load import check_config, load_config, override
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.types import CoterieError
 
 EDITS = {  # what is wrong: (the edit of the config, what the error says)
@@ -156,7 +156,7 @@ def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refu
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     run = ("run", str(path), "--out", str(out))
     refused(*run, "--resume", because="no run to resume")
-    federate(load_config(path), out, root=tmp_path)
+    run(load_config(path), out, root=tmp_path)
     (out / "summary.json").unlink()
     refused(*run, because="holds a run; go on with --resume, or name another folder")
     refused(*run, "--resume", "--set", "lora.rank=3", because=r"differs in lora\.rank")
@@ -182,7 +182,7 @@ def test_a_diverging_client_is_named_with_its_step(tmp_path: Path) -> None:
     with pytest.raises(
         CoterieError, match=r"quorum\]?[^.]*\. client mood-0: the loss is not finite at step \d+ of round 1"
     ):
-        federate(load_config(path), tmp_path / "out", root=tmp_path)
+        run(load_config(path), tmp_path / "out", root=tmp_path)
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
@@ -218,6 +218,6 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        federate(config, out, root=tmp_path, resume=True, listen=stop_soon)
+        run(config, out, root=tmp_path, resume=True, listen=stop_soon)
     resumed = next(event for event in heard if event["event"] == "resumed")
     assert int(str(resumed["round"])) >= 2

@@ -15,7 +15,7 @@ import sites
 from coterie.config.load import load_config
 from coterie.deploy.journal import read_journal
 from coterie.deploy.keys import site_key
-from coterie.experiment import federate
+from coterie.experiment import run
 from flower_processes import Processes, processes, write_site
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
@@ -28,7 +28,7 @@ def in_process(folder: Path) -> Path:
     for other in (folder / "clients").iterdir():
         if other.name not in (A, B):
             other.rename(folder / f"unused-{other.name}")
-    federate(load_config(folder / "run.toml"), folder / "whole", root=folder)
+    run(load_config(folder / "run.toml"), folder / "whole", root=folder)
     return folder / "whole"
 
 

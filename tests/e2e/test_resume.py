@@ -21,9 +21,9 @@ import torch
 
 import coterie.files
 import sites
+from coterie import experiment
 from coterie.config.load import load_config
-from coterie.experiment import federate
-from coterie.run.folder import held
+from coterie.runs.folder import held
 from coterie.types import CoterieError
 
 FORK = multiprocessing.get_context("fork")
@@ -36,7 +36,7 @@ def _one_thread() -> None:
 
 
 def run(path: Path, out: Path, resume: bool = False, listen: Callable[[Any], None] = lambda event: None) -> Any:
-    return federate(load_config(path), out, root=path.parent, resume=resume, listen=listen)
+    return experiment.run(load_config(path), out, root=path.parent, resume=resume, listen=listen)
 
 
 def without_times(value: Any) -> Any:

@@ -19,18 +19,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import sites
 import tiny
-from coterie import __version__, codec
+from coterie import __version__, codec, experiment
 from coterie.adapters.write import read_bundle
 from coterie.cli.progress import listener
-from coterie.compare import compare
+from coterie.comparison import compare
 from coterie.config.load import load_config
 from coterie.data.clients import load_federation
 from coterie.data.rows import TextRow
-from coterie.experiment import federate
 from coterie.methods.base import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
-from coterie.run.checkpoint import load_newest
+from coterie.runs.checkpoint import load_newest
 from coterie.types import Bank, Key, Part
 
 ROUGE = importlib.util.find_spec("rouge_score") is not None  # the extra metrics
@@ -88,7 +87,7 @@ def configured(folder: Path, name: str) -> Path:
 
 
 def run(path: Path, out: Path, *changes: str) -> Done:
-    return Done(path, out, federate(load_config(path, changes), out, root=path.parent))
+    return Done(path, out, experiment.run(load_config(path, changes), out, root=path.parent))
 
 
 @pytest.fixture(scope="session")
@@ -432,6 +431,6 @@ def test_a_client_that_never_trained_is_evaluated_with_what_it_receives(done: An
 
 def test_fedamole_on_multiple_choice(tmp_path: Path) -> None:
     path = sites.config(tmp_path, "llama", method="fedamole", kind="multiple_choice")
-    summary = federate(load_config(path), tmp_path / "out", root=tmp_path)
+    summary = experiment.run(load_config(path), tmp_path / "out", root=tmp_path)
     assert (summary["task"], summary["primary"]) == ("multiple_choice", "accuracy")
     assert set(summary["describe"]["assignment"]) == {t.name for t in tiny.targets(tiny.model("llama", "generation"))}

@@ -13,7 +13,7 @@ import sites
 from coterie.compute import batched
 from coterie.config.load import load_config
 from coterie.engines import batch_size as sizing
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.types import CoterieError
 
 
@@ -50,7 +50,7 @@ def test_a_run_is_the_same_within_rounding_however_many_clients_share_a_pass(
     for size in ("1", "3", "'auto'"):
         changes = [f"engine.clients_per_batch={size}", "train.optimizer=sgd", "run.rounds=2"]
         folder = tmp_path / f"run {size}"
-        federate(load_config(path, changes), folder, root=tmp_path, cache=cache)
+        run(load_config(path, changes), folder, root=tmp_path, cache=cache)
         found[size] = losses(folder)
         expected = {"1": [], "3": [3, 2, 3, 2], "'auto'": [1, 2, 5, 1, 2, 5]}
         assert sizes == expected[size], "auto tries 1 and 2, and again when there are experts"
@@ -74,7 +74,7 @@ def test_when_memory_runs_out_the_run_goes_on_and_says_so(tmp_path: Path, monkey
 
     monkeypatch.setattr(batched, "train_together", short_of_memory)
     changes = ["engine.clients_per_batch=4", "run.rounds=1", "method.name=fedit"]
-    federate(load_config(sites.config(tmp_path, method="fedit"), changes), tmp_path / "run", root=tmp_path)
+    run(load_config(sites.config(tmp_path, method="fedit"), changes), tmp_path / "run", root=tmp_path)
     notes = [event["text"] for event in events(tmp_path / "run") if event["event"] == "note"]
     assert notes == ["out of memory with 4 clients in a batch: going on with 2"]
     (trained,) = (event for event in events(tmp_path / "run") if event["event"] == "round")

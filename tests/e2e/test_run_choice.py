@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import sites
+from coterie import experiment
 from coterie.adapters.write import read_bundle
 from coterie.config.load import load_config
-from coterie.experiment import federate
 
 MORE = [  # enough to learn which label goes with which word
     "lora.rank=8", "lora.targets=['q_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']", "lora.dropout=0.0",
@@ -29,7 +29,7 @@ def _one_thread() -> None:
 
 
 def run(path: Path, out: Path, *changes: str) -> dict[str, Any]:
-    return federate(load_config(path, changes), out, root=path.parent)
+    return experiment.run(load_config(path, changes), out, root=path.parent)
 
 
 def evaluations(out: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from coterie.compute import batched, loading
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import device_names
 from coterie.config.load import load_config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.nn.base import load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.types import CoterieError
@@ -40,7 +40,7 @@ def test_a_run_on_two_devices_is_the_same_as_on_one(together: int, tmp_path: Pat
     folders = {}
     for device in ("'cpu'", "['cpu', 'cpu']"):
         folders[device] = tmp_path / f"run on {device}"
-        federate(load_config(path, [*common, f"engine.device={device}"]), folders[device], root=tmp_path, cache=cache)
+        run(load_config(path, [*common, f"engine.device={device}"]), folders[device], root=tmp_path, cache=cache)
     assert sorted(map(len, cache.values())) == [1, 2]
     for kind in ("round", "evaluation"):
         one, two = (clients_of(folder, kind) for folder in folders.values())
@@ -67,11 +67,11 @@ def test_a_fault_on_one_device_ends_the_run_and_leaves_it_to_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(LocalCompute, "train", broken)
         with pytest.raises(RuntimeError, match="the device is gone"):
-            federate(config, tmp_path / "broken", root=tmp_path)
+            run(config, tmp_path / "broken", root=tmp_path)
     assert not [t for t in threading.enumerate() if t.name.startswith(("place-", "mover"))]
     assert len(clients_of(tmp_path / "broken", "round")) == 1
-    federate(config, tmp_path / "broken", root=tmp_path, resume=True)
-    federate(config, tmp_path / "whole", root=tmp_path)
+    run(config, tmp_path / "broken", root=tmp_path, resume=True)
+    run(config, tmp_path / "whole", root=tmp_path)
     assert clients_of(tmp_path / "broken", "evaluation") == clients_of(tmp_path / "whole", "evaluation")
 
 
@@ -80,7 +80,7 @@ def test_auto_takes_part_of_the_clients_on_each_device(tmp_path: Path, monkeypat
     real = batched.train_together
     monkeypatch.setattr(batched, "train_together", lambda asked: sizes.append(len(asked)) or real(asked))
     changes = ["engine.device=['cpu', 'cpu']", "engine.clients_per_batch='auto'", "run.rounds=1"]
-    federate(load_config(sites.config(tmp_path, method="fedit"), changes), tmp_path / "run", root=tmp_path)
+    run(load_config(sites.config(tmp_path, method="fedit"), changes), tmp_path / "run", root=tmp_path)
     assert sorted(sizes) == [2, 3]
 
 
@@ -100,7 +100,7 @@ def test_no_device_is_an_error(tmp_path: Path) -> None:
         load_config(path, ["engine.device=[]"])
     if not torch.cuda.is_available():
         with pytest.raises(CoterieError, match="'cuda' is not here"):
-            federate(load_config(path, ["engine.device='cuda:all'"]), tmp_path / "run", root=tmp_path)
+            run(load_config(path, ["engine.device='cuda:all'"]), tmp_path / "run", root=tmp_path)
 
 
 def test_what_lies_between_the_adapters_is_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_compiled_a_run_is_the_same_within_rounding(tmp_path: Path) -> None:
     found = []
     for compiled in ("false", "true"):
         changes = [f"engine.compile={compiled}", "run.rounds=1", "train.optimizer=sgd", "engine.clients_per_batch=3"]
-        federate(load_config(path, changes), tmp_path / compiled, root=tmp_path)
+        run(load_config(path, changes), tmp_path / compiled, root=tmp_path)
         found.append(clients_of(tmp_path / compiled, "evaluation")[-1])
     one, two = found
     assert len(one) == 5

@@ -15,7 +15,7 @@ import tiny
 from coterie.adapters.pool import Pool, name_of, write_pool
 from coterie.adapters.read import build_pool
 from coterie.config.load import check_config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.types import Part
 
 
@@ -41,7 +41,7 @@ def config(folder: Path, method: dict[str, Any], rounds: int) -> Any:
 
 def ran(folder: Path, out: str, method: dict[str, Any], rounds: int) -> tuple[list[float], list[dict[str, float]]]:
     """The mean test loss after each round, and the adapters' use as measured in it."""
-    federate(config(folder, method, rounds), folder / out, root=folder)
+    run(config(folder, method, rounds), folder / out, root=folder)
     events = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
     losses = [e["mean"]["test"]["loss"] for e in events if e["event"] == "evaluation"]
     return losses, [e["describe"]["use"] for e in events if e["event"] == "round" and "use" in e["describe"]]

@@ -17,7 +17,7 @@ from coterie.adapters.pool import read_pool, write_pool
 from coterie.adapters.read import build_pool
 from coterie.adapters.write import read_bundle
 from coterie.config.load import load_config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.nn.base import resolve
 from coterie.types import CoterieError, Part
 
@@ -33,7 +33,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     torch.set_num_threads(1)
     folder: Path = tmp_path_factory.mktemp(request.param)
     path = sites.config(folder, request.param)
-    federate(load_config(path), folder / "lease", root=folder)
+    run(load_config(path), folder / "lease", root=folder)
     experts = sorted((folder / "lease" / "experts").iterdir())
     assert len(experts) >= 2
     write_pool(folder / "pool", build_pool([str(expert) for expert in experts]))
@@ -44,7 +44,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
     out = site / "smart"
-    federate(load_config(site / "smart.toml"), out, root=site)
+    run(load_config(site / "smart.toml"), out, root=site)
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rounds = [e for e in events if e["event"] == "round"]
     assert [r["failed"] for r in rounds] == [{}, {}, {}]
@@ -72,7 +72,7 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
 def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
     whole, parts = site / "whole", site / "parts"
     config = load_config(site / "smart.toml")
-    federate(config, whole, root=site)
+    run(config, whole, root=site)
 
     class Stop(Exception):  # noqa: N818
         pass
@@ -82,8 +82,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        federate(config, parts, root=site, listen=listen)
-    federate(config, parts, root=site, resume=True)
+        run(config, parts, root=site, listen=listen)
+    run(config, parts, root=site, resume=True)
     for client in (whole / "clients").iterdir():
         ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
         assert codec.encode(ours) == codec.encode(theirs)
@@ -95,11 +95,11 @@ def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_not
     blob = file.read_bytes()
     save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(CoterieError, match="built for another base"):
-        federate(config, site / "other", root=site)
+        run(config, site / "other", root=site)
     file.write_bytes(blob)
     pool = read_pool(site / "pool")
     write_pool(site / "old", replace(pool, weights={}))
-    federate(load_config(site / "smart.toml", ['method.pool="old"', "run.rounds=1"]), site / "untold", root=site)
+    run(load_config(site / "smart.toml", ['method.pool="old"', "run.rounds=1"]), site / "untold", root=site)
     notes = [e["text"] for e in map(json.loads, (site / "untold" / "metrics.jsonl").read_text().splitlines())
              if e["event"] == "note"]  # fmt: skip
     assert any("cannot be told" in note for note in notes)
@@ -114,7 +114,7 @@ def test_a_client_that_loses_the_pool_takes_part_again(site: Path, together: int
         if event["event"] == "checkpoint" and event["round"] == 1:
             shutil.rmtree(out / lost)
 
-    federate(config, out, root=site, listen=listen)
+    run(config, out, root=site, listen=listen)
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rounds = [e for e in events if e["event"] == "round"]
     assert [r["failed"] for r in rounds] == [{}, {}, {}]
@@ -127,5 +127,5 @@ def test_a_client_that_loses_the_pool_takes_part_again(site: Path, together: int
 
 def test_a_run_without_a_pool_is_refused_before_its_folder_is_made(site: Path) -> None:
     with pytest.raises(CoterieError, match="coterie pool build"):
-        federate(load_config(site / "smart.toml", ['method.pool="nowhere"']), site / "none", root=site)
+        run(load_config(site / "smart.toml", ['method.pool="nowhere"']), site / "none", root=site)
     assert not (site / "none").exists()

@@ -16,7 +16,7 @@ from coterie import codec
 from coterie.data.clients import load_federation
 from coterie.engines import local
 from coterie.methods.base import methods
-from coterie.run.rounds import Rounds, Runner
+from coterie.runs.rounds import Rounds, Runner
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 TIMES = ("seconds", "peak_memory_bytes")

@@ -26,7 +26,7 @@ from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
 from coterie.flower.simulation import SimulatedTransport, simulation
 from coterie.methods.base import method_named, methods
-from coterie.run.rounds import Rounds, Runner
+from coterie.runs.rounds import Rounds, Runner
 from coterie.types import CoterieError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -21,13 +21,13 @@ import coterie.methods
 import sites
 import tiny
 from coterie.cli.main import app
-from coterie.compare import config_for
+from coterie.comparison import config_for
 from coterie.config.load import check_config, load_config, load_raw
 from coterie.data import sources
 from coterie.data.clients import load_federation
 from coterie.data.settings import Columns
 from coterie.deploy.agreement import federation_config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.methods.base import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
@@ -191,13 +191,13 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_method_of_the_contributing_page_runs(plugged: Path) -> None:
     (plugged / "fedmedian.py").write_text(the_block("method").text, encoding="utf-8")
     path = sites.config(plugged / "site", method="fedmedian")
-    summary = federate(load_config(path), plugged / "out", root=path.parent)
+    summary = run(load_config(path), plugged / "out", root=path.parent)
     assert summary["rounds"] == 3
     assert (plugged / "out" / "experts" / "global" / "adapter_config.json").is_file()
     failed = [json.loads(line).get("failed") for line in (plugged / "out" / "metrics.jsonl").read_text().splitlines()]
     assert not any(failed)
     with pytest.raises(CoterieError, match="keeps heads with the clients"):
-        federate(load_config(path, ["task.head=shared"]), plugged / "other", root=path.parent)
+        run(load_config(path, ["task.head=shared"]), plugged / "other", root=path.parent)
 
 
 def test_the_source_of_the_contributing_page_loads(plugged: Path) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coterie.cli.console import heading
-from coterie.compare import Results, table_of, title_of
+from coterie.comparison import Results, table_of, title_of
 from coterie.units import size
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from coterie.cli.compare import show
 from coterie.cli.console import heading
 from coterie.cli.progress import listener
-from coterie.compare import Results, compare_all, curves, table_of
+from coterie.comparison import Results, compare_all, curves, table_of
 from coterie.files import write_json
 from coterie.report.plots import demo_picture
 from coterie.types import CoterieError, Json

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from coterie.cli.console import heading
-from coterie.run.rounds import Listener, named
+from coterie.runs.rounds import Listener, named
 from coterie.types import Json
 from coterie.units import clock, size
 

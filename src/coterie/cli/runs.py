@@ -31,10 +31,10 @@ def run(
     engine: Engine = None,
 ) -> None:
     """Run one method on one federation."""
+    from coterie import experiment
     from coterie.cli.progress import listener, show_summary
     from coterie.config.load import check_config, load_config, override
-    from coterie.experiment import federate
-    from coterie.run.folder import read_run
+    from coterie.runs.folder import read_run
 
     overrides = [*(overrides or ()), *([f"engine.name={engine}"] if engine else [])]
     if config is None:
@@ -48,7 +48,7 @@ def run(
     folder = folder or default_folder(name, settings.method_name, settings.run.seed)
     how = "go on with the same command and --resume"
     with resumable(folder, how), listener(console.out, settings.run.rounds) as listen:
-        summary = federate(settings, folder, root=root, resume=resume, listen=listen)
+        summary = experiment.run(settings, folder, root=root, resume=resume, listen=listen)
     show_summary(console.out, summary, folder)
 
 
@@ -64,7 +64,7 @@ def compare(
     """Run several methods on the same federation, and show them side by side. Run it again to continue."""
     from coterie.cli.compare import show
     from coterie.cli.progress import listener
-    from coterie.compare import compare as run_all
+    from coterie.comparison import compare as run_all
 
     folder = folder or Path("runs") / config.stem
     seed_numbers = [_seed(text) for text in seeds.split(",")]
@@ -92,7 +92,7 @@ def report(
     """Write the report of a run again, whether it has finished or not."""
     from coterie.deploy.journal import JOURNAL
     from coterie.report.page import write_report
-    from coterie.run.folder import read_run
+    from coterie.runs.folder import read_run
 
     read_run(folder)
     if (folder / JOURNAL).exists():

@@ -13,7 +13,7 @@ from coterie import __version__
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.config.sections import Config
-from coterie.run.folder import plain
+from coterie.runs.folder import plain
 from coterie.types import CoterieError, Json
 
 _SENT = {

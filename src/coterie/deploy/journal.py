@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.run.rounds import finite
+from coterie.runs.rounds import finite
 from coterie.types import Json
 
 JOURNAL = "federation.jsonl"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from coterie.compute.client import LocalCompute
 from coterie.config.deployment import Policy
 from coterie.config.sections import Config
-from coterie.run.folder import plain
+from coterie.runs.folder import plain
 from coterie.types import (
     CoterieError,
     Instruction,

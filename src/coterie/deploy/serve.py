@@ -16,8 +16,8 @@ from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
 from coterie.deploy.superlink import SuperLink, check_server_keys
 from coterie.files import read_json, write_json
-from coterie.run.folder import check_folder, held, plain, read_run
-from coterie.run.rounds import Listener
+from coterie.runs.folder import check_folder, held, plain, read_run
+from coterie.runs.rounds import Listener
 from coterie.types import ClientId, CoterieError, Json
 
 DEAL = "deal.json"  # what the server of the next attempt starts from

@@ -26,9 +26,9 @@ from coterie.experiment import Opened, finish, rounds_of, set_threads
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
 from coterie.report.page import SITES
-from coterie.run.checkpoint import newest_round
-from coterie.run.folder import full_disk_told, held, read_run
-from coterie.run.rounds import Runner
+from coterie.runs.checkpoint import newest_round
+from coterie.runs.folder import full_disk_told, held, read_run
+from coterie.runs.rounds import Runner
 from coterie.types import ClientId, CoterieError, Json
 
 _KNOWN = "sites.safetensors"

@@ -19,7 +19,7 @@ from coterie.config.load import load_site
 from coterie.deploy.keys import check_private
 from coterie.deploy.processes import flower_environment, free_port, start, stop
 from coterie.machine import Check
-from coterie.run.folder import held
+from coterie.runs.folder import held
 from coterie.types import CoterieError
 
 log = logging.getLogger("coterie.site")

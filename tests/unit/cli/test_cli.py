@@ -25,7 +25,7 @@ from coterie.cli import main as cli
 from coterie.cli import progress
 from coterie.cli.doctor import Check
 from coterie.cli.progress import Lines, Live, listener, show_summary
-from coterie.compare import config_for, curves, table_of
+from coterie.comparison import config_for, curves, table_of
 from coterie.config.describe import describe_config
 from coterie.methods.base import methods
 from coterie.types import CoterieError
@@ -185,7 +185,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
         raise KeyboardInterrupt
 
     path = sites.config(tmp_path)
-    for name in ("coterie.experiment.federate", "coterie.compare.federate", "coterie.cli.doctor.examine"):
+    for name in ("coterie.experiment.run", "coterie.comparison.run", "coterie.cli.doctor.examine"):
         monkeypatch.setattr(name, interrupt)
     out = tmp_path / "out"
     run, both = ("run", str(path), "--out", str(out)), ("compare", str(path), "--out", str(tmp_path))

@@ -29,7 +29,7 @@ from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
 from coterie.flower.commands import LocalOnly
 from coterie.flower.message import BrokenMessageError, Message, pack, unpack
-from coterie.run.rounds import Rounds, Runner
+from coterie.runs.rounds import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
 from grid import InProcessGrid
 from spoiled import SPOILED

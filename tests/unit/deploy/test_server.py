@@ -24,7 +24,7 @@ from coterie.deploy.sites import Hello
 from coterie.files import write_json
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message
-from coterie.run.folder import plain
+from coterie.runs.folder import plain
 from coterie.types import CoterieError
 from grid import InProcessGrid
 

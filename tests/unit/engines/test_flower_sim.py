@@ -16,7 +16,7 @@ pytest.importorskip("flwr")
 import sites
 from coterie.config.load import check_config, load_config
 from coterie.engines import flower_sim
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.flower.message import Message
 from coterie.flower.ray import own_ray
 from coterie.types import ClientInfo, CoterieError
@@ -66,9 +66,9 @@ def test_a_missing_library_is_named_with_its_command(
     )
     path = sites.config(tmp_path)
     with pytest.raises(CoterieError, match=rf"flower-sim needs {missing}: pip install 'flwr\[simulation\]==1\.41\.0'"):
-        federate(load_config(path, ["engine.name=flower-sim"]), tmp_path / "out", root=tmp_path)
+        run(load_config(path, ["engine.name=flower-sim"]), tmp_path / "out", root=tmp_path)
     with pytest.raises(CoterieError, match="the engines are local"):
-        federate(load_config(path, ["engine.name=flwer"]), tmp_path / "out", root=tmp_path)
+        run(load_config(path, ["engine.name=flwer"]), tmp_path / "out", root=tmp_path)
     assert not (tmp_path / "out").exists()
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from coterie import files
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.files import is_part, remove_parts, write_atomic, write_json
-from coterie.run import checkpoint
-from coterie.run.checkpoint import Checkpoint
+from coterie.runs import checkpoint
+from coterie.runs.checkpoint import Checkpoint
 from coterie.types import CoterieError, Kept, Key, Part, Personal, Tensors
 
 KEY = Key("encoder.q", 0, Part.A)

@@ -25,7 +25,7 @@ from coterie.report.assignment import (
 )
 from coterie.report.page import write_report
 from coterie.report.plots import Panel
-from coterie.run.summary import summarise
+from coterie.runs.summary import summarise
 from coterie.types import ClientInfo
 from pages import Page, drawn, make_run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coterie.run.tracking import check_tensorboard, tensorboard
+from coterie.runs.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError
 
 INSTALLED = importlib.util.find_spec("tensorboard") is not None

@@ -15,11 +15,11 @@ import numpy as np
 
 from coterie.config.load import check_config, load_raw, method_name, override, section_of
 from coterie.config.sections import Config
-from coterie.experiment import federate
+from coterie.experiment import run
 from coterie.files import write_json
 from coterie.methods.base import method_named
-from coterie.run.rounds import Listener
-from coterie.run.summary import read_events
+from coterie.runs.rounds import Listener
+from coterie.runs.summary import read_events
 from coterie.types import Json
 
 Results = dict[str, dict[int, dict[str, Json]]]  # variant -> seed -> summary
@@ -49,7 +49,7 @@ def compare_all(
         place = folder / folder_of(method, seed)
         with watch(settings.run.rounds, f"{method} seed {seed}") as listen:
             resume = (place / "config.json").exists()
-            summary = federate(settings, place, root=root, resume=resume, listen=listen, cache=cache)
+            summary = run(settings, place, root=root, resume=resume, listen=listen, cache=cache)
         results.setdefault(method, {})[seed] = summary
         write_json(folder / "compare.json", table_of(results))
     return results

@@ -25,8 +25,8 @@ from coterie.machine import peak_memory
 from coterie.methods.base import Method
 from coterie.ops.metrics import mean_metrics
 from coterie.ops.streams import stream
-from coterie.run import checkpoint as checkpoints
-from coterie.run.checkpoint import Checkpoint
+from coterie.runs import checkpoint as checkpoints
+from coterie.runs.checkpoint import Checkpoint
 from coterie.types import ClientId, ClientInfo, CoterieError, Json, Reply
 
 Listener = Callable[[dict[str, Json]], None]

@@ -18,8 +18,8 @@ from rich.progress import Progress
 from coterie.cli.progress import Lines, Live, listener
 from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import Plan, drive, method_named
-from coterie.run.rounds import Rounds, Runner, finite
-from coterie.run.summary import best_round, summarise
+from coterie.runs.rounds import Rounds, Runner, finite
+from coterie.runs.summary import best_round, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target, Train, Trained
 
 Spoil = Callable[[str, int, Reply], Reply | str | None]

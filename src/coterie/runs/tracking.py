@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from coterie.run.rounds import Listener
+from coterie.runs.rounds import Listener
 from coterie.types import CoterieError, Json
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from coterie.config.load import check_config, differences
 from coterie.config.sections import Config
 from coterie.files import read_json, remove_parts, write_json
-from coterie.run.checkpoint import newest_round
+from coterie.runs.checkpoint import newest_round
 from coterie.types import CoterieError, Json
 
 
