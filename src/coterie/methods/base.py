@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
+from coterie.methods.findings import Finding
 from coterie.types import (
     Answer,
     Bank,
@@ -27,7 +28,6 @@ from coterie.types import (
     ClientResult,
     CoterieError,
     Instruction,
-    Json,
     Key,
     Observe,
     Observed,
@@ -44,7 +44,7 @@ from coterie.types import (
 )
 
 S = TypeVar("S")
-_SHARED = {"base", "parts"}  # modules of the package that are no methods
+_SHARED = {"base", "findings", "parts"}  # modules of the package that are no methods
 
 
 class MethodSettings(Section):
@@ -118,11 +118,8 @@ class Method(Protocol[S]):
     def experts(self, state: S) -> Mapping[str, Tensors]:
         """The server's experts by name, each with expert number 0, for export as PEFT adapters."""
 
-    def describe(self, state: S) -> dict[str, Json]:
-        """What the run's report shows of this state: clusters, silhouettes, aggregation error.
-
-        ``notes`` in it, of the first state, are texts that the user is told.
-        """
+    def describe(self, state: S) -> Sequence[Finding]:
+        """What the method found, for the run's report: clusters, an assignment, notes (:mod:`.findings`)."""
 
 
 class Compute(Protocol):
@@ -166,7 +163,7 @@ def drive(program: ClientProgram, compute: Compute) -> ClientResult:
 
 @cache
 def methods() -> dict[str, type[Method[Any]]]:
-    """Every method by name: each module of :mod:`coterie.methods` but this one and ``parts`` defines ``METHOD``."""
+    """Every method by name: every module of :mod:`coterie.methods` that is a method defines ``METHOD``."""
     package = importlib.import_module("coterie.methods")
     found: dict[str, type[Method[Any]]] = {}
     for module in pkgutil.iter_modules(package.__path__):

@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
 from coterie.methods.parts import (
     Heads,
     Shapes,
@@ -188,19 +189,14 @@ class FedAMoLE:
         numbered = {f"expert-{e}": e for e in range(number)}
         return {name: lora_of(state.pool, e, new=0) for name, e in {**numbered, "shared": SHARED}.items()}
 
-    def describe(self, state: FedAMoLEState) -> dict[str, Json]:
+    def describe(self, state: FedAMoLEState) -> Sequence[Finding]:
         s = self.settings
         held = {
             module: {c: z[:, i].nonzero().flatten().tolist() for i, c in enumerate(state.clients)}
             for module, z in state.holds.items()
         }
-        pool = {
-            "experts": self._number(len(state.clients)),
-            "clients_per_expert": s.clients_per_expert,
-            "max_experts": s.max_experts,
-            "mode": s.assignment,
-        }
-        return {"assignment": held, "pool": pool, "aggregation_error": state.error}
+        pool = ExpertPool(self._number(len(state.clients)), s.clients_per_expert, s.max_experts, s.assignment)
+        return [Assignment(held, pool), AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
 

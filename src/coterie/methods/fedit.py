@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
     lora_of,
@@ -26,7 +27,6 @@ from coterie.types import (
     ClientInfo,
     ClientProgram,
     Instruction,
-    Json,
     Key,
     Personal,
     Reply,
@@ -97,8 +97,8 @@ class FedIT:
     def experts(self, state: FedITState) -> Mapping[str, Tensors]:
         return {"global": state.lora}
 
-    def describe(self, state: FedITState) -> dict[str, Json]:
-        return {"aggregation_error": state.error}
+    def describe(self, state: FedITState) -> Sequence[Finding]:
+        return [AggregationError(state.error)]
 
 
 METHOD = FedIT

@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.findings import AggregationError, Clusters, Finding, Values
 from coterie.methods.parts import (
     Heads,
     Shapes,
@@ -60,7 +61,6 @@ from coterie.types import (
     CoterieError,
     GateSpec,
     Instruction,
-    Json,
     Key,
     Part,
     Personal,
@@ -188,18 +188,12 @@ class FedLEASE:
             return {}
         return {f"expert-{e}": lora_of(state.experts, e, new=0) for e in range(state.allocation.num_experts)}
 
-    def describe(self, state: FedLEASEState) -> dict[str, Json]:
+    def describe(self, state: FedLEASEState) -> Sequence[Finding]:
         if state.allocation is None:
-            return {"phase": "warm-up"}
+            return [Values({"phase": "warm-up"})]
         found = state.allocation
-        return {
-            "phase": "experts",
-            "clusters": dict(found.clusters),
-            "silhouettes": {str(k): s for k, s in found.silhouettes.items()},
-            "order": list(found.order),
-            "distances": found.distances.tolist(),
-            "aggregation_error": state.error,
-        }
+        clusters = Clusters(found.clusters, found.silhouettes, found.order, found.distances.tolist())
+        return [Values({"phase": "experts"}), clusters, AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
 

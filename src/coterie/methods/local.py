@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.findings import Finding
 from coterie.methods.parts import start_head, start_lora, statistics
 from coterie.types import (
     Bank,
@@ -15,7 +16,6 @@ from coterie.types import (
     ClientProgram,
     ClientResult,
     Instruction,
-    Json,
     Key,
     Personal,
     Reply,
@@ -75,8 +75,8 @@ class Local:
     def experts(self, state: LocalState) -> Mapping[str, Tensors]:
         return {}
 
-    def describe(self, state: LocalState) -> dict[str, Json]:
-        return {}
+    def describe(self, state: LocalState) -> Sequence[Finding]:
+        return []
 
 
 METHOD = Local

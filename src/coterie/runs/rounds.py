@@ -23,6 +23,7 @@ from coterie.engines.base import Delivery, Engine, Evaluation
 from coterie.engines.checks import fault_of
 from coterie.machine import peak_memory
 from coterie.methods.base import Method
+from coterie.methods.findings import Notes, find, to_json
 from coterie.ops.metrics import mean_metrics
 from coterie.ops.streams import stream
 from coterie.runs import checkpoint as checkpoints
@@ -70,22 +71,23 @@ class Runner:
     def _restore(self) -> Checkpoint:
         """The newest whole checkpoint, with the metrics and the personal states as they were; or the start."""
         notes: list[str] = []
-        found = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append, self._lacks)
-        if found is None:
+        saved = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append, self._lacks)
+        if saved is None:
             self._check_new()
             state = self.method.init(self.engine.spec, self.engine.clients)
             self.metrics.write_bytes(b"")
             self.engine.restore(0)
-            described = self.method.describe(state)
-            self._note([*notes, *described.get("notes", [])], 0)
-            self._log({"event": "start_state", "round": 0, "describe": described})
+            found = self.method.describe(state)
+            said = find(found, Notes)
+            self._note([*notes, *(said.texts if said else ())], 0)
+            self._log({"event": "start_state", "round": 0, "describe": to_json(found)})
             return self._commit(state, 0)
-        os.truncate(self.metrics, found.info["metrics_bytes"])
-        self.engine.restore(found.rnd)
-        self._prune(found.rnd)  # the run may have been killed between a commit and this
-        self._note(notes, found.rnd)
-        self.listen({"event": "resumed", "round": found.rnd})
-        return found
+        os.truncate(self.metrics, saved.info["metrics_bytes"])
+        self.engine.restore(saved.rnd)
+        self._prune(saved.rnd)  # the run may have been killed between a commit and this
+        self._note(notes, saved.rnd)
+        self.listen({"event": "resumed", "round": saved.rnd})
+        return saved
 
     def _check_new(self) -> None:
         """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""
@@ -129,9 +131,10 @@ class Runner:
                     record["failed"][client] = fault
                 self.listen({**entry, "event": "client", "round": rnd, "client": client, "failed": fault})
         self._check_quorum(replies, cohort, record["failed"], rnd)
-        before = self.method.describe(state)
+        before = to_json(self.method.describe(state))
         state = self.method.aggregate(state, replies, rnd)
-        changed = {name: value for name, value in self.method.describe(state).items() if before.get(name) != value}
+        after = to_json(self.method.describe(state))
+        changed = {name: value for name, value in after.items() if before.get(name) != value}
         record |= {"seconds": time.perf_counter() - started, "describe": changed}
         record |= {"peak_memory_bytes": peak_memory()}
         self._log(record)

@@ -12,6 +12,7 @@ import torch
 from coterie import codec
 from coterie.methods.base import Plan
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
+from coterie.methods.findings import Assignment, ExpertPool, find
 from coterie.ops.streams import stream
 from coterie.types import (
     NO_EXPERT,
@@ -220,10 +221,11 @@ def test_what_is_exported_and_described() -> None:
     method, state = make()
     assert set(method.experts(state)) == {"shared", *(f"expert-{e}" for e in range(12))}
     assert {key.expert for tensors in method.experts(state).values() for key in tensors} == {0}
-    found = method.describe(state)
-    assert found["pool"] == {"experts": 12, "clients_per_expert": 2, "max_experts": 8, "mode": "dynamic"}
-    assert set(found["assignment"]["q"]) == set(INFO)
-    assert sum(len(held) for held in found["assignment"]["v"].values()) == 24
+    found = find(method.describe(state), Assignment)
+    assert found is not None
+    assert found.pool == ExpertPool(experts=12, clients_per_expert=2, max_experts=8, mode="dynamic")
+    assert set(found.experts["q"]) == set(INFO)
+    assert sum(len(held) for held in found.experts["v"].values()) == 24
 
 
 def test_own_masks_and_padding_are_asked_for() -> None:

@@ -11,6 +11,7 @@ import torch
 from coterie import codec
 from coterie.methods.base import Plan
 from coterie.methods.fedlease import FedLEASE, FedLEASESettings, FedLEASEState
+from coterie.methods.findings import Clusters, Values, find
 from coterie.ops.streams import stream
 from coterie.types import (
     BaseSpec,
@@ -92,13 +93,14 @@ def test_warm_up_sends_nothing_until_its_last_round_and_then_finds_the_groups() 
     method, state = make()
     state, _ = run(method, state, 1)
     assert state.allocation is None
-    assert method.describe(state) == {"phase": "warm-up"}
+    assert method.describe(state) == [Values({"phase": "warm-up"})]
     assert method.experts(state) == {}
     state, _ = run(method, make()[1], 2)
     assert groups_of(state) == TRUTH
-    found = method.describe(state)
-    assert found["phase"] == "experts"
-    assert set(found["silhouettes"]) == {"2", "3", "4"}
+    assert find(method.describe(state), Values) == Values({"phase": "experts"})
+    found = find(method.describe(state), Clusters)
+    assert found is not None
+    assert set(found.silhouettes) == {2, 3, 4}
     assert list(method.experts(state)) == ["expert-0", "expert-1", "expert-2"]
     assert all(key.expert == 0 for tensors in method.experts(state).values() for key in tensors)
 

@@ -18,6 +18,7 @@ from coterie import codec
 from coterie.adapters.pool import Pool, cut, read_pool, write_pool
 from coterie.methods.base import Plan, drive
 from coterie.methods.fedit import FedIT, FedITSettings
+from coterie.methods.findings import Notes, Quotas, find
 from coterie.methods.parts import start_head
 from coterie.methods.smartfed import SmartFed, SmartFedSettings, SmartFedState
 from coterie.nn.attach import attached
@@ -314,8 +315,10 @@ def test_a_starved_adapter_is_dropped_and_reported_and_its_rows_with_it() -> Non
     state, personal = begun(method)
     rows = dict(state.routers)
     state, _, _ = play(method, state, 1, personal, Hand(step=0.0))  # all weight on expert 0, of "one"
-    assert method.describe(state)["dropped"] == ["two"]
-    assert method.describe(state)["use"] == {"one": 1.0, "two": 0.0}
+    quotas = find(method.describe(state), Quotas)
+    assert quotas is not None
+    assert quotas.dropped == ("two",)
+    assert quotas.use == {"one": 1.0, "two": 0.0}
     assert all(torch.equal(value, rows[key][:3]) for key, value in state.routers.items())
     assert sum(state.quotas.values()) == 3 * M
     hand = Hand(step=0.0)
@@ -414,10 +417,12 @@ def test_a_pool_for_a_base_with_other_weights_is_refused(tmp_path: Path) -> None
     pool = pools.made(BASE.targets, RANKS)
     write_pool(tmp_path / "pool", replace(pool, weights=dict.fromkeys(pool.modules, "cafe")))
     method = smartfed(tmp_path / "pool")
-    assert method.describe(method.init(told("cafe"), CLIENTS))["notes"] == []
+    assert Notes(()) in method.describe(method.init(told("cafe"), CLIENTS))
     with pytest.raises(CoterieError, match=rf"another base, tiny: .* \({M} of {M} matrices\). .* --base"):
         method.init(told("beef"), CLIENTS)
-    (note,) = method.describe(method.init(told(""), CLIENTS))["notes"]
+    notes = find(method.describe(method.init(told(""), CLIENTS)), Notes)
+    assert notes is not None
+    (note,) = notes.texts
     assert f"cannot be told on {M} of {M} matrices" in note
 
 

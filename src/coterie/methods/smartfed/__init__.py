@@ -26,6 +26,7 @@ from torch import Tensor
 
 from coterie.adapters.pool import Pool, fit, name_of
 from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.findings import Adapter, Finding, Notes, Quotas
 from coterie.methods.parts import (
     Heads,
     Shapes,
@@ -211,18 +212,18 @@ class SmartFed:
     def experts(self, state: SmartFedState) -> Mapping[str, Tensors]:
         return {"fresh": {key._replace(expert=0): value for key, value in state.fresh.items()}} if state.fresh else {}
 
-    def describe(self, state: SmartFedState) -> dict[str, Json]:
-        return {
-            "pool": state.pool,
-            "adapters": {a.name: [a.first, a.rank] for a in self._pool(state.pool).adapters},
-            "sizes": {key.module: len(value) for key, value in state.routers.items()},
-            "quotas": dict(state.quotas),
-            "importance": dict(state.importance),
-            "measured_by": list(state.measured_by),
-            "use": dict(state.use),
-            "dropped": list(state.dropped),
-            "notes": list(state.notes),
-        }
+    def describe(self, state: SmartFedState) -> Sequence[Finding]:
+        quotas = Quotas(
+            {a.name: Adapter(a.first, a.rank) for a in self._pool(state.pool).adapters},
+            {key.module: len(value) for key, value in state.routers.items()},
+            state.quotas,
+            state.importance,
+            state.measured_by,
+            state.use,
+            state.dropped,
+            state.pool,
+        )
+        return [quotas, Notes(state.notes)]
 
     # client ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,189 @@
+"""What a method finds, as types: clusters of clients, an assignment of experts, quotas, an error, notes.
+
+:meth:`~coterie.methods.base.Method.describe` returns findings. :func:`to_json` writes them side by side into one
+mapping, ``describe`` in ``metrics.jsonl`` and ``summary.json``, and :func:`from_json` reads them back. The report
+chooses its pictures by the type of a finding: any method that finds :class:`Clusters` has the pictures of clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Annotated, NamedTuple, Protocol, TypeVar
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from coterie.types import ClientId, Json
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
+Count = Annotated[int, Field(ge=0)]
+
+
+class Finding(Protocol):
+    """One thing that a method found."""
+
+    def to_json(self) -> dict[str, Json]:
+        """What ``describe`` holds of it in JSON, by name."""
+
+
+F = TypeVar("F", bound=Finding)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clients in clusters: ``members`` has the number of each client's cluster.
+
+    ``silhouettes`` has the mean silhouette, -1 to 1, of every number of clusters that was tried. ``distances`` [n, n]
+    are those between the clients in ``order``.
+    """
+
+    members: Annotated[Mapping[ClientId, int], Field(alias="clusters", min_length=1)]
+    silhouettes: Mapping[int, Number] = field(default_factory=dict)
+    order: Sequence[ClientId] = ()
+    distances: Sequence[Sequence[Number]] = ()
+
+    @property
+    def number(self) -> int:
+        """How many clusters there are."""
+        return len(set(self.members.values()))
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "clusters": dict(self.members),
+            "silhouettes": {str(k): score for k, score in self.silhouettes.items()},
+            "order": list(self.order),
+            "distances": [list(row) for row in self.distances],
+        }
+
+
+@dataclass(frozen=True)
+class ExpertPool:
+    """The pool that experts are assigned from: the number of experts in a module's pool, limits, and the rule."""
+
+    experts: Count
+    clients_per_expert: int | None = None
+    max_experts: int | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which experts of a pool each client holds: ``experts[module][client]`` has their numbers."""
+
+    experts: Annotated[Mapping[str, Mapping[ClientId, Sequence[Count]]], Field(alias="assignment", min_length=1)]
+    pool: ExpertPool | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        held = {module: {c: list(of) for c, of in clients.items()} for module, clients in self.experts.items()}
+        pool = {name: value for name, value in asdict(self.pool).items() if value is not None} if self.pool else {}
+        return {"assignment": held} | ({"pool": pool} if pool else {})
+
+
+class Adapter(NamedTuple):
+    """The experts of one adapter of a pool: ``rank`` experts of rank 1, numbered from ``first``."""
+
+    first: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """How many experts of a pool of adapters a token uses in each module, and how much each adapter is used.
+
+    ``sizes`` has the number of experts of a module, ``active`` how many of them a token uses. ``use`` is the share of
+    the gates' weight that goes to an adapter, ``importance`` that of a module as the clients in ``measured_by``
+    measured it. ``dropped`` names the adapters that were taken out of use; ``pool`` is the SHA-256 of the pool.
+    """
+
+    adapters: Annotated[Mapping[str, Adapter], Field(min_length=1)]
+    sizes: Annotated[Mapping[str, int], Field(min_length=1)]
+    active: Annotated[Mapping[str, int], Field(alias="quotas", min_length=1)]
+    importance: Mapping[str, Number] = field(default_factory=dict)
+    measured_by: Sequence[ClientId] = ()
+    use: Mapping[str, Number] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    pool: str = ""
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "pool": self.pool,
+            "adapters": {name: list(adapter) for name, adapter in self.adapters.items()},
+            "sizes": dict(self.sizes),
+            "quotas": dict(self.active),
+            "importance": dict(self.importance),
+            "measured_by": list(self.measured_by),
+            "use": dict(self.use),
+            "dropped": list(self.dropped),
+        }
+
+
+@dataclass(frozen=True)
+class AggregationError:
+    """What averaging A and B apart loses: |mean(BA) - mean(B) mean(A)| / |mean(BA)|; None before the first average."""
+
+    value: Annotated[float | None, Field(alias="aggregation_error")]
+
+    def to_json(self) -> dict[str, Json]:
+        return {"aggregation_error": self.value}
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Texts that the user should read; those of the first state are shown when a run starts."""
+
+    texts: Annotated[Sequence[str], Field(alias="notes")]
+
+    def to_json(self) -> dict[str, Json]:
+        return {"notes": list(self.texts)}
+
+
+@dataclass(frozen=True)
+class Values:
+    """Anything else, by name: numbers, texts, lists and mappings, shown as tables."""
+
+    values: Mapping[str, Json]
+
+    def to_json(self) -> dict[str, Json]:
+        return dict(self.values)
+
+
+_KINDS: tuple[type[Finding], ...] = (Clusters, Assignment, Quotas, AggregationError, Notes)
+
+
+def to_json(findings: Iterable[Finding]) -> dict[str, Json]:
+    """``describe``: what each of ``findings`` says, by name. Raises :class:`TypeError` where two say the same."""
+    described: dict[str, Json] = {}
+    for finding in findings:
+        said = finding.to_json()
+        if twice := sorted(said.keys() & described.keys()):
+            raise TypeError(f"two findings say {', '.join(map(repr, twice))}; a method may say each name once")
+        described |= said
+    return described
+
+
+def from_json(described: Mapping[str, Json]) -> tuple[Finding, ...]:
+    """The findings in ``describe``. What is no known finding, or has another shape, is in :class:`Values`."""
+    found = [finding for kind in _KINDS if (finding := _read(kind, described)) is not None]
+    known = {name for finding in found for name in finding.to_json()}
+    rest = {name: value for name, value in described.items() if name not in known}
+    return (*found, Values(rest)) if rest else tuple(found)
+
+
+def find(findings: Iterable[Finding], kind: type[F]) -> F | None:
+    """The finding of a ``kind``, if there is one."""
+    return next((finding for finding in findings if isinstance(finding, kind)), None)
+
+
+def _read(kind: type[F], described: Mapping[str, Json]) -> F | None:
+    try:
+        found: F = _adapter(kind).validate_python(described)
+    except ValidationError:
+        return None
+    return found
+
+
+@cache
+def _adapter(kind: type[F]) -> TypeAdapter[F]:
+    return TypeAdapter(kind)
