@@ -112,10 +112,8 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) ->
 
 def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
-    from coterie.adapters.write import (  # peft and transformers: a server begins without them
-        write_adapter,
-        write_bundle,
-    )
+    from coterie.adapters.bundle import write_bundle
+    from coterie.adapters.write import write_adapter  # imports PEFT, which takes a second
     from coterie.nn.base import resolve
 
     config, method, engine = opened.config, opened.method, opened.engine

@@ -35,11 +35,6 @@ def remove_parts(folder: Path) -> None:
         path.unlink()
 
 
-def is_part(path: Path) -> bool:
-    """Whether ``path`` is what :func:`write_atomic` left when its process was killed."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
-
-
 def write_json(path: Path, value: Json) -> None:
     """:func:`write_atomic` of ``value`` as indented JSON."""
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import sites
 import tiny
 from coterie import __version__, codec, experiment
-from coterie.adapters.write import read_bundle
+from coterie.adapters.bundle import read_bundle
 from coterie.cli.progress import listener
 from coterie.comparison import compare
 from coterie.config.load import load_config

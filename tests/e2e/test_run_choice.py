@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sites
 from coterie import experiment
-from coterie.adapters.write import read_bundle
+from coterie.adapters.bundle import read_bundle
 from coterie.config.load import load_config
 
 MORE = [  # enough to learn which label goes with which word

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import sites
 from coterie import codec
+from coterie.adapters.bundle import read_bundle
 from coterie.adapters.pool import read_pool, write_pool
 from coterie.adapters.read import build_pool
-from coterie.adapters.write import read_bundle
 from coterie.config.load import load_config
 from coterie.experiment import run
 from coterie.nn.base import resolve

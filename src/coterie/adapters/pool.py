@@ -1,11 +1,11 @@
-"""A pool: LoRA modules that exist already, for one base, as one file; SmartFed's frozen experts.
+"""A pool: existing LoRA adapters for one base, in one file. They are SmartFed's frozen experts.
 
-``DIR/pool.safetensors`` holds A [r, d_in] and B [d_out, r] of every adapter on every module, with the adapter's own
-scale folded into B, in float32, and a record of where each came from. A pool is named by the SHA-256 of its tensors.
-Modules are named as the bare base names them (``AutoModel``): adapters made for classification and for generation fit
-in one pool. :mod:`coterie.adapters.read` builds pools.
+``DIR/pool.safetensors`` holds A [r, d_in] and B [d_out, r] of every adapter on every module in float32, with the
+adapter's scale folded into B, and a record of where each adapter came from. A pool's name is the SHA-256 of its
+tensors. Modules have their names in the bare base (``AutoModel``), so that adapters for classification and for
+generation fit in one pool. :mod:`coterie.adapters.read` builds pools.
 
-Experts are numbered over the whole pool: adapter a of rank r owns the numbers from its ``first`` on, r of them.
+Experts are numbered over the whole pool: an adapter of rank r has the r numbers from its ``first`` on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FORMAT = 2
 class Adapter:
     """One adapter of a pool: its name, its experts' numbers, and where it came from.
 
-    ``ranks`` is by module; a module whose rank is below ``rank`` leaves its last numbers unused. ``sha256`` is of the
-    adapter's weights file. ``left_out`` names what the adapter had beside its LoRA (a classification head).
+    ``ranks`` is by module; a module whose rank is below ``rank`` leaves its last numbers unused. ``sha256`` is that of
+    the adapter's weights file. ``left_out`` names modules of the adapter that the pool does not take (its head).
     """
 
     name: str
@@ -54,7 +54,7 @@ class Adapter:
 class Pool:
     """``tensors`` has the keys (module, the adapter's ``first``, A or B).
 
-    ``weights`` tells the base's weights from others', by module, where they are known: see coterie.nn.weights.
+    ``weights`` has a digest of the base's weights by module, where known: see :mod:`coterie.nn.weights`.
     """
 
     base: str
@@ -79,21 +79,21 @@ def name_of(tensors: Tensors) -> str:
 
 
 def write_pool(folder: Path, pool: Pool) -> None:
-    """Write ``pool`` to ``folder``. Raises :class:`CoterieError` where another pool is."""
+    """Write ``pool`` to ``folder``. Raises :class:`CoterieError` if another pool is there."""
     path = folder / POOL_FILE
     if path.exists() and read_pool(folder).name != pool.name:
-        raise CoterieError(f"{folder} holds another pool; name another folder, or remove that one")
+        raise CoterieError(f"{folder} already holds another pool; give another folder, or delete that pool")
     write_atomic(path, encode(pool))
 
 
 def read_pool(folder: Path) -> Pool:
-    """The pool in ``folder``. Raises :class:`PrivateError` where there is none, or a damaged one."""
+    """The pool in ``folder``. Raises :class:`PrivateError` if there is none or it is damaged."""
     path = folder / POOL_FILE
     try:
         stat = path.stat()
     except OSError as fault:
         raise PrivateError(
-            f"no pool at {folder}: it has no {POOL_FILE}; make one with `coterie pool build {folder} --adapters ...`"
+            f"no {POOL_FILE} in {folder}; build a pool with `coterie pool build {folder} --adapters ...`"
         ) from fault
     return _read(path, stat.st_mtime_ns)
 
@@ -104,30 +104,30 @@ def _read(path: Path, changed: int) -> Pool:
         pool = decode(Pool, path.read_bytes())
     except CodecError as fault:
         raise PrivateError(
-            f"{path} is damaged, or another version of Coterie wrote it; build the pool again ({fault})"
+            f"{path} is damaged or was written by another version of Coterie; build the pool again ({fault})"
         ) from fault
     if pool.format != _FORMAT:
         raise PrivateError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; build the pool again")
     if pool.name != name_of(pool.tensors):
-        raise PrivateError(f"{path} is not the pool that it is named for; build the pool again")
+        raise PrivateError(f"{path} does not match its SHA-256; build the pool again")
     return pool
 
 
 def cut(tensors: Tensors) -> dict[Key, Tensor]:
     """Every expert of rank r as r experts of rank 1: A_i [1, d_in] and B_i [d_out, 1], sum_i B_i A_i = B A.
 
-    Expert (module, e) becomes (module, e), ..., (module, e + r - 1); views of the same storage.
+    Expert (module, e) becomes (module, e), ..., (module, e + r - 1). The pieces are views of the same storage.
     """
-    found = {}
+    pieces = {}
     for key, value in tensors.items():
         for i in range(value.shape[0 if key.part is Part.A else 1]):
             piece = value[i : i + 1] if key.part is Part.A else value[:, i : i + 1]
-            found[key._replace(expert=key.expert + i)] = piece
-    return found
+            pieces[key._replace(expert=key.expert + i)] = piece
+    return pieces
 
 
 def put_back(tensors: Tensors, ranks: Mapping[Key, int]) -> dict[Key, Tensor]:
-    """The experts of :func:`cut` stacked again: under each key of ``ranks``, as many as it says."""
+    """The inverse of :func:`cut`: under each key of ``ranks``, that many rank-1 experts stacked again."""
     return {
         key: torch.cat([tensors[key._replace(expert=key.expert + i)] for i in range(r)], dim=int(key.part is Part.B))
         for key, r in ranks.items()
@@ -135,7 +135,7 @@ def put_back(tensors: Tensors, ranks: Mapping[Key, int]) -> dict[Key, Tensor]:
 
 
 def fit(pool: Pool, modules: Iterable[str]) -> dict[str, str]:
-    """By the pool's module: the one of ``modules`` that it is. That is the only one whose name ends in the pool's."""
+    """The name in ``modules`` of each of the pool's modules: the only one that ends in the pool's name."""
     names = list(modules)
     matches = {m: [n for n in names if n == m or n.endswith(f".{m}")] for m in pool.modules}
     return {m: found[0] for m, found in matches.items() if len(found) == 1}

@@ -1,4 +1,4 @@
-"""Reads PEFT adapter folders and makes a pool of them; the counterpart of :mod:`coterie.adapters.write`."""
+"""Reads PEFT adapter folders and builds a pool of them. The counterpart is :mod:`coterie.adapters.write`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
 
-# Keys of adapter_config.json that say where an adapter came from or where it sits, and nothing of what it computes
-# beyond its tensors. Any other key must hold what it holds in a plain LoRA.
+# Keys of adapter_config.json that say where an adapter came from or where it sits, but do not change what its tensors
+# compute. Any other key must have the value that it has in a plain LoRA.
 _HARMLESS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "rank_pattern"),
@@ -36,21 +36,21 @@ _HARMLESS = {
     *("init_lora_weights", "modules_to_save", "runtime_config", "megatron_core", "qalora_group_size"),
     *("eva_config", "ensure_weight_tying"),
 }
-_OF_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # starts that change the base's own weights too
+_CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the base's weights too
 _WHY = {
-    "use_dora": "DoRA rescales the whole weight by learned magnitudes, which no sum of rank-1 experts does",
-    "bias": "it trains biases of the base, which are no low-rank experts",
-    "lora_bias": "it has a bias in B, which is no low-rank expert",
-    "trainable_token_indices": "it trains rows of the embedding, which are no low-rank experts",
+    "use_dora": "DoRA rescales the whole weight by learned magnitudes, which a sum of rank-1 experts cannot do",
+    "bias": "it trains biases of the base, which are not low-rank",
+    "lora_bias": "it adds a bias to B, which is not low-rank",
+    "trainable_token_indices": "it trains rows of the embedding, which are not low-rank",
     "layer_replication": "it repeats layers of the base, which changes the model",
-    "target_parameters": "it adapts parameters that are no Linear",
-    "alora_invocation_tokens": "it works from an invocation token on, which a gate per token does not know",
+    "target_parameters": "it adapts parameters outside Linear layers",
+    "alora_invocation_tokens": "it is active only after an invocation token, which a gate per token cannot express",
 }
 
 
 @dataclass(frozen=True)
-class Found:
-    """An adapter folder that was read: A and B by (module as the base names it, part), its scale folded into B."""
+class AdapterFolder:
+    """What an adapter folder holds: A and B by (module as the base names it, part), with the scale folded into B."""
 
     tensors: Mapping[tuple[str, Part], Tensor]
     base: str
@@ -63,26 +63,26 @@ class Found:
 def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
     """A pool of the adapters in ``sources`` (``FOLDER`` or ``NAME=FOLDER``) for ``base``, by default their own.
 
-    Raises :class:`CoterieError` for an adapter that rank-1 experts cannot represent, that does not fit the base, or
-    whose base is another; for names that occur twice; and for no adapters at all.
+    Raises :class:`CoterieError` for an adapter that rank-1 experts cannot represent or that does not fit the base, for
+    adapters of different bases, for a name that occurs twice, and where ``sources`` is empty.
     """
     named = [_named(source) for source in sources]
     if not named:
-        raise CoterieError("a pool needs adapters; give their folders after --adapters")
+        raise CoterieError("a pool needs at least one adapter; give folders after --adapters")
     if twice := sorted({name for name, _ in named if [n for n, _ in named].count(name) > 1}):
-        raise CoterieError(f"two adapters are named {twice[0]!r}; name them yourself, as NAME=FOLDER")
+        raise CoterieError(f"two adapters are named {twice[0]!r}; give them other names with NAME=FOLDER")
     read = {name: read_adapter(folder) for name, folder in named}
     path = resolve(base or _common_base(read))
     sizes = bare_linears(path)
     adapters: list[Adapter] = []
     tensors: dict[Key, Tensor] = {}
     first = 0
-    for name, found in read.items():
-        fitted = _fitted(name, found, sizes, path)
+    for name, folder in read.items():
+        fitted = _fitted(name, folder, sizes, path)
         ranks = {module: a.shape[0] for (module, part), a in fitted.items() if part is Part.A}
         record = Adapter(
-            name, first, max(ranks.values()), ranks, found.source, found.sha256, found.base, found.licence,
-            found.left_out,
+            name, first, max(ranks.values()), ranks, folder.source, folder.sha256, folder.base, folder.licence,
+            folder.left_out,
         )  # fmt: skip
         tensors |= {Key(module, first, part): value for (module, part), value in fitted.items()}
         adapters.append(record)
@@ -92,11 +92,11 @@ def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
     return Pool(path, tuple(adapters), tensors, name_of(tensors), weights)
 
 
-def read_adapter(folder: Path) -> Found:
+def read_adapter(folder: Path) -> AdapterFolder:
     """The LoRA in a PEFT adapter folder.
 
-    Raises :class:`CoterieError` for what is no such folder, for pickle files, and for every variant of LoRA that a
-    sum of rank-1 experts B_i A_i x cannot represent.
+    Raises :class:`CoterieError` for any other folder, for pickle files, and for a variant of LoRA that a sum of rank-1
+    experts B_i A_i x cannot represent.
     """
     config, blob = _config(folder), _weights(folder)
     _check_config(folder, config)
@@ -109,15 +109,15 @@ def read_adapter(folder: Path) -> Found:
     for module in sorted({module for module, _ in parts}):
         a, b = (parts.get((module, part)) for part in (Part.A, Part.B))
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise CoterieError(f"{folder}: {module} has no A [r, d_in] and B [d_out, r] that make a product B A")
+            raise CoterieError(f"{folder}: {module} needs an A [r, d_in] and a B [d_out, r] whose ranks match")
         tensors[module, Part.A] = a.float().contiguous()
         tensors[module, Part.B] = (b.float() * _scale(folder, config, module, a.shape[0])).contiguous()
     if not tensors:
-        raise CoterieError(f"{folder} holds no LoRA: {WEIGHTS_FILE} has no lora_A and lora_B")
+        raise CoterieError(f"{folder} holds no LoRA: {WEIGHTS_FILE} has neither lora_A nor lora_B")
     left_out = _left_out(folder, config, other)
     digest = hashlib.sha256(blob).hexdigest()
     base = str(config.get("base_model_name_or_path") or "")
-    return Found(tensors, base, str(folder.resolve()), digest, _licence(folder), left_out)
+    return AdapterFolder(tensors, base, str(folder.resolve()), digest, _licence(folder), left_out)
 
 
 def _named(source: str) -> tuple[str, Path]:
@@ -126,31 +126,31 @@ def _named(source: str) -> tuple[str, Path]:
     return (name if has_name else path.resolve().name), path
 
 
-def _common_base(read: Mapping[str, Found]) -> str:
-    bases = {found.base: name for name, found in read.items()}
+def _common_base(read: Mapping[str, AdapterFolder]) -> str:
+    bases = {adapter.base: name for name, adapter in read.items()}
     if len(bases) > 1:
         (one, first), (other, second) = list(bases.items())[:2]
         raise CoterieError(
-            f"{first} was made for the base {one!r}, {second} for {other!r}; a pool is for one base. If they are the "
-            "same model under two names, say --base"
+            f"{first} was trained on the base {one!r}, {second} on {other!r}; a pool is for one base. If both "
+            "name the same model, choose one with --base"
         )
     (base,) = bases
     if not base:
-        raise CoterieError("the adapters do not say what base they were made for; say --base")
+        raise CoterieError("the adapters do not name the base they were trained on; name it with --base")
     return base
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as fault:
-        raise CoterieError(f"{folder} is no adapter folder: it has no {CONFIG_FILE}") from fault
+        raise CoterieError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}") from fault
     except ValueError as fault:
-        raise CoterieError(f"{path} is no JSON: {fault}") from fault
-    if not isinstance(found, dict):
-        raise CoterieError(f"{path} holds no settings")
-    return found
+        raise CoterieError(f"{path} is not valid JSON: {fault}") from fault
+    if not isinstance(config, dict):
+        raise CoterieError(f"{path} must hold a JSON object")
+    return config
 
 
 def _weights(folder: Path) -> bytes:
@@ -159,8 +159,8 @@ def _weights(folder: Path) -> bytes:
         return path.read_bytes()
     if pickled := [name for name in _PICKLES if (folder / name).exists()]:
         raise CoterieError(
-            f"{folder} keeps its weights in {pickled[0]}, a pickle file, which may run code when it is read; have its "
-            f"author save it as {WEIGHTS_FILE}"
+            f"{folder} has its weights in {pickled[0]}, a pickle file, which may run code when it is read; ask its "
+            f"author for {WEIGHTS_FILE}"
         )
     raise CoterieError(f"{folder} has no {WEIGHTS_FILE}")
 
@@ -168,17 +168,17 @@ def _weights(folder: Path) -> bytes:
 def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
     kind = str(config.get("peft_type"))
     if kind != "LORA":
-        raise CoterieError(f"{folder} is an adapter of the kind {kind}; only LoRA is cut into rank-1 experts")
+        raise CoterieError(f"{folder} is an adapter of type {kind}; only LORA can be cut into rank-1 experts")
     start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_OF_BASE):
+    if start.startswith(_CHANGE_BASE):
         raise CoterieError(
-            f"{folder}: init_lora_weights = {start!r} changed the base's own weights; convert it to a plain LoRA with "
-            "PEFT's path_initial_model_for_weight_conversion"
+            f"{folder}: init_lora_weights = {start!r} also changed the base's weights; convert the adapter to a plain "
+            "LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
     for key, value in config.items():
         if key in _HARMLESS or value in (None, False, "none", [], {}):
             continue
-        why = _WHY.get(key, "it is not known what it does to the adapter's effect")
+        why = _WHY.get(key, "Coterie does not know what this option does")
         raise CoterieError(f"{folder}: {key} = {value!r}; {why}")
 
 
@@ -197,21 +197,21 @@ def _split(raw: Mapping[str, Tensor]) -> tuple[dict[tuple[str, Part], Tensor], l
 
 
 def _left_out(folder: Path, config: Mapping[str, Json], other: Sequence[str]) -> tuple[str, ...]:
-    """The modules of a classification head among an adapter's other tensors; anything else is refused."""
+    """The names of a classification head's modules among an adapter's other tensors. Raises for anything else."""
     heads = tuple(sorted(set(config.get("modules_to_save") or ())))
     alien = [n for n in other if not any(part in heads for part in n.split("."))]
     if alien:
-        raise CoterieError(f"{folder} holds {alien[0]}, which is no A or B of a LoRA ({len(alien)} such in all)")
+        raise CoterieError(f"{folder} holds {alien[0]}, which is not part of a LoRA ({len(alien)} such tensors in all)")
     if other and config.get("task_type") != "SEQ_CLS":
         raise CoterieError(
-            f"{folder} trained {', '.join(heads)} whole (modules_to_save); no rank-1 expert represents that. Only a "
-            "classification head (task_type SEQ_CLS) can be left out"
+            f"{folder} trained all of {', '.join(heads)} (modules_to_save), which rank-1 experts cannot represent. "
+            "Only a classification head (task_type SEQ_CLS) can be left out"
         )
     return heads if other else ()
 
 
 def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> float:
-    """The adapter's scale on a module: alpha / r, or alpha / sqrt(r) with rslora, after the patterns."""
+    """The adapter's scale on a module: alpha / r, or alpha / sqrt(r) with rslora; the patterns override r and alpha."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     stated = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
@@ -221,7 +221,7 @@ def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> 
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence in the head of the adapter's model card, if it has one."""
+    """The licence that the front matter of the adapter's model card names, if any."""
     card = folder / "README.md"
     if not card.is_file():
         return None
@@ -230,13 +230,15 @@ def _licence(folder: Path) -> str | None:
     return found[1].strip("'\"") if found else None
 
 
-def _fitted(name: str, found: Found, sizes: Mapping[str, tuple[int, int]], path: str) -> dict[tuple[str, Part], Tensor]:
-    """The adapter's tensors under the bare base's names. Raises where the base has no such module, or another size."""
+def _fitted(
+    name: str, adapter: AdapterFolder, sizes: Mapping[str, tuple[int, int]], path: str
+) -> dict[tuple[str, Part], Tensor]:
+    """The adapter's tensors under the bare base's names. Raises where a module is missing there or has another size."""
     fitted = {}
-    for (module, part), value in found.tensors.items():
+    for (module, part), value in adapter.tensors.items():
         bare = next((m for m in endings(module) if m in sizes), None)
         if bare is None:
-            raise CoterieError(f"{name} adapts {module!r}, which is no Linear in the body of the base {path}")
+            raise CoterieError(f"{name} adapts {module!r}, but the base {path} has no such Linear outside its head")
         d_in, d_out = sizes[bare]
         if value.shape[1 if part is Part.A else 0] != (d_in if part is Part.A else d_out):
             raise CoterieError(
@@ -244,6 +246,6 @@ def _fitted(name: str, found: Found, sizes: Mapping[str, tuple[int, int]], path:
                 f"{list(value.shape)}"
             )
         if not bool(torch.isfinite(value).all()):
-            raise CoterieError(f"{name}: the {part.value} of {bare} has values that are not finite")
+            raise CoterieError(f"{name}: {part.value} of {bare} has values that are not finite")
         fitted[bare, part] = value
     return fitted

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from coterie import codec
-from coterie.adapters.write import write_bundle
+from coterie.adapters.bundle import write_bundle
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import load_site
 from coterie.config.sections import Config

@@ -122,7 +122,7 @@ def test_a_pool_of_adapters_that_differ_is_numbered_recorded_and_read_back(tmp_p
     assert build_pool([str(one), str(two)]).name == pool.name  # names and paths do not count
     assert build_pool([str(two), str(one)]).name != pool.name
     write_pool(tmp_path / "pool", pool)
-    with pytest.raises(CoterieError, match="holds another pool"):
+    with pytest.raises(CoterieError, match="already holds another pool"):
         write_pool(tmp_path / "pool", build_pool([str(one)]))
 
 
@@ -150,7 +150,7 @@ def test_what_coterie_exports_goes_in(tmp_path: Path) -> None:
 
 REFUSED = {
     "dora": ({"use_dora": True}, "DoRA"),
-    "another kind": ({"peft_type": "LOHA"}, "kind LOHA"),
+    "another kind": ({"peft_type": "LOHA"}, "type LOHA"),
     "biases": ({"bias": "lora_only"}, "biases"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
     "tokens": ({"trainable_token_indices": [1]}, "embedding"),
@@ -176,13 +176,13 @@ def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(CoterieError, match=r"has no adapter_model\.safetensors"):
         read_adapter(folder)
-    with pytest.raises(CoterieError, match="no adapter folder"):
+    with pytest.raises(CoterieError, match="not an adapter folder"):
         read_adapter(tmp_path)
 
 
 def test_whole_modules_beside_the_lora_are_refused_unless_a_head(tmp_path: Path) -> None:
     folder = adapter(tmp_path, "llama", task_type="CAUSAL_LM", modules_to_save=["lm_head"])
-    with pytest.raises(CoterieError, match="lm_head whole"):
+    with pytest.raises(CoterieError, match="all of lm_head"):
         read_adapter(folder)
 
 
@@ -191,7 +191,7 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     wide = tiny.folder(tmp_path / "wide", "llama", hidden_size=64)
     with pytest.raises(CoterieError, match=r"does not fit .*a Linear of 48 to 64"):
         build_pool([str(good)], str(wide))
-    with pytest.raises(CoterieError, match="no Linear in the body"):
+    with pytest.raises(CoterieError, match="no such Linear outside its head"):
         build_pool([str(good)], str(tiny.folder(tmp_path / "gpt2", "gpt2")))
     other = edit(adapter(tmp_path, "llama", "other"), base_model_name_or_path="somewhere/else")
     with pytest.raises(CoterieError, match="for one base"):

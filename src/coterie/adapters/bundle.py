@@ -1,0 +1,75 @@
+"""A client's whole bank in one file: its experts, router, gate and head, and what a reader must know of them.
+
+:func:`coterie.nn.attach.attach` puts the bank back on its base. Where the bank is a plain LoRA, a PEFT adapter is
+written beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.codec import CodecError, decode, encode
+from coterie.files import write_atomic
+from coterie.types import Bank, CoterieError, Json, Part
+
+BUNDLE_FILE = "bundle.safetensors"
+ADAPTER_FOLDER = "adapter"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One client's bank and what a reader must know of it: labels, base, client, method, round."""
+
+    bank: Bank
+    info: Mapping[str, Json]
+    format: int = _FORMAT
+
+
+def write_bundle(folder: Path, bank: Bank, info: Mapping[str, Json], *, fan_in_fan_out: bool = False) -> None:
+    """Write ``bank`` and ``info`` to ``folder``, and a PEFT adapter beside it where the bank is a plain LoRA.
+
+    Of ``info``, the adapter's config takes ``base`` (path or hub name) and ``task`` (classification by default).
+    """
+    write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, info)))
+    if not _is_plain(bank):
+        return
+    from coterie.adapters.write import ranks_of, write_adapter  # PEFT takes a second to import
+
+    expert = {key: value for key, value in bank.tensors.items() if key.part in (Part.A, Part.B)}
+    rank = max(ranks_of(expert).values())
+    write_adapter(
+        folder / ADAPTER_FOLDER,
+        expert,
+        rank=rank,
+        alpha=bank.scaling * rank,
+        base=info.get("base", ""),
+        kind=info.get("task", "classification"),
+        head={key: value for key, value in bank.tensors.items() if key.part is Part.HEAD},
+        fan_in_fan_out=fan_in_fan_out,
+    )
+
+
+def read_bundle(folder: Path) -> tuple[Bank, dict[str, Any]]:
+    """The bank and the info that :func:`write_bundle` wrote. Raises :class:`CoterieError` where there are none."""
+    path = Path(folder) / BUNDLE_FILE
+    try:
+        bundle = decode(Bundle, path.read_bytes())
+    except OSError as fault:
+        raise CoterieError(f"no {BUNDLE_FILE} in {folder}; give the folder that holds it") from fault
+    except CodecError as fault:
+        raise CoterieError(f"{path} is damaged or was not written by Coterie; export it again ({fault})") from fault
+    if bundle.format != _FORMAT:
+        raise CoterieError(
+            f"{path} has format {bundle.format}, this Coterie reads {_FORMAT}; use the version that wrote it"
+        )
+    return bundle.bank, dict(bundle.info)
+
+
+def _is_plain(bank: Bank) -> bool:
+    """Whether the bank is a plain LoRA: gate 1 and one expert on every module it adapts."""
+    modules = [key.module for key in bank.tensors if key.part is Part.A]
+    return bank.gate.name == "constant" and 0 < len(modules) == len(set(modules))
