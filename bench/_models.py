@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from coterie.nn.base import Base, resolve
+from coterie.nn.base import Base
+from coterie.nn.locate import resolve
 
 LLAMAS: dict[str, dict[str, int]] = {  # random weights: speed and memory do not depend on them
     "llama-1b": {

@@ -27,7 +27,7 @@ from _harness import arguments, table, write
 
 from coterie.deploy.processes import flower_environment, start, stop, tail
 from coterie.machine import version
-from coterie.nn.base import resolve
+from coterie.nn.locate import resolve
 
 OURS = {
     "one at a time": {"clients_per_batch": 1},

@@ -114,7 +114,7 @@ def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
     from coterie.adapters.bundle import write_bundle
     from coterie.adapters.write import write_adapter  # imports PEFT, which takes a second
-    from coterie.nn.base import resolve
+    from coterie.nn.locate import resolve
 
     config, method, engine = opened.config, opened.method, opened.engine
     base = resolve(config.model.path, opened.root)

@@ -27,7 +27,7 @@ EDITS = {  # what is wrong: (the edit of the config, what the error says)
     "wrong type": (("epochs = 1", 'epochs = "many"'), r"\[train\] epochs: .*valid integer.*'many'"),
     "rank 0": (("rank = 2", "rank = 0"), r"\[lora\] rank: .*greater than or equal to 1.*found 0"),
     "unknown method": (('"fedlease"', '"fedleaze"'), r"unknown method 'fedleaze'.*fedlease"),
-    "no model folder": (('path = "model"', 'path = "clients"'), r"no model folder.*config\.json"),
+    "no model folder": (('path = "model"', 'path = "clients"'), r"not a model folder.*config\.json"),
     "no such folder": (('path = "model"', 'path = "./modell"'), r"no model folder at .*modell"),
     "targets": (("rank = 2", 'rank = 2\ntargets = ["qkv"]'), r"target 'qkv'; it has .*query"),
     "warm-up": (("warmup_rounds = 1", "warmup_rounds = 3"), r"warmup_rounds = 3 leaves no round.*rounds"),
@@ -78,7 +78,7 @@ def test_a_model_folder_without_its_dot(tmp_path: Path, refused: Refused, monkey
     def ask(*args: object, **options: object) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("coterie.nn.locate.get_hf_file_metadata", ask)
     path = sites.config(tmp_path)
     because = rf"no folder {tmp_path}/models/mine, no model .* in the hub's cache, .*not known; .*\(\./models/mine\)"
     refused("run", str(path), "--out", str(tmp_path / "out"), "--set", "model.path=models/mine", because=because)
@@ -154,16 +154,16 @@ def test_a_missing_config_and_bad_toml(tmp_path: Path, refused: Refused) -> None
 
 def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refused: Refused) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
-    run = ("run", str(path), "--out", str(out))
-    refused(*run, "--resume", because="no run to resume")
+    command = ("run", str(path), "--out", str(out))
+    refused(*command, "--resume", because="no run to resume")
     run(load_config(path), out, root=tmp_path)
     (out / "summary.json").unlink()
-    refused(*run, because="holds a run; go on with --resume, or name another folder")
-    refused(*run, "--resume", "--set", "lora.rank=3", because=r"differs in lora\.rank")
+    refused(*command, because="holds a run; go on with --resume, or name another folder")
+    refused(*command, "--resume", "--set", "lora.rank=3", because=r"differs in lora\.rank")
     refused("run", str(path), "--out", str(path), because="is a file")
     for checkpoint in (out / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    refused(*run, "--resume", because="nor can one before it")
+    refused(*command, "--resume", because="nor can one before it")
 
 
 def test_overrides() -> None:

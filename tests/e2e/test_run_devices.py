@@ -99,7 +99,7 @@ def test_no_device_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match=r"\[engine\] device: .*it names no device"):
         load_config(path, ["engine.device=[]"])
     if not torch.cuda.is_available():
-        with pytest.raises(CoterieError, match="'cuda' is not here"):
+        with pytest.raises(CoterieError, match="'cuda' is not available"):
             run(load_config(path, ["engine.device='cuda:all'"]), tmp_path / "run", root=tmp_path)
 
 

@@ -18,7 +18,7 @@ from coterie.adapters.pool import read_pool, write_pool
 from coterie.adapters.read import build_pool
 from coterie.config.load import load_config
 from coterie.experiment import run
-from coterie.nn.base import resolve
+from coterie.nn.locate import resolve
 from coterie.types import CoterieError, Part
 
 

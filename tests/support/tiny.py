@@ -22,7 +22,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from coterie.nn.base import describe
+from coterie.nn.spec import describe
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Bank, GateSpec, Key, Part, Target
 

@@ -18,7 +18,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from coterie.adapters.pool import Adapter, Pool, name_of
-from coterie.nn.base import bare_linears, resolve
+from coterie.nn.locate import resolve
+from coterie.nn.pretrained import bare_linears
 from coterie.nn.weights import digests, endings
 from coterie.types import CoterieError, Json, Key, Part
 

@@ -14,8 +14,9 @@ from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.tasks import make_task
 from coterie.machine import devices
-from coterie.nn.base import Base, load_base, resolve
+from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
+from coterie.nn.locate import resolve
 from coterie.types import CoterieError
 
 _NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # of [engine], what does not change a base

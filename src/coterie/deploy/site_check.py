@@ -17,7 +17,7 @@ from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker, fingerprint
 from coterie.engines import local
 from coterie.machine import Check, environment, version
-from coterie.nn.base import resolve
+from coterie.nn.locate import resolve
 from coterie.types import CoterieError
 
 _FLOWER = "1.41.0"

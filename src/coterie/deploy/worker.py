@@ -41,7 +41,7 @@ from coterie.flower.local_socket import listening, receive, send, user_of
 from coterie.flower.message import BrokenMessageError, Message
 from coterie.machine import environment
 from coterie.methods.base import Method
-from coterie.nn.base import resolve
+from coterie.nn.locate import resolve
 from coterie.types import CoterieError, DataError, Instruction, Json, PrivateError
 
 log = logging.getLogger("coterie.site")

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from coterie.nn.bank import BankLayer, Pass
 from coterie.nn.gates import gates
 from coterie.nn.products import Ranks, Span, padded
+from coterie.nn.spec import linear_sizes
 from coterie.types import NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
 
 
@@ -109,15 +110,6 @@ def fit(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Fitted:
 
 def _copies(parameters: Mapping[Key, nn.Parameter]) -> dict[Key, Tensor]:
     return {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
-
-
-def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """``(d_in, d_out)`` of a Linear, a quantised Linear or GPT-2's ``Conv1D``; None for any other module."""
-    for d_in, d_out in (("in_features", "out_features"), ("nx", "nf")):
-        sizes = getattr(module, d_in, None), getattr(module, d_out, None)
-        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-            return sizes[0], sizes[1]
-    return None
 
 
 def _modules(tensors: Tensors) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
 
+from coterie.nn.locate import weight_files
 from coterie.types import BaseSpec, CoterieError
 
 _ROWS = 8  # of every weight: training, or merging a LoRA, changes all rows, and these are read at once
@@ -27,7 +27,7 @@ def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     where: dict[str, list[tuple[Path, str]]] = defaultdict(list)
-    for file in _files(path):
+    for file in weight_files(path):
         for stored in _stored(file):
             for ending in endings(stored):
                 where[ending].append((file, stored))
@@ -49,18 +49,6 @@ def endings(module: str) -> list[str]:
     """``a.b.c``, ``b.c``, ``c``."""
     parts = module.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _files(path: str) -> list[Path]:
-    """The base's safetensors files: in its folder, or in the hub's cache."""
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            found = cached_file(path, "config.json", local_files_only=True)
-        except OSError:
-            return []
-        folder = Path(str(found)).parent
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _stored(file: Path) -> list[str]:

@@ -24,7 +24,7 @@ from coterie.adapters.bundle import BUNDLE_FILE, Bundle, read_bundle, write_bund
 from coterie.adapters.write import write_adapter
 from coterie.codec import encode
 from coterie.nn.attach import attached
-from coterie.nn.base import describe
+from coterie.nn.spec import describe
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
 

@@ -22,7 +22,7 @@ from coterie.methods.findings import Notes, Quotas, find
 from coterie.methods.parts import start_head
 from coterie.methods.smartfed import SmartFed, SmartFedSettings, SmartFedState
 from coterie.nn.attach import attached
-from coterie.nn.base import describe
+from coterie.nn.spec import describe
 from coterie.types import (
     SHARED,
     Bank,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import tiny
-from coterie.nn.attach import Attached, attach, attached, linear_sizes
-from coterie.nn.base import describe
+from coterie.nn.attach import Attached, attach, attached
+from coterie.nn.spec import describe, linear_sizes
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
 
 torch.set_num_threads(1)

@@ -27,8 +27,11 @@ from transformers.utils import logging as transformers_logging
 import tiny
 from coterie.machine import devices
 from coterie.nn.attach import attached
-from coterie.nn.base import bare_linears, describe, load_base, longest, resolve
-from coterie.nn.hub import files_of
+from coterie.nn.base import load_base
+from coterie.nn.locate import files_of, resolve
+from coterie.nn.pretrained import bare_linears
+from coterie.nn.spec import describe, longest
+from coterie.nn.targets import DEFAULT_TARGETS
 from coterie.types import CoterieError
 
 torch.set_num_threads(1)
@@ -156,7 +159,7 @@ def test_dropout_of_any_name_is_turned_off(arch: str, name: str, targets: Any, t
 def test_a_model_without_gradient_checkpointing(tmp_path: Path) -> None:
     AutoModel.from_config(other("albert")).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(CoterieError, match="AlbertForSequenceClassification cannot do gradient checkpointing"):
+    with pytest.raises(CoterieError, match="AlbertForSequenceClassification does not support gradient_checkpointing"):
         load_base(str(tmp_path), "classification", targets=("query",), gradient_checkpointing=True)
 
 
@@ -227,8 +230,8 @@ def test_relative_positions_have_no_end(arch: str) -> None:
 def test_a_device_that_is_not_here(device: str, tmp_path: Path) -> None:
     with pytest.raises(CoterieError) as caught:
         load_base(folder(tmp_path, "gpt2", "generation"), "generation", device=device)
-    assert str(caught.value).startswith(f"[engine] device = {device!r} is not here")
-    assert str(caught.value).endswith(f"; there is {', '.join(devices())}")
+    assert str(caught.value).startswith(f"[engine] device = {device!r} is not available")
+    assert str(caught.value).endswith(f"; this machine has {', '.join(devices())}")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -236,10 +239,11 @@ def test_cuda_on_a_torch_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr("coterie.nn.base.devices", lambda: ("cpu",))
     path = folder(tmp_path, "gpt2", "generation")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(CoterieError, match=r"'cuda' is not here \(this torch is built without CUDA\); there is cpu$"):
+    built = r"\(this torch is built without CUDA\)"
+    with pytest.raises(CoterieError, match=rf"'cuda' is not available {built}; this machine has cpu$"):
         load_base(path, "generation", device="cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(CoterieError, match=r"'cuda' is not here; there is cpu$"):
+    with pytest.raises(CoterieError, match=r"'cuda' is not available; this machine has cpu$"):
         load_base(path, "generation", device="cuda")
 
 
@@ -272,6 +276,14 @@ def test_a_target_that_matches_nothing_lists_what_the_model_has(arch: str, has: 
         load_base(folder(tmp_path, arch, "classification"), "classification", targets=("proj",))
 
 
+def test_the_default_targets_are_those_of_peft() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+
+    named = {model: tuple(names) for model, names in PEFT_TARGETS.items() if not isinstance(names, str)}  # else a regex
+    assert len(named) >= 30
+    assert {model: DEFAULT_TARGETS.get(model) for model in named} == named
+
+
 def test_an_architecture_without_defaults_lists_what_the_model_has() -> None:
     made = tiny.model("bert")
     made.config.model_type = "novel"
@@ -296,7 +308,7 @@ def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(CoterieError, match=r"is no model folder: it has no config\.json"):
+    with pytest.raises(CoterieError, match=r"is not a model folder: it has no config\.json"):
         load_base(str(tmp_path), "classification")
 
 
@@ -352,8 +364,8 @@ def deepen(path: Path) -> None:
         (cut_weights, "cannot load the model"),
         (drop_tokenizer, "cannot load the model|has no tokenizer"),
         (drop_padding, "no padding token"),
-        (widen, "no fitting weights for"),
-        (deepen, "no fitting weights for"),
+        (widen, "no matching weights for"),
+        (deepen, "no matching weights for"),
     ],
 )
 @pytest.mark.parametrize(
@@ -385,7 +397,7 @@ def test_an_encoder_with_an_output_layer_is_no_decoder(kind: Any, tmp_path: Path
     """transformers loads it as a causal model, with a warning at most: each token would see the answer."""
     BertForMaskedLM(tiny.config("bert")).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(CoterieError, match=r"no decoder.*causal language model"):
+    with pytest.raises(CoterieError, match=r"not a decoder.*causal language model"):
         load_base(str(tmp_path), kind)
 
 
@@ -427,7 +439,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise HfHubHTTPError.__bases__[0]("Name or service not known\nand more")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("coterie.nn.locate.get_hf_file_metadata", ask)
     place = tmp_path / "hub" / "models--organisation--model"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("abc")
@@ -436,7 +448,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_name_that_is_no_model_says_what_was_tried(hub: Path, tmp_path: Path) -> None:
     tried = f"no model 'models/mine': there is no folder {tmp_path}/models/mine, no model 'models/mine' in the hub's "
-    tried += "cache, and from the hub: Name or service not known; for a folder give its path (./models/mine), "
+    tried += "cache, and the hub answered: Name or service not known; for a folder give its path (./models/mine), "
     for call in (
         lambda: load_base("models/mine", "generation", root=tmp_path),
         lambda: files_of("models/mine", tmp_path, weights=False),
@@ -444,20 +456,20 @@ def test_a_name_that_is_no_model_says_what_was_tried(hub: Path, tmp_path: Path) 
         with pytest.raises(CoterieError, match=f"^{re.escape(tried)}"):
             call()
     for name in ("a/b/c", "two words"):
-        with pytest.raises(CoterieError, match=r"no folder .*, and the hub knows no such names; for a folder"):
+        with pytest.raises(CoterieError, match=r"no folder .*, and it is not a valid hub name; for a folder"):
             load_base(name, "generation")
     with pytest.raises(CoterieError, match=f"no folder {Path.cwd()}/nobody/none, "):
         bare_linears("nobody/none")
 
 
 def test_a_model_that_the_hub_does_not_have(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {RepositoryNotFoundError: "and none on the hub that you may see", GatedRepoError: "hf auth login"}
+    answers = {RepositoryNotFoundError: "and none on the hub that you have access to", GatedRepoError: "hf auth login"}
     for kind, says in answers.items():
         fault = kind.__new__(kind)  # they are made of a response
-        monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", lambda *a, f=fault, **o: (_ for _ in ()).throw(f))
+        monkeypatch.setattr("coterie.nn.locate.get_hf_file_metadata", lambda *a, f=fault, **o: (_ for _ in ()).throw(f))
         with pytest.raises(CoterieError, match=says):
             files_of("organisation/other")
-    monkeypatch.setattr("coterie.nn.hub.get_hf_file_metadata", lambda *a, **o: None)
+    monkeypatch.setattr("coterie.nn.locate.get_hf_file_metadata", lambda *a, **o: None)
     assert files_of("organisation/other") == "organisation/other"
 
 
@@ -467,17 +479,17 @@ def test_a_model_in_the_cache_is_read_without_the_hub(hub: Path) -> None:
     weights = hub / "model.safetensors"
     weights.rename(hub / "model-1.safetensors")  # a download that was cut off
     assert files_of("organisation/model", weights=False) == str(hub)
-    with pytest.raises(CoterieError, match="from the hub"):
+    with pytest.raises(CoterieError, match="the hub answered"):
         files_of("organisation/model")
     index = hub / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
-    with pytest.raises(CoterieError, match="from the hub"):
+    with pytest.raises(CoterieError, match="the hub answered"):
         files_of("organisation/model")
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}')
     assert files_of("organisation/model") == str(hub)
     for file in hub.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(CoterieError, match="from the hub"):
+    with pytest.raises(CoterieError, match="the hub answered"):
         files_of("organisation/model")
 
 
@@ -492,7 +504,7 @@ def test_the_packaged_encoder() -> None:
 
 
 def test_the_hub_when_the_packaged_encoder_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.nn.base._packaged_minilm", lambda: None)
+    monkeypatch.setattr("coterie.nn.locate._packaged_minilm", lambda: None)
     assert resolve("minilm") == resolve("minilm", Path("/none")) == "sentence-transformers/all-MiniLM-L6-v2"
 
 

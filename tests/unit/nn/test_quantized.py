@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from coterie.nn.attach import attached, linear_sizes
+from coterie.nn.attach import attached
 from coterie.nn.base import Base, load_base
+from coterie.nn.spec import linear_sizes
 from coterie.types import NO_EXPERT, Bank, CoterieError, Key
 
 torch.set_num_threads(1)

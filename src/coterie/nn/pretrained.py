@@ -1,0 +1,163 @@
+"""Loads a model and its tokenizer with transformers, quietly, and says in our words what is wrong with their files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from coterie.nn.locate import files_of
+from coterie.nn.spec import head_modules, linear_sizes
+from coterie.types import CoterieError, TaskKind
+
+Quantize = Literal["none", "nf4", "int8"]
+_PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
+_OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
+
+
+def load_model(path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str) -> tuple[Any, Any]:
+    """The frozen model of the files at ``path``, on ``device`` and without dropout, and its tokenizer.
+
+    The head's weights, which a base does not have, are drawn from a fixed stream.
+    Raises :class:`CoterieError` for files that hold no such model, or not all of one.
+    """
+    with _quiet(path):
+        tokenizer = _tokenizer(path)
+        config = _from_pretrained(AutoConfig, path)
+        _disable_dropout(config)
+        config.pad_token_id = tokenizer.pad_token_id
+        if kind == "classification":
+            config.num_labels = _PROBE_LABELS
+        options: dict[str, Any] = {"config": config, "dtype": dtype}
+        if quantize != "none":
+            skip = head_modules(_on_meta(config)) if kind == "classification" else []
+            options |= {"quantization_config": _quantization(quantize, dtype, skip), "device_map": {"": device}}
+        model = _model(path, kind, options)
+    model = _differentiable(model) if quantize != "none" else model.to(device)
+    for module in model.modules():
+        _disable_dropout(module)
+    model.requires_grad_(False)
+    model.eval()
+    return model, tokenizer
+
+
+def bare_linears(path: str) -> dict[str, tuple[int, int]]:
+    """``(d_in, d_out)`` of every Linear of a base without its head or output layer. Its weights are not read."""
+    path = files_of(path, weights=False)
+    with _quiet(path):
+        config = _from_pretrained(AutoConfig, path)
+        with torch.device("meta"):
+            model: nn.Module = AutoModel.from_config(config)
+    return {name: sizes for name, module in model.named_modules() if (sizes := linear_sizes(module)) is not None}
+
+
+def _tokenizer(path: str) -> Any:
+    tokenizer = _from_pretrained(AutoTokenizer, path)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # For a folder without tokenizer files, transformers makes one that knows no word.
+        raise CoterieError(f"{path!r} has no tokenizer; save the model's tokenizer there (tokenizer.json)")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise CoterieError(
+            f"the tokenizer of {path!r} has no padding token; set pad_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _model(path: str, kind: TaskKind, options: dict[str, Any]) -> Any:
+    auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, loaded = _from_pretrained(auto, path, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    drawn = {*head_modules(model), *_OPTIONAL}
+    names = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
+    if lost := sorted(name for name in names if not drawn & set(name.split("."))):
+        raise CoterieError(
+            f"{path!r} has no matching weights for {lost[0]!r} ({len(lost)} such in all), which a "
+            f"{type(model).__name__} needs; is it a whole model, and one for {kind.replace('_', ' ')}?"
+        )
+    return model
+
+
+def _on_meta(config: PretrainedConfig) -> nn.Module:
+    """The classification model of ``config`` without its weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    return model
+
+
+def _disable_dropout(thing: object) -> None:
+    """Set every dropout probability that a config (and those in it) or a module holds to 0."""
+    for name, value in list(vars(thing).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(thing, name, 0.0)
+        elif isinstance(value, PretrainedConfig) and isinstance(thing, PretrainedConfig):
+            _disable_dropout(value)
+    if isinstance(thing, _DropoutNd):
+        thing.p = 0.0
+
+
+def _quantization(kind: str, dtype: torch.dtype, skip: list[str]) -> Any:
+    """transformers' settings to quantise every Linear except the output layer and those inside the modules ``skip``."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CoterieError(f"quantize = {kind!r} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    keep = {"llm_int8_skip_modules": skip} if skip else {}
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **keep)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **keep)
+
+
+def _differentiable(model: Any) -> Any:
+    """Keep bitsandbytes from a shortcut on CPUs with bfloat16.
+
+    Outside training mode it repacks a 4-bit weight for a product that has no gradient; whatever trains below that
+    weight would silently get zeros.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@contextmanager
+def _quiet(path: str) -> Iterator[None]:
+    """Without transformers' warnings of a head that the base does not have, and for a folder without progress bars."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if Path(path).is_dir():  # a download shows its progress
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    quantised = "quantization_config" in options
+    faults = (OSError, ValueError, ImportError, SafetensorError, *((RuntimeError,) if quantised else ()))
+    try:
+        return kind.from_pretrained(path, **options)
+    except faults as fault:
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise CoterieError(f"cannot load the model {path!r}{' quantised' if quantised else ''}: {reason}") from fault
