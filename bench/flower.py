@@ -27,7 +27,7 @@ from coterie import codec
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.data.clients import load_federation
-from coterie.deploy.agreement import federation_config, hash_of, terms_of
+from coterie.deploy.agreement import digest_of, federation_config, terms_of
 from coterie.deploy.journal import read_journal
 from coterie.deploy.processes import free_port, start, stop, tail
 from coterie.deploy.superlink import _PYPROJECT, SuperLink
@@ -55,8 +55,9 @@ import json, time
 from pathlib import Path
 import torch
 from coterie.flower.app import server_app
+from coterie.deploy.agreement import Agreement
 from coterie.deploy.remote import RemoteEngine
-from coterie.deploy.sites import Deal, Roster
+from coterie.deploy.sites import Sites
 from coterie.types import Instruction, Key, Part
 
 home = Path({home!r})
@@ -68,9 +69,9 @@ def main(transport, config):
         if event["event"] == "exchange":
             assert event["failed"] is None, event
             seconds.append(event["seconds"] - event["site_seconds"])
-    deal = Deal("exchanges", ask["terms"], ask["hash"], 1, tuple(ask["sites"]), deadline=600.0)
-    engine = RemoteEngine(Roster(transport, deal, note))
-    engine.roster.gather(0, 300)
+    agreement = Agreement("exchanges", ask["terms"], ask["hash"], 1, tuple(ask["sites"]), deadline=600.0)
+    engine = RemoteEngine(Sites(transport, agreement, note))
+    engine.sites.gather(0, 300)
     told = dict()
     for mib in ask["sizes"]:
         blob = Instruction(dict([(Key("bench", 0, Part.A), torch.zeros(mib * 2**18))]))
@@ -203,7 +204,7 @@ def exchanges(folder: Path, server: dict[str, Any], repeats: int, mib: int) -> d
     """Median seconds in Flower of an exchange without work: with nothing in it, and with ``mib`` MiB to each site."""
     config, home, port = federation_config(server), folder / "flower", server["federation"]["port"]
     terms = terms_of(config)
-    ask = {"terms": terms, "hash": hash_of(terms), "sites": list(SITES), "sizes": [0, mib], "repeats": repeats}
+    ask = {"terms": terms, "hash": digest_of(terms), "sites": list(SITES), "sizes": [0, mib], "repeats": repeats}
     (home / "app").mkdir(parents=True)
     (home / "ask.json").write_text(json.dumps(ask))
     (home / "app" / "pyproject.toml").write_text(app_of(home))

@@ -63,7 +63,7 @@ def test_a_site_that_answers_wrongly_then_late_and_is_killed_in_mid_round(tmp_pa
         said = made.coterie("status", "run").stdout
         for rnd in [rnd for rnd in failed if failed[rnd]][-4:]:
             assert f"{B}, train of round {rnd}: {failed[rnd][B]}" in said
-        assert f"an answer of {B} for round 6 came when it was no longer waited for" in said
+        assert f"an answer of {B} for round 6 arrived too late and was dropped" in said
         ends_with_all_that_it_started(made, "serve")
         assert "--resume" in (tmp_path / "serve.out").read_text()
         assert made.coterie("report", "run").returncode == 0

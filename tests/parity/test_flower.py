@@ -53,7 +53,7 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(name: str, head: st
     staff = flower_sites.workers(tmp_path, CLIENTS, policy={"upload_bank": True})
     server = flower_sites.server_config(path, **changes)
     remote = flower_sites.engine_over(server, staff, sites=tuple(CLIENTS))
-    remote.roster.gather(0, 10)
+    remote.sites.gather(0, 10)
     assert remote.spec == reference.spec
     assert remote.clients == reference.clients
 

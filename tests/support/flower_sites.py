@@ -11,9 +11,9 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
 from coterie.data.settings import DataSettings
-from coterie.deploy.agreement import federation_config, hash_of, terms_of
+from coterie.deploy.agreement import Agreement, digest_of, federation_config, terms_of
 from coterie.deploy.remote import RemoteEngine
-from coterie.deploy.sites import Deal, Roster
+from coterie.deploy.sites import Sites
 from coterie.deploy.worker import Worker
 from coterie.flower.app import GridTransport
 from coterie.methods.base import Method, method_named
@@ -64,16 +64,17 @@ def engine_over(
     attempt: int = 1,
     spoil: Callable[..., Any] | None = None,
     note: Callable[[dict[str, Any]], None] = lambda event: None,
-    **deal: Any,
+    **agreed: Any,
 ) -> RemoteEngine:
     """The server's engine over ``staff``; nodes are numbered from 11 in the order of the clients."""
     grid = InProcessGrid({11 + i: staff[c].answer for i, c in enumerate(sorted(staff))})
     if spoil is not None:
         grid.spoil = spoil
     terms = terms_of(config)
-    made = Deal("run", terms, hash_of(terms), attempt, **{"deadline": 30.0, "greeting": 0.2, **deal})
+    agreed = {"deadline": 30.0, "greeting": 0.2, **agreed}
+    agreement = Agreement("run", terms, digest_of(terms), attempt, **agreed)
     clock = Clock()
-    return RemoteEngine(Roster(GridTransport(grid), made, note, clock=lambda: clock.now, sleep=clock.sleep))
+    return RemoteEngine(Sites(GridTransport(grid), agreement, note, clock=lambda: clock.now, sleep=clock.sleep))
 
 
 def local_config(path: Path, clients: list[str], folder: Path, **changes: dict[str, Any]) -> Config:

@@ -96,7 +96,7 @@ def report(
 
     read_run(folder)
     if (folder / JOURNAL).exists():
-        from coterie.deploy.server import write_sites
+        from coterie.deploy.status import write_sites
 
         write_sites(folder)
     say(f"report: {write_report(folder, pictures)}")

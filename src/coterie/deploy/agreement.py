@@ -1,6 +1,7 @@
-"""The terms of a run: what the server's config says about the method, sent to every site with every message.
+"""What the sites of a run agree on: the terms, the run's id, who may take part, how long an answer may take.
 
-A site makes the run's config from the terms and its own file: data, model folder and device are the site's alone.
+The terms are what the server's config says about the method. They are sent to every site with every message; a site
+makes the run's config from them and from its own file: data, model folder and device are the site's alone.
 """
 
 from __future__ import annotations
@@ -8,44 +9,94 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from coterie import __version__
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.config.sections import Config
+from coterie.flower.message import Message
 from coterie.runs.folder import plain
-from coterie.types import CoterieError, Json
+from coterie.types import ClientId, CoterieError, Json
 
 _SENT = {
     "model": ("dtype", "quantize", "max_length", "gradient_checkpointing"),
     "run": ("rounds", "seed", "evaluate", "eval_batch_size"),
     "engine": ("precision",),
 }
-_WHOLE = ("task", "lora", "train", "method")
+_SENT_WHOLE = ("task", "lora", "train", "method")
+_GRACE = 60.0  # seconds after the deadline for which Flower keeps a message, so that late answers are noticed
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all sites of a run have in common.
+
+    ``terms`` are sent with every message, ``digest`` is their SHA-256. ``sites`` may take part; empty: any site.
+    ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
+    starts of the run's server, so that a site recognises a message of a server that is gone. ``closed`` is the reason
+    why only ``sites`` can take part now that the run has begun; empty while it is open. ``deadline`` (seconds) is for
+    an answer, ``greeting`` (seconds) for a site that went away to come back. ``base`` is the SHA-256 of the base.
+    """
+
+    run: str
+    terms: Mapping[str, Json]
+    digest: str
+    attempt: int = 1
+    sites: tuple[ClientId, ...] = ()
+    closed: str = ""
+    keys: Mapping[str, ClientId] = field(default_factory=dict)
+    deadline: float = 3600.0
+    greeting: float = 60.0
+    base: str = ""
+
+    @property
+    def ttl(self) -> float:
+        """Seconds for which Flower keeps a message."""
+        return self.deadline + _GRACE
+
+    def message(
+        self,
+        kind: str,
+        client: ClientId = "",
+        rnd: int = 0,
+        details: Mapping[str, Json] | None = None,
+        body: bytes = b"",
+        *,
+        since: int = 0,
+        keep: int = 0,
+    ) -> Message:
+        """A message of this run; ``details`` is what only messages of its kind have in their head.
+
+        ``since`` is the round whose state this attempt starts from, ``keep`` the oldest round that is still needed.
+        """
+        head: dict[str, Json] = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
+        head |= {"since": since, "keep": keep, "patience": self.deadline, "terms": dict(self.terms), **(details or {})}
+        return Message(head, body)
 
 
 def terms_of(config: Config) -> dict[str, Json]:
     """What a site has to know of ``config``, and nothing else: no path, no address, nobody's data."""
     whole = plain(config)
-    terms = {name: whole[name] for name in _WHOLE}
+    terms = {name: whole[name] for name in _SENT_WHOLE}
     terms |= {section: {key: whole[section][key] for key in keys} for section, keys in _SENT.items()}
     return {"coterie": __version__, **terms}
 
 
-def hash_of(terms: Mapping[str, Json]) -> str:
+def digest_of(terms: Mapping[str, Json]) -> str:
     """SHA-256 of the terms, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
 def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
     """The config of the run at ``site``. Raises :class:`CoterieError` for terms of another version."""
-    if not isinstance(terms, dict) or not all(isinstance(terms.get(name), dict) for name in (*_WHOLE, *_SENT)):
-        raise CoterieError("the terms are not those that a coterie server sends")
+    if not isinstance(terms, dict) or not all(isinstance(terms.get(name), dict) for name in (*_SENT_WHOLE, *_SENT)):
+        raise CoterieError("the terms are not what a coterie server sends; see whether [site] server is one")
     if terms.get("coterie") != __version__:
         raise CoterieError(
             f"the server runs coterie {terms.get('coterie')}, this site {__version__}: install the same version"
         )
-    raw = {name: terms[name] for name in (*_WHOLE, *_SENT)}
+    raw = {name: terms[name] for name in (*_SENT_WHOLE, *_SENT)}
     raw["model"] = {**raw["model"], "path": site.model.path}
     raw["engine"] = {**raw["engine"], "device": site.engine.device, "threads": site.engine.threads}
     raw["data"] = site.data.settings(site.site.id).model_dump(mode="json", exclude_none=True)
@@ -53,9 +104,9 @@ def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
 
 
 def federation_config(raw: Mapping[str, Json]) -> Config:
-    """The server's config: as that of a run, but the rows are the sites'.
+    """The server's config: that of a run, except that the rows are the sites'.
 
-    A ``[data]`` section, which the same federation in process needs, is left out: the server reads no rows.
+    A ``[data]`` section, which the same federation in process needs, is ignored: the server reads no rows.
     """
     federation = raw.get("federation", {})
     sites = federation.get("sites", ()) if isinstance(federation, dict) else ()

@@ -1,24 +1,27 @@
-"""What came back from a site: a value, or why there is none."""
+"""What a site answered: a value, or the reason why there is none."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from coterie import codec
 from coterie.engines.checks import plain_text
 from coterie.flower.message import Message
 
+T = TypeVar("T")
+Outcome = tuple[T, None] | tuple[None, str]  # a value, or the reason why there is none
 
-def decoded(kind: type[Any], blob: bytes) -> tuple[Any, str | None]:
-    """What a site's blob says, or why it cannot be read."""
+
+def decoded(kind: type[T], body: bytes) -> Outcome[T]:
+    """The value of a site's answer, or why it cannot be read."""
     try:
-        return codec.decode(kind, blob), None
+        return codec.decode(kind, body), None
     except codec.CodecError as fault:
         return None, plain_text(f"the reply cannot be read: {str(fault)[:300]}")
 
 
-def answered(kind: type[Any], answer: Message | str) -> tuple[Any, str | None]:
-    """What a site answered; or the transport's, the site's or our own reason why there is nothing."""
+def answered(kind: type[T], answer: Message | str) -> Outcome[T]:
+    """The value of a site's answer; or the transport's, the site's or our own reason why there is none."""
     if isinstance(answer, str):
         return None, plain_text(answer)
     if error := error_in(answer):

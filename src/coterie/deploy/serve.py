@@ -1,28 +1,25 @@
-"""``coterie serve``: a SuperLink, the run in it, and patience: what dies is started again and goes on where it was."""
+"""``coterie serve``: starts a SuperLink and the run in it, and starts again what dies: it goes on where it was."""
 
 from __future__ import annotations
 
-import json
-import secrets
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.config.load import differences
 from coterie.config.sections import Config
+from coterie.deploy.attempt import begin_attempt
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
 from coterie.deploy.superlink import SuperLink, check_server_keys
 from coterie.files import read_json, write_json
 from coterie.runs.folder import check_folder, held, plain, read_run
 from coterie.runs.rounds import Listener
-from coterie.types import ClientId, CoterieError, Json
+from coterie.types import CoterieError, Json
 
-DEAL = "deal.json"  # what the server of the next attempt starts from
 _POLL = 0.5  # seconds between looks into the journal
-_ASK = 15.0  # seconds between questions to Flower, each of which takes a process
+_STATUS_PAUSE = 15.0  # seconds between two status requests to Flower, each of which takes a process
 _HOME = "flower"
 
 
@@ -38,7 +35,8 @@ def serve(
 ) -> dict[str, Json]:
     """Run the federation of ``config`` in ``folder`` to its end and return its summary.
 
-    ``superlink`` is the address of one that runs already. Raises :class:`CoterieError`; the last checkpoint stands.
+    ``superlink`` is the address of one that is running already. Raises :class:`CoterieError`; the last checkpoint
+    stands.
     """
     _check(config, folder, resume)
     if (folder / "summary.json").exists():
@@ -62,7 +60,7 @@ def serve(
 
 
 def _check(config: Config, folder: Path, resume: bool) -> None:
-    """As of any run, but who takes part, and when, may be changed between two attempts."""
+    """As for any run, except that who takes part, and when, may change between two attempts."""
     if resume and (folder / "config.json").exists():
         old, _ = read_run(folder)
         mine = {**plain(config), "federation": old.get("federation", {}), "data": old.get("data", {})}
@@ -72,39 +70,42 @@ def _check(config: Config, folder: Path, resume: bool) -> None:
                 "or start a new run with --out"
             )
         return
-    check_folder(folder, config, resume=False)  # with --resume a run that has not begun begins: services restart so
+    check_folder(folder, config, resume=False)  # a service starts a new run with --resume too
 
 
 @dataclass
 class Supervisor:
-    """Sees one run to its end: starts a SuperLink and a Flower run, and new ones where they died."""
+    """Sees one run to its end: starts a SuperLink and a Flower run, and new ones when they die."""
 
     link: SuperLink
     folder: Path
     restarts: int
     listen: Listener
-    committed: int = 0  # the newest round that this process saw a checkpoint of
+    committed: int = 0  # the newest round whose checkpoint this process saw
 
     def run(self) -> None:
-        """Raises :class:`CoterieError` for what the server said, and once the restarts are used up: so many in a row,
-        with no new checkpoint between them."""
+        """Start attempts until the federation is finished.
+
+        Raises :class:`CoterieError` for what the server stopped for, and once the restarts are used up: so many in a
+        row with no new checkpoint between them.
+        """
         reader = Reader(self.folder / JOURNAL)
         for _ in reader.new():
             pass  # what earlier attempts wrote
         journal, left = Journal(self.folder / JOURNAL), self.restarts
         while True:
             before = self.committed
-            why = self._attempt(reader)
-            if why is None:
+            failure = self._attempt(reader)
+            if failure is None:
                 return
             left = (left if self.committed == before else self.restarts) - 1
             if left < 0:
                 raise CoterieError(
-                    f"{why}, once more than [federation] restarts = {self.restarts} allows without a new checkpoint. "
-                    f"See {self.link.log}; go on with --resume"
+                    f"{failure}, once more than [federation] restarts = {self.restarts} allows without a new "
+                    f"checkpoint. See {self.link.log}; go on with --resume"
                 )
-            journal({"event": "note", "text": f"{why}; starting again"})
-            self._hear(reader)
+            journal({"event": "note", "text": f"{failure}; starting again"})
+            self._pass_on(reader)
 
     def _attempt(self, reader: Reader) -> str | None:
         """One SuperLink and one Flower run; None once the federation is finished, else what died."""
@@ -113,22 +114,26 @@ class Supervisor:
             self.link.stop()
             self.link.start()
         try:
-            _write_deal(self.folder, self.link.register())
+            begin_attempt(self.folder, self.link.register())
             run = self.link.submit(self.folder)
         except CoterieError:
             if self.link.alive():
                 raise
             return "the SuperLink died"
-        asked = time.monotonic()
+        return self._watch(run, reader)
+
+    def _watch(self, run: str, reader: Reader) -> str | None:
+        """As :meth:`_attempt`, of a Flower run that was submitted."""
+        checked = time.monotonic()
         while True:
-            if self._hear(reader):
+            if self._pass_on(reader):
                 return None
             if not self.link.alive():
                 return "the SuperLink died"
-            if time.monotonic() - asked > _ASK:
-                asked = time.monotonic()
+            if time.monotonic() - checked > _STATUS_PAUSE:
+                checked = time.monotonic()
                 status = self._status(run)
-                if status.startswith("finished") and not self._hear(reader):
+                if status.startswith("finished") and not self._pass_on(reader):
                     return f"the Flower run ended ({status})"
                 if status == "finished:completed":
                     return None
@@ -141,8 +146,11 @@ class Supervisor:
             self.listen({"event": "note", "text": str(fault)})
             return "unknown"
 
-    def _hear(self, reader: Reader) -> bool:
-        """Pass on what happened since; whether the run is finished. Raises what the server stopped for."""
+    def _pass_on(self, reader: Reader) -> bool:
+        """Pass on what happened since; whether the run is finished.
+
+        Raises :class:`CoterieError` for what the server stopped for.
+        """
         for event in reader.new():
             self.listen(event)
             if event["event"] == "checkpoint":
@@ -154,14 +162,6 @@ class Supervisor:
         return False
 
 
-def _write_deal(folder: Path, keys: Mapping[str, ClientId]) -> None:
-    """A new attempt of the run, with an id that the sites keep its personal state under."""
-    path = folder / DEAL
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    run, attempt = old.get("run") or f"{folder.name[:60]}-{secrets.token_hex(8)}", old.get("attempt", 0) + 1
-    write_json(path, {"run": run, "attempt": attempt, "keys": dict(keys)})
-
-
 def _summary(folder: Path) -> dict[str, Json]:
-    found: dict[str, Json] = read_json(folder / "summary.json")
-    return found
+    summary: dict[str, Json] = read_json(folder / "summary.json")
+    return summary

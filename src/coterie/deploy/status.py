@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from coterie.deploy.journal import read_journal
+from coterie.files import write_json
+from coterie.report.page import SITES
 from coterie.types import ClientId, Json
 
 
@@ -127,6 +131,11 @@ def table_of(status: Status) -> dict[str, Json]:
         for client, site in sorted(status.sites.items())
     }
     return {"sites": sites, "starts of the server": status.attempts, "notes": status.notes}
+
+
+def write_sites(folder: Path) -> None:
+    """Write what the report shows of the network, from the journal so far."""
+    write_json(folder / SITES, table_of(status_of(read_journal(folder))))
 
 
 def spans(rounds: Iterable[int]) -> str:

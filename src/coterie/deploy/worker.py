@@ -30,9 +30,9 @@ from coterie.config.load import load_site
 from coterie.config.sections import Config
 from coterie.data.clients import SAFE_ID, load_federation
 from coterie.data.rows import SPLITS, Federation
-from coterie.deploy.agreement import config_at, hash_of
+from coterie.deploy.agreement import config_at, digest_of
+from coterie.deploy.hello import Hello
 from coterie.deploy.policy import BoundedCompute, check_policy, check_ranks, check_upload, without_usage
-from coterie.deploy.sites import Hello
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
 from coterie.experiment import set_threads
@@ -113,7 +113,7 @@ class Worker:
             base = fingerprint(resolve(run.config.model.path, self.root), self.state / "base.json")
         versions = environment()["versions"]
         (info,) = run.engine.clients
-        return Message({}, codec.encode(Hello(info, run.engine.spec, hash_of(head["terms"]), base, versions)))
+        return Message({}, codec.encode(Hello(info, run.engine.spec, digest_of(head["terms"]), base, versions)))
 
     def _train(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
         if not 1 <= head["round"] <= self.site.policy.max_rounds:
@@ -149,7 +149,7 @@ class Worker:
 
     def _open(self, head: Mapping[str, Json]) -> _Open:
         """The run of a message, with the personal state that the server's attempt starts from."""
-        key = f"{head['run']} {hash_of(head['terms'])}"
+        key = f"{head['run']} {digest_of(head['terms'])}"
         if key not in self.runs:
             self.runs = {key: self._load(head)}  # one at a time: another run's data are not kept
         run = self.runs[key]

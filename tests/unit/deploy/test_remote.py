@@ -22,8 +22,8 @@ from flwr.app import Message as FlowerMessage
 import flower_sites
 import sites
 from coterie import codec
+from coterie.deploy.hello import Hello
 from coterie.deploy.remote import RemoteEngine
-from coterie.deploy.sites import Hello
 from coterie.deploy.worker import Worker
 from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
@@ -102,7 +102,7 @@ def test_a_bad_answer_is_left_out_with_the_reason_and_the_round_goes_on(
         return [*BAD.values()][int(message.metadata.group_id) - 1][0](message)
 
     engine = flower_sites.engine_over(config, staff, sites=tuple(CLIENTS), spoil=spoil)
-    engine.roster.gather(0, 10)
+    engine.sites.gather(0, 10)
     run(engine, config, tmp_path / "run", rounds=len(BAD), evaluate_every=99)
     failed = [event["failed"] for event in rounds_in(tmp_path / "run")]
     assert [list(f) for f in failed] == [[VICTIM]] * len(BAD)
@@ -124,7 +124,7 @@ def test_thirty_percent_of_the_answers_missing_over_ten_rounds(
         return message
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil)
-    engine.roster.gather(len(CLIENTS), 10)
+    engine.sites.gather(len(CLIENTS), 10)
     run(engine, config, tmp_path / "run", rounds=10, quorum=0.25)
     failed = [reason for event in rounds_in(tmp_path / "run") for reason in event["failed"].values()]
     assert len(rounds_in(tmp_path / "run")) == 10
@@ -149,8 +149,8 @@ def test_a_late_answer_is_dropped_and_noted(fedit: tuple[Path, dict[str, Worker]
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
     grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
     engine = flower_sites.engine_over(config, staff, note=heard.append)
-    engine.roster.transport = GridTransport(grid)
-    engine.roster.gather(len(CLIENTS), 10)
+    engine.sites.transport = GridTransport(grid)
+    engine.sites.gather(len(CLIENTS), 10)
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
@@ -169,17 +169,17 @@ def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
     path, staff = fedit
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
     engine = flower_sites.engine_over(config, staff, note=heard.append)
-    engine.roster.gather(len(CLIENTS), 10)
-    grid = engine.roster.transport.grid  # type: ignore[attr-defined]
+    engine.sites.gather(len(CLIENTS), 10)
+    grid = engine.sites.transport.grid  # type: ignore[attr-defined]
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     answer = grid.sites.pop(NODE)
     gone = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
     assert gone[VICTIM].error == "the site is not connected"
-    assert engine.roster.clock() < 30  # it was waited for, and not for the whole round
-    at = engine.roster.clock()
+    assert engine.sites.clock() < 30  # it was waited for, and not for the whole round
+    at = engine.sites.clock()
     dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
-    assert engine.roster.clock() == at  # and not a second time
+    assert engine.sites.clock() == at  # and not a second time
     grid.sites[99] = answer
     back = dict(engine.train(method, method.configure(state, engine.clients, 2), 2))
     assert back[VICTIM].error is None
@@ -193,21 +193,21 @@ def test_a_site_that_is_back_as_another_node_is_sent_its_message_at_once(
     config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
     grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
     engine = flower_sites.engine_over(config, staff, note=heard.append)
-    engine.roster.transport = GridTransport(grid)
-    engine.roster.gather(len(CLIENTS), 10)
-    slept = engine.roster.sleep
+    engine.sites.transport = GridTransport(grid)
+    engine.sites.gather(len(CLIENTS), 10)
+    slept = engine.sites.sleep
 
     def sleep(seconds: float) -> None:
         slept(seconds)
-        if engine.roster.clock() > 5:  # started again; Flower takes the old node for alive
+        if engine.sites.clock() > 5:  # started again; Flower takes the old node for alive
             grid.sites.setdefault(99, staff[VICTIM].answer)
 
-    engine.roster.sleep = sleep
+    engine.sites.sleep = sleep
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
     assert one[VICTIM].error is None
-    assert 5 < engine.roster.clock() < 10
+    assert 5 < engine.sites.clock() < 10
     assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
 
 
@@ -224,7 +224,7 @@ def test_a_site_that_comes_back_in_time_is_sent_its_message_again(
         return flower_error(message, "the node is gone") if bad else message
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, greeting=20.0)
-    engine.roster.gather(len(CLIENTS), 10)
+    engine.sites.gather(len(CLIENTS), 10)
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
@@ -238,7 +238,7 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
     config = flower_sites.server_config(path)
     whole_staff = flower_sites.workers(tmp_path, CLIENTS, site={"state": "whole"})
     whole = flower_sites.engine_over(config, whole_staff)
-    whole.roster.gather(4, 10)
+    whole.sites.gather(4, 10)
     state = run(whole, config, tmp_path / "whole-run")
 
     class DiedError(Exception): ...
@@ -250,12 +250,12 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
 
     staff = flower_sites.workers(tmp_path, CLIENTS)
     engine = flower_sites.engine_over(config, staff, spoil=dies)
-    engine.roster.gather(4, 10)
+    engine.sites.gather(4, 10)
     with pytest.raises(DiedError):
         run(engine, config, tmp_path / "run")
     assert all((w.state / "run" / "personal" / c / "000002.safetensors").exists() for c, w in staff.items())
     again = flower_sites.engine_over(config, staff, attempt=2)
-    again.roster.gather(4, 10)
+    again.sites.gather(4, 10)
     assert codec.encode(run(again, config, tmp_path / "run")) == codec.encode(state)
     for client, worker in staff.items():
         mine, others = (w.state / "run" / "personal" / client for w in (worker, whole_staff[client]))
@@ -272,12 +272,12 @@ def test_a_site_may_join_and_another_leave_between_two_starts(name: str, tmp_pat
     config = flower_sites.server_config(path)
     some = {c: staff[c] for c in CLIENTS[:3]}
     engine = flower_sites.engine_over(config, some, sites=tuple(some))
-    engine.roster.gather(0, 10)
+    engine.sites.gather(0, 10)
     run(engine, config, tmp_path / "run", rounds=2)
     others = {c: staff[c] for c in CLIENTS[1:]}
     again = flower_sites.engine_over(config, others, attempt=2, sites=tuple(others))
-    again.roster.known.update(engine.roster.known)
-    again.roster.gather(0, 10)
+    again.sites.known.update(engine.sites.known)
+    again.sites.gather(0, 10)
     run(again, config, tmp_path / "run", rounds=5)
     assert [(sorted(e["clients"]), e["failed"]) for e in rounds_in(tmp_path / "run")] == [
         *[(CLIENTS[:3], {})] * 2,
@@ -288,12 +288,12 @@ def test_a_site_may_join_and_another_leave_between_two_starts(name: str, tmp_pat
 def test_rows_that_changed_are_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, staff = fedit
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff)
-    engine.roster.gather(4, 10)
-    info = replace(engine.roster.known[VICTIM].info, num_train=99)
+    engine.sites.gather(4, 10)
+    info = replace(engine.sites.known[VICTIM].info, num_train=99)
     heard: list[dict[str, Any]] = []
     again = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
-    again.roster.known.update({**engine.roster.known, VICTIM: replace(engine.roster.known[VICTIM], info=info)})
-    again.roster.gather(3, 10)
+    again.sites.known.update({**engine.sites.known, VICTIM: replace(engine.sites.known[VICTIM], info=info)})
+    again.sites.gather(3, 10)
     assert ["not those that it began with" in e["reason"] for e in heard if e["event"] == "refused"] == [True]
 
 
@@ -301,25 +301,25 @@ def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[P
     path, staff = fedit
     heard: list[dict[str, Any]] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append, sites=tuple(CLIENTS))
-    grid = engine.roster.transport.grid  # type: ignore[attr-defined]
+    grid = engine.sites.transport.grid  # type: ignore[attr-defined]
     right = grid.sites[11]
 
     def wrong(message: Message) -> Message:
         made = right(message)
         return Message(made.head, codec.encode(replace(codec.decode(Hello, made.body), base="another")))
 
-    grid.sites[11], slept = wrong, engine.roster.sleep
+    grid.sites[11], slept = wrong, engine.sites.sleep
 
     def sleep(seconds: float) -> None:
         slept(seconds)
-        if engine.roster.clock() > 5 and 11 in grid.sites:  # its people mend it, and start it again
+        if engine.sites.clock() > 5 and 11 in grid.sites:  # its people mend it, and start it again
             del grid.sites[11]
             grid.sites[99] = right
 
-    engine.roster.sleep = sleep
-    engine.roster.gather(0, 60)
-    assert sorted(engine.roster.known) == CLIENTS
-    assert len({hello.base for hello in engine.roster.known.values()}) == 1
+    engine.sites.sleep = sleep
+    engine.sites.gather(0, 60)
+    assert sorted(engine.sites.known) == CLIENTS
+    assert len({hello.base for hello in engine.sites.known.values()}) == 1
     assert all("not another as mood-0); give both" in e["reason"] for e in heard if e["event"] == "refused")
 
 
@@ -329,15 +329,15 @@ def test_of_two_nodes_with_one_name_the_latest_is_the_site_until_it_is_gone(
     path, staff = fedit
     heard: list[dict[str, Any]] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
-    roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
+    there, grid = engine.sites, engine.sites.transport.grid  # type: ignore[attr-defined]
 
     def looked(seconds: int) -> int:
         for _ in range(seconds):
-            roster.sleep(1.0)
-            roster.look()
-        return roster.nodes[VICTIM]
+            there.sleep(1.0)
+            there.refresh()
+        return there.nodes[VICTIM]
 
-    roster.gather(4, 10)
+    there.gather(4, 10)
     grid.sites[98] = grid.sites[NODE]
     assert [looked(100), looked(100)] == [98, 98]
     grid.sites[99] = grid.sites[NODE]
@@ -354,7 +354,7 @@ def test_the_answer_of_a_node_that_is_gone_counts_no_more(fedit: tuple[Path, dic
     path, staff = fedit
     heard: list[dict[str, Any]] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
-    roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
+    there, grid = engine.sites, engine.sites.transport.grid  # type: ignore[attr-defined]
     pull, answered = grid.pull_messages, list[FlowerMessage]()
 
     def only_now(tickets: list[str]) -> list[FlowerMessage]:
@@ -363,14 +363,14 @@ def test_the_answer_of_a_node_that_is_gone_counts_no_more(fedit: tuple[Path, dic
         return found or pull(tickets)
 
     grid.pull_messages = lambda tickets: []
-    roster.look()
-    answered += pull([ticket for ticket, node in roster._hellos.items() if node == NODE])
+    there.refresh()
+    answered += pull([ticket for ticket, node in there._greetings.items() if node == NODE])
     assert len(answered) == 1
     grid.sites[99], grid.pull_messages = grid.sites.pop(NODE), only_now
     for _ in range(9):
-        roster.look()
-    assert roster.nodes[VICTIM] == 99
-    assert not roster.asking
+        there.refresh()
+    assert there.nodes[VICTIM] == 99
+    assert not there.asking
     assert [e["node"] for e in heard if e["client"] == VICTIM] == ["99"]
 
 
@@ -384,16 +384,16 @@ def test_for_a_stranger_who_says_nothing_no_absent_site_is_waited_for(
         return None if node == 99 else message
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, greeting=20.0)
-    roster, grid = engine.roster, engine.roster.transport.grid  # type: ignore[attr-defined]
-    roster.gather(4, 10)
+    there, grid = engine.sites, engine.sites.transport.grid  # type: ignore[attr-defined]
+    there.gather(4, 10)
     method = flower_sites.method_of(config)
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
     grid.sites[99] = grid.sites.pop(NODE)
     took = []
     for _ in range(3):  # it may be the one that is missed, for a while
-        began = roster.clock()
+        began = there.clock()
         assert dict(engine.train(method, instructions, 1))[VICTIM].error == "the site is not connected"
-        took.append(roster.clock() - began)
+        took.append(there.clock() - began)
     assert took[0] > 20
     assert took[-1] == 0
 
@@ -401,16 +401,16 @@ def test_for_a_stranger_who_says_nothing_no_absent_site_is_waited_for(
 def test_who_said_hello_and_left_before_the_start_is_no_client(fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, sites=(*CLIENTS, "someone"))
-    grid, slept = engine.roster.transport.grid, engine.roster.sleep  # type: ignore[attr-defined]
+    grid, slept = engine.sites.transport.grid, engine.sites.sleep  # type: ignore[attr-defined]
 
     def sleep(seconds: float) -> None:
         slept(seconds)
-        if engine.roster.clock() > 5:
+        if engine.sites.clock() > 5:
             grid.sites.pop(NODE, None)
 
-    engine.roster.sleep = sleep
-    engine.roster.gather(3, 10)
-    assert 10 <= engine.roster.clock() < 11  # so long it waits for someone
+    engine.sites.sleep = sleep
+    engine.sites.gather(3, 10)
+    assert 10 <= engine.sites.clock() < 11  # so long it waits for someone
     assert [c.id for c in engine.clients] == ["mood-0", "place-0", "size-0"]
 
 
@@ -418,16 +418,16 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
     path, staff = fedit
     config = flower_sites.server_config(path)
 
-    def reasons(**deal: Any) -> set[str]:
+    def reasons(**agreed: Any) -> set[str]:
         heard: list[dict[str, Any]] = []
-        engine = flower_sites.engine_over(config, staff, note=heard.append, **deal)
+        engine = flower_sites.engine_over(config, staff, note=heard.append, **agreed)
         with pytest.raises(CoterieError, match=r"sites are there after 20 s; missing"):
-            engine.roster.gather(4, 20)
+            engine.sites.gather(4, 20)
         return {event["reason"] for event in heard if event["event"] == "refused"}
 
     assert reasons(sites=("mood-0", "mood-1", "place-0", "someone")) == {"size-0 is not among [federation] sites"}
     assert len(reasons(base="abc", sites=tuple(CLIENTS))) == 4
-    assert any("key is unknown's" in r for r in reasons(keys={"digest": "mood-0"}))
+    assert any("key belongs to nobody known" in r for r in reasons(keys={"digest": "mood-0"}))
     staff[VICTIM] = flower_sites.workers(tmp_path, [VICTIM], policy={"methods": ["fedlease"]})[VICTIM]
     assert reasons() == {"this site does not run fedit, only fedlease ([policy] methods)"}
 
@@ -441,7 +441,7 @@ NO_SITE: dict[str, tuple[Callable[[Hello], Hello], str]] = {
     "labels": (lambda h: with_info(h, labels=tuple(map(str, range(20_000)))), "too many labels"),
     "a label": (lambda h: with_info(h, labels=("a", LONG)), "too long"),
     "a group": (lambda h: with_info(h, group=LONG), "too long"),
-    "a base": (lambda h: replace(h, base="\x1b[2J"), "whose hash is none"),
+    "a base": (lambda h: replace(h, base="\x1b[2J"), "whose hash is not one"),
     "a side": (lambda h: replace(h, spec=replace(h.spec, targets=(Target("q", 10**12, 1),))), "sizes that cannot be"),
     "a head": (lambda h: replace(h, spec=replace(h.spec, head_std=10**400)), "sizes that cannot be"),
 }
@@ -463,8 +463,8 @@ def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str
         return with_answer(message, Hello, change)
 
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, spoil=spoil, note=heard.append)
-    engine.roster.gather(3, 5)
-    assert sorted(engine.roster.known) == [c for c in CLIENTS if c != VICTIM]
+    engine.sites.gather(3, 5)
+    assert sorted(engine.sites.known) == [c for c in CLIENTS if c != VICTIM]
     assert all(reason in event["reason"] for event in heard if event["event"] == "refused")
     assert [event["event"] for event in heard].count("refused") == 1
 
@@ -519,7 +519,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
         return message if turn >= len(NO_SCORES) else with_answer(message, Evaluation, [*NO_SCORES.values()][turn])
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
-    engine.roster.gather(4, 10)
+    engine.sites.gather(4, 10)
     assert TARGET in {target.name for target in engine.spec.targets}
     method = flower_sites.method_of(config)
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
@@ -561,7 +561,7 @@ def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]
         return with_answer(message, Bank, [*NO_BANKS.values()][int(message.metadata.group_id) - 1][0])
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
-    engine.roster.gather(2, 10)
+    engine.sites.gather(2, 10)
     method = flower_sites.method_of(config)
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
     for rnd in range(1, len(NO_BANKS) + 1):
@@ -583,7 +583,7 @@ def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[s
 
     some = {VICTIM: staff[VICTIM]}
     engine = flower_sites.engine_over(config, some, spoil=spoil, note=heard.append)
-    engine.roster.gather(1, 10)
+    engine.sites.gather(1, 10)
     method = flower_sites.method_of(config)
     state = method.init(engine.spec, engine.clients)
     (delivery,) = dict(engine.train(method, method.configure(state, engine.clients, 1), 1)).values()
@@ -600,12 +600,12 @@ def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) 
     heard: list[dict[str, Any]] = []
     keys = {digest[c]: c for c in CLIENTS}
     engine = flower_sites.engine_over(config, staff, note=heard.append, keys=keys)
-    grid = engine.roster.transport.grid  # type: ignore[attr-defined]
+    grid = engine.sites.transport.grid  # type: ignore[attr-defined]
     shown = {"mood-0": "mood-0", "mood-1": "mood-0", "place-0": "place-0", "size-0": "size-0"}  # mood-1 with another's
     grid.keys = {11 + i: shown[c].encode() for i, c in enumerate(CLIENTS)}
-    engine.roster.gather(3, 5)
+    engine.sites.gather(3, 5)
     (refused,) = {event["reason"] for event in heard if event["event"] == "refused"}
-    assert refused == "the node says that it is mood-1, and its key is mood-0's"
+    assert refused == "the node calls itself mood-1, but its key belongs to mood-0"
 
 
 def test_a_message_survives_flower_and_nothing_else_is_one() -> None:

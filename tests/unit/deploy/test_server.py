@@ -18,9 +18,9 @@ import flower_sites
 import sites
 from coterie import codec
 from coterie.deploy import server
+from coterie.deploy.attempt import begin_attempt
+from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal, read_journal
-from coterie.deploy.serve import _write_deal
-from coterie.deploy.sites import Hello
 from coterie.files import write_json
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message
@@ -59,7 +59,7 @@ def attempt(
     out = folder / "out"
     out.mkdir(exist_ok=True)
     write_json(out / "config.json", {"root": str(folder), "config": plain(config)})
-    _write_deal(out, {})
+    begin_attempt(out, {})
     staff = flower_sites.workers(folder, [*there, *([comes] if comes else [])])
 
     def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
@@ -138,7 +138,7 @@ def test_a_first_hello_can_be_mended_before_the_run_begins(name: str, tmp_path: 
     attempt(tmp_path, FIRST, FIRST)
     assert who_took_part(tmp_path)[0] == {*FIRST}
     reasons = {e["reason"] for e in read_journal(tmp_path / "out") if e["event"] == "refused"}
-    told = "holds another base ({}, not wrong as mood-0); give both the same model files, and start `coterie join`"
+    told = "has another base ({}, not wrong as mood-0); give both the same model files, and restart `coterie join`"
     assert all(told.split("{}")[1] in reason for reason in reasons)
     assert len(reasons) == (2 if name == "base" else 0)
 

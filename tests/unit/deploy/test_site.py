@@ -27,10 +27,10 @@ import sites
 from coterie import codec
 from coterie.config.deployment import Policy
 from coterie.config.load import load_site
-from coterie.deploy.agreement import federation_config, hash_of, terms_of
+from coterie.deploy.agreement import digest_of, federation_config, terms_of
+from coterie.deploy.hello import Hello
 from coterie.deploy.policy import steps_of, without_usage
 from coterie.deploy.site_check import check as check_site
-from coterie.deploy.sites import Hello
 from coterie.deploy.worker import Worker, _without_text, fingerprint, serve_forever
 from coterie.flower import app as flower
 from coterie.flower.local_socket import hand_over, listening, receive, send
@@ -131,7 +131,7 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "splits": ({"kind": "evaluate", "splits": 3}, "splits are some of train, validation, test"),
     "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are some of train, validation, test"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
-    "terms": ({"terms": {}}, "not those that a coterie server sends"),
+    "terms": ({"terms": {}}, "not what a coterie server sends"),
 }
 
 
@@ -155,7 +155,7 @@ def test_the_terms_hold_neither_paths_nor_addresses_nor_data(tmp_path: Path) -> 
     text = json.dumps(terms_of(config))
     for word in ("10.1.2.3", "secret-keys", "clients", "path", "folder"):
         assert word not in text
-    assert hash_of(terms_of(config)) != hash_of(terms_of(flower_sites.server_config(path, lora={"rank": 3})))
+    assert digest_of(terms_of(config)) != digest_of(terms_of(flower_sites.server_config(path, lora={"rank": 3})))
 
 
 def test_steps_are_counted_as_training_takes_them() -> None:

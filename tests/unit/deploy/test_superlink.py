@@ -65,7 +65,7 @@ def test_only_a_new_checkpoint_gives_the_restarts_back(
         journal({"event": "round", "round": 9})
         if rnd is not None:
             journal({"event": "checkpoint", "round": rnd})
-        self._hear(reader)
+        self._pass_on(reader)
         return "the SuperLink died"
 
     monkeypatch.setattr(Supervisor, "_attempt", attempt)

@@ -1,0 +1,43 @@
+"""One start of a run's server: what ``coterie serve`` leaves for it in the run's folder."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from coterie.files import read_json, write_json
+from coterie.types import ClientId
+
+_FILE = "attempt.json"
+_EARLIER_FILE = "deal.json"  # what versions before 0.1.0 called it
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """``number`` counts the starts; the sites keep the run's personal state under the id ``run``.
+
+    ``keys`` is the site that owns a key, by the key's SHA-256.
+    """
+
+    run: str
+    number: int
+    keys: Mapping[str, ClientId]
+
+
+def read_attempt(folder: Path) -> Attempt:
+    """The newest attempt of the run in ``folder``."""
+    found = read_json(folder / _FILE)
+    return Attempt(found["run"], found["attempt"], found["keys"])
+
+
+def begin_attempt(folder: Path, keys: Mapping[str, ClientId]) -> Attempt:
+    """Write down that the run in ``folder`` is started once more."""
+    if (folder / _EARLIER_FILE).exists():
+        (folder / _EARLIER_FILE).rename(folder / _FILE)
+    old = read_attempt(folder) if (folder / _FILE).exists() else None
+    run = old.run if old else f"{folder.name[:60]}-{secrets.token_hex(8)}"
+    attempt = Attempt(run, old.number + 1 if old else 1, dict(keys))
+    write_json(folder / _FILE, {"run": attempt.run, "attempt": attempt.number, "keys": dict(keys)})
+    return attempt

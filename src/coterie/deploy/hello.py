@@ -1,0 +1,93 @@
+"""How a site introduces itself, and whether it may take part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coterie.data.clients import SAFE_ID
+from coterie.deploy.agreement import Agreement
+from coterie.engines.checks import plain_text, site_fault
+from coterie.types import BaseSpec, ClientId, ClientInfo
+
+_MAX_VERSIONS = 50
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A site's introduction: what the server may know of it, and what has to match."""
+
+    info: ClientInfo
+    spec: BaseSpec
+    terms: str  # SHA-256 of the terms that it agreed to
+    base: str  # SHA-256 of the base's files
+    versions: Mapping[str, str | None]
+
+
+def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[ClientId, Hello]) -> str | None:
+    """Why the site may not take part, or None if it may.
+
+    ``key`` is the SHA-256 of the key that its node connected with; ``others`` are the introductions that this one has
+    to match, its own earlier one among them.
+    """
+    return (
+        _malformed(hello)
+        or _not_invited(hello.info.id, agreement, key)
+        or _other_terms(hello, agreement)
+        or _other_rows(hello, others)
+        or _other_base(hello, agreement.base, others)
+    )
+
+
+def plain_versions(versions: Mapping[str, str | None]) -> dict[str, str | None]:
+    """What a site reports of its libraries, safe to show."""
+    some = list(versions.items())[:_MAX_VERSIONS]
+    return {plain_text(name, 50): version and plain_text(version, 50) for name, version in some}
+
+
+def _malformed(hello: Hello) -> str | None:
+    client = hello.info.id
+    if not SAFE_ID.fullmatch(client):
+        return f"the client id {plain_text(client, 100)!r} cannot name a folder"
+    if not SAFE_ID.fullmatch(hello.base):
+        return f"{client} reports a base whose hash is not one"
+    if fault := site_fault(hello.info, hello.spec):
+        return f"{client} cannot be what it reports: {fault}"
+    return None
+
+
+def _not_invited(client: ClientId, agreement: Agreement, key: str) -> str | None:
+    if agreement.closed and client not in agreement.sites:
+        return f"{client} was not there at the start, and {agreement.closed}"
+    if agreement.sites and client not in agreement.sites:
+        return f"{client} is not among [federation] sites"
+    if agreement.keys and agreement.keys.get(key) != client:
+        return f"the node calls itself {client}, but its key belongs to {agreement.keys.get(key, 'nobody known')}"
+    return None
+
+
+def _other_terms(hello: Hello, agreement: Agreement) -> str | None:
+    if hello.terms == agreement.digest:
+        return None
+    return f"{hello.info.id} read other terms than were sent; install the same version of coterie there"
+
+
+def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:
+    client = hello.info.id
+    if client not in others or hello.info == others[client].info:
+        return None
+    return f"the rows or labels of {client} are not those that it began with; restore them, or start a new run"
+
+
+def _other_base(hello: Hello, agreed: str, others: Mapping[ClientId, Hello]) -> str | None:
+    bases = {agreed: ""} if agreed else {}
+    bases |= {h.base: f" as {c}" for c, h in sorted(others.items(), reverse=True)}
+    for wanted, whose in bases.items():
+        if hello.base != wanted:
+            return (
+                f"{hello.info.id} has another base ({hello.base[:12]}, not {wanted[:12]}{whose}); give both the same "
+                "model files, and restart `coterie join` where they were wrong"
+            )
+    if others and hello.spec != next(iter(others.values())).spec:
+        return f"the base of {hello.info.id} has other targets"
+    return None
