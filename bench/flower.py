@@ -26,7 +26,7 @@ from _harness import arguments, table, write
 from coterie import codec
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.deploy.agreement import digest_of, federation_config, terms_of
 from coterie.deploy.journal import read_journal
 from coterie.deploy.processes import free_port, start, stop, tail
@@ -118,7 +118,7 @@ def in_process(folder: Path, server: dict[str, Any], sites: dict[str, dict[str, 
     """Median seconds of a round's training after the warm-up, and of the codec's part in it."""
     clients = [{"id": site, **parts["data"]} for site, parts in sites.items()]
     config = check_config({**server, "data": {"clients": clients}})
-    engine = local.make(config, load_federation(config.data, "classification", 0, folder), folder / "here", folder, {})
+    engine = local.make(config, load_data(config.data, "classification", 0, folder), folder / "here", folder, {})
     method = method_named("fedlease")(config.method_settings(), config.plan())
     state = method.init(engine.spec, engine.clients)
     seconds, coding = [], []

@@ -21,8 +21,8 @@ import torch
 
 from coterie import engines
 from coterie.config.sections import Config
-from coterie.data.clients import load_federation
-from coterie.data.rows import Federation
+from coterie.data.clients import load_data
+from coterie.data.rows import FederatedData
 from coterie.engines.base import Engine
 from coterie.files import read_json, write_json
 from coterie.machine import default_threads, reset_peak_memory
@@ -45,7 +45,7 @@ class Opened:
     config: Config
     method: Method[Any]
     engine: Engine
-    federation: Federation
+    federation: FederatedData
     root: Path
 
 
@@ -105,7 +105,7 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) ->
     if config.run.tensorboard:
         check_tensorboard()
     method = config.make_method(root)
-    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    federation = load_data(config.data, config.task.kind, config.run.seed, root)
     engine = _maker(config.engine.name)(config, federation, folder, root, cache)
     return Opened(config, method, engine, federation, root)
 

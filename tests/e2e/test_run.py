@@ -24,7 +24,7 @@ from coterie.adapters.bundle import read_bundle
 from coterie.cli.progress import listener
 from coterie.comparison import compare
 from coterie.config.load import load_config
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.data.rows import TextRow
 from coterie.methods.base import method_named
 from coterie.nn.attach import attached
@@ -260,7 +260,7 @@ def test_a_bundle_gives_the_accuracy_of_the_last_round(name: str, done: Any) -> 
     made = done(name)
     last = made.of("evaluation")[-1]["clients"]
     config = load_config(made.config)
-    federation = load_federation(config.data, "classification", config.run.seed, made.config.parent)
+    federation = load_data(config.data, "classification", config.run.seed, made.config.parent)
     seen = set()
     for client in federation.clients:
         bank, info = read_bundle(made.out / "clients" / client.info.id)

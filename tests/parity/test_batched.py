@@ -27,8 +27,8 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.train import Course
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
-from coterie.data.clients import load_federation
-from coterie.data.rows import ClientData, Federation
+from coterie.data.clients import load_data
+from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import make_task
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import PersonalStore
@@ -72,7 +72,7 @@ def loaded(kind: str, dtype: torch.dtype, arch: str = "") -> tuple[Base, tuple[C
     with tempfile.TemporaryDirectory() as folder:
         sites.federation(Path(folder) / "clients", kind, clients=7, rows=8)
         config = check_config({"data": {"folder": "clients"}, "task": {"kind": kind}})
-        federation = load_federation(config.data, kind, 0, Path(folder))  # type: ignore[arg-type]
+        federation = load_data(config.data, kind, 0, Path(folder))  # type: ignore[arg-type]
         path = tiny.folder(Path(folder) / "model", arch or KINDS[kind])
         base = load_base(str(path), kind, dtype=dtype)  # type: ignore[arg-type]
     clients = [cut(c, CHOSEN[c.info.id]) for c in federation.clients if c.info.id in CHOSEN]
@@ -203,7 +203,7 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, optim: 
     def engine(together: int) -> LocalEngine:
         place = workplace(kind, torch.float32, eval_batch_size=4)
         store = PersonalStore(tmp_path / str(together))
-        return LocalEngine(place, Federation(clients, {}), store, together=together)
+        return LocalEngine(place, FederatedData(clients, {}), store, together=together)
 
     one, many = engine(1), engine(3)
     state = method.init(one.spec, one.clients)
@@ -236,7 +236,7 @@ def test_several_devices_give_the_bits_of_one(name: str, together: int, tmp_path
 
     def engine(folder: str, *more: Workplace) -> LocalEngine:
         store = PersonalStore(tmp_path / folder)
-        return LocalEngine(first, Federation(clients, {}), store, together=together, more=more, optim=OPTIM)
+        return LocalEngine(first, FederatedData(clients, {}), store, together=together, more=more, optim=OPTIM)
 
     one, two = engine("one"), engine("two", other)
     size = min(together, -(-len(clients) // 2))
@@ -631,7 +631,7 @@ def test_no_instruction_is_shared_between_clients_of_a_group(tmp_path: Path) -> 
             yield
 
     clients = loaded("classification", torch.float64)[1]
-    engine = LocalEngine(workplace(), Federation(clients, {}), PersonalStore(tmp_path), together=4)
+    engine = LocalEngine(workplace(), FederatedData(clients, {}), PersonalStore(tmp_path), together=4)
     shared = Instruction({KEY: torch.zeros(2)})
     deliveries = dict(engine.train(Writer(), {c.info.id: shared for c in clients}, 1))  # type: ignore[arg-type]
     assert len(deliveries) == 5

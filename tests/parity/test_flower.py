@@ -13,7 +13,7 @@ import flower_sites
 import pools
 import sites
 from coterie import codec
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.engines import local
 from coterie.methods.base import methods
 from coterie.runs.rounds import Rounds, Runner
@@ -48,7 +48,7 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(name: str, head: st
     changes: dict[str, Any] = {"task": {"head": head}}
     changes |= {"method": {"pool": pools.for_tiny()}} if name == "smartfed" else {}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
-    federation = load_federation(config.data, config.task.kind, config.run.seed, tmp_path)
+    federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
     staff = flower_sites.workers(tmp_path, CLIENTS, policy={"upload_bank": True})
     server = flower_sites.server_config(path, **changes)

@@ -21,7 +21,7 @@ import pools
 import sites
 from coterie.config.load import load_config
 from coterie.config.sections import Config
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
 from coterie.flower.simulation import SimulatedTransport, simulation
@@ -84,12 +84,12 @@ def config_of(folder: Path, name: str, head: str = "personal") -> Config:
 
 def engines(config: Config, root: Path, ray: SimulatedTransport) -> dict[str, Any]:
     """The local engine in ``here``, the simulation's in ``there``."""
-    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    federation = load_data(config.data, config.task.kind, config.run.seed, root)
     return {"here": local.make(config, federation, root / "here", root, {}), "there": there(config, root, ray)}
 
 
 def there(config: Config, root: Path, ray: SimulatedTransport) -> flower_sim.FlowerSimEngine:
-    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    federation = load_data(config.data, config.task.kind, config.run.seed, root)
     head = flower_sim.head_of(config, federation, root / "there", root)
     start = partial(nullcontext, ray)
     clients = tuple(c.info for c in federation.clients)

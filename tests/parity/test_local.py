@@ -21,8 +21,8 @@ from coterie.compute import loading
 from coterie.compute.client import LocalCompute, Workplace
 from coterie.config.load import check_config
 from coterie.config.sections import Config
-from coterie.data.clients import load_federation
-from coterie.data.rows import ClientData, Federation
+from coterie.data.clients import load_data
+from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import Classification
 from coterie.engines import local
 from coterie.engines.base import Delivery
@@ -55,15 +55,15 @@ def _one_thread() -> None:
 
 
 @cache
-def loaded() -> tuple[Base, Federation]:
+def loaded() -> tuple[Base, FederatedData]:
     """A tiny BERT and four clients, three of them with the same labels: a sum of three depends on its order."""
     with tempfile.TemporaryDirectory() as folder:
         sites.federation(Path(folder) / "clients", clients=7, rows=8)
         config = check_config({"data": {"folder": "clients"}})
-        federation = load_federation(config.data, "classification", 0, Path(folder))
+        federation = load_data(config.data, "classification", 0, Path(folder))
         chosen = tuple(c for c in federation.clients if c.info.id in ("mood-0", "mood-1", "mood-2", "size-0"))
         base = load_base(str(tiny.folder(Path(folder) / "model", "bert")), "classification")
-        return base, Federation(chosen, federation.manifest)
+        return base, FederatedData(chosen, federation.manifest)
 
 
 def workplace(**settings: Any) -> Workplace:
@@ -72,7 +72,7 @@ def workplace(**settings: Any) -> Workplace:
 
 
 def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> LocalEngine:
-    federation = loaded()[1] if clients is None else Federation(tuple(clients), {})
+    federation = loaded()[1] if clients is None else FederatedData(tuple(clients), {})
     return LocalEngine(workplace(), federation, PersonalStore(folder))
 
 

@@ -24,7 +24,7 @@ from coterie.cli.main import app
 from coterie.comparison import config_for
 from coterie.config.load import check_config, load_config, load_raw
 from coterie.data import sources
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.data.settings import Columns
 from coterie.deploy.agreement import federation_config
 from coterie.experiment import run
@@ -123,7 +123,7 @@ def test_an_example_gets_the_rows_it_asks_for(path: Path) -> None:
     raw = load_raw(path)
     config = check_config({key: raw[key] for key in ("data", "task") if key in raw})
     data = config.data
-    clients = load_federation(data, config.task.kind, 0, path.parent).clients
+    clients = load_data(data, config.task.kind, 0, path.parent).clients
     assert len(clients) >= 8
     assert {c.info.num_train for c in clients} == {data.train_rows}
     assert {c.info.num_test for c in clients} == {data.test_rows}

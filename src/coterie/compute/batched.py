@@ -22,8 +22,8 @@ from coterie.compute.train import Course, Optimisers
 from coterie.compute.workplace import Workplace
 from coterie.data.tasks import Batch, Generation
 from coterie.methods.base import answer
-from coterie.nn.attach import Fitted, fit
 from coterie.nn.attach_many import AttachedMany, attached_many
+from coterie.nn.build import BankLayers, build_layers
 from coterie.nn.many import UnlikeError
 from coterie.types import (
     Answer,
@@ -138,11 +138,11 @@ def _together(asked: list[Asked], note: Note) -> list[Answer | Exception]:
 def train_together(asked: Sequence[tuple[LocalCompute, Train]]) -> list[Trained | CoterieError]:
     """What :meth:`LocalCompute.train` returns or raises, for each."""
     found: dict[int, Trained | CoterieError] = {}
-    lanes: list[tuple[int, Course, Fitted]] = []
+    lanes: list[tuple[int, Course, BankLayers]] = []
     for i, (compute, request) in enumerate(asked):
         try:
             course = Course(compute.place, compute.client, compute.rnd, request)
-            lanes.append((i, course, fit(compute.place.base.model, request.bank, request.trainable)))
+            lanes.append((i, course, build_layers(compute.place.base.model, request.bank, request.trainable)))
         except CoterieError as fault:
             found[i] = fault
     lanes.sort(key=lambda lane: -len(lane[1].groups))  # so that those with steps left come first
@@ -204,10 +204,10 @@ def score_together(asked: Sequence[tuple[LocalCompute, Score]]) -> list[list[Sco
 def _scores(asked: Sequence[tuple[LocalCompute, Score]]) -> list[Scored | CoterieError]:
     """What each of them scores, with the one bank that each asks for."""
     found: dict[int, Scored | CoterieError] = {}
-    lanes: list[tuple[int, Tally | ChoiceTally, Fitted]] = []
+    lanes: list[tuple[int, Tally | ChoiceTally, BankLayers]] = []
     for i, (compute, request) in enumerate(asked):
         try:
-            lanes.append((i, compute.tally(request), fit(compute.place.base.model, request.banks[0])))
+            lanes.append((i, compute.tally(request), build_layers(compute.place.base.model, request.banks[0])))
         except CoterieError as fault:
             found[i] = fault
     place = asked[0][0].place
@@ -245,10 +245,10 @@ def _texts(place: Workplace, many: AttachedMany, asked: Sequence[tuple[LocalComp
 def observe_together(asked: Sequence[tuple[LocalCompute, Observe]]) -> list[Observed | CoterieError]:
     """What :meth:`LocalCompute.observe` returns or raises, for each."""
     found: dict[int, Observed | CoterieError] = {}
-    lanes: list[tuple[int, Sight, Fitted]] = []
+    lanes: list[tuple[int, Sight, BankLayers]] = []
     for i, (compute, request) in enumerate(asked):
         try:
-            lanes.append((i, compute.sight(request), fit(compute.place.base.model, request.bank)))
+            lanes.append((i, compute.sight(request), build_layers(compute.place.base.model, request.bank)))
         except CoterieError as fault:
             found[i] = fault
     place = asked[0][0].place

@@ -16,7 +16,7 @@ from coterie.data import sources
 from coterie.data.files import Record, Table, read_table
 from coterie.data.parse import listing, parse
 from coterie.data.partition import Pool, Share, partition
-from coterie.data.rows import SPLITS, ChoiceRow, ClientData, Federation, Row, TextRow, label_of
+from coterie.data.rows import SPLITS, ChoiceRow, ClientData, FederatedData, Row, TextRow, label_of
 from coterie.data.settings import ClientFiles, DatasetEntry, DataSettings
 from coterie.data.sources import Dataset
 from coterie.data.sources.folder import read_folder
@@ -38,7 +38,7 @@ class _Example:
     record: Record
 
 
-def load_federation(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> Federation:
+def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> FederatedData:
     """The clients that ``settings`` describe. Relative paths start at ``root``, the folder of the config file.
 
     Raises :class:`DataError` that names the file and line, or the client, and says what to change.
@@ -47,7 +47,7 @@ def load_federation(settings: DataSettings, kind: TaskKind, seed: int, root: Pat
     _check_ids([client.info.id for client, _ in clients])
     entries = {client.info.id: _entry(client, files, root) for client, files in clients}
     manifest = {"kind": kind, "seed": seed, **about, "clients": entries}
-    return Federation(tuple(client for client, _ in clients), manifest)
+    return FederatedData(tuple(client for client, _ in clients), manifest)
 
 
 def _own_files(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> Loaded:

@@ -62,7 +62,7 @@ class ClientData:
 
 
 @dataclass(frozen=True)
-class Federation:
+class FederatedData:
     """The clients in a fixed order, and the manifest: who got how many of what, from which files."""
 
     clients: tuple[ClientData, ...]

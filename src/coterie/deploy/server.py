@@ -14,7 +14,7 @@ from typing import Any
 from coterie import codec
 from coterie.config.load import check_config
 from coterie.config.sections import Config
-from coterie.data.rows import Federation
+from coterie.data.rows import FederatedData
 from coterie.deploy.agreement import Agreement, digest_of, terms_of
 from coterie.deploy.attempt import Attempt, read_attempt
 from coterie.deploy.hello import Hello
@@ -99,7 +99,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
     journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
     write_sites(folder)
-    summary = finish(Opened(config, method, engine, Federation((), {}), root), state, folder)
+    summary = finish(Opened(config, method, engine, FederatedData((), {}), root), state, folder)
     journal({"event": "finished"})
     return summary
 

@@ -28,8 +28,8 @@ from coterie.adapters.bundle import write_bundle
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import load_site
 from coterie.config.sections import Config
-from coterie.data.clients import SAFE_ID, load_federation
-from coterie.data.rows import SPLITS, Federation
+from coterie.data.clients import SAFE_ID, load_data
+from coterie.data.rows import SPLITS, FederatedData
 from coterie.deploy.agreement import config_at, digest_of
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import BoundedCompute, check_policy, check_ranks, check_upload, without_usage
@@ -179,10 +179,10 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return _Open(config, method, engine, folder)
 
-    def federation(self, config: Config) -> Federation:
+    def federation(self, config: Config) -> FederatedData:
         """This site's rows. Raises :class:`DataError`, whose text may quote them: for ``coterie site check`` alone."""
         try:
-            return load_federation(config.data, config.task.kind, config.run.seed, self.root)
+            return load_data(config.data, config.task.kind, config.run.seed, self.root)
         except OSError as fault:
             raise DataError(f"{fault.filename}: {fault.strerror}") from fault
 

@@ -17,7 +17,7 @@ import torch
 
 from coterie import codec
 from coterie.config.load import check_config
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.engines import local
 from coterie.engines.local import LocalEngine
 from coterie.flower.message import Message
@@ -97,7 +97,7 @@ def _load(about: Mapping[str, Json]) -> _Run:
     """Load rows and base. Raises :class:`CoterieError` where the rows here are not those of the run."""
     config, root = check_config(about["config"]), Path(about["root"])
     torch.set_num_threads(config.engine.threads or default_threads())
-    federation = load_federation(config.data, config.task.kind, config.run.seed, root)
+    federation = load_data(config.data, config.task.kind, config.run.seed, root)
     if (here := digest(federation.manifest)) != about["data"]:
         raise CoterieError(f"an actor read other rows than the run did ({here[:12]}); give all machines the same files")
     method = config.make_method(root)

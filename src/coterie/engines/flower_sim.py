@@ -17,7 +17,7 @@ from typing import Any
 
 from coterie import codec
 from coterie.config.sections import Config, RaySettings
-from coterie.data.rows import Federation
+from coterie.data.rows import FederatedData
 from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation
 from coterie.engines.encode_once import Blobs
@@ -32,14 +32,14 @@ _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
 _MIB = 2**20
 
 
-def make(config: Config, federation: Federation, folder: Path, root: Path, cache: dict[str, Any]) -> FlowerSimEngine:
+def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, Any]) -> FlowerSimEngine:
     """The engine for a run in ``folder``; nothing is started before it is asked something."""
     clients = tuple(client.info for client in federation.clients)
     start = partial(simulation, answer, len(clients), *_resources(config, len(clients)))
     return FlowerSimEngine(clients, head_of(config, federation, folder, root), folder, start)
 
 
-def head_of(config: Config, federation: Federation, folder: Path, root: Path) -> dict[str, Json]:
+def head_of(config: Config, federation: FederatedData, folder: Path, root: Path) -> dict[str, Json]:
     """What every message tells an actor of its run."""
     place = {"folder": str(folder.resolve()), "root": str(root.resolve())}
     return {"config": json.loads(config.model_dump_json()), "data": digest(federation.manifest), **place}

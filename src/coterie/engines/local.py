@@ -23,7 +23,7 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
-from coterie.data.rows import ClientData, Federation
+from coterie.data.rows import ClientData, FederatedData
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.batch_size import AutoSize, first_request
 from coterie.engines.encode_once import Blobs
@@ -57,7 +57,7 @@ T = TypeVar("T")
 _TIDY_EVERY = 5.0  # seconds; it takes some 50 ms
 
 
-def make(config: Config, federation: Federation, folder: Path, root: Path, cache: dict[str, Any]) -> LocalEngine:
+def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, Any]) -> LocalEngine:
     """The engine for a run in ``folder``; the base stays in ``cache`` for further runs with the same model."""
     if config.task.generate:
         check_rouge()
@@ -98,7 +98,7 @@ class LocalEngine:
     """
 
     place: Workplace
-    federation: Federation
+    federation: FederatedData
     store: PersonalStore
     trained: RoundStore[Bank] | None = None
     together: int = 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.nn.attach import Fitted
+from coterie.nn.build import BankLayers
 from coterie.nn.many import ManyLayer, ManyPass
 
 
@@ -19,12 +19,12 @@ from coterie.nn.many import ManyLayer, ManyPass
 class AttachedMany:
     """Many clients' banks on a model. ``clients`` hold each one's own parameters and pass; ``now`` says whose turn."""
 
-    clients: Sequence[Fitted]
+    clients: Sequence[BankLayers]
     now: ManyPass
 
 
 @contextmanager
-def attached_many(model: nn.Module, clients: Sequence[Fitted]) -> Iterator[AttachedMany]:
+def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[AttachedMany]:
     """Put the banks on the model for the length of a ``with`` block. They have one dropout, kind of masks and dtype.
 
     Raises :class:`UnlikeError` where they have not, before anything changes.

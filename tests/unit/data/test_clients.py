@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from coterie.data.clients import load_federation
-from coterie.data.rows import SPLITS, Federation, PromptRow, TextRow
+from coterie.data.clients import load_data
+from coterie.data.rows import SPLITS, FederatedData, PromptRow, TextRow
 from coterie.data.settings import DataSettings
 from coterie.types import CoterieError, TaskKind
 
@@ -24,15 +24,15 @@ def table(path: Path, rows: int, labels: tuple[Any, ...] = ("no", "yes"), **colu
     return path
 
 
-def load(root: Path, kind: TaskKind = "classification", seed: int = 0, **settings: Any) -> Federation:
-    return load_federation(DataSettings.model_validate_json(json.dumps(settings)), kind, seed, root)
+def load(root: Path, kind: TaskKind = "classification", seed: int = 0, **settings: Any) -> FederatedData:
+    return load_data(DataSettings.model_validate_json(json.dumps(settings)), kind, seed, root)
 
 
-def texts(federation: Federation, client: int, split: str) -> list[str]:
+def texts(federation: FederatedData, client: int, split: str) -> list[str]:
     return [row.text for row in federation.clients[client].splits[split] if isinstance(row, TextRow)]
 
 
-def all_texts(federation: Federation) -> list[str]:
+def all_texts(federation: FederatedData) -> list[str]:
     return [text for c in range(len(federation.clients)) for split in SPLITS for text in texts(federation, c, split)]
 
 

@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from coterie.config.load import check_config
-from coterie.data.clients import load_federation
+from coterie.data.clients import load_data
 from coterie.data.files import read_table, table_of
 from coterie.data.parse import parse
-from coterie.data.rows import SPLITS, ChoiceRow, Federation, PromptRow, Row, TextRow, label_of
+from coterie.data.rows import SPLITS, ChoiceRow, FederatedData, PromptRow, Row, TextRow, label_of
 from coterie.data.settings import Columns, DataSettings
 from coterie.data.template import columns_of, fill
 from coterie.types import CoterieError, TaskKind
@@ -231,8 +231,8 @@ def test_settings_come_back_from_their_dump() -> None:
 # clients -------------------------------------------------------------------------------------------------------------
 
 
-def load(root: Path, kind: TaskKind = "multiple_choice", **settings: Any) -> Federation:
-    return load_federation(DataSettings.model_validate_json(json.dumps(settings)), kind, 0, root)
+def load(root: Path, kind: TaskKind = "multiple_choice", **settings: Any) -> FederatedData:
+    return load_data(DataSettings.model_validate_json(json.dumps(settings)), kind, 0, root)
 
 
 def dataset(root: Path, name: str, labels: tuple[str, ...], number: int = 40, **columns: str) -> None:

@@ -293,8 +293,8 @@ def faults() -> dict[str, tuple[Any, str]]:
         return lambda bank: (Bank(bank.tensors, GateSpec(name, options), bank.scaling), set())
 
     return {
-        "unknown module": (change(**lora("bert.nothing")), "'bert.nothing', which the model has not"),
-        "no Linear": (change(**lora("bert.embeddings")), "'bert.embeddings', which is no Linear"),
+        "unknown module": (change(**lora("bert.nothing")), "'bert.nothing', which the model does not have"),
+        "no Linear": (change(**lora("bert.embeddings")), "'bert.embeddings', which is not a Linear"),
         "A of another width": (change(q0_A=torch.ones(4, 31)), r"Linear of 32 to 32; the bank has .*:0:A \[4, 31\]"),
         "A of one axis": (change(q0_A=torch.ones(32)), r"the bank has"),
         "B of another width": (change(q0_B=torch.ones(33, 4)), r":0:B \[33, 4\]"),

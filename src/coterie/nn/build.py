@@ -1,0 +1,197 @@
+"""Builds the layers of a bank for a model: checks that the bank fits, and lays its matrices out for the products."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coterie.nn.bank import BankLayer, Pass
+from coterie.nn.gates import gates
+from coterie.nn.products import Ranks, Span, padded
+from coterie.nn.spec import linear_sizes
+from coterie.types import NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
+
+
+@dataclass(frozen=True)
+class BankLayers:
+    """A bank's layers for a model, not on it yet: one layer per module, the heads, the trainable tensors."""
+
+    layers: dict[str, BankLayer]
+    heads: dict[str, nn.Module]
+    parameters: dict[Key, nn.Parameter]
+    now: Pass
+
+    def tensors(self) -> dict[Key, Tensor]:
+        """Copies of the trainable tensors as they are now, on the CPU."""
+        return copies(self.parameters)
+
+
+def build_layers(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> BankLayers:
+    """The layers of ``bank`` for ``model``, which does not change; gradients reach the tensors in ``trainable``.
+
+    Raises :class:`CoterieError` for a module that the model does not have, a shape that does not fit the module or the
+    gate, an unknown gate or option, and a trainable key that the bank does not have.
+    """
+    wanted = frozenset(trainable)
+    if unknown := wanted - bank.tensors.keys():
+        raise CoterieError(f"cannot train {', '.join(sorted(map(str, unknown)))}: the bank has no such tensor")
+    if bank.gate.name not in gates():
+        raise CoterieError(f"unknown gate {bank.gate.name!r}; the gates are {', '.join(gates())}")
+    if not 0 <= bank.dropout < 1:
+        raise CoterieError(f"dropout is {bank.dropout}; it is at least 0 and less than 1")
+    now = Pass()
+    layers = {name: _layer(model, bank, name, wanted, now) for name in _modules(bank.tensors)}
+    heads = _heads(model, bank.tensors, wanted)
+    parameters = {key: heads[_split(key)[0]].get_parameter(_split(key)[1]) for key in wanted if key.part is Part.HEAD}
+    for layer in layers.values():
+        parameters |= layer.parameters
+    return BankLayers(layers, heads, dict(sorted(parameters.items())), now)
+
+
+def copies(parameters: Mapping[Key, nn.Parameter]) -> dict[Key, Tensor]:
+    """The parameters' values as they are now, on the CPU."""
+    return {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
+
+
+def _modules(tensors: Tensors) -> list[str]:
+    """The modules that the bank adapts. Raises :class:`CoterieError` for a B or a router without an A beside it."""
+    adapted = {key.module for key in tensors if key.part is Part.A}
+    lone = [key for key in tensors if key.part is Part.B and key._replace(part=Part.A) not in tensors]
+    lone += [key for key in tensors if key.part is Part.ROUTER and key.module not in adapted]
+    if lone:
+        raise CoterieError(f"the bank has {', '.join(sorted(map(str, lone)))}, and no A that goes with it")
+    return sorted(adapted)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as fault:
+        raise CoterieError(
+            f"the bank adapts {name!r}, which the model does not have; was it made for this base?"
+        ) from fault
+
+
+def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], now: Pass) -> BankLayer:
+    module = _module(model, name)
+    experts = sorted({key.expert for key in bank.tensors if key.module == name and key.part is Part.A})
+    a_keys, b_keys = ([Key(name, e, part) for e in experts] for part in (Part.A, Part.B))
+    router = Key(name, NO_EXPERT, Part.ROUTER)
+    row_keys = [*a_keys, *([router] if router in bank.tensors else [])]
+    _check_shapes(bank.tensors, a_keys, b_keys, row_keys, linear_sizes(module), name)
+    device = next(module.parameters()).device
+    layer = BankLayer(
+        module=name,
+        rows=_stack([bank.tensors[key].detach() for key in row_keys]).to(device),
+        columns=torch.cat([bank.tensors[key].detach().T for key in b_keys]).to(device).contiguous(),
+        experts=tuple(experts),
+        ranks=Ranks.of(tuple(bank.tensors[key].shape[0] for key in a_keys), device),
+        slots=bank.tensors[router].shape[0] if router in bank.tensors else 0,
+        gate=bank.gate.name,
+        options=bank.gate.options_for(name),
+        scaling=bank.scaling,
+        dropout=bank.dropout,
+        own_masks=bank.own_masks,
+        now=now,
+    )
+    _check_gate(layer)
+    layer.row_spans = _share(layer, row_keys, bank.tensors, trainable)
+    layer.column_spans = _share(layer, b_keys, bank.tensors, trainable)
+    return layer
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """A copy of the matrices under each other, and rows of zeros up to a good number of them."""
+    count = sum(len(matrix) for matrix in matrices)
+    return torch.cat([*matrices, matrices[0].new_zeros(padded(count) - count, matrices[0].shape[1])])
+
+
+def _share(layer: BankLayer, keys: list[Key], tensors: Tensors, trainable: frozenset[Key]) -> list[Span]:
+    """Make Parameters of the trainable keys: views of the layer's storage, whose rows hold ``keys`` in order."""
+    start, spans = 0, []
+    for key in keys:
+        of_b = key.part is Part.B
+        stop = start + tensors[key].shape[1 if of_b else 0]
+        if key in trainable:
+            layer.parameters[key] = nn.Parameter(layer.columns[start:stop].T if of_b else layer.rows[start:stop])
+            spans.append((start, stop))
+        start = stop
+    return spans
+
+
+def _check_shapes(
+    tensors: Tensors, a: list[Key], b: list[Key], rows: list[Key], sizes: tuple[int, int] | None, name: str
+) -> None:
+    if sizes is None:
+        raise CoterieError(f"the bank adapts {name!r}, which is not a Linear")
+    if missing := [str(key) for key in b if key not in tensors]:
+        raise CoterieError(f"the bank has no {', '.join(missing)}")
+    d_in, d_out = sizes
+    wrong = [key for key in rows if tensors[key].ndim != 2 or tensors[key].shape[1] != d_in]
+    wrong += [key for i, key in enumerate(b) if tensors[key].shape != (d_out, tensors[a[i]].shape[0])]
+    if wrong:
+        found = ", ".join(f"{key} {list(tensors[key].shape)}" for key in wrong)
+        raise CoterieError(f"{name} is a Linear of {d_in} to {d_out}; the bank has {found}")
+
+
+def _check_gate(layer: BankLayer) -> None:
+    """Try the gate on one row of zeros, to find unknown options and routers of the wrong size before any pass."""
+    p = torch.zeros(1, layer.slots) if layer.slots else None
+    routed = torch.zeros(1, layer.columns.shape[0] - layer.shared_rank)
+    where = f"{layer.module}, gate {layer.gate!r}"
+    try:
+        inspect.signature(gates()[layer.gate]).bind(p, None, **layer.options)
+        g = layer.weights(p, routed)
+    except (TypeError, ValueError) as fault:
+        raise CoterieError(f"{where}: {fault}") from fault
+    if g is not None and g.shape[1] != len(layer.ranks.each):
+        number = len(layer.ranks.each) - layer.has_shared
+        raise CoterieError(f"{where}: a router of {layer.slots} outputs does not fit {number} experts")
+
+
+def _split(key: Key) -> tuple[str, str]:
+    """The head's module and the parameter's name in it: ``("classifier", "dense.weight")``."""
+    name, _, leaf = key.module.partition(".")
+    return name, leaf
+
+
+def _heads(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict[str, nn.Module]:
+    """Copies of the head's modules, by name, that hold the bank's head. Empty if the bank has none."""
+    keys = sorted(key for key in tensors if key.part is Part.HEAD)
+    wanted = {_split(key)[0] for key in keys}
+    for name in sorted(wanted):
+        _module(model, name)
+    heads = {name: copy.deepcopy(child) for name, child in model.named_children() if name in wanted}
+    last = [m for head in heads.values() for m in head.modules() if isinstance(m, nn.Linear)][-1:]
+    labels = [id(parameter) for linear in last for parameter in linear.parameters()]
+    for key in keys:
+        name, leaf = _split(key)
+        like = dict(heads[name].named_parameters()).get(leaf)
+        if like is None:
+            raise CoterieError(f"the bank has a head parameter {key.module!r}, which the model does not have")
+        fixed = 1 if id(like) in labels else 0  # the number of labels is the client's own
+        if tensors[key].ndim != like.ndim or tensors[key].shape[fixed:] != like.shape[fixed:]:
+            raise CoterieError(f"{key.module} is {list(like.shape)}; the bank has {list(tensors[key].shape)}")
+        value = tensors[key].detach().to(device=like.device, copy=True)
+        owner, _, own_name = leaf.rpartition(".")
+        setattr(heads[name].get_submodule(owner), own_name, nn.Parameter(value, requires_grad=key in trainable))
+    for linear in last:
+        linear.out_features = linear.weight.shape[0]
+        if linear.bias is not None and len(linear.bias) != linear.out_features:
+            raise CoterieError(
+                f"the bank's head has {linear.out_features} labels by weight, {len(linear.bias)} by bias"
+            )
+    for head in heads.values():
+        head.register_forward_pre_hook(_in_own_dtype)
+    return heads
+
+
+def _in_own_dtype(head: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+    """Inputs in the head's dtype: it trains in float32 on a base in bfloat16."""
+    dtype = next(head.parameters()).dtype
+    return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
