@@ -111,6 +111,11 @@ class Timed:
         assert isinstance(engine, LocalEngine)
         return engine
 
+    @property
+    def clients_per_pass(self) -> int:
+        """How many clients share a forward pass."""
+        return self.engine.together.clients_per_batch if self.engine.together else 1
+
     def round(self) -> None:
         """The next round."""
         runner = Runner(self.opened.method, self.opened.engine, rounds_of(self.opened.config), self.folder)

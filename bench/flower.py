@@ -148,10 +148,9 @@ def worker_against_loading(
     worker = Worker(settings, folder)
     worker.answer(Message({**head, "kind": "query.hello"}))
     method = method_named("fedlease")(config.method_settings(), config.plan())
-    engine = next(iter(worker.runs.values())).engine
-    both = [engine.clients[0], replace(engine.clients[0], id="south")]
-    state = method.init(engine.spec, both)
-    blob = codec.encode(method.configure(state, engine.clients, 1)["north"])
+    client = next(iter(worker.runs.values())).client
+    state = method.init(client.workplace.base.spec, [client.info, replace(client.info, id="south")])
+    blob = codec.encode(method.configure(state, [client.info], 1)["north"])
     (folder / "cold.json").write_text(settings.model_dump_json())
     (folder / "head.json").write_text(json.dumps(head))
     (folder / "blob").write_bytes(blob)

@@ -64,7 +64,7 @@ class Place:
 
 def work_of(timed: Timed) -> Work:
     """What ``timed`` does in a round, for the others to do."""
-    place, config = timed.engine.place, timed.opened.config
+    place, config = timed.engine.workplace, timed.opened.config
     rows = [
         Rows(c.info.id, *(place.examples(c, s) for s in ("train", "test"))) for c in timed.engine.federation.clients
     ]
@@ -112,7 +112,7 @@ def published_from(timed: Timed, folder: Path) -> Published:
             server |= {f"router {e}/{name}": value.clone() for name, value in named(router).items()}
         heads = {}
         for client in clients:
-            personal = timed.engine.store.load(client.id, timed.rnd)
+            personal = timed.engine.states.personal.load(client.id, timed.rnd)
             assert personal is not None
             heads[client.id] = named({k: v for k, v in personal.tensors.items() if k.part is Part.HEAD})
         made.go_on_from(dict(state.allocation.clusters), server, heads)
@@ -160,7 +160,7 @@ def rounds(place: Place, experts: int, repeats: int) -> dict[str, Any]:
     times = interleaved(cases, repeats, warmup=1)
     phases = {way: medians(timed.phases[-repeats:]) for way, timed in runs.items()}
     phases |= {name: {p: s / (repeats + 1) for p, s in other.seconds.items()} for name, other in others.items()}
-    together = {way: timed.engine.together for way, timed in runs.items()}
+    together = {way: timed.clients_per_pass for way, timed in runs.items()}
     return {"experts": experts, **ratios(times), "phases": phases, "clients_per_pass": together}
 
 

@@ -50,7 +50,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "clients": size.clients,
         "way": task["way"],
-        "per_pass": timed.engine._together,
+        "per_pass": timed.clients_per_pass,
         "open_s": opened,
         "warm_up_s": sum(first.values()),
         "round_s": last["train"] + last["save"],

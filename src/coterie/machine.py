@@ -8,20 +8,24 @@ import os
 import platform
 import resource
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from coterie import __version__
 
+T = TypeVar("T")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 _CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_RELEASE_EVERY = 5.0  # seconds
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 
 
@@ -111,6 +115,16 @@ def release_memory() -> None:
     """
     if _TRIM is not None:
         _TRIM(0)
+
+
+def releasing_memory(items: Iterable[T]) -> Iterator[T]:
+    """``items``, with :func:`release_memory` in between from time to time: it takes some 50 ms."""
+    released = time.monotonic()
+    for item in items:
+        yield item
+        if time.monotonic() - released > _RELEASE_EVERY:
+            release_memory()
+            released = time.monotonic()
 
 
 def native_bfloat16() -> bool | None:

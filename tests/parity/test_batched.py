@@ -31,7 +31,8 @@ from coterie.data.clients import load_data
 from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import make_task
 from coterie.engines.local import LocalEngine
-from coterie.engines.store import PersonalStore
+from coterie.engines.store import ClientStates, PersonalStore
+from coterie.engines.together import Together
 from coterie.methods.base import Plan, answer, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
@@ -202,8 +203,8 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, optim: 
 
     def engine(together: int) -> LocalEngine:
         place = workplace(kind, torch.float32, eval_batch_size=4)
-        store = PersonalStore(tmp_path / str(together))
-        return LocalEngine(place, FederatedData(clients, {}), store, together=together)
+        states = ClientStates(PersonalStore(tmp_path / str(together)))
+        return LocalEngine(place, FederatedData(clients, {}), states, Together((place,), together))
 
     one, many = engine(1), engine(3)
     state = method.init(one.spec, one.clients)
@@ -215,8 +216,10 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, optim: 
             assert delivery.error is together[client].error is None
             assert delivery.bytes_down == together[client].bytes_down
             assert furthest(delivery.reply, together[client].reply) < 1e-4
-            assert furthest(one.store.load(client, rnd), many.store.load(client, rnd)) < 1e-4
-            many.store.save(client, rnd, one.store.load(client, rnd))  # so that differences do not add up
+            assert furthest(one.states.personal.load(client, rnd), many.states.personal.load(client, rnd)) < 1e-4
+            kept = one.states.personal.load(client, rnd)
+            assert kept is not None
+            many.states.personal.save(client, rnd, kept)  # so that differences do not add up
         state = method.aggregate(state, {c: d.reply for c, d in alone.items()}, rnd)
         after = method.configure(state, one.clients, rnd + 1)
         splits = ("validation", "test")
@@ -234,14 +237,12 @@ def test_several_devices_give_the_bits_of_one(name: str, together: int, tmp_path
     place = workplace("classification", torch.float32, eval_batch_size=4)
     first, other = (replace(place, base=replace(place.base, model=copy.deepcopy(place.base.model))) for _ in range(2))
 
-    def engine(folder: str, *more: Workplace) -> LocalEngine:
-        store = PersonalStore(tmp_path / folder)
-        return LocalEngine(first, FederatedData(clients, {}), store, together=together, more=more, optim=OPTIM)
+    def engine(folder: str, size: int, *workplaces: Workplace) -> LocalEngine:
+        states = ClientStates(PersonalStore(tmp_path / folder))
+        return LocalEngine(first, FederatedData(clients, {}), states, Together(workplaces, size, optim=OPTIM))
 
-    one, two = engine("one"), engine("two", other)
-    size = min(together, -(-len(clients) // 2))
-    if size < together:  # a group for each device: the same groups, so that bits can be the same
-        one = replace(one, together=size)
+    size = min(together, -(-len(clients) // 2))  # of the groups on two devices: the same groups give the same bits
+    one, two = engine("one", size, first), engine("two", together, first, other)
     state = method.init(one.spec, one.clients)
     for rnd in range(1, ROUNDS + 1):
         instructions = method.configure(state, one.clients, rnd)
@@ -250,7 +251,7 @@ def test_several_devices_give_the_bits_of_one(name: str, together: int, tmp_path
         for client, delivery in alone.items():
             assert delivery.error is None
             assert furthest(delivery.reply, spread[client].reply) == 0
-            assert furthest(one.store.load(client, rnd), two.store.load(client, rnd)) == 0
+            assert furthest(one.states.personal.load(client, rnd), two.states.personal.load(client, rnd)) == 0
         state = method.aggregate(state, {c: d.reply for c, d in alone.items()}, rnd)
         after = method.configure(state, one.clients, rnd + 1)
         scores, others = (dict(e.evaluate(method, after, rnd, ("validation", "test"), usage=True)) for e in (one, two))
@@ -631,7 +632,9 @@ def test_no_instruction_is_shared_between_clients_of_a_group(tmp_path: Path) -> 
             yield
 
     clients = loaded("classification", torch.float64)[1]
-    engine = LocalEngine(workplace(), FederatedData(clients, {}), PersonalStore(tmp_path), together=4)
+    place = workplace()
+    states = ClientStates(PersonalStore(tmp_path))
+    engine = LocalEngine(place, FederatedData(clients, {}), states, Together((place,), 4))
     shared = Instruction({KEY: torch.zeros(2)})
     deliveries = dict(engine.train(Writer(), {c.info.id: shared for c in clients}, 1))  # type: ignore[arg-type]
     assert len(deliveries) == 5

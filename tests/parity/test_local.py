@@ -27,7 +27,7 @@ from coterie.data.tasks import Classification
 from coterie.engines import local
 from coterie.engines.base import Delivery
 from coterie.engines.local import LocalEngine
-from coterie.engines.store import PersonalStore, RoundStore
+from coterie.engines.store import ClientStates, PersonalStore, RoundStore
 from coterie.methods.base import Plan, drive, method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
@@ -73,7 +73,7 @@ def workplace(**settings: Any) -> Workplace:
 
 def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> LocalEngine:
     federation = loaded()[1] if clients is None else FederatedData(tuple(clients), {})
-    return LocalEngine(workplace(), federation, PersonalStore(folder))
+    return LocalEngine(workplace(), federation, ClientStates(PersonalStore(folder)))
 
 
 def method_of(name: str, head: Any = "personal") -> Any:
@@ -119,7 +119,7 @@ def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: s
         personal |= {c: result.personal for c, result in results.items()}
         by_hand = method.aggregate(by_hand, {c: result.reply for c, result in results.items()}, rnd)
         assert same_bits(state, by_hand)
-        assert all(same_bits(engine.store.load(c, rnd), personal[c]) for c in personal)
+        assert all(same_bits(engine.states.personal.load(c, rnd), personal[c]) for c in personal)
 
     instructions = method.configure(by_hand, engine.clients, ROUNDS + 1)
     banks = {c.info.id: method.bank(instructions[c.info.id], c.info, personal[c.info.id]) for c in clients}
@@ -150,7 +150,7 @@ def test_results_do_not_depend_on_the_order_of_the_clients_nor_on_who_else_takes
         ahead = train(one, method, state, rnd)
         state = method.aggregate(state, replies_of(ahead), rnd)
         turned = method.aggregate(turned, replies_of(train(other, method, turned, rnd)), rnd)
-        assert all(same_bits(one.store.load(c, rnd), other.store.load(c, rnd)) for c in ahead)
+        assert all(same_bits(one.states.personal.load(c, rnd), other.states.personal.load(c, rnd)) for c in ahead)
         for expert, tensors in method.experts(state).items():
             assert same_bits(dict(method.experts(turned)[expert]), dict(tensors))
     instructions = method.configure(state, one.clients, ROUNDS + 1)
@@ -228,7 +228,7 @@ def test_what_a_client_does_to_an_instruction_nobody_else_feels(tmp_path: Path) 
         assert torch.equal(shared, torch.zeros(3))
     again = dict(engine.train(Careless(), instructions, 2))  # type: ignore[arg-type]
     assert len(again) == 4
-    kept = engine.store.load(engine.clients[0].id, 2)
+    kept = engine.states.personal.load(engine.clients[0].id, 2)
     assert kept is not None
     assert torch.equal(kept.tensors[STAYS], torch.full((2,), 2.0)), "the state of round 1 and one more, however often"
 
@@ -244,7 +244,7 @@ def test_a_client_that_fails_is_an_error_and_keeps_its_state(tmp_path: Path) -> 
         assert (deliveries[client].reply, deliveries[client].error, deliveries[client].bytes_up) == (None, reason, 0)
         assert deliveries[client].bytes_down == deliveries[third].bytes_down > 0
     assert deliveries[third].error is None
-    states = [engine.store.load(c, 2) for c in (first, second, third)]
+    states = [engine.states.personal.load(c, 2) for c in (first, second, third)]
     assert [float(state.tensors[STAYS][0]) for state in states if state] == [1.0, 1.0, 2.0]
     with pytest.raises(ZeroDivisionError):  # a fault of ours is not a client's
         dict(engine.train(Careless({first: ZeroDivisionError()}), instructions, 2))  # type: ignore[arg-type]
@@ -258,25 +258,25 @@ def test_a_round_starts_from_the_state_before_it_and_can_be_done_again(tmp_path:
     state = method.init(engine.spec, engine.clients)
     for rnd in (1, 2, 3):
         train(engine, method, state, rnd)
-    versions = {rnd: codec.encode(engine.store.load("mood-0", rnd)) for rnd in (1, 2, 3)}
+    versions = {rnd: codec.encode(engine.states.personal.load("mood-0", rnd)) for rnd in (1, 2, 3)}
     assert len(set(versions.values())) == 3
     train(engine, method, state, 2)  # as after a crash in round 2
-    assert codec.encode(engine.store.load("mood-0", 2)) == versions[2]
+    assert codec.encode(engine.states.personal.load("mood-0", 2)) == versions[2]
     engine.restore(1)
-    assert codec.encode(engine.store.load("mood-0", 99)) == versions[1]
+    assert codec.encode(engine.states.personal.load("mood-0", 99)) == versions[1]
     for rnd in (2, 3):
         train(engine, method, state, rnd)
-    assert codec.encode(engine.store.load("mood-0", 3)) == versions[3]
+    assert codec.encode(engine.states.personal.load("mood-0", 3)) == versions[3]
     engine.prune(3)
-    assert engine.store.load("mood-0", 2) is None
-    assert codec.encode(engine.store.load("mood-0", 3)) == versions[3]
+    assert engine.states.personal.load("mood-0", 2) is None
+    assert codec.encode(engine.states.personal.load("mood-0", 3)) == versions[3]
     engine.restore(0)
-    assert engine.store.load("mood-0", 99) is None
+    assert engine.states.personal.load("mood-0", 99) is None
 
 
 def test_trained_banks_go_back_and_are_given_up_with_the_personal_states(tmp_path: Path) -> None:
     method, kept = method_of("fedit"), RoundStore(tmp_path / "trained", Bank)
-    engine = replace(engine_in(tmp_path), trained=kept)
+    engine = replace(engine_in(tmp_path), states=ClientStates(PersonalStore(tmp_path), kept))
     state = method.init(engine.spec, engine.clients)
     for rnd in (1, 2, 3):
         train(engine, method, state, rnd)
@@ -313,7 +313,7 @@ def test_a_split_without_rows_has_no_scores_and_usage_takes_the_next(tmp_path: P
     ((_, evaluation),) = engine.evaluate(method, instructions, 0, ("validation", "test"), usage=True)
     assert list(evaluation.scores) == ["validation"]
     assert evaluation.observed is not None
-    rows = engine.place.examples(client, "validation")
+    rows = engine.workplace.examples(client, "validation")
     assert evaluation.observed.tokens == sum(len(row.ids) for row in rows)
     ((_, evaluation),) = engine.evaluate(method, instructions, 0, ("validation",))
     assert evaluation.observed is None
@@ -338,10 +338,10 @@ def test_the_base_is_loaded_once_for_all_runs_with_the_same_model(
     (tmp_path / "model" / "config.json").write_text("{}")
     first = made()
     second = made(run={"seed": 3, "eval_batch_size": 7}, train={"epochs": 1}, method={"name": "local"})
-    assert first.place.base is second.place.base
+    assert first.workplace.base is second.workplace.base
     assert loads == [str(tmp_path / "model")]
-    assert (second.place.seed, second.place.eval_batch_size) == (3, 7)
-    assert (first.place.seed, first.place.precision) == (0, "float32")
+    assert (second.workplace.seed, second.workplace.eval_batch_size) == (3, 7)
+    assert (first.workplace.seed, first.workplace.precision) == (0, "float32")
     made(lora={"targets": ["query"]})
     made(model={"dtype": "bfloat16"})
     made(task={"kind": "generation"})

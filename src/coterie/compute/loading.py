@@ -17,6 +17,7 @@ from coterie.machine import devices
 from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import resolve
+from coterie.ops.metrics import check_rouge
 from coterie.types import CoterieError
 
 _NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # of [engine], what does not change a base
@@ -24,6 +25,8 @@ _NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # of [engine], what does n
 
 def workplaces(config: Config, root: Path, cache: dict[str, Any]) -> tuple[Workplace, ...]:
     """A workplace on every device, all with the same tokens; bases stay in ``cache`` for runs with the same model."""
+    if config.task.generate:
+        check_rouge()
     names = device_names(config.engine.device)
     engine = config.engine.model_copy(update=_NOT_LOADED)
     key = str(("base", config.model, config.lora.targets, config.task.kind, engine, root))

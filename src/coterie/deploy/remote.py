@@ -15,7 +15,7 @@ from coterie.deploy.exchange import Arrival, Exchange, Unanswered
 from coterie.deploy.sites import Sites
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.checks import bank_fault, evaluation_fault, plain_text
-from coterie.engines.encode_once import Blobs
+from coterie.engines.encode_once import EncodedOnce
 from coterie.flower.message import Message
 from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
@@ -91,10 +91,10 @@ class RemoteEngine:
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, details: Mapping[str, Json]
     ) -> Iterator[Arrival]:
-        blobs, rounds = Blobs(instructions.values()), {"since": self.since, "keep": self.keep}
+        encoded, rounds = EncodedOnce(instructions), {"since": self.since, "keep": self.keep}
         messages = {
-            c: self.sites.agreement.message(kind, c, rnd, details, blobs.of(ins), **rounds)
-            for c, ins in sorted(instructions.items())
+            c: self.sites.agreement.message(kind, c, rnd, details, encoded.take(c), **rounds)
+            for c in sorted(instructions)
         }
         yield from Exchange(self.sites, kind, rnd, messages, self._earlier)
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from coterie.compute.loading import workplaces
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
@@ -15,7 +16,6 @@ from coterie.deploy.agreement import config_at, terms_of
 from coterie.deploy.policy import check_policy, steps_of
 from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker, fingerprint
-from coterie.engines import local
 from coterie.machine import Check, environment, version
 from coterie.nn.locate import resolve
 from coterie.types import CoterieError
@@ -99,14 +99,14 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     )
     try:
         with tempfile.TemporaryDirectory() as folder:
-            engine = local.make(run, federation, Path(folder), root, {})
+            workplace = workplaces(run, root, {})[0]
             base = fingerprint(resolve(run.model.path, root), Path(folder) / "base.json")
     except CoterieError as fault:
         yield Check("model", str(fault), False, "mend [model], or ask which model the federation uses")
         return
     try:
         for split in (split for split, rows in client.splits.items() if rows):
-            engine.place.prepare(client, split)
+            workplace.prepare(client, split)
     except CoterieError as fault:
         yield Check("rows", str(fault), False, "mend the row, or [model]")
-    yield Check("model", f"{len(engine.spec.targets)} targets, SHA-256 {base}")
+    yield Check("model", f"{len(workplace.base.spec.targets)} targets, SHA-256 {base}")

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,8 @@ from typing import Any
 
 from coterie import codec
 from coterie.adapters.bundle import write_bundle
-from coterie.config.deployment import SiteSettings
+from coterie.compute.loading import workplaces
+from coterie.config.deployment import Policy, SiteSettings
 from coterie.config.load import load_site
 from coterie.config.sections import Config
 from coterie.data.clients import SAFE_ID, load_data
@@ -33,8 +34,8 @@ from coterie.data.rows import SPLITS, FederatedData
 from coterie.deploy.agreement import config_at, digest_of
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import BoundedCompute, check_policy, check_ranks, check_upload, without_usage
-from coterie.engines import local
-from coterie.engines.local import LocalEngine
+from coterie.engines.client import Guard, LocalClient, client_bank, evaluate_client, train_client
+from coterie.engines.store import ClientStates
 from coterie.experiment import set_threads
 from coterie.files import write_json
 from coterie.flower.local_socket import listening, receive, send, user_of
@@ -42,7 +43,7 @@ from coterie.flower.message import BrokenMessageError, Message
 from coterie.machine import environment
 from coterie.methods.base import Method
 from coterie.nn.locate import resolve
-from coterie.types import CoterieError, DataError, Instruction, Json, PrivateError
+from coterie.types import CoterieError, DataError, Json, PrivateError, Reply
 
 log = logging.getLogger("coterie.site")
 _LOG_BYTES, _LOG_FILES = 5_000_000, 3
@@ -55,7 +56,7 @@ class _Open:
 
     config: Config
     method: Method[Any]
-    engine: LocalEngine
+    client: LocalClient
     folder: Path
 
 
@@ -102,9 +103,7 @@ class Worker:
         if head["client"] != self.site.site.id:
             raise CoterieError(f"this is {self.site.site.id}, the message is for {head['client']}")
         answers = {"train": self._train, "evaluate": self._evaluate, "query.bank": self._bank}
-        ins = codec.decode(Instruction, message.body)
-        check_ranks(self.site.policy, ins)
-        return answers[kind](run, head, ins)
+        return answers[kind](run, head, message.body)
 
     # one answer per kind ----------------------------------------------------------------------------------------------
 
@@ -112,35 +111,30 @@ class Worker:
         with _model_told():
             base = fingerprint(resolve(run.config.model.path, self.root), self.state / "base.json")
         versions = environment()["versions"]
-        (info,) = run.engine.clients
-        return Message({}, codec.encode(Hello(info, run.engine.spec, digest_of(head["terms"]), base, versions)))
+        info, spec = run.client.info, run.client.workplace.base.spec
+        return Message({}, codec.encode(Hello(info, spec, digest_of(head["terms"]), base, versions)))
 
-    def _train(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
+    def _train(self, run: _Open, head: Mapping[str, Json], blob: bytes) -> Message:
         if not 1 <= head["round"] <= self.site.policy.max_rounds:
             raise CoterieError(
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
-        ((_, delivery),) = run.engine.train(run.method, {self.site.site.id: ins}, head["round"])
-        if delivery.reply is None:
-            return Message({"error": delivery.error})
-        check_upload(self.site.policy, delivery.reply)
-        return Message({}, codec.encode(without_usage(self.site.policy, delivery.reply)))
+        outcome = train_client(run.client, run.method, blob, head["round"])
+        return Message({"error": outcome.error} if outcome.error else {}, outcome.blob)
 
-    def _evaluate(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
+    def _evaluate(self, run: _Open, head: Mapping[str, Json], blob: bytes) -> Message:
         if not self.site.policy.upload_metrics:
             raise CoterieError("this site sends no metrics ([policy] upload_metrics)")
-        splits, usage = tuple(head.get("splits", ())), bool(head.get("usage"))
-        usage = usage and self.site.policy.upload_usage
-        found = dict(run.engine.evaluate(run.method, {self.site.site.id: ins}, head["round"], splits, usage))
-        return Message({}, codec.encode(replace(found[self.site.site.id], note=None)))
+        usage = bool(head.get("usage")) and self.site.policy.upload_usage
+        splits = tuple(head.get("splits", ()))
+        return Message({}, evaluate_client(run.client, run.method, blob, head["round"], splits, usage).blob)
 
-    def _bank(self, run: _Open, head: Mapping[str, Json], ins: Instruction) -> Message:
+    def _bank(self, run: _Open, head: Mapping[str, Json], blob: bytes) -> Message:
         """Write this site's own experts to its own disk; send them only where the policy says so."""
-        ((client, bank),) = run.engine.banks(run.method, {self.site.site.id: ins}, head["round"])
+        bank, about = client_bank(run.client, run.method, blob, head["round"]), run.client.info
         base, task = resolve(run.config.model.path, self.root), run.config.task.kind
-        (about,) = run.engine.clients
-        info = {"client": client, "labels": about.labels, "method": run.method.name, "round": head["round"]}
-        transposed = any(target.transposed for target in run.engine.spec.targets)
+        info = {"client": about.id, "labels": about.labels, "method": run.method.name, "round": head["round"]}
+        transposed = any(target.transposed for target in run.client.workplace.base.spec.targets)
         info |= {"base": base, "task": task}
         write_bundle(run.folder / "export", bank, info, fan_in_fan_out=transposed)
         return Message({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
@@ -158,9 +152,9 @@ class Worker:
         if head["attempt"] < last:
             raise CoterieError(f"the message is of attempt {head['attempt']}, and attempt {last} has begun")
         if head["attempt"] > last and head["kind"] != "query.hello":  # when it greets, a server has read no checkpoint
-            run.engine.restore(head["since"])
+            run.client.states.restore(head["since"])
             write_json(book, head["attempt"])
-        run.engine.prune(head["keep"])
+        run.client.states.prune(head["keep"])
         return run
 
     def _load(self, head: Mapping[str, Json]) -> _Open:
@@ -171,13 +165,13 @@ class Worker:
         method = config.make_method(self.root)
         folder = self.state / str(head["run"])
         with _model_told():
-            engine = local.make(config, federation, folder, self.root, self.cache)
-        bound = self.site.policy.max_steps
+            workplace = workplaces(config, self.root, self.cache)[0]
         while len(self.cache) > 1:  # the base of an earlier run with other terms
             self.cache.pop(next(iter(self.cache)))
-        engine = replace(engine, guard=lambda compute: BoundedCompute(compute, bound), said=told)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return _Open(config, method, engine, folder)
+        (rows,) = federation.clients
+        client = LocalClient(workplace, rows, ClientStates.of(config, folder), guard_of(self.site.policy))
+        return _Open(config, method, client, folder)
 
     def federation(self, config: Config) -> FederatedData:
         """This site's rows. Raises :class:`DataError`, whose text may quote them: for ``coterie site check`` alone."""
@@ -198,6 +192,21 @@ def _model_told() -> Iterator[None]:
         yield
     except (CoterieError, OSError) as fault:
         raise _ModelError(str(fault)) from fault
+
+
+def guard_of(policy: Policy) -> Guard:
+    """What ``policy`` allows of a round: ranks, steps, what leaves this site."""
+
+    def release(reply: Reply) -> Reply:
+        check_upload(policy, reply)
+        return without_usage(policy, reply)
+
+    return Guard(
+        admit=lambda ins: check_ranks(policy, ins),
+        compute=lambda compute: BoundedCompute(compute, policy.max_steps),
+        release=release,
+        wording=told,
+    )
 
 
 def told(fault: Exception) -> str:

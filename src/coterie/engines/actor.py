@@ -16,25 +16,26 @@ from typing import Any
 import torch
 
 from coterie import codec
+from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
-from coterie.engines import local
-from coterie.engines.local import LocalEngine
+from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
+from coterie.engines.store import ClientStates
 from coterie.flower.message import Message
 from coterie.machine import default_threads
 from coterie.methods.base import Method
-from coterie.types import CoterieError, Instruction, Json
+from coterie.types import ClientId, CoterieError, Json
 
 _RUN = ("config", "folder", "root", "data")  # of a head: the keys that say which run it is of
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run as an actor holds it: all of its clients' rows, over one base."""
+    """A run as an actor holds it: all of its clients, over one base."""
 
     head: Mapping[str, Json]
     method: Method[Any]
-    engine: LocalEngine
+    clients: Mapping[ClientId, LocalClient]
 
 
 _RUNS: list[_Run] = []  # the last one
@@ -42,11 +43,9 @@ _BASES: dict[str, Any] = {}
 
 
 def answer(message: Message, *_: object) -> Message:
-    """The reply to one message; a fault that the user can mend is the ``fault`` in its head."""
+    """The reply to one message; a fault that the user can fix is the ``fault`` in its head."""
     try:
-        run = _opened(message.head)
-        ins = codec.decode(Instruction, message.body)
-        return _ANSWERS[message.head["kind"]](run, message.head, ins)
+        return _ANSWERS[message.head["kind"]](_opened(message.head), message)
     except (CoterieError, codec.CodecError) as fault:
         return Message({"fault": str(fault)})
 
@@ -56,29 +55,30 @@ def digest(manifest: Json) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _hello(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
-    return Message({}, codec.encode(run.engine.spec))
+def _hello(run: _Run, message: Message) -> Message:
+    client = run.clients[message.head["client"]]
+    return Message({}, codec.encode(client.workplace.base.spec))
 
 
-def _train(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
-    ((_, delivery),) = run.engine.train(run.method, {head["client"]: ins}, head["round"])
-    told = {"error": delivery.error, "note": delivery.note, "seconds": delivery.seconds}
-    return Message(told, codec.encode(delivery.reply) if delivery.reply is not None else b"")
+def _train(run: _Run, message: Message) -> Message:
+    head = message.head
+    outcome = train_client(run.clients[head["client"]], run.method, message.body, head["round"])
+    return Message({"error": outcome.error, "seconds": outcome.seconds, "note": outcome.note}, outcome.blob)
 
 
-def _evaluate(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
-    ((_, found),) = run.engine.evaluate(
-        run.method, {head["client"]: ins}, head["round"], tuple(head["splits"]), head["usage"]
-    )
-    return Message({}, codec.encode(found))
+def _evaluate(run: _Run, message: Message) -> Message:
+    head = message.head
+    client = run.clients[head["client"]]
+    outcome = evaluate_client(client, run.method, message.body, head["round"], head["splits"], head["usage"])
+    return Message({"note": outcome.note}, outcome.blob)
 
 
-def _bank(run: _Run, head: Mapping[str, Json], ins: Instruction) -> Message:
-    ((_, bank),) = run.engine.banks(run.method, {head["client"]: ins}, head["round"])
-    return Message({}, codec.encode(bank))
+def _bank(run: _Run, message: Message) -> Message:
+    head = message.head
+    return Message({}, codec.encode(client_bank(run.clients[head["client"]], run.method, message.body, head["round"])))
 
 
-_ANSWERS: dict[str, Callable[[_Run, Mapping[str, Json], Instruction], Message]] = {
+_ANSWERS: dict[str, Callable[[_Run, Message], Message]] = {
     "query.hello": _hello,
     "train": _train,
     "evaluate": _evaluate,
@@ -100,5 +100,7 @@ def _load(about: Mapping[str, Json]) -> _Run:
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
     if (here := digest(federation.manifest)) != about["data"]:
         raise CoterieError(f"an actor read other rows than the run did ({here[:12]}); give all machines the same files")
+    workplace = workplaces(config, root, _BASES)[0]
+    states = ClientStates.of(config, Path(about["folder"]))
     method = config.make_method(root)
-    return _Run(about, method, local.make(config, federation, Path(about["folder"]), root, _BASES))
+    return _Run(about, method, {data.info.id: LocalClient(workplace, data, states) for data in federation.clients})

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from coterie import codec
-from coterie.types import Instruction
+from coterie.types import ClientId, Instruction
 
 
-class Blobs:
-    """What the codec makes of ``instructions``, each of which is asked for once; kept until the last of its likes is.
+class EncodedOnce:
+    """The encoded ``instructions``, each to be taken once. Equal ones are encoded once, and kept until the last is
+    taken.
 
-    Two are alike if they hold the same tensor objects under the same keys, and equal ``info``: so the tensors must not
+    Two are equal if they hold the same tensor objects under the same keys, and equal ``info``: the tensors must not
     change meanwhile.
     """
 
-    def __init__(self, instructions: Iterable[Instruction]) -> None:
-        self._all = list(instructions)  # while these are here, no other tensor has the id of one of theirs
-        self._left = Counter(map(_name, self._all))
-        self._made: dict[str, bytes] = {}
+    def __init__(self, instructions: Mapping[ClientId, Instruction]) -> None:
+        self._all = dict(instructions)  # while these are here, no other tensor has the id of one of theirs
+        self._left = Counter(map(_name, self._all.values()))
+        self._encoded: dict[str, bytes] = {}
 
-    def of(self, instruction: Instruction) -> bytes:
-        """The bytes of ``codec.encode(instruction)``."""
+    def take(self, client: ClientId) -> bytes:
+        """The bytes of ``codec.encode`` for the client's instruction."""
+        instruction = self._all[client]
         name = _name(instruction)
-        blob = self._made.pop(name, None) or codec.encode(instruction)
+        blob = self._encoded.pop(name, None) or codec.encode(instruction)
         self._left[name] -= 1
         if self._left[name] > 0:
-            self._made[name] = blob
+            self._encoded[name] = blob
         return blob
 
 

@@ -20,13 +20,14 @@ from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import FederatedData
 from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation
-from coterie.engines.encode_once import Blobs
+from coterie.engines.client import Outcome
+from coterie.engines.encode_once import EncodedOnce
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.flower.message import Message, Transport
 from coterie.flower.simulation import simulation
 from coterie.machine import cpu_cores
 from coterie.methods.base import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json, Reply
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json
 
 _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
 _MIB = 2**20
@@ -108,9 +109,7 @@ class FlowerSimEngine:
     ) -> Iterator[tuple[ClientId, Delivery]]:
         """Every client's delivery for round ``rnd``, in the clients' order."""
         for client, down, message in self._exchange("train", instructions, rnd, {}):
-            error, note, up = message.head["error"], message.head["note"], message.body
-            reply = codec.decode(Reply, up) if error is None else None
-            yield client, Delivery(reply, error, down, len(up), message.head["seconds"], note)
+            yield client, Outcome(message.body, **message.head).delivery(down)
 
     def evaluate(
         self,
@@ -123,7 +122,7 @@ class FlowerSimEngine:
         """Scores of every client."""
         ask: dict[str, Json] = {"splits": list(splits), "usage": usage}
         for client, _, message in self._exchange("evaluate", instructions, rnd, ask):
-            yield client, codec.decode(Evaluation, message.body)
+            yield client, Outcome(message.body, **message.head).evaluation()
 
     def banks(
         self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
@@ -159,8 +158,8 @@ class FlowerSimEngine:
     ) -> Iterator[tuple[ClientId, int, Message]]:
         """Every client's answer with the bytes that it was sent, in the clients' order."""
         order = [client.id for client in self.clients if client.id in instructions]
-        encoded = Blobs(instructions[client] for client in order)
-        blobs = {client: encoded.of(instructions[client]) for client in order}
+        encoded = EncodedOnce(instructions)
+        blobs = {client: encoded.take(client) for client in order}
         head = {**self.head, "kind": kind, "round": rnd, **ask}
         to = [(self._nodes[c], kind, Message({**head, "client": c}, blobs[c])) for c in order]
         tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))

@@ -11,8 +11,9 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from coterie import codec
+from coterie.config.sections import Config
 from coterie.files import write_atomic
-from coterie.types import ClientId, Kept, Key, Personal, PrivateError, Tensors
+from coterie.types import Bank, ClientId, Kept, Key, Personal, PrivateError, Tensors
 
 T = TypeVar("T")
 
@@ -123,6 +124,38 @@ class PersonalStore:
 
     def _path(self, kept: Kept) -> Path:
         return self.folder / "kept" / f"{kept.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class ClientStates:
+    """What clients keep from round to round: personal states and, where clients evaluate and export what they trained
+    last, those banks."""
+
+    personal: PersonalStore
+    trained: RoundStore[Bank] | None = None
+
+    @staticmethod
+    def of(config: Config, folder: Path) -> ClientStates:
+        """The states of the run of ``config`` in ``folder``."""
+        trained = RoundStore(folder / "trained", Bank) if config.evaluated == "trained" else None
+        return ClientStates(PersonalStore(folder), trained)
+
+    def restore(self, rnd: int) -> None:
+        """Go back to the states after round ``rnd``."""
+        self.personal.forget_after(rnd)
+        if self.trained:
+            self.trained.forget_after(rnd)
+
+    def held(self, rnd: int) -> dict[str, dict[ClientId, int]]:
+        """From which round each client's state is, after round ``rnd``."""
+        trained = {"trained": self.trained.held(rnd)} if self.trained else {}
+        return {"personal": self.personal.held(rnd), **trained}
+
+    def prune(self, rnd: int) -> None:
+        """Give up the states that only rounds before ``rnd`` need."""
+        self.personal.prune(rnd)
+        if self.trained:
+            self.trained.prune(rnd)
 
 
 @lru_cache(maxsize=2)  # a simulation's clients share it in memory too

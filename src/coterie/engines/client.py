@@ -1,0 +1,227 @@
+"""One client's part of a round, from the bytes that came to the bytes that go back.
+
+Whoever holds a client calls these functions: the local engine for each client in turn, an actor of Flower's simulation
+for the client of a message, the worker at a site for its own. What comes is decoded once, what goes is encoded once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from coterie import codec
+from coterie.compute.batched import FAULTS, Asked, Note, answer_all
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
+from coterie.data.rows import ClientData
+from coterie.engines.base import Delivery, Evaluation
+from coterie.engines.store import ClientStates
+from coterie.methods.base import Compute, Method, drive
+from coterie.types import (
+    Answer,
+    Bank,
+    ClientId,
+    ClientInfo,
+    ClientResult,
+    CoterieError,
+    Instruction,
+    Observe,
+    Observed,
+    Personal,
+    Reply,
+    Score,
+    Scored,
+)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a client insists on: a site on its policy, a simulated client on nothing.
+
+    ``admit`` raises :class:`CoterieError` for an instruction that the client refuses. ``compute`` wraps what trains.
+    ``release`` returns what may leave of a reply, or raises. ``wording`` puts a fault into words that may leave.
+    """
+
+    admit: Callable[[Instruction], None] = lambda ins: None
+    compute: Callable[[LocalCompute], Compute] = lambda compute: compute
+    release: Callable[[Reply], Reply] = lambda reply: reply
+    wording: Callable[[Exception], str] = str
+
+
+@dataclass(frozen=True)
+class LocalClient:
+    """A client on this machine: the workplace that answers its requests, its rows, its states, its guard."""
+
+    workplace: Workplace
+    data: ClientData
+    states: ClientStates
+    guard: Guard = Guard()
+
+    @property
+    def info(self) -> ClientInfo:
+        return self.data.info
+
+    @property
+    def id(self) -> ClientId:
+        return self.data.info.id
+
+    def personal(self, method: Method[Any], until: int) -> Personal:
+        """The newest personal state of a round up to ``until``, or the one to begin with."""
+        return self.states.personal.load(self.id, until) or method.begin(self.workplace.base.spec, self.info)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a client sends back: an encoded reply or evaluation, or the reason why there is none; and its seconds.
+
+    ``note``: what the user should know.
+    """
+
+    blob: bytes
+    error: str | None = None
+    seconds: float = 0.0
+    note: str | None = None
+
+    def delivery(self, bytes_down: int) -> Delivery:
+        """The outcome of a round of training, its reply decoded."""
+        reply = codec.decode(Reply, self.blob) if self.error is None else None
+        return Delivery(reply, self.error, bytes_down, len(self.blob), self.seconds, self.note)
+
+    def evaluation(self) -> Evaluation:
+        """The evaluation, decoded."""
+        return replace(codec.decode(Evaluation, self.blob), note=self.note)
+
+
+def train_client(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> Outcome:
+    """Round ``rnd`` of a client: decode the instruction, load its personal state, run the method's program, encode the
+    reply, save the personal state.
+
+    The client's own faults are the outcome's ``error``. Raises :class:`CoterieError` for an instruction that is refused
+    or a state that cannot be read, :class:`codec.CodecError` for bytes that are no instruction.
+    """
+    start = begin(client, method, blob, rnd)
+    started = time.perf_counter()
+    compute = LocalCompute(client.workplace, client.data, rnd)
+    try:
+        result = drive(method.client(start.ins, client.info, start.personal), client.guard.compute(compute))
+        reply = encoded_reply(client, result)
+    except FAULTS as fault:
+        return failed(client, fault, time.perf_counter() - started)
+    for save in saves_of(client, compute, result):
+        save()
+    return Outcome(reply, None, time.perf_counter() - started)
+
+
+def evaluate_client(
+    client: LocalClient, method: Method[Any], blob: bytes, rnd: int, splits: Sequence[str], usage: bool = False
+) -> Outcome:
+    """The encoded :class:`Evaluation` of a client with the bank that it has after round ``rnd``.
+
+    Raises as :func:`train_client`, and :class:`CoterieError` for a client that cannot be evaluated.
+    """
+    notes: list[str] = []
+    bank = client_bank(client, method, blob, rnd)
+    compute = LocalCompute(client.workplace, client.data, rnd)
+    (evaluation,) = evaluations([compute], [bank], splits, usage, notes.append)
+    return Outcome(codec.encode(evaluation), note=joined(notes))
+
+
+def client_bank(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> Bank:
+    """What a client evaluates with and exports after round ``rnd``: what it trained last where that is kept, else what
+    the instruction for the next round gives it. Raises as :func:`train_client`."""
+    ins = _instruction(client, blob)
+    trained = client.states.trained.load(client.id, rnd) if client.states.trained else None
+    return trained or method.bank(ins, client.info, client.personal(method, rnd))
+
+
+# The parts of the above, for clients that train or are evaluated together. -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a client starts a round with."""
+
+    client: LocalClient
+    ins: Instruction
+    personal: Personal
+
+
+def begin(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> Start:
+    """Decode the instruction and load the personal state. Raises as :func:`train_client`."""
+    return Start(client, _instruction(client, blob), client.personal(method, rnd - 1))
+
+
+def encoded_reply(client: LocalClient, result: ClientResult) -> bytes:
+    """The reply as it leaves. Raises :class:`CoterieError` where the client keeps it to itself."""
+    return codec.encode(client.guard.release(result.reply))
+
+
+def saves_of(client: LocalClient, compute: LocalCompute, result: ClientResult) -> list[Callable[[], None]]:
+    """What writes the states that the client keeps after the round of ``compute``."""
+    saves: list[Callable[[], None]] = [partial(client.states.personal.save, client.id, compute.rnd, result.personal)]
+    if client.states.trained and compute.trained:
+        saves.append(partial(client.states.trained.save, client.id, compute.rnd, compute.trained))
+    return saves
+
+
+def failed(client: LocalClient, fault: Exception, seconds: float) -> Outcome:
+    """The outcome of a client whose round ended with ``fault``."""
+    if isinstance(fault, torch.OutOfMemoryError):
+        return Outcome(b"", f"client {client.id}: out of memory; lower [train] batch_size", seconds)
+    return Outcome(b"", client.guard.wording(fault), seconds)
+
+
+def evaluations(
+    computes: Sequence[LocalCompute], banks: Sequence[Bank], splits: Sequence[str], usage: bool, note: Note
+) -> list[Evaluation]:
+    """The evaluation of each client with its bank. Raises the first client's fault."""
+    scores: list[dict[str, Mapping[str, float]]] = [{} for _ in computes]
+    for split in splits:
+        having = [i for i, compute in enumerate(computes) if compute.client.splits.get(split)]
+        answers = _answers([(computes[i], Score([banks[i]], split)) for i in having], note)
+        for i, answer in zip(having, answers, strict=True):
+            (scored,) = cast(list[Scored], answer)
+            scores[i][split] = {**scored.metrics, "loss": scored.loss}
+    if not usage:
+        return [Evaluation(metrics) for metrics in scores]
+    observing: list[Asked] = [
+        (compute, Observe(bank, _observed_split(compute.client))) for compute, bank in zip(computes, banks, strict=True)
+    ]
+    observed = _answers(observing, note)
+    return [Evaluation(metrics, cast(Observed, of)) for metrics, of in zip(scores, observed, strict=True)]
+
+
+def joined(notes: list[str]) -> str | None:
+    """The notes as one text, each once; they are taken out of the list."""
+    taken = [notes.pop(0) for _ in range(len(notes))]  # another thread may add one meanwhile
+    return "; ".join(dict.fromkeys(taken)) or None
+
+
+def _instruction(client: LocalClient, blob: bytes) -> Instruction:
+    ins = codec.decode(Instruction, blob)
+    client.guard.admit(ins)
+    return ins
+
+
+def _answers(asked: Sequence[Asked], note: Note) -> list[Answer]:
+    """The answer to each client's request. Raises the first fault."""
+    answers = answer_all(asked, note)
+    for (compute, _), answer in zip(asked, answers, strict=True):
+        if isinstance(answer, torch.OutOfMemoryError):
+            raise CoterieError(
+                f"client {compute.client.info.id}: out of memory in evaluation; lower [run] eval_batch_size or [model] "
+                "max_length"
+            ) from answer
+        if isinstance(answer, Exception):
+            raise answer
+    return [answer for answer in answers if not isinstance(answer, Exception)]
+
+
+def _observed_split(client: ClientData) -> str:
+    """The split on which the use of experts is observed."""
+    return next((split for split in ("test", "validation", "train") if client.splits.get(split)), "train")
