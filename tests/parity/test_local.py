@@ -135,7 +135,7 @@ def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: s
             (scored,) = worker.score(Score([bank], split))
             assert evaluation.scores[split] == {**scored.metrics, "loss": scored.loss}
         assert evaluation.observed == worker.observe(Observe(bank, "test"))
-        assert bool(evaluation.observed.usage) == (name in ("fedlease", "fedamole", "smartfed"))
+        assert bool(evaluation.observed.usage) == (bank.gate.name != "constant")
 
 
 @pytest.mark.parametrize("name", sorted(methods()))

@@ -12,6 +12,7 @@ from coterie import codec
 from coterie.engines.checks import bank_fault, fault_of
 from coterie.ops.streams import stream
 from coterie.types import (
+    Answer,
     Bank,
     BaseSpec,
     ClientInfo,
@@ -23,6 +24,9 @@ from coterie.types import (
     Part,
     Personal,
     Reply,
+    Request,
+    Score,
+    Scored,
     Target,
     Train,
     Trained,
@@ -33,6 +37,7 @@ CLIENTS = tuple(
     ClientInfo(f"client-{i}", 10 + 3 * i, labels=("yes", "no") if i < 3 else ("a", "b", "c")) for i in range(4)
 )
 Training = Callable[[Train, ClientInfo], Trained]
+Scoring = Callable[[Score, ClientInfo], list[Scored]]
 
 
 def moved(request: Train, client: ClientInfo) -> Trained:
@@ -44,33 +49,54 @@ def moved(request: Train, client: ClientInfo) -> Trained:
     return Trained(tensors, 1.0, client.num_train, 100, 5)
 
 
+def alike(request: Score, client: ClientInfo) -> list[Scored]:
+    """As if every bank had the same loss."""
+    return [Scored(1.0, {}, client.num_train) for _ in request.banks]
+
+
 def still(request: Train, client: ClientInfo) -> Trained:
     """As if trained with a learning rate of zero."""
     return Trained({key: request.bank.tensors[key] for key in request.trainable}, 1.0, client.num_train, 100, 5)
 
 
+def driven(
+    program: ClientProgram, client: ClientInfo, train: Training = moved, score: Scoring = alike
+) -> tuple[ClientResult, list[Request]]:
+    """What a program returns, and what it asked for."""
+    asked: list[Request] = []
+    answer: Answer | None = None
+    while True:
+        try:
+            request = program.send(answer)
+        except StopIteration as stop:
+            return stop.value, asked
+        asked.append(request)
+        assert isinstance(request, Train | Score)
+        assert not isinstance(request, Train) or request.trainable
+        answer = train(request, client) if isinstance(request, Train) else score(request, client)
+
+
 def finished(program: ClientProgram, client: ClientInfo, train: Training = moved) -> tuple[ClientResult, Train]:
     """What a program that asks for one training returns, and what it asked for."""
-    request = next(program)
+    result, (request,) = driven(program, client, train)
     assert isinstance(request, Train)
-    assert request.trainable
-    try:
-        program.send(train(request, client))
-    except StopIteration as stop:
-        return stop.value, request
-    raise AssertionError("the program asks for more than one training")
+    return result, request
 
 
 class Play:
-    """A federation of ``clients`` by hand. ``state`` and ``personal`` are what a crash after each round would leave."""
+    """A federation of ``clients`` by hand. ``state`` and ``personal`` are what a crash after each round would leave.
+
+    ``asked`` has what each client's program asked for in its last round.
+    """
 
     def __init__(self, method: Any, clients: Sequence[ClientInfo] = CLIENTS) -> None:
         self.method, self.clients = method, {c.id: c for c in clients}
         self.state = method.init(BASE, clients)
         self.personal: dict[str, Personal] = {}
+        self.asked: dict[str, list[Request]] = {}
         self.rnd = 0
 
-    def round(self, train: Training = moved, only: Sequence[str] = ()) -> dict[str, Reply]:
+    def round(self, train: Training = moved, only: Sequence[str] = (), score: Scoring = alike) -> dict[str, Reply]:
         """One round over ``only`` (all): every reply is checked as an engine does; returns what was sent."""
         self.rnd += 1
         cohort = [c for c in self.clients.values() if not only or c.id in only]
@@ -78,7 +104,8 @@ class Play:
         for client, ins in self.method.configure(self.state, cohort, self.rnd).items():
             me = self.clients[client]
             sent = codec.decode(Instruction, codec.encode(ins))
-            result, _ = finished(self.method.client(sent, me, self.own(me)), me, train)
+            program = self.method.client(sent, me, self.own(me))
+            result, self.asked[client] = driven(program, me, train, score)
             expected = self.method.expects(self.state, me, self.rnd)
             assert fault_of(result.reply, expected, 1e4, me.num_train) is None
             replies[client] = codec.decode(Reply, codec.encode(result.reply))

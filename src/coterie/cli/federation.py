@@ -14,15 +14,14 @@ from coterie.cli import console
 from coterie.cli.console import Markdown, Out, Resume, Set, default_folder, resumable, say, show_checks, show_keys
 from coterie.types import CoterieError
 
-keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: CA, server certificate, a key pair per site.")
-site = typer.Typer(no_args_is_help=True, help="Check a site's own file, and list its keys.")
+keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: a CA, the server's certificate, a pair per site.")
+site = typer.Typer(no_args_is_help=True, help="A site's own file.")
 
 Insecure = Annotated[
-    bool,
-    typer.Option("--insecure", help="no TLS, no authentication: for one machine, or a network of your own"),
+    bool, typer.Option("--insecure", help="no TLS and no authentication: for one machine, or a network of your own")
 ]
 SiteFile = Annotated[Path, typer.Argument(help="SITE.toml")]
-KeyFolder = Annotated[Path, typer.Argument(help="the folder of keys")]
+KeyFolder = Annotated[Path, typer.Argument(help="folder of the keys")]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,14 +34,14 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="TOML file with a [federation] section")],
+    config: Annotated[Path, typer.Argument(help="TOML file with a section [federation]")],
     overrides: Set = None,
     folder: Out = None,
     resume: Resume = False,
     insecure: Insecure = False,
-    superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that is already running")] = None,
+    superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that runs already")] = None,
 ) -> None:
-    """Run a federation of sites: wait for them, run the rounds, write the experts and the report."""
+    """Run a federation of sites: wait for them, run the rounds, write experts and report."""
     _need_flower()
     from coterie.cli.progress import listener, show_summary
     from coterie.config.load import load_raw, override
@@ -50,18 +49,18 @@ def serve(
     from coterie.deploy.serve import serve as run
 
     settings = federation_config(override(load_raw(config), overrides or ()))
-    folder = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
+    place = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
     how = "go on with the same command and --resume"
-    with resumable(folder, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
+    with resumable(place, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
 
         def listen(event: dict[str, Any]) -> None:
             _say(event)
             show(event)
 
         summary = run(
-            settings, folder, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
+            settings, place, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
         )
-    show_summary(console.out, summary, folder)
+    show_summary(console.out, summary, place)
 
 
 def join(path: SiteFile, insecure: Insecure = False) -> None:
@@ -84,23 +83,23 @@ def status(folder: Annotated[Path, typer.Argument(help="the folder of the server
     from coterie.deploy.status import status_of
 
     if not (folder / JOURNAL).exists():
-        raise CoterieError(f"{folder} is not a folder of `coterie serve`: it has no {JOURNAL}")
+        raise CoterieError(f"{folder} is no folder of `coterie serve`: it has no {JOURNAL}")
     show(console.out, status_of(read_journal(folder)))
 
 
 @site.command("check")
 def check_site(
     path: SiteFile,
-    config: Annotated[Path | None, typer.Option(help="the server's config, to check against")] = None,
+    config: Annotated[Path | None, typer.Option(help="the server's config, to see whether all fits it")] = None,
     insecure: Insecure = False,
 ) -> None:
-    """Check versions, keys, server, data and model before joining. The exit code is 1 if something is wrong."""
+    """Say before joining whether versions, keys, server, data and model fit. Exit code 1 if something does not."""
     from coterie.deploy.site_check import check
 
-    results = list(check(path, config, insecure))
+    checks = list(check(path, config, insecure))
     marks = {True: "[green]ok[/]", False: "[red]no[/]"}
-    show_checks([(marks[result.ok], result.name, result.value, result.fix) for result in results])
-    raise typer.Exit(int(not all(result.ok for result in results)))
+    show_checks([(marks[found.ok], found.name, found.value, found.fix) for found in checks])
+    raise typer.Exit(int(not all(found.ok for found in checks)))
 
 
 @site.command("config")
@@ -114,14 +113,14 @@ def site_config(markdown: Markdown = False) -> None:
 @keys.command("init")
 def init_keys(
     folder: KeyFolder,
-    sites: Annotated[str, typer.Option(help="ids of the sites, separated by commas")] = "",
-    host: Annotated[str, typer.Option(help="addresses at which sites reach the server, separated by commas")] = "",
+    sites: Annotated[str, typer.Option(help="ids of sites, with commas between them")] = "",
+    host: Annotated[str, typer.Option(help="addresses that sites call the server by, with commas")] = "",
 ) -> None:
-    """Make a CA, the server's certificate and a key pair for each site."""
+    """Make a CA, the server's certificate and a key pair per site."""
     _need_flower()
-    from coterie.deploy.keys import init_keys as make
+    from coterie.deploy import keys as made
 
-    make(folder, _listed(sites), _listed(host))
+    made.init_keys(folder, _listed(sites), _listed(host))
     lines = [f"{folder / 'ca.crt'}: give it to every site", f"{folder / 'ca.key'}: keep it off the server"]
     lines += [f"{folder / 'sites' / name}: give it to {name} alone, then delete it here" for name in _listed(sites)]
     for line in lines:
@@ -132,25 +131,23 @@ def init_keys(
 def add_key(
     folder: KeyFolder,
     name: Annotated[str, typer.Argument(help="id of the site")],
-    public: Annotated[Path | None, typer.Option(help="its public key; without it a key pair is made")] = None,
+    public: Annotated[Path | None, typer.Option(help="its public key; without one a pair is made")] = None,
 ) -> None:
-    """Add one more site. The server lets it in from its next start on."""
+    """Take in one more site; it is let in when the server is started the next time."""
     _need_flower()
-    from coterie.deploy.keys import add_site
+    from coterie.deploy import keys as made
 
-    add_site(folder, name, public)
+    made.add_site(folder, name, public)
     say(f"{folder / 'sites' / name}.pub")
 
 
 @keys.command("site")
-def make_site_key(
-    path: Annotated[Path, typer.Argument(help="file for the private key; .pub goes beside it")],
-) -> None:
-    """At a site: make its key pair, so that the private half never leaves the site."""
+def make_site_key(path: Annotated[Path, typer.Argument(help="file of the private key; .pub is put beside it")]) -> None:
+    """At a site: make its own key pair, so that the private half never leaves it."""
     _need_flower()
-    from coterie.deploy.keys import site_key
+    from coterie.deploy import keys as made
 
-    site_key(path)
+    made.site_key(path)
     say(f"give {path}.pub to the server's people")
 
 
@@ -166,7 +163,7 @@ def _need_flower() -> None:
 
 
 def _say(event: dict[str, Any]) -> None:
-    """Show what happens on the network; the listener of every run shows the rounds."""
+    """What the network does; of rounds the listener of every run tells."""
     line = {
         "joined": "{client} joined with {rows} rows",
         "back": "{client} is back",
@@ -179,7 +176,7 @@ def _say(event: dict[str, Any]) -> None:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, together with everything that it started."""
+    """Let SIGTERM end a command as Ctrl-C does, with everything that it started."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt
