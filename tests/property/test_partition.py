@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from coterie.data.partition import Pool, Share, partition, partitioners
+from coterie.data.partition import RowIndex, Share, partition, partitioners
 from coterie.data.rows import SPLITS
 from coterie.types import CoterieError
 
@@ -20,7 +20,7 @@ EXACT = ("by_dataset", "dirichlet", "iid", "natural", "pathological")  # as many
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> Pool:
+def pools(draw: st.DrawFn) -> RowIndex:
     """Up to 4 labels in 1 to 3 datasets, with a column that is neither."""
     labels, columns, datasets = {}, {}, {}
     sizes = {
@@ -34,7 +34,7 @@ def pools(draw: st.DrawFn) -> Pool:
         labels[split] = [f"label {i}" for i in numbers.integers(kinds, size=size)]
         datasets[split] = [f"set-{i}" for i in numbers.integers(draw(st.integers(1, 3)), size=size)]
         columns[split] = [{"place": f"place {i}"} for i in numbers.integers(3, size=size)]
-    return Pool(labels, datasets, columns)
+    return RowIndex(labels, datasets, columns)
 
 
 @st.composite
@@ -52,10 +52,10 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     if name == "by_dataset" and draw(st.booleans()):
         options["stratify"] = True
     rows = {split: draw(st.integers(0, 12)) for split in SPLITS}
-    return {"name": name, "rows": rows, "seed": draw(st.integers(0, 2**31)), "options": options}
+    return {"name": name, "per_client": rows, "seed": draw(st.integers(0, 2**31)), "options": options}
 
 
-def shares_of(pool: Pool, request: dict[str, Any]) -> list[Share]:
+def shares_of(pool: RowIndex, request: dict[str, Any]) -> list[Share]:
     try:
         return partition(pool, **request)
     except CoterieError:
@@ -73,7 +73,7 @@ def test_the_partitioners_are_those_that_these_tests_know() -> None:
 
 @quick
 @given(pools(), requests())
-def test_no_row_has_two_owners_and_every_row_is_from_the_pool(pool: Pool, request: dict[str, Any]) -> None:
+def test_no_row_has_two_owners_and_every_row_is_from_the_pool(pool: RowIndex, request: dict[str, Any]) -> None:
     shares = shares_of(pool, request)
     assert shares
     for split in SPLITS:
@@ -85,11 +85,11 @@ def test_no_row_has_two_owners_and_every_row_is_from_the_pool(pool: Pool, reques
 
 @quick
 @given(pools(), requests())
-def test_sizes_are_exact(pool: Pool, request: dict[str, Any]) -> None:
+def test_sizes_are_exact(pool: RowIndex, request: dict[str, Any]) -> None:
     shares = shares_of(pool, request)
     for split in SPLITS:
         sizes = [share.rows[split].size for share in shares]
-        asked = request["rows"][split]
+        asked = request["per_client"][split]
         if asked and (request["name"] in EXACT or split != "train"):
             assert sizes == [asked] * len(shares)
         elif asked:
@@ -100,13 +100,13 @@ def test_sizes_are_exact(pool: Pool, request: dict[str, Any]) -> None:
 
 @quick
 @given(pools(), requests())
-def test_the_seed_decides(pool: Pool, request: dict[str, Any]) -> None:
+def test_the_seed_decides(pool: RowIndex, request: dict[str, Any]) -> None:
     assert plain(shares_of(pool, request)) == plain(partition(pool, **request))
 
 
 @quick
 @given(pools(), requests())
-def test_classes_are_kept(pool: Pool, request: dict[str, Any]) -> None:
+def test_classes_are_kept(pool: RowIndex, request: dict[str, Any]) -> None:
     """natural: one value a client; by_dataset: one dataset; pathological: so many labels at most."""
     shares = shares_of(pool, request)
     column = request["options"].get("column")
@@ -128,17 +128,17 @@ def test_classes_are_kept(pool: Pool, request: dict[str, Any]) -> None:
 
 @quick
 @given(pools(), requests(), st.sampled_from(SPLITS))
-def test_more_rows_than_there_are_is_an_error(pool: Pool, request: dict[str, Any], split: str) -> None:
-    request["rows"] = {**dict.fromkeys(SPLITS, 0), split: 121}
+def test_more_rows_than_there_are_is_an_error(pool: RowIndex, request: dict[str, Any], split: str) -> None:
+    request["per_client"] = {**dict.fromkeys(SPLITS, 0), split: 121}
     with pytest.raises(CoterieError):
         partition(pool, **request)
 
 
-def balanced(per_label: int, labels: int = 4) -> Pool:
-    return Pool({split: [f"label {i % labels}" for i in range(per_label * labels)] for split in SPLITS})
+def balanced(per_label: int, labels: int = 4) -> RowIndex:
+    return RowIndex({split: [f"label {i % labels}" for i in range(per_label * labels)] for split in SPLITS})
 
 
-def proportions(pool: Pool, share: Share, split: str) -> np.ndarray[Any, Any]:
+def proportions(pool: RowIndex, share: Share, split: str) -> np.ndarray[Any, Any]:
     found = [pool.labels[split][i] for i in share.rows[split]]
     return np.array([found.count(f"label {k}") for k in range(4)]) / len(found)
 
@@ -210,9 +210,9 @@ def test_other_seeds_draw_other_rows() -> None:
 
 
 def test_one_dataset_more_leaves_the_others_as_they_were() -> None:
-    def pool(*names: str) -> Pool:
+    def pool(*names: str) -> RowIndex:
         datasets = {split: [name for name in names for _ in range(30)] for split in SPLITS}
-        return Pool({split: ["x"] * len(found) for split, found in datasets.items()}, datasets)
+        return RowIndex({split: ["x"] * len(found) for split, found in datasets.items()}, datasets)
 
     rows = dict.fromkeys(SPLITS, 5)
     few = plain(partition(pool("a", "b"), "by_dataset", rows, 0, {"clients": 2}))
@@ -239,18 +239,18 @@ def test_one_dataset_more_leaves_the_others_as_they_were() -> None:
 )
 def test_faults_say_what_to_change(name: str, rows: dict[str, int], options: dict[str, Any], says: str) -> None:
     columns = {split: [{"town": f"town {i % 2}"} for i in range(80)] for split in SPLITS}
-    pool = Pool(balanced(20).labels, columns=columns)
+    pool = RowIndex(balanced(20).labels, columns=columns)
     with pytest.raises(CoterieError, match=says):
         partition(pool, name, rows, 0, options)
 
 
 def test_rows_to_generate_have_no_labels_to_split_by() -> None:
     with pytest.raises(CoterieError, match=r"set data\.partition\.column"):
-        partition(Pool({split: [None] * 9 for split in SPLITS}), "dirichlet", {}, 0, {"clients": 2, "alpha": 1.0})
+        partition(RowIndex({split: [None] * 9 for split in SPLITS}), "dirichlet", {}, 0, {"clients": 2, "alpha": 1.0})
 
 
 def test_where_a_label_runs_out_the_clients_still_get_their_number() -> None:
-    pool = Pool({"train": ["rare"] * 3 + ["common"] * 97, "validation": ["rare"] * 10, "test": ["common"] * 10})
+    pool = RowIndex({"train": ["rare"] * 3 + ["common"] * 97, "validation": ["rare"] * 10, "test": ["common"] * 10})
     shares = partition(pool, "dirichlet", {"train": 25, "validation": 2, "test": 2}, 0, {"clients": 4, "alpha": 0.1})
     assert [[share.rows[split].size for split in SPLITS] for share in shares] == [[25, 2, 2]] * 4
 
@@ -258,10 +258,15 @@ def test_where_a_label_runs_out_the_clients_still_get_their_number() -> None:
 @quick
 @given(pools(), st.integers(1, 4), st.integers(1, 20), st.integers(0, 2**31))
 def test_stratified_clients_have_the_labels_in_their_datasets_proportions(
-    pool: Pool, clients: int, size: int, seed: int
+    pool: RowIndex, clients: int, size: int, seed: int
 ) -> None:
     rows = {"train": size, "validation": 0, "test": 0}
-    request = {"name": "by_dataset", "rows": rows, "seed": seed, "options": {"clients": clients, "stratify": True}}
+    request = {
+        "name": "by_dataset",
+        "per_client": rows,
+        "seed": seed,
+        "options": {"clients": clients, "stratify": True},
+    }
     shares = shares_of(pool, request)
     names = np.array(pool.datasets["train"])
     labels = np.array(pool.labels["train"])

@@ -37,7 +37,7 @@ def test_no_file_and_no_function_is_too_long() -> None:
         for path in files
         for fault in too_long(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     }
-    assert found == LONGER
+    assert found <= LONGER
 
 
 def test_what_is_too_long_is_found() -> None:

@@ -14,14 +14,15 @@ from coterie.cli import console
 from coterie.cli.console import Markdown, Out, Resume, Set, default_folder, resumable, say, show_checks, show_keys
 from coterie.types import CoterieError
 
-keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: a CA, the server's certificate, a pair per site.")
-site = typer.Typer(no_args_is_help=True, help="A site's own file.")
+keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: CA, server certificate, a key pair per site.")
+site = typer.Typer(no_args_is_help=True, help="Check a site's own file, and list its keys.")
 
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="no TLS and no authentication: for one machine, or a network of your own")
+    bool,
+    typer.Option("--insecure", help="no TLS, no authentication: for one machine, or a network of your own"),
 ]
 SiteFile = Annotated[Path, typer.Argument(help="SITE.toml")]
-KeyFolder = Annotated[Path, typer.Argument(help="folder of the keys")]
+KeyFolder = Annotated[Path, typer.Argument(help="the folder of keys")]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,14 +35,14 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="TOML file with a section [federation]")],
+    config: Annotated[Path, typer.Argument(help="TOML file with a [federation] section")],
     overrides: Set = None,
     folder: Out = None,
     resume: Resume = False,
     insecure: Insecure = False,
-    superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that runs already")] = None,
+    superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that is already running")] = None,
 ) -> None:
-    """Run a federation of sites: wait for them, run the rounds, write experts and report."""
+    """Run a federation of sites: wait for them, run the rounds, write the experts and the report."""
     _need_flower()
     from coterie.cli.progress import listener, show_summary
     from coterie.config.load import load_raw, override
@@ -49,18 +50,18 @@ def serve(
     from coterie.deploy.serve import serve as run
 
     settings = federation_config(override(load_raw(config), overrides or ()))
-    place = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
+    folder = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
     how = "go on with the same command and --resume"
-    with resumable(place, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
+    with resumable(folder, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
 
         def listen(event: dict[str, Any]) -> None:
             _say(event)
             show(event)
 
         summary = run(
-            settings, place, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
+            settings, folder, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
         )
-    show_summary(console.out, summary, place)
+    show_summary(console.out, summary, folder)
 
 
 def join(path: SiteFile, insecure: Insecure = False) -> None:
@@ -83,23 +84,23 @@ def status(folder: Annotated[Path, typer.Argument(help="the folder of the server
     from coterie.deploy.status import status_of
 
     if not (folder / JOURNAL).exists():
-        raise CoterieError(f"{folder} is no folder of `coterie serve`: it has no {JOURNAL}")
+        raise CoterieError(f"{folder} is not a folder of `coterie serve`: it has no {JOURNAL}")
     show(console.out, status_of(read_journal(folder)))
 
 
 @site.command("check")
 def check_site(
     path: SiteFile,
-    config: Annotated[Path | None, typer.Option(help="the server's config, to see whether all fits it")] = None,
+    config: Annotated[Path | None, typer.Option(help="the server's config, to check against")] = None,
     insecure: Insecure = False,
 ) -> None:
-    """Say before joining whether versions, keys, server, data and model fit. Exit code 1 if something does not."""
+    """Check versions, keys, server, data and model before joining. The exit code is 1 if something is wrong."""
     from coterie.deploy.site_check import check
 
-    checks = list(check(path, config, insecure))
+    results = list(check(path, config, insecure))
     marks = {True: "[green]ok[/]", False: "[red]no[/]"}
-    show_checks([(marks[found.ok], found.name, found.value, found.fix) for found in checks])
-    raise typer.Exit(int(not all(found.ok for found in checks)))
+    show_checks([(marks[result.ok], result.name, result.value, result.fix) for result in results])
+    raise typer.Exit(int(not all(result.ok for result in results)))
 
 
 @site.command("config")
@@ -113,14 +114,14 @@ def site_config(markdown: Markdown = False) -> None:
 @keys.command("init")
 def init_keys(
     folder: KeyFolder,
-    sites: Annotated[str, typer.Option(help="ids of sites, with commas between them")] = "",
-    host: Annotated[str, typer.Option(help="addresses that sites call the server by, with commas")] = "",
+    sites: Annotated[str, typer.Option(help="ids of the sites, separated by commas")] = "",
+    host: Annotated[str, typer.Option(help="addresses at which sites reach the server, separated by commas")] = "",
 ) -> None:
-    """Make a CA, the server's certificate and a key pair per site."""
+    """Make a CA, the server's certificate and a key pair for each site."""
     _need_flower()
-    from coterie.deploy import keys as made
+    from coterie.deploy.keys import init_keys as make
 
-    made.init_keys(folder, _listed(sites), _listed(host))
+    make(folder, _listed(sites), _listed(host))
     lines = [f"{folder / 'ca.crt'}: give it to every site", f"{folder / 'ca.key'}: keep it off the server"]
     lines += [f"{folder / 'sites' / name}: give it to {name} alone, then delete it here" for name in _listed(sites)]
     for line in lines:
@@ -131,23 +132,25 @@ def init_keys(
 def add_key(
     folder: KeyFolder,
     name: Annotated[str, typer.Argument(help="id of the site")],
-    public: Annotated[Path | None, typer.Option(help="its public key; without one a pair is made")] = None,
+    public: Annotated[Path | None, typer.Option(help="its public key; without it a key pair is made")] = None,
 ) -> None:
-    """Take in one more site; it is let in when the server is started the next time."""
+    """Add one more site. The server lets it in from its next start on."""
     _need_flower()
-    from coterie.deploy import keys as made
+    from coterie.deploy.keys import add_site
 
-    made.add_site(folder, name, public)
+    add_site(folder, name, public)
     say(f"{folder / 'sites' / name}.pub")
 
 
 @keys.command("site")
-def make_site_key(path: Annotated[Path, typer.Argument(help="file of the private key; .pub is put beside it")]) -> None:
-    """At a site: make its own key pair, so that the private half never leaves it."""
+def make_site_key(
+    path: Annotated[Path, typer.Argument(help="file for the private key; .pub goes beside it")],
+) -> None:
+    """At a site: make its key pair, so that the private half never leaves the site."""
     _need_flower()
-    from coterie.deploy import keys as made
+    from coterie.deploy.keys import site_key
 
-    made.site_key(path)
+    site_key(path)
     say(f"give {path}.pub to the server's people")
 
 
@@ -163,7 +166,7 @@ def _need_flower() -> None:
 
 
 def _say(event: dict[str, Any]) -> None:
-    """What the network does; of rounds the listener of every run tells."""
+    """Show what happens on the network; the listener of every run shows the rounds."""
     line = {
         "joined": "{client} joined with {rows} rows",
         "back": "{client} is back",
@@ -176,7 +179,7 @@ def _say(event: dict[str, Any]) -> None:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, with everything that it started."""
+    """Let SIGTERM end a command as Ctrl-C does, together with everything that it started."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt

@@ -13,14 +13,14 @@ from coterie.units import clock, size
 
 
 def show(console: Console, status: Status) -> None:
-    """Print a status as a table and lines."""
+    """Print a status: a line, a table of the sites, their last failures, the last notes."""
     loss = "" if status.loss is None else f", loss {status.loss:.3f}"
     again = f", started {status.attempts} times" if status.attempts > 1 else ""
     console.print(
         f"{escape(status.phase)}; {status.round} of {status.rounds} rounds done{loss}{again}", highlight=False
     )
     table = Table(box=None, header_style="bold")
-    for column in ("site", "state", "took part in", "missed", "sent", "received", "seconds", "of these at work"):
+    for column in ("site", "state", "took part in", "missed", "sent", "received", "seconds", "of these working"):
         table.add_column(column, justify="left" if column in ("site", "state", "took part in") else "right")
     for client, site in sorted(status.sites.items()):
         missed = len({rnd for kind, rnd, _ in site.failures if kind == "train" and rnd not in site.rounds})
@@ -29,7 +29,7 @@ def show(console: Console, status: Status) -> None:
         table.add_row(*map(escape, row), f"{site.seconds:.1f}", f"{site.site_seconds:.1f}")
     console.print(table)
     for client, site in sorted(status.sites.items()):
-        for kind, rnd, why in site.failures[-5:]:
-            console.print(f"{client}, {kind} of round {rnd}: {why}", markup=False, highlight=False, soft_wrap=True)
+        for kind, rnd, reason in site.failures[-5:]:
+            console.print(f"{client}, {kind} of round {rnd}: {reason}", markup=False, highlight=False, soft_wrap=True)
     for text in status.notes[-5:]:
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)

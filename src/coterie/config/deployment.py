@@ -9,33 +9,33 @@ from coterie.types import Json, Part, Section
 
 
 class FederationSettings(Section):
-    """How the server of ``coterie serve`` meets its sites. ``coterie run`` does not read it."""
+    """How the server of ``coterie serve`` works with its sites. ``coterie run`` does not read it."""
 
-    sites: tuple[str, ...] = Field((), description="the sites that may take part, by id; empty: any that may connect")
-    at_least: int = Field(
-        0, ge=0, description="begin without the missing ones once so many are there and wait is over; 0: all of sites"
-    )
+    sites: tuple[str, ...] = Field((), description="ids of the sites that may take part; empty: any that connects")
+    at_least: int = Field(0, ge=0, description="sites needed to begin once `wait` is over; 0: all of `sites`")
     wait: float = Field(600.0, gt=0, description="seconds to wait for the sites before the first round")
-    deadline: float = Field(3600.0, gt=0, description="seconds that a site has to answer, per message")
+    deadline: float = Field(3600.0, gt=0, description="seconds that a site has to answer a message")
     greeting: float = Field(
-        120.0, ge=0, description="seconds that a site which went away has to come back before its round goes on without"
+        120.0,
+        ge=0,
+        description="seconds that a site has to come back before its round goes on without it",
     )
-    host: str = Field("127.0.0.1", description="address that the server listens on; 0.0.0.0: all of this machine")
+    host: str = Field("127.0.0.1", description="address that the server listens on; 0.0.0.0: all of this machine's")
     port: int = Field(9092, ge=1, le=65535, description="port that the server listens on")
     keys: str = Field("keys", description="folder that `coterie keys init` made")
-    base: str = Field("", description="SHA-256 of the base that all must hold; empty: that of the first site")
-    restarts: int = Field(5, ge=0, description="how often in a row, with no new checkpoint, what died is started again")
+    base: str = Field("", description="SHA-256 of the base that all sites must have; empty: that of the first site")
+    restarts: int = Field(5, ge=0, description="restarts in a row, with no new checkpoint, before the server gives up")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")
 
 
 class SiteIdentity(Section):
     """Who this site is, and where the server is."""
 
-    id: str = Field(description="the client id, as the server knows it")
+    id: str = Field(description="the site's client id, as in the server's list")
     server: str = Field(description="address of the server, HOST:PORT")
     key: str = Field("", description="this site's private key; empty only with --insecure")
     ca: str = Field("", description="the federation's CA certificate; empty only with --insecure")
-    state: str = Field("state", description="folder for what stays here: personal state, exports, the log")
+    state: str = Field("state", description="folder for what stays at the site: personal state, exports, the log")
 
 
 class SiteModel(Section):
@@ -48,15 +48,15 @@ class SiteData(Section):
     """This site's files. They are never sent."""
 
     train: str = Field(description="file of training rows: .jsonl, .csv or .parquet")
-    validation: str | None = Field(None, description="file of validation rows; none: cut from the training rows")
-    test: str | None = Field(None, description="file of test rows; none: cut from the training rows")
-    labels: tuple[str, ...] | None = Field(None, description="label names, in order; none: those found")
+    validation: str | None = Field(None, description="file of validation rows; without it, cut from the training rows")
+    test: str | None = Field(None, description="file of test rows; without it, cut from the training rows")
+    labels: tuple[str, ...] | None = Field(None, description="label names, in order; without it, those in the rows")
     columns: Columns = Field(default=Columns(), description="which column holds what")
     train_rows: int = Field(0, ge=0, description="training rows to use; 0: all")
     validation_rows: int = Field(0, ge=0, description="validation rows to use; 0: all")
     test_rows: int = Field(0, ge=0, description="test rows to use; 0: all")
-    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share cut off where there is no such file")
-    test_fraction: float = Field(0.2, ge=0, lt=1, description="share cut off where there is no such file")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share to cut off the training rows without a file")
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="share to cut off the training rows without a file")
 
     def settings(self, client: str) -> DataSettings:
         """As the ``[data]`` of a run with this client alone."""
@@ -69,26 +69,26 @@ class SiteEngine(Section):
     """How this site computes."""
 
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else one per core")
 
 
 class Policy(Section):
-    """What this site agreed to. It is enforced here, whatever the server asks for."""
+    """What this site agreed to. The site enforces it, whatever the server asks for."""
 
     methods: tuple[str, ...] = Field((), description="methods that may run here; empty: all that are installed")
     settings: dict[str, Json] = Field(
         default_factory=dict,
-        description="values that the server's config must have, by dotted key: one value, or a list of those allowed",
+        description="values that the server's config must have, by dotted key: a value, or a list of allowed values",
     )
-    max_steps: int = Field(10_000, ge=1, description="optimiser steps that a round may take here")
-    max_rounds: int = Field(1_000, ge=1, description="rounds that a run may have")
+    max_steps: int = Field(10_000, ge=1, description="optimiser steps allowed in a round")
+    max_rounds: int = Field(1_000, ge=1, description="rounds allowed in a run")
     max_rank: int = Field(
-        256, ge=1, description="largest rank of what is sent here: of an expert, and of each adapter of a pool"
+        256, ge=1, description="largest rank of an expert that is sent here, and of an adapter of a pool"
     )
     upload: tuple[Part, ...] = Field(
         tuple(Part), description="the parts that a reply may hold: A, B, router, embedding, head"
     )
-    upload_metrics: bool = Field(True, description="send this site's metrics; else it is not evaluated for the server")
+    upload_metrics: bool = Field(True, description="send this site's metrics; else the server cannot evaluate it")
     upload_usage: bool = Field(True, description="send how this site's tokens use the experts")
     upload_bank: bool = Field(False, description="send this site's whole bank, personal tensors included, at the end")
 

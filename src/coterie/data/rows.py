@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.types import ClientInfo, Json
+from coterie.types import ClientInfo
 
 SPLITS = ("train", "validation", "test")
 
@@ -61,9 +61,18 @@ class ClientData:
     splits: Mapping[str, tuple[Row, ...]]
 
 
+def client_data(
+    name: str, group: str | None, rows: Mapping[str, Sequence[Row]], labels: tuple[str, ...] | None
+) -> ClientData:
+    """The client called ``name`` with its rows by split."""
+    counts = {f"num_{split}": len(rows[split]) for split in SPLITS}
+    info = ClientInfo(name, labels=labels, group=group, **counts)
+    return ClientData(info, {split: tuple(rows[split]) for split in SPLITS})
+
+
 @dataclass(frozen=True)
 class FederatedData:
     """The clients in a fixed order, and the manifest: who got how many of what, from which files."""
 
     clients: tuple[ClientData, ...]
-    manifest: dict[str, Json]
+    manifest: Mapping[str, object]

@@ -1,6 +1,6 @@
-"""``federation.jsonl``: what happens in a federation, as it happens: a line of JSON per event, never cut.
+"""``federation.jsonl``: what happens in a federation, as it happens: a line of JSON per event, never truncated.
 
-The server writes it; ``coterie serve`` shows it, ``coterie status``, the metrics and the report add it up.
+The server writes it and ``coterie serve`` shows it; ``coterie status``, the metrics and the report add it up.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Journal:
 
     def __call__(self, event: Mapping[str, Json]) -> None:
         at = {"at": round(time.time(), 3)}
-        line = json.dumps(finite({**at, **event, **at}), allow_nan=False)  # first in the line, and never the event's
+        line = json.dumps(finite({**at, **event, **at}), allow_nan=False)  # comes first, and is never the event's own
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def read_journal(folder: Path) -> list[dict[str, Json]]:
-    """All events so far; a line that is being written is left out."""
+    """All events so far, except for a line that is still being written."""
     return list(Reader(folder / JOURNAL).new())
 
 

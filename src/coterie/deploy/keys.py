@@ -1,7 +1,7 @@
 """Keys of a federation: a CA, the server's certificate, and a key pair per site (EC P-384, as Flower wants them).
 
-``keys/ca.key`` signs the server's certificate and is needed for nothing else: keep it off the server. A site gets
-``ca.crt`` and its own private key, or makes that itself and hands over the public half.
+``keys/ca.key`` signs the server's certificate and has no other use: keep it off the server. A site gets ``ca.crt`` and
+its own private key, or makes the key itself and hands over the public half.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from coterie.data.clients import SAFE_ID
 from coterie.types import ClientId, CoterieError
 
-_LOCAL = ("127.0.0.1", "localhost")  # the server's own processes meet it there
+_LOCAL = ("127.0.0.1", "localhost")  # where the server's own processes reach it
 _CA_DAYS, _SERVER_DAYS = 3650, 825
 
 
 def init_keys(folder: Path, sites: Sequence[ClientId], hosts: Sequence[str]) -> None:
     """Make a CA, a server certificate for ``hosts`` and a key pair for each of ``sites`` in the new ``folder``.
 
-    Raises :class:`CoterieError` where there are keys already: nothing is ever written over.
+    Raises :class:`CoterieError` if ``folder`` is not empty: no key is ever overwritten.
     """
     if folder.exists() and any(folder.iterdir()):
         raise CoterieError(f"{folder} is not empty; name another folder, or add a site with `coterie keys add`")
@@ -38,37 +38,37 @@ def init_keys(folder: Path, sites: Sequence[ClientId], hosts: Sequence[str]) -> 
         _check_id(site)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     ca_key = ec.generate_private_key(ec.SECP384R1())
-    ca = _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Coterie federation CA")]), ca_key, ca_key)
+    ca = _certificate("Coterie federation CA", ca_key, ca_key)
     _secret(folder / "ca.key", _pem(ca_key))
     (folder / "ca.crt").write_bytes(ca.public_bytes(Encoding.PEM))
     key = ec.generate_private_key(ec.SECP384R1())
-    made = _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Coterie server")]), key, ca_key, ca, hosts)
+    server = _certificate("Coterie server", key, ca_key, ca, hosts)
     _secret(folder / "server.key", _pem(key))
-    (folder / "server.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "server.crt").write_bytes(server.public_bytes(Encoding.PEM))
     for site in sites:
         add_site(folder, site)
 
 
 def add_site(folder: Path, site: ClientId, public: Path | None = None) -> None:
-    """Take in the public key of one more site; make a key pair for it where none is given."""
+    """Add the public key of one more site; without one, make a key pair for it."""
     _check_id(site)
     if not (folder / "ca.crt").is_file():
         raise CoterieError(f"{folder} holds no keys; make them with `coterie keys init {folder}`")
-    place = folder / "sites"
-    place.mkdir(exist_ok=True, mode=0o700)
-    if (place / f"{site}.pub").exists():
-        raise CoterieError(f"{site} has a key in {place}; remove {site}.pub first if it is to have another")
+    sites = folder / "sites"
+    sites.mkdir(exist_ok=True, mode=0o700)
+    if (sites / f"{site}.pub").exists():
+        raise CoterieError(f"{site} already has a key in {sites}; to replace it, remove {site}.pub first")
     if public is None:
-        site_key(place / site)
+        site_key(sites / site)
     else:
         load_public(public)
-        (place / f"{site}.pub").write_bytes(public.read_bytes())
+        (sites / f"{site}.pub").write_bytes(public.read_bytes())
 
 
 def site_key(path: Path) -> None:
     """Make a key pair: ``path`` and ``path.pub``."""
     if path.exists():
-        raise CoterieError(f"{path} exists; name another file")
+        raise CoterieError(f"{path} already exists; name another file")
     key = ec.generate_private_key(ec.SECP384R1())
     _secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     path.with_name(f"{path.name}.pub").write_bytes(
@@ -92,22 +92,25 @@ def load_public(path: Path) -> ec.EllipticCurvePublicKey:
     try:
         key = serialization.load_ssh_public_key(path.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as fault:
-        raise CoterieError(f"{path} is no public key: {fault}") from fault
+        raise CoterieError(f"{path} is not a public key: {fault}") from fault
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise CoterieError(f"{path} is no elliptic curve key; make one with `coterie keys site`")
+        raise CoterieError(f"{path} is not an elliptic curve key; make one with `coterie keys site`")
     return key
 
 
 def check_private(path: Path) -> str:
-    """That ``path`` is a private key that only its user can read; its digest. Raises :class:`CoterieError`."""
+    """The digest of the private key in ``path``.
+
+    Raises :class:`CoterieError` if it is not one, or if other users can read it.
+    """
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (OSError, ValueError, UnsupportedAlgorithm) as fault:
-        raise CoterieError(f"{path} is no private key: {fault}") from fault
+        raise CoterieError(f"{path} is not a private key: {fault}") from fault
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CoterieError(f"{path} is no elliptic curve key; make one with `coterie keys site`")
+        raise CoterieError(f"{path} is not an elliptic curve key; make one with `coterie keys site`")
     if path.stat().st_mode & 0o077:
-        raise CoterieError(f"others can read the private key {path}; run `chmod 600 {path}`")
+        raise CoterieError(f"other users can read the private key {path}; run `chmod 600 {path}`")
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(pem).hexdigest()
 
@@ -118,15 +121,15 @@ def _check_id(site: ClientId) -> None:
 
 
 def _certificate(
-    subject: x509.Name,
+    name: str,
     key: ec.EllipticCurvePrivateKey,
     signer: ec.EllipticCurvePrivateKey,
     ca: x509.Certificate | None = None,
     hosts: Sequence[str] = (),
 ) -> x509.Certificate:
-    """A certificate of ``key``: of the CA itself without ``ca``, else of a server that answers at ``hosts``."""
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
+    """A certificate of ``key``: without ``ca`` that of the CA itself, else of a server that answers at ``hosts``."""
+    now, subject = datetime.datetime.now(datetime.UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(ca.subject if ca else subject)
@@ -141,9 +144,10 @@ def _certificate(
     )
     if ca:
         names = [_general(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
-        made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    return made.sign(signer, hashes.SHA384())
+        certificate = certificate.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        certificate = certificate.add_extension(usage, critical=False)
+    return certificate.sign(signer, hashes.SHA384())
 
 
 def _usage(of_ca: bool) -> x509.KeyUsage:
@@ -172,6 +176,6 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _secret(path: Path, data: bytes) -> None:
-    """Write what only this user may read, and never over anything."""
+    """Write a new file that only this user can read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)

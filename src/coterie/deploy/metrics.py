@@ -1,4 +1,4 @@
-"""Prometheus metrics of a federation, from its journal: on request, on 127.0.0.1 alone."""
+"""Prometheus metrics of a federation, made from its journal on request, and served on 127.0.0.1 only."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from coterie.deploy.status import Status, status_of
 from coterie.types import CoterieError
 
 _HELP = {
-    "coterie_round": ("gauge", "The last round that ended"),
-    "coterie_rounds": ("gauge", "The rounds of the run"),
-    "coterie_sites": ("gauge", "The sites of the run: those listed and those that joined"),
+    "coterie_round": ("gauge", "Last round that ended"),
+    "coterie_rounds": ("gauge", "Rounds of the run"),
+    "coterie_sites": ("gauge", "Sites of the run: those listed and those that joined"),
     "coterie_attempts_total": ("counter", "Starts of the server"),
-    "coterie_replies_total": ("counter", "Answers that came, by site and kind"),
-    "coterie_failures_total": ("counter", "Answers that did not come or did not count, by site and kind"),
-    "coterie_late_total": ("counter", "Answers that came when they were no longer waited for, by site"),
+    "coterie_replies_total": ("counter", "Answers that arrived, by site and kind"),
+    "coterie_failures_total": ("counter", "Answers that did not arrive or did not count, by site and kind"),
+    "coterie_late_total": ("counter", "Answers that arrived too late, by site"),
     "coterie_sent_bytes_total": ("counter", "Bytes to a site, as encoded"),
     "coterie_received_bytes_total": ("counter", "Bytes from a site, as encoded"),
     "coterie_exchange_seconds_total": ("counter", "Seconds from a message to its answer, by site"),
-    "coterie_site_seconds_total": ("counter", "Seconds of that at work at the site"),
+    "coterie_site_seconds_total": ("counter", "Seconds of that during which the site worked"),
     "coterie_loss": ("gauge", "Mean training loss of the last round"),
 }
 
@@ -88,13 +88,13 @@ class _Page(BaseHTTPRequestHandler):
 def exporter(folder: Path, port: int) -> Iterator[int]:
     """Serve the metrics of the run in ``folder`` at ``http://127.0.0.1:port/metrics`` for a ``with`` block.
 
-    Raises :class:`CoterieError` for a port that cannot be had.
+    Raises :class:`CoterieError` for a port that is not free.
     """
     try:
-        made = ThreadingHTTPServer(("127.0.0.1", port), partial(_Page, folder))
+        http = ThreadingHTTPServer(("127.0.0.1", port), partial(_Page, folder))
     except OSError as fault:
         raise CoterieError(f"[federation] metrics_port = {port}: {fault.strerror}; choose another") from fault
-    with made as server:
+    with http as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -1,4 +1,4 @@
-"""What a site agreed to, enforced at the site: methods and settings, a bound on the steps, the parts that it sends."""
+"""What a site agreed to, enforced at the site: methods, settings, optimiser steps, and the parts that it sends."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from coterie.types import (
     Trained,
 )
 
-_USAGE = ("importance", "use")  # what a reply of SmartFed says of the experts, beside its tensors
+_USAGE = ("importance", "use")  # what a reply of SmartFed reports of the experts, beside its tensors
 
 
 def check_policy(policy: Policy, config: Config) -> None:
-    """Raises :class:`CoterieError` that says what in the server's config this site did not agree to."""
+    """Raises :class:`CoterieError` for what this site did not agree to in the server's config."""
     name = config.method_name
     if policy.methods and name not in policy.methods:
         raise CoterieError(f"this site does not run {name}, only {', '.join(policy.methods)} ([policy] methods)")
-    for what, asked, most in (
+    for what, value, limit in (
         ("rank", config.lora.rank, policy.max_rank),
         ("rank", config.method.get("fresh_rank", 0), policy.max_rank),  # SmartFed's expert beside the pool
         ("rounds", config.run.rounds, policy.max_rounds),
     ):
-        if asked > most:
-            raise CoterieError(f"this site allows at most {most} {what}, the run has {asked} ([policy] max_{what})")
-    asked_for = plain(config)
+        if value > limit:
+            raise CoterieError(f"this site allows at most {limit} {what}, the run has {value} ([policy] max_{what})")
+    settings = plain(config)
     for key, wanted in policy.settings.items():
-        found: Json = asked_for
+        actual: Json = settings
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        if found not in (wanted if isinstance(wanted, list) else [wanted]):
-            raise CoterieError(f"this site wants {key} = {wanted!r}, the run has {found!r} ([policy] settings)")
+            actual = actual.get(part) if isinstance(actual, dict) else None
+        if actual not in (wanted if isinstance(wanted, list) else [wanted]):
+            raise CoterieError(f"this site wants {key} = {wanted!r}, the run has {actual!r} ([policy] settings)")
 
 
 def check_ranks(policy: Policy, ins: Instruction) -> None:
-    """Raises :class:`CoterieError` where an expert that was sent, or an adapter of a pool, has too high a rank."""
+    """Raises :class:`CoterieError` if an expert that was sent, or an adapter of a pool, has too high a rank."""
     for key, value in ins.tensors.items():
         if key.part in (Part.A, Part.B):
             rank = value.shape[0 if key.part is Part.A else 1] if value.ndim == 2 else math.inf
@@ -58,14 +58,14 @@ def check_ranks(policy: Policy, ins: Instruction) -> None:
 
 
 def check_upload(policy: Policy, reply: Reply) -> None:
-    """Raises :class:`CoterieError` where ``reply`` holds a part that this site keeps to itself."""
+    """Raises :class:`CoterieError` if ``reply`` holds a part that this site keeps to itself."""
     kept = sorted({key.part.value for key in reply.tensors} - {part.value for part in policy.upload})
     if kept:
         raise CoterieError(f"this site does not send {', '.join(kept)} ([policy] upload)")
 
 
 def without_usage(policy: Policy, reply: Reply) -> Reply:
-    """``reply`` without how the rows use the experts, where the site keeps that to itself; a server does without."""
+    """``reply`` without how the rows use the experts, if the site keeps that to itself; a server can do without."""
     if policy.upload_usage:
         return reply
     return replace(reply, info={name: value for name, value in reply.info.items() if name not in _USAGE})
@@ -73,7 +73,7 @@ def without_usage(policy: Policy, reply: Reply) -> Reply:
 
 @dataclass(frozen=True)
 class BoundedCompute:
-    """A client's compute with a bound on the optimiser steps of its round: counts before it trains."""
+    """A client's compute with a bound on the optimiser steps of its round, which it counts before it trains."""
 
     inner: LocalCompute
     bound: int
@@ -97,7 +97,7 @@ class BoundedCompute:
 
 
 def steps_of(optim: Optim, rows: int) -> int:
-    """The optimiser steps that ``optim`` asks for on so many rows."""
+    """The optimiser steps that ``optim`` takes on so many rows."""
     if optim.steps:
         return optim.steps
     return optim.epochs * math.ceil(math.ceil(rows / optim.batch_size) / optim.accumulate)

@@ -1,4 +1,4 @@
-"""Processes that belong to another: started in a session of their own, gone when their parent is, ended by their id."""
+"""Child processes: each in a session of its own, gone when its parent is, and ended by its id."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
-_NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")  # open ports without our guard
+_NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")  # they open unguarded ports
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """The environment of Flower's programs: a home of their own, nothing told or asked outside, ours on the path."""
+    """The environment of Flower's programs: a home of their own, no telemetry, no update check, ours on the path."""
     ours = {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -32,7 +32,7 @@ def flower_environment(home: Path) -> dict[str, str]:
 
 
 def start(args: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a program that writes to ``log``. On Linux it is ended when this process dies, however that happens."""
+    """Start a program that writes to ``log``. On Linux it ends when this process does, however that happens."""
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
     with log.open("ab") as out:
@@ -50,12 +50,15 @@ def start(args: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.
 def _die_with(parent: int) -> None:
     if _LIBC is not None:
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the request
+        if os.getppid() != parent:  # it died before the call
             os._exit(1)
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End a process and all of its session, and wait for it: a zombie would count as alive to its children."""
+    """End a process and its session, and wait for it: its children take a zombie to be alive.
+
+    It is killed if it has not ended after ``patience`` seconds.
+    """
     for how, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, how)
@@ -69,7 +72,7 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """A port of the loopback interface that is free."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

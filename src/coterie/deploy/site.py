@@ -1,4 +1,4 @@
-"""``coterie join``: a site's SuperNode and its worker, kept alive. Loads no model library itself: it only watches."""
+"""``coterie join``: keeps a site's SuperNode and its worker alive. Loads no model library itself."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ log = logging.getLogger("coterie.site")
 _CLIENTAPP = "#!{python}\nfrom coterie.flower.commands import clientapp_command\n\nclientapp_command()\n"
 _SUPERNODE = "from coterie.flower.commands import supernode_command; supernode_command()"
 _WORKER = "import sys; from coterie.deploy.worker import work; work(sys.argv[1], sys.argv[2])"
-# Seconds before a process that died is started again. With a key Flower refuses a new SuperNode for about a minute.
+_SOCKET = "worker"
+# Seconds before a process that died is started again. For about a minute Flower refuses a second SuperNode with a key.
 _BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)
-_CALM = 300.0  # seconds after which a start counts as a success
+_CALM = 300.0  # seconds that a process has to run for its earlier failures to be forgotten
 
 
 def load(path: Path) -> tuple[SiteSettings, Path]:
-    """The settings of a SITE.toml and the folder that its paths start at."""
+    """The settings of a SITE.toml, and the folder that its paths are relative to."""
     return load_site(path), path.resolve().parent
 
 
@@ -49,7 +50,7 @@ class Child:
     failures: int = 0
 
     def keep(self) -> None:
-        """Start it if it does not run, later and later where it dies at once."""
+        """Start it if it is not running; if it dies at once, later and later."""
         if self.process is not None and self.process.poll() is None:
             return
         if self.process is not None:
@@ -70,7 +71,7 @@ class Child:
 
 
 def join(path: Path, insecure: bool = False) -> None:
-    """Run the site until it is stopped. Raises :class:`CoterieError` for what would keep it from working."""
+    """Run the site until it is stopped. Raises :class:`CoterieError` if it cannot start."""
     site, root = load(path)
     _raise_first(key_checks(site, root, insecure))
     state = (root / site.site.state).resolve()
@@ -81,10 +82,9 @@ def join(path: Path, insecure: bool = False) -> None:
             stack.enter_context(held(state))
         except CoterieError as fault:
             raise CoterieError(f"{fault} (two sites on one machine need a [site] state each)") from fault
-        # A path of a socket may have about 100 characters, so it is not in the state folder.
-        doors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coterie-")))
-        door = doors / "worker"
-        children = [_worker(path, state, door), _supernode(site, root, state, doors, door, insecure)]
+        # The path of a socket has at most about 100 characters, so it is not in the state folder.
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coterie-")))
+        children = [_worker(path, state, temporary), _supernode(site, root, state, temporary, insecure)]
         for child in children:
             stack.callback(child.end)
         while True:
@@ -93,22 +93,20 @@ def join(path: Path, insecure: bool = False) -> None:
             time.sleep(0.5)
 
 
-def _worker(path: Path, state: Path, door: Path) -> Child:
-    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    return Child(
-        "worker", [sys.executable, "-P", "-c", _WORKER, str(path.resolve()), str(door)], env, state / "worker.log"
-    )
+def _worker(path: Path, state: Path, temporary: Path) -> Child:
+    args = [sys.executable, "-P", "-c", _WORKER, str(path.resolve()), str(temporary / _SOCKET)]
+    return Child("worker", args, {**os.environ, "TOKENIZERS_PARALLELISM": "false"}, state / "worker.log")
 
 
-def _supernode(site: SiteSettings, root: Path, state: Path, doors: Path, door: Path, insecure: bool) -> Child:
-    """Flower's SuperNode, with a ClientApp command of ours before Flower's own on its path."""
-    command = doors / "flwr-clientapp"
+def _supernode(site: SiteSettings, root: Path, state: Path, temporary: Path, insecure: bool) -> Child:
+    """Flower's SuperNode, with our own ClientApp command before Flower's on its path."""
+    command = temporary / "flwr-clientapp"
     command.write_text(_CLIENTAPP.format(python=sys.executable), encoding="utf-8")
     command.chmod(0o700)
     env = flower_environment(state / "flower")
-    env["PATH"] = os.pathsep.join([str(doors), env["PATH"]])
+    env["PATH"] = os.pathsep.join([str(temporary), env["PATH"]])
     args = [sys.executable, "-P", "-c", _SUPERNODE, "--superlink", site.site.server]
-    args += ["--port", str(free_port()), "--node-config", f'socket="{door}"']
+    args += ["--port", str(free_port()), "--node-config", f'socket="{temporary / _SOCKET}"']
     if insecure:
         args.append("--insecure")
     else:
@@ -120,16 +118,15 @@ def _supernode(site: SiteSettings, root: Path, state: Path, doors: Path, door: P
 def key_checks(site: SiteSettings, root: Path, insecure: bool) -> Iterator[Check]:
     """Whether the site has what TLS and node authentication need."""
     if insecure:
-        yield Check("keys", "none: --insecure; others can read and change what is sent", True)
+        yield Check("keys", "none, with --insecure: others can read and change what is sent", True)
         return
     for name, value in (("key", site.site.key), ("ca", site.site.ca)):
         if not value:
-            fix = f"set [site] {name}, or type --insecure on a network that nobody else is on"
+            fix = f"set [site] {name}, or use --insecure on a network that nobody else is on"
             yield Check(name, "not set", False, fix)
         elif not (root / value).is_file():
-            yield Check(
-                name, f"{root / value} is not there", False, f"ask the server's people for it, or mend [site] {name}"
-            )
+            fix = f"ask the server's people for it, or correct [site] {name}"
+            yield Check(name, f"{root / value} does not exist", False, fix)
         elif name == "key":
             try:
                 yield Check(name, f"SHA-256 {check_private(root / value)[:16]}")
@@ -143,11 +140,11 @@ def _ca_check(path: Path) -> Check:
     try:
         ssl.create_default_context(cafile=str(path))
     except (ssl.SSLError, OSError) as fault:
-        return Check("ca", f"{path} is no certificate: {fault}", False, "ask the server's people for ca.crt")
+        return Check("ca", f"{path} is not a certificate: {fault}", False, "ask the server's people for ca.crt")
     return Check("ca", str(path))
 
 
 def _raise_first(checks: Iterator[Check]) -> None:
-    for found in checks:
-        if not found.ok:
-            raise CoterieError(f"[site] {found.name}: {found.value}; {found.fix}")
+    for check in checks:
+        if not check.ok:
+            raise CoterieError(f"[site] {check.name}: {check.value}; {check.fix}")

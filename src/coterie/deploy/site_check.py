@@ -1,4 +1,4 @@
-"""``coterie site check``: says before a site joins whether versions, keys, server, data and model fit."""
+"""``coterie site check``: whether versions, keys, server, data and model are ready, before a site joins."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ _FLOWER = "1.41.0"
 
 
 def check(path: Path, config: Path | None = None, insecure: bool = False) -> Iterator[Check]:
-    """Every check in turn: versions, keys, server, data and model; with the server's ``config`` whether all fits it.
+    """Every check in turn: versions, keys, server, data and model, with the server's ``config`` if there is one.
 
-    Without one, data and model are tried with the defaults of a classification.
+    Without it, data and model are tried with the defaults of a classification.
     """
     site, root = load(path)
     yield Check("site", site.site.id)
-    found = version("flwr")
-    yield Check(
-        "flwr", found or "not installed", found == _FLOWER, "" if found == _FLOWER else f"pip install flwr=={_FLOWER}"
-    )
+    flower = version("flwr")
+    ready = flower == _FLOWER
+    yield Check("flwr", flower or "not installed", ready, "" if ready else f"pip install flwr=={_FLOWER}")
     for name, number in environment()["versions"].items():
         yield Check(name, str(number))
     yield from key_checks(site, root, insecure)
@@ -56,20 +55,19 @@ def _run_config(site: SiteSettings, config: Path | None) -> tuple[Config | None,
 
 
 def _server_check(site: SiteSettings, root: Path, insecure: bool) -> Check:
-    """Whether the server is there, and is who its certificate says."""
+    """Whether the server answers, with a certificate for its address."""
     host, _, port = site.site.server.rpartition(":")
-    fix = "see whether `coterie serve` runs there, and whether a firewall is between"
+    fix = "see whether `coterie serve` runs there, and whether a firewall lies between"
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as plain:
             if insecure:
-                return Check("server", f"{site.site.server} is there")
+                return Check("server", f"{site.site.server} answers")
             trust = ssl.create_default_context(cafile=str(root / site.site.ca))
             with trust.wrap_socket(plain, server_hostname=host.strip("[]")) as secure:
-                return Check("server", f"{site.site.server} is there, {secure.version()}")
+                return Check("server", f"{site.site.server} answers, {secure.version()}")
     except ssl.SSLError as fault:
-        return Check(
-            "server", f"{site.site.server}: {fault.reason or fault}", False, "the certificate is another's; ask"
-        )
+        fix = "the certificate is not for this address or of this CA: ask the server's people"
+        return Check("server", f"{site.site.server}: {fault.reason or fault}", False, fix)
     except (OSError, ValueError) as fault:
         return Check("server", f"{site.site.server}: {fault}", False, fix)
 
@@ -88,25 +86,24 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     try:
         federation = worker.federation(run)
     except CoterieError as fault:
-        yield Check("data", str(fault), False, "mend the files or [data]")
+        yield Check("data", str(fault), False, "correct the files or [data]")
         return
     (client,) = federation.clients
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in client.splits.items())
     yield Check("data", f"{counts} rows; labels {', '.join(client.info.labels or ()) or 'none'}")
     steps, bound = steps_of(run.train, client.info.num_train), site.policy.max_steps
-    yield Check(
-        "steps per round", f"{steps} of {bound}", steps <= bound, "" if steps <= bound else "raise [policy] max_steps"
-    )
+    fix = "" if steps <= bound else "raise [policy] max_steps"
+    yield Check("steps per round", f"{steps} of {bound}", steps <= bound, fix)
     try:
         with tempfile.TemporaryDirectory() as folder:
             workplace = workplaces(run, root, {})[0]
             base = fingerprint(resolve(run.model.path, root), Path(folder) / "base.json")
     except CoterieError as fault:
-        yield Check("model", str(fault), False, "mend [model], or ask which model the federation uses")
+        yield Check("model", str(fault), False, "correct [model], or ask which model the federation uses")
         return
     try:
         for split in (split for split, rows in client.splits.items() if rows):
             workplace.prepare(client, split)
     except CoterieError as fault:
-        yield Check("rows", str(fault), False, "mend the row, or [model]")
+        yield Check("rows", str(fault), False, "correct the row, or [model]")
     yield Check("model", f"{len(workplace.base.spec.targets)} targets, SHA-256 {base}")

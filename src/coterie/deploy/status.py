@@ -14,12 +14,12 @@ from coterie.types import ClientId, Json
 
 @dataclass
 class Site:
-    """One site's share in the run so far. Bytes are as encoded; seconds from a message to its answer."""
+    """One site's part in the run so far. Bytes are as encoded; seconds are from a message to its answer."""
 
     state: str = "never seen"
     seen: float = 0.0
     rounds: list[int] = field(default_factory=list)
-    failures: list[tuple[str, int, str]] = field(default_factory=list)  # kind, round, why
+    failures: list[tuple[str, int, str]] = field(default_factory=list)  # kind, round, reason
     replies: dict[str, int] = field(default_factory=dict)
     late: int = 0
     bytes_down: int = 0
@@ -46,11 +46,11 @@ def status_of(events: Iterable[Mapping[str, Json]]) -> Status:
     """The status after ``events``."""
     status = Status()
     for event in events:
-        _take(status, event)
+        _add(status, event)
     return status
 
 
-def _take(status: Status, event: Mapping[str, Json]) -> None:
+def _add(status: Status, event: Mapping[str, Json]) -> None:
     match event["event"]:
         case "attempt":
             status.attempts = event["attempt"]
@@ -106,7 +106,7 @@ def _exchange(site: Site, event: Mapping[str, Json]) -> None:
 
 
 def _count(status: Status, event: Mapping[str, Json]) -> None:
-    """A round's outcome, as the server judged it: a round that was done again counts once."""
+    """Add a round's outcome, as the server judged it: a round that was done again counts once."""
     rnd, failed = event["round"], event["failed"]
     for client in event["clients"]:
         site = status.sites.setdefault(client, Site())
@@ -118,11 +118,11 @@ def _count(status: Status, event: Mapping[str, Json]) -> None:
 
 
 def table_of(status: Status) -> dict[str, Json]:
-    """Per site what the report shows, and what is worth a note."""
+    """What the report shows: a row per site, and notes."""
     sites = {
         client: {
             "took part in": spans(site.rounds),
-            "missed": "; ".join(f"{kind} of round {rnd}: {why}" for kind, rnd, why in site.failures) or "-",
+            "missed": "; ".join(f"{kind} of round {rnd}: {reason}" for kind, rnd, reason in site.failures) or "-",
             "bytes_down": site.bytes_down,
             "bytes_up": site.bytes_up,
             "seconds": site.seconds,
@@ -140,10 +140,10 @@ def write_sites(folder: Path) -> None:
 
 def spans(rounds: Iterable[int]) -> str:
     """Rounds in short: ``1-3, 5``."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []  # first and last
     for rnd in sorted(rounds):
-        if found and rnd == found[-1][1] + 1:
-            found[-1][1] = rnd
+        if runs and rnd == runs[-1][1] + 1:
+            runs[-1][1] = rnd
         else:
-            found.append([rnd, rnd])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found) or "-"
+            runs.append([rnd, rnd])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "-"

@@ -1,4 +1,4 @@
-"""Starts, asks and ends Flower's SuperLink, and submits runs to it. All through Flower's own programs."""
+"""Flower's SuperLink: starting and ending it, submitting runs to it, all through Flower's own programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coterie.deploy.processes import flower_environment, start, stop, tail
 from coterie.files import write_atomic
 from coterie.types import ClientId, CoterieError, Json
 
-_UP_SECONDS = 60.0
+_START_SECONDS = 60.0
 _COMMAND_SECONDS = 120.0
 _NAME = "coterie"
 _SUPERLINK = "from coterie.flower.commands import superlink_command; superlink_command()"
@@ -53,7 +53,7 @@ app = server_app(main)
 class SuperLink:
     """A SuperLink on ``host:port`` with its files in ``home``; ``keys`` is None for one without TLS.
 
-    ``address`` names one that others started: it is used and never ended.
+    ``address`` is that of one that somebody else started: it is used, and never ended.
     """
 
     home: Path
@@ -69,17 +69,17 @@ class SuperLink:
 
     @property
     def local(self) -> str:
-        """Where this machine's own programs reach it."""
+        """The address at which this machine's own programs reach it."""
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         return self.address or f"{host}:{self.port}"
 
     def start(self) -> None:
-        """Start it, unless it is another's, and wait until it answers. Raises :class:`CoterieError`."""
+        """Start it, unless somebody else did, and wait until it answers. Raises :class:`CoterieError`."""
         if self.address is None:
             args = [sys.executable, "-P", "-c", _SUPERLINK, "--host", self.host, "--port", str(self.port)]
             args += ["--database", str(self.home / "state.db"), "--disable-runtime-dependency-installation"]
             self.process = start([*args, *self._security()], flower_environment(self.home), self.log)
-        end = time.monotonic() + _UP_SECONDS
+        end = time.monotonic() + _START_SECONDS
         while not self.answers():
             if not self.alive() or time.monotonic() > end:
                 self.stop()
@@ -98,7 +98,7 @@ class SuperLink:
         ]
 
     def connect(self) -> None:
-        """Tell Flower's programs where the SuperLink is."""
+        """Write down for Flower's programs where the SuperLink is."""
         trust = (
             "insecure = true" if self.keys is None else f"root-certificates = {json.dumps(str(self.keys / 'ca.crt'))}"
         )
@@ -106,7 +106,7 @@ class SuperLink:
         write_atomic(self.home / "config.toml", text.encode())
 
     def answers(self) -> bool:
-        """Whether its health page is there."""
+        """Whether its health page answers."""
         scheme = "http" if self.keys is None else "https"
         trust = ssl.create_default_context(cafile=str(self.keys / "ca.crt")) if self.keys else None
         try:
@@ -116,7 +116,7 @@ class SuperLink:
             return False
 
     def alive(self) -> bool:
-        """Whether the process that was started still runs; another's is taken to."""
+        """Whether the process that was started still runs; somebody else's is taken to."""
         return self.address is not None or (self.process is not None and self.process.poll() is None)
 
     def stop(self) -> None:
@@ -126,12 +126,12 @@ class SuperLink:
             self.process = None
 
     def register(self) -> dict[str, ClientId]:
-        """Register the public key of every site, and take back those of sites that are gone; digest by site."""
+        """Register the key of every site, and unregister those of sites that were removed; the site by key digest."""
         if self.keys is None:
             return {}
         sites = known_sites(self.keys)
         if not sites:
-            raise CoterieError(f"there is no site's key in {self.keys / 'sites'}; add one with `coterie keys add`")
+            raise CoterieError(f"{self.keys / 'sites'} holds no site's key; add one with `coterie keys add`")
         book = self.home / "registered.json"
         done: dict[str, Json] = json.loads(book.read_text(encoding="utf-8")) if book.exists() else {}
         wanted = {key_digest(path): path for path in sites.values()}
@@ -145,7 +145,7 @@ class SuperLink:
         return {digest: path.stem for digest, path in wanted.items()}
 
     def submit(self, folder: Path) -> str:
-        """Submit a run that goes on with ``folder``; returns Flower's id of it."""
+        """Submit a Flower run that continues the run in ``folder``; returns its id."""
         app = self.home / "app"
         text = _PYPROJECT.replace("{folder}", json.dumps(str(folder.resolve())))
         write_atomic(app / "pyproject.toml", text.encode())
@@ -157,12 +157,8 @@ class SuperLink:
         rows = self._flwr("list", _NAME, "--run-id", run).get("runs", [])
         return str(rows[0]["status"]) if rows else "unknown"
 
-    def end_run(self, run: str) -> None:
-        """Stop a run, so that Flower calls no site for it any more."""
-        self._flwr("stop", run, _NAME)
-
     def _flwr(self, *args: str) -> dict[str, Json]:
-        """The JSON that ``flwr`` prints. Raises :class:`CoterieError` with what it says otherwise."""
+        """The JSON that ``flwr`` prints. Raises :class:`CoterieError` with its own message if it fails."""
         command = [str(Path(sys.executable).parent / "flwr"), *args, "--format", "json"]
         try:
             done = subprocess.run(
@@ -176,16 +172,21 @@ class SuperLink:
             )
         except subprocess.TimeoutExpired as fault:
             raise CoterieError(f"flwr {args[0]} gave no answer within {_COMMAND_SECONDS:g} s") from fault
-        start_at = done.stdout.find("{")
-        try:
-            found = json.loads(done.stdout[start_at:]) if start_at >= 0 else {}
-        except ValueError:
-            found = {}
-        if done.returncode or not found.get("success"):
-            said = str(found.get("error-message") or (done.stdout + done.stderr)).strip()[-600:]
-            raise CoterieError(f"flwr {args[0]} failed: {said}")
-        result: dict[str, Json] = found
+        result = _json_in(done.stdout)
+        if done.returncode or not result.get("success"):
+            message = str(result.get("error-message") or (done.stdout + done.stderr)).strip()[-600:]
+            raise CoterieError(f"flwr {args[0]} failed: {message}")
         return result
+
+
+def _json_in(output: str) -> dict[str, Json]:
+    """The JSON object that ``output`` ends with, behind what Flower may print before it; empty if there is none."""
+    start_at = output.find("{")
+    try:
+        found: dict[str, Json] = json.loads(output[start_at:]) if start_at >= 0 else {}
+    except ValueError:
+        return {}
+    return found
 
 
 def check_server_keys(keys: Path) -> None:
@@ -193,8 +194,8 @@ def check_server_keys(keys: Path) -> None:
     missing = [name for name in ("ca.crt", "server.crt", "server.key") if not (keys / name).is_file()]
     if missing:
         raise CoterieError(
-            f"{keys} has no {', '.join(missing)}; make keys with `coterie keys init {keys}`, or type --insecure for a "
+            f"{keys} has no {', '.join(missing)}; make keys with `coterie keys init {keys}`, or use --insecure for a "
             "federation without TLS and without authentication"
         )
     if (keys / "server.key").stat().st_mode & 0o077:
-        raise CoterieError(f"others can read {keys / 'server.key'}; run `chmod 600 {keys / 'server.key'}`")
+        raise CoterieError(f"other users can read {keys / 'server.key'}; run `chmod 600 {keys / 'server.key'}`")

@@ -110,7 +110,7 @@ def test_fewer_rows_of_own_files_can_be_asked_for(tmp_path: Path) -> None:
     federation = load(tmp_path, **settings)
     assert federation.manifest["clients"]["a"]["rows"] == {"train": 20, "validation": 5, "test": 4}
     assert len(set(all_texts(federation))) == 29
-    with pytest.raises(CoterieError, match=r"client a has 35 train rows, 36 are asked for; lower data\.train_rows"):
+    with pytest.raises(CoterieError, match=r"client a has 35 train rows, and data\.train_rows is 36; lower it"):
         load(tmp_path, **{**settings, "train_rows": 36})
 
 

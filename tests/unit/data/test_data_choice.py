@@ -273,7 +273,7 @@ def test_datasets_of_classification_are_split_by_their_labels(tmp_path: Path) ->
                 assert row.choices[row.answer] == old.choices[old.answer]
 
     single = {**partition, "labels_per_client": 1, "own_labels": True}
-    with pytest.raises(CoterieError, match=r"client client-0 has rows of one label alone, (cat|dog|hen).*own_labels"):
+    with pytest.raises(CoterieError, match=r"client client-0 has rows of only one label, (cat|dog|hen).*own_labels"):
         load(tmp_path, **settings, partition=single)
 
 

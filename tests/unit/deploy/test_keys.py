@@ -72,9 +72,9 @@ def test_another_address_is_refused(keys: Path) -> None:
 def test_nothing_is_written_over(keys: Path) -> None:
     with pytest.raises(CoterieError, match="is not empty"):
         init_keys(keys, [], [])
-    with pytest.raises(CoterieError, match="has a key"):
+    with pytest.raises(CoterieError, match="already has a key"):
         add_site(keys, "north")
-    with pytest.raises(CoterieError, match="exists"):
+    with pytest.raises(CoterieError, match="already exists"):
         site_key(keys / "sites" / "north")
 
 
@@ -83,15 +83,15 @@ def test_a_site_can_make_its_own_key(keys: Path, tmp_path: Path) -> None:
     add_site(keys, "west", tmp_path / "mine.pub")
     assert key_digest(known_sites(keys)["west"]) == check_private(tmp_path / "mine")
     assert not (keys / "sites" / "west").exists()
-    with pytest.raises(CoterieError, match="is no public key"):
+    with pytest.raises(CoterieError, match="is not a public key"):
         add_site(keys, "east", tmp_path / "mine")
     with pytest.raises(CoterieError, match="cannot name a site"):
         add_site(keys, "../east")
     (tmp_path / "mine").chmod(0o640)
-    with pytest.raises(CoterieError, match="others can read"):
+    with pytest.raises(CoterieError, match="other users can read"):
         check_private(tmp_path / "mine")
 
 
 def test_without_keys_the_server_says_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(CoterieError, match=r"keys init .* or type --insecure"):
+    with pytest.raises(CoterieError, match=r"keys init .* or use --insecure"):
         check_server_keys(tmp_path / "keys")

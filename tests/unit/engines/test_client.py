@@ -23,7 +23,6 @@ from coterie.data.clients import load_data
 from coterie.engines import actor, flower_sim, local
 from coterie.engines.client import Guard, LocalClient, Outcome, client_bank, evaluate_client, train_client
 from coterie.flower.message import Message
-from coterie.methods.base import method_named
 from coterie.types import Bank, CoterieError, Instruction, Reply
 
 CLIENTS = ["mood-0", "place-0"]

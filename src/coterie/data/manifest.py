@@ -1,0 +1,45 @@
+"""The manifest of a run: which client has how many rows of what, from which files."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from coterie.data.files import Table
+from coterie.data.rows import ClientData, label_of
+from coterie.data.sources import Dataset
+
+
+def client_entry(client: ClientData, tables: Sequence[Table], root: Path) -> dict[str, object]:
+    """What the manifest says of one client, whose rows come from ``tables``."""
+    info = client.info
+    counts = {split: Counter(map(label_of, rows)) for split, rows in client.splits.items()}
+    return {
+        "group": info.group,
+        "labels": list(info.labels) if info.labels is not None else None,
+        "rows": {split: len(rows) for split, rows in client.splits.items()},
+        "label_counts": {
+            split: {name: count[i] for i, name in enumerate(info.labels or ()) if count[i]}
+            for split, count in counts.items()
+        },
+        "files": _files(tables, root),
+    }
+
+
+def dataset_entry(dataset: Dataset, root: Path) -> dict[str, object]:
+    """What the manifest says of a dataset that was split over clients."""
+    return {
+        "rows": {split: len(table.records) for split, table in dataset.tables.items()},
+        "files": _files(dataset.tables.values(), root),
+        "notes": list(dataset.notes),
+    }
+
+
+def _files(tables: Iterable[Table], root: Path) -> dict[str, str]:
+    """Where the rows came from, relative to the config's folder, and the SHA-256 of that."""
+    return {
+        os.path.relpath(table.source, root.resolve()) if os.path.isabs(table.source) else table.source: table.sha256
+        for table in tables
+    }
