@@ -104,9 +104,9 @@ def test_bad_rows(name: str, tmp_path: Path, refused: Refused) -> None:
 
 
 CHOICES = {  # what is wrong: (a row, what the error says after its file and line)
-    "label out of range": ({"label": 3}, r"the label 3 is no place among 3 candidates; 0 is the first"),
-    "label text": ({"label": "vast"}, r"the label 'vast' is none of the candidates big, small, tiny"),
-    "one candidate": ({"choices": [" big"]}, r"choices holds 1 candidate\(s\); there is a choice between two or more"),
+    "label out of range": ({"label": 3}, r"the label 3 is out of range for 3 candidates; 0 is the first"),
+    "label text": ({"label": "vast"}, r"the label 'vast' is not one of the candidates big, small, tiny"),
+    "one candidate": ({"choices": [" big"]}, r"choices holds 1 candidate\(s\); give two or more"),
     "empty candidate": ({"choices": [" big", ""]}, r"choices\[1\] is empty"),
     "no list": ({"choices": "big or small"}, r"choices is 'big or small', not a list of texts"),
 }
@@ -124,7 +124,7 @@ def test_bad_rows_to_choose_for(name: str, tmp_path: Path, refused: Refused) -> 
 
 TEMPLATES = {  # the template, what the error says
     "{text} {title} is": r"\.jsonl: no column 'title' for data\.columns\.template; its columns are text, label",
-    "{text} is {label}": r"template has \{label\}: the answer would stand in the prompt",
+    "{text} is {label}": r"template has \{label\}, which puts the answer into the prompt",
     "{text is": r"\[data\] columns: .*write \{\{ and \}\} for braces",
     "is": r"\[data\] columns: .*'is' names no column",
 }

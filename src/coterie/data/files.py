@@ -1,4 +1,4 @@
-"""Reads one file of rows: JSONL, CSV or Parquet, told apart by the ending of its name."""
+"""Reads one file of rows: JSONL, CSV or Parquet, by the ending of its name."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
-from coterie.types import DataError, Json
+from coterie.types import DataError
 
-Record = dict[str, Json]
+Record = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they were found: column name to value, where they came from, and the SHA-256 of that.
+    """Rows as read: column name to value, where they came from, and the SHA-256 of that.
 
     ``lines`` holds the line of each record in a text file (1 is the first), or nothing.
     """
@@ -36,7 +36,7 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """Every column that some record has, in order of appearance."""
+        """Every column of any record, in order of appearance."""
         return list(dict.fromkeys(name for record in self.records for name in record))
 
 
@@ -47,7 +47,10 @@ def table_of(source: str, records: Sequence[Record]) -> Table:
 
 
 def read_table(path: Path, split: str = "train") -> Table:
-    """The rows of a split's file. Raises :class:`DataError`: no such file, unknown ending, unreadable, no rows."""
+    """The rows of a split's file.
+
+    Raises :class:`DataError` for a missing file, an unknown ending, a file that cannot be read, and one without rows.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown file type; the types are {', '.join(READERS)}")
@@ -57,7 +60,7 @@ def read_table(path: Path, split: str = "train") -> Table:
     records, lines = reader(path, content)
     if not records:
         more = ", or leave the file out" if split != "train" else ""
-        raise DataError(f"{path}: no rows; give it some{more}")
+        raise DataError(f"{path}: no rows; add some{more}")
     return Table(str(path), records, hashlib.sha256(content).hexdigest(), lines)
 
 
@@ -66,11 +69,12 @@ def _text(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         line = content.count(b"\n", 0, fault.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from fault
+        raise DataError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from fault
 
 
 def _jsonl(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
-    records, lines = [], []
+    records: list[Record] = []
+    lines = []
     for number, line in enumerate(_text(path, content).split("\n"), start=1):
         if not line.strip():
             continue
@@ -88,7 +92,8 @@ def _jsonl(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
 def _csv(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
     reader = csv.reader(io.StringIO(_text(path, content), newline=""), strict=True)
     header: list[str] | None = None
-    records, lines = [], []
+    records: list[Record] = []
+    lines = []
     start = 1
     try:
         for fields in reader:
@@ -97,7 +102,7 @@ def _csv(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
             elif fields and header is not None:
                 if len(fields) > len(header):
                     raise DataError(
-                        f"{path}:{start}: {len(fields)} fields for {len(header)} columns; is a comma unquoted?"
+                        f"{path}:{start}: {len(fields)} fields for {len(header)} columns; quote fields that hold commas"
                     )
                 records.append(dict(zip(header, fields, strict=False)))
                 lines.append(start)

@@ -1,4 +1,4 @@
-"""Turns tables into rows of a task: which column is what, and which label has which index."""
+"""Turns tables into rows of a task: finds the columns and gives each label its index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coterie.data.files import Table
 from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
-from coterie.types import DataError, Json, TaskKind
+from coterie.types import DataError, TaskKind
 
 TEXT_PAIR = "text_pair"
 CHOICES = "choices"
@@ -21,17 +21,18 @@ def parse(
 ) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...] | None]:
     """The rows of each table, in its order, and the label names (None for generation).
 
-    Without ``labels`` the names are those of the training rows, sorted; other rows have no others. With them, a label
-    is one of the names, or, where no name is itself a number, an index into them. The candidates of multiple choice
-    are those of the column ``choices``, and the label names where there is no such column; where not all rows have
-    the same, there are no label names. Raises :class:`DataError` that names the file and line.
+    Without ``labels`` the names are those of the training rows, sorted, and the other rows may have no others. With
+    ``labels``, a row's label is one of them, or, where none of them is itself a number, an index into them. The
+    candidates of multiple choice are those of the column ``choices``, or the label names where there is no such
+    column; where rows differ in their candidates, there are no label names. Raises :class:`DataError` that names the
+    file and line.
     """
     _check_template(columns, kind)
     if kind == "generation":
         return {split: tuple(_prompt_rows(table, columns)) for split, table in tables.items()}, None
     if kind == "multiple_choice" and _has_choices(tables.values(), columns):
-        found = {split: tuple(_choice_rows(table, columns, labels or ())) for split, table in tables.items()}
-        return dict(found), _in_common(found.values())
+        chosen = {split: tuple(_choice_rows(table, columns, labels or ())) for split, table in tables.items()}
+        return dict(chosen), _in_common(chosen.values())
     names = tuple(labels) if labels is not None else _trained_labels(tables, columns)
     if len(set(names)) < len(names):
         raise DataError(f"a label is listed twice in {listing(names)}; label names are unique")
@@ -52,20 +53,20 @@ def found_labels(tables: Iterable[Table], columns: Columns) -> tuple[str, ...]:
 
 
 def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str, ...]:
-    """The labels of the training rows; a row elsewhere with another is a misspelt one, as like as not."""
+    """The labels of the training rows. One that occurs only in another split is refused: most are spelling mistakes."""
     names = found_labels([tables["train"]], columns)
     for table in tables.values():
         for row, value in _column(table, columns, "label"):
             if (label := _label(value, table.where(row))) not in names:
                 raise DataError(
-                    f"{table.where(row)}: no training row has the label {label!r}, they have {listing(names)}; "
-                    "correct it, or list all labels in data.labels"
+                    f"{table.where(row)}: no training row has the label {label!r}; theirs are {listing(names)}. "
+                    "Correct it, or list all labels in data.labels"
                 )
     return names
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:
-    """``a, b, c`` or, of many, ``a, b, ... (150 in all)``."""
+    """``a, b, c``, or of many names ``a, b, ... (150 in all)``."""
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
 
@@ -85,7 +86,7 @@ def _labels(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[in
     for row, value in _column(table, columns, "label"):
         label = _label(value, table.where(row))
         if label not in index:
-            raise DataError(f"{table.where(row)}: the label {label!r} is none of {listing(names)}")
+            raise DataError(f"{table.where(row)}: the label {label!r} is not one of {listing(names)}")
         yield index[label]
 
 
@@ -96,7 +97,7 @@ def _prompt_rows(table: Table, columns: Columns) -> Iterable[PromptRow]:
 
 
 def _label_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:
-    """Rows whose candidates are the label names, a space before each where the prompt does not end in white space."""
+    """Rows whose candidates are the label names, with a space before each unless the prompt ends in one."""
     apart, spaced = tuple(names), tuple(f" {name}" for name in names)
     for prompt, label in zip(_prompts(table, columns), _labels(table, columns, names), strict=True):
         yield ChoiceRow(prompt, apart if prompt[-1].isspace() else spaced, label)
@@ -104,21 +105,21 @@ def _label_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterabl
 
 def _choice_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:
     """Rows with candidates of their own."""
-    prompts, found = _prompts(table, columns), _column(table, columns, CHOICES)
-    for prompt, (row, given), (_, value) in zip(prompts, found, _column(table, columns, "label"), strict=True):
+    prompts, candidates = _prompts(table, columns), _column(table, columns, CHOICES)
+    for prompt, (row, given), (_, value) in zip(prompts, candidates, _column(table, columns, "label"), strict=True):
         choices = _candidates(given, table.where(row), columns.choices or CHOICES)
         yield ChoiceRow(prompt, choices, _answer(value, choices, names, table.where(row)))
 
 
 def _has_choices(tables: Iterable[Table], columns: Columns) -> bool:
-    """Whether rows have candidates of their own: then all must."""
+    """Whether rows have candidates of their own: if one has, all must."""
     return columns.choices is not None or any(record.get(CHOICES) for table in tables for record in table.records)
 
 
-def _candidates(value: Json, where: str, column: str) -> tuple[str, ...]:
-    """Two texts or more, of a list or of a list's JSON, which is what a CSV file can hold."""
+def _candidates(value: object, where: str, column: str) -> tuple[str, ...]:
+    """Two texts or more, from a list or from a list written as JSON (in CSV files)."""
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):  # no list, as the next lines say
+        with suppress(json.JSONDecodeError):  # not a list: refused below
             value = json.loads(value)
     if not isinstance(value, list):
         raise DataError(f'{where}: {column} is {value!r}, not a list of texts such as ["yes", "no"]')
@@ -128,49 +129,52 @@ def _candidates(value: Json, where: str, column: str) -> tuple[str, ...]:
         if not choice.strip():
             raise DataError(f"{where}: {column}[{i}] is empty; every candidate has a text")
     if len(value) < 2:
-        raise DataError(f"{where}: {column} holds {len(value)} candidate(s); there is a choice between two or more")
+        raise DataError(f"{where}: {column} holds {len(value)} candidate(s); give two or more")
     if len({choice.strip() for choice in value}) < len(value):
         raise DataError(f"{where}: a candidate is listed twice in {column}, {listing(value)}")
     return tuple(value)
 
 
-def _answer(value: Json, choices: Sequence[str], names: Sequence[str], where: str) -> int:
-    """The index of the right one of ``choices``: an integer as it is; text is that of a candidate, else one of the
-    label ``names``, which stands for its place, else (where no candidate is itself a number) an integer in digits."""
+def _answer(value: object, choices: Sequence[str], names: Sequence[str], where: str) -> int:
+    """The index of the right one of ``choices``.
+
+    An integer is that index. Text is a candidate, else one of the label ``names`` (for its position), else, where no
+    candidate is itself a number, an index in digits.
+    """
     texts = [choice.strip() for choice in choices]
     label, numbered = _label(value, where), not isinstance(value, str)
-    places = {name: i for i, name in enumerate(names)}
-    places |= {} if numbered else {text: i for i, text in enumerate(texts)}
-    if label in places:
-        found = places[label]
+    known = {name: i for i, name in enumerate(names)}
+    known |= {} if numbered else {text: i for i, text in enumerate(texts)}
+    if label in known:
+        index = known[label]
     elif _is_integer(label) and (numbered or not any(map(_is_integer, texts))):
-        found = int(label)
+        index = int(label)
     else:
-        raise DataError(f"{where}: the label {label!r} is none of the candidates {listing(texts)}")
-    if not 0 <= found < len(choices):
-        raise DataError(f"{where}: the label {label} is no place among {len(choices)} candidates; 0 is the first")
-    return found
+        raise DataError(f"{where}: the label {label!r} is not one of the candidates {listing(texts)}")
+    if not 0 <= index < len(choices):
+        raise DataError(f"{where}: the label {label} is out of range for {len(choices)} candidates; 0 is the first")
+    return index
 
 
 def _in_common(splits: Iterable[Sequence[ChoiceRow]]) -> tuple[str, ...] | None:
-    """The candidates, if all rows have the same in the same order."""
+    """The candidates, if all rows have the same ones in the same order."""
     (first, *others) = {row.choices for rows in splits for row in rows}
     return None if others else tuple(choice.strip() for choice in first)
 
 
 def _check_template(columns: Columns, kind: TaskKind) -> None:
-    """Raises :class:`DataError` for a template where there is no prompt, and for one that gives the answer away."""
+    """Raises :class:`DataError` for a template in a task without prompts, and for one that contains the answer."""
     if columns.template is None:
         return
     if kind == "classification":
-        raise DataError("data.columns.template makes a prompt, and task.kind is classification; leave it out")
+        raise DataError("data.columns.template is for prompts, and task.kind is classification; leave it out")
     answer = columns.completion if kind == "generation" else columns.label
     if answer in columns_of(columns.template):
-        raise DataError(f"data.columns.template has {{{answer}}}: the answer would stand in the prompt; leave it out")
+        raise DataError(f"data.columns.template has {{{answer}}}, which puts the answer into the prompt; leave it out")
 
 
 def _prompts(table: Table, columns: Columns) -> list[str]:
-    """The prompts: of their column, or made of others by the template."""
+    """The prompts: from their column, or from other columns through the template."""
     if columns.template is None:
         return [_string(value, table.where(row), columns.prompt) for row, value in _column(table, columns, "prompt")]
     names = columns_of(columns.template)
@@ -182,7 +186,7 @@ def _prompts(table: Table, columns: Columns) -> list[str]:
     return [fill(columns.template, dict(zip(names, values, strict=True))) for values in zip(*filled, strict=True)]
 
 
-def _column(table: Table, columns: Columns, role: str) -> Iterable[tuple[int, Json]]:
+def _column(table: Table, columns: Columns, role: str) -> Iterable[tuple[int, object]]:
     """Row number and value of the column that plays ``role``. Raises for an unknown column, an empty value."""
     name = getattr(columns, role) or role
     if name not in table.columns:
@@ -192,7 +196,7 @@ def _column(table: Table, columns: Columns, role: str) -> Iterable[tuple[int, Js
     return _values(table, name)
 
 
-def _values(table: Table, name: str) -> Iterable[tuple[int, Json]]:
+def _values(table: Table, name: str) -> Iterable[tuple[int, object]]:
     """Row number and value of the column ``name``. Raises for an empty value."""
     for row, record in enumerate(table.records):
         value = record.get(name)
@@ -202,28 +206,28 @@ def _values(table: Table, name: str) -> Iterable[tuple[int, Json]]:
 
 
 def _pairs(table: Table, columns: Columns) -> Sequence[str | None]:
-    """The second sentences: all or, where no row has one and none was asked for, none."""
+    """The second sentences; None for all rows where none has one and no column is set for them."""
     name = columns.text_pair or TEXT_PAIR
     if columns.text_pair is None and not any(record.get(name) for record in table.records):
         return [None] * len(table.records)
     return [_string(value, table.where(row), name) for row, value in _column(table, columns, TEXT_PAIR)]
 
 
-def _string(value: Json, where: str, column: str) -> str:
+def _string(value: object, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {column} is {value!r}, not text")
     return value
 
 
-def _plain(value: Json, where: str, column: str) -> str:
+def _plain(value: object, where: str, column: str) -> str:
     """Text as it is, a number in digits."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where}: {column} is {value!r}, neither text nor a number; the template has no use for it")
+        raise DataError(f"{where}: {column} is {value!r}, neither text nor a number, so the template cannot use it")
     return str(value)
 
 
-def _label(value: Json, where: str) -> str:
-    """The name of a label: text as it is, an integer in digits. Raises for anything else."""
+def _label(value: object, where: str) -> str:
+    """The name of a label: text as it is, an integer in digits. Raises :class:`DataError` for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row to classify: one sentence or a pair, and the index of its label in the client's label names."""
+    """A row of classification: one sentence or a pair, and the index of its label in the client's label names."""
 
     text: str
     label: int
@@ -21,7 +21,7 @@ class TextRow:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A row to generate: the prompt, and the completion that the loss counts."""
+    """A row of generation: the prompt, and the completion that the loss counts."""
 
     prompt: str
     completion: str
@@ -29,9 +29,9 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """A row to choose for: the prompt, the candidates that may follow it, two or more, and the index of the right one.
+    """A row of multiple choice: the prompt, two or more candidates that may follow it, the index of the right one.
 
-    Prompt and candidate stand next to each other as they are.
+    A candidate follows the prompt directly, with no space put between them.
     """
 
     prompt: str
@@ -43,7 +43,7 @@ Row = TextRow | PromptRow | ChoiceRow
 
 
 def label_of(row: Row) -> int | None:
-    """The index of the row's label, or of its right candidate; None for a row to generate."""
+    """The index of the row's label, or of its right candidate; None for a row of generation."""
     match row:
         case TextRow():
             return row.label
@@ -55,7 +55,7 @@ def label_of(row: Row) -> int | None:
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client: what the server may know of it, and its rows by split (all of ``SPLITS``, maybe empty)."""
+    """One client: what the server may know of it, and its rows by split (all of ``SPLITS``; a split may be empty)."""
 
     info: ClientInfo
     splits: Mapping[str, tuple[Row, ...]]

@@ -136,8 +136,8 @@ class DataSettings(Section):
         ways = {"folder": self.folder, "clients": self.clients, "datasets": self.datasets}
         given = [f"data.{name}" for name, value in ways.items() if value]
         if len(given) != 1:
-            found = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of data.folder, data.clients and data.datasets; found {found}")
+            names = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of data.folder, data.clients and data.datasets; found {names}")
         if self.partition != PartitionSettings() and not self.datasets:
             raise ValueError(f"data.partition splits data.datasets; with {given[0]} every client has its own files")
         if self.validation_fraction + self.test_fraction >= 1:

@@ -1,15 +1,15 @@
-"""Tasks: how rows become tokens and batches, what the loss is, and how predictions are scored.
+"""Tasks: how rows become tokens and batches, and what the loss is.
 
-A task knows the tokenizer and nothing of a model but that calling it gives logits. All tasks share the same shape:
-``encode`` a row once, ``collate`` examples into a padded batch, ``loss`` sums over what counts (examples for
-classification, tokens of the completion or of the right candidate otherwise), so that the caller divides once.
+A task knows the tokenizer, and of the model only its logits. All tasks have the same interface: ``encode`` a row once,
+``collate`` examples into a padded batch, and ``loss``, a sum over what counts (examples in classification, otherwise
+tokens of the completion or of the right candidate), so that the caller divides once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,43 @@ from coterie.types import DataError, TaskKind
 IGNORE = -100  # the label of a token that does not count
 
 
+class Tokenizer(Protocol):
+    """What tasks use of a Hugging Face tokenizer."""
+
+    @property
+    def pad_token_id(self) -> int: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def __call__(
+        self,
+        text: str,
+        text_pair: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+    ) -> Mapping[str, list[int]]: ...
+
+    def apply_chat_template(
+        self, turns: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str: ...
+
+    def batch_decode(self, ids: Tensor, *, skip_special_tokens: bool) -> list[str]: ...
+
+
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row. ``label`` is the class; ``prompt`` the number of leading tokens that the loss leaves out.
+    """One tokenised row. ``label`` is the class; ``prompt`` is the number of leading tokens that the loss leaves out.
 
-    ``choices`` holds the tokens of every candidate for what follows the prompt; the one that does is number ``label``.
+    In multiple choice, ``choices`` holds the tokens of every candidate, and ``label`` is the number of the right one.
     """
 
     ids: tuple[int, ...]
@@ -58,7 +90,7 @@ class Batch:
 class Classification:
     """Text or a pair of texts to one of the client's labels; cross entropy, summed over examples."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_length: int = 128
     kind: Literal["classification"] = field(default="classification", init=False)
 
@@ -80,12 +112,12 @@ class Classification:
 class Generation:
     """A completion after a prompt; cross entropy of the completion's tokens, summed over them.
 
-    A prompt goes through the tokenizer's chat template when it has one; otherwise prompt and completion stand next
-    to each other as they are. The end-of-text token is part of the completion. A row that is too long loses tokens at
-    the start of its prompt, then at the end of its completion.
+    A prompt goes through the tokenizer's chat template if there is one; otherwise the completion follows the prompt
+    directly. The end-of-text token is part of the completion. A row that is too long loses tokens at the start of its
+    prompt, then at the end of its completion.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_length: int = 128
     max_new_tokens: int = 64
     generates: bool = False
@@ -113,7 +145,7 @@ class Generation:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = list(self.tokenizer(row.prompt)["input_ids"])
         if ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()  # some tokenizers close every text; a prompt goes on
+            ids.pop()  # some tokenizers end every text; the completion still follows
         starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return ids or [next(start for start in starts if start is not None)]
 
@@ -139,14 +171,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """The right one of a row's candidates after its prompt: the candidate with the least mean loss per token.
+    """Chooses among a row's candidates after its prompt: the one with the least mean loss per token.
 
-    mean loss of candidate y after prompt x = -(1/|y|) sum_i log p(y_i | x, y_<i), the end of text being part of y, as
-    FedAMoLE (2411.19128) evaluates SNLI. Trains on the right candidate as :class:`Generation` does on a completion.
-    All candidates of a row follow the same prompt: where a row is too long, what the longest one leaves room for.
+    The mean loss of candidate y after prompt x is -(1/|y|) sum_i log p(y_i | x, y_<i), with the end of text as part of
+    y, as FedAMoLE (2411.19128) evaluates SNLI. Training is that of :class:`Generation` on the right candidate. All
+    candidates of a row follow the same prompt: where a row is too long, the prompt is cut to the longest candidate.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_length: int = 128
     kind: Literal["multiple_choice"] = field(default="multiple_choice", init=False)
     _known: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -156,8 +188,8 @@ class MultipleChoice:
         choices = tuple(map(self._completion_ids, row.choices))
         if len(set(choices)) < len(choices):
             raise DataError(
-                f"two candidates have the same tokens, of {listing(row.choices)}: of those that are longer, the first "
-                f"{self.max_length - 1} count; raise [model] max_length"
+                f"two candidates have the same tokens, of {listing(row.choices)}: candidates are cut to their first "
+                f"{self.max_length - 1} tokens; raise [model] max_length"
             )
         prompt = self._after.prompt_ids(PromptRow(row.prompt, ""))[-(self.max_length - max(map(len, choices))) :]
         ids = (*prompt, *choices[row.answer])
@@ -174,7 +206,7 @@ class MultipleChoice:
         return Generation(self.tokenizer, self.max_length)
 
     def _completion_ids(self, choice: str) -> tuple[int, ...]:
-        """The tokens of a candidate. Rows mostly share theirs, so each is tokenised and kept once."""
+        """The tokens of a candidate, kept: most rows share their candidates."""
         if choice not in self._known:
             self._known[choice] = self._after.completion_ids(choice)
         return self._known[choice]
@@ -184,7 +216,7 @@ Task = Classification | Generation | MultipleChoice
 
 
 def make_task(
-    kind: TaskKind, tokenizer: Any, max_length: int, max_new_tokens: int = 64, generates: bool = False
+    kind: TaskKind, tokenizer: Tokenizer, max_length: int, max_new_tokens: int = 64, generates: bool = False
 ) -> Task:
     """The task of that kind."""
     match kind:
@@ -202,9 +234,9 @@ def candidate(example: Example, number: int) -> Example:
 
 
 def completion_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """The sum of the losses of each row's labelled tokens [b]: in float32, added up in float64.
+    """The sum of the losses of each row's labelled tokens [b], computed in float32 and summed in float64.
 
-    Only the logits of those tokens are made wide, and the sums do not depend on how far the rows are padded.
+    Only the logits of those tokens are converted, and the sums do not depend on the rows' padding.
     """
     rows, tokens = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     labels = batch.labels[rows, tokens + 1]
@@ -219,9 +251,9 @@ def batches(examples: Sequence[Example], size: int, generator: torch.Generator) 
     order = torch.randperm(len(examples), generator=generator).tolist()
     chunks = [order[i : i + 4 * size] for i in range(0, len(order), 4 * size)]
     by_length = [sorted(chunk, key=lambda i: len(examples[i].ids)) for chunk in chunks]
-    found = [chunk[i : i + size] for chunk in by_length for i in range(0, len(chunk), size)]
-    shuffled = torch.randperm(len(found), generator=generator).tolist()
-    return [[examples[i] for i in found[j]] for j in shuffled]
+    made = [chunk[i : i + size] for chunk in by_length for i in range(0, len(chunk), size)]
+    shuffled = torch.randperm(len(made), generator=generator).tolist()
+    return [[examples[i] for i in made[j]] for j in shuffled]
 
 
 def _wide(logits: Tensor) -> Tensor:

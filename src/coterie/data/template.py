@@ -1,4 +1,4 @@
-"""Prompts made of a row's columns: ``{name}`` is what the column ``name`` holds, ``{{`` and ``}}`` are braces."""
+"""Prompts made from a row's columns: ``{name}`` is the value of the column ``name``; ``{{`` and ``}}`` are braces."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ def pieces(template: str) -> list[tuple[str, str | None]]:
     Raises :class:`ValueError` for a brace without its partner, and for a template that names no column.
     """
     try:
-        found = list(Formatter().parse(template))
+        parts = list(Formatter().parse(template))
     except ValueError as fault:
-        raise ValueError(f"{template!r}: {fault}; write {{{{ and }}}} for braces that name no column") from fault
-    for _, column, form, conversion in found:
+        raise ValueError(f"{template!r}: {fault}; write {{{{ and }}}} for braces") from fault
+    for _, column, form, conversion in parts:
         if column == "" or form or conversion:
             wrong = (column or "") + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-            raise ValueError(f"{template!r}: {{{wrong}}} names no column; write {{column}}, and nothing else in braces")
-    if all(column is None for _, column, _, _ in found):
-        raise ValueError(f"{template!r} names no column, so that all prompts would be the same; write {{text}}, say")
-    return [(text, column) for text, column, _, _ in found]
+            raise ValueError(f"{template!r}: {{{wrong}}} is not a column; put only a column's name in braces")
+    if all(column is None for _, column, _, _ in parts):
+        raise ValueError(f"{template!r} names no column, so all prompts would be the same; use one, as in {{text}}")
+    return [(text, column) for text, column, _, _ in parts]
 
 
 def columns_of(template: str) -> list[str]:

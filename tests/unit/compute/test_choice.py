@@ -85,7 +85,7 @@ def test_all_candidates_of_an_over_long_row_follow_the_same_prompt() -> None:
 
 def test_candidates_that_are_the_same_once_they_are_cut() -> None:
     with pytest.raises(
-        CoterieError, match=r"same tokens, of aaaaaaaab, aaaaaaaac: .* the first 4 count; raise \[model\]"
+        CoterieError, match=r"same tokens, of aaaaaaaab, aaaaaaaac: .* their first 4 tokens; raise \[model\]"
     ):
         MultipleChoice(PLAIN, max_length=5).encode(ChoiceRow("p", ("aaaaaaaab", "aaaaaaaac"), 0))
 

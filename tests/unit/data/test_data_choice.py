@@ -99,17 +99,17 @@ GOOD = {"prompt": "x", "choices": ["a", "b"], "label": 0}
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"label": 2}, r"t:2: the label 2 is no place among 2 candidates; 0 is the first"),
-        ({"label": -1}, r"t:2: the label -1 is no place among 2 candidates"),
-        ({"label": "c"}, r"t:2: the label 'c' is none of the candidates a, b"),
-        ({"label": "2", "choices": ["0", "1"]}, r"t:2: the label '2' is none of the candidates 0, 1"),
-        ({"label": "C", "labels": ["A", "B", "C"]}, r"t:2: the label C is no place among 2 candidates"),
+        ({"label": 2}, r"t:2: the label 2 is out of range for 2 candidates; 0 is the first"),
+        ({"label": -1}, r"t:2: the label -1 is out of range for 2 candidates"),
+        ({"label": "c"}, r"t:2: the label 'c' is not one of the candidates a, b"),
+        ({"label": "2", "choices": ["0", "1"]}, r"t:2: the label '2' is not one of the candidates 0, 1"),
+        ({"label": "C", "labels": ["A", "B", "C"]}, r"t:2: the label C is out of range for 2 candidates"),
         ({"label": [0]}, r"t:2: the label \[0\] is neither text nor an integer"),
         ({"label": None}, r"t:2: the row has no label"),
         ({"prompt": " "}, r"t:2: the row has no prompt"),
         ({"prompt": 3}, r"t:2: prompt is 3, not text"),
         ({"choices": None}, r"t:2: the row has no choices"),
-        ({"choices": []}, r"t:2: choices holds 0 candidate\(s\); there is a choice between two or more"),
+        ({"choices": []}, r"t:2: choices holds 0 candidate\(s\); give two or more"),
         ({"choices": ["a"]}, r"t:2: choices holds 1 candidate\(s\)"),
         ({"choices": ["a", " "]}, r"t:2: choices\[1\] is empty"),
         ({"choices": ["a", 5]}, r"t:2: choices\[1\] is 5, not text"),
@@ -164,7 +164,7 @@ def test_label_names_that_make_no_choice() -> None:
         rows([record, record])
     with pytest.raises(CoterieError, match=r"two or more and none of them empty, not 'a', ''"):
         rows([record], ["a", ""])
-    with pytest.raises(CoterieError, match=r"t, row 1: the label 'a' is none of b, c"):
+    with pytest.raises(CoterieError, match=r"t, row 1: the label 'a' is not one of b, c"):
         rows([record], ["b", "c"])
 
 
@@ -183,11 +183,11 @@ def test_a_template_is_filled_with_columns_as_they_are_called() -> None:
     [
         ("{text", r"expected '\}' before end of string; write \{\{ and \}\} for braces"),
         ("text}", r"Single '\}' encountered.*write \{\{ and \}\} for braces"),
-        ("{} {text}", r"\{\} names no column"),
-        ("{text!r}", r"\{text!r\} names no column; write \{column\}, and nothing else"),
-        ("{text:>9}", r"\{text:>9\} names no column"),
-        ("Answer:", r"'Answer:' names no column, so that all prompts would be the same"),
-        ("{{text}}", r"names no column, so that all"),
+        ("{} {text}", r"\{\} is not a column"),
+        ("{text!r}", r"\{text!r\} is not a column; put only a column's name in braces"),
+        ("{text:>9}", r"\{text:>9\} is not a column"),
+        ("Answer:", r"'Answer:' names no column, so all prompts would be the same"),
+        ("{{text}}", r"names no column, so all"),
     ],
 )
 def test_a_template_that_cannot_be_is_an_error_of_the_config(template: str, says: str) -> None:
@@ -203,9 +203,9 @@ def test_a_template_that_cannot_be_is_an_error_of_the_config(template: str, says
             "multiple_choice",
             r"t: no column 'body' for data\.columns\.template; its columns are text, te",
         ),
-        ("{text} {label}", "multiple_choice", r"template has \{label\}: the answer would stand in the prompt"),
-        ("{text} {completion}", "generation", r"template has \{completion\}: the answer would stand in the prompt"),
-        ("{text}", "classification", r"template makes a prompt, and task\.kind is classification; leave it out"),
+        ("{text} {label}", "multiple_choice", r"template has \{label\}, which puts the answer into the prompt"),
+        ("{text} {completion}", "generation", r"template has \{completion\}, which puts the answer into the prompt"),
+        ("{text}", "classification", r"template is for prompts, and task\.kind is classification; leave it out"),
         ("{text} {more}", "multiple_choice", r"t, row 2: the row has no more"),
         ("{text} {list}", "multiple_choice", r"t, row 1: list is \['x'\], neither text nor a number"),
     ],

@@ -65,7 +65,7 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2: not a line of JSON"),
         ("a.jsonl", '\n["x"]\n', "a.jsonl:2: a row is a JSON object"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl:2: not UTF-8"),
-        ("a.jsonl", "\n\n", "a.jsonl: no rows; give it some$"),
+        ("a.jsonl", "\n\n", "a.jsonl: no rows; add some$"),
         ("a.csv", "text,label\n", "a.csv: no rows"),
         ("a.csv", "text,label\nx,y\nred, green,blue\n", "a.csv:3: 3 fields for 2 columns"),
         ("a.csv", 'text,label\nx,y\n"z,y\n', "a.csv:3: not a line of CSV"),
@@ -80,7 +80,7 @@ def test_a_bad_file_says_where(tmp_path: Path, name: str, content: str | bytes, 
 
 def test_only_a_file_that_may_be_missing_can_be_left_out(tmp_path: Path) -> None:
     for split in ("validation", "test"):
-        with pytest.raises(CoterieError, match=r"no rows; give it some, or leave the file out$"):
+        with pytest.raises(CoterieError, match=r"no rows; add some, or leave the file out$"):
             read_table(write(tmp_path / "a.jsonl", "\n"), split)
 
 
@@ -120,7 +120,7 @@ def test_a_label_that_no_training_row_has_is_refused_unless_all_are_listed() -> 
     tables = {
         split: table_of(split, [{"text": "x", "label": label}]) for split, label in (("train", "b"), ("test", "a"))
     }
-    with pytest.raises(CoterieError, match=r"^test, row 1: no training row has the label 'a', they have b; correct it"):
+    with pytest.raises(CoterieError, match=r"^test, row 1: no training row has the label 'a'; theirs are b\. Correct"):
         parse(tables, Columns(), "classification", None)
     found, names = parse(tables, Columns(), "classification", ["a", "b"])
     assert names == ("a", "b")
@@ -154,10 +154,10 @@ def test_a_column_text_pair_is_taken_where_there_is_one(tmp_path: Path) -> None:
         ),
         ([{"text": 3, "label": "x"}], {}, "a.jsonl:1: text is 3, not text"),
         ([{"text": "a", "label": 0.5}], {}, "a.jsonl:1: the label 0.5 is neither"),
-        ([{"text": "a", "label": "x"}], {"labels": ["y", "z"]}, "a.jsonl:1: the label 'x' is none of y, z"),
-        ([{"text": "a", "label": 2}], {"labels": ["y", "z"]}, "a.jsonl:1: the label '2' is none of y, z"),
-        ([{"text": "a", "label": -1}], {"labels": ["y", "z"]}, "a.jsonl:1: the label '-1' is none of y, z"),
-        ([{"text": "a", "label": 0}], {"labels": ["1", "2"]}, "a.jsonl:1: the label '0' is none of 1, 2"),
+        ([{"text": "a", "label": "x"}], {"labels": ["y", "z"]}, "a.jsonl:1: the label 'x' is not one of y, z"),
+        ([{"text": "a", "label": 2}], {"labels": ["y", "z"]}, "a.jsonl:1: the label '2' is not one of y, z"),
+        ([{"text": "a", "label": -1}], {"labels": ["y", "z"]}, "a.jsonl:1: the label '-1' is not one of y, z"),
+        ([{"text": "a", "label": 0}], {"labels": ["1", "2"]}, "a.jsonl:1: the label '0' is not one of 1, 2"),
         ([{"text": "a", "label": 0}], {"labels": ["1", "1"]}, "listed twice"),
         ([{"body": "a", "label": "x"}], {}, "no column 'text'; its columns are body, label. Set data.columns.text"),
         ([{"text": "a", "label": "x"}], {"text_pair": "b"}, "no column 'b'; its columns are text, label"),

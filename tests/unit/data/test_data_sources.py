@@ -188,7 +188,7 @@ def test_the_real_package_reads_a_folder_in_the_same_way(tmp_path: Path, monkeyp
     assert dataset.tables["test"].records[1] == {"text": "test 1", "label": "yes"}
 
 
-@pytest.mark.parametrize("job", list(demo.JOBS))
+@pytest.mark.parametrize("job", list(demo.GRAMMARS))
 def test_a_demo_job(job: str) -> None:
     dataset, again = load(f"demo:{job}"), load(f"demo:{job}")
     texts = [record["text"] for split in SPLITS for record in dataset.tables[split].records]
@@ -204,7 +204,7 @@ def test_a_demo_job(job: str) -> None:
 
 
 def test_every_symbol_of_a_demo_grammar_is_used() -> None:
-    for job, text in demo.JOBS.items():
+    for job, text in demo.GRAMMARS.items():
         grammar = demo._grammar(text)
         starts = {"labels", "message", "once", *grammar["labels"], *(f"aside-{label}" for label in grammar["labels"])}
         named = {symbol for options in grammar.values() for option in options for symbol in demo.SYMBOL.findall(option)}
@@ -212,7 +212,7 @@ def test_every_symbol_of_a_demo_grammar_is_used() -> None:
 
 
 def test_all_demo_jobs_at_once() -> None:
-    assert [dataset.name for dataset in sources.load("demo", Path(), Columns())] == list(demo.JOBS)
+    assert [dataset.name for dataset in sources.load("demo", Path(), Columns())] == list(demo.GRAMMARS)
     with pytest.raises(CoterieError, match=r"unknown dataset 'demo:pub'; there are demo:clinic, demo:bank"):
         load("demo:pub")
 
@@ -225,7 +225,7 @@ def test_demo_jobs_can_be_learned_but_not_from_single_words() -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    for job in demo.JOBS:
+    for job in demo.GRAMMARS:
         rows = demo.messages(job, 900)
         texts, labels = [text for text, _ in rows], [label for _, label in rows]
         for size, low, high in ((60, 0.5, 0.9), (500, 0.9, 1.0)):
