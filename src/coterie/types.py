@@ -30,15 +30,15 @@ class CoterieError(Exception):
 
 
 class PrivateError(CoterieError):
-    """Its text names what is this machine's alone, such as paths. ``told`` is what another machine may hear of it."""
+    """Its text names what is this machine's alone, such as paths. ``public`` is what other machines may see of it."""
 
-    told: ClassVar[str] = "this site cannot use a file of its own; site.log there says where it failed"
+    public: ClassVar[str] = "this site cannot use a file of its own; site.log there says where it failed"
 
 
 class DataError(PrivateError):
     """A fault of the rows; its text may quote them."""
 
-    told: ClassVar[str] = "this site cannot read its rows; `coterie site check` there says why"
+    public: ClassVar[str] = "this site cannot read its rows; `coterie site check` there says why"
 
 
 class Part(StrEnum):

@@ -72,7 +72,7 @@ def test_tls_with_a_site_a_worker_the_superlink_and_the_server_killed(tmp_path: 
         made.end(STRANGER)
 
         made.next("start")
-        made.descendant(A, "deploy.worker import work").kill()
+        made.descendant(A, "worker_process import work").kill()
         made.descendant(B, "supernode_command").kill()
         made.next("start")
         made.descendant("serve", "superlink_command").kill()

@@ -7,7 +7,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-from coterie.deploy import worker
+from coterie.deploy import worker, worker_process
 from coterie.flower import local_socket
 from coterie.flower.message import Message
 from spoiled import SPOILED
@@ -43,6 +43,6 @@ def send(to: socket.socket, message: Message) -> None:
 
 
 def work(path: str, door: str, plan: str) -> None:
-    worker.send = send  # type: ignore[attr-defined]
-    worker.Worker = lambda site, root: Misbehaving(site, root, plan=json.loads(plan))  # type: ignore[misc, assignment]
-    worker.work(path, door)
+    worker_process.send = send  # type: ignore[attr-defined]
+    worker_process.Worker = lambda site, root: Misbehaving(site, root, plan=json.loads(plan))  # type: ignore[misc, assignment]
+    worker_process.work(path, door)

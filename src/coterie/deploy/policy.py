@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from coterie.compute.client import LocalCompute
 from coterie.config.deployment import Policy
 from coterie.config.sections import Config
+from coterie.engines.client import Guard
 from coterie.runs.folder import plain
 from coterie.types import (
     CoterieError,
@@ -69,6 +71,22 @@ def without_usage(policy: Policy, reply: Reply) -> Reply:
     if policy.upload_usage:
         return reply
     return replace(reply, info={name: value for name, value in reply.info.items() if name not in _USAGE})
+
+
+def guard_of(policy: Policy, wording: Callable[[Exception], str]) -> Guard:
+    """What ``policy`` allows in a round: ranks, steps, what leaves this site. ``wording`` is what the server is told of
+    a fault."""
+
+    def release(reply: Reply) -> Reply:
+        check_upload(policy, reply)
+        return without_usage(policy, reply)
+
+    return Guard(
+        admit=lambda ins: check_ranks(policy, ins),
+        compute=lambda compute: BoundedCompute(compute, policy.max_steps),
+        release=release,
+        wording=wording,
+    )
 
 
 @dataclass(frozen=True)

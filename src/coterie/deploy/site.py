@@ -25,7 +25,7 @@ from coterie.types import CoterieError
 log = logging.getLogger("coterie.site")
 _CLIENTAPP = "#!{python}\nfrom coterie.flower.commands import clientapp_command\n\nclientapp_command()\n"
 _SUPERNODE = "from coterie.flower.commands import supernode_command; supernode_command()"
-_WORKER = "import sys; from coterie.deploy.worker import work; work(sys.argv[1], sys.argv[2])"
+_WORKER = "import sys; from coterie.deploy.worker_process import work; work(sys.argv[1], sys.argv[2])"
 _SOCKET = "worker"
 # Seconds before a process that died is started again. For about a minute Flower refuses a second SuperNode with a key.
 _BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)

@@ -13,9 +13,10 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
 from coterie.deploy.agreement import config_at, terms_of
+from coterie.deploy.base_digest import base_digest
 from coterie.deploy.policy import check_policy, steps_of
 from coterie.deploy.site import key_checks, load
-from coterie.deploy.worker import Worker, fingerprint
+from coterie.deploy.worker import Worker
 from coterie.machine import Check, environment, version
 from coterie.nn.locate import resolve
 from coterie.types import CoterieError
@@ -97,7 +98,7 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     try:
         with tempfile.TemporaryDirectory() as folder:
             workplace = workplaces(run, root, {})[0]
-            base = fingerprint(resolve(run.model.path, root), Path(folder) / "base.json")
+            base = base_digest(resolve(run.model.path, root), Path(folder) / "base.json")
     except CoterieError as fault:
         yield Check("model", str(fault), False, "correct [model], or ask which model the federation uses")
         return

@@ -28,10 +28,13 @@ from coterie import codec
 from coterie.config.deployment import Policy
 from coterie.config.load import load_site
 from coterie.deploy.agreement import digest_of, federation_config, terms_of
+from coterie.deploy.base_digest import base_digest
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import steps_of, without_usage
 from coterie.deploy.site_check import check as check_site
-from coterie.deploy.worker import Worker, _without_text, fingerprint, serve_forever
+from coterie.deploy.site_log import log_without_text
+from coterie.deploy.worker import Worker
+from coterie.deploy.worker_process import serve_forever
 from coterie.flower import app as flower
 from coterie.flower.local_socket import hand_over, listening, receive, send
 from coterie.flower.message import BrokenMessageError, Message
@@ -120,16 +123,16 @@ def test_how_the_rows_use_the_experts_stays_where_that_was_agreed() -> None:
 
 
 HEADS: dict[str, tuple[dict[str, Any], str]] = {
-    "kind": ({"kind": "shell"}, "knows no 'shell'"),
+    "kind": ({"kind": "shell"}, "does not know the kind 'shell'"),
     "run": ({"run": "../../etc"}, "cannot name a folder"),
-    "attempt": ({"attempt": "1"}, "attempt is no int"),
+    "attempt": ({"attempt": "1"}, "attempt is not of the type int"),
     "round": ({"round": 10**5}, "takes part in rounds 1 to 1000"),
-    "negative": ({"round": -1}, "round is -1; it is at least 0"),
-    "since": ({"since": -1}, "since is -1; it is at least 0"),
-    "keep": ({"kind": "evaluate", "keep": -7}, "keep is -7; it is at least 0"),
+    "negative": ({"round": -1}, "round is -1; it must be at least 0"),
+    "since": ({"since": -1}, "since is -1; it must be at least 0"),
+    "keep": ({"kind": "evaluate", "keep": -7}, "keep is -7; it must be at least 0"),
     "large": ({"kind": "query.bank", "round": 10**9}, "below 1000000"),
-    "splits": ({"kind": "evaluate", "splits": 3}, "splits are some of train, validation, test"),
-    "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are some of train, validation, test"),
+    "splits": ({"kind": "evaluate", "splits": 3}, "splits are not among train, validation, test"),
+    "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are not among train, validation, test"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
     "terms": ({"terms": {}}, "not what a coterie server sends"),
 }
@@ -164,17 +167,17 @@ def test_steps_are_counted_as_training_takes_them() -> None:
     assert steps_of(Optim(steps=7), 9) == 7
 
 
-def test_the_fingerprint_of_a_base_is_that_of_its_files(tmp_path: Path) -> None:
+def test_the_digest_of_a_base_is_that_of_its_files(tmp_path: Path) -> None:
     sites.config(tmp_path)
     book, model = tmp_path / "book.json", tmp_path / "model"
-    first = fingerprint(str(model), book)
-    assert fingerprint(str(model), book) == first == fingerprint(str(model), tmp_path / "other.json")
+    first = base_digest(str(model), book)
+    assert base_digest(str(model), book) == first == base_digest(str(model), tmp_path / "other.json")
     weights = model / "model.safetensors"
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(bytes(blob))
     os.utime(weights, ns=(1, 1))
-    assert fingerprint(str(model), book) != first
+    assert base_digest(str(model), book) != first
 
 
 # the socket ----------------------------------------------------------------------------------------------------------
@@ -297,7 +300,7 @@ def test_the_log_holds_no_text_of_the_data(
     try:
         raise KeyError("awful great street")
     except KeyError as fault:
-        _without_text(type(fault), fault, fault.__traceback__)
+        log_without_text(type(fault), fault, fault.__traceback__)
     text = logged.text
     assert "train of round 1: done" in text
     assert "KeyError at" in text

@@ -1,0 +1,57 @@
+"""The head of a message to a site: what it is about, checked before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coterie.data.clients import SAFE_ID
+from coterie.data.rows import SPLITS
+from coterie.flower.message import KINDS
+from coterie.types import ClientId, CoterieError, Json
+
+_TYPES: dict[str, type] = {
+    "kind": str,
+    "client": str,
+    "round": int,
+    "run": str,
+    "attempt": int,
+    "since": int,
+    "keep": int,
+    "terms": dict,
+}
+_MAX = 10**6  # a site's files of states have six digits
+
+
+@dataclass(frozen=True)
+class Head:
+    """See :meth:`coterie.deploy.agreement.Agreement.message`. ``splits`` and ``usage`` are for evaluation."""
+
+    kind: str
+    client: ClientId
+    rnd: int
+    run: str
+    attempt: int
+    since: int
+    keep: int
+    terms: Mapping[str, Json]
+    splits: tuple[str, ...] = ()
+    usage: bool = False
+
+
+def read_head(head: Mapping[str, Json]) -> Head:
+    """The head that a message came with. Raises :class:`CoterieError` for one that makes no sense."""
+    kind, splits = head.get("kind"), head.get("splits", [])
+    if kind not in KINDS:
+        raise CoterieError(f"this site does not know the kind {str(kind)[:80]!r}; install the same version of coterie")
+    for name, wanted in _TYPES.items():
+        if type(head.get(name)) is not wanted:
+            raise CoterieError(f"the message's {name} is not of the type {wanted.__name__}")
+        if wanted is int and not 0 <= head[name] < _MAX:
+            raise CoterieError(f"the message's {name} is {head[name]}; it must be at least 0 and below {_MAX}")
+    if not isinstance(splits, list) or not all(split in SPLITS for split in splits):
+        raise CoterieError(f"the message's splits are not among {', '.join(SPLITS)}")
+    if not SAFE_ID.fullmatch(head["run"]):
+        raise CoterieError("the message's run cannot name a folder")
+    values = {name: head[name] for name in _TYPES if name != "round"}
+    return Head(**values, rnd=head["round"], splits=tuple(splits), usage=bool(head.get("usage")))
