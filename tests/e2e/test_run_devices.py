@@ -96,7 +96,7 @@ def test_which_devices_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_device_is_an_error(tmp_path: Path) -> None:
     path = sites.config(tmp_path)
-    with pytest.raises(CoterieError, match=r"\[engine\] device: .*it names no device"):
+    with pytest.raises(CoterieError, match=r"\[engine\] device: .*give at least one device"):
         load_config(path, ["engine.device=[]"])
     if not torch.cuda.is_available():
         with pytest.raises(CoterieError, match="'cuda' is not available"):

@@ -20,10 +20,10 @@ class ModelSettings(Section):
     """The frozen base."""
 
     path: str = Field("minilm", description="a model folder, a hub name, or the alias minilm")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="how the base is held in memory")
-    quantize: Literal["none", "nf4", "int8"] = Field("none", description="hold the base quantised (extra quant)")
-    max_length: int = Field(128, ge=2, description="tokens per example; longer ones are cut")
-    gradient_checkpointing: bool = Field(False, description="trade time for memory in training")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="the dtype of the base in memory")
+    quantize: Literal["none", "nf4", "int8"] = Field("none", description="quantise the base (extra quant)")
+    max_length: int = Field(128, ge=2, description="tokens per example; longer examples are cut")
+    gradient_checkpointing: bool = Field(False, description="use less memory in training, for more time")
 
 
 class LoraSettings(Section):
@@ -31,8 +31,10 @@ class LoraSettings(Section):
 
     rank: int = Field(8, ge=1, description="rank r of an expert")
     alpha: float = Field(16.0, gt=0, description="the scale of an expert is alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the experts' input, while training")
-    targets: tuple[str, ...] = Field((), description="names of the Linears to adapt; empty: PEFT's for the model")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the experts' input in training")
+    targets: tuple[str, ...] = Field(
+        (), description="names of the Linears to adapt; empty: PEFT's defaults for the model"
+    )
 
 
 class TaskSettings(Section):
@@ -40,18 +42,21 @@ class TaskSettings(Section):
 
     kind: TaskKind = Field(
         "classification",
-        description="the kind of task; multiple_choice: a decoder picks the candidate of least mean loss per token",
+        description="the kind of task; multiple_choice: a decoder picks the candidate with the least mean loss per "
+        "token",
     )
     head: Literal["personal", "shared"] = Field(
-        "personal", description="the classification head stays with the client, or is averaged per label space"
+        "personal",
+        description="personal: each client keeps its classification head; shared: averaged over clients with the "
+        "same labels",
     )
-    generate: bool = Field(False, description="generation: also score generated text (ROUGE-L needs extra metrics)")
-    max_new_tokens: int = Field(64, ge=1, description="generation: the longest text to generate")
+    generate: bool = Field(False, description="generation: also score generated text (ROUGE-L needs the extra metrics)")
+    max_new_tokens: int = Field(64, ge=1, description="generation: the most tokens to generate")
 
     @model_validator(mode="after")
     def _only_generation_generates(self) -> TaskSettings:
         if self.generate and self.kind != "generation":
-            raise ValueError(f"generate scores generated text, and this is {self.kind}; set kind to generation")
+            raise ValueError(f"generate works only for generation, and kind is {self.kind}; leave it out")
         return self
 
 
@@ -59,58 +64,60 @@ class RunSettings(Section):
     """The federation's rounds."""
 
     rounds: int = Field(10, ge=1, description="communication rounds")
-    seed: int = Field(0, ge=0, description="of every random stream")
+    seed: int = Field(0, ge=0, description="seed of every random stream")
     cohort: float = Field(1.0, gt=0, le=1, description="share of the clients that take part in a round")
     quorum: float = Field(0.5, ge=0, le=1, description="share of the cohort that must reply, or the run stops")
-    norm_bound: float = Field(1e4, gt=0, description="a reply whose tensors have a larger norm is left out")
+    norm_bound: float = Field(1e4, gt=0, description="replies whose tensors have a larger norm are left out")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     evaluate: Literal["auto", "received", "trained"] = Field(
         "auto",
-        description="evaluate and export what a client receives from the server, or what it trained last, before the "
-        "server's averaging; auto: as the method is meant to be used",
+        description="what clients evaluate and export: what they receive from the server, or what they trained last, "
+        "before the server averages it; auto: the method's own choice",
     )
     eval_batch_size: int = Field(64, ge=1, description="examples (or candidates) per forward pass in evaluation")
     tensorboard: bool = Field(False, description="also write TensorBoard logs (extra tracking)")
-    keep_checkpoints: int = Field(2, ge=2, description="checkpoints kept, the newest first")
+    keep_checkpoints: int = Field(2, ge=2, description="number of newest checkpoints to keep")
 
 
 class RaySettings(Section):
-    """What the engine flower-sim gives to its clients; the other engines do not read it."""
+    """What the engine flower-sim gives to its clients; other engines ignore it."""
 
     cpus_per_client: int = Field(
-        1, ge=1, description="cores that Ray sets aside for a client at work; with threads = 0 also its CPU threads"
+        1, ge=1, description="cores that Ray reserves for each client at work; with threads = 0 also its CPU threads"
     )
     gpus_per_client: float = Field(
-        0.0, ge=0, description="share of a GPU of a client at work: 0.25 puts four on each GPU; 0: they see no GPU"
+        0.0, ge=0, description="share of a GPU for each client at work: 0.25 puts four on each GPU; 0: no GPU"
     )
     clients_at_once: int = Field(
-        0, ge=0, description="clients at work at the same time, each in a process with its own base; 0: as cores allow"
+        0,
+        ge=0,
+        description="clients at work at the same time, each in a process with its own base; 0: as many as the cores "
+        "allow",
     )
-    object_store_mib: int = Field(256, ge=76, description="shared memory that Ray takes for messages, MiB")
-    address: str = Field(
-        "", description="a Ray cluster that runs already: HOST:PORT or auto; empty: a Ray of the run's own"
-    )
+    object_store_mib: int = Field(256, ge=76, description="shared memory for Ray's messages, in MiB")
+    address: str = Field("", description="a running Ray cluster: HOST:PORT or auto; empty: start one for the run")
 
 
 class EngineSettings(Section):
-    """Where it runs."""
+    """Where and how the clients compute."""
 
     name: str = Field("local", description="the engine: local, or flower-sim (extra flower-sim)")
     device: str | tuple[str, ...] = Field(
         "auto",
-        description='cpu, cuda, cuda:1, or auto; several, as ["cuda:0", "cuda:1"], or cuda:all: clients are spread '
-        "over them, and each holds the base",
+        description='cpu, cuda, cuda:1, or auto; several, as ["cuda:0", "cuda:1"], or cuda:all: clients are '
+        "distributed over them, with a copy of the base on each",
     )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
-        "float32", description="bfloat16: autocast every forward pass; auto: where the device computes in it by itself"
+        "float32",
+        description="bfloat16: autocast every forward pass; auto: bfloat16 on devices that support it natively",
     )
     clients_per_batch: int | Literal["auto"] = Field(
         1,
-        description="clients that share a forward pass; 1: one after another, the reference; auto: as many as pay by "
-        "what is measured, which a resumed run measures anew",
+        description="clients that share a forward pass; 1: one after another, the reference; auto: as many as speed "
+        "the run up, as measured; a resumed run measures again",
     )
     compile: bool = Field(
-        False, description="torch.compile for what lies between the adapters; needs a compiler, changes the last bits"
+        False, description="torch.compile the modules between the adapters; needs a compiler, and changes the last bits"
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
     ray: RaySettings = Field(default_factory=RaySettings)
@@ -119,19 +126,19 @@ class EngineSettings(Section):
     @classmethod
     def _some_device(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
-            raise ValueError("it names no device")
+            raise ValueError("give at least one device")
         return value
 
     @field_validator("clients_per_batch")
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("it is at least 1, or 'auto'")
+            raise ValueError("the least is 1; or give 'auto'")
         return value
 
 
 class Config(Section):
-    """A whole run. ``method`` holds the method's name and, beside it, the method's own settings."""
+    """A whole run. ``method`` holds the method's name together with the method's own settings."""
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings

@@ -14,22 +14,22 @@ class Columns(Section):
     text: str = Field(default="text", description="column of the text to classify")
     text_pair: str | None = Field(
         default=None,
-        description="column of the second sentence of a pair; by default 'text_pair', if there is such a column",
+        description="column of the second sentence of a pair; none: 'text_pair', if there is such a column",
     )
     label: str = Field(
-        default="label", description="column of the label: its name, or an integer; of choices, the right one"
+        default="label", description="column of the label: its name, or its index; for choices, the right one"
     )
     prompt: str = Field(default="prompt", description="column of the prompt (generation, multiple_choice)")
     completion: str = Field(default="completion", description="column of the completion (generation)")
     choices: str | None = Field(
         default=None,
-        description="column of the candidates, a list of texts (multiple_choice); by default 'choices', if there is "
-        "such a column, else the candidates are the label names",
+        description="column of the candidates, a list of texts (multiple_choice); none: 'choices', if there is such a "
+        "column, else the candidates are the label names",
     )
     template: str | None = Field(
         default=None,
-        description="the prompt made of columns, such as '{text}\\nAnswer:' (generation, multiple_choice); none: the "
-        "column of the prompt",
+        description="makes the prompt from columns, as in '{text}\\nAnswer:' (generation, multiple_choice); none: the "
+        "prompt has its own column",
     )
 
     @model_validator(mode="after")
@@ -44,26 +44,24 @@ class Columns(Section):
 class ClientFiles(Section):
     """One client and its files."""
 
-    id: str = Field(description="name of the client; also of its folders, so letters, digits, '.', '_' and '-' only")
+    id: str = Field(description="name of the client, and of its folders: letters, digits, '.', '_' and '-' only")
     train: str = Field(description="file of training rows: .jsonl, .csv or .parquet")
     validation: str | None = Field(
         default=None, description="file of validation rows; none: cut from the training rows"
     )
     test: str | None = Field(default=None, description="file of test rows; none: cut from the training rows")
     group: str | None = Field(
-        default=None, description="the client's domain, if known: for pictures and oracle controls only"
+        default=None, description="the client's domain, if known; used only in pictures and by oracle controls"
     )
     labels: tuple[str, ...] | None = Field(default=None, description="the client's label names; none: data.labels")
     columns: Columns | None = Field(default=None, description="this client's column names; none: data.columns")
 
 
 class DatasetEntry(Section):
-    """One dataset, where it needs more than its source."""
+    """One dataset, with settings beside its source."""
 
     source: str = Field(description="a dataset's folder, 'hub:NAME[/CONFIG]', 'demo:JOB'")
-    name: str | None = Field(
-        default=None, description="what to call it (client ids begin with it); none: from the source"
-    )
+    name: str | None = Field(default=None, description="its name, with which client ids begin; none: from the source")
     labels: tuple[str, ...] | None = Field(default=None, description="the dataset's label names; none: data.labels")
     columns: Columns | None = Field(default=None, description="this dataset's column names; none: data.columns")
 
@@ -73,28 +71,31 @@ class PartitionSettings(Section):
 
     name: str = Field(
         default="by_dataset",
-        description="by_dataset, natural, dirichlet, pathological, iid or quantity_skew: who gets what",
+        description="how: by_dataset, natural, dirichlet, pathological, iid or quantity_skew",
     )
     clients: int | None = Field(
         default=None,
         ge=1,
-        description="how many clients; by_dataset: per dataset (1); natural: the values with the most rows",
+        description="number of clients; by_dataset: per dataset, 1 by default; natural: for the values with the most "
+        "rows",
     )
     alpha: float | None = Field(
-        default=None, gt=0, description="dirichlet, quantity_skew: small is skewed, large is even"
+        default=None, gt=0, description="dirichlet, quantity_skew: the smaller, the more uneven"
     )
     labels_per_client: int | None = Field(
-        default=None, ge=1, description="pathological: how many labels each client has"
+        default=None, ge=1, description="pathological: number of labels of each client"
     )
     column: str | None = Field(
         default=None,
-        description="natural: a client per value; dirichlet, pathological: these values in place of the labels",
+        description="natural: the column with a client per value; dirichlet, pathological: its values replace the "
+        "labels",
     )
     stratify: bool | None = Field(
-        None, description="by_dataset: every client has its labels in the dataset's proportions"
+        None, description="by_dataset: every client has the labels in the dataset's proportions"
     )
     own_labels: bool = Field(
-        default=False, description="a client's label space is the labels that occur with it, not all of the dataset's"
+        default=False,
+        description="a client's label space has only the labels that it has rows of, not all of the dataset's",
     )
 
 
@@ -112,7 +113,7 @@ class DataSettings(Section):
         default=PartitionSettings(), description="how the datasets are split over clients"
     )
     labels: tuple[str, ...] | None = Field(
-        default=None, description="label names, in order; none: those of the dataset, else those found with each client"
+        default=None, description="label names, in order; none: those of the dataset, else those in each client's rows"
     )
     columns: Columns = Field(default=Columns(), description="which column holds what")
     train_rows: int = Field(default=0, ge=0, description="training rows per client; 0: as many as there are")
@@ -137,7 +138,9 @@ class DataSettings(Section):
         given = [f"data.{name}" for name, value in ways.items() if value]
         if len(given) != 1:
             names = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of data.folder, data.clients and data.datasets; found {names}")
+            raise ValueError(
+                f"give exactly one of data.folder, data.clients and data.datasets; this config has {names}"
+            )
         if self.partition != PartitionSettings() and not self.datasets:
             raise ValueError(f"data.partition splits data.datasets; with {given[0]} every client has its own files")
         if self.validation_fraction + self.test_fraction >= 1:

@@ -295,8 +295,8 @@ def test_faults_say_what_and_where(pets: Path, settings: dict[str, Any], says: s
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "give exactly one of data.folder, data.clients and data.datasets; found none"),
-        ({"folder": "a", "datasets": ["b"]}, "found data.folder and data.datasets"),
+        ({}, "give exactly one of data.folder, data.clients and data.datasets; this config has none"),
+        ({"folder": "a", "datasets": ["b"]}, "this config has data.folder and data.datasets"),
         ({"folder": "a", "partition": {"name": "iid"}}, "with data.folder every client has its own files"),
         ({"folder": "a", "test_fraction": 0.6, "validation_fraction": 0.5}, "must be below 1"),
         ({"folder": "a", "train_rows": -1}, "greater than or equal to 0"),
