@@ -34,7 +34,7 @@ from coterie.deploy.superlink import _PYPROJECT, SuperLink
 from coterie.deploy.worker import Worker
 from coterie.engines import local
 from coterie.flower.message import Message
-from coterie.methods.base import method_named
+from coterie.methods.registry import method_named
 from coterie.types import Instruction
 
 SITES = {"north": ("invoice", "refund"), "south": ("fever", "cough")}

@@ -17,7 +17,7 @@ from coterie.config.load import check_config, load_raw, method_name, override, s
 from coterie.config.sections import Config
 from coterie.experiment import run
 from coterie.files import write_json
-from coterie.methods.base import method_named
+from coterie.methods.registry import method_named
 from coterie.runs.rounds import Listener
 from coterie.runs.summary import read_events
 from coterie.types import Json

@@ -26,7 +26,7 @@ from coterie.comparison import compare
 from coterie.config.load import load_config
 from coterie.data.clients import load_data
 from coterie.data.rows import TextRow
-from coterie.methods.base import method_named
+from coterie.methods.registry import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.runs.checkpoint import load_newest

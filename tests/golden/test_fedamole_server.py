@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coterie.methods.base import Plan
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
+from coterie.methods.plan import Plan
 from coterie.types import NO_EXPERT, SHARED, BaseSpec, ClientInfo, Key, Part, Reply, Target, Tensors
 
 FILE = np.load(Path(__file__).parent / "fedamole_aggregate.npz", allow_pickle=False)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.methods.base import Plan
-from coterie.methods.fedlease import Allocation, FedLEASE, FedLEASESettings, FedLEASEState
+from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.method import FedLEASE, FedLEASEState
+from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.parts import start_router
+from coterie.methods.plan import Plan
 from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, Key, Part, Reply, Target
 
 FILE = np.load(Path(__file__).parent / "fedlease_server_aggregation.npz", allow_pickle=False)

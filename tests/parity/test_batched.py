@@ -33,7 +33,9 @@ from coterie.data.tasks import make_task
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import ClientStates, PersonalStore
 from coterie.engines.together import Together
-from coterie.methods.base import Plan, answer, drive, method_named, methods
+from coterie.methods.base import answer, drive
+from coterie.methods.plan import Plan
+from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
     Bank,

@@ -15,7 +15,7 @@ import sites
 from coterie import codec
 from coterie.data.clients import load_data
 from coterie.engines import local
-from coterie.methods.base import methods
+from coterie.methods.registry import methods
 from coterie.runs.rounds import Rounds, Runner
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]

@@ -25,7 +25,7 @@ from coterie.data.clients import load_data
 from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
 from coterie.flower.simulation import SimulatedTransport, simulation
-from coterie.methods.base import method_named, methods
+from coterie.methods.registry import method_named, methods
 from coterie.runs.rounds import Rounds, Runner
 from coterie.types import CoterieError
 

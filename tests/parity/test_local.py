@@ -28,7 +28,9 @@ from coterie.engines import local
 from coterie.engines.base import Delivery
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import ClientStates, PersonalStore, RoundStore
-from coterie.methods.base import Plan, drive, method_named, methods
+from coterie.methods.base import drive
+from coterie.methods.plan import Plan
+from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
     NO_EXPERT,

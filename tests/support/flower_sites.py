@@ -16,7 +16,8 @@ from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.sites import Sites
 from coterie.deploy.worker import Worker
 from coterie.flower.app import GridTransport
-from coterie.methods.base import Method, method_named
+from coterie.methods.base import Method
+from coterie.methods.registry import method_named
 from grid import InProcessGrid
 
 

@@ -18,7 +18,9 @@ from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import make_task
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import ClientStates, PersonalStore
-from coterie.methods.base import Method, Plan, method_named
+from coterie.methods.base import Method
+from coterie.methods.plan import Plan
+from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
 from coterie.types import Bank, ClientId, ClientInfo, Optim, Reply, Tensors
 

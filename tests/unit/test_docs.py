@@ -18,6 +18,7 @@ import torch
 import typer
 
 import coterie.methods
+import packages
 import sites
 import tiny
 from coterie.cli.main import app
@@ -28,7 +29,7 @@ from coterie.data.clients import load_data
 from coterie.data.settings import Columns
 from coterie.deploy.agreement import federation_config
 from coterie.experiment import run
-from coterie.methods.base import methods
+from coterie.methods.registry import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
 from coterie.types import CoterieError
@@ -181,11 +182,9 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder whose modules count as methods and as sources."""
     for package in (coterie.methods, sources):
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    for registry in (methods, sources.sources):
-        registry.cache_clear()
+    packages.forget()
     yield tmp_path
-    for registry in (methods, sources.sources):
-        registry.cache_clear()
+    packages.forget()
 
 
 def test_the_method_of_the_contributing_page_runs(plugged: Path) -> None:

@@ -38,7 +38,7 @@ LAYERS = (
     {"adapters"},
     {"nn", "data"},
     {"ops"},
-    {"codec", "files", "machine", "units"},
+    {"codec", "files", "machine", "plugins", "units"},
     {"types"},
 )
 # What these may not import although it is below them: they know what a request or a bank is, not how it is computed.

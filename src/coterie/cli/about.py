@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def methods(markdown: Markdown = False) -> None:
     """List the methods."""
-    from coterie.methods.base import methods as known
+    from coterie.methods.registry import methods as known
 
     rows = [(name, method.title, method.summary, method.paper) for name, method in known().items()]
     show_table(("name", "method", "what it does", "source"), rows, markdown)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from coterie.config.check import section_in
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import DEFAULT_METHOD, Config
-from coterie.methods.base import method_named, methods
+from coterie.methods.registry import method_named, methods
 
 Row = tuple[str, str, str, str]  # dotted key, type, default, meaning
 _WORDS: dict[object, str] = {

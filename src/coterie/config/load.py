@@ -10,7 +10,7 @@ from pathlib import Path
 from coterie.config.check import as_json, checked
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import DEFAULT_METHOD, Config
-from coterie.methods.base import method_named
+from coterie.methods.registry import method_named
 from coterie.types import CoterieError
 
 Raw = Mapping[str, object]  # the content of a TOML file, unchecked

@@ -10,7 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from coterie.config.check import checked
 from coterie.config.deployment import FederationSettings
 from coterie.data.settings import DataSettings
-from coterie.methods.base import Method, MethodSettings, Plan, method_named
+from coterie.methods.base import Method
+from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.registry import method_named
 from coterie.types import Json, Optim, Section, TaskKind
 
 DEFAULT_METHOD = "fedlease"

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.base import Method
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
+    Shapes,
     lora_of,
     lora_shapes,
     mean_error,
@@ -36,6 +37,7 @@ from coterie.methods.parts import (
     start_heads,
     start_lora,
     start_router,
+    weights_of,
     with_head,
 )
 from coterie.ops.mean import mean, relative_error
@@ -47,7 +49,6 @@ from coterie.types import (
     ClientProgram,
     GateSpec,
     Instruction,
-    Key,
     Part,
     Personal,
     Reply,
@@ -56,10 +57,6 @@ from coterie.types import (
 )
 
 OWN, REST = 0, 1  # the two experts of a client's bank
-
-
-class FedALTSettings(MethodSettings):
-    """FedALT has no settings of its own."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +71,13 @@ class FedALTState:
 
 
 @dataclass(frozen=True)
-class FedALT:
-    """The method; see the module's text."""
-
-    settings: FedALTSettings
-    plan: Plan
+class FedALT(Method[FedALTState]):
+    """The method; see the module's docstring."""
 
     name = "fedalt"
     title = "FedALT"
     paper = "arXiv 2503.11880 (AAAI 2026)"
     summary = "an own LoRA beside a frozen mean of the others', mixed per token"
-    evaluates = "received"
-    newcomers = ""
-    Settings = FedALTSettings
     State = FedALTState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedALTState:
@@ -106,10 +97,9 @@ class FedALT:
         trainable = frozenset(key for key in bank.tensors if key.expert != REST)
         trained = yield Train(bank, trainable, self.plan.optim)
         own = lora_of(trained.tensors)
-        kept = replace(personal, tensors={**personal.tensors, **own, **router_of(trained.tensors)})
-        return settle(self.plan, trained, me, kept, own)
+        return settle(self.plan, trained, me, personal, travels=own, stays=own | router_of(trained.tensors))
 
-    def expects(self, state: FedALTState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+    def expects(self, state: FedALTState, me: ClientInfo, rnd: int) -> Shapes:
         return lora_shapes(state.base, self.plan) | shapes_of(state.heads.of(me.id))
 
     def aggregate(self, state: FedALTState, replies: Mapping[ClientId, Reply], rnd: int) -> FedALTState:
@@ -118,7 +108,7 @@ class FedALT:
         return replace(
             state,
             loras=loras,
-            heads=mean_heads(state.heads, replies, {c: float(r.num_examples) for c, r in replies.items()}),
+            heads=mean_heads(state.heads, replies, weights_of(replies)),
             error=relative_error(mean_error(everyone, [1.0] * len(everyone))),
         )
 

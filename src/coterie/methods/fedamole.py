@@ -15,9 +15,9 @@ Differs from the published code (commit 41ebf75), whose ways ``examples/fedamole
 share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither in the
 load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on validation
 data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's. The
-code's noise on embeddings is left out: it bounds nothing (it clips one batch, and has no accountant).
+code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
 Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
-the others' token embeddings; an expert whose holders all missed a round stays as the server has it.
+the others' token embeddings; an expert whose holders all missed a round stays as it was.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.base import Method
 from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
 from coterie.methods.parts import (
     Heads,
@@ -42,12 +42,13 @@ from coterie.methods.parts import (
     router_of,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
     start_router,
+    weights_of,
     with_head,
 )
+from coterie.methods.plan import MethodSettings
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
 from coterie.ops.streams import stream
@@ -110,9 +111,9 @@ class FedAMoLESettings(MethodSettings):
 class FedAMoLEState:
     """The server's state: every expert once, and who holds it.
 
-    ``pool`` holds the experts 0..E-1, the shared one and the projection of every module. By module: ``holds`` [E, n]
-    says which client (in the order of ``clients``) holds which expert, ``expert_embeddings`` [E, r] and
-    ``token_embeddings`` [n, r] are those that came last, 0 where none came.
+    ``pool`` holds the experts 0..E-1, the shared expert and the projection of every module. By module: ``holds``
+    [E, n] says which client (in the order of ``clients``) holds which expert; ``expert_embeddings`` [E, r] and
+    ``token_embeddings`` [n, r] are the latest, 0 where there is none yet.
     """
 
     base: BaseSpec
@@ -126,18 +127,17 @@ class FedAMoLEState:
 
 
 @dataclass(frozen=True)
-class FedAMoLE:
-    """The method; see the module's text."""
+class FedAMoLE(Method[FedAMoLEState]):
+    """The method; see the module's docstring."""
 
     settings: FedAMoLESettings
-    plan: Plan
 
     name = "fedamole"
     title = "FedAMoLE"
     paper = "arXiv 2411.19128 (WWW 2026)"
     summary = "experts of a pool choose the clients whose data fits them; architectures differ by client"
     evaluates = "trained"
-    newcomers = "FedAMoLE's experts choose among the sites that were there at the start"
+    newcomers = "FedAMoLE's experts choose among the sites of the start"
     Settings = FedAMoLESettings
     State = FedAMoLEState
 
@@ -177,8 +177,7 @@ class FedAMoLE:
         return shapes_of(held, state.heads.of(me.id)) | embeddings
 
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
-        by_examples = self.settings.weighting == "examples"
-        weight = {c: float(replies[c].num_examples) if by_examples else 1.0 for c in sorted(replies)}
+        weight = weights_of(replies, self.settings.weighting)
         state = replace(state, heads=mean_heads(state.heads, replies, weight), **self._average(state, replies, weight))
         if rnd >= self.plan.rounds or self.settings.assignment == "static":
             return state
@@ -200,9 +199,6 @@ class FedAMoLE:
 
     # client ------------------------------------------------------------------------------------------------------
 
-    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        return Personal(start_head(base, self.plan, me) if self.plan.head == "personal" else {})
-
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         s, bank = self.settings, self.bank(ins, me, personal)
         aside, counted = HoldOut(s.embedding_fraction, s.embedding_rows), s.padding == "counted"
@@ -212,8 +208,8 @@ class FedAMoLE:
         reply = replace(result.reply, info={**result.reply.info, "balance": trained.balance})
         if ins.info["embed"]:
             bank = replace(bank, tensors={**bank.tensors, **trained.tensors})
-            seen = yield Observe(bank, "train", ("embeddings",), aside, counted)
-            reply = replace(reply, tensors={**reply.tensors, **seen.embeddings})
+            observed = yield Observe(bank, "train", ("embeddings",), aside, counted)
+            reply = replace(reply, tensors={**reply.tensors, **observed.embeddings})
         return replace(result, reply=reply)
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
@@ -238,7 +234,7 @@ class FedAMoLE:
         return self.settings.experts or 3 * clients
 
     def _embeds(self, rnd: int) -> bool:
-        """Whether the server needs embeddings after round ``rnd``: not where it assigns at random, nor at the end."""
+        """Whether the server needs embeddings after round ``rnd``: not for a random assignment, nor at the end."""
         return rnd < self.plan.rounds and not self._at_random
 
     def _check(self, clients: Sequence[ClientInfo]) -> None:
@@ -249,15 +245,15 @@ class FedAMoLE:
             if aside.count(client.num_train) >= client.num_train:
                 raise CoterieError(
                     f"client {client.id} has {client.num_train} training row(s), and embedding_fraction = "
-                    f"{s.embedding_fraction:g} sets them all aside; give it more rows, or lower embedding_fraction"
+                    f"{s.embedding_fraction:g} sets all of them aside; add rows, or lower embedding_fraction"
                 )
 
     def _held(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
-        """What the client holds of the pool: the server's own tensors, not copies."""
+        """The part of the pool that the client holds: the server's own tensors, not copies."""
         if client not in state.clients:
             raise CoterieError(
-                f"{client} was not there at the start, and FedAMoLE's experts choose among those that were; leave it "
-                "out of [federation] sites, or start a new run"
+                f"{client} joined after the start, and FedAMoLE's experts choose among the clients of the start; "
+                "remove it from [federation] sites, or start a new run"
             )
         column = state.clients.index(client)
         held: dict[Key, Tensor] = {}
@@ -272,8 +268,8 @@ class FedAMoLE:
     ) -> dict[str, Json]:
         """Every tensor of the pool, and every expert's embedding, as the mean over the holders that replied."""
         pool, errors = dict(state.pool), []
-        ours = {module: e.clone() for module, e in state.expert_embeddings.items()}
-        theirs = {module: t.clone() for module, t in state.token_embeddings.items()}
+        of_experts = {module: e.clone() for module, e in state.expert_embeddings.items()}
+        of_clients = {module: t.clone() for module, t in state.token_embeddings.items()}
         for key in state.pool:
             sent = {c: replies[c].tensors for c in weight if key in replies[c].tensors}
             weights = [weight[c] for c in sent]
@@ -284,17 +280,19 @@ class FedAMoLE:
                 b = key._replace(part=Part.B)
                 pairs = [(tensors[key], tensors[b]) for tensors in sent.values()]
                 errors.append(aggregation_error([a for a, _ in pairs], [b for _, b in pairs], weights))
-            seen = key._replace(part=Part.EMBEDDING)
-            embeddings = {c: tensors[seen] for c, tensors in sent.items() if seen in tensors}
+            embedding = key._replace(part=Part.EMBEDDING)
+            embeddings = {c: tensors[embedding] for c, tensors in sent.items() if embedding in tensors}
             if key.part is Part.A and embeddings:
-                ours[key.module][key.expert] = mean([{seen: e} for e in embeddings.values()], weights)[seen]
+                of_experts[key.module][key.expert] = mean([{embedding: e} for e in embeddings.values()], weights)[
+                    embedding
+                ]
             if key.part is Part.ROUTER:
                 for c, t in embeddings.items():
-                    theirs[key.module][state.clients.index(c)] = t
+                    of_clients[key.module][state.clients.index(c)] = t
         return {
             "pool": pool,
-            "expert_embeddings": ours,
-            "token_embeddings": theirs,
+            "expert_embeddings": of_experts,
+            "token_embeddings": of_clients,
             "error": relative_error(errors),
         }
 
@@ -311,13 +309,13 @@ class FedAMoLE:
         return np.asarray(scores.softmax(dim=-1).numpy())
 
     def _assign(self, state: FedAMoLEState, affinity: NDArray[np.float64]) -> FedAMoLEState:
-        """Every expert with the clients that it picks by ``affinity`` [m, E, n]."""
+        """The state with every expert at the clients that it picks by ``affinity`` [m, E, n]."""
         chosen = torch.from_numpy(assign(affinity, self._limits))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})
 
 
 def _filled(t: Tensor) -> Tensor:
-    """Token embeddings [n, r] with the mean of the clients that are known for those that are not yet."""
+    """Token embeddings [n, r]; a client without any gets the mean of the others."""
     known = t.any(dim=1, keepdim=True)
     return torch.where(known, t, t.sum(0) / known.sum().clamp(min=1))
 

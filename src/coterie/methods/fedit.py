@@ -1,22 +1,26 @@
-"""FedIT (arXiv 2305.05644): one LoRA for all clients, A and B averaged apart, weighted by examples. FedAvg on LoRA."""
+"""FedIT (arXiv 2305.05644): one LoRA for all clients; A and B are averaged apart, weighted by examples.
+
+This is federated averaging (FedAvg) of a LoRA.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.base import Method
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
+    Shapes,
     lora_of,
     mean_error,
     mean_heads,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
+    weights_of,
     with_head,
 )
 from coterie.ops.mean import mean, relative_error
@@ -27,7 +31,6 @@ from coterie.types import (
     ClientInfo,
     ClientProgram,
     Instruction,
-    Key,
     Personal,
     Reply,
     Tensors,
@@ -35,13 +38,9 @@ from coterie.types import (
 )
 
 
-class FedITSettings(MethodSettings):
-    """FedIT has no settings of its own."""
-
-
 @dataclass(frozen=True)
 class FedITState:
-    """The global A and B, the shared heads if any, and what the last averaging cost."""
+    """The global A and B, the shared heads if there are any, and the error of the last averaging."""
 
     lora: Tensors
     heads: Heads
@@ -49,26 +48,17 @@ class FedITState:
 
 
 @dataclass(frozen=True)
-class FedIT:
+class FedIT(Method[FedITState]):
     """A <- sum p_i A_i, B <- sum p_i B_i, with p_i = n_i / sum n."""
-
-    settings: FedITSettings
-    plan: Plan
 
     name = "fedit"
     title = "FedIT"
     paper = "arXiv 2305.05644"
     summary = "averages A and B, weighted by examples"
-    evaluates = "received"
-    newcomers = ""
-    Settings = FedITSettings
     State = FedITState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedITState:
         return FedITState(start_lora(base, self.plan), start_heads(base, self.plan, clients))
-
-    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        return Personal(start_head(base, self.plan, me) if self.plan.head == "personal" else {})
 
     def configure(self, state: FedITState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         return {c.id: Instruction({**state.lora, **state.heads.of(c.id)}) for c in clients}
@@ -78,11 +68,11 @@ class FedIT:
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim)
         return settle(self.plan, trained, me, personal, lora_of(bank.tensors))
 
-    def expects(self, state: FedITState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+    def expects(self, state: FedITState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.lora, state.heads.of(me.id))
 
     def aggregate(self, state: FedITState, replies: Mapping[ClientId, Reply], rnd: int) -> FedITState:
-        weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
+        weight = weights_of(replies)
         uploads = [lora_of(replies[c].tensors) for c in weight]
         return FedITState(
             lora=mean(uploads, list(weight.values())),

@@ -12,21 +12,21 @@ server's first model. Its runs on GLUE take 10 steps of SGD a round, batches of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from coterie.methods.base import MethodSettings, Plan
-from coterie.methods.findings import Finding
+from coterie.methods.base import Method
 from coterie.methods.parts import (
     Heads,
+    Shapes,
     lora_of,
     mean_heads,
+    part_of,
     settle,
     shapes_of,
     start_head,
     start_heads,
     start_lora,
+    weights_of,
     with_head,
 )
 from coterie.ops.mean import mean
@@ -37,17 +37,12 @@ from coterie.types import (
     ClientInfo,
     ClientProgram,
     Instruction,
-    Key,
     Part,
     Personal,
     Reply,
     Tensors,
     Train,
 )
-
-
-class FedSALoRASettings(MethodSettings):
-    """FedSA-LoRA has no settings of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +54,22 @@ class FedSALoRAState:
 
 
 @dataclass(frozen=True)
-class FedSALoRA:
+class FedSALoRA(Method[FedSALoRAState]):
     """A <- sum p_i A_i; B_i and, by default, the head stay with client i."""
-
-    settings: FedSALoRASettings
-    plan: Plan
 
     name = "fedsa_lora"
     title = "FedSA-LoRA"
     paper = "arXiv 2410.01463 (ICLR 2025)"
     summary = "trains A and B; averages A, keeps B on the client"
-    evaluates = "received"
-    newcomers = ""
-    Settings = FedSALoRASettings
     State = FedSALoRAState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedSALoRAState:
-        a = _part(start_lora(base, self.plan), Part.A)
+        a = part_of(start_lora(base, self.plan), Part.A)
         return FedSALoRAState(a, start_heads(base, self.plan, clients))
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
         head = start_head(base, self.plan, me) if self.plan.head == "personal" else {}
-        return Personal({**_part(start_lora(base, self.plan), Part.B), **head})
+        return Personal({**part_of(start_lora(base, self.plan), Part.B), **head})
 
     def configure(
         self, state: FedSALoRAState, clients: Sequence[ClientInfo], rnd: int
@@ -90,30 +79,23 @@ class FedSALoRA:
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim)
-        kept = replace(personal, tensors={**personal.tensors, **_part(trained.tensors, Part.B)})
-        return settle(self.plan, trained, me, kept, _part(trained.tensors, Part.A))
+        travels, stays = part_of(trained.tensors, Part.A), part_of(trained.tensors, Part.B)
+        return settle(self.plan, trained, me, personal, travels, stays)
 
-    def expects(self, state: FedSALoRAState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+    def expects(self, state: FedSALoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.a, state.heads.of(me.id))
 
     def aggregate(self, state: FedSALoRAState, replies: Mapping[ClientId, Reply], rnd: int) -> FedSALoRAState:
-        weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
+        weight = weights_of(replies)
         a = mean([lora_of(replies[c].tensors) for c in weight], list(weight.values()))
         return FedSALoRAState(a, mean_heads(state.heads, replies, weight))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head({**lora_of(ins.tensors), **_part(personal.tensors, Part.B)}, ins, personal)
+        tensors = with_head({**lora_of(ins.tensors), **part_of(personal.tensors, Part.B)}, ins, personal)
         return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FedSALoRAState) -> Mapping[str, Tensors]:
         return {}  # there is no B to go with A; each client's LoRA is in its bundle
-
-    def describe(self, state: FedSALoRAState) -> Sequence[Finding]:
-        return []
-
-
-def _part(tensors: Tensors, part: Part) -> dict[Key, Tensor]:
-    return {key: value for key, value in tensors.items() if key.part is part}
 
 
 METHOD = FedSALoRA

@@ -14,19 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.base import Method
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
+    Shapes,
     lora_of,
     mean_heads,
+    part_of,
     settle,
     shapes_of,
     start_head,
     start_heads,
     start_lora,
+    weights_of,
     with_head,
 )
 from coterie.ops.mean import mean
@@ -37,17 +38,12 @@ from coterie.types import (
     ClientInfo,
     ClientProgram,
     Instruction,
-    Key,
     Part,
     Personal,
     Reply,
     Tensors,
     Train,
 )
-
-
-class FFALoRASettings(MethodSettings):
-    """FFA-LoRA has no settings of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,28 +56,22 @@ class FFALoRAState:
 
 
 @dataclass(frozen=True)
-class FFALoRA:
+class FFALoRA(Method[FFALoRAState]):
     """B <- sum p_i B_i; A is a function of the run's seed, so every client makes it for itself."""
-
-    settings: FFALoRASettings
-    plan: Plan
 
     name = "ffa_lora"
     title = "FFA-LoRA"
     paper = "arXiv 2403.12313 (ICLR 2024)"
     summary = "freezes A at its random start; trains and averages B"
-    evaluates = "received"
-    newcomers = ""
-    Settings = FFALoRASettings
     State = FFALoRAState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FFALoRAState:
         lora = start_lora(base, self.plan)
-        return FFALoRAState(_part(lora, Part.A), _part(lora, Part.B), start_heads(base, self.plan, clients))
+        return FFALoRAState(part_of(lora, Part.A), part_of(lora, Part.B), start_heads(base, self.plan, clients))
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
         head = start_head(base, self.plan, me) if self.plan.head == "personal" else {}
-        return Personal({**_part(start_lora(base, self.plan), Part.A), **head})
+        return Personal({**part_of(start_lora(base, self.plan), Part.A), **head})
 
     def configure(self, state: FFALoRAState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         return {c.id: Instruction({**state.b, **state.heads.of(c.id)}) for c in clients}
@@ -91,16 +81,16 @@ class FFALoRA:
         trained = yield Train(bank, frozenset(k for k in bank.tensors if k.part is not Part.A), self.plan.optim)
         return settle(self.plan, trained, me, personal, lora_of(trained.tensors))
 
-    def expects(self, state: FFALoRAState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+    def expects(self, state: FFALoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.b, state.heads.of(me.id))
 
     def aggregate(self, state: FFALoRAState, replies: Mapping[ClientId, Reply], rnd: int) -> FFALoRAState:
-        weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
+        weight = weights_of(replies)
         b = mean([lora_of(replies[c].tensors) for c in weight], list(weight.values()))
         return FFALoRAState(state.a, b, mean_heads(state.heads, replies, weight))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head({**_part(personal.tensors, Part.A), **lora_of(ins.tensors)}, ins, personal)
+        tensors = with_head({**part_of(personal.tensors, Part.A), **lora_of(ins.tensors)}, ins, personal)
         return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FFALoRAState) -> Mapping[str, Tensors]:
@@ -108,10 +98,6 @@ class FFALoRA:
 
     def describe(self, state: FFALoRAState) -> Sequence[Finding]:
         return [AggregationError(0.0)]  # exact: all clients have one A
-
-
-def _part(tensors: Tensors, part: Part) -> dict[Key, Tensor]:
-    return {key: value for key, value in tensors.items() if key.part is part}
 
 
 METHOD = FFALoRA

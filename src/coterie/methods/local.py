@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.methods.base import MethodSettings, Plan
-from coterie.methods.findings import Finding
-from coterie.methods.parts import start_head, start_lora, statistics
+from coterie.methods.base import Method
+from coterie.methods.parts import Shapes, start_head, start_lora, statistics
 from coterie.types import (
     Bank,
     BaseSpec,
@@ -16,41 +15,29 @@ from coterie.types import (
     ClientProgram,
     ClientResult,
     Instruction,
-    Key,
     Personal,
     Reply,
-    Tensors,
     Train,
 )
 
 
-class LocalSettings(MethodSettings):
-    """Local has no settings."""
-
-
 @dataclass(frozen=True)
 class LocalState:
-    """Nothing is kept on the server."""
+    """The server keeps nothing."""
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Method[LocalState]):
     """Every client alone: A, B and the head are personal."""
-
-    settings: LocalSettings
-    plan: Plan
 
     name = "local"
     title = "Local"
     paper = "-"
     summary = "every client alone"
-    evaluates = "received"
-    newcomers = ""
-    Settings = LocalSettings
     State = LocalState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> LocalState:
-        start_lora(base, self.plan)
+        start_lora(base, self.plan)  # raises for a base without targets
         return LocalState()
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
@@ -63,7 +50,7 @@ class Local:
         trained = yield Train(self.bank(ins, me, personal), frozenset(personal.tensors), self.plan.optim)
         return ClientResult(Reply({}, me.num_train, statistics(trained)), Personal(trained.tensors))
 
-    def expects(self, state: LocalState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
+    def expects(self, state: LocalState, me: ClientInfo, rnd: int) -> Shapes:
         return {}
 
     def aggregate(self, state: LocalState, replies: Mapping[ClientId, Reply], rnd: int) -> LocalState:
@@ -71,12 +58,6 @@ class Local:
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         return Bank(personal.tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
-
-    def experts(self, state: LocalState) -> Mapping[str, Tensors]:
-        return {}
-
-    def describe(self, state: LocalState) -> Sequence[Finding]:
-        return []
 
 
 METHOD = Local

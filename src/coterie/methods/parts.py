@@ -1,15 +1,21 @@
-"""What the methods share: the seeded start, heads, and the split of what was trained into what travels and stays."""
+"""Functions that methods share: seeded starts, heads, the parts of a set of tensors, and what travels after training.
+
+They are public, for methods in this package and outside it. A client's round is mostly: make a bank, ask to train some
+of its tensors, and :func:`settle` what travels and what stays at home. A server's is mostly: take the same part of
+every reply, and average it with :func:`weights_of` the replies (:func:`coterie.ops.mean.mean`).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coterie.methods.base import Plan
+from coterie.methods.plan import Plan
 from coterie.ops.mean import aggregation_error, mean
 from coterie.ops.streams import kaiming_uniform, stream
 from coterie.types import (
@@ -30,12 +36,14 @@ from coterie.types import (
 
 Shapes = dict[Key, tuple[int, ...]]
 
+# starts ---------------------------------------------------------------------------------------------------------------
+
 
 def start_lora(base: BaseSpec, plan: Plan, expert: int = 0, *purpose: str | int) -> dict[Key, Tensor]:
-    """One expert on every target: A [r, d_in] Kaiming uniform from the seed and the module's name, B [d_out, r] zero.
+    """One expert on every target: A [r, d_in] Kaiming uniform by the seed and the module's name, B [d_out, r] zero.
 
-    Everyone who shares the seed starts from the same A: FedLEASE's comparison of B needs it. Experts that are to
-    start apart from each other are told apart by ``purpose``.
+    Every client that shares the seed starts from the same A, which a comparison of clients' B needs. ``purpose`` gives
+    experts different starts.
     """
     if not base.targets:
         raise CoterieError("the base has no target to adapt; set [lora] targets")
@@ -54,13 +62,13 @@ def lora_shapes(base: BaseSpec, plan: Plan, expert: int = 0) -> Shapes:
 
 
 def start_router(base: BaseSpec, plan: Plan, slots: int) -> dict[Key, Tensor]:
-    """A router [slots, d_in] on every target, started as ``torch.nn.Linear`` starts."""
+    """A router [slots, d_in] on every target, initialised like ``torch.nn.Linear``."""
     shapes = {Key(t.name, NO_EXPERT, Part.ROUTER): (slots, t.d_in) for t in base.targets}
     return {key: kaiming_uniform(shape, stream(plan.seed, "router", key.module)) for key, shape in shapes.items()}
 
 
 def start_head(base: BaseSpec, plan: Plan, me: ClientInfo) -> dict[Key, Tensor]:
-    """The head for the client's number of labels: the same for all clients with as many. Empty for generation."""
+    """The head for the client's labels, the same for all clients with as many labels. Empty for generation."""
     init = {p.name: p.init for p in base.head}
     return {
         key: _start(shape, init[key.module], base, plan, f"{key.module}/{len(me.labels or ())}")
@@ -79,15 +87,18 @@ def _start(shape: tuple[int, ...], init: str, base: BaseSpec, plan: Plan, purpos
     return torch.ones(shape) if init == "ones" else torch.zeros(shape)
 
 
+# shared heads ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Heads:
-    """The server's shared heads: one per group of clients with the same label space. Empty for personal heads."""
+    """The server's shared heads: one per group of clients with the same label space. Empty if heads are personal."""
 
     values: Mapping[str, Tensors] = field(default_factory=dict)
     group: Mapping[ClientId, str] = field(default_factory=dict)
 
     def of(self, client: ClientId) -> Tensors:
-        """The head that ``client`` is sent; empty where heads are personal."""
+        """The head that ``client`` is sent; empty if heads are personal."""
         return self.values[self.group[client]] if client in self.group else {}
 
 
@@ -97,14 +108,14 @@ def label_space(me: ClientInfo) -> str:
 
 
 def start_heads(base: BaseSpec, plan: Plan, clients: Sequence[ClientInfo]) -> Heads:
-    """Shared heads by label space, or none where the plan keeps heads personal."""
+    """Shared heads by label space; none if the plan keeps heads personal."""
     if plan.head == "personal" or not base.head:
         return Heads()
     return Heads({label_space(c): start_head(base, plan, c) for c in clients}, {c.id: label_space(c) for c in clients})
 
 
 def mean_heads(heads: Heads, replies: Mapping[ClientId, Reply], weight: Mapping[ClientId, float]) -> Heads:
-    """Every shared head as the mean of its group's replies; a group that sent none keeps its head."""
+    """Every shared head as the mean of its group's replies. Where no client of the group replied, it stays."""
     values = dict(heads.values)
     for name in values:
         members = [c for c in sorted(replies) if heads.group.get(c) == name]
@@ -113,22 +124,30 @@ def mean_heads(heads: Heads, replies: Mapping[ClientId, Reply], weight: Mapping[
     return replace(heads, values=values)
 
 
+# parts of tensors -----------------------------------------------------------------------------------------------------
+
+
+def part_of(tensors: Tensors, *parts: Part) -> dict[Key, Tensor]:
+    """Those of ``tensors`` that are one of ``parts``: ``part_of(tensors, Part.A)``."""
+    return {key: value for key, value in tensors.items() if key.part in parts}
+
+
 def head_of(tensors: Tensors) -> dict[Key, Tensor]:
     """The head's tensors among ``tensors``."""
-    return {key: value for key, value in tensors.items() if key.part is Part.HEAD}
+    return part_of(tensors, Part.HEAD)
 
 
 def router_of(tensors: Tensors) -> dict[Key, Tensor]:
     """The routers among ``tensors``."""
-    return {key: value for key, value in tensors.items() if key.part is Part.ROUTER}
+    return part_of(tensors, Part.ROUTER)
 
 
 def lora_of(tensors: Tensors, expert: int | None = None, new: int | None = None) -> dict[Key, Tensor]:
-    """The A and B among ``tensors``: of one expert if given, renumbered to ``new`` if given."""
+    """A and B among ``tensors``: of one ``expert`` if given, renumbered to ``new`` if given."""
     return {
         key if new is None else key._replace(expert=new): value
-        for key, value in tensors.items()
-        if key.part in (Part.A, Part.B) and (expert is None or key.expert == expert)
+        for key, value in part_of(tensors, Part.A, Part.B).items()
+        if expert is None or key.expert == expert
     }
 
 
@@ -137,31 +156,47 @@ def shapes_of(*tensors: Tensors) -> Shapes:
     return {key: tuple(value.shape) for group in tensors for key, value in group.items()}
 
 
+# a round --------------------------------------------------------------------------------------------------------------
+
+
 def with_head(tensors: Tensors, ins: Instruction, personal: Personal) -> dict[Key, Tensor]:
-    """``tensors`` and the client's head: the one that the server sent, or else the personal one."""
+    """``tensors`` and the client's head: the one that the server sent, else the personal one."""
     return {**tensors, **(head_of(ins.tensors) or head_of(personal.tensors))}
 
 
-def settle(plan: Plan, trained: Trained, me: ClientInfo, personal: Personal, travels: Iterable[Key]) -> ClientResult:
-    """The reply with the trained tensors named in ``travels``, and the personal state with the head that stays.
+def settle(
+    plan: Plan, trained: Trained, me: ClientInfo, personal: Personal, travels: Iterable[Key], stays: Iterable[Key] = ()
+) -> ClientResult:
+    """The reply with the trained tensors in ``travels``, and the personal state with those in ``stays``.
 
-    A trained head travels where heads are shared and stays where they are personal.
+    The head need not be named: it travels if heads are shared, and stays if they are personal.
     """
     head = head_of(trained.tensors)
     shared = plan.head == "shared"
     upload = {key: trained.tensors[key] for key in travels} | (head if shared else {})
-    kept = personal if shared else replace(personal, tensors={**personal.tensors, **head})
-    return ClientResult(Reply(upload, me.num_train, statistics(trained)), kept)
+    home = {key: trained.tensors[key] for key in stays} | ({} if shared else head)
+    reply = Reply(upload, me.num_train, statistics(trained))
+    return ClientResult(reply, replace(personal, tensors={**personal.tensors, **home}))
 
 
 def statistics(trained: Trained) -> dict[str, float]:
-    """What a reply says of its training."""
+    """What a reply reports of its training."""
     return {"loss": trained.loss, "tokens": trained.tokens, "steps": trained.steps}
 
 
+def weights_of(
+    replies: Mapping[ClientId, Reply], by: Literal["examples", "uniform"] = "examples"
+) -> dict[ClientId, float]:
+    """The weight of each reply in a mean, sorted by client: its number of training examples, or 1 for all."""
+    return {c: float(replies[c].num_examples) if by == "examples" else 1.0 for c in sorted(replies)}
+
+
 def mean_error(replies: Sequence[Tensors], weights: Sequence[float]) -> list[tuple[float, float]]:
-    """Per module, what averaging A and B apart costs (:func:`~coterie.ops.mean.aggregation_error`), one expert each."""
-    a_keys = sorted(key for key in replies[0] if key.part is Part.A)
+    """What averaging A and B apart loses, per module (:func:`~coterie.ops.mean.aggregation_error`).
+
+    Each of ``replies`` holds one expert.
+    """
+    a_keys = sorted(part_of(replies[0], Part.A))
     return [
         aggregation_error([r[key] for r in replies], [r[key._replace(part=Part.B)] for r in replies], weights)
         for key in a_keys

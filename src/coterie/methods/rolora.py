@@ -14,19 +14,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from coterie.methods.base import MethodSettings, Plan
+from coterie.methods.base import Method
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
+    Shapes,
     lora_of,
     mean_heads,
+    part_of,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
+    weights_of,
     with_head,
 )
 from coterie.ops.mean import mean
@@ -37,17 +37,12 @@ from coterie.types import (
     ClientInfo,
     ClientProgram,
     Instruction,
-    Key,
     Part,
     Personal,
     Reply,
     Tensors,
     Train,
 )
-
-
-class RoLoRASettings(MethodSettings):
-    """RoLoRA has no settings of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +54,17 @@ class RoLoRAState:
 
 
 @dataclass(frozen=True)
-class RoLoRA:
+class RoLoRA(Method[RoLoRAState]):
     """B <- sum p_i B_i in odd rounds, A <- sum p_i A_i in even ones."""
-
-    settings: RoLoRASettings
-    plan: Plan
 
     name = "rolora"
     title = "RoLoRA"
     paper = "arXiv 2502.01755 (NeurIPS 2025)"
     summary = "trains and averages A and B in alternate rounds"
-    evaluates = "received"
-    newcomers = ""
-    Settings = RoLoRASettings
     State = RoLoRAState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> RoLoRAState:
         return RoLoRAState(start_lora(base, self.plan), start_heads(base, self.plan, clients))
-
-    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        return Personal(start_head(base, self.plan, me) if self.plan.head == "personal" else {})
 
     def configure(self, state: RoLoRAState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         info = {"train": _turn(rnd).value}
@@ -88,13 +74,13 @@ class RoLoRA:
         bank, turn = self.bank(ins, me, personal), Part(ins.info["train"])
         trainable = frozenset(key for key in bank.tensors if key.part in (turn, Part.HEAD))
         trained = yield Train(bank, trainable, self.plan.optim)
-        return settle(self.plan, trained, me, personal, _part(trained.tensors, turn))
+        return settle(self.plan, trained, me, personal, part_of(trained.tensors, turn))
 
-    def expects(self, state: RoLoRAState, me: ClientInfo, rnd: int) -> Mapping[Key, tuple[int, ...]]:
-        return shapes_of(_part(state.lora, _turn(rnd)), state.heads.of(me.id))
+    def expects(self, state: RoLoRAState, me: ClientInfo, rnd: int) -> Shapes:
+        return shapes_of(part_of(state.lora, _turn(rnd)), state.heads.of(me.id))
 
     def aggregate(self, state: RoLoRAState, replies: Mapping[ClientId, Reply], rnd: int) -> RoLoRAState:
-        weight = {c: float(replies[c].num_examples) for c in sorted(replies)}
+        weight = weights_of(replies)
         new = mean([lora_of(replies[c].tensors) for c in weight], list(weight.values()))
         return RoLoRAState({**state.lora, **new}, mean_heads(state.heads, replies, weight))
 
@@ -112,10 +98,6 @@ class RoLoRA:
 def _turn(rnd: int) -> Part:
     """What is trained in round ``rnd`` (the first is 1)."""
     return Part.B if rnd % 2 else Part.A
-
-
-def _part(tensors: Tensors, part: Part) -> dict[Key, Tensor]:
-    return {key: value for key, value in tensors.items() if key.part is part}
 
 
 METHOD = RoLoRA

@@ -27,7 +27,7 @@ from coterie.cli.doctor import Check
 from coterie.cli.progress import Lines, Live, listener, show_summary
 from coterie.comparison import config_for, curves, table_of
 from coterie.config.describe import describe_config
-from coterie.methods.base import methods
+from coterie.methods.registry import methods
 from coterie.types import CoterieError
 
 

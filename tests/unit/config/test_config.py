@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from coterie.config.describe import describe_config, describe_site, value_in_words
 from coterie.config.load import check_config, differences, load_config, load_site, override
 from coterie.config.sections import Config
-from coterie.methods.base import methods
+from coterie.methods.registry import methods
 from coterie.types import CoterieError, Part
 
 DATA = {"data": {"folder": "clients"}}

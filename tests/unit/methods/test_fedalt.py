@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import short_runs
-from coterie.methods.base import Plan
-from coterie.methods.fedalt import OWN, REST, FedALT, FedALTSettings
+from coterie.methods.fedalt import OWN, REST, FedALT
 from coterie.methods.findings import AggregationError, find
+from coterie.methods.plan import MethodSettings, Plan
 from coterie.nn.attach import attached
 from coterie.types import NO_EXPERT, ClientInfo, GateSpec, Key, Part, Reply, Train
 from halves import BASE, CLIENTS, Play
@@ -24,7 +24,7 @@ NAMES = [client.id for client in CLIENTS]
 
 
 def play(head: Any = "personal") -> Play:
-    return Play(FedALT(FedALTSettings(), Plan(rank=2, alpha=4, dropout=0.1, rounds=3, head=head)))
+    return Play(FedALT(MethodSettings(), Plan(rank=2, alpha=4, dropout=0.1, rounds=3, head=head)))
 
 
 def sent(replies: Mapping[str, Reply], client: str, part: Part = Part.B) -> Tensor:

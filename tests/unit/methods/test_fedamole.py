@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from coterie import codec
-from coterie.methods.base import Plan
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
 from coterie.methods.findings import Assignment, ExpertPool, find
+from coterie.methods.plan import Plan
 from coterie.ops.streams import stream
 from coterie.types import (
     NO_EXPERT,
@@ -118,7 +118,7 @@ def test_everyone_starts_with_experts_within_the_bounds_and_other_ones_in_each_m
 
 def test_who_was_not_there_at_the_start_is_refused() -> None:
     method, state = make()
-    with pytest.raises(CoterieError, match="late was not there at the start"):
+    with pytest.raises(CoterieError, match="late joined after the start"):
         method.configure(state, [*CLIENTS, ClientInfo("late", 9)], 2)
 
 
@@ -257,5 +257,5 @@ def test_what_cannot_be_met_is_refused_before_the_run(settings: dict[str, Any], 
 
 
 def test_a_client_with_one_row_is_refused() -> None:
-    with pytest.raises(CoterieError, match=r"client tiny has 1 training row.*give it more rows"):
+    with pytest.raises(CoterieError, match=r"client tiny has 1 training row.*add rows"):
         make(clients=[*CLIENTS, ClientInfo("tiny", 1)])

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from coterie import codec
-from coterie.methods.base import Plan
-from coterie.methods.fedlease import FedLEASE, FedLEASESettings, FedLEASEState
+from coterie.methods.fedlease.method import FedLEASE, FedLEASEState
+from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.findings import Clusters, Values, find
+from coterie.methods.plan import Plan
 from coterie.ops.streams import stream
 from coterie.types import (
     BaseSpec,
@@ -303,7 +304,7 @@ def test_everyone_starts_from_the_same_a_and_heads_of_the_same_size() -> None:
 
 def test_too_few_clients_are_told_a_number_that_works() -> None:
     for few, fix in ((2, "1 or 2"), (1, "1")):
-        with pytest.raises(CoterieError, match=rf"3 clients, here are {few}; set \[method\] experts to {fix}$"):
+        with pytest.raises(CoterieError, match=rf"3 clients, but there are {few}; set \[method\] experts to {fix}$"):
             make(clients=CLIENTS[:few])
         for experts in map(int, fix.split(" or ")):
             assert make(clients=CLIENTS[:few], experts=experts)
@@ -312,7 +313,7 @@ def test_too_few_clients_are_told_a_number_that_works() -> None:
 def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
     with pytest.raises(CoterieError, match=r"10 clusters of 9 clients; .* at most 9"):
         make(max_experts=10)
-    with pytest.raises(CoterieError, match="at least 3 clients, here are 2"):
+    with pytest.raises(CoterieError, match="at least 3 clients, but there are 2"):
         make(clients=CLIENTS[:2])
     with pytest.raises(CoterieError, match="warmup_rounds = 9 leaves no round"):
         make(warmup_rounds=9)

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from coterie.methods.base import Plan
-from coterie.methods.fedsa_lora import FedSALoRA, FedSALoRASettings
+from coterie.methods.fedsa_lora import FedSALoRA
+from coterie.methods.plan import MethodSettings, Plan
 from coterie.ops.mean import mean
 from coterie.types import Part
 from halves import CLIENTS, Play, parts, still
 
 
 def make(head: Any = "personal") -> FedSALoRA:
-    return FedSALoRA(FedSALoRASettings(), Plan(rank=2, alpha=4, head=head))
+    return FedSALoRA(MethodSettings(), Plan(rank=2, alpha=4, head=head))
 
 
 @pytest.mark.parametrize("head", ["personal", "shared"])

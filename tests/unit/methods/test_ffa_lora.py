@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from coterie.methods.base import Plan
-from coterie.methods.ffa_lora import FFALoRA, FFALoRASettings
+from coterie.methods.ffa_lora import FFALoRA
 from coterie.methods.findings import AggregationError
 from coterie.methods.parts import start_lora
+from coterie.methods.plan import MethodSettings, Plan
 from coterie.types import Part, Reply
 from halves import BASE, CLIENTS, Play, finished, mean_of_products, parts, products, still
 
 
 def make(head: Any = "personal") -> FFALoRA:
-    return FFALoRA(FFALoRASettings(), Plan(rank=2, alpha=4, head=head))
+    return FFALoRA(MethodSettings(), Plan(rank=2, alpha=4, head=head))
 
 
 @pytest.mark.parametrize("head", ["personal", "shared"])

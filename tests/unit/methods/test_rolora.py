@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from coterie.methods.base import Plan
 from coterie.methods.parts import mean_error
-from coterie.methods.rolora import RoLoRA, RoLoRASettings
+from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.rolora import RoLoRA
 from coterie.ops.mean import relative_error
 from coterie.types import Part, Reply
 from halves import BASE, CLIENTS, Play, finished, mean_of_products, parts, products
 
 
 def make(head: Any = "personal") -> RoLoRA:
-    return RoLoRA(RoLoRASettings(), Plan(rank=2, alpha=4, head=head))
+    return RoLoRA(MethodSettings(), Plan(rank=2, alpha=4, head=head))
 
 
 @pytest.mark.parametrize("head", ["personal", "shared"])

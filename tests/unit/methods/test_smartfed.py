@@ -16,11 +16,13 @@ import pools
 import tiny
 from coterie import codec
 from coterie.adapters.pool import Pool, cut, read_pool, write_pool
-from coterie.methods.base import Plan, drive
-from coterie.methods.fedit import FedIT, FedITSettings
+from coterie.methods.base import drive
+from coterie.methods.fedit import FedIT
 from coterie.methods.findings import Notes, Quotas, find
 from coterie.methods.parts import start_head
-from coterie.methods.smartfed import SmartFed, SmartFedSettings, SmartFedState
+from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.smartfed.method import SmartFed, SmartFedState
+from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.nn.attach import attached
 from coterie.nn.spec import describe
 from coterie.types import (
@@ -137,7 +139,7 @@ def test_a_client_that_comes_later_is_sent_the_pool_then() -> None:
         *method.bank(ins["a"], CLIENTS[0], personal["a"]).tensors
     }
     lost = method.begin(BASE, CLIENTS[0])
-    with pytest.raises(CoterieError, match="has it no more"):
+    with pytest.raises(CoterieError, match="has lost the pool"):
         method.bank(ins["a"], CLIENTS[0], lost)
 
 
@@ -333,7 +335,7 @@ def test_a_fresh_expert_over_a_pool_without_effect_is_fedit(tmp_path: Path) -> N
     write_pool(tmp_path / "pool", silent)
     method = smartfed(tmp_path / "pool", fresh_rank=4)
     state, personal = begun(method)
-    fedit = FedIT(FedITSettings(), method.plan)
+    fedit = FedIT(MethodSettings(), method.plan)
     theirs = fedit.init(BASE, CLIENTS)
     ours = method.experts(state)["fresh"]
     assert codec.encode(dict(sorted(ours.items()))) == codec.encode(dict(sorted(theirs.lora.items())))
@@ -389,7 +391,7 @@ def test_whole_adapters_as_experts() -> None:
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no pool": ({"pool": ""}, "coterie pool build"),
-    "no such adapter": ({"train_experts": ("three",)}, "no 'three' in the pool; it has one, two"),
+    "no such adapter": ({"train_experts": ("three",)}, "the pool has no adapter 'three'; it has one, two"),
     "floors above the budget": ({"floor": 4, "active": 3}, "above active"),
 }
 
@@ -423,7 +425,7 @@ def test_a_pool_for_a_base_with_other_weights_is_refused(tmp_path: Path) -> None
     notes = find(method.describe(method.init(told(""), CLIENTS)), Notes)
     assert notes is not None
     (note,) = notes.texts
-    assert f"cannot be told on {M} of {M} matrices" in note
+    assert f"on {M} of {M} matrices it is unknown" in note
 
 
 def test_a_run_goes_on_with_its_own_pool_only(tmp_path: Path) -> None:
@@ -433,7 +435,7 @@ def test_a_run_goes_on_with_its_own_pool_only(tmp_path: Path) -> None:
     state, _ = begun(method)
     (tmp_path / "pool" / "pool.safetensors").unlink()
     write_pool(tmp_path / "pool", pools.made(BASE.targets, {"other": 3}))
-    with pytest.raises(CoterieError, match="put that back"):
+    with pytest.raises(CoterieError, match="restore that pool"):
         method.configure(state, CLIENTS, 2)
 
 

@@ -17,7 +17,9 @@ from rich.progress import Progress
 
 from coterie.cli.progress import Lines, Live, listener
 from coterie.engines.base import Delivery, Evaluation
-from coterie.methods.base import Plan, drive, method_named
+from coterie.methods.base import drive
+from coterie.methods.plan import Plan
+from coterie.methods.registry import method_named
 from coterie.runs.rounds import Rounds, Runner, finite
 from coterie.runs.summary import best_round, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target, Train, Trained

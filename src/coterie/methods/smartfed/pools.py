@@ -1,4 +1,4 @@
-"""What SmartFed needs of a pool beside its own steps: the pool itself, names, numbers, and what was sent of it."""
+"""SmartFed and its pool: read and check it, number its experts, find it in what was sent."""
 
 from __future__ import annotations
 
@@ -17,50 +17,54 @@ WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
 
 
 def pool_in(folder: str, name: str | None = None) -> Pool:
-    """The pool in the settings' ``folder``. Raises :class:`CoterieError` where it is not the one called ``name``."""
+    """The pool in ``folder``. Raises :class:`CoterieError` if its SHA-256 is not ``name``."""
     if not folder:
         raise CoterieError(
             'SmartFed needs a pool: set [method] pool = "DIR", made by `coterie pool build DIR --adapters A B ...`'
         )
     pool = read_pool(Path(folder))
     if name not in (None, pool.name):
-        raise PrivateError(f"the pool in {folder} is {pool.name[:12]}, this run's is {str(name)[:12]}; put that back")
+        raise PrivateError(
+            f"the pool in {folder} is {pool.name[:12]}, but this run began with {str(name)[:12]}; restore that pool"
+        )
     return pool
 
 
 def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
-    """The target of each of the pool's modules. Raises :class:`CoterieError` where pool and run do not fit."""
+    """The target of each of the pool's modules. Raises :class:`CoterieError` if the pool does not fit the run."""
     sizes = {t.name: (t.d_in, t.d_out) for t in base.targets}
     names = fit(pool, sizes)
     if lost := [m for m in pool.modules if m not in names]:
         leaves = sorted({m.rsplit(".", 1)[-1] for m in pool.modules})
         raise CoterieError(
-            f"the pool adapts {lost[0]}, which is no target of this run; set [lora] targets = {json.dumps(leaves)}"
+            f"the pool adapts {lost[0]}, which is not a target of this run; set [lora] targets = {json.dumps(leaves)}"
         )
     for key, value in pool.tensors.items():
         d_in, d_out = sizes[names[key.module]]
         if value.shape[int(key.part is Part.A)] != (d_in if key.part is Part.A else d_out):
-            raise CoterieError(f"the pool is for another base: {key.module} is a Linear of {d_in} to {d_out} here")
+            raise CoterieError(
+                f"the pool was built for another base: here {key.module} is a Linear of {d_in} to {d_out}"
+            )
     return names
 
 
 def check_base(pool: Pool, names: Mapping[str, str], base: BaseSpec) -> tuple[str, ...]:
-    """Notes on what cannot be checked. Raises :class:`CoterieError` where the base's weights are not the pool's base's.
+    """Notes on what cannot be checked. Raises :class:`CoterieError` if the pool was built for other weights.
 
-    ``names`` is by :func:`names_in`.
+    ``names`` comes from :func:`names_in`.
     """
     here = {t.name: t.weights for t in base.targets}
     pairs = {module: (pool.weights.get(module, ""), here[names[module]]) for module in pool.modules}
     if others := [module for module, (built, now) in pairs.items() if built and now and built != now]:
         raise CoterieError(
             f"the pool was built for another base, {pool.base}: the weights of {others[0]} differ here "
-            f"({len(others)} of {len(pairs)} matrices). Run with that base, or, if the adapters are right for this "
-            "one too, build the pool again with --base"
+            f"({len(others)} of {len(pairs)} matrices). Run with that base, or, if the adapters suit this one too, "
+            "build the pool again with --base"
         )
     if unknown := sum(not (built and now) for built, now in pairs.values()):
         return (
-            f"the pool was built for {pool.base}; whether this run's base is the same cannot be told on {unknown} of "
-            f"{len(pairs)} matrices: their weights are in no safetensors file here, or were in none where it was built",
+            f"the pool was built for {pool.base}; on {unknown} of {len(pairs)} matrices it is unknown whether "
+            "this run's base is the same: their weights are in no safetensors file here, or were in none at the build",
         )
     return ()
 
@@ -70,12 +74,12 @@ def numbers(adapters: Iterable[Adapter], module: str, whole: bool) -> list[int]:
 
     ``whole``: every adapter is one expert.
     """
-    found = [range(a.first, a.first + (1 if whole else a.ranks[module])) for a in adapters if module in a.ranks]
-    return [number for several in found for number in several]
+    ranges = [range(a.first, a.first + (1 if whole else a.ranks[module])) for a in adapters if module in a.ranks]
+    return [number for several in ranges for number in several]
 
 
 def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter]) -> dict[Key, Tensor]:
-    """The pool's tensors of some adapters, under the targets' names."""
+    """The pool's tensors of ``adapters``, under the names of the targets."""
     firsts = {a.first for a in adapters}
     return {
         key._replace(module=names[key.module]): value
@@ -86,9 +90,9 @@ def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter])
 
 @dataclass(frozen=True)
 class Sent:
-    """The pool's experts in an instruction: adapters in ``train`` come every round, the others once.
+    """The pool's experts in an instruction: adapters in ``train`` are sent every round, the others once.
 
-    ``whole``: every adapter is one expert, and is not cut.
+    ``whole``: every adapter is one expert, uncut.
     """
 
     ins: Instruction
@@ -102,21 +106,21 @@ class Sent:
 
     @property
     def frozen(self) -> dict[Key, Tensor]:
-        """The adapters that do not; empty where they are only named."""
+        """The adapters that do not train; empty in rounds that only name them."""
         others = {SHARED, *self._firsts}
         return {key: value for key, value in lora_of(self.ins.tensors).items() if key.expert not in others}
 
     def cut(self, pool: Tensors) -> dict[Key, Tensor]:
-        """The experts of those adapters of ``pool`` that were not dropped."""
-        here = {first for first, _ in self.ins.info["adapters"].values()}
-        left = {key: value for key, value in pool.items() if key.expert in here}
+        """The experts of the adapters in ``pool`` that were not dropped."""
+        active = {first for first, _ in self.ins.info["adapters"].values()}
+        left = {key: value for key, value in pool.items() if key.expert in active}
         return left if self.whole else cut(left)
 
     def stacked(self, bank: Bank) -> dict[Key, Tensor]:
-        """The adapters of ``bank`` that train, as they travel: put back together, the bank's scale in B."""
+        """The adapters of ``bank`` that train, as they travel: stacked again, with the bank's scale in B."""
         like = {key: 1 if self.whole else v.shape[int(key.part is Part.B)] for key, v in self.training.items()}
-        found = put_back(bank.tensors, like)
-        return {key: value * bank.scaling if key.part is Part.B else value for key, value in found.items()}
+        stacked = put_back(bank.tensors, like)
+        return {key: value * bank.scaling if key.part is Part.B else value for key, value in stacked.items()}
 
     def trainable(self, bank: Bank) -> frozenset[Key]:
         """Routers, head, the fresh expert, and the experts of the adapters that train."""

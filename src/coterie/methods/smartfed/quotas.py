@@ -1,4 +1,7 @@
-"""SmartFed's EEQA beside the quotas' rules: what clients measure, what the server makes of it, and who starves."""
+"""SmartFed's EEQA: what clients measure, what the server makes of it, and which adapters are hardly used.
+
+The rules that turn importance into quotas are in :mod:`coterie.ops.quota`.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ from coterie.types import (
 def measure(
     bank: Bank, importance: str, examples: int, adapters: Mapping[str, Sequence[int]]
 ) -> Generator[Request, Any, dict[str, Json]]:
-    """What EEQA is told: a number per matrix, and each adapter's share of the gates' weight.
+    """What a client measures for EEQA: a number per matrix, and each adapter's share of the gates' weight.
 
-    ``adapters`` holds the first number and the rank of each; ``examples`` of the training rows are looked at, 0: all.
+    ``adapters`` holds the first number and the rank of each. It uses ``examples`` of the training rows, 0: all.
     """
     what = ("usage",) if importance == "ablation" else ("usage", importance)
     observed = yield Observe(bank, "train", what, examples=examples)
@@ -39,14 +42,14 @@ def measure(
     if importance == "ablation":
         banks = [bank, *(without(bank, module) for module in modules)]
         full, *rest = yield Score(banks, "train", examples=examples)
-        found = {m: max(0.0, scored.loss - full.loss) for m, scored in zip(modules, rest, strict=True)}
+        measured = {m: max(0.0, scored.loss - full.loss) for m, scored in zip(modules, rest, strict=True)}
     else:
-        found = {m: observed.importance[importance].get(m, 0.0) for m in modules}
-    return {"importance": found, "use": use_of(bank, observed, adapters)}
+        measured = {m: observed.importance[importance].get(m, 0.0) for m in modules}
+    return {"importance": measured, "use": use_of(bank, observed, adapters)}
 
 
 def without(bank: Bank, module: str) -> Bank:
-    """The bank without the pool's experts on one matrix; a fresh one stays."""
+    """The bank without the pool's experts on one matrix. A fresh expert stays."""
     return replace(bank, tensors={k: v for k, v in bank.tensors.items() if k.module != module or k.expert == SHARED})
 
 
@@ -87,7 +90,7 @@ def mean_numbers(values: Sequence[Mapping[str, float]], weights: Sequence[float]
 def starved(
     adapters: Sequence[Adapter], modules: Collection[str], use: Mapping[str, float], below: float, whole: bool
 ) -> list[str]:
-    """The adapters whose share of the gates is less than ``below`` times an even share, the least used first."""
+    """The adapters whose share of the gates is below ``below`` times an even share, the least used first."""
     count = {a.name: sum(len(numbers([a], module, whole)) for module in modules) for a in adapters}
     share = {name: use.get(name, 0.0) * sum(count.values()) / n for name, n in count.items() if n}
     return sorted((name for name, value in share.items() if value < below), key=lambda name: share[name])
@@ -100,15 +103,15 @@ def rows_left(
     left: Sequence[Adapter],
     whole: bool,
 ) -> dict[Key, Tensor]:
-    """The routers with the rows of the adapters that are ``left``; a matrix that none of them has loses its router.
+    """The routers with the rows of the adapters that are ``left``. A matrix that none of them adapts loses its router.
 
     ``modules`` names the target of each of the pool's modules.
     """
-    found = {}
+    kept = {}
     for module, target in modules.items():
-        stay = {*numbers(left, module, whole)}
-        rows = [i for i, number in enumerate(numbers(before, module, whole)) if number in stay]
+        remaining = {*numbers(left, module, whole)}
+        rows = [i for i, number in enumerate(numbers(before, module, whole)) if number in remaining]
         if rows:
             key = Key(target, NO_EXPERT, Part.ROUTER)
-            found[key] = routers[key][rows]
-    return found
+            kept[key] = routers[key][rows]
+    return kept

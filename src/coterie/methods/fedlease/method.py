@@ -1,0 +1,262 @@
+"""FedLEASE's server and client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from coterie.methods.base import Method
+from coterie.methods.fedlease import allocation
+from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.findings import AggregationError, Clusters, Finding, Values
+from coterie.methods.parts import (
+    Heads,
+    Shapes,
+    head_of,
+    head_shapes,
+    lora_of,
+    lora_shapes,
+    mean_error,
+    mean_heads,
+    part_of,
+    router_of,
+    settle,
+    shapes_of,
+    start_head,
+    start_heads,
+    start_lora,
+    start_router,
+    statistics,
+    weights_of,
+    with_head,
+)
+from coterie.ops.mean import mean, relative_error
+from coterie.types import (
+    Bank,
+    BaseSpec,
+    ClientId,
+    ClientInfo,
+    ClientProgram,
+    ClientResult,
+    GateSpec,
+    Instruction,
+    Key,
+    Part,
+    Personal,
+    Reply,
+    Target,
+    Tensors,
+    Train,
+    Trained,
+)
+
+
+@dataclass(frozen=True)
+class FedLEASEState:
+    """The server's state: the clusters, and an expert and a router for each.
+
+    ``warm`` holds warm-up LoRAs until there are enough of them to cluster, ``starts`` their means by cluster.
+    """
+
+    base: BaseSpec
+    groups: Mapping[ClientId, str]
+    labels: Mapping[ClientId, tuple[str, ...]]
+    warm: Mapping[ClientId, Reply] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    starts: Tensors = field(default_factory=dict)
+    experts: Tensors = field(default_factory=dict)
+    routers: Mapping[int, Tensors] = field(default_factory=dict)
+    heads: Heads = field(default_factory=Heads)
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class FedLEASE(Method[FedLEASEState]):
+    """The method; see :mod:`coterie.methods.fedlease`."""
+
+    settings: FedLEASESettings
+
+    name = "fedlease"
+    title = "FedLEASE"
+    paper = "arXiv 2509.15087 (NeurIPS 2025)"
+    summary = "one LoRA expert per cluster of clients, adaptive top-M routing over all experts"
+    Settings = FedLEASESettings
+    State = FedLEASEState
+
+    # server ------------------------------------------------------------------------------------------------------
+
+    def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedLEASEState:
+        allocation.check(self.settings, self.plan, clients)
+        return FedLEASEState(base, {c.id: c.group or "" for c in clients}, {c.id: c.labels or () for c in clients})
+
+    def configure(
+        self, state: FedLEASEState, clients: Sequence[ClientInfo], rnd: int
+    ) -> Mapping[ClientId, Instruction]:
+        return {c.id: self._instruction(state, c.id, rnd) for c in clients}
+
+    def expects(self, state: FedLEASEState, me: ClientInfo, rnd: int) -> Shapes:
+        travels = self.plan.head == "shared" and self.settings.head == "trained"
+        head = head_shapes(state.base, me) if travels else {}
+        own = self._cluster_of(state, me.id)
+        if own is None:
+            sends = rnd >= self.settings.warmup_rounds
+            return lora_shapes(state.base, self.plan) | head if sends else {}
+        router = state.routers[own] if self.settings.router == "cluster" else {}
+        return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head
+
+    def aggregate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
+        if rnd < self.settings.warmup_rounds:
+            return state
+        replies = dict(sorted(replies.items()))
+        if state.allocation is None:
+            warm = {**state.warm, **replies}
+            enough = len(warm) >= self.settings.needed
+            return self._allocate(replace(state, warm={}), warm) if enough else replace(state, warm=warm)
+        late = {c: r for c, r in replies.items() if self._cluster_of(state, c) is None}
+        return self._add_late(self._average(state, {c: r for c, r in replies.items() if c not in late}), late)
+
+    def experts(self, state: FedLEASEState) -> Mapping[str, Tensors]:
+        if state.allocation is None:
+            return {}
+        return {f"expert-{e}": lora_of(state.experts, e, new=0) for e in range(state.allocation.num_experts)}
+
+    def describe(self, state: FedLEASEState) -> Sequence[Finding]:
+        if state.allocation is None:
+            return [Values({"phase": "warm-up"})]
+        a = state.allocation
+        clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist())
+        return [Values({"phase": "experts"}), clusters, AggregationError(state.error)]
+
+    # client ------------------------------------------------------------------------------------------------------
+
+    def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
+        return Personal({**start_lora(base, self.plan), **start_head(base, self.plan, me)})
+
+    def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
+        bank = self.bank(ins, me, personal)
+        trainable = self._trainable(bank, ins.info.get("own", 0))
+        trained = yield Train(bank, trainable, self.plan.optim)
+        if ins.info["phase"] == "warm-up":
+            return self._warmed_up(ins, me, personal, trained)
+        lora, router = lora_of(trained.tensors), router_of(trained.tensors)
+        travels, stays = (lora, router) if self.settings.router == "personal" else (lora | router, {})
+        return settle(self.plan, trained, me, replace(personal, tensors=head_of(personal.tensors)), travels, stays)
+
+    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
+        scaling, dropout = self.plan.scaling, self.plan.dropout
+        if ins.info["phase"] == "warm-up":
+            return Bank(with_head(lora_of(personal.tensors), ins, personal), scaling=scaling, dropout=dropout)
+        own = int(ins.info["own"])
+        mine = router_of(personal.tensors) or self._router(ins)
+        if self.settings.expert_start == "own":
+            mine |= lora_of(personal.tensors, 0, new=own)
+        return Bank(with_head({**ins.tensors, **mine}, ins, personal), self._gate(own), scaling, dropout)
+
+    # steps of the server -----------------------------------------------------------------------------------------
+
+    def _cluster_of(self, state: FedLEASEState, client: ClientId) -> int | None:
+        return state.allocation.clusters.get(client) if state.allocation else None
+
+    def _slots(self, experts: int) -> int:
+        return 2 * experts - 1 if self.settings.routing == "adaptive" else experts
+
+    def _instruction(self, state: FedLEASEState, client: ClientId, rnd: int) -> Instruction:
+        own = self._cluster_of(state, client)
+        if own is None:
+            return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.warmup_rounds})
+        router = state.routers[own] if self.settings.router == "cluster" else {}
+        return Instruction({**state.experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
+
+    def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Cluster the clients that sent a warm-up LoRA, and start an expert, a router and heads for each cluster."""
+        warm = {c: lora_of(r.tensors) for c, r in replies.items()}
+        allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
+        number = allocated.num_experts
+        router = start_router(state.base, self.plan, self._slots(number))
+        state = replace(
+            state,
+            allocation=allocated,
+            experts={k: v for e in range(number) for k, v in start_lora(state.base, self.plan, e).items()},
+            routers=dict.fromkeys(range(number), router),
+            heads=self._mean_heads(self._cluster_heads(state, allocated), replies),
+        )
+        sent = {c: Reply(lora_of(r.tensors, 0, new=allocated.clusters[c]), r.num_examples) for c, r in replies.items()}
+        averaged = self._average(state, sent)
+        started = state if self.settings.expert_start == "own" else averaged
+        return replace(started, starts=averaged.experts)
+
+    def _average(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Every cluster's expert, router and head as the mean over its members that replied; if none did, they stay."""
+        assert state.allocation is not None
+        weight = weights_of(replies, self.settings.weighting)
+        experts, routers, errors = dict(state.experts), dict(state.routers), []
+        for e in range(state.allocation.num_experts):
+            members = [c for c in state.allocation.members(e) if c in replies]
+            if not members:
+                continue
+            weights = [weight[c] for c in members]
+            uploads = [lora_of(replies[c].tensors) for c in members]
+            experts |= mean(uploads, weights)
+            errors += mean_error(uploads, weights)
+            sent = [router_of(replies[c].tensors) for c in members]
+            routers[e] = mean(sent, weights) if all(sent) else routers[e]
+        heads = self._mean_heads(state.heads, replies)
+        return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
+
+    def _add_late(self, state: FedLEASEState, late: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Clients that made up their warm-up join the cluster whose mean warm-up LoRA is nearest."""
+        if not late or state.allocation is None:
+            return state
+        starts = [lora_of(state.starts, e, new=0) for e in range(state.allocation.num_experts)]
+        joined = allocation.nearest(self.settings, starts, [lora_of(r.tensors) for r in late.values()])
+        clusters = {**state.allocation.clusters, **dict(zip(late, joined, strict=True))}
+        allocated = replace(state.allocation, clusters=clusters)
+        heads, old = self._cluster_heads(state, allocated), state.heads.values
+        new = Heads({name: value for name, value in heads.values.items() if name not in old}, heads.group)
+        values = {**old, **self._mean_heads(new, late).values}
+        return replace(state, allocation=allocated, heads=Heads(values, heads.group))
+
+    def _cluster_heads(self, state: FedLEASEState, allocated: Allocation) -> Heads:
+        """Shared heads by cluster and label space, at their start; none if the plan keeps heads personal."""
+        if self.plan.head == "personal":
+            return Heads()  # a site that joined after the start has no entry in state.labels
+        infos = [ClientInfo(c, 0, labels=state.labels[c]) for c in allocated.clusters]
+        by_space = start_heads(state.base, self.plan, infos)
+        group = {c: f"{allocated.clusters[c]}:{space}" for c, space in by_space.group.items()}
+        return Heads({group[c]: by_space.of(c) for c in group}, group)
+
+    def _mean_heads(self, heads: Heads, replies: Mapping[ClientId, Reply]) -> Heads:
+        sent = {c: r for c, r in replies.items() if head_of(r.tensors)}
+        return mean_heads(heads, sent, weights_of(sent, self.settings.weighting))
+
+    # steps of the client -----------------------------------------------------------------------------------------
+
+    def _router(self, ins: Instruction) -> dict[Key, Tensor]:
+        """The router that the server sent, or the start of one that stays at home."""
+        of_a = part_of(ins.tensors, Part.A)
+        widths = {key.module: value.shape[1] for key, value in of_a.items()}
+        experts = len(of_a) // len(widths)
+        base = BaseSpec(tuple(Target(module, d_in, 0) for module, d_in in widths.items()))
+        return router_of(ins.tensors) or start_router(base, self.plan, self._slots(experts))
+
+    def _gate(self, own: int) -> GateSpec:
+        match self.settings.routing:
+            case "adaptive":
+                return GateSpec("slot_top_k", {"own": own})
+            case "top_k":
+                return GateSpec("top_k", {"k": self.settings.top_k})
+            case "dense":
+                return GateSpec("softmax")
+
+    def _trainable(self, bank: Bank, own: int) -> frozenset[Key]:
+        parts = (Part.ROUTER, Part.HEAD) if self.settings.head == "trained" else (Part.ROUTER,)
+        return frozenset(key for key in bank.tensors if key.expert == own or key.part in parts)
+
+    def _warmed_up(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Trained) -> ClientResult:
+        kept = replace(personal, tensors={**personal.tensors, **trained.tensors})
+        if not ins.info["send"]:
+            return ClientResult(Reply({}, me.num_train, statistics(trained)), kept)
+        return settle(self.plan, trained, me, kept, lora_of(trained.tensors))

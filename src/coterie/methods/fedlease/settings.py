@@ -1,0 +1,46 @@
+"""The settings of FedLEASE."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from coterie.methods.plan import MethodSettings
+
+
+class FedLEASESettings(MethodSettings):
+    """FedLEASE's settings; the defaults are the paper's."""
+
+    warmup_rounds: int = Field(5, ge=1, description="rounds of local training before the clients are clustered")
+    max_experts: int | None = Field(
+        None, ge=2, description="the most clusters that the silhouette may choose; none: 4, or one less than clients"
+    )
+    min_experts: int = Field(2, ge=1, le=2, description="1: also allow one cluster, when no silhouette is high enough")
+    one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
+    experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
+    linkage: Literal["average", "complete", "single"] = Field("average", description="linkage of the clustering")
+    distance: Literal["B", "A", "BA"] = Field("B", description="the matrices whose cosine distance is clustered")
+    allocation: Literal["learned", "oracle", "random"] = Field(
+        "learned", description="clusters by distance, by the clients' known groups, or at random (controls)"
+    )
+    expert_start: Literal["cluster_mean", "own"] = Field(
+        "cluster_mean", description="experts start as the cluster's mean, or each client from its own warm-up LoRA"
+    )
+    routing: Literal["adaptive", "top_k", "dense"] = Field(
+        "adaptive", description="adaptive top-M over 2M-1 slots, or plain top-k or softmax over M (controls)"
+    )
+    top_k: int = Field(2, ge=1, description='experts per token with routing = "top_k"')
+    weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of the means inside a cluster")
+    router: Literal["cluster", "personal"] = Field("cluster", description="average routers in a cluster, or keep them")
+    head: Literal["trained", "frozen"] = Field("trained", description="train the head, or leave it at its start")
+
+    @property
+    def most(self) -> int:
+        """The most clusters that the clients are put in."""
+        return self.experts or self.max_experts or 4
+
+    @property
+    def needed(self) -> int:
+        """The number of warm-up LoRAs that the allocation needs; with fewer, the warm-up goes on."""
+        return (self.experts or 3) if self.allocation == "learned" else 1

@@ -1,0 +1,37 @@
+"""What a method is configured with: its own settings, and the plan that the whole run shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from coterie.types import Optim, Section
+
+
+class MethodSettings(Section):
+    """A method's own settings: the keys of ``[method]`` beside ``name``. Unknown keys are errors.
+
+    A method with settings subclasses this; each setting is a pydantic field with a default and a description.
+    """
+
+    def located(self, root: Path) -> Self:
+        """These settings with every relative path resolved against ``root``, the config's folder."""
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every method gets besides its own settings. ``scaling`` is alpha / rank."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    optim: Optim = field(default_factory=Optim)
+    head: Literal["personal", "shared"] = "personal"
+    rounds: int = 10
+    seed: int = 0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank

@@ -1,0 +1,289 @@
+"""SmartFed's server and client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from coterie.adapters.pool import Pool, fit, name_of
+from coterie.methods.base import Method
+from coterie.methods.findings import Adapter, Finding, Notes, Quotas
+from coterie.methods.parts import (
+    Heads,
+    Shapes,
+    mean_heads,
+    router_of,
+    settle,
+    shapes_of,
+    start_heads,
+    start_lora,
+    weights_of,
+    with_head,
+)
+from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
+from coterie.methods.smartfed.quotas import is_sound, mean_numbers, measure, rows_left, starved
+from coterie.methods.smartfed.settings import SmartFedSettings
+from coterie.ops.mean import mean
+from coterie.ops.quota import RULES
+from coterie.ops.streams import kaiming_uniform, stream
+from coterie.types import (
+    NO_EXPERT,
+    SHARED,
+    Bank,
+    BaseSpec,
+    ClientId,
+    ClientInfo,
+    ClientProgram,
+    ClientResult,
+    CoterieError,
+    GateSpec,
+    Instruction,
+    Json,
+    Kept,
+    Key,
+    Part,
+    Personal,
+    Reply,
+    Tensors,
+    Train,
+)
+
+
+@dataclass(frozen=True)
+class SmartFedState:
+    """The server's state. Of the pool it holds the name only; the tensors are read from the pool's folder.
+
+    ``quotas`` and ``importance`` are by matrix, ``use`` by adapter: its share of the gates' weight. ``trained`` holds
+    the adapters that train, each as in the pool; ``fresh`` is the expert beside the pool. ``holders`` have the pool.
+    """
+
+    pool: str
+    routers: Tensors
+    heads: Heads
+    fresh: Tensors
+    trained: Tensors
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
+    use: Mapping[str, float] = field(default_factory=dict)
+    measured_by: tuple[ClientId, ...] = ()
+    dropped: tuple[str, ...] = ()
+    holders: tuple[ClientId, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SmartFed(Method[SmartFedState]):
+    """The method; see :mod:`coterie.methods.smartfed`."""
+
+    settings: SmartFedSettings
+
+    name = "smartfed"
+    title = "SmartFed"
+    paper = "arXiv 2512.00902 (ICML 2026)"
+    summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
+    Settings = SmartFedSettings
+    State = SmartFedState
+
+    # server ------------------------------------------------------------------------------------------------------
+
+    def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> SmartFedState:
+        pool = self._pool()
+        self._check(pool)
+        names = names_in(pool, base)
+        width = {t.name: t.d_in for t in base.targets}
+        shape = {names[m]: (len(numbers(pool.adapters, m, self._whole)), width[names[m]]) for m in pool.modules}
+        routers = {
+            _router(m): kaiming_uniform(of, stream(self.plan.seed, "router", m)) for m, of in sorted(shape.items())
+        }
+        fresh = start_lora(base, replace(self.plan, rank=self.settings.fresh_rank or 1), SHARED)
+        state = SmartFedState(
+            pool=pool.name,
+            routers=routers,
+            heads=start_heads(base, self.plan, clients),
+            fresh=fresh if self.settings.fresh_rank else {},
+            trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
+            notes=check_base(pool, names, base),
+        )
+        return replace(state, quotas=self._quotas(state, "uniform"))
+
+    def configure(
+        self, state: SmartFedState, clients: Sequence[ClientInfo], rnd: int
+    ) -> Mapping[ClientId, Instruction]:
+        pool = self._pool(state.pool)
+        info: dict[str, Json] = {
+            "pool": state.pool,
+            "adapters": {a.name: [a.first, a.rank] for a in pool.adapters if a.name not in state.dropped},
+            "quotas": dict(state.quotas),
+            "measure": (rnd - 1) % self.settings.quota_interval == 0,
+        }
+        without = frozenset(state.holders) if self.settings.pool_at == "server" else frozenset(c.id for c in clients)
+        frozen = self._frozen(pool, state.routers)
+        return {
+            c.id: Instruction(
+                {**_travels(state), **state.heads.of(c.id), **({} if c.id in without else frozen)},
+                {**info, "sent": c.id not in without},
+            )
+            for c in clients
+        }
+
+    def expects(self, state: SmartFedState, me: ClientInfo, rnd: int) -> Shapes:
+        return shapes_of(_travels(state), state.heads.of(me.id))
+
+    def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
+        lacking = {c for c in replies if replies[c].info.get("lacks_pool") is True}
+        state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
+        replies = {c: reply for c, reply in replies.items() if c not in lacking}
+        return self._average(state, replies) if replies else state
+
+    def _average(self, state: SmartFedState, replies: Mapping[ClientId, Reply]) -> SmartFedState:
+        weight = weights_of(replies)
+        keys = _travels(state).keys()
+        merged = mean([{key: replies[c].tensors[key] for key in keys} for c in weight], list(weight.values()))
+        state = replace(
+            state,
+            routers={key: merged[key] for key in state.routers},
+            fresh={key: merged[key] for key in state.fresh},
+            trained={key: merged[key] for key in state.trained},
+            heads=mean_heads(state.heads, replies, weight),
+            holders=tuple(sorted({*state.holders, *replies})),
+        )
+        adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
+        modules = {key.module for key in state.routers}
+        sound = {c: replies[c].info for c in weight if is_sound(replies[c].info, modules, adapters)}
+        return self._eeqa(state, sound, weight) if sound else state
+
+    def experts(self, state: SmartFedState) -> Mapping[str, Tensors]:
+        return {"fresh": {key._replace(expert=0): value for key, value in state.fresh.items()}} if state.fresh else {}
+
+    def describe(self, state: SmartFedState) -> Sequence[Finding]:
+        quotas = Quotas(
+            {a.name: Adapter(a.first, a.rank) for a in self._pool(state.pool).adapters},
+            {key.module: len(value) for key, value in state.routers.items()},
+            state.quotas,
+            state.importance,
+            state.measured_by,
+            state.use,
+            state.dropped,
+            state.pool,
+        )
+        return [quotas, Notes(state.notes)]
+
+    # client ------------------------------------------------------------------------------------------------------
+
+    def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
+        sent = self._sent(ins)
+        if ins.info["sent"]:  # store the pool: later instructions only name it
+            frozen = sent.frozen
+            about = {**personal.info, "pool": ins.info["pool"]}
+            personal = Personal(personal.tensors, about, Kept(name_of(frozen), frozen))
+        elif self._lacks_pool(ins, personal):  # what was sent goes back untrained, and the server leaves it out
+            return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
+        bank = self.bank(ins, me, personal)
+        trained = yield Train(bank, sent.trainable(bank), self.plan.optim)
+        after = replace(bank, tensors={**bank.tensors, **trained.tensors})
+        own = {key: v for key, v in trained.tensors.items() if key.part in WHOLE or key.expert == SHARED}
+        own |= sent.stacked(after)
+        travels = [key for key in own if key.part is not Part.HEAD]
+        result = settle(self.plan, replace(trained, tensors=own), me, personal, travels)
+        if not ins.info["measure"]:
+            return result
+        measured = yield from measure(
+            after, self.settings.importance, self.settings.measure_examples, ins.info["adapters"]
+        )
+        return replace(result, reply=replace(result.reply, info={**result.reply.info, **measured}))
+
+    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
+        """The pool's experts and the fresh one. If there is one, s is its scale, and the pool's B is divided by s."""
+        sent, s = self._sent(ins), self.plan.scaling if self.settings.fresh_rank else 1.0
+        pool = sent.cut({**self._pool_of(ins, me, personal), **sent.training})
+        experts = {key: v / s if key.part is Part.B else v for key, v in pool.items()}
+        fresh = {key: value for key, value in ins.tensors.items() if key.expert == SHARED}
+        quotas = {module: {"k": k} for module, k in ins.info["quotas"].items()}
+        gate = GateSpec("top_k", {"k": self.settings.active, "scale": self.settings.gate_scale}, quotas)
+        tensors = with_head({**experts, **fresh, **router_of(ins.tensors)}, ins, personal)
+        return Bank(tensors, gate, s, self.plan.dropout)
+
+    # steps of the server -----------------------------------------------------------------------------------------
+
+    def _pool(self, name: str | None = None) -> Pool:
+        return pool_in(self.settings.pool, name)
+
+    def _check(self, pool: Pool) -> None:
+        s, known = self.settings, [a.name for a in pool.adapters]
+        if unknown := sorted({*s.train_experts} - {*known}):
+            raise CoterieError(
+                f"[method] train_experts: the pool has no adapter {unknown[0]!r}; it has {', '.join(known)}"
+            )
+        if s.floor > s.active:
+            raise CoterieError(
+                f"[method] floor = {s.floor} is above active = {s.active}, the budget that floors are part of; lower it"
+            )
+
+    def _quotas(self, state: SmartFedState, rule: str) -> dict[str, int]:
+        sizes = {key.module: len(value) for key, value in sorted(state.routers.items())}
+        importance = [state.importance.get(module, 0.0) for module in sizes]
+        quotas = RULES[rule](importance, list(sizes.values()), self.settings.active * len(sizes), self.settings.floor)
+        return dict(zip(sizes, quotas, strict=True))
+
+    def _eeqa(
+        self, state: SmartFedState, infos: Mapping[ClientId, Mapping[str, Json]], weight: Mapping[ClientId, float]
+    ) -> SmartFedState:
+        """Importance and use as the clients' means by examples; starved adapters are dropped, quotas computed again."""
+        weights = [weight[c] for c in infos]
+        importance, use = (mean_numbers([i[what] for i in infos.values()], weights) for what in ("importance", "use"))
+        if self.settings.per_active:
+            importance = {module: value / state.quotas[module] for module, value in importance.items()}
+        state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
+        return replace(state, quotas=self._quotas(state, self.settings.quota))
+
+    def _drop(self, state: SmartFedState) -> SmartFedState:
+        """Drop the adapters that the gates hardly use, with their rows of the routers. At least one stays."""
+        pool, whole, below = self._pool(state.pool), self._whole, self.settings.drop_below
+        active = [a for a in pool.adapters if a.name not in state.dropped]
+        modules = fit(pool, [key.module for key in state.routers])
+        starving = starved(active, modules, state.use, below, whole)
+        dropped = [name for name in starving if name not in self.settings.train_experts][: len(active) - 1]
+        left = [a for a in active if a.name not in dropped]
+        routers = rows_left(state.routers, modules, active, left, whole)
+        return replace(state, routers=routers, dropped=(*state.dropped, *dropped)) if dropped else state
+
+    def _frozen(self, pool: Pool, routers: Iterable[Key]) -> dict[Key, Tensor]:
+        names = fit(pool, [key.module for key in routers])
+        return named_for(pool, names, [a for a in pool.adapters if a.name not in self.settings.train_experts])
+
+    # steps of the client -----------------------------------------------------------------------------------------
+
+    @property
+    def _whole(self) -> bool:
+        return self.settings.granularity == "adapter"
+
+    def _sent(self, ins: Instruction) -> Sent:
+        return Sent(ins, self.settings.train_experts, self._whole)
+
+    def _pool_of(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Tensors:
+        """The frozen experts: sent in this round, read from the client's own folder, or stored in an earlier round."""
+        if ins.info["sent"]:
+            return self._sent(ins).frozen
+        if self.settings.pool_at == "everywhere":
+            return self._frozen(self._pool(ins.info["pool"]), router_of(ins.tensors))
+        if personal.kept is None or self._lacks_pool(ins, personal):
+            raise CoterieError(
+                f"client {me.id} has lost the pool {ins.info['pool'][:12]}; the server sends it again after the next "
+                "round in which the client takes part"
+            )
+        return personal.kept.tensors
+
+    def _lacks_pool(self, ins: Instruction, personal: Personal) -> bool:
+        """Whether the client lost its personal state, and with it the pool that the server only names."""
+        stored = personal.kept is not None and personal.info.get("pool") == ins.info["pool"]
+        return self.settings.pool_at == "server" and not stored
+
+
+def _router(module: str) -> Key:
+    return Key(module, NO_EXPERT, Part.ROUTER)
+
+
+def _travels(state: SmartFedState) -> dict[Key, Tensor]:
+    return {**state.routers, **state.fresh, **state.trained}

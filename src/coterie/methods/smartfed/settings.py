@@ -1,0 +1,46 @@
+"""The settings of SmartFed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field
+
+from coterie.methods.plan import MethodSettings
+
+
+class SmartFedSettings(MethodSettings):
+    """The settings of SmartFed; a relative ``pool`` starts at the config's folder."""
+
+    pool: str = Field("", description="the pool's folder, made by `coterie pool build`; required")
+    pool_at: Literal["server", "everywhere"] = Field(
+        "server", description="server: sent with a client's first round; everywhere: every client has the folder"
+    )
+    granularity: Literal["rank", "adapter"] = Field(
+        "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
+    )
+    active: int = Field(8, ge=1, description="active experts per matrix and token, on average: the budget of EEQA")
+    floor: int = Field(2, ge=1, description="active experts that every matrix keeps; one alone cannot learn to route")
+    gate_scale: Literal["active", "one"] = Field(
+        "active", description="what the K weights of a token add up to: K or 1"
+    )
+    quota: Literal["proportional", "greedy", "uniform"] = Field(
+        "proportional", description="how importance becomes quotas; uniform: no EEQA"
+    )
+    importance: Literal["first_order", "gate_mass", "ablation"] = Field(
+        "first_order", description="what clients measure for EEQA"
+    )
+    per_active: bool = Field(
+        True, description="share the budget out by importance per active expert, not by the matrix's sum"
+    )
+    quota_interval: int = Field(2, ge=1, description="rounds from one measurement to the next; the first is round 1")
+    measure_examples: int = Field(64, ge=0, description="training examples that a measurement takes; 0: all")
+    fresh_rank: int = Field(0, ge=0, description="rank of an expert beside the pool, trained and averaged as FedIT's")
+    train_experts: tuple[str, ...] = Field((), description="adapters of the pool that train, travel and are averaged")
+    drop_below: float = Field(
+        0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this part of an even share"
+    )
+
+    def located(self, root: Path) -> Self:
+        return self.model_copy(update={"pool": str(root / Path(self.pool).expanduser())}) if self.pool else self
