@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
@@ -27,8 +26,7 @@ from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.worker import Worker
 from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
-from coterie.flower.commands import LocalOnly
-from coterie.flower.message import BrokenMessageError, Message, pack, unpack
+from coterie.flower.message import Message, pack, unpack
 from coterie.runs.rounds import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
 from grid import InProcessGrid
@@ -606,41 +604,3 @@ def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) 
     engine.sites.gather(3, 5)
     (refused,) = {event["reason"] for event in heard if event["event"] == "refused"}
     assert refused == "the node calls itself mood-1, but its key belongs to mood-0"
-
-
-def test_a_message_survives_flower_and_nothing_else_is_one() -> None:
-    message = Message({"a": [1, None, "é"]}, bytes(range(256)))
-    assert unpack(pack(message)) == message
-    assert unpack(pack(Message())) == Message()
-    for head in ("[1]", "{", "1", ""):
-        content = pack(Message({}, b"x"))
-        content["head"] = ConfigRecord({"json": head})
-        with pytest.raises(BrokenMessageError):
-            unpack(content)
-    with pytest.raises(BrokenMessageError):
-        unpack(RecordDict())
-
-
-def test_the_superlink_answers_other_machines_for_sites_alone() -> None:
-    async def passes(host: str, path: str) -> bool:
-        seen: list[Any] = []
-
-        async def app(scope: Any, get: Any, put: Any) -> None:
-            seen.append("passed")
-
-        async def put(message: Any) -> None:
-            seen.append(message.get("status"))
-
-        await LocalOnly(app)({"type": "http", "path": path, "client": (host, 1)}, None, put)
-        return seen == ["passed"]
-
-    for path, remote in (
-        ("/v1/fleet/pull-messages", True),
-        ("/health", True),
-        ("/v1/control/start-run", False),
-        ("/v1/runtime/pull-task-input", False),
-        ("/docs", False),
-        ("/v1/fleetx", False),
-    ):
-        assert asyncio.run(passes("127.0.0.1", path))
-        assert asyncio.run(passes("10.1.2.3", path)) == remote

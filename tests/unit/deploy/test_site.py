@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import stat
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Context, RecordDict
 
 import flower_sites
 import pools
@@ -34,10 +29,7 @@ from coterie.deploy.policy import steps_of, without_usage
 from coterie.deploy.site_check import check as check_site
 from coterie.deploy.site_log import log_without_text
 from coterie.deploy.worker import Worker
-from coterie.deploy.worker_process import serve_forever
-from coterie.flower import app as flower
-from coterie.flower.local_socket import hand_over, listening, receive, send
-from coterie.flower.message import BrokenMessageError, Message
+from coterie.flower.message import Message
 from coterie.types import CoterieError, Instruction, Optim, Part, Reply
 
 CLIENT = "mood-0"
@@ -178,106 +170,6 @@ def test_the_digest_of_a_base_is_that_of_its_files(tmp_path: Path) -> None:
     weights.write_bytes(bytes(blob))
     os.utime(weights, ns=(1, 1))
     assert base_digest(str(model), book) != first
-
-
-# the socket ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("door")
-    folder.chmod(0o700)
-    return folder / "worker"
-
-
-def answering(worker: Any, place: Path) -> threading.Thread:
-    thread = threading.Thread(target=serve_forever, args=(worker, place), daemon=True)
-    thread.start()
-    while True:
-        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-            probe.connect(str(place))
-            return thread
-
-
-class Echo:
-    def answer(self, message: Message) -> Message:
-        return Message({"heard": message.head}, message.body)
-
-
-def test_a_worker_answers_over_its_socket(place: Path) -> None:
-    answering(Echo(), place)
-    for blob in (b"", b"x" * 3_000_000):
-        assert hand_over(str(place), Message({"n": 1}, blob), 20) == Message({"heard": {"n": 1}}, blob)
-    with socket.socket(socket.AF_UNIX) as rude:  # hangs up in the middle
-        rude.connect(str(place))
-        rude.sendall(b"\x01\x02")
-    assert hand_over(str(place), Message({"n": 2}), 20).head == {"heard": {"n": 2}}
-
-
-def test_only_its_user_can_open_the_socket(place: Path) -> None:
-    with listening(place):
-        assert stat.S_IMODE(place.stat().st_mode) == 0o600
-    place.parent.chmod(0o755)
-    with pytest.raises(PermissionError, match="others can enter"):
-        listening(place)
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
-def test_another_user_is_turned_away(place: Path) -> None:
-    heard: list[Message] = []
-
-    class Listens(Echo):
-        def answer(self, message: Message) -> Message:
-            heard.append(message)
-            return super().answer(message)
-
-    answering(Listens(), place)
-    place.parent.chmod(0o711)
-    place.parent.parent.chmod(0o711)
-    place.chmod(0o666)  # as if both modes had been lost
-    child = os.fork()
-    if child == 0:
-        code = 0
-        try:
-            os.setuid(65534)
-            hand_over(str(place), Message({"n": 1}), 5)
-        except (OSError, BrokenMessageError):
-            code = 7
-        os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert heard == []
-
-
-def test_a_message_that_kills_the_worker_is_handed_over_three_times(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handed = []
-
-    def dies() -> None:
-        with listening(place) as door:
-            while True:
-                link, _ = door.accept()
-                with link:
-                    handed.append(receive(link))
-
-    threading.Thread(target=dies, daemon=True).start()
-    while not place.exists():
-        pass
-    monkeypatch.setattr(flower, "_WORKER_PAUSE", 0.0)
-    context = Context(1, 11, {"socket": str(place)}, RecordDict(), {})
-    answer = flower.answer_of_worker(Message({"patience": 60}, b"poison"), context, 60.0)
-    assert answer.head["error"] == "the site's worker died of this message; see site.log there"
-    assert len(handed) == 3
-
-
-def test_half_a_message_is_an_error() -> None:
-    one, other = socket.socketpair()
-    with one, other:
-        send(one, Message({"a": 1}, b"blob"))
-        assert receive(other) == Message({"a": 1}, b"blob")
-        one.sendall(b"\xff" * 12)
-        with pytest.raises(BrokenMessageError, match="its head has"):
-            receive(other)
 
 
 # what is logged ------------------------------------------------------------------------------------------------------

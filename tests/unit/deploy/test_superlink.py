@@ -5,11 +5,9 @@ from __future__ import annotations
 import socket
 import stat
 import subprocess
-import time
 import tomllib
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.processes import flower_environment
 from coterie.deploy.serve import Supervisor, serve
 from coterie.deploy.superlink import SuperLink
-from coterie.flower import commands
 from coterie.types import CoterieError
 
 
@@ -130,35 +127,3 @@ def test_flower_opens_no_second_port_whatever_the_environment_says(
     made = flower_environment(tmp_path)
     assert not [name for name in made if name.startswith("FLWR_INTERNAL_GRPC")]
     assert made["FLWR_HOME"] == str(tmp_path)
-
-
-def test_a_supernode_looks_sooner_for_a_while_after_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flwr.supernode import cli, start_client_internal
-
-    found, slept, now = iter([None, 7, None, None, None]), list[float](), [1000.0]
-    assert start_client_internal.time is time  # type: ignore[attr-defined]
-
-    def supernode() -> None:
-        """Flower's loop: after a message it works until its answer is sent, and looks again at once."""
-        for passed in (0.0, 0.0, 300.0, 100.0, 30.0):
-            now[0] += passed
-            if start_client_internal._pull_and_store_message() is None:  # type: ignore[call-arg]
-                start_client_internal.time.sleep(3)  # type: ignore[attr-defined]
-        start_client_internal.time.sleep(0.1)  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(cli, "flower_supernode", supernode)
-    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda: next(found))
-    monkeypatch.setattr(start_client_internal, "time", time)
-    monkeypatch.setattr(commands, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
-    commands.supernode_command()
-    assert slept == [3, 0.5, 0.5, 3, 0.1]
-
-
-def test_a_supernode_that_is_another_one_inside_keeps_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flwr.supernode import cli, start_client_internal
-
-    ran = []
-    monkeypatch.setattr(cli, "flower_supernode", lambda: ran.append(start_client_internal.time))  # type: ignore[attr-defined]
-    monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
-    commands.supernode_command()
-    assert ran == [time]
