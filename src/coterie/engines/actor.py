@@ -1,7 +1,7 @@
-"""What runs in an actor of Flower's simulation: the base loaded once in the process, any client's message answered.
+"""What runs in an actor of Flower's simulation: loads the base once per process, and answers any client's message.
 
 An actor keeps nothing of a client from one message to the next: personal state is in the run folder, so that whichever
-actor is free may answer.
+actor is free can answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from coterie.machine import default_threads
 from coterie.methods.base import Method
 from coterie.types import ClientId, CoterieError, Json
 
-_RUN = ("config", "folder", "root", "data")  # of a head: the keys that say which run it is of
+_RUN = ("config", "folder", "root", "data")  # the keys of a head that say which run it belongs to
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Run:
     clients: Mapping[ClientId, LocalClient]
 
 
-_RUNS: list[_Run] = []  # the last one
+_RUNS: list[_Run] = []  # only the last one
 _BASES: dict[str, Any] = {}
 
 
@@ -94,7 +94,7 @@ def _opened(head: Mapping[str, Json]) -> _Run:
 
 
 def _load(about: Mapping[str, Json]) -> _Run:
-    """Load rows and base. Raises :class:`CoterieError` where the rows here are not those of the run."""
+    """Load rows and base. Raises :class:`CoterieError` if the rows here are not those of the run."""
     config, root = check_config(about["config"]), Path(about["root"])
     torch.set_num_threads(config.engine.threads or default_threads())
     federation = load_data(config.data, config.task.kind, config.run.seed, root)

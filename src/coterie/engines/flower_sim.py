@@ -1,7 +1,7 @@
 """Flower's simulation runtime: every client a SuperNode, their messages answered by Ray's actors (:mod:`.actor`).
 
-For more processes, GPUs or machines than one. The run folder is that of the local engine, and so are the bits, with
-the same number of threads. On several machines it has to lie on a file system that all of them share.
+For several processes, GPUs or machines. The run folder is the local engine's, and so are the bits, with the same
+number of threads. With several machines the folder has to be on a file system that all of them share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MIB = 2**20
 
 
 def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, Any]) -> FlowerSimEngine:
-    """The engine for a run in ``folder``; nothing is started before it is asked something."""
+    """The engine for a run in ``folder``; nothing is started before it is first used."""
     clients = tuple(client.info for client in federation.clients)
     start = partial(simulation, answer, len(clients), *_resources(config, len(clients)))
     return FlowerSimEngine(clients, head_of(config, federation, folder, root), folder, start)
@@ -42,28 +42,34 @@ def make(config: Config, federation: FederatedData, folder: Path, root: Path, ca
 
 def head_of(config: Config, federation: FederatedData, folder: Path, root: Path) -> dict[str, Json]:
     """What every message tells an actor of its run."""
-    place = {"folder": str(folder.resolve()), "root": str(root.resolve())}
-    return {"config": json.loads(config.model_dump_json()), "data": digest(federation.manifest), **place}
+    paths = {"folder": str(folder.resolve()), "root": str(root.resolve())}
+    return {"config": json.loads(config.model_dump_json()), "data": digest(federation.manifest), **paths}
 
 
 def _resources(config: Config, clients: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """What an actor gets, and the arguments of ``ray.init``. Raises :class:`CoterieError` for what does not fit."""
+    """The resources of an actor, and the arguments of ``ray.init``.
+
+    Raises :class:`CoterieError` for settings that contradict each other.
+    """
     engine, ray = config.engine, config.engine.ray
     if engine.clients_per_batch != 1:
-        raise CoterieError("[engine] clients_per_batch is of the local engine; with flower-sim set [engine.ray] keys")
+        raise CoterieError(
+            "[engine] clients_per_batch is for the local engine only; set [engine.ray] clients_at_once"
+        )
     if not isinstance(engine.device, str) or engine.device == "cuda:all":
         raise CoterieError(
-            f"[engine] device names several, {engine.device!r}, which the local engine spreads clients over; Ray does "
-            "by itself: name one, and set [engine.ray] gpus_per_client"
+            f"[engine] device names several, {engine.device!r}, but Ray spreads clients over devices by itself: name "
+            "one, and set [engine.ray] gpus_per_client"
         )
     if engine.device.startswith("cuda") and not ray.gpus_per_client:
         raise CoterieError(
-            f"[engine] device = {engine.device!r}, but [engine.ray] gpus_per_client = 0 gives clients no GPU: raise it"
+            f"[engine] device = {engine.device!r}, but [engine.ray] gpus_per_client = 0 leaves clients without a GPU; "
+            "raise it"
         )
     actor = {"num_cpus": float(ray.cpus_per_client), "num_gpus": ray.gpus_per_client}
     if ray.address:
         if ray.clients_at_once:
-            raise CoterieError("[engine.ray] clients_at_once: a Ray cluster has what it has; set cpus_per_client")
+            raise CoterieError("[engine.ray] clients_at_once has no effect on a Ray cluster; set cpus_per_client")
         return actor, {"address": ray.address}
     at_once = min(_at_once(ray), clients)
     return actor, {"num_cpus": at_once * ray.cpus_per_client, "object_store_memory": ray.object_store_mib * _MIB}
@@ -77,7 +83,7 @@ def _at_once(ray: RaySettings) -> int:
 class FlowerSimEngine:
     """Sends every client's message to a node of its own, and waits for all answers.
 
-    Raises :class:`CoterieError` where an actor or the simulation dies: the last checkpoint stands.
+    Raises :class:`CoterieError` if an actor or the simulation dies: the last checkpoint stands.
     """
 
     clients: tuple[ClientInfo, ...]
@@ -99,7 +105,7 @@ class FlowerSimEngine:
 
     @cached_property
     def spec(self) -> BaseSpec:
-        """As an actor found it: the base is loaded there alone."""
+        """As an actor reports it: only actors load the base."""
         first = self.clients[0].id
         ((_, _, message),) = self._exchange("query.hello", {first: Instruction()}, 0, {})
         return codec.decode(BaseSpec, message.body)
@@ -120,8 +126,8 @@ class FlowerSimEngine:
         usage: bool = False,
     ) -> Iterator[tuple[ClientId, Evaluation]]:
         """Scores of every client."""
-        ask: dict[str, Json] = {"splits": list(splits), "usage": usage}
-        for client, _, message in self._exchange("evaluate", instructions, rnd, ask):
+        details: dict[str, Json] = {"splits": list(splits), "usage": usage}
+        for client, _, message in self._exchange("evaluate", instructions, rnd, details):
             yield client, Outcome(message.body, **message.head).evaluation()
 
     def banks(
@@ -137,54 +143,54 @@ class FlowerSimEngine:
             store.forget_after(rnd)
 
     def held(self, rnd: int) -> dict[str, Json]:
-        """From which round each client's state is, after round ``rnd``."""
+        """The round that each client's state is of, after round ``rnd``."""
         return {store.folder.name: store.held(rnd) for store in self._stores()}
 
     def prune(self, rnd: int) -> None:
-        """Give up the personal states that only rounds before ``rnd`` need."""
+        """Delete the personal states that only rounds before ``rnd`` need."""
         for store in self._stores():
             store.prune(rnd)
 
     def close(self) -> None:
-        """End Ray and all that it started."""
+        """End Ray and all processes that it started."""
         self._stack.close()
 
     def _stores(self) -> tuple[PersonalStore, RoundStore[Bank]]:
-        """Those that the actors write; see :func:`coterie.engines.local.make`."""
+        """The stores that the actors write to."""
         return PersonalStore(self.folder), RoundStore(self.folder / "trained", Bank)
 
     def _exchange(
-        self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, ask: Mapping[str, Json]
+        self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, details: Mapping[str, Json]
     ) -> Iterator[tuple[ClientId, int, Message]]:
         """Every client's answer with the bytes that it was sent, in the clients' order."""
         order = [client.id for client in self.clients if client.id in instructions]
         encoded = EncodedOnce(instructions)
         blobs = {client: encoded.take(client) for client in order}
-        head = {**self.head, "kind": kind, "round": rnd, **ask}
+        head = {**self.head, "kind": kind, "round": rnd, **details}
         to = [(self._nodes[c], kind, Message({**head, "client": c}, blobs[c])) for c in order]
         tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))
         if None in tickets:
             raise CoterieError(f"Flower did not take the message of {tickets[None]}; go on with --resume")
-        come: dict[ClientId, Message] = {}
+        answers: dict[ClientId, Message] = {}
         for client in order:
-            while client not in come:
-                come |= self._come(tickets, kind, rnd)
-            yield client, len(blobs[client]), come.pop(client)
+            while client not in answers:
+                answers |= self._receive(tickets, kind, rnd)
+            yield client, len(blobs[client]), answers.pop(client)
 
-    def _come(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Message]:
-        """The answers that are there, after a short pause where there are none; their tickets are taken out."""
+    def _receive(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Message]:
+        """The answers that have arrived, if none after a short pause; their tickets are removed from ``tickets``."""
         try:
-            found = self._transport.receive([ticket for ticket in tickets if ticket])
+            arrived = self._transport.receive([ticket for ticket in tickets if ticket])
         except ConnectionError as fault:
             raise CoterieError(f"{fault}; go on with --resume") from fault
-        come = {}
-        for ticket, message in found:
+        answers = {}
+        for ticket, message in arrived:
             client = tickets.pop(ticket)
             if isinstance(message, str):
                 raise CoterieError(f"client {client}, {kind} of round {rnd}: {message}; go on with --resume")
             if "fault" in message.head:
                 raise CoterieError(str(message.head["fault"]))
-            come[client] = message
-        if not found:
+            answers[client] = message
+        if not arrived:
             time.sleep(self._transport.pause)
-        return come
+        return answers

@@ -43,12 +43,12 @@ def test_ray_gets_as_many_cores_as_the_clients_at_once_take(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"together": 2}, "clients_per_batch is of the local engine"),
+        ({"together": 2}, "clients_per_batch is for the local engine only"),
         ({"device": "cuda:all"}, "device names several"),
-        ({"device": "cuda"}, "gpus_per_client = 0 gives clients no GPU"),
+        ({"device": "cuda"}, "gpus_per_client = 0 leaves clients without a GPU"),
         ({"device": "cuda:all"}, "device names several, .* name one"),
         ({"device": ("cpu", "cpu")}, "device names several, .* name one"),
-        ({"address": "auto", "clients_at_once": 2}, "a Ray cluster has what it has"),
+        ({"address": "auto", "clients_at_once": 2}, "has no effect on a Ray cluster"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
