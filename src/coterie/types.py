@@ -21,7 +21,8 @@ Json = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 NO_EXPERT = -1  # the tensor belongs to the module as a whole (a router, a head)
 SHARED = -2  # the shared expert, whose gate is always 1
-_EXPERT_NAMES = {NO_EXPERT: "-", SHARED: "shared"}
+FOLDED = -3  # what a method has added to the base, as an expert: its gate is always 1, and it sees no dropout
+_EXPERT_NAMES = {NO_EXPERT: "-", SHARED: "shared", FOLDED: "folded"}
 _EXPERT_IDS = {name: number for number, name in _EXPERT_NAMES.items()}
 
 
@@ -55,7 +56,8 @@ class Key(NamedTuple):
     """The name of one tensor: ``Key("encoder.layer.0.attention.self.query", 2, Part.A)``.
 
     ``module`` is the qualified name of the target Linear (for a head: of the head's parameter), ``expert`` the
-    number of the expert, :data:`SHARED` or :data:`NO_EXPERT`. ``str(key)`` and :meth:`parse` are inverse.
+    number of the expert, :data:`SHARED`, :data:`FOLDED` or :data:`NO_EXPERT`. ``str(key)`` and :meth:`parse` are
+    inverse.
     """
 
     module: str

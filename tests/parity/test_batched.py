@@ -38,6 +38,7 @@ from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.types import (
+    FOLDED,
     Bank,
     ClientResult,
     CoterieError,
@@ -322,6 +323,26 @@ def test_clients_may_differ_in_everything(gate: str, dropout: float) -> None:
     same(place, asked)
 
 
+@pytest.mark.parametrize("trained", ["lora", "head"])
+def test_clients_with_a_folded_expert_share_a_batch(trained: str) -> None:
+    """It sees no dropout, whatever the ranks of what trains beside it."""
+    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    extra = folded(place, 3)
+    asked: dict[str, Request] = {}
+    for i, client in enumerate(clients):
+        bank = some_bank(place, labels_of(client), i, experts=1, rank=1 + i, dropout=0.3)
+        if trained == "head":
+            bank = replace(bank, tensors={key: v for key, v in bank.tensors.items() if key.part is Part.HEAD})
+        trainable = frozenset(bank.tensors)
+        asked[client.info.id] = Train(replace(bank, tensors={**bank.tensors, **extra}), trainable, OPTIM)
+    same(place, asked)
+
+
+def folded(place: Workplace, rank: int) -> dict[Key, Tensor]:
+    made = tiny.bank(place.base.spec.targets, 1, rank, seed=9, dtype=torch.float64)
+    return {key._replace(expert=FOLDED): value for key, value in made.tensors.items()}
+
+
 @pytest.mark.parametrize("arch", ["roberta", "gpt2", "qwen2"])
 def test_other_models_and_modules_that_only_some_adapt(arch: str) -> None:
     kind = "classification" if arch == "roberta" else "generation"
@@ -408,7 +429,7 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 # what cannot share a batch, and what fails ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unlike", ["dropout", "gate", "ranks"])
+@pytest.mark.parametrize("unlike", ["dropout", "gate", "ranks", "folded ranks"])
 def test_what_cannot_share_a_batch_is_answered_alone(unlike: str) -> None:
     place, clients = workplace(), loaded("classification", torch.float64)[1]
     asked: dict[str, Request] = {}
@@ -424,7 +445,10 @@ def test_what_cannot_share_a_batch_is_answered_alone(unlike: str) -> None:
         if unlike == "ranks":
             made = some_bank(place, labels_of(client), i, experts=2, rank=[1, 3])
             bank = replace(made, dropout=0.1, own_masks=True)
-        asked[client.info.id] = Train(bank, frozenset(bank.tensors), OPTIM)
+        trainable = frozenset(bank.tensors)
+        if unlike == "folded ranks":
+            bank = replace(bank, tensors={**bank.tensors, **folded(place, 1 + i)})
+        asked[client.info.id] = Train(bank, trainable, OPTIM)
     same(place, asked, within=1e-12, alone=True)
 
 

@@ -1,7 +1,7 @@
 """A client's whole bank in one file: its experts, router, gate and head, and what a reader must know of them.
 
-:func:`coterie.nn.attach.attach` puts the bank back on its base. Where the bank is a plain LoRA, a PEFT adapter is
-written beside it.
+:func:`coterie.nn.attach.attach` puts the bank back on its base. Where the bank is a LoRA or a sum of LoRAs, a PEFT
+adapter is written beside it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from coterie.codec import CodecError, decode, encode
 from coterie.files import write_atomic
-from coterie.types import Bank, CoterieError, Json, Part
+from coterie.types import Bank, CoterieError, Json, Key, Part
 
 BUNDLE_FILE = "bundle.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -30,16 +33,16 @@ class Bundle:
 
 
 def write_bundle(folder: Path, bank: Bank, info: Mapping[str, Json], *, fan_in_fan_out: bool = False) -> None:
-    """Write ``bank`` and ``info`` to ``folder``, and a PEFT adapter beside it where the bank is a plain LoRA.
+    """Write ``bank`` and ``info`` to ``folder``, and a PEFT adapter beside it where the gate is ``constant``.
 
     Of ``info``, the adapter's config takes ``base`` (path or hub name) and ``task`` (classification by default).
     """
     write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, info)))
-    if not _is_plain(bank):
+    expert = _one_lora(bank) if bank.gate.name == "constant" else {}
+    if not expert:
         return
     from coterie.adapters.write import ranks_of, write_adapter  # PEFT takes a second to import
 
-    expert = {key: value for key, value in bank.tensors.items() if key.part in (Part.A, Part.B)}
     rank = max(ranks_of(expert).values())
     write_adapter(
         folder / ADAPTER_FOLDER,
@@ -69,7 +72,13 @@ def read_bundle(folder: Path) -> tuple[Bank, dict[str, Any]]:
     return bundle.bank, dict(bundle.info)
 
 
-def _is_plain(bank: Bank) -> bool:
-    """Whether the bank is a plain LoRA: gate 1 and one expert on every module it adapts."""
-    modules = [key.module for key in bank.tensors if key.part is Part.A]
-    return bank.gate.name == "constant" and 0 < len(modules) == len(set(modules))
+def _one_lora(bank: Bank) -> dict[Key, Tensor]:
+    """All experts as one: the rows of A under each other, the columns of B beside each other. Empty without experts."""
+    by_module: dict[str, list[Key]] = {}
+    for key in sorted(key for key in bank.tensors if key.part is Part.A):
+        by_module.setdefault(key.module, []).append(key)
+    tensors: dict[Key, Tensor] = {}
+    for module, keys in by_module.items():
+        tensors[Key(module, 0, Part.A)] = torch.cat([bank.tensors[key] for key in keys])
+        tensors[Key(module, 0, Part.B)] = torch.cat([bank.tensors[key._replace(part=Part.B)] for key in keys], dim=1)
+    return tensors

@@ -21,7 +21,7 @@ from torch.nn import functional
 from coterie.nn.gates import balance_loss, gates, routes_by_output
 from coterie.nn.products import Add, Project, Ranks, Span, padded
 from coterie.ops.streams import stream
-from coterie.types import NO_EXPERT, SHARED, Key, Part
+from coterie.types import FOLDED, NO_EXPERT, SHARED, Key, Part
 
 SPARSE_FROM = 256  # experts of a matrix from which the sum over the active ones alone was faster (bench/gather.py)
 KEPT_PART = 10  # of A_cat x a bank keeps one part in this of the size of x, to the next multiple of 8
@@ -107,12 +107,17 @@ class BankLayer:
     def shared_rank(self) -> int:
         return self.ranks.each[0] if self.has_shared else 0
 
+    @property
+    def folded_rank(self) -> int:
+        """How many ranks, the first ones, see no dropout: they stand for what was added to the base."""
+        return self.ranks.each[0] if FOLDED in self.experts else 0
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """h = A_cat x~ [n, R], A_cat x of the routed experts (for gates that route by it), and p = R x [n, s]."""
         rank = self.columns.shape[0]
         dropping = self.now.training and self.dropout > 0
         by_output = routes_by_output(self.gate)
-        if not dropping or not (by_output or self.own_masks):
+        if not dropping or not (by_output or self.own_masks or self.folded_rank):
             h, p = self._part(x, 0, rank, self.slots, self._keep(x) if dropping else None)
             return h, h[:, self.shared_rank :], p
         start = self.shared_rank if by_output else rank
@@ -120,12 +125,18 @@ class BankLayer:
         return self._dropped(x), routed, p
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """A_cat x~ [n, R]: one mask for all experts, or one for each."""
+        """A_cat x~ [n, R]: one mask for all experts, or one for each; none for the folded expert."""
+        folded, rank = self.folded_rank, self.columns.shape[0]
         if not self.own_masks:
-            return self._part(x, 0, self.columns.shape[0], 0, self._keep(x))[0]
+            h = self._part(x, folded, rank - folded, 0, self._keep(x))[0]
+            return torch.cat([self._part(x, 0, folded, 0, None)[0], h], dim=1) if folded else h
         starts = [sum(self.ranks.each[:i]) for i in range(len(self.experts))]
         parts = zip(self.experts, starts, self.ranks.each, strict=True)
-        return torch.cat([self._part(x, start, r, 0, self._keep(x, expert))[0] for expert, start, r in parts], dim=1)
+        made = (
+            self._part(x, start, r, 0, None if expert == FOLDED else self._keep(x, expert))[0]
+            for expert, start, r in parts
+        )
+        return torch.cat(list(made), dim=1)
 
     def _part(self, x: Tensor, start: int, rank: int, slots: int, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The products of x with ``rank`` rows of A from ``start`` on (x~ where ``keep`` is given) and the router."""

@@ -14,7 +14,7 @@ from coterie.nn.bank import BankLayer, Pass
 from coterie.nn.gates import gates
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
-from coterie.types import NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
+from coterie.types import FOLDED, NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ def _check_gate(layer: BankLayer) -> None:
     p = torch.zeros(1, layer.slots) if layer.slots else None
     routed = torch.zeros(1, layer.columns.shape[0] - layer.shared_rank)
     where = f"{layer.module}, gate {layer.gate!r}"
+    if FOLDED in layer.experts and layer.gate != "constant":
+        raise CoterieError(f"{where}: a bank with a folded expert has the gate 'constant'")
     try:
         inspect.signature(gates()[layer.gate]).bind(p, None, **layer.options)
         g = layer.weights(p, routed)

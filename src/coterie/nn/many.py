@@ -78,19 +78,25 @@ class ManyLayer:
     def __init__(self, layers: Sequence[BankLayer | None], now: ManyPass) -> None:
         known = [layer for layer in layers if layer is not None]
         like = known[0]
-        settings = {(one.dropout, one.own_masks, routes_by_output(one.gate), one.columns.dtype) for one in known}
+        settings = {
+            (one.dropout, one.own_masks, routes_by_output(one.gate), one.folded_rank, one.columns.dtype)
+            for one in known
+        }
         if len(settings) > 1:
-            raise UnlikeError(f"{like.module}: banks that differ in dropout, kind of gate or dtype: {settings}")
+            raise UnlikeError(
+                f"{like.module}: banks that differ in dropout, kind of gate, folded ranks or dtype: {settings}"
+            )
         self.layers, self.now, self.module = list(layers), now, like.module
         self.dropout, self.own_masks, self.by_output = like.dropout, like.own_masks, routes_by_output(like.gate)
+        self.folded = like.folded_rank
         self.rank = max(one.columns.shape[0] for one in known)
         self.slots = max(one.slots for one in known)
         self.experts = max(len(one.experts) for one in known)
         self.scaling = [one.scaling if one else like.scaling for one in layers]
         each = {rank for one in known for rank in one.ranks.each}
         self.each = each.pop() if len(each) == 1 else None
-        if self.own_masks and self.each is None:
-            raise UnlikeError(f"{like.module}: dropout masks per expert, and experts of several ranks")
+        if self.own_masks and (self.each is None or self.folded):
+            raise UnlikeError(f"{like.module}: dropout masks per expert, and experts of several ranks or a folded one")
         self._views: dict[Any, Any] = {}
         self._stack(known[0])
 
@@ -172,8 +178,15 @@ class ManyLayer:
             p = rest[0] if rest else None
         elif self.slots:
             (p,) = self._product(x, rank, (self.slots,))
-        h = self._each_dropped(x) if self.own_masks else self._product(x, 0, (rank,), self._keep(x))[0]
-        return h, routed, p
+        return self._each_dropped(x) if self.own_masks else self._dropped(x), routed, p
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """A x~ with one mask for all experts; the folded expert sees x."""
+        folded, rank = self.folded, self.rank
+        if folded == rank:
+            return self._product(x, 0, (rank,))[0]
+        (h,) = self._product(x, folded, (rank - folded,), self._keep(x))
+        return torch.cat([*self._product(x, 0, (folded,)), h], dim=-1) if folded else h
 
     def _each_dropped(self, x: Tensor) -> Tensor:
         """A x~ with a mask of its own for every expert."""

@@ -26,7 +26,7 @@ from coterie.codec import encode
 from coterie.nn.attach import attached
 from coterie.nn.spec import describe
 from coterie.ops.streams import stream
-from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
+from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
 
 torch.set_num_threads(1)
 WIDTH, VOCABULARY, LABELS = 16, 40, 3
@@ -188,6 +188,18 @@ def test_a_bundle_comes_back_bit_for_bit_and_attaches(tmp_path, dtype):
 def test_a_bundle_of_a_plain_lora_has_an_adapter_beside_it(tmp_path, number):
     model = model_of("bert")
     bank = Bank({**expert_for(model, 4, number), **head_for(model, LABELS)}, scaling=0.3)
+    write_bundle(tmp_path, bank, {"base": "a/base", "task": "classification"})
+    expected = ours(model, read_bundle(tmp_path)[0])
+    torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_bundle_of_a_sum_of_loras_has_one_adapter_for_all(tmp_path):
+    """Experts whose gates are 1, of different ranks; not every module has all of them."""
+    model = model_of("bert")
+    parts = {**expert_for(model, 4, FOLDED), **expert_for(model, 2, 0, {"query": 3}), **expert_for(model, 1, 1)}
+    first = min(key.module for key in parts)
+    tensors = {key: value for key, value in parts.items() if (key.module, key.expert) != (first, FOLDED)}
+    bank = Bank({**tensors, **head_for(model, LABELS)}, scaling=0.3)
     write_bundle(tmp_path, bank, {"base": "a/base", "task": "classification"})
     expected = ours(model, read_bundle(tmp_path)[0])
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), expected, atol=1e-12, rtol=1e-12)

@@ -19,7 +19,7 @@ from coterie.nn.attach import Attached, attach
 from coterie.nn.bank import BankLayer
 from coterie.nn.gates import gates
 from coterie.ops.streams import stream
-from coterie.types import NO_EXPERT, SHARED, Bank, Key, Part, Target
+from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Target
 
 torch.set_num_threads(1)
 
@@ -372,6 +372,31 @@ def test_dropout_only_in_training_and_only_if_asked() -> None:
     attached.detach()
     attach(module, make_bank(dropout=0.0)).now.training = True
     assert torch.equal(module(inputs()), without)
+
+
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_a_folded_expert_is_as_if_it_were_added_to_the_base(own_masks: bool) -> None:
+    """It sees no dropout: outputs and gradients are those of a base with other weights, in training too."""
+    lora = replace(make_bank("constant", [3], dropout=0.4), own_masks=own_masks)
+    extra = {key._replace(expert=FOLDED): value for key, value in make_bank("constant", [4], seed=1).tensors.items()}
+    a, b = (extra[Key("0", FOLDED, part)] for part in (Part.A, Part.B))
+    other, module, made = linear(), linear(), []
+    other[0].weight.data += lora.scaling * b @ a
+    for base, bank in ((module, replace(lora, tensors={**lora.tensors, **extra})), (other, lora)):
+        attached = attach(base, bank, lora.tensors)
+        attached.now.training, attached.now.seed = True, 7
+        x = inputs().requires_grad_()
+        (base(x) ** 2).sum().backward()
+        made.append([base(x).detach(), x.grad, *(p.grad for p in attached.parameters.values())])
+    assert len(made[0]) == len(made[1]) == 4
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_a_folded_expert_goes_with_the_gate_constant_alone() -> None:
+    bank = make_bank("softmax")
+    extra = {key._replace(expert=FOLDED): value for key, value in make_bank("constant", [4]).tensors.items()}
+    with pytest.raises(CoterieError, match="a bank with a folded expert has the gate 'constant'"):
+        attach(linear(), replace(bank, tensors={**bank.tensors, **extra}))
 
 
 def test_dropout_is_unbiased() -> None:
