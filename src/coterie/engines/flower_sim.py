@@ -53,9 +53,7 @@ def _resources(config: Config, clients: int) -> tuple[dict[str, float], dict[str
     """
     engine, ray = config.engine, config.engine.ray
     if engine.clients_per_batch != 1:
-        raise CoterieError(
-            "[engine] clients_per_batch is for the local engine only; set [engine.ray] clients_at_once"
-        )
+        raise CoterieError("[engine] clients_per_batch is for the local engine only; set [engine.ray] clients_at_once")
     if not isinstance(engine.device, str) or engine.device == "cuda:all":
         raise CoterieError(
             f"[engine] device names several, {engine.device!r}, but Ray spreads clients over devices by itself: name "
