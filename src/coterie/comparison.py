@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ def compare_all(
     """
     runs = {(m.strip(), s): config_for(raw, m.strip(), s) for m in methods for s in seeds}
     results: Results = {}
-    cache: dict[str, Any] = {}
+    cache: dict[str, object] = {}
     for (method, seed), settings in runs.items():
         place = folder / folder_of(method, seed)
         with watch(settings.run.rounds, f"{method} seed {seed}") as listen:

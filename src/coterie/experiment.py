@@ -43,7 +43,7 @@ class Opened:
     """A run that is ready to go: its method, its engine, its data."""
 
     config: Config
-    method: Method[Any]
+    method: Method
     engine: Engine
     federation: FederatedData
     root: Path
@@ -56,7 +56,7 @@ def run(
     root: Path,
     resume: bool = False,
     listen: Listener = lambda event: None,
-    cache: dict[str, Any] | None = None,
+    cache: dict[str, object] | None = None,
 ) -> dict[str, Json]:
     """Run ``config`` in ``folder`` to its end and return its summary; relative paths in it start at ``root``.
 
@@ -99,7 +99,7 @@ def both(first: Listener, second: Listener) -> Listener:
     return listen
 
 
-def open_run(config: Config, folder: Path, root: Path, cache: dict[str, Any]) -> Opened:
+def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object]) -> Opened:
     """The run's method, engine and data, loaded and checked, and the threads set; nothing is written."""
     set_threads(config)
     if config.run.tensorboard:

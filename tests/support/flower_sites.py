@@ -45,7 +45,7 @@ def server_config(path: Path, **changes: dict[str, Any]) -> Config:
     return federation_config({**raw, **{k: {**raw.get(k, {}), **v} for k, v in changes.items()}})
 
 
-def method_of(config: Config) -> Method[Any]:
+def method_of(config: Config) -> Method:
     return method_named(config.method_name)(config.method_settings(), config.plan())
 
 

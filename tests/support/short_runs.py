@@ -62,7 +62,7 @@ def make(name: str, *, head: Any = "personal", dropout: float = 0.1, rounds: int
 class Ended:
     """What rounds left: the server's state, what every client's last reply held, the bank that it would use next."""
 
-    method: Method[Any]
+    method: Method
     engine: LocalEngine
     state: Any
     replies: Mapping[ClientId, Reply]

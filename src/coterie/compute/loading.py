@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -23,7 +23,7 @@ from coterie.types import CoterieError
 _NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # of [engine], what does not change a base
 
 
-def workplaces(config: Config, root: Path, cache: dict[str, Any]) -> tuple[Workplace, ...]:
+def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Workplace, ...]:
     """A workplace on every device, all with the same tokens; bases stay in ``cache`` for runs with the same model."""
     if config.task.generate:
         check_rouge()
@@ -32,7 +32,7 @@ def workplaces(config: Config, root: Path, cache: dict[str, Any]) -> tuple[Workp
     key = str(("base", config.model, config.lora.targets, config.task.kind, engine, root))
     if key not in cache:
         cache[key] = _bases(config, root, names)
-    bases: tuple[Base, ...] = cache[key]
+    bases = cast(tuple[Base, ...], cache[key])
     _check_positions(config, bases[0])
     task = make_task(
         config.task.kind, bases[0].tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate

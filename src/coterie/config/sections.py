@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -166,7 +166,7 @@ class Config(Section):
         own = {key: value for key, value in self.method.items() if key != "name"}
         return checked(method_named(self.method_name).Settings, own, "method")
 
-    def make_method(self, root: Path) -> Method[Any]:
+    def make_method(self, root: Path) -> Method:
         """The method with its settings; relative paths in them start at ``root``, the config's folder."""
         return method_named(self.method_name)(self.method_settings().located(root), self.plan())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from coterie.deploy.answers import Outcome, decoded
 from coterie.deploy.exchange import Arrival, Exchange, Unanswered
@@ -40,7 +40,7 @@ class RemoteEngine:
     def clients(self) -> tuple[ClientInfo, ...]:
         return self.sites.clients
 
-    def train(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
+    def train(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``, as it comes; at the deadline an error for each that is missing."""
         for arrival in self._exchange("train", instructions, rnd, {}):
             reply, error = _reply(arrival.answer)
@@ -48,7 +48,7 @@ class RemoteEngine:
 
     def evaluate(
         self,
-        method: Method[Any],
+        method: Method,
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
         splits: tuple[str, ...],
@@ -65,7 +65,7 @@ class RemoteEngine:
             observed = found.observed if usage else None
             yield client, replace(found, observed=observed, note=plain_text(found.note) if found.note else None)
 
-    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
+    def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """The banks of the clients whose site sends them; every site writes its own to its own disk."""
 
         def fault(client: ClientId, bank: Bank) -> str | None:

@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from coterie import codec
 from coterie.adapters.bundle import write_bundle
@@ -37,7 +36,7 @@ class _Run:
     """A run that this site takes part in, and the folder of its personal state."""
 
     config: Config
-    method: Method[Any]
+    method: Method
     client: LocalClient
     folder: Path
 
@@ -48,7 +47,7 @@ class Worker:
 
     site: SiteSettings
     root: Path
-    cache: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, object] = field(default_factory=dict)
     runs: dict[str, _Run] = field(default_factory=dict)
 
     @property

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,12 +33,12 @@ class _Run:
     """A run as an actor holds it: all of its clients, over one base."""
 
     head: Mapping[str, Json]
-    method: Method[Any]
+    method: Method
     clients: Mapping[ClientId, LocalClient]
 
 
 _RUNS: list[_Run] = []  # only the last one
-_BASES: dict[str, Any] = {}
+_BASES: dict[str, object] = {}
 
 
 def answer(message: Message, *_: object) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Observed, Reply
@@ -49,20 +49,18 @@ class Engine(Protocol):
     @property
     def clients(self) -> tuple[ClientInfo, ...]: ...
 
-    def train(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
-    ) -> Stream[Delivery]: ...
+    def train(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]: ...
 
     def evaluate(
         self,
-        method: Method[Any],
+        method: Method,
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
         splits: tuple[str, ...],
         usage: bool = False,
     ) -> Stream[Evaluation]: ...
 
-    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
+    def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
 
     def restore(self, rnd: int) -> None: ...
 

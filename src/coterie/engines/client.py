@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -70,7 +70,7 @@ class LocalClient:
     def id(self) -> ClientId:
         return self.data.info.id
 
-    def personal(self, method: Method[Any], until: int) -> Personal:
+    def personal(self, method: Method, until: int) -> Personal:
         """The newest personal state of a round up to ``until``, or the one to begin with."""
         return self.states.personal.load(self.id, until) or method.begin(self.workplace.base.spec, self.info)
 
@@ -97,7 +97,7 @@ class Outcome:
         return replace(codec.decode(Evaluation, self.blob), note=self.note)
 
 
-def train_client(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> Outcome:
+def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Outcome:
     """Round ``rnd`` of a client: decode the instruction, load its personal state, run the method's program, encode the
     reply, save the personal state.
 
@@ -118,7 +118,7 @@ def train_client(client: LocalClient, method: Method[Any], blob: bytes, rnd: int
 
 
 def evaluate_client(
-    client: LocalClient, method: Method[Any], blob: bytes, rnd: int, splits: Sequence[str], usage: bool = False
+    client: LocalClient, method: Method, blob: bytes, rnd: int, splits: Sequence[str], usage: bool = False
 ) -> Outcome:
     """The encoded :class:`Evaluation` of a client with the bank that it has after round ``rnd``.
 
@@ -131,7 +131,7 @@ def evaluate_client(
     return Outcome(codec.encode(evaluation), note=joined(notes))
 
 
-def client_bank(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> Bank:
+def client_bank(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Bank:
     """What a client evaluates with and exports after round ``rnd``: what it trained last where that is kept, else what
     the instruction for the next round gives it. Raises as :func:`train_client`."""
     ins = _instruction(client, blob)
@@ -151,7 +151,7 @@ class Start:
     personal: Personal
 
 
-def begin(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> Start:
+def begin(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Start:
     """Decode the instruction and load the personal state. Raises as :func:`train_client`."""
     return Start(client, _instruction(client, blob), client.personal(method, rnd - 1))
 

@@ -33,7 +33,9 @@ _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
 _MIB = 2**20
 
 
-def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, Any]) -> FlowerSimEngine:
+def make(
+    config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, object]
+) -> FlowerSimEngine:
     """The engine for a run in ``folder``; nothing is started before it is first used."""
     clients = tuple(client.info for client in federation.clients)
     start = partial(simulation, answer, len(clients), *_resources(config, len(clients)))
@@ -109,7 +111,7 @@ class FlowerSimEngine:
         return codec.decode(BaseSpec, message.body)
 
     def train(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int
     ) -> Iterator[tuple[ClientId, Delivery]]:
         """Every client's delivery for round ``rnd``, in the clients' order."""
         for client, down, message in self._exchange("train", instructions, rnd, {}):
@@ -117,7 +119,7 @@ class FlowerSimEngine:
 
     def evaluate(
         self,
-        method: Method[Any],
+        method: Method,
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
         splits: tuple[str, ...],
@@ -129,7 +131,7 @@ class FlowerSimEngine:
             yield client, Outcome(message.body, **message.head).evaluation()
 
     def banks(
-        self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int
+        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int
     ) -> Iterator[tuple[ClientId, Bank]]:
         """Every client's bank after round ``rnd``, for export."""
         for client, _, message in self._exchange("query.bank", instructions, rnd, {}):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coterie.compute.loading import workplaces
 from coterie.compute.workplace import Workplace
@@ -26,7 +25,7 @@ from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json
 
 
-def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, Any]) -> LocalEngine:
+def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, object]) -> LocalEngine:
     """The engine for a run in ``folder``; the base stays in ``cache`` for further runs with the same model."""
     all_workplaces, wanted = workplaces(config, root, cache), config.engine.clients_per_batch
     together = None
@@ -57,7 +56,7 @@ class LocalEngine:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(client.info for client in self.federation.clients)
 
-    def train(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
+    def train(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``, as it comes. A client's failure is its delivery's ``error``.
 
         Once all have come, the clients' states are on the disk.
@@ -72,7 +71,7 @@ class LocalEngine:
 
     def evaluate(
         self,
-        method: Method[Any],
+        method: Method,
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
         splits: tuple[str, ...],
@@ -87,7 +86,7 @@ class LocalEngine:
             outcome = evaluate_client(client, method, encoded.take(client.id), rnd, splits, usage)
             yield client.id, outcome.evaluation()
 
-    def banks(self, method: Method[Any], instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
+    def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """Every client's bank after round ``rnd``, for export."""
         clients, encoded = self._taking_part(instructions), EncodedOnce(instructions)
         for client in clients:

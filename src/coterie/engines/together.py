@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from coterie.compute.batched import FAULTS, drive_together
 from coterie.compute.client import LocalCompute
@@ -65,7 +65,7 @@ class Together:
     def train(
         self,
         clients: Sequence[LocalClient],
-        method: Method[Any],
+        method: Method,
         instructions: Mapping[ClientId, Instruction],
         encoded: EncodedOnce,
         rnd: int,
@@ -92,7 +92,7 @@ class Together:
     def evaluate(
         self,
         clients: Sequence[LocalClient],
-        method: Method[Any],
+        method: Method,
         encoded: EncodedOnce,
         rnd: int,
         splits: tuple[str, ...],
@@ -118,7 +118,7 @@ class Together:
     def _decide(
         self,
         clients: Sequence[LocalClient],
-        method: Method[Any],
+        method: Method,
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
     ) -> int:
@@ -162,7 +162,7 @@ class Together:
             yield from releasing_memory(made)
 
     def _train(
-        self, workplace: Workplace, method: Method[Any], starts: Sequence[tuple[Start, int]], rnd: int
+        self, workplace: Workplace, method: Method, starts: Sequence[tuple[Start, int]], rnd: int
     ) -> list[tuple[ClientId, Delivery, Saves]]:
         """What came of clients whose programs run together; each takes an equal part of the time."""
         started = time.perf_counter()
@@ -192,7 +192,7 @@ class Together:
             return [fault.with_traceback(None)]
 
 
-def _fetched(client: LocalClient, method: Method[Any], blob: bytes, rnd: int) -> tuple[Start, int]:
+def _fetched(client: LocalClient, method: Method, blob: bytes, rnd: int) -> tuple[Start, int]:
     """What the client starts the round with, and the bytes that it was sent; its rows are tokenised, too."""
     with suppress(CoterieError):  # a row that cannot be encoded fails its client when it trains
         client.workplace.prepare(client.data, "train")

@@ -11,7 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol
+
+from typing_extensions import TypeVar
 
 from coterie.methods.findings import Finding
 from coterie.methods.parts import start_head
@@ -38,7 +40,7 @@ from coterie.types import (
     Trained,
 )
 
-S = TypeVar("S")
+S = TypeVar("S", default=Any)  # a Method of any state, where none is named
 
 
 @dataclass(frozen=True)

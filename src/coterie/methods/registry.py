@@ -24,7 +24,7 @@ _TEXTS = ("name", "title", "paper", "summary", "newcomers")
 
 
 @cache
-def method_named(name: str) -> type[Method[Any]]:
+def method_named(name: str) -> type[Method]:
     """The method called ``name``.
 
     Raises :class:`CoterieError` that lists the known methods if there is none, and that says what is missing if it is
@@ -36,12 +36,12 @@ def method_named(name: str) -> type[Method[Any]]:
         raise CoterieError(f"unknown method {name!r}; the methods are {', '.join(methods())}")
     if faults := list(faults_of(kind, name)):
         raise CoterieError(f"method {name!r} {'; it '.join(faults)}")
-    checked: type[Method[Any]] = kind
+    checked: type[Method] = kind
     return checked
 
 
 @cache
-def methods() -> dict[str, type[Method[Any]]]:
+def methods() -> dict[str, type[Method]]:
     """Every method by name. Imports all of them."""
     own = [name for name in _modules() if _own(name) is not None]
     return {name: method_named(name) for name in sorted({*own, *installed(GROUP)})}

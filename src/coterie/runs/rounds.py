@@ -50,7 +50,7 @@ class Rounds:
 class Runner:
     """One run in one folder. ``listen`` hears every event as it happens, those of single clients included."""
 
-    method: Method[Any]
+    method: Method
     engine: Engine
     rounds: Rounds
     folder: Path
