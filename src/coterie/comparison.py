@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +22,34 @@ from coterie.runs.summary import read_events
 from coterie.types import Json
 
 Results = dict[str, dict[int, dict[str, Json]]]  # variant -> seed -> summary
+Watch = Callable[[int, str], AbstractContextManager[Listener]]  # makes a run's listener, from its rounds and its label
 
 
-Watch = Callable[[int, str], AbstractContextManager[Listener]]  # what listens to a run of so many rounds, by its label
+def _silent(rounds: int, label: str) -> AbstractContextManager[Listener]:
+    return nullcontext(lambda event: None)
 
 
 def compare(
-    config: Path, methods: Sequence[str], seeds: Sequence[int], folder: Path, overrides: Sequence[str], watch: Watch
+    config: Path | str,
+    out: Path | str,
+    *,
+    methods: Sequence[str] = ("fedlease", "fedit", "local"),
+    seeds: Sequence[int] = (0,),
+    overrides: Sequence[str] = (),
+    watch: Watch = _silent,
 ) -> Results:
-    """:func:`compare_all` on a TOML file."""
-    return compare_all(override(load_raw(config), overrides), methods, seeds, folder, config.parent, watch)
+    """Run every one of ``methods`` with every seed on the federation of a TOML file, each in a folder below ``out``.
+
+    A run that is there already continues. Returns the summary of each run, and writes ``compare.json``.
+    """
+    path = Path(config)
+    return compare_all(override(load_raw(path), overrides), methods, seeds, Path(out), path.parent, watch)
 
 
 def compare_all(
     raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, watch: Watch
 ) -> Results:
-    """Every variant with every seed, each in its own folder below ``folder``; what is there already goes on.
+    """Every variant with every seed, each in its own folder below ``folder``. A run that is there already continues.
 
     Writes ``compare.json``. Raises :class:`CoterieError` as a run does.
     """

@@ -1,9 +1,9 @@
 """A whole run from a config: data, engine, rounds, and what a run leaves behind.
 
-This is where the parts meet; the Python entry for what ``coterie run`` does:
+This is where the parts meet. :func:`run` is what ``coterie run`` does, and ``coterie.run`` in Python:
 
-    from coterie.experiment import run
-    summary = run(load_config(Path("clinic.toml")), Path("runs/clinic"), root=Path("."))
+    import coterie
+    summary = coterie.run("clinic.toml", "runs/clinic")
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from coterie import engines
+from coterie.config.load import load_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import FederatedData
@@ -50,26 +51,31 @@ class Opened:
 
 
 def run(
-    config: Config,
-    folder: Path,
+    config: Config | Path | str,
+    out: Path | str,
     *,
-    root: Path,
+    root: Path | None = None,
     resume: bool = False,
     listen: Listener = lambda event: None,
     cache: dict[str, object] | None = None,
 ) -> dict[str, Json]:
-    """Run ``config`` in ``folder`` to its end and return its summary; relative paths in it start at ``root``.
+    """Run ``config`` in the folder ``out`` to its end and return its summary.
 
-    ``cache`` lets several runs in one process share what is loaded (the base). Everything is checked before the
-    folder is made. Raises :class:`CoterieError`: see :mod:`coterie.runs.folder` and
+    ``config`` is a config or the path of its TOML file. Relative paths in it start at ``root``, by default the file's
+    folder, or else the working folder. ``cache`` lets several runs in one process share what is loaded (the base).
+    Everything is checked before the folder is made. Raises :class:`CoterieError`: see :mod:`coterie.runs.folder` and
     :class:`coterie.runs.rounds.Runner`.
     """
+    folder = Path(out)
+    if not isinstance(config, Config):
+        root = Path(config).parent if root is None else root
+        config = load_config(Path(config))
     check_folder(folder, config, resume)
     if resume and (folder / "summary.json").exists():
         listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
         found: dict[str, Json] = read_json(folder / "summary.json")
         return found
-    opened = open_run(config, folder, root, cache if cache is not None else {})
+    opened = open_run(config, folder, root or Path.cwd(), cache if cache is not None else {})
     with closing(opened.engine):
         opened.method.init(opened.engine.spec, opened.engine.clients)
         reset_peak_memory()

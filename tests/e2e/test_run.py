@@ -378,8 +378,8 @@ def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any,
 
 def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
-    few = ["run.rounds=1"]
-    results = compare(path, ["fedit", "local"], [0, 5], out, few, partial(listener, Console(quiet=True)))
+    few, watch = ["run.rounds=1"], partial(listener, Console(quiet=True))
+    results = compare(path, out, methods=["fedit", "local"], seeds=[0, 5], overrides=few, watch=watch)
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["fedit-0", "fedit-5", "local-0", "local-5"]
     for method, seed in (("fedit", 0), ("fedit", 5), ("local", 0), ("local", 5)):
         summary = json.loads((out / f"{method}-{seed}" / "summary.json").read_text())
@@ -391,7 +391,7 @@ def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_
     assert files_of(alone.out, "clients") == files_of(out / "local-5", "clients")
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "compare.json"}
-    assert compare(path, ["fedit", "local"], [0, 5], out, few, partial(listener, Console(quiet=True))) == results
+    assert compare(path, out, methods=["fedit", "local"], seeds=[0, 5], overrides=few, watch=watch) == results
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 

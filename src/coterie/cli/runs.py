@@ -62,15 +62,17 @@ def compare(
     folder: Annotated[Path | None, typer.Option("--out", help="the folder of all runs; default runs/NAME")] = None,
 ) -> None:
     """Run several methods on the same federation, and show them side by side. Run it again to continue."""
+    from coterie import comparison
     from coterie.cli.compare import show
     from coterie.cli.progress import listener
-    from coterie.comparison import compare as run_all
 
     folder = folder or Path("runs") / config.stem
     seed_numbers = [_seed(text) for text in seeds.split(",")]
     watch = partial(listener, console.out)
     with resumable(folder, "go on with the same command"):
-        results = run_all(config, methods.split(","), seed_numbers, folder, overrides or (), watch)
+        results = comparison.compare(
+            config, folder, methods=methods.split(","), seeds=seed_numbers, overrides=overrides or (), watch=watch
+        )
     show(console.out, results, folder)
 
 

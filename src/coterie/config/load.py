@@ -16,12 +16,12 @@ from coterie.types import CoterieError
 Raw = Mapping[str, object]  # the content of a TOML file, unchecked
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The checked config of a TOML file, with ``section.key=value`` overrides.
 
     Raises :class:`CoterieError` for a missing file, bad TOML, an unknown key (names the nearest) or a wrong value.
     """
-    return check_config(override(load_raw(path), overrides))
+    return check_config(override(load_raw(Path(path)), overrides))
 
 
 def load_site(path: Path) -> SiteSettings:
