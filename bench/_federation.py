@@ -16,8 +16,8 @@ from coterie.config.sections import Config
 from coterie.engines.local import LocalEngine
 from coterie.experiment import Opened, open_run, rounds_of
 from coterie.ops.streams import stream
+from coterie.runs.events import Event
 from coterie.runs.rounds import Runner
-from coterie.types import Json
 
 LABELS = ("no", "yes")
 # Words of one token each. The label of a row is said by words of its job: four jobs, so that clusters can be found.
@@ -123,8 +123,8 @@ class Timed:
             self.state = self.opened.method.init(self.engine.spec, self.engine.clients)
         marks = {"start": time.perf_counter()}
 
-        def listen(event: dict[str, Json]) -> None:
-            marks[str(event["event"])] = time.perf_counter()
+        def listen(event: Event) -> None:
+            marks[event.event] = time.perf_counter()
 
         runner.listen = listen
         self.rnd += 1

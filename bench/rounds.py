@@ -192,7 +192,7 @@ def whole(place: Place, last: int, most: int, repeats: int) -> dict[str, Any]:
                 clusters[way], seconds = published.experts, published.seconds
             else:
                 summary = run(config, folder, root=place.folder)
-                clusters[way] = len({*summary["describe"]["clusters"].values()})
+                clusters[way] = len({*summary.describe["clusters"].values()})
             found.setdefault(way, []).append(time.perf_counter() - began)
     over = {way: statistics.median(p / o for p, o in zip(found["published"], found[way], strict=True)) for way in OURS}
     medians_of = {way: statistics.median(values) for way, values in found.items()}

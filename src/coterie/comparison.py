@@ -5,9 +5,11 @@ A variant is a method with settings of its own: ``fedamole:assignment=static``, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +18,39 @@ from coterie.config.load import check_config, load_raw, method_name, override, s
 from coterie.config.sections import Config
 from coterie.experiment import run
 from coterie.files import write_json
+from coterie.methods.findings import Clusters, find
 from coterie.methods.registry import method_named
-from coterie.runs.rounds import Listener
-from coterie.runs.summary import read_events
-from coterie.types import Json
+from coterie.runs.events import METRICS, Evaluated, Listener, plain, read_events
+from coterie.runs.summary import Summary
+from coterie.types import ClientId, Json
 
-Results = dict[str, dict[int, dict[str, Json]]]  # variant -> seed -> summary
+Results = dict[str, dict[int, Summary]]  # variant -> seed -> summary
 Watch = Callable[[int, str], AbstractContextManager[Listener]]  # makes a run's listener, from its rounds and its label
 
 
 def _silent(rounds: int, label: str) -> AbstractContextManager[Listener]:
     return nullcontext(lambda event: None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one variant: test metrics, the mean of its seeds, None where there are no test data.
+
+    ``means`` are those over the clients, by seed, ``std`` is the spread of these; ``bytes`` is what all clients sent
+    and received.
+    """
+
+    primary: str
+    seeds: Sequence[int]
+    means: Sequence[float | None]
+    mean: float | None
+    std: float
+    worst: float | None
+    clients: Mapping[ClientId, float | None]
+    groups: Mapping[ClientId, str | None]
+    evaluated: str
+    bytes: float
+    seconds: float
 
 
 def compare(
@@ -62,7 +86,7 @@ def compare_all(
             resume = (place / "config.json").exists()
             summary = run(settings, place, root=root, resume=resume, listen=listen, cache=cache)
         results.setdefault(method, {})[seed] = summary
-        write_json(folder / "compare.json", table_of(results))
+        write_json(folder / "compare.json", plain(table_of(results)))
     return results
 
 
@@ -89,44 +113,55 @@ def title_of(variant: str) -> str:
     return ", ".join([method_named(method).title, *(setting.replace("=", " ") for setting in settings)])
 
 
-def table_of(results: Results) -> dict[str, Json]:
-    """Per method: the mean test metric of every client over seeds, its mean and spread over seeds, and the bytes.
+def table_of(results: Results) -> dict[str, Row]:
+    """The figures of every variant, over its seeds."""
+    return {variant: _row(by_seed) for variant, by_seed in results.items()}
 
-    A metric is None where there are no test data.
-    """
-    rows = {}
-    for method, by_seed in results.items():
-        summaries = list(by_seed.values())
-        primary = summaries[0]["primary"]
-        means = [s["mean"].get("test", {}).get(primary) for s in summaries]
-        clients = summaries[0]["clients"]
-        rows[method] = {
-            "primary": primary,
-            "seeds": list(by_seed),
-            "means": means,
-            "mean": _mean(means),
-            "std": float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else 0.0,
-            "worst": _mean([s["worst"].get(primary) for s in summaries]),
-            "clients": {c: _mean([s["clients"][c]["test"].get(primary) for s in summaries]) for c in clients},
-            "groups": {c: clients[c]["group"] for c in clients},
-            "evaluated": summaries[0].get("evaluated", "received"),
-            "bytes": float(np.mean([s["bytes"]["up"] + s["bytes"]["down"] for s in summaries])),
-            "seconds": float(np.mean([s["seconds"] for s in summaries])),
-        }
-    return rows
+
+def _row(by_seed: Mapping[int, Summary]) -> Row:
+    summaries = list(by_seed.values())
+    first, primary = summaries[0], summaries[0].primary
+    means = [_known(summary.mean.get("test", {}).get(primary)) for summary in summaries]
+    numbers = [mean for mean in means if mean is not None]
+    each = {c: [_known(s.clients[c].test.get(primary)) for s in summaries] for c in first.clients}
+    return Row(
+        primary=primary,
+        seeds=list(by_seed),
+        means=means,
+        mean=_mean(means),
+        std=float(np.std(numbers, ddof=1)) if len(numbers) == len(means) > 1 else 0.0,
+        worst=_mean([_known(s.worst.value) if s.worst else None for s in summaries]),
+        clients={client: _mean(values) for client, values in each.items()},
+        groups={client: row.group for client, row in first.clients.items()},
+        evaluated=first.evaluated,
+        bytes=float(np.mean([s.bytes.up + s.bytes.down for s in summaries])),
+        seconds=float(np.mean([s.seconds for s in summaries])),
+    )
+
+
+def clusters_of(results: Results) -> tuple[str, Clusters] | None:
+    """The first variant that finds clusters of clients, and those of its first seed."""
+    for variant, by_seed in results.items():
+        if found := find(next(iter(by_seed.values())).findings, Clusters):
+            return variant, found
+    return None
 
 
 def curves(folder: Path, results: Results) -> dict[str, list[tuple[int, float]]]:
     """By title: the mean test metric over clients and seeds, by round."""
     found = {}
-    for method, by_seed in results.items():
+    for variant, by_seed in results.items():
         values: dict[int, list[float]] = {}
         for seed, summary in by_seed.items():
-            for event in read_events(folder / folder_of(method, seed) / "metrics.jsonl"):
-                if event["event"] == "evaluation" and "test" in event["mean"]:
-                    values.setdefault(event["round"], []).append(event["mean"]["test"][summary["primary"]])
-        found[title_of(method)] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
+            for event in read_events(folder / folder_of(variant, seed) / METRICS):
+                if isinstance(event, Evaluated) and "test" in event.mean:
+                    values.setdefault(event.round, []).append(event.mean["test"][summary.primary])
+        found[title_of(variant)] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
     return found
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

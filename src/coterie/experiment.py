@@ -25,15 +25,16 @@ from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import FederatedData
 from coterie.engines.base import Engine
-from coterie.files import read_json, write_json
+from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.report.page import write_report
+from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
 from coterie.runs.folder import check_folder, claim, full_disk_told, held
-from coterie.runs.rounds import Listener, Rounds, Runner, finite
-from coterie.runs.summary import read_events, summarise
+from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.summary import SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
-from coterie.types import CoterieError, Json
+from coterie.types import CoterieError
 
 _NEEDS = {"flower_sim": ("flwr", "ray")}  # what engines need beside Coterie's own needs
 _FIX = "pip install 'flwr[simulation]==1.41.0'"
@@ -58,7 +59,7 @@ def run(
     resume: bool = False,
     listen: Listener = lambda event: None,
     cache: dict[str, object] | None = None,
-) -> dict[str, Json]:
+) -> Summary:
     """Run ``config`` in the folder ``out`` to its end and return its summary.
 
     ``config`` is a config or the path of its TOML file. Relative paths in it start at ``root``, by default the file's
@@ -71,10 +72,9 @@ def run(
         root = Path(config).parent if root is None else root
         config = load_config(Path(config))
     check_folder(folder, config, resume)
-    if resume and (folder / "summary.json").exists():
-        listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
-        found: dict[str, Json] = read_json(folder / "summary.json")
-        return found
+    if resume and (folder / SUMMARY).exists():
+        listen(Note(f"{folder} is finished; nothing to do"))
+        return read_summary(folder / SUMMARY)
     opened = open_run(config, folder, root or Path.cwd(), cache if cache is not None else {})
     with closing(opened.engine):
         opened.method.init(opened.engine.spec, opened.engine.clients)
@@ -82,15 +82,14 @@ def run(
         return _carry_out(opened, folder, resume, listen)
 
 
-def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> dict[str, Json]:
+def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> Summary:
     """Take the folder, run the rounds, finish."""
     config = opened.config
     with held(folder), full_disk_told(folder):
         claim(folder, config, opened.root, opened.federation.manifest, resume)
         if config.run.tensorboard:
             listen = both(listen, tensorboard(folder))
-        ready = {"clients": len(opened.engine.clients), "rounds": config.run.rounds}
-        listen({"event": "ready", "folder": str(folder), **ready})
+        listen(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
         state = Runner(opened.method, opened.engine, rounds_of(config), folder, listen).run()
         return finish(opened, state, folder)
 
@@ -98,7 +97,7 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> 
 def both(first: Listener, second: Listener) -> Listener:
     """A listener that passes every event to two."""
 
-    def listen(event: dict[str, Json]) -> None:
+    def listen(event: Event) -> None:
         first(event)
         second(event)
 
@@ -116,7 +115,7 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
     return Opened(config, method, engine, federation, root)
 
 
-def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
+def finish(opened: Opened, state: Any, folder: Path) -> Summary:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
     from coterie.adapters.bundle import write_bundle
     from coterie.adapters.write import write_adapter  # imports PEFT, which takes a second
@@ -142,7 +141,7 @@ def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
         info |= {"base": base, "task": config.task.kind}
         write_bundle(folder / "clients" / client, bank, info, fan_in_fan_out=transposed)
     summary = summarise(
-        read_events(folder / "metrics.jsonl"),
+        read_events(folder / METRICS),
         engine.clients,
         method=method.name,
         title=method.title,
@@ -150,9 +149,8 @@ def finish(opened: Opened, state: Any, folder: Path) -> dict[str, Json]:
         task=config.task.kind,
         seed=config.run.seed,
     )
-    summary = dict(finite(summary))
-    write_report(folder, summary=summary)
-    write_json(folder / "summary.json", summary)  # last: a run with a summary is finished
+    write_report(folder, summary=summary.to_json())
+    write_json(folder / SUMMARY, summary.to_json())  # last: a run with a summary is finished
     return summary
 
 

@@ -7,17 +7,19 @@ tensors plus JSON (see :mod:`coterie.codec`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 ClientId = str
 TaskKind = Literal["classification", "generation", "multiple_choice"]
 Json = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 
 NO_EXPERT = -1  # the tensor belongs to the module as a whole (a router, a head)
 SHARED = -2  # the shared expert, whose gate is always 1
@@ -328,16 +330,27 @@ class Observe:
 
 
 @dataclass(frozen=True)
+class ExpertUse:
+    """How tokens use the experts of one module, [e] each: mean gate weight, share of the tokens, expert numbers."""
+
+    weight: Sequence[Number]
+    share: Sequence[Number]
+    expert: Sequence[int] = ()
+
+
+Usage = Mapping[str, ExpertUse]  # by module
+
+
+@dataclass(frozen=True)
 class Observed:
     """What was observed, over ``tokens`` tokens.
 
-    ``usage[module]["weight"]`` is the mean gate weight of each expert, in the bank's order,
-    ``usage[module]["share"]`` the share of the tokens that use it at all, ``usage[module]["expert"]`` its number.
-    ``embeddings`` holds mean_t A_e x [r] for every expert but the shared one, and mean_t R x [s] of the router.
-    ``importance[statistic][module]`` is one number per module with a gate.
+    ``usage`` has the experts in the bank's order. ``embeddings`` holds mean_t A_e x [r] for every expert but the
+    shared one, and mean_t R x [s] of the router. ``importance[statistic][module]`` is one number per module with a
+    gate.
     """
 
-    usage: Mapping[str, Mapping[str, Sequence[float]]]
+    usage: Usage
     tokens: int
     embeddings: Tensors = field(default_factory=dict)
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

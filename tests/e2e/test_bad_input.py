@@ -18,6 +18,7 @@ import sites
 from coterie.cli import main as cli
 from coterie.config.load import check_config, load_config, override
 from coterie.experiment import run
+from coterie.runs.events import CheckpointSaved, Event, Resumed
 from coterie.types import CoterieError
 
 EDITS = {  # what is wrong: (the edit of the config, what the error says)
@@ -210,14 +211,14 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     config = load_config(path)
     torch.set_num_threads(1)
-    heard: list[dict[str, object]] = []
+    heard: list[Event] = []
 
-    def stop_soon(event: dict[str, object]) -> None:
+    def stop_soon(event: Event) -> None:
         heard.append(event)
-        if event["event"] == "checkpoint":
+        if isinstance(event, CheckpointSaved):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(config, out, root=tmp_path, resume=True, listen=stop_soon)
-    resumed = next(event for event in heard if event["event"] == "resumed")
-    assert int(str(resumed["round"])) >= 2
+    resumed = next(event for event in heard if isinstance(event, Resumed))
+    assert resumed.round >= 2

@@ -23,6 +23,7 @@ import coterie.files
 import sites
 from coterie import experiment
 from coterie.config.load import load_config
+from coterie.runs.events import Event, Note, Resumed
 from coterie.runs.folder import held
 from coterie.types import CoterieError
 
@@ -140,13 +141,13 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path:
     blob = bytearray(newest.read_bytes())
     blob[len(blob) // 2] ^= 1
     newest.write_bytes(bytes(blob))
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
     run(path, tmp_path / "whole", resume=True, listen=heard.append)
-    notes = [event["text"] for event in heard if event["event"] == "note"]
+    notes = [event.text for event in heard if isinstance(event, Note)]
     assert len(notes) == 1
     assert newest.name in notes[0]
     assert "falling back" in notes[0]
-    assert {"event": "resumed", "round": 2} in heard
+    assert Resumed(2) in heard
     assert results(tmp_path / "whole") == whole
 
 
@@ -258,7 +259,7 @@ def test_a_checkpoint_whose_run_folder_lost_something_falls_back(tmp_path: Path,
     else:
         max((out / "personal" / "mood-0").iterdir()).unlink()
     notes: list[str] = []
-    run(path, out, resume=True, listen=lambda event: notes.append(event.get("text", "")))
+    run(path, out, resume=True, listen=lambda event: notes.extend([event.text] if isinstance(event, Note) else []))
     reason = "metrics.jsonl is shorter" if what == "metrics" else r"of 1 client.*mood-0 .*the personal state .* gone"
     assert any(re.search(rf"000003.ckpt cannot be used \(.*{reason}.*falling back", note) for note in notes)
     assert results(out) == whole

@@ -30,6 +30,7 @@ from coterie.methods.registry import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.runs.checkpoint import load_newest
+from coterie.runs.summary import ALL_MODULES, Summary, read_summary
 from coterie.types import Bank, Key, Part
 
 ROUGE = importlib.util.find_spec("rouge_score") is not None  # the extra metrics
@@ -60,7 +61,7 @@ class Done:
 
     config: Path
     out: Path
-    summary: dict[str, Any]
+    summary: Summary
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -116,7 +117,8 @@ def files_of(folder: Path, *names: str) -> dict[str, bytes]:
 def test_the_summary_is_what_the_events_add_up_to(name: str, done: Any) -> None:
     made = done(name)
     summary = json.loads((made.out / "summary.json").read_text())
-    assert summary == made.summary
+    assert read_summary(made.out / "summary.json") == made.summary
+    assert made.summary.to_json() == summary
     assert (summary["method"], summary["seed"], summary["rounds"]) == (RUNS[name]["method"], 0, 3)
     assert sorted(summary["clients"]) == CLIENTS
     rounds, evaluations = made.of("round"), {event["round"]: event for event in made.of("evaluation")}
@@ -164,27 +166,28 @@ def test_the_summary_is_of_the_round_that_validation_chose(tmp_path: Path) -> No
     }
     best = {split: 1 + values.index(min(values)) for split, values in means.items()}
     assert best["validation"] not in (best["test"], 3), means
-    assert made.summary["best_round"] == best["validation"]
-    assert made.summary["mean"]["test"]["loss"] == means["test"][best["validation"] - 1]
-    assert made.summary["mean"]["validation"]["loss"] == min(means["validation"])
+    assert made.summary.best_round == best["validation"]
+    assert made.summary.mean["test"]["loss"] == means["test"][best["validation"] - 1]
+    assert made.summary.mean["validation"]["loss"] == min(means["validation"])
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "fedlease" in name])
 def test_a_summary_of_fedlease_has_clusters_silhouettes_and_usage(name: str, done: Any) -> None:
     summary = done(name).summary
-    clusters, silhouettes = summary["describe"]["clusters"], summary["describe"]["silhouettes"]
+    clusters, silhouettes = summary.describe["clusters"], summary.describe["silhouettes"]
     assert sorted(clusters) == CLIENTS
     experts = max(clusters.values()) + 1
     assert set(clusters.values()) == set(range(experts))
     assert sorted(silhouettes) == ["2", "3", "4"]
     assert max(silhouettes, key=lambda k: (silhouettes[k], -int(k))) == str(experts)
-    assert len(summary["describe"]["distances"]) == 5
-    assert sorted(summary["usage"]) == CLIENTS
-    for client, usage in summary["usage"].items():
-        assert len(usage["weight"]) == len(usage["share"]) == experts
-        assert sum(usage["weight"]) == pytest.approx(1)
-        assert all(0 <= w <= s <= 1 for w, s in zip(usage["weight"], usage["share"], strict=True))
-        assert usage["share"][clusters[client]] == 1, "the own expert is always in"
+    assert len(summary.describe["distances"]) == 5
+    assert sorted(summary.usage) == CLIENTS
+    for client, by_module in summary.usage.items():
+        usage = by_module[ALL_MODULES]
+        assert len(usage.weight) == len(usage.share) == experts
+        assert sum(usage.weight) == pytest.approx(1)
+        assert all(0 <= w <= s <= 1 for w, s in zip(usage.weight, usage.share, strict=True))
+        assert usage.share[clusters[client]] == 1, "the own expert is always in"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -198,7 +201,7 @@ def test_a_run_folder_holds_what_it_should(name: str, done: Any) -> None:
     assert sorted(p.name for p in (made.out / "clients").iterdir()) == CLIENTS
     assert not list(made.out.rglob("*.tmp"))
     page = (made.out / "report.html").read_text(encoding="utf-8")
-    for word in (*CLIENTS, made.summary["title"], "</html>"):
+    for word in (*CLIENTS, made.summary.title, "</html>"):
         assert word in page
     config = json.loads((made.out / "config.json").read_text())
     assert config["root"] == str(made.config.parent)
@@ -319,7 +322,7 @@ def test_heads_are_personal_or_shared_by_label_space_and_cluster(done: Any) -> N
     shared = heads("bert-fedit-shared")
     assert [same(shared[a], shared[b]) for a, b in alike] == [True, True]
     assert not same(shared["mood-0"], shared["place-0"]), "as many labels, but other ones"
-    clusters = done("bert-fedlease-shared").summary["describe"]["clusters"]
+    clusters = done("bert-fedlease-shared").summary.describe["clusters"]
     shared = heads("bert-fedlease-shared")
     assert [same(shared[a], shared[b]) for a, b in alike] == [clusters[a] == clusters[b] for a, b in alike]
 
@@ -361,7 +364,7 @@ def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any,
         path.write_text(text)
         made.append(run(path, tmp_path / order[0]))
     given, turned = made
-    assert list(turned.summary["clients"]) != list(given.summary["clients"])
+    assert list(turned.summary.clients) != list(given.summary.clients)
     for folder in ("experts", "clients", "personal"):
         if folder != "experts" or "local" not in name:
             assert files_of(turned.out, folder) == files_of(given.out, folder) == files_of(first.out, folder)
@@ -370,7 +373,7 @@ def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any,
         assert other.get("describe") == event.get("describe")
         assert other.get("usage") == event.get("usage")
     for key in ("best_round", "worst", "percentiles", "bytes", "describe"):
-        assert turned.summary[key] == given.summary[key]
+        assert getattr(turned.summary, key) == getattr(given.summary, key)
 
 
 # comparisons ---------------------------------------------------------------------------------------------------------
@@ -383,10 +386,10 @@ def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["fedit-0", "fedit-5", "local-0", "local-5"]
     for method, seed in (("fedit", 0), ("fedit", 5), ("local", 0), ("local", 5)):
         summary = json.loads((out / f"{method}-{seed}" / "summary.json").read_text())
-        assert summary == results[method][seed]
+        assert summary == results[method][seed].to_json()
         assert (summary["method"], summary["seed"]) == (method, seed)
     table = json.loads((out / "compare.json").read_text())
-    assert table["fedit"]["means"] == [results["fedit"][seed]["mean"]["test"]["accuracy"] for seed in (0, 5)]
+    assert table["fedit"]["means"] == [results["fedit"][seed].mean["test"]["accuracy"] for seed in (0, 5)]
     alone = run(path, tmp_path / "alone", *few, "method.name=local", "run.seed=5")
     assert files_of(alone.out, "clients") == files_of(out / "local-5", "clients")
 
@@ -402,7 +405,7 @@ def test_received_and_trained_banks_are_evaluated_and_exported_as_asked(done: An
     """FedIT's received bank is the same for all but the head; its trained one is each client's own."""
     received = done("bert-fedit")
     trained = run(received.config, tmp_path / "trained", "run.evaluate=trained")
-    assert (received.summary["evaluated"], trained.summary["evaluated"]) == ("received", "trained")
+    assert (received.summary.evaluated, trained.summary.evaluated) == ("received", "trained")
     assert not (received.out / "trained").exists()
     assert files_of(received.out, "experts", "personal") == files_of(trained.out, "experts", "personal")
     key = next(key for key in received.state.lora if key.part is Part.B)
@@ -411,10 +414,10 @@ def test_received_and_trained_banks_are_evaluated_and_exported_as_asked(done: An
         assert len({codec.encode(Bank({key: bank.tensors[key]})) for bank in banks}) == different
     kept = sorted(p.stem for p in (trained.out / "trained" / "mood-0").iterdir())
     assert kept == ["000002", "000003"]
-    assert done("bert-fedamole").summary["evaluated"] == "trained"
+    assert done("bert-fedamole").summary.evaluated == "trained"
     asked = run(done("bert-fedamole").config, tmp_path / "asked", "run.evaluate=received")
-    assert asked.summary["evaluated"] == "received"
-    assert asked.summary["mean"]["test"]["loss"] != done("bert-fedamole").summary["mean"]["test"]["loss"]
+    assert asked.summary.evaluated == "received"
+    assert asked.summary.mean["test"]["loss"] != done("bert-fedamole").summary.mean["test"]["loss"]
 
 
 def test_a_client_that_never_trained_is_evaluated_with_what_it_receives(done: Any, tmp_path: Path) -> None:
@@ -432,5 +435,5 @@ def test_a_client_that_never_trained_is_evaluated_with_what_it_receives(done: An
 def test_fedamole_on_multiple_choice(tmp_path: Path) -> None:
     path = sites.config(tmp_path, "llama", method="fedamole", kind="multiple_choice")
     summary = experiment.run(load_config(path), tmp_path / "out", root=tmp_path)
-    assert (summary["task"], summary["primary"]) == ("multiple_choice", "accuracy")
-    assert set(summary["describe"]["assignment"]) == {t.name for t in tiny.targets(tiny.model("llama", "generation"))}
+    assert (summary.task, summary.primary) == ("multiple_choice", "accuracy")
+    assert set(summary.describe["assignment"]) == {t.name for t in tiny.targets(tiny.model("llama", "generation"))}

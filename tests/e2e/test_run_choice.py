@@ -16,6 +16,7 @@ import sites
 from coterie import experiment
 from coterie.adapters.bundle import read_bundle
 from coterie.config.load import load_config
+from coterie.runs.summary import Summary
 
 MORE = [  # enough to learn which label goes with which word
     "lora.rank=8", "lora.targets=['q_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']", "lora.dropout=0.0",
@@ -28,7 +29,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run(path: Path, out: Path, *changes: str) -> dict[str, Any]:
+def run(path: Path, out: Path, *changes: str) -> Summary:
     return experiment.run(load_config(path, changes), out, root=path.parent)
 
 
@@ -47,13 +48,13 @@ def test_a_federation_learns_which_candidate_is_right(tmp_path: Path) -> None:
             sites.write_rows(tmp_path / "clients" / client / f"{split}.jsonl", rows)
     untrained = run(path, tmp_path / "before", *MORE, "train.learning_rate=1e-12", "run.rounds=1", "train.epochs=1")
     summary = run(path, tmp_path / "out", *MORE)
-    assert (summary["task"], summary["primary"]) == ("multiple_choice", "accuracy")
-    assert summary["clients"]["north"]["labels"] == ["big", "small", "tiny"]
-    found = summary["mean"]["test"]
+    assert (summary.task, summary.primary) == ("multiple_choice", "accuracy")
+    assert summary.clients["north"].labels == ["big", "small", "tiny"]
+    found = summary.mean["test"]
     assert found.keys() == {"accuracy", "macro_f1", "matthews", "loss"}
-    assert untrained["mean"]["test"]["accuracy"] < 0.5
+    assert untrained.mean["test"]["accuracy"] < 0.5
     assert found["accuracy"] > 0.7, "chance is 1/3"
-    assert found["loss"] < untrained["mean"]["test"]["loss"] / 2
+    assert found["loss"] < untrained.mean["test"]["loss"] / 2
     assert "Accuracy by round" in (tmp_path / "out" / "report.html").read_text()
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -92,5 +93,5 @@ def test_candidates_that_differ_from_row_to_row(method: str, tmp_path: Path) -> 
         ]
         sites.write_rows(file, [*rows[::2], *turned[1::2]])
     summary = run(path, tmp_path / "out")
-    assert {row["labels"] for row in summary["clients"].values()} == {None}
-    assert summary["mean"]["test"].keys() == {"accuracy", "loss"}
+    assert {row.labels for row in summary.clients.values()} == {None}
+    assert summary.mean["test"].keys() == {"accuracy", "loss"}

@@ -19,6 +19,7 @@ from coterie.adapters.read import build_pool
 from coterie.config.load import load_config
 from coterie.experiment import run
 from coterie.nn.locate import resolve
+from coterie.runs.events import CheckpointSaved, ClientDone, Event
 from coterie.types import CoterieError, Part
 
 
@@ -77,8 +78,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
     class Stop(Exception):  # noqa: N818
         pass
 
-    def listen(event: dict) -> None:
-        if event.get("event") == "client" and event["round"] == 2:
+    def listen(event: Event) -> None:
+        if isinstance(event, ClientDone) and event.round == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -110,8 +111,8 @@ def test_a_client_that_loses_the_pool_takes_part_again(site: Path, together: int
     out = site / f"lost-{together}-{lost[:4]}"
     config = load_config(site / "smart.toml", [f"engine.clients_per_batch={together}"])
 
-    def listen(event: dict) -> None:
-        if event["event"] == "checkpoint" and event["round"] == 1:
+    def listen(event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.round == 1:
             shutil.rmtree(out / lost)
 
     run(config, out, root=site, listen=listen)

@@ -191,7 +191,7 @@ def test_the_method_of_the_contributing_page_runs(plugged: Path) -> None:
     (plugged / "fedmedian.py").write_text(the_block("method").text, encoding="utf-8")
     path = sites.config(plugged / "site", method="fedmedian")
     summary = run(load_config(path), plugged / "out", root=path.parent)
-    assert summary["rounds"] == 3
+    assert summary.rounds == 3
     assert (plugged / "out" / "experts" / "global" / "adapter_config.json").is_file()
     failed = [json.loads(line).get("failed") for line in (plugged / "out" / "metrics.jsonl").read_text().splitlines()]
     assert not any(failed)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coterie.cli.console import heading
-from coterie.comparison import Results, table_of, title_of
+from coterie.comparison import Results, clusters_of, table_of, title_of
 from coterie.units import size
 
 
@@ -18,28 +18,26 @@ def show(console: Console, results: Results, folder: Path) -> None:
     """The table: a row per client, a column per method, the best in bold; then means, worst clients and bytes."""
     rows = table_of(results)
     first = next(iter(rows.values()))
-    clusters = results.get("fedlease", {})
-    found = next(iter(clusters.values()))["describe"].get("clusters", {}) if clusters else {}
-    heading(console, f"Test {first['primary']} at the round that validation chose")
+    _, clusters = clusters_of(results) or ("", None)
+    found = clusters.members if clusters else {}
+    heading(console, f"Test {first.primary} at the round that validation chose")
     table = Table(box=None, header_style="bold")
     table.add_column("client")
     for column in (*(["cluster"] if found else []), *map(title_of, rows)):
         table.add_column(column, justify="right")
-    for client in first["clients"]:
+    for client in first.clients:
         cluster = [str(found.get(client, "-"))] if found else []
-        table.add_row(
-            escape(client), *cluster, *_best([row["clients"][client] for row in rows.values()], first["primary"])
-        )
+        table.add_row(escape(client), *cluster, *_best([row.clients[client] for row in rows.values()], first.primary))
     table.add_section()
     space = [""] if found else []
-    table.add_row("mean", *space, *_best([row["mean"] for row in rows.values()], first["primary"]))
-    if len(first["seeds"]) > 1:
-        table.add_row("spread over seeds", *space, *(f"{row['std']:.3f}" for row in rows.values()))
-    table.add_row("worst client", *space, *_best([row["worst"] for row in rows.values()], first["primary"]))
-    table.add_row("sent", *space, *(size(row["bytes"]) for row in rows.values()))
+    table.add_row("mean", *space, *_best([row.mean for row in rows.values()], first.primary))
+    if len(first.seeds) > 1:
+        table.add_row("spread over seeds", *space, *(f"{row.std:.3f}" for row in rows.values()))
+    table.add_row("worst client", *space, *_best([row.worst for row in rows.values()], first.primary))
+    table.add_row("sent", *space, *(size(row.bytes) for row in rows.values()))
     console.print(table)
-    if len({row["evaluated"] for row in rows.values()}) > 1:
-        mixed = "; ".join(f"{title_of(m)}: {row['evaluated']}" for m, row in rows.items())
+    if len({row.evaluated for row in rows.values()}) > 1:
+        mixed = "; ".join(f"{title_of(m)}: {row.evaluated}" for m, row in rows.items())
         console.print(
             f"not all measured alike ({mixed}): received is what the server sends, trained what a client trained last "
             "itself; --set run.evaluate=trained (or received) treats all alike",

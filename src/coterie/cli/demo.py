@@ -18,9 +18,11 @@ from rich.table import Table
 from coterie.cli.compare import show
 from coterie.cli.console import heading
 from coterie.cli.progress import listener
-from coterie.comparison import Results, compare_all, curves, table_of
+from coterie.comparison import Results, clusters_of, compare_all, curves, table_of, title_of
 from coterie.files import write_json
+from coterie.methods.findings import Clusters
 from coterie.report.plots import demo_picture
+from coterie.runs.events import plain
 from coterie.types import CoterieError, Json
 from coterie.units import clock
 
@@ -57,32 +59,30 @@ def run_demo(folder: Path, console: Console) -> None:
     started = time.perf_counter()
     results = compare_all(CONFIG, METHODS, [0], folder, Path.cwd(), partial(listener, console))
     seconds = time.perf_counter() - started
-    found = results["fedlease"][0]["describe"]
-    groups = {c: row["group"] for c, row in results["fedlease"][0]["clients"].items()}
-    drawn = curves(folder, results)
-    demo_picture(folder / "demo.png", found["order"], found["distances"], found["clusters"], groups, drawn)
-    write_json(folder / "demo.json", _record(results, seconds))
-    _show_clusters(console, results)
+    variant, clusters = clusters_of(results) or ("", None)
+    if clusters:
+        groups = {client: row.group for client, row in results[variant][0].clients.items()}
+        demo_picture(folder / "demo.png", clusters, groups, curves(folder, results))
+        _show_clusters(console, variant, clusters)
+    write_json(folder / "demo.json", plain(_record(results, clusters, seconds)))
     show(console, results, folder)
     console.print(f"picture: {folder / 'demo.png'}   ({clock(seconds)})", highlight=False, soft_wrap=True)
 
 
-def _record(results: Results, seconds: float) -> dict[str, Json]:
-    summary = results["fedlease"][0]
-    found = {name: summary["describe"][name] for name in ("clusters", "silhouettes")}
-    return {"methods": table_of(results), "seconds": seconds, **found, "machine": summary["machine"]}
+def _record(results: Results, clusters: Clusters | None, seconds: float) -> dict[str, Json]:
+    found = clusters.to_json() if clusters else {}
+    machine = next(iter(results.values()))[0].machine
+    kept: dict[str, Json] = {name: found[name] for name in ("clusters", "silhouettes") if name in found}
+    return {"methods": table_of(results), "seconds": seconds, **kept, "machine": machine}
 
 
-def _show_clusters(console: Console, results: Results) -> None:
+def _show_clusters(console: Console, variant: str, clusters: Clusters) -> None:
     """Who was put together, and how clear the choice of the number of clusters was."""
-    summary = results["fedlease"][0]
-    clusters, scores = summary["describe"]["clusters"], summary["describe"]["silhouettes"]
-    number = max(clusters.values()) + 1
-    text = ", ".join(f"{k}: {score:.2f}" for k, score in scores.items())
-    heading(console, f"FedLEASE found {number} clusters (silhouettes {text})")
+    text = ", ".join(f"{k}: {score:.2f}" for k, score in clusters.silhouettes.items())
+    heading(console, f"{title_of(variant)} found {clusters.number} clusters (silhouettes {text})")
     table = Table(box=None, header_style="bold")
     table.add_column("expert")
     table.add_column("clients")
-    for expert in range(number):
-        table.add_row(str(expert), ", ".join(sorted(c for c, e in clusters.items() if e == expert)))
+    for number in sorted(set(clusters.members.values())):
+        table.add_row(str(number), ", ".join(sorted(c for c, of in clusters.members.items() if of == number)))
     console.print(table)

@@ -6,13 +6,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli import console
 from coterie.cli.console import Markdown, Out, Resume, Set, default_folder, resumable, say, show_checks, show_keys
 from coterie.types import CoterieError
+
+if TYPE_CHECKING:
+    from coterie.runs.events import Event
 
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: CA, server certificate, a key pair per site.")
 site = typer.Typer(no_args_is_help=True, help="Check a site's own file, and list its keys.")
@@ -54,7 +57,7 @@ def serve(
     how = "go on with the same command and --resume"
     with resumable(folder, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
 
-        def listen(event: dict[str, Any]) -> None:
+        def listen(event: Event) -> None:
             _say(event)
             show(event)
 
@@ -165,16 +168,19 @@ def _need_flower() -> None:
         raise CoterieError("this needs Flower: pip install 'coterie[flower]'")
 
 
-def _say(event: dict[str, Any]) -> None:
-    """Show what happens on the network; the listener of every run shows the rounds."""
-    line = {
-        "joined": "{client} joined with {rows} rows",
-        "back": "{client} is back",
-        "refused": "node {node} was refused: {reason}",
-        "late": "{text}",
-    }.get(event["event"])
-    if line is not None:
-        say(line.format(**event))
+def _say(event: Event) -> None:
+    """Print what the network does; the listener of every run prints the rounds."""
+    from coterie.deploy.events import Back, Joined, Late, Refused
+
+    match event:
+        case Back():
+            say(f"{event.client} is back")
+        case Joined():
+            say(f"{event.client} joined with {event.rows} rows")
+        case Refused():
+            say(f"node {event.node} was refused: {event.reason}")
+        case Late():
+            say(event.text)
 
 
 @contextmanager

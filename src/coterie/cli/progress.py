@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,8 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from coterie.cli.console import heading
-from coterie.runs.rounds import Listener, named
-from coterie.types import Json
+from coterie.methods.findings import Clusters, find
+from coterie.runs.events import (
+    CheckpointSaved,
+    ClientDone,
+    ClientEvaluated,
+    Evaluated,
+    Event,
+    Listener,
+    Note,
+    Ready,
+    Resumed,
+    RoundDone,
+    RoundStart,
+    Scores,
+)
+from coterie.runs.rounds import named
+from coterie.runs.summary import Summary
 from coterie.units import clock, size
 
 
@@ -49,36 +64,34 @@ class Lines:
     done: list[float] = field(default_factory=list)
     began: float = 0.0
 
-    def __call__(self, event: dict[str, Json]) -> None:
-        match event["event"]:
-            case "ready":
-                self._say(f"{event['clients']} clients, {event['rounds']} rounds, in {event['folder']}")
-            case "resumed":
-                self._say(f"goes on after round {event['round']}")
-            case "note":
-                self._say(f"note: {event['text']}")
-            case "start":
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Ready():
+                self._say(f"{event.clients} clients, {event.rounds} rounds, in {event.folder}")
+            case Resumed():
+                self._say(f"continues after round {event.round}")
+            case Note():
+                self._say(f"note: {event.text}")
+            case RoundStart():
                 self.began = time.perf_counter()
-            case "round":
+            case RoundDone():
                 self._say(self._round(event))
-            case "evaluation":
-                self._say(f"round {event['round']}/{self.rounds}  {_means(event['mean'])}")
-            case "checkpoint" if event["round"]:
+            case Evaluated():
+                self._say(f"round {event.round}/{self.rounds}  {_means(event.mean)}")
+            case CheckpointSaved() if event.round:
                 self.done.append(time.perf_counter() - self.began)
 
     def left(self, rnd: int) -> float | None:
         """Seconds that the rounds after ``rnd`` may take; None before the first is done."""
         return sum(self.done) / len(self.done) * (self.rounds - rnd) if self.done else None
 
-    def _round(self, event: dict[str, Json]) -> str:
-        entries = event["clients"].values()
-        tokens = sum(entry.get("tokens", 0) for entry in entries)
-        rate = tokens / max(event["seconds"], 1e-9)
-        text = f"round {event['round']}/{self.rounds}  loss {_mean_loss(event):.3f}  {rate:,.0f} tokens/s"
-        left = self.left(event["round"] - 1)
+    def _round(self, event: RoundDone) -> str:
+        rate = event.tokens / max(event.seconds, 1e-9)
+        text = f"round {event.round}/{self.rounds}  loss {_loss(event.loss)}  {rate:,.0f} tokens/s"
+        left = self.left(event.round - 1)
         if left is not None:  # of this round, the evaluation is still to come
             text += f"  {clock(max(0.0, left - (time.perf_counter() - self.began)))} left"
-        return text + "".join(f"\n  left out {named(client, reason)}" for client, reason in event["failed"].items())
+        return text + "".join(f"\n  left out {named(client, reason)}" for client, reason in event.failed.items())
 
     def _say(self, text: str) -> None:
         prefix = f"{self.label}: " if self.label else ""
@@ -95,59 +108,58 @@ class Live:
     todo: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
-    def __call__(self, event: dict[str, Json]) -> None:
+    def __call__(self, event: Event) -> None:
         self.lines(event)
-        match event["event"]:
-            case "start":
-                self.todo, self.losses = list(event["clients"]), []
-                self.progress.update(self.bar, completed=event["round"] - 1, now=escape(self.todo[0]))
-            case "client":
-                self.todo.remove(event["client"])
-                self.losses += [event["loss"]] if event.get("loss") is not None else []
-                at_work = escape((self.todo or [event["client"]])[0])
-                rate = event.get("tokens", 0) / max(event["seconds"], 1e-9)
-                self.progress.update(self.bar, now=f"{at_work}  loss {_mean(self.losses):.3f}  {rate:,.0f} tokens/s")
-            case "evaluated":
-                self.progress.update(self.bar, now=f"evaluating {escape(event['client'])}")
-            case "checkpoint":
-                left = self.lines.left(event["round"])
+        match event:
+            case RoundStart():
+                self.todo, self.losses = list(event.clients), []
+                self.progress.update(self.bar, completed=event.round - 1, now=escape(self.todo[0]))
+            case ClientDone():
+                self._client(event)
+            case ClientEvaluated():
+                self.progress.update(self.bar, now=f"evaluating {escape(event.client)}")
+            case CheckpointSaved():
+                left = self.lines.left(event.round)
                 text = f"{clock(left)} left" if left else ""
-                self.progress.update(self.bar, completed=event["round"], left=text)
+                self.progress.update(self.bar, completed=event.round, left=text)
+
+    def _client(self, event: ClientDone) -> None:
+        self.todo.remove(event.client)
+        self.losses += [event.entry.loss] if event.entry.loss is not None else []
+        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        rate = event.entry.tokens / max(event.entry.seconds, 1e-9)
+        at_work = escape((self.todo or [event.client])[0])
+        self.progress.update(self.bar, now=f"{at_work}  loss {_loss(loss)}  {rate:,.0f} tokens/s")
 
 
-def show_summary(console: Console, summary: dict[str, Json], folder: Path) -> None:
+def show_summary(console: Console, summary: Summary, folder: Path) -> None:
     """The table of a finished run: a row per client, the mean, what it cost, where the report is."""
-    names = sorted({name for row in summary["clients"].values() for name in row["test"]})
-    heading(console, f"{summary['title']}: test at round {summary['best_round']}")
+    names = sorted({name for row in summary.clients.values() for name in row.test})
+    heading(console, f"{summary.title}: test at round {summary.best_round}")
     table = Table(box=None, header_style="bold")
-    clusters = summary["describe"].get("clusters", {})
-    for column in ("client", *(["cluster"] if clusters else []), "train rows", *names):
+    found = find(summary.findings, Clusters)
+    for column in ("client", *(["cluster"] if found else []), "train rows", *names):
         table.add_column(column, justify="left" if column == "client" else "right")
-    for client, row in summary["clients"].items():
-        cluster = [str(clusters.get(client, "-"))] if clusters else []
-        table.add_row(escape(client), *cluster, str(row["num_train"]), *(_cell(row["test"].get(n)) for n in names))
-    mean = summary["mean"].get("test", {})
+    for client, row in summary.clients.items():
+        cluster = [str(found.members.get(client, "-"))] if found else []
+        table.add_row(escape(client), *cluster, str(row.num_train), *(_cell(row.test.get(n)) for n in names))
+    mean = summary.mean.get("test", {})
     table.add_section()
-    table.add_row("mean", *([""] if clusters else []), "", *(_cell(mean.get(n)) for n in names), style="bold")
+    table.add_row("mean", *([""] if found else []), "", *(_cell(mean.get(n)) for n in names), style="bold")
     console.print(table)
-    up, down = (size(summary["bytes"][way]) for way in ("up", "down"))
     console.print(
-        f"{summary['rounds']} rounds in {clock(summary['seconds'])}, {up} up, {down} down, "
-        f"peak memory {size(summary['peak_memory_bytes'])}",
+        f"{summary.rounds} rounds in {clock(summary.seconds)}, {size(summary.bytes.up)} up, "
+        f"{size(summary.bytes.down)} down, peak memory {size(summary.peak_memory_bytes)}",
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _mean_loss(event: dict[str, Json]) -> float:
-    return _mean([entry["loss"] for entry in event["clients"].values() if entry.get("loss") is not None])
+def _loss(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.3f}"
 
 
-def _mean(losses: list[float]) -> float:
-    return sum(losses) / len(losses) if losses else float("nan")
-
-
-def _means(mean: dict[str, Any]) -> str:
+def _means(mean: Scores) -> str:
     return "  ".join(
         f"{split}: " + " ".join(f"{name} {_cell(value)}" for name, value in sorted(metrics.items()))
         for split, metrics in sorted(mean.items())
@@ -155,4 +167,4 @@ def _means(mean: dict[str, Any]) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

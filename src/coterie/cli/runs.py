@@ -34,13 +34,13 @@ def run(
     from coterie import experiment
     from coterie.cli.progress import listener, show_summary
     from coterie.config.load import check_config, load_config, override
-    from coterie.runs.folder import read_run
+    from coterie.runs.folder import read_config
 
     overrides = [*(overrides or ()), *([f"engine.name={engine}"] if engine else [])]
     if config is None:
         if not (resume and folder):
             raise CoterieError("give a config file, or --resume with --out and the run's folder")
-        raw, root = read_run(folder)
+        raw, root = read_config(folder)
         settings = check_config(override(raw, overrides))
     else:
         settings, root = load_config(config, overrides), config.parent
@@ -94,9 +94,9 @@ def report(
     """Write the report of a run again, whether it has finished or not."""
     from coterie.deploy.journal import JOURNAL
     from coterie.report.page import write_report
-    from coterie.runs.folder import read_run
+    from coterie.runs.folder import read_config
 
-    read_run(folder)
+    read_config(folder)
     if (folder / JOURNAL).exists():
         from coterie.deploy.status import write_sites
 

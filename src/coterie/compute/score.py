@@ -15,7 +15,7 @@ from torch import Tensor
 from coterie.data.tasks import Batch, Example, Task, candidate, completion_losses
 from coterie.nn.bank import Pass
 from coterie.ops.metrics import classification_metrics, perplexity
-from coterie.types import Bank, Observe, Observed, Part, Scored
+from coterie.types import Bank, ExpertUse, Observe, Observed, Part, Scored
 
 OBSERVABLE = {"usage", "embeddings"}
 
@@ -138,11 +138,11 @@ def _in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Ba
         yield task.collate(by_length[i : i + size])
 
 
-def _shares(bank: Bank, usage: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+def _shares(bank: Bank, usage: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, ExpertUse]:
     """Gate usage by module, from sums [2, e] over the tokens that it saw."""
     found = {}
     for module, counted in usage.items():
         weight, share = (counted / seen[module]).tolist()
         numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
-        found[module] = {"weight": weight, "share": share, "expert": numbers}
+        found[module] = ExpertUse(weight, share, numbers)
     return found

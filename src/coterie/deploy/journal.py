@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.runs.rounds import finite
+from coterie.runs.events import Event, plain
 from coterie.types import Json
 
 JOURNAL = "federation.jsonl"
@@ -23,9 +23,9 @@ class Journal:
 
     path: Path
 
-    def __call__(self, event: Mapping[str, Json]) -> None:
+    def __call__(self, event: Event | Mapping[str, Json]) -> None:
         at = {"at": round(time.time(), 3)}
-        line = json.dumps(finite({**at, **event, **at}), allow_nan=False)  # comes first, and is never the event's own
+        line = json.dumps({**at, **plain(event), **at}, allow_nan=False)  # comes first, and is never the event's own
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

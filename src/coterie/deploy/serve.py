@@ -10,13 +10,15 @@ from pathlib import Path
 from coterie.config.load import differences
 from coterie.config.sections import Config
 from coterie.deploy.attempt import begin_attempt
+from coterie.deploy.events import FEDERATION, Finished, Stopped
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
 from coterie.deploy.superlink import SuperLink, check_server_keys
-from coterie.files import read_json, write_json
-from coterie.runs.folder import check_folder, held, plain, read_run
-from coterie.runs.rounds import Listener
-from coterie.types import CoterieError, Json
+from coterie.files import write_json
+from coterie.runs.events import CheckpointSaved, Listener, Note, from_json
+from coterie.runs.folder import check_folder, held, plain, read_config
+from coterie.runs.summary import SUMMARY, Summary, read_summary
+from coterie.types import CoterieError
 
 _POLL = 0.5  # seconds between looks into the journal
 _STATUS_PAUSE = 15.0  # seconds between two status requests to Flower, each of which takes a process
@@ -32,16 +34,16 @@ def serve(
     insecure: bool = False,
     superlink: str | None = None,
     listen: Listener = lambda event: None,
-) -> dict[str, Json]:
+) -> Summary:
     """Run the federation of ``config`` in ``folder`` to its end and return its summary.
 
     ``superlink`` is the address of one that is running already. Raises :class:`CoterieError`; the last checkpoint
     stands.
     """
     _check(config, folder, resume)
-    if (folder / "summary.json").exists():
-        listen({"event": "note", "text": f"{folder} is finished; nothing to do"})
-        return _summary(folder)
+    if (folder / SUMMARY).exists():
+        listen(Note(f"{folder} is finished; nothing to do"))
+        return read_summary(folder / SUMMARY)
     keys = None if insecure else (root / config.federation.keys).resolve()
     if keys is not None:
         check_server_keys(keys)
@@ -56,13 +58,13 @@ def serve(
         write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
         stack.callback(link.stop)
         Supervisor(link, folder, settings.restarts, listen).run()
-    return _summary(folder)
+    return read_summary(folder / SUMMARY)
 
 
 def _check(config: Config, folder: Path, resume: bool) -> None:
     """As for any run, except that who takes part, and when, may change between two attempts."""
     if resume and (folder / "config.json").exists():
-        old, _ = read_run(folder)
+        old, _ = read_config(folder)
         mine = {**plain(config), "federation": old.get("federation", {}), "data": old.get("data", {})}
         if changed := differences(old, mine):
             raise CoterieError(
@@ -104,7 +106,7 @@ class Supervisor:
                     f"{failure}, once more than [federation] restarts = {self.restarts} allows without a new "
                     f"checkpoint. See {self.link.log}; go on with --resume"
                 )
-            journal({"event": "note", "text": f"{failure}; starting again"})
+            journal(Note(f"{failure}; starting again"))
             self._pass_on(reader)
 
     def _attempt(self, reader: Reader) -> str | None:
@@ -143,7 +145,7 @@ class Supervisor:
         try:
             return self.link.status(run)
         except CoterieError as fault:
-            self.listen({"event": "note", "text": str(fault)})
+            self.listen(Note(str(fault)))
             return "unknown"
 
     def _pass_on(self, reader: Reader) -> bool:
@@ -151,17 +153,15 @@ class Supervisor:
 
         Raises :class:`CoterieError` for what the server stopped for.
         """
-        for event in reader.new():
-            self.listen(event)
-            if event["event"] == "checkpoint":
-                self.committed = max(self.committed, event["round"])
-            if event["event"] == "stopped":
-                raise CoterieError(str(event["error"]))
-            if event["event"] == "finished":
-                return True
+        for line in reader.new():
+            event = from_json(line, FEDERATION)
+            if event is not None:
+                self.listen(event)
+            match event:
+                case CheckpointSaved():
+                    self.committed = max(self.committed, event.round)
+                case Stopped():
+                    raise CoterieError(event.error)
+                case Finished():
+                    return True
         return False
-
-
-def _summary(folder: Path) -> dict[str, Json]:
-    summary: dict[str, Json] = read_json(folder / "summary.json")
-    return summary

@@ -26,8 +26,10 @@ from coterie.experiment import Opened, finish, rounds_of, set_threads
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
 from coterie.runs.checkpoint import newest_round
-from coterie.runs.folder import full_disk_told, held, read_run
+from coterie.runs.events import Ready
+from coterie.runs.folder import full_disk_told, held, read_config
 from coterie.runs.rounds import Runner
+from coterie.runs.summary import Summary
 from coterie.types import ClientId, CoterieError, Json
 
 _KNOWN = "sites.safetensors"
@@ -70,9 +72,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]:
+def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     """The rounds that are still to do, and what a finished run leaves behind. Returns the summary."""
-    raw, root = read_run(folder)
+    raw, root = read_config(folder)
     config = check_config(raw)
     set_threads(config)
     method = config.make_method(root)
@@ -96,7 +98,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> dict[str, Json]
         sites.agreement = replace(agreement, sites=tuple(c.id for c in engine.clients), closed=closed)
     _write_known(folder, sites.known, config)
     method.init(engine.spec, engine.clients)
-    journal({"event": "ready", "folder": str(folder), "clients": len(engine.clients), "rounds": config.run.rounds})
+    journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
     write_sites(folder)
     summary = finish(Opened(config, method, engine, FederatedData((), {}), root), state, folder)

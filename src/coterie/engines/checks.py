@@ -94,10 +94,10 @@ def _usage_fault(observed: Observed, modules: Collection[str]) -> str | None:
     for module, row in observed.usage.items():
         if module not in modules:
             return f"it tells of the use of {shown(module)}, which the base has not"
-        if row.keys() != {"weight", "share", "expert"} or len({len(values) for values in row.values()}) > 1:
+        if not len(row.weight) == len(row.share) == len(row.expert):
             return f"its use of experts in {module} is no weight, share and number of each"
-        good = all(is_number(value) for value in row["weight"]) and all(is_number(v, 0, 1.001) for v in row["share"])
-        if not good or not row["expert"] or not all(type(e) is int and -2 <= e < _SIZE for e in row["expert"]):
+        good = all(is_number(value) for value in row.weight) and all(is_number(v, 0, 1.001) for v in row.share)
+        if not good or not row.expert or not all(type(e) is int and -2 <= e < _SIZE for e in row.expert):
             return f"its use of experts in {module} has numbers that cannot be"
     return None
 

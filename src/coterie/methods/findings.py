@@ -7,17 +7,15 @@ chooses its pictures by the type of a finding: any method that finds :class:`Clu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Annotated, NamedTuple, Protocol, TypeVar
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from coterie.types import ClientId, Json
+from coterie.types import ClientId, Json, Number
 
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 Count = Annotated[int, Field(ge=0)]
 
 

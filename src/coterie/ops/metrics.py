@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from coterie.types import ClientId, CoterieError
+from coterie.types import ClientId, CoterieError, Number
 
-Metrics = Mapping[str, float]
+Metrics = Mapping[str, Number]
 
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:

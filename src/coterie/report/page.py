@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from coterie.files import write_atomic
+from coterie.methods.findings import Clusters, find, from_json
 from coterie.report import plots
 from coterie.report.assignment import History, by_round, history, is_assignment
 from coterie.report.assignment_pictures import assignment_pictures, assignment_table, usage_pictures
@@ -305,24 +306,24 @@ def _pictures(run: Run, assigned: History | None) -> Iterator[Picture]:
 
 
 def _method_pictures(run: Run) -> Iterator[Picture]:
-    describe, clusters = run.describe, run.describe.get("clusters") or {}
-    order, distances = describe.get("order") or list(clusters), describe.get("distances") or []
+    found = find(from_json(run.describe), Clusters)
+    clusters = found.members if found else {}
     groups = {client: row.get("group") for client, row in run.clients.items()}
-    if len(order) == len(distances) > 1:
+    if found and len(found.order) == len(found.distances) > 1:
         note = (
             "Squares: the group that a client was cut from, which the method is not told."
             if any(groups.values())
             else ""
         )
-        figure = plots.client_distances(order, distances, clusters, groups)
+        figure = plots.client_distances(found, groups)
         yield Picture(
             "client-distances",
             "Distances between clients",
             figure,
             f"Near clients stand out; frames are clusters. {note}",
         )
-    if describe.get("silhouettes"):
-        figure = plots.silhouettes(describe["silhouettes"], len(set(clusters.values())) or None)
+    if found and found.silhouettes:
+        figure = plots.silhouettes(found)
         yield Picture("silhouettes", "How many clusters", figure, "Higher: clusters that stand further apart.")
     usage = {client: row for client, row in run.usage.items() if not _is_by_module(row)}
     if any(len(values) > 1 for row in usage.values() for values in row.values()):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import CoterieError, Json
+from coterie.types import ClientId, CoterieError
 
+S = TypeVar("S")  # a method's state
 _MAGIC = b"coterie checkpoint 1\n"
 
 
@@ -21,18 +22,23 @@ class CorruptCheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The state of a method after ``rnd`` rounds, and what the run keeps beside it (JSON)."""
+class Checkpoint(Generic[S]):
+    """The state of a method after ``rnd`` rounds, and where the rest of the run stood then.
+
+    ``metrics_bytes`` is the length of ``metrics.jsonl``; ``held`` has the newest round of every client's state, by
+    kind of state.
+    """
 
     rnd: int
-    state: Any
-    info: dict[str, Json]
+    state: S
+    metrics_bytes: int
+    held: Mapping[str, Mapping[ClientId, int]] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save(folder: Path, checkpoint: Checkpoint[S], keep: int) -> Path:
     """Write the checkpoint atomically, then delete all but the newest ``keep``. Raises :class:`OSError`."""
-    info = json.dumps({"rnd": checkpoint.rnd, **checkpoint.info}).encode() + b"\n"
-    body = info + codec.encode(checkpoint.state)
+    info = {"rnd": checkpoint.rnd, "metrics_bytes": checkpoint.metrics_bytes, "held": checkpoint.held}
+    body = json.dumps(info).encode() + b"\n" + codec.encode(checkpoint.state)
     path = folder / f"{checkpoint.rnd:06d}.ckpt"
     write_atomic(path, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     for old in _newest_first(folder)[keep:]:
@@ -42,10 +48,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def load_newest(
     folder: Path,
-    state: type[Any],
+    state: type[S],
     note: Callable[[str], None],
-    lacks: Callable[[Checkpoint], str | None] = lambda found: None,
-) -> Checkpoint | None:
+    lacks: Callable[[Checkpoint[S]], str | None] = lambda saved: None,
+) -> Checkpoint[S] | None:
     """The newest checkpoint that is whole and ``lacks`` nothing; says in ``note`` which are not, and deletes those.
 
     None where there is no checkpoint at all. Raises :class:`CoterieError`, and touches nothing, where none serves
@@ -75,7 +81,7 @@ def load_newest(
     return None
 
 
-def _read(path: Path, state: type[Any]) -> Checkpoint:
+def _read(path: Path, state: type[S]) -> Checkpoint[S]:
     blob = path.read_bytes()
     head = len(_MAGIC) + 65
     if not blob.startswith(_MAGIC) or len(blob) < head:
@@ -85,7 +91,7 @@ def _read(path: Path, state: type[Any]) -> Checkpoint:
         raise CorruptCheckpointError("its SHA-256 differs")
     line, _, rest = body.partition(b"\n")
     info = json.loads(line)
-    return Checkpoint(info.pop("rnd"), codec.decode(state, rest), info)
+    return Checkpoint(info["rnd"], codec.decode(state, rest), info["metrics_bytes"], info.get("held", {}))
 
 
 def newest_round(folder: Path) -> int | None:

@@ -28,7 +28,7 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         return
     if not exists:
         raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
-    old, _ = read_run(folder)
+    old, _ = read_config(folder)
     if changed := differences(plain(check_config(old)), plain(config)):  # keys that are new since have their defaults
         raise CoterieError(
             f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
@@ -50,7 +50,7 @@ def claim(folder: Path, config: Config, root: Path, manifest: Json, resume: bool
         )
 
 
-def read_run(folder: Path) -> tuple[dict[str, Json], Path]:
+def read_config(folder: Path) -> tuple[dict[str, Json], Path]:
     """The raw config of the run in ``folder``, and the folder that its paths start at."""
     path = folder / "config.json"
     if not path.exists():

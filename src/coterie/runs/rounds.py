@@ -11,11 +11,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 
@@ -28,9 +28,24 @@ from coterie.ops.metrics import mean_metrics
 from coterie.ops.streams import stream
 from coterie.runs import checkpoint as checkpoints
 from coterie.runs.checkpoint import Checkpoint
-from coterie.types import ClientId, ClientInfo, CoterieError, Json, Reply
+from coterie.runs.events import (
+    METRICS,
+    CheckpointSaved,
+    ClientDone,
+    ClientEvaluated,
+    ClientRound,
+    Evaluated,
+    Event,
+    Listener,
+    Note,
+    Resumed,
+    RoundDone,
+    RoundStart,
+    StartState,
+)
+from coterie.types import ClientId, ClientInfo, CoterieError, Reply
 
-Listener = Callable[[dict[str, Json]], None]
+S = TypeVar("S")  # the method's state
 
 
 @dataclass(frozen=True)
@@ -47,16 +62,16 @@ class Rounds:
 
 
 @dataclass
-class Runner:
+class Runner(Generic[S]):
     """One run in one folder. ``listen`` hears every event as it happens, those of single clients included."""
 
-    method: Method
+    method: Method[S]
     engine: Engine
     rounds: Rounds
     folder: Path
     listen: Listener = lambda event: None
 
-    def run(self) -> Any:
+    def run(self) -> S:
         """All rounds that are still to do; returns the final state.
 
         Raises :class:`CoterieError` when fewer than the quorum reply, :class:`OSError` when a file cannot be written;
@@ -68,7 +83,7 @@ class Runner:
             state = self._round(state, rnd)
         return state
 
-    def _restore(self) -> Checkpoint:
+    def _restore(self) -> Checkpoint[S]:
         """The newest whole checkpoint, with the metrics and the personal states as they were; or the start."""
         notes: list[str] = []
         saved = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append, self._lacks)
@@ -80,13 +95,13 @@ class Runner:
             found = self.method.describe(state)
             said = find(found, Notes)
             self._note([*notes, *(said.texts if said else ())], 0)
-            self._log({"event": "start_state", "round": 0, "describe": to_json(found)})
+            self._log(StartState(describe=to_json(found)))
             return self._commit(state, 0)
-        os.truncate(self.metrics, saved.info["metrics_bytes"])
+        os.truncate(self.metrics, saved.metrics_bytes)
         self.engine.restore(saved.rnd)
         self._prune(saved.rnd)  # the run may have been killed between a commit and this
         self._note(notes, saved.rnd)
-        self.listen({"event": "resumed", "round": saved.rnd})
+        self.listen(Resumed(saved.rnd))
         return saved
 
     def _check_new(self) -> None:
@@ -97,12 +112,12 @@ class Runner:
                 "or start a new run with --out"
             )
 
-    def _lacks(self, found: Checkpoint) -> str | None:
+    def _lacks(self, found: Checkpoint[S]) -> str | None:
         """What of the run's folder a whole checkpoint needs and does not find there."""
-        if not self.metrics.exists() or self.metrics.stat().st_size < found.info["metrics_bytes"]:
+        if not self.metrics.exists() or self.metrics.stat().st_size < found.metrics_bytes:
             return f"{self.metrics.name} is shorter than it was"
         here = self.engine.held(found.rnd)
-        for kind, then in found.info.get("held", {}).items():
+        for kind, then in found.held.items():
             lost = sorted(client for client, rnd in then.items() if here.get(kind, {}).get(client) != rnd)
             if lost:
                 return f"of {len(lost)} client(s), {lost[0]} among them, the {kind} state of that round is gone"
@@ -110,37 +125,42 @@ class Runner:
 
     @property
     def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS
 
-    def _round(self, state: Any, rnd: int) -> Any:
+    def _round(self, state: S, rnd: int) -> S:
         started = time.perf_counter()
         cohort = self._cohort(rnd)
-        self.listen({"event": "start", "round": rnd, "clients": [c.id for c in cohort]})
-        instructions = self.method.configure(state, cohort, rnd)
-        replies: dict[ClientId, Reply] = {}
-        record: dict[str, Json] = {"event": "round", "round": rnd, "clients": {}, "failed": {}}
-        infos = {c.id: c for c in cohort}
-        with closing(self.engine.train(self.method, instructions, rnd)) as deliveries:
-            for client, delivery in deliveries:
-                self._note([delivery.note] if delivery.note else [], rnd)
-                fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
-                entry = record["clients"][client] = _entry(delivery, fault)
-                if fault is None and delivery.reply is not None:
-                    replies[client] = delivery.reply
-                else:
-                    record["failed"][client] = fault
-                self.listen({**entry, "event": "client", "round": rnd, "client": client, "failed": fault})
-        self._check_quorum(replies, cohort, record["failed"], rnd)
+        self.listen(RoundStart(rnd, [client.id for client in cohort]))
+        replies, entries, failed = self._train(state, cohort, rnd)
+        self._check_quorum(replies, cohort, failed, rnd)
         before = to_json(self.method.describe(state))
         state = self.method.aggregate(state, replies, rnd)
         after = to_json(self.method.describe(state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
-        record |= {"seconds": time.perf_counter() - started, "describe": changed}
-        record |= {"peak_memory_bytes": peak_memory()}
-        self._log(record)
+        self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, changed, peak_memory()))
         self._evaluate(state, rnd)
         self._commit(state, rnd)
         return state
+
+    def _train(
+        self, state: S, cohort: Sequence[ClientInfo], rnd: int
+    ) -> tuple[dict[ClientId, Reply], dict[ClientId, ClientRound], dict[ClientId, str]]:
+        """The replies that count, every client's entry in the record, and why the other replies do not count."""
+        replies: dict[ClientId, Reply] = {}
+        entries: dict[ClientId, ClientRound] = {}
+        failed: dict[ClientId, str] = {}
+        instructions, infos = self.method.configure(state, cohort, rnd), {client.id: client for client in cohort}
+        with closing(self.engine.train(self.method, instructions, rnd)) as deliveries:
+            for client, delivery in deliveries:
+                self._note([delivery.note] if delivery.note else [], rnd)
+                fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
+                entries[client] = _entry(delivery, fault)
+                if fault is not None:
+                    failed[client] = fault
+                elif delivery.reply is not None:
+                    replies[client] = delivery.reply
+                self.listen(ClientDone(rnd, client, entries[client], fault))
+        return replies, entries, failed
 
     def _cohort(self, rnd: int) -> list[ClientInfo]:
         """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
@@ -149,14 +169,14 @@ class Runner:
         chosen = torch.randperm(len(clients), generator=stream(self.rounds.seed, rnd, "cohort"))[:size]
         return [clients[i] for i in sorted(chosen.tolist())]
 
-    def _fault(self, state: Any, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
+    def _fault(self, state: S, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
         if reply is None:
             return "no reply"
         expected = self.method.expects(state, client, rnd)
         return fault_of(reply, expected, self.rounds.norm_bound, client.num_train)
 
     def _check_quorum(
-        self, replies: Mapping[ClientId, Reply], cohort: list[ClientInfo], failed: Mapping[str, Json], rnd: int
+        self, replies: Mapping[ClientId, Reply], cohort: Sequence[ClientInfo], failed: Mapping[ClientId, str], rnd: int
     ) -> None:
         needed = max(1, math.ceil(self.rounds.quorum * len(cohort)))
         if len(replies) < needed:
@@ -166,7 +186,7 @@ class Runner:
                 f"{reasons}"
             )
 
-    def _evaluate(self, state: Any, rnd: int) -> None:
+    def _evaluate(self, state: S, rnd: int) -> None:
         if rnd % self.rounds.evaluate_every and rnd != self.rounds.rounds:
             return
         started = time.perf_counter()
@@ -178,37 +198,34 @@ class Runner:
             for client, evaluation in evaluations:
                 self._note([evaluation.note] if evaluation.note else [], rnd)
                 scores[client] = evaluation
-                self.listen({"event": "evaluated", "round": rnd, "client": client, "of": len(instructions)})
+                self.listen(ClientEvaluated(rnd, client, len(instructions)))
         splits = sorted({split for e in scores.values() for split in e.scores})
         mean = {s: mean_metrics({c: e.scores[s] for c, e in scores.items() if s in e.scores}) for s in splits}
-        clients = {c: dict(e.scores) for c, e in scores.items()}
-        record = {"event": "evaluation", "round": rnd, "clients": clients, "mean": mean}
-        if last:
-            record["usage"] = {c: dict(e.observed.usage) for c, e in scores.items() if e.observed}
-        self._log(record | {"seconds": time.perf_counter() - started})
+        usage = {c: e.observed.usage for c, e in scores.items() if e.observed} if last else None
+        clients = {client: evaluation.scores for client, evaluation in scores.items()}
+        self._log(Evaluated(rnd, clients, mean, usage, time.perf_counter() - started))
 
-    def _commit(self, state: Any, rnd: int) -> Checkpoint:
+    def _commit(self, state: S, rnd: int) -> Checkpoint[S]:
         """Everything of round ``rnd`` is on the disk once this returns."""
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
-        info = {"metrics_bytes": self.metrics.stat().st_size, "held": self.engine.held(rnd)}
-        made = Checkpoint(rnd, state, info)
+        made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.held(rnd))
         checkpoints.save(self.folder / "checkpoints", made, self.rounds.keep_checkpoints)
         self._prune(rnd)
-        self.listen({"event": "checkpoint", "round": rnd})
+        self.listen(CheckpointSaved(rnd))
         return made
 
     def _prune(self, rnd: int) -> None:
         self.engine.prune(rnd - self.rounds.keep_checkpoints + 1)
 
-    def _note(self, notes: list[str], rnd: int) -> None:
+    def _note(self, notes: Sequence[str], rnd: int) -> None:
         for text in notes:
-            self._log({"event": "note", "round": rnd, "text": text})
+            self._log(Note(text, rnd))
 
-    def _log(self, record: dict[str, Json]) -> None:
+    def _log(self, event: Event) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        self.listen(record)
+            file.write(json.dumps(event.to_json(), allow_nan=False) + "\n")
+        self.listen(event)
 
 
 def named(client: ClientId, fault: str) -> str:
@@ -216,17 +233,7 @@ def named(client: ClientId, fault: str) -> str:
     return fault if fault.startswith(f"client {client}") else f"{client}: {fault}"
 
 
-def finite(value: Json) -> Json:
-    """``value`` with None for every number that JSON has not: infinities, not-a-number."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _entry(delivery: Delivery, fault: str | None) -> dict[str, Json]:
-    """What the record says of a client: of a reply that does not count, nothing that it said itself."""
-    info = dict(delivery.reply.info) if delivery.reply and fault is None else {}
-    sizes = {"bytes_down": delivery.bytes_down, "bytes_up": delivery.bytes_up}
-    return {**info, **sizes, "seconds": delivery.seconds}
+def _entry(delivery: Delivery, fault: str | None) -> ClientRound:
+    """A client's entry in the record: of a reply that does not count, nothing that it says."""
+    said = dict(delivery.reply.info) if delivery.reply and fault is None else {}
+    return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, said)

@@ -2,46 +2,152 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie import __version__
+from coterie.files import read_json
 from coterie.machine import environment, peak_memory
-from coterie.ops.metrics import better, mean_metrics, percentiles, worst_client
-from coterie.types import ClientId, ClientInfo, Json
+from coterie.methods import findings
+from coterie.methods.findings import Finding
+from coterie.ops.metrics import Metrics, better, mean_metrics, percentiles, worst_client
+from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, plain
+from coterie.types import ClientId, ClientInfo, CoterieError, ExpertUse, Json, Usage
 
+SUMMARY = "summary.json"
 PRIMARY = {"classification": "accuracy", "generation": "loss", "multiple_choice": "accuracy"}
-
-_MEASURES = ("weight", "share")
-
-
-def read_events(metrics: Path) -> list[dict[str, Json]]:
-    """The events of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+ALL_MODULES = ""  # stands for the mean over modules, where all modules have the same experts
 
 
-def best_round(evaluations: Sequence[Mapping[str, Json]], metric: str) -> int:
+@dataclass(frozen=True)
+class ClientSummary:
+    """A client's rows, its metrics at the best round, and what it cost: bytes as encoded, seconds."""
+
+    group: str | None = None
+    labels: Sequence[str] | None = None
+    num_train: int = 0
+    num_validation: int = 0
+    num_test: int = 0
+    test: Metrics = field(default_factory=dict)
+    validation: Metrics = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    rounds_missed: int = 0
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The client with the worst test ``metric``."""
+
+    client: ClientId
+    metric: str
+    value: float
+
+    def to_json(self) -> dict[str, Json]:
+        return {"client": self.client, self.metric: plain(self.value)}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes as encoded, of all clients: to the server and from it."""
+
+    up: int = 0
+    down: int = 0
+
+
+def _read_worst(found: Mapping[str, Json]) -> Worst | None:
+    metrics = [name for name in found if name != "client"]
+    return Worst(found["client"], metrics[0], found[metrics[0]]) if metrics else None
+
+
+def _read_usage(found: Mapping[ClientId, Mapping[str, Json]]) -> dict[ClientId, Mapping[str, Json]]:
+    return {client: {ALL_MODULES: row} if "weight" in row else row for client, row in found.items()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run; ``summary.json`` holds it. Seconds leave out what a crash threw away.
+
+    ``evaluated`` says which model was measured: the one that a client receives, or the one that it trained last.
+    ``describe`` has the findings by their names in JSON, :attr:`findings` has them as types. ``usage`` is each
+    client's use of its experts in the last round, by module or under :data:`ALL_MODULES`.
+    """
+
+    coterie: str = ""
+    method: str = ""
+    title: str = ""
+    task: str = ""
+    evaluated: str = "received"
+    seed: int | None = None
+    rounds: int = 0
+    best_round: int | None = None
+    primary: str = "loss"
+    clients: Mapping[ClientId, ClientSummary] = field(default_factory=dict)
+    mean: Scores = field(default_factory=dict)
+    worst: Annotated[Worst | None, BeforeValidator(_read_worst)] = None
+    percentiles: Metrics = field(default_factory=dict)
+    bytes: Traffic = Traffic()
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    describe: Mapping[str, Json] = field(default_factory=dict)
+    usage: Annotated[Mapping[ClientId, Usage], BeforeValidator(_read_usage)] = field(default_factory=dict)
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    machine: Mapping[str, Json] | None = None
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the method found, at the end of the run."""
+        return findings.from_json(self.describe)
+
+    def to_json(self) -> dict[str, Json]:
+        """``summary.json``: null for a number that is infinite or not a number."""
+        line = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "usage"}
+        line["usage"] = {client: plain(_mean_of(usage) or usage) for client, usage in self.usage.items()}
+        line["worst"] = line["worst"] or {}
+        return {f.name: line[f.name] for f in fields(self)}
+
+
+def _mean_of(usage: Usage) -> dict[str, Json] | None:
+    whole = usage.get(ALL_MODULES)
+    return {"weight": whole.weight, "share": whole.share} if whole else None
+
+
+def read_summary(path: Path) -> Summary:
+    """The summary in ``path``. Raises :class:`CoterieError` for a file that is damaged or holds something else."""
+    found = read_json(path)
+    try:
+        return _SUMMARY.validate_python(found)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise CoterieError(f"{path} is no summary: {where}: {first['msg']}; is this a run's folder?") from fault
+
+
+def best_round(evaluations: Sequence[Evaluated], metric: str) -> int:
     """The round with the best mean validation metric, the earliest on a tie; the last one without validation data.
 
     Test data plays no part in the choice.
     """
     best: tuple[int, float] | None = None
     for event in evaluations:
-        value = event["mean"].get("validation", {}).get(metric)
-        if value is None:
+        value = event.mean.get("validation", {}).get(metric)
+        if value is None or np.isnan(value):
             continue
         value = round(value, 9)  # means of the same values differ in their last bits
         if best is None or better(metric, value, best[1]):
-            best = event["round"], value
-    return best[0] if best else int(evaluations[-1]["round"])
+            best = event.round, value
+    return best[0] if best else evaluations[-1].round
 
 
 def summarise(
-    events: Sequence[Mapping[str, Json]],
+    events: Sequence[Event],
     clients: Sequence[ClientInfo],
     *,
     method: str,
@@ -49,77 +155,71 @@ def summarise(
     task: str,
     seed: int,
     evaluated: str = "received",
-) -> dict[str, Json]:
-    """``summary.json`` as a mapping. Bytes are as encoded; seconds leave out what a crash threw away."""
-    starts = [event for event in events if event["event"] == "start_state"]
-    rounds = [event for event in events if event["event"] == "round"]
-    evaluations = [event for event in events if event["event"] == "evaluation"]
+) -> Summary:
+    """The summary of a run that had these ``events``."""
+    rounds = [event for event in events if isinstance(event, RoundDone)]
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
     primary = PRIMARY[task]
     best = best_round(evaluations, primary)
-    scores = next(event["clients"] for event in evaluations if event["round"] == best)
+    scores = next(event.clients for event in evaluations if event.round == best)
     per_client = {c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients}
-    tests = {c: numbers(row["test"]) for c, row in per_client.items() if row["test"]}
+    tests = {c: row.test for c, row in per_client.items() if row.test}
     worst = worst_client(primary, tests)
-    return {
-        "coterie": __version__,
-        "method": method,
-        "title": title,
-        "task": task,
-        "evaluated": evaluated,
-        "seed": seed,
-        "rounds": len(rounds),
-        "best_round": best,
-        "primary": primary,
-        "clients": per_client,
-        "mean": {
-            split: mean_metrics({c: numbers(s[split]) for c, s in scores.items() if split in s})
-            for split in _splits(scores)
-        },
-        "worst": {"client": worst[0], primary: worst[1]} if worst else {},
-        "percentiles": percentiles(primary, tests),
-        "bytes": {way: sum(row[f"bytes_{way}"] for row in per_client.values()) for way in ("up", "down")},
-        "seconds": sum(event["seconds"] for event in [*rounds, *evaluations]),
-        "peak_memory_bytes": max([*(event["peak_memory_bytes"] for event in rounds), peak_memory()]),
-        "describe": {name: value for event in [*starts, *rounds] for name, value in event["describe"].items()},
-        "usage": _usage({client: usage for client, usage in evaluations[-1].get("usage", {}).items() if usage}),
+    splits = sorted({split for by_split in scores.values() for split in by_split})
+    described = [event for event in events if isinstance(event, StartState | RoundDone)]
+    usage = {client: of for client, of in (evaluations[-1].usage or {}).items() if of}
+    return Summary(
+        coterie=__version__,
+        method=method,
+        title=title,
+        task=task,
+        evaluated=evaluated,
+        seed=seed,
+        rounds=len(rounds),
+        best_round=best,
+        primary=primary,
+        clients=per_client,
+        mean={split: mean_metrics({c: s[split] for c, s in scores.items() if split in s}) for split in splits},
+        worst=Worst(worst[0], primary, worst[1]) if worst else None,
+        percentiles=percentiles(primary, tests),
+        bytes=Traffic(*(sum(getattr(row, way) for row in per_client.values()) for way in ("bytes_up", "bytes_down"))),
+        seconds=sum(event.seconds for event in rounds) + sum(event.seconds for event in evaluations),
+        peak_memory_bytes=max([*(event.peak_memory_bytes for event in rounds), peak_memory()]),
+        describe={name: value for event in described for name, value in event.describe.items()},
+        usage=usage if _differs(usage) else {client: {ALL_MODULES: mean_use(of)} for client, of in usage.items()},
         **environment(),
-    }
+    )
 
 
-def _client(client: ClientInfo, scores: Mapping[str, Json], rounds: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
-    entries = [event["clients"][client.id] for event in rounds if client.id in event["clients"]]
-    return {
-        "group": client.group,
-        "labels": list(client.labels) if client.labels else None,
-        "num_train": client.num_train,
-        "num_validation": client.num_validation,
-        "num_test": client.num_test,
-        "test": scores.get("test", {}),
-        "validation": scores.get("validation", {}),
-        "bytes_up": sum(entry["bytes_up"] for entry in entries),
-        "bytes_down": sum(entry["bytes_down"] for entry in entries),
-        "seconds": sum(entry["seconds"] for entry in entries),
-        "rounds_missed": sum(client.id in event["failed"] for event in rounds),
-    }
+def _client(client: ClientInfo, scores: Scores, rounds: Sequence[RoundDone]) -> ClientSummary:
+    entries = [event.clients[client.id] for event in rounds if client.id in event.clients]
+    return ClientSummary(
+        group=client.group,
+        labels=list(client.labels) if client.labels else None,
+        num_train=client.num_train,
+        num_validation=client.num_validation,
+        num_test=client.num_test,
+        test=scores.get("test", {}),
+        validation=scores.get("validation", {}),
+        bytes_up=sum(entry.bytes_up for entry in entries),
+        bytes_down=sum(entry.bytes_down for entry in entries),
+        seconds=sum(entry.seconds for entry in entries),
+        rounds_missed=sum(client.id in event.failed for event in rounds),
+    )
 
 
-def numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """The metrics with not-a-number for null: what was infinite or not a number was logged so."""
-    return {name: math.nan if value is None else value for name, value in metrics.items()}
+def _differs(usage: Mapping[ClientId, Usage]) -> bool:
+    """Whether modules differ in their experts, so that a mean over modules would mean nothing."""
+    rows = [row for of in usage.values() for row in of.values()]
+    numbered = all(list(row.expert) in ([], list(range(len(row.weight)))) for row in rows)
+    return not numbered or len({len(row.weight) for row in rows}) > 1
 
 
-def _splits(scores: Mapping[ClientId, Mapping[str, Json]]) -> list[str]:
-    return sorted({split for by_split in scores.values() for split in by_split})
+def mean_use(usage: Usage) -> ExpertUse:
+    """The mean over modules that all have the same experts."""
+    rows = list(usage.values())
+    weight, share = (np.mean([getattr(row, what) for row in rows], axis=0).tolist() for what in ("weight", "share"))
+    return ExpertUse(weight, share)
 
 
-def _usage(usage: Mapping[ClientId, Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[ClientId, Json]:
-    """Gate weight and share of tokens per expert: the mean over modules, or by module where their experts differ."""
-    rows = [row for by_module in usage.values() for row in by_module.values()]
-    if any(list(row.get("expert") or []) not in ([], list(range(len(row["weight"])))) for row in rows):
-        return dict(usage)
-    if len({len(row["weight"]) for row in rows}) > 1:
-        return dict(usage)
-    return {
-        client: {what: np.mean([row[what] for row in by_module.values()], axis=0).tolist() for what in _MEASURES}
-        for client, by_module in usage.items()
-    }
+_SUMMARY = TypeAdapter(Summary)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from coterie.runs.rounds import Listener
-from coterie.types import CoterieError, Json
+from coterie.runs.events import Evaluated, Event, Listener, RoundDone
+from coterie.types import CoterieError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def check_tensorboard() -> None:
@@ -22,21 +27,24 @@ def tensorboard(folder: Path) -> Listener:
 
     writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def listen(event: dict[str, Json]) -> None:
-        rnd = event.get("round", 0)
-        if event["event"] == "round":
-            for client, entry in event["clients"].items():
-                for name in ("loss", "bytes_up", "bytes_down"):
-                    if name in entry:
-                        writer.add_scalar(f"{name}/{client}", entry[name], rnd)
-        if event["event"] == "evaluation":
-            for split, metrics in event["mean"].items():
-                for name, value in metrics.items():
-                    writer.add_scalar(f"{split} {name}/mean", value, rnd)
-            for client, by_split in event["clients"].items():
-                for split, metrics in by_split.items():
-                    for name, value in metrics.items():
-                        writer.add_scalar(f"{split} {name}/{client}", value, rnd)
-            writer.flush()
+    def listen(event: Event) -> None:
+        match event:
+            case RoundDone():
+                for client, entry in event.clients.items():
+                    numbers = {"loss": entry.loss, "bytes_up": entry.bytes_up, "bytes_down": entry.bytes_down}
+                    _write(writer, numbers, client, event.round)
+            case Evaluated():
+                for split, metrics in event.mean.items():
+                    _write(writer, {f"{split} {name}": value for name, value in metrics.items()}, "mean", event.round)
+                for client, scores in event.clients.items():
+                    for split, metrics in scores.items():
+                        _write(writer, {f"{split} {name}": v for name, v in metrics.items()}, client, event.round)
+                writer.flush()
 
     return listen
+
+
+def _write(writer: SummaryWriter, numbers: Mapping[str, float | None], who: str, rnd: int) -> None:
+    for name, value in numbers.items():
+        if value is not None:
+            writer.add_scalar(f"{name}/{who}", value, rnd)

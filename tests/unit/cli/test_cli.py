@@ -8,7 +8,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,20 @@ from coterie.cli.progress import Lines, Live, listener, show_summary
 from coterie.comparison import config_for, curves, table_of
 from coterie.config.describe import describe_config
 from coterie.methods.registry import methods
+from coterie.runs.events import (
+    CheckpointSaved,
+    ClientDone,
+    ClientEvaluated,
+    ClientRound,
+    Evaluated,
+    Listener,
+    Note,
+    Ready,
+    Resumed,
+    RoundDone,
+    RoundStart,
+)
+from coterie.runs.summary import ClientSummary, Summary, Traffic, Worst
 from coterie.types import CoterieError
 
 
@@ -292,29 +306,25 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def entry(loss: float | None = None, tokens: int = 100) -> dict[str, Any]:
-    return {
-        "bytes_up": 1,
-        "bytes_down": 1,
-        "seconds": 2.0,
-        **({} if loss is None else {"loss": loss, "tokens": tokens}),
-    }
+def entry(loss: float | None = None, tokens: int = 100) -> ClientRound:
+    return ClientRound(1, 1, 2.0, {} if loss is None else {"loss": loss, "tokens": tokens})
 
 
-def play(listen: Any, at: Clock, rnd: int, clients: dict[str, Any], train: float = 8.0, evaluate: float = 2.0) -> None:
+def play(
+    listen: Listener, at: Clock, rnd: int, clients: dict[str, ClientRound], train: float = 8.0, evaluate: float = 2.0
+) -> None:
     """The events of one round that takes ``train`` and then ``evaluate`` seconds."""
-    failed = {c: "out of [memory]" for c, e in clients.items() if "loss" not in e}
-    listen({"event": "start", "round": rnd, "clients": list(clients)})
+    failed = {client: "out of [memory]" for client, of in clients.items() if of.loss is None}
+    listen(RoundStart(rnd, list(clients)))
     for client, of in clients.items():
-        listen({"event": "client", "round": rnd, "client": client, "failed": failed.get(client), **of})
+        listen(ClientDone(rnd, client, of, failed.get(client)))
     at.now += train
-    listen({"event": "round", "round": rnd, "clients": clients, "failed": failed, "seconds": train, "describe": {}})
+    listen(RoundDone(rnd, clients, failed, train))
     at.now += evaluate
     for client in clients:
-        listen({"event": "evaluated", "round": rnd, "client": client, "of": len(clients)})
-    mean = {"test": {"accuracy": 0.5, "loss": 1.25}, "validation": {"accuracy": 1.0}}
-    listen({"event": "evaluation", "round": rnd, "clients": {}, "mean": mean})
-    listen({"event": "checkpoint", "round": rnd})
+        listen(ClientEvaluated(rnd, client, len(clients)))
+    listen(Evaluated(rnd, {}, {"test": {"accuracy": 0.5, "loss": 1.25}, "validation": {"accuracy": 1.0}}))
+    listen(CheckpointSaved(rnd))
 
 
 def test_lines_tell_loss_throughput_and_the_time_left(at: Clock) -> None:
@@ -322,10 +332,10 @@ def test_lines_tell_loss_throughput_and_the_time_left(at: Clock) -> None:
     lines = Lines(console, 4, "fedit seed 0")
     assert lines.left(0) is None
     for event in (
-        {"event": "ready", "folder": "/runs/[x]", "clients": 2, "rounds": 4},
-        {"event": "checkpoint", "round": 0},
-        {"event": "resumed", "round": 2},
-        {"event": "note", "text": "a [note] that is much longer than the screen is wide, and stays on one line"},
+        Ready(2, 4, "/runs/[x]"),
+        CheckpointSaved(0),
+        Resumed(2),
+        Note("a [note] that is much longer than the screen is wide, and stays on one line"),
     ):
         lines(event)
     play(lines, at, 1, {"north": entry(1.0), "south": entry(2.0, tokens=300)})
@@ -335,7 +345,7 @@ def test_lines_tell_loss_throughput_and_the_time_left(at: Clock) -> None:
         f"fedit seed 0: {line}" if line[0] != " " else line
         for line in (
             "2 clients, 4 rounds, in /runs/[x]",
-            "goes on after round 2",
+            "continues after round 2",
             "note: a [note] that is much longer than the screen is wide, and stays on one line",
             "round 1/4  loss 1.500  50 tokens/s",
             "round 1/4  test: accuracy 0.500 loss 1.250  validation: accuracy 1.000",
@@ -356,18 +366,18 @@ def test_a_live_display_names_round_client_loss_throughput_and_time_left(at: Clo
         assert isinstance(live, Live)
         bar = live.progress.tasks[0]
         assert (bar.total, bar.completed) == (3, 0)
-        live({"event": "start", "round": 1, "clients": ["north", "south", "west"]})
+        live(RoundStart(1, ["north", "south", "west"]))
         assert bar.fields["now"] == "north"
-        live({"event": "client", "round": 1, "client": "north", "failed": None, **entry(1.0, tokens=300)})
+        live(ClientDone(1, "north", entry(1.0, tokens=300), None))
         assert bar.fields["now"] == "south  loss 1.000  150 tokens/s"
-        live({"event": "client", "round": 1, "client": "south", "failed": "gone", **entry()})
+        live(ClientDone(1, "south", entry(), "gone"))
         assert bar.fields["now"].startswith("west  loss 1.000")
-        live({"event": "client", "round": 1, "client": "west", "failed": None, **entry(2.0)})
+        live(ClientDone(1, "west", entry(2.0), None))
         assert bar.fields["now"] == "west  loss 1.500  50 tokens/s"
-        live({"event": "evaluated", "round": 1, "client": "north", "of": 3})
+        live(ClientEvaluated(1, "north", 3))
         assert bar.fields["now"] == "evaluating north"
         at.now = 90.0
-        live({"event": "checkpoint", "round": 1})
+        live(CheckpointSaved(1))
         assert (bar.completed, bar.fields["left"]) == (1, "3:00 left")
         live.progress.refresh()
         play(live, at, 2, {"north": entry(0.25)})
@@ -385,32 +395,32 @@ def test_elsewhere_than_on_a_terminal_there_is_no_bar() -> None:
 # summaries and comparisons -------------------------------------------------------------------------------------------
 
 
-def summary(**changes: Any) -> dict[str, Any]:
-    def client(accuracy: float) -> dict[str, Any]:
-        return {"num_train": 7, "group": "g", "test": {"accuracy": accuracy, "loss": 2 - accuracy}}
+def summary(**changes: Any) -> Summary:
+    def client(accuracy: float) -> ClientSummary:
+        return ClientSummary(num_train=7, group="g", test={"accuracy": accuracy, "loss": 2 - accuracy})
 
-    made = {
-        "title": "FedIT", "primary": "accuracy", "best_round": 2, "rounds": 3, "seconds": 75.0,
-        "clients": {"north": client(0.25), "south": client(0.75)}, "describe": {},
-        "mean": {"test": {"accuracy": 0.5, "loss": 1.5}}, "worst": {"client": "north", "accuracy": 0.25},
-        "bytes": {"up": 2**20, "down": 3 * 2**20}, "peak_memory_bytes": 2**29,
-    }  # fmt: skip
-    return {**made, **changes}
+    made = Summary(
+        title="FedIT", primary="accuracy", best_round=2, rounds=3, seconds=75.0,
+        clients={"north": client(0.25), "south": client(0.75)},
+        mean={"test": {"accuracy": 0.5, "loss": 1.5}}, worst=Worst("north", "accuracy", 0.25),
+        bytes=Traffic(2**20, 3 * 2**20), peak_memory_bytes=2**29,
+    )  # fmt: skip
+    return replace(made, **changes)
 
 
-def scaled(factor: float, **changes: Any) -> dict[str, Any]:
+def scaled(factor: float, **changes: Any) -> Summary:
     """A summary whose accuracies are multiplied by ``factor``."""
     clients = {
-        c: {**row, "test": {"accuracy": row["test"]["accuracy"] * factor, "loss": 1.0}}
-        for c, row in summary()["clients"].items()
+        client: replace(row, test={"accuracy": row.test["accuracy"] * factor, "loss": 1.0})
+        for client, row in summary().clients.items()
     }
-    worst = {"client": "north", "accuracy": 0.25 * factor}
+    worst = Worst("north", "accuracy", 0.25 * factor)
     return summary(clients=clients, mean={"test": {"accuracy": 0.5 * factor, "loss": 1.0}}, worst=worst, **changes)
 
 
-def without_test() -> dict[str, Any]:
-    clients = {c: {**row, "test": {}} for c, row in summary()["clients"].items()}
-    return summary(clients=clients, mean={}, worst={})
+def without_test() -> Summary:
+    clients = {client: replace(row, test={}) for client, row in summary().clients.items()}
+    return summary(clients=clients, mean={}, worst=None)
 
 
 def test_the_summary_of_a_run(tmp_path: Path) -> None:
@@ -428,14 +438,14 @@ def test_the_summary_of_a_run(tmp_path: Path) -> None:
 
 def test_a_comparison_adds_up_over_seeds() -> None:
     made = table_of({"fedit": {0: summary(), 3: scaled(0.8)}, "local": {0: scaled(0.4)}})
-    assert made["fedit"]["seeds"] == [0, 3]
-    assert made["fedit"]["means"] == [0.5, pytest.approx(0.4)]
-    assert made["fedit"]["mean"] == pytest.approx(0.45)
-    assert made["fedit"]["std"] == pytest.approx(0.1 / math.sqrt(2))
-    assert made["fedit"]["worst"] == pytest.approx(0.225)
-    assert made["fedit"]["clients"] == {"north": pytest.approx(0.225), "south": pytest.approx(0.675)}
-    assert made["fedit"]["bytes"] == 4 * 2**20
-    assert made["local"]["std"] == 0.0
+    assert made["fedit"].seeds == [0, 3]
+    assert made["fedit"].means == [0.5, pytest.approx(0.4)]
+    assert made["fedit"].mean == pytest.approx(0.45)
+    assert made["fedit"].std == pytest.approx(0.1 / math.sqrt(2))
+    assert made["fedit"].worst == pytest.approx(0.225)
+    assert made["fedit"].clients == {"north": pytest.approx(0.225), "south": pytest.approx(0.675)}
+    assert made["fedit"].bytes == 4 * 2**20
+    assert made["local"].std == 0.0
 
 
 def test_a_comparison_marks_the_best_of_every_row() -> None:
@@ -449,7 +459,10 @@ def test_a_comparison_marks_the_best_of_every_row() -> None:
     assert ["north", "1", "0.200", "0.250"] in rows
     assert ["sent", "4.0", "MiB", "4.0", "MiB"] in rows
     console = terminal()
-    by_loss = {m: {0: summary(primary="loss", worst={"loss": loss})} for m, loss in (("fedit", 9.0), ("local", 8.0))}
+    by_loss = {
+        m: {0: summary(primary="loss", worst=Worst("north", "loss", loss))}
+        for m, loss in (("fedit", 9.0), ("local", 8.0))
+    }
     comparison.show(console, by_loss, Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     assert "8.000" in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
@@ -458,8 +471,8 @@ def test_a_comparison_marks_the_best_of_every_row() -> None:
 
 def test_a_comparison_without_test_data_has_dashes() -> None:
     made = table_of({"fedit": {0: without_test(), 1: without_test()}})
-    assert (made["fedit"]["mean"], made["fedit"]["worst"], made["fedit"]["std"]) == (None, None, 0.0)
-    assert made["fedit"]["clients"] == {"north": None, "south": None}
+    assert (made["fedit"].mean, made["fedit"].worst, made["fedit"].std) == (None, None, 0.0)
+    assert made["fedit"].clients == {"north": None, "south": None}
     console = terminal()
     comparison.show(console, {"fedit": {0: without_test()}, "local": {0: summary()}}, Path("runs/x"))
     assert ["north", "-", "0.250"] in [line.split() for line in shown_on(console).splitlines()]
@@ -467,7 +480,7 @@ def test_a_comparison_without_test_data_has_dashes() -> None:
 
 def test_curves_are_means_over_seeds_by_round(tmp_path: Path) -> None:
     for seed, values in {0: (0.1, 0.3), 5: (0.3, 0.5)}.items():
-        events = [{"event": "round", "round": 1}]
+        events: list[dict[str, Any]] = [{"event": "round", "round": 1}]
         events += [{"event": "evaluation", "round": r, "mean": {"test": {"accuracy": v}}} for r, v in enumerate(values)]
         events += [{"event": "evaluation", "round": 9, "mean": {}}]
         folder = tmp_path / f"fedit-{seed}"

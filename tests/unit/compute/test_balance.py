@@ -209,8 +209,8 @@ def test_embeddings_are_means_of_the_projections_of_a_modules_input() -> None:
         wanted = (x @ bank.tensors[Key(module, expert, part)].T).mean(0).float()
         torch.testing.assert_close(observed.embeddings[Key(module, expert, Part.EMBEDDING)], wanted)
     assert not any(key.expert == SHARED for key in observed.embeddings)
-    assert observed.usage[module]["expert"] == [SHARED, 0, 1, 2]
-    assert observed.usage[module]["share"][0] == 1
+    assert observed.usage[module].expert == [SHARED, 0, 1, 2]
+    assert observed.usage[module].share[0] == 1
 
 
 def test_a_module_that_runs_twice_in_a_pass_has_the_means_of_both_runs() -> None:
@@ -232,8 +232,8 @@ def test_a_module_that_runs_twice_in_a_pass_has_the_means_of_both_runs() -> None
     assert seen.tokens == once.tokens
     assert largest_difference(seen.embeddings, once.embeddings) < 1e-6
     name = place.base.spec.targets[0].name
-    assert seen.usage[name]["weight"] == pytest.approx(once.usage[name]["weight"], abs=1e-9)
-    assert max(seen.usage[name]["share"]) <= 1
+    assert seen.usage[name].weight == pytest.approx(once.usage[name].weight, abs=1e-9)
+    assert max(seen.usage[name].share) <= 1
 
 
 # dropout -------------------------------------------------------------------------------------------------------------

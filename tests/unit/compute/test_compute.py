@@ -471,11 +471,11 @@ def test_usage_counts_every_token_and_no_padding(size: int) -> None:
             for slot, w in zip(chosen, mass, strict=True):
                 gate[slot if slot < 3 else own] += w
             weight, used = weight + gate, used + (gate > 0)
-        assert usage["weight"] == pytest.approx((weight / len(x)).tolist(), abs=1e-9)
-        assert usage["share"] == pytest.approx((used / len(x)).tolist(), abs=1e-9)
-        assert sum(usage["weight"]) == pytest.approx(1)
-        assert usage["share"][own] == 1
-        assert all(0 <= share <= 1 for share in usage["share"])
+        assert usage.weight == pytest.approx((weight / len(x)).tolist(), abs=1e-9)
+        assert usage.share == pytest.approx((used / len(x)).tolist(), abs=1e-9)
+        assert sum(usage.weight) == pytest.approx(1)
+        assert usage.share[own] == 1
+        assert all(0 <= share <= 1 for share in usage.share)
 
 
 def test_a_bank_without_a_gate_has_no_usage_and_unknown_statistics_are_refused() -> None:

@@ -28,7 +28,7 @@ from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
 from coterie.runs.rounds import Rounds, Runner
-from coterie.types import Bank, CoterieError, GateSpec, Key, Observed, Part, Target
+from coterie.types import Bank, CoterieError, ExpertUse, GateSpec, Key, Observed, Part, Target
 from grid import InProcessGrid
 from spoiled import SPOILED
 
@@ -479,7 +479,7 @@ def with_metric(name: str, value: Any, split: str = "test") -> Callable[[Evaluat
 
 def with_usage(module: str, **row: Any) -> Callable[[Evaluation], Evaluation]:
     good = {"weight": [1.0], "share": [1.0], "expert": [0]}
-    return lambda e: replace(e, observed=Observed({module: {**good, **row}}, 3))
+    return lambda e: replace(e, observed=Observed({module: ExpertUse(**{**good, **row})}, 3))
 
 
 NO_SCORES: dict[str, Callable[[Evaluation], Evaluation]] = {
@@ -493,7 +493,7 @@ NO_SCORES: dict[str, Callable[[Evaluation], Evaluation]] = {
     "no loss": lambda e: replace(e, scores={"test": {"accuracy": 1.0}}),
     "another split": with_metric("loss", 1.0, "train"),
     "another module": with_usage("zz"),
-    "half a row": lambda e: replace(e, observed=Observed({TARGET: {"weight": [1.0]}}, 1)),
+    "half a row": lambda e: replace(e, observed=Observed({TARGET: ExpertUse([1.0], [], [])}, 1)),
     "rows that differ": with_usage(TARGET, weight=[1.0, 0.5]),
     "no experts": with_usage(TARGET, weight=[], share=[], expert=[]),
     "half an expert": with_usage(TARGET, expert=[0.5]),

@@ -161,7 +161,7 @@ def state(number: float) -> State:
 
 
 def save(folder: Path, *rounds: int, keep: int = 9) -> list[Path]:
-    return [checkpoint.save(folder, Checkpoint(rnd, state(rnd), {"metrics_bytes": 10 * rnd}), keep) for rnd in rounds]
+    return [checkpoint.save(folder, Checkpoint(rnd, state(rnd), 10 * rnd), keep) for rnd in rounds]
 
 
 def load(folder: Path, kind: type[Any] = State) -> tuple[Checkpoint | None, list[str]]:
@@ -178,7 +178,7 @@ def test_the_newest_checkpoint_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 10)
     found, notes = load(tmp_path)
     assert found is not None
-    assert (found.rnd, found.info, notes) == (10, {"metrics_bytes": 100}, [])
+    assert (found.rnd, found.metrics_bytes, notes) == (10, 100, [])
     assert found.state.clusters == {"north": 10}
     assert torch.equal(found.state.lora[KEY], torch.full((3, 2), 10.0))
 

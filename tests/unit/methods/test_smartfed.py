@@ -32,6 +32,7 @@ from coterie.types import (
     ClientId,
     ClientInfo,
     CoterieError,
+    ExpertUse,
     Instruction,
     Key,
     Observe,
@@ -78,7 +79,7 @@ class Hand:
             numbers = sorted(k.expert for k in request.bank.tensors if k.module == module and k.part is Part.A)
             routed = [n for n in numbers if n >= 0]
             weights = [1.0 if n == SHARED or n == routed[self.use] else 0.0 for n in numbers]
-            usage[module] = {"weight": weights, "share": weights, "expert": numbers}
+            usage[module] = ExpertUse(weights, weights, numbers)
         found = {m: self.values.get(m, 0.0) for m in usage}
         return Observed(usage, 100, importance={w: found for w in request.what if w != "usage"})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coterie.methods.findings import Clusters
 from coterie.report import plots
 from coterie.report.page import write_report
 from coterie.report.tables import show, tables
@@ -21,6 +22,7 @@ CLUSTERS = {"north-1": 0, "north-2": 0, "north-10": 0, "south-1": 1}
 DISTANCES = [[0.0, 0.3, 0.31, 0.8], [0.3, 0.0, 0.29, 0.9], [0.31, 0.29, 0.0, 0.85], [0.8, 0.9, 0.85, 0.0]]
 DESCRIBE = {"phase": "experts", "clusters": CLUSTERS, "order": list(CLIENTS), "distances": DISTANCES,
             "silhouettes": {"2": 0.41, "3": 0.2}, "aggregation_error": 0.125}  # fmt: skip
+FOUND = Clusters(CLUSTERS, {2: 0.41, 3: 0.2}, CLIENTS, DISTANCES)
 PICTURES = {"metric-by-round", "loss-by-round", "client-distances", "silhouettes", "expert-usage", "aggregation-error"}
 PNG_MAGIC = b"\x89PNG\r\n"
 
@@ -284,7 +286,7 @@ def test_distances_are_sorted_and_framed_by_cluster():
     order = ["south-1", "north-10", "north-1", "north-2"]
     shuffled = [CLIENTS.index(client) for client in order]
     distances = np.array(DISTANCES)[np.ix_(shuffled, shuffled)].tolist()
-    figure = plots.client_distances(order, distances, CLUSTERS, GROUPS)
+    figure = plots.client_distances(Clusters(CLUSTERS, {}, order, distances), GROUPS)
     ax = figure.axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["north-10", "north-1", "north-2", "south-1"]
     assert texts(figure) == ["cluster 0", "cluster 1"]
@@ -302,8 +304,8 @@ def test_distances_are_sorted_and_framed_by_cluster():
 def test_distances_of_any_number_of_clients(count):
     order = [f"c{i}" for i in range(count)]
     distances = np.ones((count, count)).tolist()
-    drawn(plots.client_distances(order, distances, {}))
-    drawn(plots.client_distances(order, distances, dict.fromkeys(order, 0), {client: client for client in order}))
+    drawn(plots.client_distances(Clusters({}, {}, order, distances)))
+    drawn(plots.client_distances(Clusters(dict.fromkeys(order, 0), {}, order, distances), {c: c for c in order}))
 
 
 def test_curves_are_named_at_their_ends_without_touching():
@@ -342,7 +344,7 @@ def test_usage_shows_every_expert_of_every_client():
 
 
 def test_silhouettes_mark_the_chosen_number():
-    figure = plots.silhouettes({"2": 0.1, "10": None, "3": -0.2}, 3)
+    figure = plots.silhouettes(Clusters({"a": 0, "b": 1, "c": 2}, {2: 0.1, 10: math.nan, 3: -0.2}))
     drawn(figure)
     assert texts(figure) == ["0.10", "-0.20", "-"]
     colours = [patch.get_facecolor() for patch in figure.axes[0].patches]
@@ -352,15 +354,15 @@ def test_silhouettes_mark_the_chosen_number():
 def test_the_demo_picture_is_one_png_with_two_panels(tmp_path):
     path = tmp_path / "made" / "demo.png"
     curves = {"FedLEASE": [(1, 0.5), (2, 0.8)], "FedIT": [(1, 0.4), (2, 0.6)]}
-    plots.demo_picture(path, list(CLIENTS), DISTANCES, CLUSTERS, GROUPS, curves)
+    plots.demo_picture(path, FOUND, GROUPS, curves)
     first = path.read_bytes()
     assert first.startswith(PNG_MAGIC)
-    plots.demo_picture(path, list(CLIENTS), DISTANCES, CLUSTERS, None, curves)
+    plots.demo_picture(path, FOUND, {}, curves)
     assert path.read_bytes() != first
 
 
 def test_an_svg_keeps_its_ids_to_itself_and_its_text_as_text():
-    figure = plots.client_distances(list(CLIENTS), DISTANCES, CLUSTERS, GROUPS)
+    figure = plots.client_distances(FOUND, GROUPS)
     one, two = plots.svg(figure, "first picture"), plots.svg(figure, "second")
     ids = [set(re.findall(r' id="([^"]+)"', text)) for text in (one, two)]
     assert len(ids[0]) > 10

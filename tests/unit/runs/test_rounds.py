@@ -20,8 +20,9 @@ from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
-from coterie.runs.rounds import Rounds, Runner, finite
-from coterie.runs.summary import best_round, summarise
+from coterie.runs.events import ClientDone, Evaluated, read_events
+from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target, Train, Trained
 
 Spoil = Callable[[str, int, Reply], Reply | str | None]
@@ -126,7 +127,7 @@ def test_a_bad_reply_is_left_out_with_the_reason_and_the_round_goes_on(name: str
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(failed[1]["c3"])
     assert state.lora[KEY].equal(good.lora[KEY])  # everyone adds 1: leaving one out changes nothing
-    assert [e for e in heard if e["event"] == "client" and e["failed"]]
+    assert [e for e in heard if isinstance(e, ClientDone) and e.failed]
 
 
 def test_below_the_quorum_the_run_stops_and_the_checkpoint_stands(tmp_path: Path) -> None:
@@ -156,25 +157,26 @@ def test_evaluates_every_few_rounds_and_always_the_last(tmp_path: Path) -> None:
 
 def test_the_best_round_is_chosen_on_validation_never_on_test() -> None:
     evaluations = [
-        {"round": rnd, "mean": {"validation": {"accuracy": v, "loss": -v}, "test": {"accuracy": t}}}
+        Evaluated(rnd, mean={"validation": {"accuracy": v, "loss": -v}, "test": {"accuracy": t}})
         for rnd, v, t in [(1, 0.5, 0.9), (2, 0.7, 0.1), (3, 0.7, 0.8), (4, 0.6, 1.0)]
     ]
     assert best_round(evaluations, "accuracy") == 2
     assert best_round(evaluations, "loss") == 2
-    assert best_round([{"round": r, "mean": {"test": {"accuracy": 1 / r}}} for r in (1, 2)], "accuracy") == 2
+    assert best_round([Evaluated(r, mean={"test": {"accuracy": 1 / r}}) for r in (1, 2)], "accuracy") == 2
 
 
 def test_the_summary_adds_up(tmp_path: Path) -> None:
     _, engine, _ = run(tmp_path, lambda c, rnd, reply: "gone" if (c, rnd) == ("c1", 1) else reply)
-    made = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    made = read_events(tmp_path / "metrics.jsonl")
     summary = summarise(made, engine.clients, method="fedit", title="FedIT", task="classification", seed=0)
-    assert summary["bytes"] == {"up": 5 * 11, "down": 7 * 12}
-    assert summary["clients"]["c1"]["rounds_missed"] == 1
-    assert summary["best_round"] == 3
-    assert summary["mean"]["test"]["accuracy"] == pytest.approx(0.3)
-    assert summary["worst"] == {"client": "c0", "accuracy": pytest.approx(0.3)}
-    assert summary["seconds"] == pytest.approx(sum(event.get("seconds", 0) for event in made))
-    json.dumps(summary)
+    assert summary.bytes == Traffic(up=5 * 11, down=7 * 12)
+    assert summary.clients["c1"].rounds_missed == 1
+    assert summary.best_round == 3
+    assert summary.mean["test"]["accuracy"] == pytest.approx(0.3)
+    assert summary.worst == Worst("c0", "accuracy", pytest.approx(0.3))
+    assert summary.seconds == pytest.approx(sum(getattr(event, "seconds", 0) for event in made))
+    (tmp_path / "summary.json").write_text(json.dumps(summary.to_json(), allow_nan=False))
+    assert read_summary(tmp_path / "summary.json") == summary
 
 
 def test_the_cohort_does_not_depend_on_the_order_of_the_clients(tmp_path: Path) -> None:
@@ -212,15 +214,14 @@ def test_what_a_reply_says_stands_under_no_name_of_the_runners(tmp_path: Path) -
         return replace(reply, info={**lie, "loss": 0.5}, **bad)
 
     _, _, heard = run(tmp_path, spoil)
-    told = [event for event in heard if "said" in event or event["event"] == "client"]
-    assert [(e["event"], e["round"], e["client"]) for e in told] == [
+    done = [event.to_json() for event in heard if isinstance(event, ClientDone)]
+    assert [(e["event"], e["round"], e["client"]) for e in done] == [
         ("client", rnd, f"c{i}") for rnd in (1, 2, 3) for i in range(4)
     ]
-    assert [(e["failed"] is None, e["bytes_up"], e["seconds"], e.get("said")) for e in told] == [
+    assert [(e["failed"] is None, e["bytes_up"], e["seconds"], e.get("said")) for e in done] == [
         *[(True, 5, 0.5, 1)] * 3,
         (False, 5, 0.5, None),
     ] * 3
-    assert not [event for event in heard if event["event"] == "finished"]
     assert events(tmp_path, "round")[0]["clients"]["c3"] == {"bytes_down": 7, "bytes_up": 5, "seconds": 0.5}
 
 
@@ -231,8 +232,8 @@ def test_a_loss_that_is_infinite_stops_no_line_of_the_progress(tmp_path: Path) -
         live = Live(Lines(console, 3), progress, progress.add_task("round", total=3, now="", left=""))
         for event in heard:
             plain(event)
-            live(finite(event))
-    assert "round 3/3  loss nan" in console.file.getvalue()  # type: ignore[attr-defined]
+            live(event)
+    assert "round 3/3  loss inf" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_metrics_are_strict_json(tmp_path: Path) -> None:

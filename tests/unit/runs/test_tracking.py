@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
-
 import pytest
 
+from coterie.runs.events import ClientDone, ClientRound, Evaluated, Event, Note, Ready, RoundDone, RoundStart
 from coterie.runs.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError
 
 INSTALLED = importlib.util.find_spec("tensorboard") is not None
 
 
-def of_round(rnd: int) -> list[dict[str, Any]]:
-    sizes = {"bytes_up": 10 * rnd, "bytes_down": 20 * rnd, "seconds": 0.1}
+def of_round(rnd: int) -> list[Event]:
+    def entry(**said: float) -> ClientRound:
+        return ClientRound(20 * rnd, 10 * rnd, 0.1, said)
+
     scores = {"a": {"test": {"accuracy": 0.25 * rnd}}, "b": {"test": {"accuracy": 0.5}, "validation": {"loss": 2.0}}}
     return [
-        {"event": "start", "round": rnd, "clients": ["a", "b"]},
-        {"event": "client", "round": rnd, "client": "a", "failed": None, "loss": 9.0},
-        {"event": "round", "round": rnd, "clients": {"a": {"loss": 1 / rnd, **sizes}, "b": sizes}, "failed": {}},
-        {"event": "evaluation", "round": rnd, "clients": scores, "mean": {"test": {"accuracy": 0.125 * rnd}}},
+        RoundStart(rnd, ["a", "b"]),
+        ClientDone(rnd, "a", entry(loss=9.0), None),
+        RoundDone(rnd, {"a": entry(loss=1 / rnd), "b": entry()}),
+        Evaluated(rnd, scores, {"test": {"accuracy": 0.125 * rnd}}),
     ]
 
 
@@ -30,10 +31,10 @@ def test_events_become_scalars_by_round(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     listen = tensorboard(tmp_path)
-    listen({"event": "ready", "folder": str(tmp_path), "clients": 2, "rounds": 2})
+    listen(Ready(2, 2, str(tmp_path)))
     for event in [*of_round(1), *of_round(2)]:
         listen(event)
-    listen({"event": "note", "text": "an event that has no numbers"})
+    listen(Note("an event that has no numbers"))
     (file,) = (tmp_path / "tensorboard").iterdir()  # written by now: the last evaluation flushed it
     found = EventAccumulator(str(file)).Reload()
     scalars = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}

@@ -57,7 +57,7 @@ def use_of(bank: Bank, observed: Observed, adapters: Mapping[str, Sequence[int]]
     """Each adapter's share of all routed weight, over all matrices."""
     sums = dict.fromkeys(adapters, 0.0)
     for usage in observed.usage.values():
-        for number, weight in zip(usage["expert"], usage["weight"], strict=True):
+        for number, weight in zip(usage.expert, usage.weight, strict=True):
             for name, (first, rank) in adapters.items():
                 if first <= number < first + rank:
                     sums[name] += weight

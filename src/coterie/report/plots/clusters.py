@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -12,32 +12,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from coterie.methods.findings import Clusters
 from coterie.report.plots.curves import Curve, draw_curves
 from coterie.report.plots.heat import NAMED_ROWS, NEAR, group_strip, heat_map, limits_of, name_rows
-from coterie.report.plots.style import INK, LINE, MUTED, PALETTE, number, png, styled
+from coterie.report.plots.style import INK, LINE, MUTED, PALETTE, png, styled
 
 
 @styled
-def client_distances(
-    order: Sequence[str],
-    distances: Sequence[Sequence[float]],
-    clusters: Mapping[str, int],
-    groups: Mapping[str, str | None] | None = None,
-) -> Figure:
-    """A heat map of the distances between clients [n, n], rows in ``order``, sorted and outlined by cluster.
+def client_distances(clusters: Clusters, groups: Mapping[str, str | None] | None = None) -> Figure:
+    """A heat map of the distances between clients, sorted and framed by cluster.
 
     ``groups`` (the domain that a simulation knows) colours a strip at the side, to compare with the clusters.
     """
-    side = 2.4 + 0.2 * min(len(order), NAMED_ROWS)
+    side = 2.4 + 0.2 * min(len(clusters.order), NAMED_ROWS)
     figure = Figure(figsize=(max(4.6, min(side + 1.0, 7.6)), max(3.6, min(side, 7.6))), layout="constrained")
-    _distances(figure.subplots(), order, distances, clusters, groups or {})
+    _distances(figure.subplots(), clusters, groups or {})
     return figure
 
 
 @styled
-def silhouettes(scores: Mapping[str, float] | Mapping[int, float], chosen: int | None = None) -> Figure:
+def silhouettes(clusters: Clusters) -> Figure:
     """The silhouette of each number of clusters; the chosen one stands out."""
-    found = sorted((int(k), number(v)) for k, v in scores.items())
+    found, chosen = sorted(clusters.silhouettes.items()), clusters.number
     ks, values = [k for k, _ in found], [v for _, v in found]
     figure = Figure(figsize=(min(2.2 + 0.45 * len(ks), 6.4), 2.5), layout="constrained")
     ax = figure.subplots()
@@ -56,34 +52,22 @@ def silhouettes(scores: Mapping[str, float] | Mapping[int, float], chosen: int |
 
 
 @styled
-def demo_picture(
-    path: Path,
-    order: Sequence[str],
-    distances: Sequence[Sequence[float]],
-    clusters: Mapping[str, int],
-    groups: Mapping[str, str | None] | None,
-    curves: Mapping[str, Curve],
-) -> None:
+def demo_picture(path: Path, clusters: Clusters, groups: Mapping[str, str | None], curves: Mapping[str, Curve]) -> None:
     """One PNG with two panels: the distances with their clusters, and the mean accuracy by round per method."""
     figure = Figure(figsize=(11.0, 4.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.05))
-    _distances(left, order, distances, clusters, groups or {})
+    _distances(left, clusters, groups)
     left.set_title("Distances between clients, and the clusters found", pad=30)
     draw_curves(right, curves, {}, "mean accuracy of the clients", True, None)
     right.set_title("Accuracy by round", pad=30)
     png(figure, path)
 
 
-def _distances(
-    ax: Axes,
-    order: Sequence[str],
-    distances: Sequence[Sequence[float]],
-    clusters: Mapping[str, int],
-    groups: Mapping[str, str | None],
-) -> None:
-    rows = sorted(range(len(order)), key=lambda i: (clusters.get(order[i], -1), groups.get(order[i]) or "", i))
+def _distances(ax: Axes, clusters: Clusters, groups: Mapping[str, str | None]) -> None:
+    order, cluster_of = clusters.order, clusters.members
+    rows = sorted(range(len(order)), key=lambda i: (cluster_of.get(order[i], -1), groups.get(order[i]) or "", i))
     clients = [order[i] for i in rows]
-    table = np.array([[number(v) for v in row] for row in distances], dtype=float)[np.ix_(rows, rows)]
+    table = np.array(clusters.distances, dtype=float)[np.ix_(rows, rows)]
     np.fill_diagonal(table, np.nan)  # zero by definition; it would take the range of colours for itself
     image = heat_map(ax, table, limits_of(table), NEAR)
     ax.set_aspect("equal")
@@ -94,7 +78,7 @@ def _distances(
     name_rows(ax, clients)
     group_strip(ax, [groups.get(client) for client in clients])
     start = 0
-    for cluster, members in groupby(clients, key=lambda client: clusters.get(client)):
+    for cluster, members in groupby(clients, key=cluster_of.get):
         size = len(list(members))
         ax.add_patch(Rectangle((start, start), size, size, fill=False, edgecolor=INK, linewidth=1.8, clip_on=False))
         text = "no cluster" if cluster is None else f"cluster {cluster}"
