@@ -278,8 +278,7 @@ class Trained:
     """The trained tensors (those asked for, and no others), the mean loss per label seen, and counts.
 
     A label is an example in classification, a token of a completion in generation, and of the right candidate in
-    multiple choice. The loss is the task's alone;
-    ``balance`` is the mean over the steps of the load-balance loss, before its weight (0 where none was asked for).
+    multiple choice. The loss is the task's alone; ``balance`` the mean of the load-balance loss, before its weight.
     """
 
     tensors: Tensors
@@ -315,10 +314,10 @@ class Scored:
 class Observe:
     """Ask: statistics of the bank's forward pass on ``split``, in evaluation mode. Answer: :class:`Observed`.
 
-    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, and of :mod:`coterie.compute.importance`
-    ``"first_order"`` and ``"gate_mass"``. With ``hold_out`` only the rows that it sets aside are looked at, and of
-    those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and in
-    no module's importance.
+    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, ``"directions"``, and of
+    :mod:`coterie.compute.importance` ``"first_order"`` and ``"gate_mass"``. With ``hold_out`` only the rows that it
+    sets aside are looked at, and of those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count
+    only with ``padding``, and never in a module's importance or in directions.
     """
 
     bank: Bank
@@ -346,13 +345,15 @@ class Observed:
     """What was observed, over ``tokens`` tokens.
 
     ``usage`` has the experts in the bank's order. ``embeddings`` holds mean_t A_e x [r] for every expert but the
-    shared one, and mean_t R x [s] of the router. ``importance[statistic][module]`` is one number per module with a
-    gate.
+    shared one, and mean_t R x [s] of the router. ``directions`` has, as ``Key(module, NO_EXPERT, Part.EMBEDDING)``,
+    the mean over rows of m / |m| [i], m the mean over a row's tokens of a module's input x (of a row to complete, over
+    its prompt). ``importance[statistic][module]`` is one number per module with a gate.
     """
 
     usage: Usage
     tokens: int
     embeddings: Tensors = field(default_factory=dict)
+    directions: Tensors = field(default_factory=dict)
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 

@@ -42,7 +42,7 @@ from coterie.types import (
 FAULTS = (CoterieError, torch.OutOfMemoryError)  # of one client; anything else is a fault of ours
 Asked = tuple[LocalCompute, Request]
 Note = Callable[[str], None]
-_TOGETHER = {"usage", "embeddings"}  # the statistics that are collected for many clients in one pass
+_TOGETHER = {"usage", "embeddings", "directions"}  # the statistics that are collected for many clients in one pass
 
 
 def drive_together(
@@ -258,6 +258,7 @@ def observe_together(asked: Sequence[tuple[LocalCompute, Observe]]) -> list[Obse
     with attached_many(place.base.model, [f for *_, f in lanes]) as many, evaluating(place.base.model):
         for _, sight, fitted in lanes:
             sight.start(fitted.now)
+            many.now.row_mask.used = many.now.row_mask.used or fitted.now.rows.used
         streams = [sight.batches(size) for (_, sight, _), size in zip(lanes, sizes, strict=True)]
         for active, batch in _in_step(streams, place):
             for c, of, real, own in zip(active, batch.parts, batch.real, batch.own_tokens, strict=True):
@@ -316,12 +317,23 @@ class Merged:
         real = inputs["attention_mask"].view_as(own) * own
         return Merged(inputs, [batch.to(place.device) for batch in batches], rows, tokens, real, own)
 
+    @property
+    def prompt(self) -> Tensor:
+        """[c*b, t]: as :attr:`Batch.prompt`, and 0 for what fills up."""
+        given = torch.zeros_like(self.own_tokens)
+        for at, part in enumerate(self.parts):
+            given[at, : part.mask.shape[0], : part.mask.shape[1]] = part.prompt
+        return given.flatten(0, 1)
+
     def choose(self, many: AttachedMany, active: Sequence[int]) -> None:
         """The next pass is of these clients' rows."""
         own = [(part.mask.shape[0], part.mask.shape[1]) for part in self.parts]
         many.now.choose(active, self.rows, self.tokens, own, self.real.device)
+        many.now.row_mask.prompt = None
 
     def logits(self, place: Workplace, many: AttachedMany, active: Sequence[int]) -> list[Tensor]:
         """Every active client's own logits for its own rows and tokens."""
         self.choose(many, active)
+        if many.now.row_mask.used:
+            many.now.row_mask.prompt = self.prompt
         return many.now.split(logits_of(place, self.inputs))

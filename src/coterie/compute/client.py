@@ -17,6 +17,7 @@ from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Example, Generation
 from coterie.machine import native_bfloat16
 from coterie.nn.attach import attached
+from coterie.nn.bank import Pass
 from coterie.ops.metrics import text_metrics
 from coterie.ops.streams import stream
 from coterie.types import Bank, Json, Observe, Observed, Score, Scored, Train, Trained
@@ -43,7 +44,7 @@ class LocalCompute:
             while not course.done:
                 for i, batch in enumerate([batch.to(self.place.device) for batch in course.begin()]):
                     course.prepare(i, None if request.balance and request.balance.padding else batch.mask)
-                    course.loss(self._logits(batch), batch).backward()
+                    course.loss(self._logits(batch, bank.now), batch).backward()
                 course.clip()
                 optimisers.step([course])
                 course.end()
@@ -65,7 +66,7 @@ class LocalCompute:
             sight.start(bank.now)
             for batch in sight.batches(self.place.eval_batch_size):
                 sight.prepare(batch, None if request.padding else batch.mask.to(self.place.device))
-                self._logits(batch.to(self.place.device))
+                self._logits(batch.to(self.place.device), bank.now)
         return replace(sight.result(), importance=self._importance(request, sight))
 
     def _importance(self, request: Observe, sight: Sight) -> dict[str, dict[str, float]]:
@@ -75,7 +76,7 @@ class LocalCompute:
         place = self.place
         parts = (batch.to(place.device) for batch in sight.batches(place.eval_batch_size))
         return gate_importance(
-            place.base.model, request.bank, parts, lambda b: place.task.loss(self._logits(b), b), wanted
+            place.base.model, request.bank, parts, lambda b: place.task.loss(logits_of(place, b.inputs), b), wanted
         )
 
     def sight(self, request: Observe) -> Sight:
@@ -92,9 +93,10 @@ class LocalCompute:
     def _score(self, bank: Bank, request: Score) -> Scored:
         task, place, split, texts = self.place.task, self.place, request.split, None
         tally = self.tally(request)
-        with attached(place.base.model, bank), evaluating(place.base.model):
+        with attached(place.base.model, bank) as handle, evaluating(place.base.model):
             for batch in tally.batches(place.eval_batch_size):
-                tally.add(batch, self._logits(batch.to(place.device)))
+                tally.add(batch, self._logits(batch.to(place.device), handle.now))
+            handle.now.rows.prompt = None
             if isinstance(task, Generation) and task.generates and split == "test":
                 texts = generate(place, task, self.prompts(split))
         return tally.result(None if texts is None else self.compared(split, texts))
@@ -121,7 +123,10 @@ class LocalCompute:
         draw = stream(self.place.seed, self.rnd, self.client.info.id, "some")
         return [examples[i] for i in torch.randperm(len(examples), generator=draw)[:at_most].tolist()]
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: Batch, now: Pass) -> Tensor:
+        """The model's logits with the bank that ``now`` steers."""
+        if now.rows.used:
+            now.rows.prompt = batch.prompt
         return logits_of(self.place, batch.inputs)
 
 

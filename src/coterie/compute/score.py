@@ -15,9 +15,9 @@ from torch import Tensor
 from coterie.data.tasks import Batch, Example, Task, candidate, completion_losses
 from coterie.nn.bank import Pass
 from coterie.ops.metrics import classification_metrics, perplexity
-from coterie.types import Bank, ExpertUse, Observe, Observed, Part, Scored
+from coterie.types import NO_EXPERT, Bank, ExpertUse, Key, Observe, Observed, Part, Scored
 
-OBSERVABLE = {"usage", "embeddings"}
+OBSERVABLE = {"usage", "embeddings", "directions"}
 
 
 @dataclass
@@ -114,6 +114,8 @@ class Sight:
         self.now = now
         now.usage = {} if "usage" in self.request.what else None
         now.embeddings = {} if "embeddings" in self.request.what else None
+        now.directions = {} if "directions" in self.request.what else None
+        now.rows.used = now.rows.used or now.directions is not None
         now.seen = {}
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -129,7 +131,11 @@ class Sight:
         """The means over the tokens that each module saw."""
         sums, usage, seen = self.now.embeddings or {}, self.now.usage or {}, self.now.seen
         embeddings = {key: (value / seen[key.module]).float().cpu() for key, value in sorted(sums.items())}
-        return Observed(_shares(self.request.bank, usage, seen), self.tokens, embeddings)
+        directions = {
+            Key(module, NO_EXPERT, Part.EMBEDDING): (total / number).float().cpu()
+            for module, (total, number) in sorted((self.now.directions or {}).items())
+        }
+        return Observed(_shares(self.request.bank, usage, seen), self.tokens, embeddings, directions)
 
 
 def _in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Batch]:

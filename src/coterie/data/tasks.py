@@ -80,6 +80,11 @@ class Batch:
     def mask(self) -> Tensor:
         return self.inputs["attention_mask"]
 
+    @property
+    def prompt(self) -> Tensor:
+        """[b, t]: 1 for the tokens that the model is given: all of a row to classify, the prompt of one to complete."""
+        return self.mask if self.labels.ndim == 1 else self.mask * (self.labels == IGNORE)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}

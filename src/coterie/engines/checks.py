@@ -87,7 +87,7 @@ def evaluation_fault(evaluation: Evaluation, splits: Collection[str], modules: C
 
 
 def _usage_fault(observed: Observed, modules: Collection[str]) -> str | None:
-    if observed.embeddings or observed.importance:
+    if observed.embeddings or observed.directions or observed.importance:
         return "it holds embeddings or importance, which nobody asked for"
     if not is_number(observed.tokens, high=_ROWS):
         return f"its use of experts is over {shown(observed.tokens)} tokens"

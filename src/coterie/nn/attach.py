@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from coterie.nn.bank import Pass
 from coterie.nn.build import BankLayers, build_layers, copies
+from coterie.nn.gates import routes_by_row
 from coterie.types import Bank, Key
 
 
@@ -63,6 +64,8 @@ def _put_on(model: nn.Module, built: BankLayers) -> Attached:
     handles = [
         model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in built.layers.items()
     ]
+    if any(routes_by_row(layer.gate) for layer in built.layers.values()):
+        handles.append(built.now.rows.follow(model))
     for name, head in built.heads.items():
         model.set_submodule(name, head)
     return Attached(model, built.parameters, built.now, handles, before)

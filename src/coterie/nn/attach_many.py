@@ -36,6 +36,8 @@ def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[A
     handles = [
         model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in layers.items()
     ]
+    if any(layer.by_row for layer in layers.values()):
+        handles.append(now.row_mask.follow(model))
     for name, head in heads.items():
         model.set_submodule(name, ManyHead([client.heads.get(name, head) for client in clients], now))
     try:

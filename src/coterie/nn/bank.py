@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.nn.gates import balance_loss, gates, routes_by_output
+from coterie.nn.gates import balance_loss, gates, routes_by_output, routes_by_row
 from coterie.nn.products import Add, Project, Ranks, Span, padded
+from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.ops.streams import stream
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Key, Part
 
@@ -34,7 +35,8 @@ class Pass:
     ``training`` turns dropout on; its mask is a function of ``seed`` and the module's name alone, so that gradient
     checkpointing draws it again. ``mask`` [b, t] marks the tokens that count (None: all) in what is collected:
     ``usage`` by module, [2, e] of sums over tokens, the experts' weights and how many tokens use them; ``embeddings``
-    sums over tokens of A_e x and of R x; ``balance`` the load-balance loss of every module. None: not collected.
+    sums over tokens of A_e x and of R x; ``directions`` sums over rows of what a gate by row routes by, and the number
+    of rows; ``balance`` the load-balance loss of every module. None: not collected. ``rows``: what such a gate counts.
     ``seen`` counts the tokens behind usage and embeddings by module: a model may run a module several times a pass.
     ``probe`` is shown every layer and its gate weights [n, e], and returns those that the layer goes on with.
     """
@@ -44,6 +46,8 @@ class Pass:
     mask: Tensor | None = None
     usage: dict[str, Tensor] | None = None
     embeddings: dict[Key, Tensor] | None = None
+    directions: dict[str, tuple[Tensor, int]] | None = None
+    rows: RowMask = field(default_factory=RowMask)
     balance: list[Tensor] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
     probe: Callable[[BankLayer, Tensor], Tensor] | None = None
@@ -74,14 +78,19 @@ class BankLayer:
     parameters: dict[Key, nn.Parameter] = field(default_factory=dict)
     row_spans: list[Span] = field(default_factory=list)
     column_spans: list[Span] = field(default_factory=list)
+    row_scores: RowScores = field(default_factory=RowScores)
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         x = x.to(output.dtype).contiguous()  # else each product would keep a copy of its own
         h, routed, p = self._project(x)
+        if p is not None and routes_by_row(self.gate):
+            p = self.row_scores.spread(x, p, self.now.rows)
         g = self.weights(p, routed)
         self.record(p, routed, g)
+        if self.now.directions is not None:
+            self.record_directions(row_directions(x.detach(), self.now.rows))
         if g is not None and self.now.probe is not None:
             g = self.now.probe(self, g)
         return self._add(output.contiguous(), h, g, self._again(x, g))
@@ -98,6 +107,12 @@ class BankLayer:
         if self.now.usage is not None or self.now.embeddings is not None:
             tokens = self._counted(routed.new_ones(routed.shape[0], 1)).sum()
             self.now.seen[self.module] = self.now.seen.get(self.module, torch.zeros_like(tokens)) + tokens
+
+    def record_directions(self, directions: Tensor) -> None:
+        """Add up the directions [b, i] of rows."""
+        assert self.now.directions is not None
+        total, number = self.now.directions.get(self.module, (torch.zeros((), device=directions.device), 0))
+        self.now.directions[self.module] = total + directions.double().sum(0), number + len(directions)
 
     @property
     def has_shared(self) -> bool:

@@ -8,8 +8,8 @@ A gate is ``gate(p, z, **options) -> g``, with
 
 Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
 no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z: its name is what a method
-names. Mark it with ``_by_output`` if it depends on z (else z may be of x~, or None), and with ``_scored`` to give it
-the load-balance loss (:func:`balance_loss`).
+names. Mark it with ``_by_output`` if it depends on z (else z may be of x~, or None), with ``_by_row`` if all tokens of
+a row weigh alike, and with ``_scored`` to give it the load-balance loss (:func:`balance_loss`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ G = TypeVar("G", bound=Gate)
 
 _SCORES: dict[str, Scores] = {}
 _BY_OUTPUT: set[str] = set()
+_BY_ROW: set[str] = set()
 
 
 def _scored(scores: Scores) -> Callable[[G], G]:
@@ -45,6 +46,12 @@ def _scored(scores: Scores) -> Callable[[G], G]:
 def _by_output(gate: G) -> G:
     """Mark a gate that depends on z = A x: of x before dropout, while the output takes A x~."""
     _BY_OUTPUT.add(gate.__name__)
+    return gate
+
+
+def _by_row(gate: G) -> G:
+    """Mark a gate that weighs whole rows: p is of the mean over a row's tokens, scaled to length 1 (:mod:`.rows`)."""
+    _BY_ROW.add(gate.__name__)
     return gate
 
 
@@ -122,6 +129,19 @@ def scaled_dot_product(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     return top_k(_dot(p, z), None, k=k).to(p.dtype if p is not None else torch.float32)
 
 
+@_by_row
+def similarity(p: Tensor | None, z: Tensor | None, *, scale: float) -> Tensor:
+    """FedDPA's weights (2403.19211, section 4.3) of two experts: g = (1 - a, a), a = scale * max(p, 0).
+
+    Shapes: p [n, 1], the mean cosine between the token's row and reference rows, g [n, 2].
+    """
+    p = _routed(p)
+    if p.shape[-1] != 1 or not 0 < scale <= 1:
+        raise ValueError(f"a router of {p.shape[-1]} outputs and scale = {scale}; one output, and 0 < scale <= 1")
+    a = scale * p.clamp_min(0)
+    return torch.cat([1 - a, a], dim=-1)
+
+
 def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, counted: Tensor | None) -> Tensor:
     """n * sum_e mean_t(p_te) f_e of one module (2411.19128, section 4.2), p_t the softmax of the gate's scores.
 
@@ -145,6 +165,11 @@ def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, count
 def routes_by_output(gate: str) -> bool:
     """Whether a gate is marked so."""
     return gate in _BY_OUTPUT
+
+
+def routes_by_row(gate: str) -> bool:
+    """Whether a gate is marked so."""
+    return gate in _BY_ROW
 
 
 @cache

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.nn.bank import BankLayer
-from coterie.nn.gates import routes_by_output
+from coterie.nn.gates import routes_by_output, routes_by_row
 from coterie.nn.many_products import AddMany, Picked, ProjectMany
 from coterie.nn.products import padded
+from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.types import CoterieError, Part
 
 
@@ -35,7 +36,8 @@ class ManyPass:
     """Whose rows a forward pass holds, and how. Set it with :meth:`choose` before every pass.
 
     ``active`` names the clients by number; each has ``rows`` rows of ``tokens`` tokens, of which the first of ``own``
-    (rows, tokens) are its own batch and the rest fills up. ``widths`` are the sizes of the heads' outputs in the pass.
+    (rows, tokens) are its own batch and the rest fills up. ``widths`` are the sizes of the heads' outputs in the pass,
+    ``row_mask`` has the tokens that gates by row count.
     """
 
     active: tuple[int, ...] = ()
@@ -44,6 +46,7 @@ class ManyPass:
     own: tuple[tuple[int, int], ...] = ()
     pick: Tensor | slice = field(default_factory=lambda: slice(0))
     widths: list[int] = field(default_factory=list)
+    row_mask: RowMask = field(default_factory=RowMask)
 
     def choose(
         self, active: Sequence[int], rows: int, tokens: int, own: Sequence[tuple[int, int]], device: torch.device
@@ -79,16 +82,15 @@ class ManyLayer:
         known = [layer for layer in layers if layer is not None]
         like = known[0]
         settings = {
-            (one.dropout, one.own_masks, routes_by_output(one.gate), one.folded_rank, one.columns.dtype)
-            for one in known
+            (one.dropout, one.own_masks, _routes_by(one.gate), one.folded_rank, one.columns.dtype) for one in known
         }
         if len(settings) > 1:
             raise UnlikeError(
                 f"{like.module}: banks that differ in dropout, kind of gate, folded ranks or dtype: {settings}"
             )
         self.layers, self.now, self.module = list(layers), now, like.module
-        self.dropout, self.own_masks, self.by_output = like.dropout, like.own_masks, routes_by_output(like.gate)
-        self.folded = like.folded_rank
+        self.dropout, self.own_masks, self.folded = like.dropout, like.own_masks, like.folded_rank
+        (self.by_output, self.by_row), self.row_scores = _routes_by(like.gate), RowScores()
         self.rank = max(one.columns.shape[0] for one in known)
         self.slots = max(one.slots for one in known)
         self.experts = max(len(one.experts) for one in known)
@@ -141,8 +143,21 @@ class ManyLayer:
                 f"{self.module} takes {list(x.shape)} where the batch has {rows} rows: this model mixes the rows of a "
                 "batch; set [engine] clients_per_batch = 1"
             )
-        h, routed, p = self._project(x.to(output.dtype).reshape(number, -1, x.shape[-1]))
+        x = x.to(output.dtype)
+        h, routed, p = self._project(x.reshape(number, -1, x.shape[-1]))
+        if p is not None and self.by_row:
+            p = self.row_scores.spread(x, p.flatten(0, 1), self.now.row_mask).view_as(p)
+        self._record_directions(x)
         return self._add(output.contiguous(), h, self._weights(p, routed))
+
+    def _record_directions(self, x: Tensor) -> None:
+        """Each client's directions of its own rows, where it collects them."""
+        layers = [self.layers[c] for c in self.now.active]
+        if any(one is not None and one.now.directions is not None for one in layers):
+            of_clients = row_directions(x.detach(), self.now.row_mask).split(self.now.rows)
+            for one, (rows, _), directions in zip(layers, self.now.own, of_clients, strict=True):
+                if one is not None and one.now.directions is not None:
+                    one.record_directions(directions[:rows])
 
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
         columns = self.now.of(self.columns).to(y.dtype)
@@ -299,6 +314,10 @@ class Group:
 
     def of(self, values: Tensor) -> Tensor:
         return values if self.index is None else values.index_select(0, self.index)
+
+
+def _routes_by(gate: str) -> tuple[bool, bool]:
+    return routes_by_output(gate), routes_by_row(gate)
 
 
 def _kind(layer: BankLayer | None) -> Any:

@@ -214,7 +214,9 @@ def test_a_place_means_something_only_where_all_rows_have_the_same_candidates() 
 
 def test_on_a_tie_the_first_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     place = workplace("llama")
-    monkeypatch.setattr(LocalCompute, "_logits", lambda self, batch: torch.zeros(*batch.labels.shape, tiny.VOCABULARY))
+    monkeypatch.setattr(
+        LocalCompute, "_logits", lambda self, batch, now: torch.zeros(*batch.labels.shape, tiny.VOCABULARY)
+    )
     rows = tuple(replace(row, answer=0) for row in SHARED)
     assert score(place, client_of(rows, LABELS), Bank({})).metrics["accuracy"] == 1.0
 
