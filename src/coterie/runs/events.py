@@ -1,0 +1,268 @@
+"""What happens in a run, as types; each is also a line of JSON, in ``metrics.jsonl`` and in a federation's journal.
+
+A listener is called with every event as it happens. ``metrics.jsonl`` keeps those that a report needs:
+:class:`StartState`, :class:`RoundDone`, :class:`Evaluated` and :class:`Note`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from coterie.ops.metrics import Metrics
+from coterie.types import ClientId, CoterieError, Json, Usage
+
+METRICS = "metrics.jsonl"
+Scores = Mapping[str, Metrics]  # by split
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened. ``event`` names its kind in JSON."""
+
+    event: ClassVar[str]
+
+    def to_json(self) -> dict[str, Json]:
+        """A line of JSON. An optional field that is None is left out."""
+        line: dict[str, Json] = {"event": self.event}
+        for of in fields(self):
+            value = getattr(self, of.name)
+            if value is not None or of.default is not None:
+                line[of.name] = plain(value)
+        return line
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Ready(Event):
+    """The data and the base are loaded, and the rounds begin."""
+
+    event = "ready"
+
+    clients: int
+    rounds: int
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The run continues after ``round``."""
+
+    event = "resumed"
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something that the user should know, in words."""
+
+    event = "note"
+
+    text: str
+    round: int | None = None
+
+
+@dataclass(frozen=True)
+class StartState(Event):
+    """What the method found before the first round: see :mod:`coterie.methods.findings`."""
+
+    event = "start_state"
+
+    round: int = 0
+    describe: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundStart(Event):
+    """A round begins with these clients."""
+
+    event = "start"
+
+    round: int
+    clients: Sequence[ClientId]
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """A client's part in a round: bytes as encoded, seconds, and what its reply says of its training.
+
+    ``said`` is empty where the reply did not count. In JSON its names stand beside the others.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    said: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float | None:
+        """The mean training loss; None where the client did not report one."""
+        value = self.said.get("loss")
+        return float(value) if isinstance(value, (int, float)) else None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that it trained on."""
+        value = self.said.get("tokens")
+        return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
+
+    def to_json(self) -> dict[str, Json]:
+        own = {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up, "seconds": self.seconds}
+        return {**{name: plain(value) for name, value in self.said.items()}, **own}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Json]) -> Self:
+        own = {f.name for f in fields(cls)} - {"said"}
+        said = {name: value for name, value in line.items() if name not in own}
+        return cls(**{name: line[name] for name in own if name in line}, said=said)
+
+
+_ClientRound = Annotated[ClientRound, BeforeValidator(lambda line: ClientRound.from_json(line))]
+
+
+@dataclass(frozen=True)
+class ClientDone(Event):
+    """A client's reply came, or failed for the reason in ``failed``."""
+
+    event = "client"
+
+    round: int
+    client: ClientId
+    entry: _ClientRound
+    failed: str | None
+
+    def to_json(self) -> dict[str, Json]:
+        mine = {"event": self.event, "round": self.round, "client": self.client, "failed": self.failed}
+        return {**self.entry.to_json(), **mine}
+
+
+@dataclass(frozen=True)
+class RoundDone(Event):
+    """A round is averaged: every client's part, why some did not count, and what changed in the findings."""
+
+    event = "round"
+
+    round: int
+    clients: Mapping[ClientId, _ClientRound] = field(default_factory=dict)
+    failed: Mapping[ClientId, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    describe: Mapping[str, Json] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    @property
+    def loss(self) -> float | None:
+        """The mean of the clients' training losses; None where nobody reported one."""
+        losses = [entry.loss for entry in self.clients.values() if entry.loss is not None]
+        return sum(losses) / len(losses) if losses else None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that all clients trained on."""
+        return sum(entry.tokens for entry in self.clients.values())
+
+
+@dataclass(frozen=True)
+class ClientEvaluated(Event):
+    """One client of ``of`` was evaluated."""
+
+    event = "evaluated"
+
+    round: int
+    client: ClientId
+    of: int
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The metrics after a round: of each client by split, and their mean. ``usage`` is known in the last round."""
+
+    event = "evaluation"
+
+    round: int
+    clients: Mapping[ClientId, Scores] = field(default_factory=dict)
+    mean: Scores = field(default_factory=dict)
+    usage: Mapping[ClientId, Usage] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """Everything of ``round`` is on the disk; 0 is the state before the first round."""
+
+    event = "checkpoint"
+
+    round: int
+
+
+Kinds = Mapping[str, TypeAdapter[Event]]
+
+
+def kinds(*types: type[Event]) -> Kinds:
+    """What reads each of ``types``, by its name in JSON."""
+    return {kind.event: TypeAdapter(kind) for kind in types}
+
+
+RUN = kinds(
+    Ready, Resumed, Note, StartState, RoundStart, ClientDone, RoundDone, ClientEvaluated, Evaluated, CheckpointSaved
+)
+
+
+def from_json(line: Mapping[str, Json], known: Kinds = RUN) -> Event | None:
+    """The event in a line of JSON, or None for a kind that is not ``known``.
+
+    Raises :class:`ValueError` that says which field is wrong.
+    """
+    kind = known.get(str(line.get("event")))
+    if kind is None:
+        return None
+    try:
+        found = kind.validate_python(line)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from fault
+    return found
+
+
+def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) -> list[Event]:
+    """The events in a ``metrics.jsonl``, none where there is no file.
+
+    A last line that is incomplete, because the run was killed, is left out with a ``note``. Raises
+    :class:`CoterieError` for any other line that cannot be read.
+    """
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = from_json(json.loads(line))
+        except json.JSONDecodeError as fault:
+            if number == len(lines):
+                note(f"The last line of {metrics.name} is incomplete and was left out.")
+                break
+            raise CoterieError(f"{metrics}, line {number} is not JSON: {fault}; repair or remove it") from fault
+        except ValueError as fault:
+            raise CoterieError(f"{metrics}, line {number} cannot be read: {fault}; repair or remove it") from fault
+        if found is not None:
+            events.append(found)
+    return events
+
+
+def plain(value: Json) -> Json:
+    """``value`` as ``json.dumps`` takes it: null for a number that is infinite or not a number."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {of.name: plain(getattr(value, of.name)) for of in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
