@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+
 import pytest
 
 from coterie.runs.events import ClientDone, ClientRound, Evaluated, Event, Note, Ready, RoundDone, RoundStart
