@@ -28,15 +28,15 @@ T = TypeVar("T")
 _TENSOR = "$tensor"
 _META = "coterie"
 _FAULTS = (struct.error, KeyError, TypeError, ValueError, RecursionError, SafetensorError)
-_SCALARS: dict[type, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (float, int)}
+_SCALARS: dict[object, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (float, int)}
 
 
 class CodecError(ValueError):
-    """The bytes are not what this codec writes, or do not fit the type asked for."""
+    """The bytes were not written by this codec, are damaged, or do not fit the type."""
 
 
-def encode(value: Any) -> bytes:
-    """``value`` as one safetensors blob. Raises :class:`TypeError` for a type that the codec does not know."""
+def encode(value: object) -> bytes:
+    """``value`` as one safetensors blob. Raises :class:`TypeError` for a type that the codec cannot write."""
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_to_tree(value, "", tensors), separators=(",", ":"))
     return save(_unshared(tensors), metadata={_META: _checksum(text, tensors) + text})
@@ -49,14 +49,14 @@ def decode(kind: type[T], blob: bytes) -> T:
         meta = json.loads(blob[8 : 8 + size])["__metadata__"][_META]
         checksum, text, tensors = meta[:8], meta[8:], load(blob)
         if checksum != _checksum(text, tensors):
-            raise CodecError("the checksum differs, so they were damaged")
+            raise CodecError("the checksum differs, so the bytes are damaged")
         return cast(T, _from_tree(kind, json.loads(text), tensors))
     except _FAULTS as fault:
         raise CodecError(f"cannot decode {len(blob)} bytes as {getattr(kind, '__name__', kind)}: {fault}") from fault
 
 
 def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Eight hexadecimal digits over everything that a blob holds: safetensors itself notices no flipped bit."""
+    """Eight hexadecimal digits over everything in a blob: safetensors itself does not notice a flipped bit."""
     crc = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
@@ -65,7 +65,7 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, each with a storage of its own: safetensors refuses views of a larger or of the same storage."""
+    """The tensors, each with its own storage: safetensors refuses views of a larger or a shared storage."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -76,7 +76,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _to_tree(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _to_tree(value: object, path: str, tensors: dict[str, torch.Tensor]) -> object:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, torch.Tensor):
@@ -93,14 +93,14 @@ def _to_tree(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, (Sequence, Set)) and not isinstance(value, (bytes, bytearray, memoryview)):
         items = sorted(value) if isinstance(value, Set) else value
         return [_to_tree(item, f"{path}/{i}", tensors) for i, item in enumerate(items)]
-    raise TypeError(f"the codec does not know {type(value).__name__} (at {path or 'the top'})")
+    raise TypeError(f"the codec cannot write {type(value).__name__} (at {path or 'the top'})")
 
 
-def _mapping_to_tree(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    tree = {}
+def _mapping_to_tree(value: Mapping[object, object], path: str, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
+    tree: dict[str, object] = {}
     for key, item in value.items():
         if not isinstance(key, (str, int, Key)) or isinstance(key, bool):
-            raise TypeError(f"the codec does not know {type(key).__name__} as a mapping's key (at {path or 'the top'})")
+            raise TypeError(f"the codec cannot write {type(key).__name__} as a mapping's key (at {path or 'the top'})")
         if str(key) in tree:
             raise TypeError(f"two keys of one mapping are written {str(key)!r} (at {path or 'the top'})")
         # Escaped as in a JSON pointer, so that {"a/b": x} and {"a": {"b": x}} name two tensors.
@@ -108,7 +108,7 @@ def _mapping_to_tree(value: Mapping[Any, Any], path: str, tensors: dict[str, tor
     return tree
 
 
-def _from_tree(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _from_tree(kind: object, tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
     origin = typing.get_origin(kind) or kind
     if kind is Any:
         return tree
@@ -121,9 +121,9 @@ def _from_tree(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any
     if origin is typing.Literal:
         return _member(tree, typing.get_args(kind))
     if kind in _SCALARS:
-        return _as(kind, tree)
+        return _as(cast(type[object], kind), tree)
     if not isinstance(origin, type):
-        raise CodecError(f"the codec reads no {kind}")
+        raise CodecError(f"the codec cannot read {kind}")
     if issubclass(origin, enum.StrEnum):
         return origin(_as(str, tree))
     if dataclasses.is_dataclass(origin):
@@ -131,25 +131,26 @@ def _from_tree(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any
     return _collection_from(kind, origin, tree, tensors)
 
 
-def _collection_from(kind: Any, origin: type, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _collection_from(kind: object, origin: type, tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
     args = typing.get_args(kind)
     if issubclass(origin, Mapping) and args:
         read = _key(args[0])
-        result = {read(k): _from_tree(args[1], v, tensors) for k, v in _as(dict, tree).items()}
-        if len(result) != len(tree):
-            raise CodecError(f"two keys of one mapping are the same: {sorted(tree)}")
+        items = _as(dict, tree)
+        result = {read(k): _from_tree(args[1], v, tensors) for k, v in items.items()}
+        if len(result) != len(items):
+            raise CodecError(f"two keys of one mapping are the same: {sorted(items)}")
         return result
     if origin is tuple and args:
-        items = _as(list, tree)
-        kinds = args[:1] * len(items) if args[1:] == (Ellipsis,) else args
-        return tuple(_from_tree(of, item, tensors) for of, item in zip(kinds, items, strict=True))
+        members = _as(list, tree)
+        kinds = args[:1] * len(members) if args[1:] == (Ellipsis,) else args
+        return tuple(_from_tree(of, member, tensors) for of, member in zip(kinds, members, strict=True))
     if issubclass(origin, (Sequence, Set)) and len(args) == 1:
         made = (_from_tree(args[0], item, tensors) for item in _as(list, tree))
         return list(made) if issubclass(origin, Sequence) else set(made) if origin is set else frozenset(made)
-    raise CodecError(f"the codec reads no {kind}; name what it holds, as in list[int]")
+    raise CodecError(f"the codec cannot read {kind}; name the type of its items, as in list[int]")
 
 
-def _dataclass_from(kind: type, tree: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+def _dataclass_from(kind: type, tree: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> object:
     names = {field.name for field in dataclasses.fields(kind)}
     if tree.keys() != names:
         raise CodecError(f"{kind.__name__} has the fields {sorted(names)}, the bytes hold {sorted(tree)}")
@@ -157,29 +158,29 @@ def _dataclass_from(kind: type, tree: Mapping[str, Any], tensors: Mapping[str, t
     return kind(**{name: _from_tree(hints[name], tree[name], tensors) for name in tree})
 
 
-def _from_union(kind: Any, tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _from_union(kind: object, tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
     members = [member for member in typing.get_args(kind) if member is not type(None)]
     if len(members) != 1 or len(members) == len(typing.get_args(kind)):
-        raise CodecError(f"the codec reads 'X | None' and no other union, not {kind}")
+        raise CodecError(f"the codec cannot read {kind}; of unions it reads only 'X | None'")
     return None if tree is None else _from_tree(members[0], tree, tensors)
 
 
-def _as(kind: type, tree: Any) -> Any:
-    """``tree`` if it is of ``kind``; a bool is no int, an int is a float."""
+def _as(kind: type[T], tree: object) -> T:
+    """``tree`` if it is of ``kind``. A bool is not an int, but an int is a float."""
     if type(tree) not in _SCALARS.get(kind, (kind,)):
         raise CodecError(f"expected {kind.__name__}, found {type(tree).__name__}")
-    return tree
+    return cast(T, tree)
 
 
-def _member(tree: Any, members: Sequence[Any]) -> Any:
+def _member(tree: object, members: Sequence[object]) -> object:
     if tree not in members:
         raise CodecError(f"expected one of {list(members)}, found {tree!r}")
     return tree
 
 
-def _key(kind: Any) -> Callable[[str], Any]:
+def _key(kind: object) -> Callable[[str], object]:
     if kind is Key:
         return Key.parse
     if kind in (int, str):
-        return cast(Callable[[str], Any], kind)
-    raise CodecError(f"a mapping's keys are Key, int or str, not {kind}")
+        return cast(Callable[[str], object], kind)
+    raise CodecError(f"the codec cannot read a mapping with keys {kind}; they must be Key, int or str")

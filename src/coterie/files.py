@@ -1,11 +1,10 @@
-"""Files that are either there in full or not at all."""
+"""Files that exist in full or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from coterie.types import CoterieError, Json
 
@@ -30,7 +29,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what :func:`write_atomic` left below ``folder`` when its process was killed."""
+    """Delete the temporary files that killed processes left below ``folder`` in :func:`write_atomic`."""
     for path in folder.rglob(".*.tmp"):
         path.unlink()
 
@@ -40,8 +39,8 @@ def write_json(path: Path, value: Json) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote. Raises :class:`CoterieError` for a file that is damaged."""
+def read_json(path: Path) -> Json:
+    """What :func:`write_json` wrote. Raises :class:`CoterieError` for a damaged file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as fault:  # JSON or UTF-8

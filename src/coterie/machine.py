@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
@@ -31,7 +31,7 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 
 @dataclass(frozen=True)
 class Check:
-    """One line of ``coterie doctor`` or ``coterie site check``: what was found, whether it will do, and the fix."""
+    """One line of ``coterie doctor`` or ``coterie site check``: what there is, whether it will do, and the fix."""
 
     name: str
     value: str
@@ -39,31 +39,45 @@ class Check:
     fix: str = ""
 
 
-def environment() -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device; ``memory`` in bytes."""
+
+    name: str
+    memory: int
+
+
+def environment() -> dict[str, dict[str, object]]:
     """``versions`` and ``machine`` as JSON, for the summary of a run and for benchmarks."""
-    versions = {"coterie": __version__, "python": platform.python_version()}
-    machine = {
+    machine: dict[str, object] = {
         "platform": platform.platform(),
         "cpu": processor(),
         "cores": cpu_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [gpu.name for gpu in gpus()],
     }
-    return {"versions": versions | {name: version(name) for name in PACKAGES}, "machine": machine}
+    return {"versions": dict(versions()), "machine": machine}
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Coterie, Python and :data:`PACKAGES`; None for a package that is not installed."""
+    own = {"coterie": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def version(name: str) -> str | None:
-    """The installed version of a distribution, without an import; None where it is not installed."""
+    """The installed version of a distribution, without importing it; None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def gpus() -> list[Any]:
-    """The properties (``name``, ``total_memory`` in bytes, ...) of each CUDA device that torch sees."""
+def gpus() -> list[Gpu]:
+    """Every CUDA device that torch sees."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.cuda.get_device_properties(i) for i in range(count)]
+    found = (torch.cuda.get_device_properties(i) for i in range(count))
+    return [Gpu(properties.name, properties.total_memory) for properties in found]
 
 
 def devices() -> tuple[str, ...]:
@@ -75,7 +89,7 @@ def devices() -> tuple[str, ...]:
 
 
 def processor() -> str:
-    """The processor's name; Linux keeps it in a file, other systems tell it to Python."""
+    """The processor's name: on Linux from /proc/cpuinfo, elsewhere from Python's platform."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -88,7 +102,7 @@ def cpu_cores() -> int:
 
 
 def default_threads() -> int:
-    """The CPU threads of a run that names no number: OMP_NUM_THREADS where it holds one, else :func:`cpu_cores`."""
+    """The CPU threads of a run whose config sets none: OMP_NUM_THREADS if it holds a number, else :func:`cpu_cores`."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": by level of nesting
     return int(first) if first.isdecimal() and int(first) else cpu_cores()
 
@@ -109,16 +123,16 @@ def peak_memory() -> int:
 
 
 def release_memory() -> None:
-    """Give the system the memory back that glibc's allocator keeps: between what stays, a round's passes leave gaps.
+    """Return memory to the system that glibc's allocator keeps: a round's passes leave gaps between what stays.
 
-    Elsewhere it does nothing.
+    Does nothing with other allocators.
     """
     if _TRIM is not None:
         _TRIM(0)
 
 
 def releasing_memory(items: Iterable[T]) -> Iterator[T]:
-    """``items``, with :func:`release_memory` in between from time to time: it takes some 50 ms."""
+    """``items``, with a :func:`release_memory` in between now and then: each takes some 50 ms."""
     released = time.monotonic()
     for item in items:
         yield item
@@ -128,7 +142,7 @@ def releasing_memory(items: Iterable[T]) -> Iterator[T]:
 
 
 def native_bfloat16() -> bool | None:
-    """Whether this processor computes in bfloat16 by itself; None where that is not known."""
+    """Whether this processor has instructions for bfloat16; None where that is not known."""
     flags = [line.partition(":")[2].split() for line in _cpuinfo() if line.lower().startswith(("flags", "features"))]
     return bool(_BFLOAT16_FLAGS.intersection(flags[0])) if flags else None
 

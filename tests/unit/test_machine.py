@@ -84,7 +84,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"H{i}"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"H{i}", total_memory=i))
     assert environment()["machine"]["gpus"] == ["H0", "H1"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert environment()["machine"]["gpus"] == []

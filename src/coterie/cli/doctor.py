@@ -59,7 +59,7 @@ def _extra(requirement: str, purpose: str) -> Check:
 
 def _device() -> Check:
     if found := gpus():
-        return Check("device", "; ".join(f"{gpu.name}, {size(gpu.total_memory)}" for gpu in found))
+        return Check("device", "; ".join(f"{gpu.name}, {size(gpu.memory)}" for gpu in found))
     cpu = f"{processor()}, {cpu_cores()} cores"
     if shutil.which("nvidia-smi") is None:
         return Check("device", f"{cpu}, no CUDA device")

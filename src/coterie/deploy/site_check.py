@@ -17,7 +17,7 @@ from coterie.deploy.base_digest import base_digest
 from coterie.deploy.policy import check_policy, steps_of
 from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker
-from coterie.machine import Check, environment, version
+from coterie.machine import Check, version, versions
 from coterie.nn.locate import resolve
 from coterie.types import CoterieError
 
@@ -34,7 +34,7 @@ def check(path: Path, config: Path | None = None, insecure: bool = False) -> Ite
     flower = version("flwr")
     ready = flower == _FLOWER
     yield Check("flwr", flower or "not installed", ready, "" if ready else f"pip install flwr=={_FLOWER}")
-    for name, number in environment()["versions"].items():
+    for name, number in versions().items():
         yield Check(name, str(number))
     yield from key_checks(site, root, insecure)
     yield _server_check(site, root, insecure)

@@ -25,7 +25,7 @@ from coterie.engines.store import ClientStates
 from coterie.experiment import set_threads
 from coterie.files import write_json
 from coterie.flower.message import KINDS, Message
-from coterie.machine import environment
+from coterie.machine import versions
 from coterie.methods.base import Method
 from coterie.nn.locate import resolve
 from coterie.types import CoterieError, DataError
@@ -89,9 +89,8 @@ class Worker:
     def _hello(self, run: _Run, head: Head) -> Message:
         with private_model_faults():
             base = base_digest(resolve(run.config.model.path, self.root), self.state / "base.json")
-        versions = environment()["versions"]
         info, spec = run.client.info, run.client.workplace.base.spec
-        return Message({}, codec.encode(Hello(info, spec, digest_of(head.terms), base, versions)))
+        return Message({}, codec.encode(Hello(info, spec, digest_of(head.terms), base, versions())))
 
     def _train(self, run: _Run, head: Head, body: bytes) -> Message:
         if not 1 <= head.rnd <= self.site.policy.max_rounds:
