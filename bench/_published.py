@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from coterie.data.tasks import Batch, Example, Task, batches
 from coterie.ops.streams import kaiming_uniform, stream
-from coterie.types import Optim
+from coterie.requests import Optim
 
 Weights = dict[str, Tensor]
 

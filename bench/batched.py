@@ -31,7 +31,8 @@ from coterie.data.tasks import Classification, Example
 from coterie.machine import peak_memory, reset_peak_memory
 from coterie.nn.base import load_base
 from coterie.ops.streams import kaiming_uniform, stream
-from coterie.types import NO_EXPERT, Bank, ClientInfo, Key, Optim, Part, Train
+from coterie.requests import Optim, Train
+from coterie.types import NO_EXPERT, Bank, ClientInfo, Key, Part
 
 RANK, SHARE, GIB = 8, 0.5, 2**30
 

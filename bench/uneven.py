@@ -24,7 +24,7 @@ from coterie.compute.workplace import Workplace
 from coterie.engines.grouping import Load, _mean_longest, cost, grouped
 from coterie.nn.compiled import compile_frozen
 from coterie.ops.streams import stream
-from coterie.types import Train
+from coterie.requests import Train
 
 ROWS, LONGEST = 4, 80
 COMPILERS = ("c++", "g++", "clang++")

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from coterie.experiment import run
     from coterie.methods.base import Method
     from coterie.methods.plan import MethodSettings
-    from coterie.types import Bank, CoterieError, Observe, Score, Train
+    from coterie.requests import Observe, Score, Train
+    from coterie.types import Bank, CoterieError
 
 __version__ = "0.1.0"
 __all__ = [

@@ -49,14 +49,18 @@ class Gpu:
 
 def environment() -> dict[str, dict[str, object]]:
     """``versions`` and ``machine`` as JSON, for the summary of a run and for benchmarks."""
-    machine: dict[str, object] = {
+    return {"versions": dict(versions()), "machine": facts()}
+
+
+def facts() -> dict[str, object]:
+    """This machine's platform, processor, cores, memory and GPUs, as JSON."""
+    return {
         "platform": platform.platform(),
         "cpu": processor(),
         "cores": cpu_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [gpu.name for gpu in gpus()],
     }
-    return {"versions": dict(versions()), "machine": machine}
 
 
 def versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""The words that every part of Coterie shares: keys, banks, what travels, what a client may ask for.
+"""The types that every part of Coterie shares: errors, keys, banks, what a client is, what travels.
 
 Nothing here computes. Tensors are named by a structured :class:`Key`, never by string surgery; what crosses a
 process or a network boundary is one of :class:`Instruction`, :class:`Reply` and :class:`Personal`, each of them
@@ -8,12 +8,12 @@ tensors plus JSON (see :mod:`coterie.codec`).
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor
 
 ClientId = str
@@ -213,150 +213,3 @@ class Section(BaseModel):
     """Settings: a section of a config. Unknown keys are errors; so are "4" or true for a number, infinity and nan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Optim(Section):
-    """A client's local training in one round: the config section ``[train]``, and part of every request to train."""
-
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="started anew in every round")
-    learning_rate: float = Field(2e-3, gt=0, description="at the start of a round")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="within a round, down to 0")
-    round_decay: float = Field(1.0, gt=0, le=1, description="the learning rate is multiplied by this every round")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
-    batch_size: int = Field(16, ge=1, description="examples per forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
-    epochs: int = Field(2, ge=1, description="passes over the client's data in a round")
-    steps: int = Field(0, ge=0, description="optimiser steps in a round instead of epochs; 0: epochs")
-
-
-@dataclass(frozen=True)
-class HoldOut:
-    """Rows of a split that are set aside: ``fraction`` of them, at least one, at most ``most``.
-
-    The same rows in every round: a function of the run's seed, the client and the split.
-    """
-
-    fraction: float
-    most: int
-
-    def count(self, rows: int) -> int:
-        return max(1, min(self.most, round(self.fraction * rows)))
-
-
-@dataclass(frozen=True)
-class Balance:
-    """A load-balance loss beside the task's: ``weight`` * sum over modules of n * sum_e mean_t(p_te) f_e.
-
-    p is the softmax of the gate's scores over the n routed experts of a module, f_e the share of the top-k picks that
-    go to expert e (no gradient). Padding tokens count only with ``padding``.
-    """
-
-    weight: float
-    padding: bool = False
-
-
-@dataclass(frozen=True)
-class Train:
-    """Ask: train the tensors named ``trainable`` of ``bank`` on the client's training split. Answer: :class:`Trained`.
-
-    ``purpose`` names the random stream (batch order, dropout) next to the seed, the round and the client. Rows of
-    ``hold_out`` are not trained on.
-    """
-
-    bank: Bank
-    trainable: frozenset[Key]
-    optim: Optim
-    purpose: str = "train"
-    balance: Balance | None = None
-    hold_out: HoldOut | None = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The trained tensors (those asked for, and no others), the mean loss per label seen, and counts.
-
-    A label is an example in classification, a token of a completion in generation, and of the right candidate in
-    multiple choice. The loss is the task's alone; ``balance`` the mean of the load-balance loss, before its weight.
-    """
-
-    tensors: Tensors
-    loss: float
-    examples: int
-    tokens: int
-    steps: int
-    balance: float = 0.0
-
-
-@dataclass(frozen=True)
-class Score:
-    """Ask: mean loss and metrics of each bank on ``split``. Answer: a list of :class:`Scored`, in the banks' order.
-
-    ``examples``: on at most so many examples, the same for all banks, drawn by the run's seed; 0: on all.
-    """
-
-    banks: Sequence[Bank]
-    split: str = "train"
-    examples: int = 0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate."""
-
-    loss: float
-    metrics: Mapping[str, float]
-    examples: int
-
-
-@dataclass(frozen=True)
-class Observe:
-    """Ask: statistics of the bank's forward pass on ``split``, in evaluation mode. Answer: :class:`Observed`.
-
-    ``what`` holds names of statistics: ``"usage"``, ``"embeddings"``, ``"directions"``, and of
-    :mod:`coterie.compute.importance` ``"first_order"`` and ``"gate_mass"``. With ``hold_out`` only the rows that it
-    sets aside are looked at, and of those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count
-    only with ``padding``, and never in a module's importance or in directions.
-    """
-
-    bank: Bank
-    split: str = "train"
-    what: tuple[str, ...] = ("usage",)
-    hold_out: HoldOut | None = None
-    padding: bool = False
-    examples: int = 0
-
-
-@dataclass(frozen=True)
-class ExpertUse:
-    """How tokens use the experts of one module, [e] each: mean gate weight, share of the tokens, expert numbers."""
-
-    weight: Sequence[Number]
-    share: Sequence[Number]
-    expert: Sequence[int] = ()
-
-
-Usage = Mapping[str, ExpertUse]  # by module
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What was observed, over ``tokens`` tokens.
-
-    ``usage`` has the experts in the bank's order. ``embeddings`` holds mean_t A_e x [r] for every expert but the
-    shared one, and mean_t R x [s] of the router. ``directions`` has, as ``Key(module, NO_EXPERT, Part.EMBEDDING)``,
-    the mean over rows of m / |m| [i], m the mean over a row's tokens of a module's input x (of a row to complete, over
-    its prompt). ``importance[statistic][module]`` is one number per module with a gate.
-    """
-
-    usage: Usage
-    tokens: int
-    embeddings: Tensors = field(default_factory=dict)
-    directions: Tensors = field(default_factory=dict)
-    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-Request = Train | Score | Observe
-Answer = Trained | list[Scored] | Observed
-ClientProgram = Generator[Request, Any, ClientResult]

@@ -37,23 +37,8 @@ from coterie.methods.base import answer, drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
-from coterie.types import (
-    FOLDED,
-    Bank,
-    ClientResult,
-    CoterieError,
-    GateSpec,
-    Instruction,
-    Key,
-    Observe,
-    Optim,
-    Part,
-    Personal,
-    Reply,
-    Request,
-    Score,
-    Train,
-)
+from coterie.requests import Observe, Optim, Request, Score, Train
+from coterie.types import FOLDED, Bank, ClientResult, CoterieError, GateSpec, Instruction, Key, Part, Personal, Reply
 from few_rounds import OPTIM, ROUNDS, SETTINGS
 
 ALONE = {"smartfed"}  # its programs also ask for statistics that are not collected in batches

@@ -32,21 +32,19 @@ from coterie.methods.base import drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
+from coterie.requests import ClientProgram, Observe, Score
 from coterie.types import (
     NO_EXPERT,
     Bank,
     ClientId,
     ClientInfo,
-    ClientProgram,
     ClientResult,
     CoterieError,
     Instruction,
     Key,
-    Observe,
     Part,
     Personal,
     Reply,
-    Score,
 )
 from few_rounds import OPTIM, ROUNDS, SETTINGS
 

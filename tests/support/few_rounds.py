@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coterie.types import Optim
+from coterie.requests import Optim
 
 ROUNDS = 3
 OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)

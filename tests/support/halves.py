@@ -11,12 +11,11 @@ from torch import Tensor
 from coterie import codec
 from coterie.engines.checks import bank_fault, fault_of
 from coterie.ops.streams import stream
+from coterie.requests import Answer, ClientProgram, Request, Score, Scored, Train, Trained
 from coterie.types import (
-    Answer,
     Bank,
     BaseSpec,
     ClientInfo,
-    ClientProgram,
     ClientResult,
     HeadParameter,
     Instruction,
@@ -24,12 +23,7 @@ from coterie.types import (
     Part,
     Personal,
     Reply,
-    Request,
-    Score,
-    Scored,
     Target,
-    Train,
-    Trained,
 )
 
 BASE = BaseSpec((Target("q", 6, 5), Target("v", 7, 8)), (HeadParameter("score.weight", (-1, 6), "normal"),))

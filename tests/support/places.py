@@ -16,7 +16,8 @@ from coterie.compute.client import LocalCompute, Workplace
 from coterie.data.rows import ClientData, PromptRow, Row, TextRow
 from coterie.data.tasks import Classification, Generation
 from coterie.nn.base import Base, load_base
-from coterie.types import Bank, ClientInfo, Optim, Train, Trained
+from coterie.requests import Optim, Train, Trained
+from coterie.types import Bank, ClientInfo
 
 LABELS = 3
 TOKENIZER = tiny.tokenizer()

@@ -22,7 +22,8 @@ from coterie.methods.base import Method
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
-from coterie.types import Bank, ClientId, ClientInfo, Optim, Reply, Tensors
+from coterie.requests import Optim
+from coterie.types import Bank, ClientId, ClientInfo, Reply, Tensors
 
 OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 ROUNDS = 2

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from coterie import types
+from coterie import requests, types
 from coterie.types import NO_EXPERT, SHARED, BaseSpec, ClientInfo, GateSpec, HeadParameter, Key, Part
 
 SPELLED = {
@@ -58,8 +58,9 @@ def test_a_head_parameter_takes_the_clients_number_of_labels() -> None:
 def test_what_travels_is_frozen() -> None:
     kinds = [
         kind
-        for kind in vars(types).values()
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__module__ == types.__name__
+        for module in (types, requests)
+        for kind in vars(module).values()
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__module__ == module.__name__
     ]
     assert len(kinds) >= 15
     assert [kind.__name__ for kind in kinds if not kind.__dataclass_params__.frozen] == []

@@ -25,19 +25,8 @@ from coterie.methods.base import answer
 from coterie.nn.attach_many import AttachedMany, attached_many
 from coterie.nn.build import BankLayers, build_layers
 from coterie.nn.many import UnlikeError
-from coterie.types import (
-    Answer,
-    ClientProgram,
-    ClientResult,
-    CoterieError,
-    Observe,
-    Observed,
-    Request,
-    Score,
-    Scored,
-    Train,
-    Trained,
-)
+from coterie.requests import Answer, ClientProgram, Observe, Observed, Request, Score, Scored, Train, Trained
+from coterie.types import ClientResult, CoterieError
 
 FAULTS = (CoterieError, torch.OutOfMemoryError)  # of one client; anything else is a fault of ours
 Asked = tuple[LocalCompute, Request]

@@ -20,7 +20,8 @@ from coterie.nn.attach import attached
 from coterie.nn.bank import Pass
 from coterie.ops.metrics import text_metrics
 from coterie.ops.streams import stream
-from coterie.types import Bank, Json, Observe, Observed, Score, Scored, Train, Trained
+from coterie.requests import Observe, Observed, Score, Scored, Train, Trained
+from coterie.types import Bank, Json
 
 
 @dataclass

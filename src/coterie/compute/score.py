@@ -15,7 +15,8 @@ from torch import Tensor
 from coterie.data.tasks import Batch, Example, Task, candidate, completion_losses
 from coterie.nn.bank import Pass
 from coterie.ops.metrics import classification_metrics, perplexity
-from coterie.types import NO_EXPERT, Bank, ExpertUse, Key, Observe, Observed, Part, Scored
+from coterie.requests import ExpertUse, Observe, Observed, Scored
+from coterie.types import NO_EXPERT, Bank, Key, Part
 
 OBSERVABLE = {"usage", "embeddings", "directions"}
 

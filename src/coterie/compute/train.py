@@ -16,7 +16,8 @@ from coterie.data.rows import ClientData
 from coterie.data.tasks import Batch, Example, batches
 from coterie.nn.bank import Pass
 from coterie.ops.streams import stream, stream_seed
-from coterie.types import CoterieError, Key, Optim, Train, Trained
+from coterie.requests import Optim, Train, Trained
+from coterie.types import CoterieError, Key
 
 _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
 

@@ -15,7 +15,8 @@ from coterie.data.rows import ClientData
 from coterie.data.tasks import Example, Task
 from coterie.nn.base import Base
 from coterie.ops.streams import stream
-from coterie.types import CoterieError, HoldOut
+from coterie.requests import HoldOut
+from coterie.types import CoterieError
 
 
 class StoppedError(Exception):

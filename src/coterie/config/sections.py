@@ -13,7 +13,8 @@ from coterie.data.settings import DataSettings
 from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.registry import method_named
-from coterie.types import Json, Optim, Section, TaskKind
+from coterie.requests import Optim
+from coterie.types import Json, Section, TaskKind
 
 DEFAULT_METHOD = "fedlease"
 

@@ -10,21 +10,9 @@ from coterie.compute.client import LocalCompute
 from coterie.config.deployment import Policy
 from coterie.config.sections import Config
 from coterie.engines.client import Guard
+from coterie.requests import Observe, Observed, Optim, Score, Scored, Train, Trained
 from coterie.runs.folder import plain
-from coterie.types import (
-    CoterieError,
-    Instruction,
-    Json,
-    Observe,
-    Observed,
-    Optim,
-    Part,
-    Reply,
-    Score,
-    Scored,
-    Train,
-    Trained,
-)
+from coterie.types import CoterieError, Instruction, Json, Part, Reply
 
 _USAGE = ("importance", "use")  # what a reply of SmartFed reports of the experts, beside its tensors
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from coterie.methods.base import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Observed, Reply
+from coterie.requests import Observed
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
 
 T = TypeVar("T")
 Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closed, it gives up what is not done

@@ -16,7 +16,8 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Example
-from coterie.types import Bank, ClientInfo, ClientProgram, CoterieError, Optim, Train
+from coterie.requests import ClientProgram, Optim, Train
+from coterie.types import Bank, ClientInfo, CoterieError
 
 # Tokens of a step from which a larger batch is hardly faster on a CPU (docs/performance-batched.md); a GPU: what fits.
 ENOUGH = {"bfloat16": 2000, "float32": 250}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from coterie.engines.base import Evaluation
-from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Observed, Part, Reply
+from coterie.requests import Observed
+from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Reply
 
 DTYPE = torch.float32  # of everything that trains, whatever the base is held in; a mean keeps the dtype of its first
 MOST = 1e15  # for any number that a client reports

@@ -22,21 +22,8 @@ from coterie.data.rows import ClientData
 from coterie.engines.base import Delivery, Evaluation
 from coterie.engines.store import ClientStates
 from coterie.methods.base import Compute, Method, drive
-from coterie.types import (
-    Answer,
-    Bank,
-    ClientId,
-    ClientInfo,
-    ClientResult,
-    CoterieError,
-    Instruction,
-    Observe,
-    Observed,
-    Personal,
-    Reply,
-    Score,
-    Scored,
-)
+from coterie.requests import Answer, Observe, Observed, Score, Scored
+from coterie.types import Bank, ClientId, ClientInfo, ClientResult, CoterieError, Instruction, Personal, Reply
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from itertools import pairwise
 
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
-from coterie.types import CoterieError, Optim
+from coterie.requests import Optim
+from coterie.types import CoterieError
 
 PASS = 100  # tokens of the packaged encoder on a CPU that take as long as what a pass costs besides
 

@@ -37,7 +37,8 @@ from coterie.engines.grouping import Load, evaluation, grouped, spread, training
 from coterie.engines.schedule import mover, on_places
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method, drive
-from coterie.types import Bank, ClientId, ClientProgram, ClientResult, CoterieError, Instruction, Optim, Train
+from coterie.requests import ClientProgram, Optim, Train
+from coterie.types import Bank, ClientId, ClientResult, CoterieError, Instruction
 
 T = TypeVar("T")
 Saves = Sequence[Callable[[], None]]

@@ -1,8 +1,8 @@
 """``Method``, what every method is, and ``drive``, which runs a client program.
 
 A method has a server half of pure functions over a serialisable state, and a client half written as a generator that
-asks for compute (:class:`~coterie.types.Train`, :class:`~coterie.types.Score`, :class:`~coterie.types.Observe`) and
-receives the answer. Engines differ in how they answer, never in what a method asks.
+asks for compute (``Train``, ``Score`` and ``Observe`` of :mod:`coterie.requests`) and receives the answer. Engines
+differ in how they answer, never in what a method asks.
 """
 
 from __future__ import annotations
@@ -18,26 +18,18 @@ from typing_extensions import TypeVar
 from coterie.methods.findings import Finding
 from coterie.methods.parts import start_head
 from coterie.methods.plan import MethodSettings, Plan
+from coterie.requests import Answer, ClientProgram, Observe, Observed, Request, Score, Scored, Train, Trained
 from coterie.types import (
-    Answer,
     Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
-    ClientProgram,
     ClientResult,
     Instruction,
     Key,
-    Observe,
-    Observed,
     Personal,
     Reply,
-    Request,
-    Score,
-    Scored,
     Tensors,
-    Train,
-    Trained,
 )
 
 S = TypeVar("S", default=Any)  # a Method of any state, where none is named

@@ -41,20 +41,8 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.ops.mean import mean, relative_error
-from coterie.types import (
-    Bank,
-    BaseSpec,
-    ClientId,
-    ClientInfo,
-    ClientProgram,
-    GateSpec,
-    Instruction,
-    Part,
-    Personal,
-    Reply,
-    Tensors,
-    Train,
-)
+from coterie.requests import ClientProgram, Train
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, GateSpec, Instruction, Part, Personal, Reply, Tensors
 
 OWN, REST = 0, 1  # the two experts of a client's bank
 

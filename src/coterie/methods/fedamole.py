@@ -52,27 +52,23 @@ from coterie.methods.plan import MethodSettings
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
 from coterie.ops.streams import stream
+from coterie.requests import Balance, ClientProgram, HoldOut, Observe, Train
 from coterie.types import (
     NO_EXPERT,
     SHARED,
-    Balance,
     Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
-    ClientProgram,
     CoterieError,
     GateSpec,
-    HoldOut,
     Instruction,
     Json,
     Key,
-    Observe,
     Part,
     Personal,
     Reply,
     Tensors,
-    Train,
 )
 
 

@@ -24,18 +24,8 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.ops.mean import mean, relative_error
-from coterie.types import (
-    Bank,
-    BaseSpec,
-    ClientId,
-    ClientInfo,
-    ClientProgram,
-    Instruction,
-    Personal,
-    Reply,
-    Tensors,
-    Train,
-)
+from coterie.requests import ClientProgram, Train
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Personal, Reply, Tensors
 
 
 @dataclass(frozen=True)

@@ -31,19 +31,8 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.ops.mean import mean
-from coterie.types import (
-    Bank,
-    BaseSpec,
-    ClientId,
-    ClientInfo,
-    ClientProgram,
-    Instruction,
-    Part,
-    Personal,
-    Reply,
-    Tensors,
-    Train,
-)
+from coterie.requests import ClientProgram, Train
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
 
 
 @dataclass(frozen=True)

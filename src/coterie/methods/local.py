@@ -7,18 +7,8 @@ from dataclasses import dataclass
 
 from coterie.methods.base import Method
 from coterie.methods.parts import Shapes, start_head, start_lora, statistics
-from coterie.types import (
-    Bank,
-    BaseSpec,
-    ClientId,
-    ClientInfo,
-    ClientProgram,
-    ClientResult,
-    Instruction,
-    Personal,
-    Reply,
-    Train,
-)
+from coterie.requests import ClientProgram, Train
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ClientResult, Instruction, Personal, Reply
 
 
 @dataclass(frozen=True)

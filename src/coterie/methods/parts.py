@@ -18,6 +18,7 @@ from torch import Tensor
 from coterie.methods.plan import Plan
 from coterie.ops.mean import aggregation_error, mean
 from coterie.ops.streams import kaiming_uniform, stream
+from coterie.requests import Trained
 from coterie.types import (
     NO_EXPERT,
     BaseSpec,
@@ -31,7 +32,6 @@ from coterie.types import (
     Personal,
     Reply,
     Tensors,
-    Trained,
 )
 
 Shapes = dict[Key, tuple[int, ...]]

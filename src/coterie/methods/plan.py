@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from coterie.types import Optim, Section
+from coterie.requests import Optim
+from coterie.types import Section
 
 
 class MethodSettings(Section):

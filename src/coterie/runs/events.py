@@ -16,7 +16,8 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie.ops.metrics import Metrics
-from coterie.types import ClientId, CoterieError, Json, Usage
+from coterie.requests import Usage
+from coterie.types import ClientId, CoterieError, Json
 
 METRICS = "metrics.jsonl"
 Scores = Mapping[str, Metrics]  # by split

@@ -13,12 +13,13 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie import __version__
 from coterie.files import read_json
-from coterie.machine import environment, peak_memory
+from coterie.machine import facts, peak_memory, versions
 from coterie.methods import findings
 from coterie.methods.findings import Finding
 from coterie.ops.metrics import Metrics, better, mean_metrics, percentiles, worst_client
+from coterie.requests import ExpertUse, Usage
 from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, plain
-from coterie.types import ClientId, ClientInfo, CoterieError, ExpertUse, Json, Usage
+from coterie.types import ClientId, ClientInfo, CoterieError, Json
 
 SUMMARY = "summary.json"
 PRIMARY = {"classification": "accuracy", "generation": "loss", "multiple_choice": "accuracy"}
@@ -187,7 +188,8 @@ def summarise(
         peak_memory_bytes=max([*(event.peak_memory_bytes for event in rounds), peak_memory()]),
         describe={name: value for event in described for name, value in event.describe.items()},
         usage=usage if _differs(usage) else {client: {ALL_MODULES: mean_use(of)} for client, of in usage.items()},
-        **environment(),
+        versions=versions(),
+        machine=facts(),
     )
 
 

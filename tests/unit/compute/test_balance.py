@@ -14,7 +14,8 @@ from coterie.compute.client import LocalCompute, Workplace
 from coterie.nn.attach import attach
 from coterie.nn.gates import balance_loss, top_k
 from coterie.ops.streams import stream
-from coterie.types import NO_EXPERT, SHARED, Balance, Bank, CoterieError, HoldOut, Key, Observe, Optim, Part, Target
+from coterie.requests import Balance, HoldOut, Observe, Optim
+from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Target
 from places import client_of, largest_difference, plain_bank, train, workplace
 
 OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)

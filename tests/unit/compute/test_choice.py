@@ -20,7 +20,8 @@ from coterie.nn.attach import attached
 from coterie.nn.base import Base, load_base
 from coterie.ops.metrics import classification_metrics
 from coterie.ops.streams import stream
-from coterie.types import Bank, ClientInfo, CoterieError, Optim, Score, Scored, Train
+from coterie.requests import Optim, Score, Scored, Train
+from coterie.types import Bank, ClientInfo, CoterieError
 
 BOS, EOS = 1, 2
 PLAIN = tiny.tokenizer()

@@ -22,7 +22,8 @@ from coterie.data.tasks import Batch, Classification, Example, Generation, batch
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.ops.streams import stream
-from coterie.types import Bank, ClientInfo, CoterieError, Key, Observe, Optim, Part, Score, Train, Trained
+from coterie.requests import Observe, Optim, Score, Train, Trained
+from coterie.types import Bank, ClientInfo, CoterieError, Key, Part
 from places import TEXTS, TOKENIZER, client_of, equal_bits, largest_difference, plain_bank, train, workplace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

@@ -27,8 +27,9 @@ from coterie.deploy.worker import Worker
 from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
+from coterie.requests import ExpertUse, Observed
 from coterie.runs.rounds import Rounds, Runner
-from coterie.types import Bank, CoterieError, ExpertUse, GateSpec, Key, Observed, Part, Target
+from coterie.types import Bank, CoterieError, GateSpec, Key, Part, Target
 from grid import InProcessGrid
 from spoiled import SPOILED
 

@@ -30,7 +30,8 @@ from coterie.deploy.site_check import check as check_site
 from coterie.deploy.site_log import log_without_text
 from coterie.deploy.worker import Worker
 from coterie.flower.message import Message
-from coterie.types import CoterieError, Instruction, Optim, Part, Reply
+from coterie.requests import Optim
+from coterie.types import CoterieError, Instruction, Part, Reply
 
 CLIENT = "mood-0"
 

@@ -10,7 +10,8 @@ import torch
 from coterie.compute.workplace import Workplace
 from coterie.engines import batch_size as sizing
 from coterie.engines.batch_size import AutoSize, Size, best_size, first_request
-from coterie.types import Bank, ClientResult, Optim, Personal, Reply, Score, Train
+from coterie.requests import Optim, Score, Train
+from coterie.types import Bank, ClientResult, Personal, Reply
 from places import client_of, plain_bank, workplace
 
 FOUR = ("north", "south", "east", "west")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from coterie.data.rows import ClientData
 from coterie.engines.grouping import PASS, Load, cost, evaluation, grouped, spread, training
-from coterie.types import CoterieError, Optim
+from coterie.requests import Optim
+from coterie.types import CoterieError
 from places import client_of, workplace
 
 LOADS = st.lists(

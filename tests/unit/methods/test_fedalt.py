@@ -16,7 +16,8 @@ from coterie.methods.fedalt import OWN, REST, FedALT
 from coterie.methods.findings import AggregationError, find
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.nn.attach import attached
-from coterie.types import NO_EXPERT, ClientInfo, GateSpec, Key, Part, Reply, Train
+from coterie.requests import Train
+from coterie.types import NO_EXPERT, ClientInfo, GateSpec, Key, Part, Reply
 from halves import BASE, CLIENTS, Play
 from places import equal_bits
 

@@ -14,6 +14,7 @@ from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
 from coterie.methods.findings import Assignment, ExpertPool, find
 from coterie.methods.plan import Plan
 from coterie.ops.streams import stream
+from coterie.requests import HoldOut, Observe, Observed, Train, Trained
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -21,16 +22,11 @@ from coterie.types import (
     ClientInfo,
     CoterieError,
     HeadParameter,
-    HoldOut,
     Key,
-    Observe,
-    Observed,
     Part,
     Personal,
     Reply,
     Target,
-    Train,
-    Trained,
 )
 
 RANK, ROUNDS = 4, 6

@@ -14,19 +14,8 @@ from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.findings import Clusters, Values, find
 from coterie.methods.plan import Plan
 from coterie.ops.streams import stream
-from coterie.types import (
-    BaseSpec,
-    ClientInfo,
-    CoterieError,
-    HeadParameter,
-    Key,
-    Part,
-    Personal,
-    Reply,
-    Target,
-    Train,
-    Trained,
-)
+from coterie.requests import Train, Trained
+from coterie.types import BaseSpec, ClientInfo, CoterieError, HeadParameter, Key, Part, Personal, Reply, Target
 
 BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)), (HeadParameter("score.weight", (-1, 6), "normal"),))
 CLIENTS = [ClientInfo(f"{g}{i}", 10 + i, labels=(g, "no"), group=g) for g in "abc" for i in range(3)]

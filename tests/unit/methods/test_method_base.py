@@ -8,22 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from coterie.methods.base import answer, drive
-from coterie.types import (
-    Bank,
-    ClientProgram,
-    ClientResult,
-    CoterieError,
-    Observe,
-    Observed,
-    Optim,
-    Personal,
-    Reply,
-    Request,
-    Score,
-    Scored,
-    Train,
-    Trained,
-)
+from coterie.requests import ClientProgram, Observe, Observed, Optim, Request, Score, Scored, Train, Trained
+from coterie.types import Bank, ClientResult, CoterieError, Personal, Reply
 
 BANK = Bank({})
 TRAIN, SCORE, OBSERVE = Train(BANK, frozenset(), Optim()), Score([BANK, BANK], "validation"), Observe(BANK)

@@ -25,6 +25,7 @@ from coterie.methods.smartfed.method import SmartFed, SmartFedState
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.nn.attach import attached
 from coterie.nn.spec import describe
+from coterie.requests import ExpertUse, Observe, Observed, Score, Scored, Train, Trained
 from coterie.types import (
     SHARED,
     Bank,
@@ -32,18 +33,11 @@ from coterie.types import (
     ClientId,
     ClientInfo,
     CoterieError,
-    ExpertUse,
     Instruction,
     Key,
-    Observe,
-    Observed,
     Part,
     Personal,
     Reply,
-    Score,
-    Scored,
-    Train,
-    Trained,
 )
 
 torch.set_num_threads(1)

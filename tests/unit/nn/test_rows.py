@@ -18,7 +18,8 @@ from coterie.nn.attach import attached
 from coterie.nn.gates import similarity
 from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.ops.streams import stream
-from coterie.types import NO_EXPERT, Bank, ClientInfo, GateSpec, Key, Observe, Optim, Part, Score, Target, Train
+from coterie.requests import Observe, Optim, Score, Train
+from coterie.types import NO_EXPERT, Bank, ClientInfo, GateSpec, Key, Part, Target
 
 torch.set_num_threads(1)
 D_IN, D_OUT, SCALE = 12, 10, 0.5

@@ -20,10 +20,11 @@ from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
+from coterie.requests import Train, Trained
 from coterie.runs.events import ClientDone, Evaluated, read_events
 from coterie.runs.rounds import Rounds, Runner
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
-from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target, Train, Trained
+from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target
 
 Spoil = Callable[[str, int, Reply], Reply | str | None]
 KEY = Key("q", 0, Part.A)

@@ -34,12 +34,12 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.ops.mean import mean, relative_error
+from coterie.requests import ClientProgram, Train, Trained
 from coterie.types import (
     Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
-    ClientProgram,
     ClientResult,
     GateSpec,
     Instruction,
@@ -49,8 +49,6 @@ from coterie.types import (
     Reply,
     Target,
     Tensors,
-    Train,
-    Trained,
 )
 
 

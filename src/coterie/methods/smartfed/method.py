@@ -28,6 +28,7 @@ from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
 from coterie.ops.streams import kaiming_uniform, stream
+from coterie.requests import ClientProgram, Train
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -35,7 +36,6 @@ from coterie.types import (
     BaseSpec,
     ClientId,
     ClientInfo,
-    ClientProgram,
     ClientResult,
     CoterieError,
     GateSpec,
@@ -47,7 +47,6 @@ from coterie.types import (
     Personal,
     Reply,
     Tensors,
-    Train,
 )
 
 

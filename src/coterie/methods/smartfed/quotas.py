@@ -13,18 +13,8 @@ from torch import Tensor
 
 from coterie.adapters.pool import Adapter
 from coterie.methods.smartfed.pools import numbers
-from coterie.types import (
-    NO_EXPERT,
-    SHARED,
-    Bank,
-    Json,
-    Key,
-    Observe,
-    Observed,
-    Part,
-    Request,
-    Score,
-)
+from coterie.requests import Observe, Observed, Request, Score
+from coterie.types import NO_EXPERT, SHARED, Bank, Json, Key, Part
 
 # a client -------------------------------------------------------------------------------------------------------------
 

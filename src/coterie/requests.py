@@ -1,0 +1,164 @@
+"""What a client program may ask for, and what it is answered: training, scores, observations.
+
+A client program is a generator that yields requests and is sent their answers. Nothing here computes:
+:mod:`coterie.compute` answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from coterie.types import Bank, ClientResult, Key, Number, Section, Tensors
+
+
+class Optim(Section):
+    """A client's local training in one round: the config section ``[train]``, and part of every request to train."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimiser; a new one in every round")
+    learning_rate: float = Field(2e-3, gt=0, description="learning rate at the start of a round")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="how the learning rate falls to 0 within a round"
+    )
+    round_decay: float = Field(1.0, gt=0, le=1, description="the learning rate is multiplied by this every round")
+    weight_decay: float = Field(0.05, ge=0, description="weight decay; decoupled for adamw")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    batch_size: int = Field(16, ge=1, description="examples per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
+    epochs: int = Field(2, ge=1, description="passes over the client's data in a round")
+    steps: int = Field(0, ge=0, description="optimiser steps in a round instead of epochs; 0: epochs")
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """Rows of a split to set aside: ``fraction`` of them, at least one, at most ``most``.
+
+    The same rows in every round: a function of the run's seed, the client and the split.
+    """
+
+    fraction: float
+    most: int
+
+    def count(self, rows: int) -> int:
+        return max(1, min(self.most, round(self.fraction * rows)))
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A load-balance loss beside the task's: ``weight`` * sum over modules of n * sum_e mean_t(p_te) f_e.
+
+    p is the softmax of the gate's scores over the n routed experts of a module, f_e the share of the top-k picks that
+    go to expert e (no gradient). Padding tokens count only with ``padding``.
+    """
+
+    weight: float
+    padding: bool = False
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains the tensors named ``trainable`` of ``bank`` on the client's training split. Answered by :class:`Trained`.
+
+    ``purpose`` names the random stream (batch order, dropout) together with the seed, the round and the client. Rows
+    of ``hold_out`` are not trained on.
+    """
+
+    bank: Bank
+    trainable: frozenset[Key]
+    optim: Optim
+    purpose: str = "train"
+    balance: Balance | None = None
+    hold_out: HoldOut | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tensors (those of ``trainable``, no others), the mean loss per label, and counts.
+
+    A label is an example in classification, and a token of the completion or of the right candidate otherwise. The loss
+    is the task's alone; ``balance`` is the mean over the steps of the load-balance loss before its weight, 0 without.
+    """
+
+    tensors: Tensors
+    loss: float
+    examples: int
+    tokens: int
+    steps: int
+    balance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Measures the mean loss and the metrics of each bank on ``split``. Answered by :class:`Scored`, one per bank.
+
+    ``examples`` is the most examples to use, the same for all banks, drawn by the run's seed; 0: all.
+    """
+
+    banks: Sequence[Bank]
+    split: str = "train"
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Collects statistics of the bank's forward pass on ``split`` in evaluation mode. Answered by :class:`Observed`.
+
+    ``what`` names the statistics: ``"usage"``, ``"embeddings"``, ``"directions"``, and ``"first_order"`` and
+    ``"gate_mass"`` of :mod:`coterie.compute.importance`. With ``hold_out`` only the rows that it sets aside are used,
+    and of those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and
+    never in the importance of a module or in directions.
+    """
+
+    bank: Bank
+    split: str = "train"
+    what: tuple[str, ...] = ("usage",)
+    hold_out: HoldOut | None = None
+    padding: bool = False
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How tokens use the experts of one module, [e] each: mean gate weight, share of the tokens, expert numbers."""
+
+    weight: Sequence[Number]
+    share: Sequence[Number]
+    expert: Sequence[int] = ()
+
+
+Usage = Mapping[str, ExpertUse]  # by module
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed, over ``tokens`` tokens.
+
+    ``usage`` has the experts in the bank's order. ``embeddings`` holds mean_t A_e x [r] for every expert but the
+    shared one, and mean_t R x [s] of the router. ``directions`` has, as ``Key(module, NO_EXPERT, Part.EMBEDDING)``,
+    the mean over rows of m / |m| [i], m the mean over a row's tokens of a module's input x (of a row to complete, over
+    its prompt). ``importance[statistic][module]`` is one number per module with a gate.
+    """
+
+    usage: Usage
+    tokens: int
+    embeddings: Tensors = field(default_factory=dict)
+    directions: Tensors = field(default_factory=dict)
+    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+Request = Train | Score | Observe
+Answer = Trained | list[Scored] | Observed
+ClientProgram = Generator[Request, Any, ClientResult]
