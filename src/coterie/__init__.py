@@ -50,7 +50,8 @@ _MODULES = {
     "run": "coterie.experiment",
     "Method": "coterie.methods.base",
     "MethodSettings": "coterie.methods.plan",
-    **dict.fromkeys(("Bank", "CoterieError", "Observe", "Score", "Train"), "coterie.types"),
+    **dict.fromkeys(("Observe", "Score", "Train"), "coterie.requests"),
+    **dict.fromkeys(("Bank", "CoterieError"), "coterie.types"),
 }
 
 
