@@ -39,7 +39,7 @@ from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.requests import Observe, Optim, Request, Score, Train
 from coterie.types import FOLDED, Bank, ClientResult, CoterieError, GateSpec, Instruction, Key, Part, Personal, Reply
-from few_rounds import OPTIM, ROUNDS, SETTINGS
+from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
 
 ALONE = {"smartfed"}  # its programs also ask for statistics that are not collected in batches
 KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
@@ -83,7 +83,7 @@ def workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, 
 def method_of(name: str, kind_of_task: str, head: Any = "personal", optim: Optim = OPTIM) -> Any:
     kind = method_named(name)
     pool = {"pool": pools.for_tiny(KINDS[kind_of_task])} if name == "smartfed" else {}
-    plan = Plan(rank=2, alpha=3, dropout=0.2, optim=optim, head=head, rounds=ROUNDS)
+    plan = Plan(rank=2, ranks=ranks_of(name), alpha=3, dropout=0.2, optim=optim, head=head, rounds=ROUNDS)
     return kind(kind.Settings(**SETTINGS.get(name, {}), **pool), plan)
 
 

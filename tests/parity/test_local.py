@@ -46,7 +46,7 @@ from coterie.types import (
     Personal,
     Reply,
 )
-from few_rounds import OPTIM, ROUNDS, SETTINGS
+from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> Loca
 def method_of(name: str, head: Any = "personal") -> Any:
     kind = method_named(name)
     pool = {"pool": pools.for_tiny()} if name == "smartfed" else {}
-    plan = Plan(rank=2, alpha=4, dropout=0.1, optim=OPTIM, head=head, rounds=ROUNDS)
+    plan = Plan(rank=2, ranks=ranks_of(name), alpha=4, dropout=0.1, optim=OPTIM, head=head, rounds=ROUNDS)
     return kind(kind.Settings(**SETTINGS.get(name, {}), **pool), plan)
 
 

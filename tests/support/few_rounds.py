@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coterie.methods.registry import method_named
 from coterie.requests import Optim
 
 ROUNDS = 3
@@ -13,3 +14,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
     "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},
 }
+
+
+def ranks_of(name: str) -> tuple[int, ...]:
+    """Different ranks for the clients of a method that allows it."""
+    return (2, 3, 1) if method_named(name).mixed_ranks else ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from few_rounds import ranks_of
 
 JOBS = {
     "mood": (["bad", "good"], ["awful", "great"]),
@@ -84,6 +85,7 @@ folder = "clients"
 kind = "{kind}"
 [lora]
 rank = 2
+ranks = {list(ranks_of(method))}
 dropout = 0.1
 [train]
 learning_rate = 0.01

@@ -10,7 +10,7 @@ from pathlib import Path
 from coterie.config.check import as_json, checked
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import DEFAULT_METHOD, Config
-from coterie.methods.registry import method_named
+from coterie.methods.registry import method_named, methods
 from coterie.types import CoterieError
 
 Raw = Mapping[str, object]  # the content of a TOML file, unchecked
@@ -51,8 +51,19 @@ def check_config(raw: Raw) -> Config:
     chosen = method_name(raw)
     rest = {name: value for name, value in raw.items() if name != "methods"}
     config = checked(Config, {**rest, "method": {**section_of(several, chosen), **named, "name": chosen}}, "")
+    _check_ranks(config)
     resolved = config.method_settings().model_dump(mode="json")
     return config.model_copy(update={"method": {"name": chosen, **resolved}})
+
+
+def _check_ranks(config: Config) -> None:
+    """Raises :class:`CoterieError` for ranks by client with a method whose clients have one rank."""
+    if config.lora.ranks and not method_named(config.method_name).mixed_ranks:
+        mixed = ", ".join(name for name, kind in methods().items() if kind.mixed_ranks)
+        raise CoterieError(
+            f"[lora] ranks: all clients of {config.method_name} have one rank; leave ranks out, or use a method that "
+            f"allows different ones: {mixed}"
+        )
 
 
 def method_name(raw: Raw) -> str:

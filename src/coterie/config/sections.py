@@ -33,11 +33,30 @@ class LoraSettings(Section):
     """The experts."""
 
     rank: int = Field(8, ge=1, description="rank r of an expert")
-    alpha: float = Field(16.0, gt=0, description="the scale of an expert is alpha / rank")
+    ranks: dict[str, int] | tuple[int, ...] = Field(
+        (),
+        description="different ranks, for methods that allow it: by client, as {north = 4, south = 16}, the others "
+        "having rank; or a list that is repeated over the clients' sorted names",
+    )
+    alpha: float = Field(16.0, gt=0, description="the scale of an expert is alpha / rank, with the client's own rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the experts' input in training")
     targets: tuple[str, ...] = Field(
         (), description="names of the Linears to adapt; empty: PEFT's defaults for the model"
     )
+
+    @field_validator("ranks")
+    @classmethod
+    def _at_least_one(cls, value: dict[str, int] | tuple[int, ...]) -> dict[str, int] | tuple[int, ...]:
+        if any(rank < 1 for rank in (value.values() if isinstance(value, dict) else value)):
+            raise ValueError("the least rank is 1")
+        return value
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that a client may have."""
+        if isinstance(self.ranks, dict):
+            return max(self.rank, *self.ranks.values())
+        return max(self.ranks, default=self.rank)
 
 
 class TaskSettings(Section):
@@ -175,6 +194,7 @@ class Config(Section):
         """What a method is given besides its own settings."""
         return Plan(
             rank=self.lora.rank,
+            ranks=self.lora.ranks,
             alpha=self.lora.alpha,
             dropout=self.lora.dropout,
             optim=self.train,

@@ -23,7 +23,7 @@ def check_policy(policy: Policy, config: Config) -> None:
     if policy.methods and name not in policy.methods:
         raise CoterieError(f"this site does not run {name}, only {', '.join(policy.methods)} ([policy] methods)")
     for what, value, limit in (
-        ("rank", config.lora.rank, policy.max_rank),
+        ("rank", config.lora.largest, policy.max_rank),
         ("rank", config.method.get("fresh_rank", 0), policy.max_rank),  # SmartFed's expert beside the pool
         ("rounds", config.run.rounds, policy.max_rounds),
     ):

@@ -79,7 +79,7 @@ def _policy_checks(site: SiteSettings, run: Config) -> Iterator[Check]:
     except CoterieError as fault:
         yield Check("policy", str(fault), False, "change [policy], or ask the server's people to change theirs")
     else:
-        yield Check("policy", f"allows {run.method_name}, rank {run.lora.rank}, {run.run.rounds} rounds")
+        yield Check("policy", f"allows {run.method_name}, rank {run.lora.largest}, {run.run.rounds} rounds")
 
 
 def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Check]:

@@ -44,7 +44,7 @@ class Method(ABC, Generic[S]):
 
     ``evaluates``: what a client is meant to use, the bank that the server sends after averaging ("received") or the
     one that it trained last itself ("trained"); ``[run] evaluate`` overrides it. ``newcomers``: why no client can join
-    after the start, "" if any can.
+    after the start, "" if any can. ``mixed_ranks``: whether clients may have different ranks (``[lora] ranks``).
     """
 
     settings: Any
@@ -58,6 +58,7 @@ class Method(ABC, Generic[S]):
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     evaluates: ClassVar[Literal["received", "trained"]] = "received"
     newcomers: ClassVar[str] = ""
+    mixed_ranks: ClassVar[bool] = False
 
     # server ----------------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
 from coterie.requests import Optim
-from coterie.types import Section
+from coterie.types import ClientId, Section
 
 
 class MethodSettings(Section):
@@ -23,9 +24,14 @@ class MethodSettings(Section):
 
 @dataclass(frozen=True)
 class Plan:
-    """What every method gets besides its own settings. ``scaling`` is alpha / rank."""
+    """What every method gets besides its own settings. ``scaling`` is alpha / rank.
+
+    ``ranks`` are those of clients with a rank of their own, by name or as a list over the sorted names; only methods
+    with ``mixed_ranks`` are given any (:mod:`coterie.methods.ranks`).
+    """
 
     rank: int = 8
+    ranks: Mapping[ClientId, int] | tuple[int, ...] = ()
     alpha: float = 16.0
     dropout: float = 0.05
     optim: Optim = field(default_factory=Optim)

@@ -69,6 +69,8 @@ def _missing_attributes(kind: type) -> Iterator[str]:
     yield from (text for text in _TEXTS if not isinstance(getattr(kind, text, None), str))
     if getattr(kind, "evaluates", None) not in ("received", "trained"):
         yield 'evaluates ("received" or "trained")'
+    if not isinstance(getattr(kind, "mixed_ranks", None), bool):
+        yield "mixed_ranks (true or false)"
     settings = getattr(kind, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, MethodSettings)):
         yield "Settings (a subclass of MethodSettings)"

@@ -66,6 +66,7 @@ POLICIES = {
     "method": ({"methods": ["fedlease"]}, "does not run fedit, only fedlease"),
     "rank": ({"max_rank": 1}, "at most 1 rank, the run has 2"),
     "fresh rank": ({"max_rank": 4}, "at most 4 rank, the run has 5"),
+    "ranks by client": ({"max_rank": 4}, "at most 4 rank, the run has 9"),
     "rounds": ({"max_rounds": 2}, "at most 2 rounds, the run has 3"),
     "steps": ({"max_steps": 2}, "would take 3 steps here, and this site allows 2"),
     "settings": ({"settings": {"train.epochs": [2, 3]}}, "wants train.epochs = [2, 3], the run has 1"),
@@ -80,6 +81,9 @@ def test_what_a_site_did_not_agree_to_is_refused_there(name: str, fedit: tuple[A
     if name == "fresh rank":
         smart = {"name": "smartfed", "fresh_rank": 5}
         config = flower_sites.server_config(sites.config(tmp_path / "smart", method="smartfed"), method=smart)
+    if name == "ranks by client":
+        path = sites.config(tmp_path / "flex", method="flexlora")
+        config = flower_sites.server_config(path, lora={"ranks": {"size-0": 9}})
     assert reason in refusal(tmp_path, Message(head(config), blob), policy=policy)
 
 

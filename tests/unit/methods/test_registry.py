@@ -79,6 +79,7 @@ INCOMPLETE = {
     "lacks expects(state, me, rnd)": "    expects = None",
     "lacks name, title": "    name = title = None",
     'lacks evaluates ("received" or "trained")': '    evaluates = "sent"',
+    "lacks mixed_ranks (true or false)": "    mixed_ranks = None",
     "lacks Settings (a subclass of MethodSettings)": "    Settings = dict",
     "lacks State (a frozen dataclass)": "    State = dict",
     "calls itself 'fedit': its name must be that of its file or entry point": "    name = 'fedit'",

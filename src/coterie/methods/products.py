@@ -1,0 +1,48 @@
+"""LoRAs as products B A by module, for methods that average products, not factors (:mod:`coterie.ops.lowrank`).
+
+None of these functions forms a [d_out, d_in] matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from coterie.ops.lowrank import Product, compact, norm, stacked, truncated
+from coterie.types import FOLDED, Key, Part, Tensors
+
+
+def products_of(lora: Tensors) -> dict[str, Product]:
+    """B and A of every module of one expert, sorted by module."""
+    keys = sorted(key for key in lora if key.part is Part.A)
+    return {key.module: (lora[key._replace(part=Part.B)], lora[key]) for key in keys}
+
+
+def as_lora(products: Mapping[str, Product], expert: int = 0) -> dict[Key, Tensor]:
+    """The products as the tensors of an expert."""
+    a = {Key(module, expert, Part.A): a for module, (_, a) in products.items()}
+    return a | {Key(module, expert, Part.B): b for module, (b, _) in products.items()}
+
+
+def summed(loras: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Product]:
+    """sum_i w_i B_i A_i of every module, exactly: of rank sum_i r_i."""
+    parts = [products_of(lora) for lora in loras]
+    return {module: stacked([part[module] for part in parts], weights) for module in parts[0]}
+
+
+def folded(before: Tensors, addition: Mapping[str, Product], most: int) -> dict[Key, Tensor]:
+    """``before`` + ``addition`` as the folded expert: exact, or cut to a rank of ``most`` if that is not 0.
+
+    Its rank is at most min(d_out, d_in). ``before`` may be empty, which is zero.
+    """
+    old = products_of(before)
+    sums = {module: stacked([old[module], new], [1.0, 1.0]) if old else new for module, new in addition.items()}
+    cut = {module: truncated(one, most) if 0 < most < one[1].shape[0] else compact(one) for module, one in sums.items()}
+    return as_lora(cut, FOLDED)
+
+
+def total_norm(products: Mapping[str, Product]) -> float:
+    """The Frobenius norm of all modules' products as one vector."""
+    return math.sqrt(sum(norm(product) ** 2 for product in products.values()))
