@@ -5,7 +5,8 @@
     summary = coterie.run("triage.toml", "runs/triage")
     north = coterie.load("runs/triage", client="north")
 
-Everything named here is imported when it is first used: ``import coterie`` itself is quick.
+Besides what a run needs, it names what a method is written with: :class:`Method`, what travels, and the requests.
+Everything is imported when it is first used: ``import coterie`` itself is quick.
 """
 
 from __future__ import annotations
@@ -20,39 +21,73 @@ if TYPE_CHECKING:
     from coterie.config.sections import Config
     from coterie.experiment import run
     from coterie.methods.base import Method
-    from coterie.methods.plan import MethodSettings
-    from coterie.requests import Observe, Score, Train
-    from coterie.types import Bank, CoterieError
+    from coterie.methods.plan import MethodSettings, Plan
+    from coterie.requests import ClientProgram, Observe, Observed, Optim, Score, Scored, Train, Trained
+    from coterie.types import (
+        Bank,
+        BaseSpec,
+        ClientId,
+        ClientInfo,
+        ClientResult,
+        CoterieError,
+        GateSpec,
+        Instruction,
+        Key,
+        Part,
+        Personal,
+        Reply,
+        Tensors,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "Bank",
+    "BaseSpec",
+    "ClientId",
+    "ClientInfo",
     "ClientModel",
+    "ClientProgram",
+    "ClientResult",
     "Config",
     "CoterieError",
+    "GateSpec",
+    "Instruction",
+    "Key",
     "Method",
     "MethodSettings",
     "Observe",
+    "Observed",
+    "Optim",
+    "Part",
+    "Personal",
+    "Plan",
+    "Reply",
     "Score",
+    "Scored",
+    "Tensors",
     "Train",
+    "Trained",
     "__version__",
     "compare",
     "load",
     "load_config",
     "run",
 ]
-_MODULES = {
-    "ClientModel": "coterie.adapters.model",
-    "load": "coterie.adapters.model",
-    "compare": "coterie.comparison",
-    "load_config": "coterie.config.load",
-    "Config": "coterie.config.sections",
-    "run": "coterie.experiment",
-    "Method": "coterie.methods.base",
-    "MethodSettings": "coterie.methods.plan",
-    **dict.fromkeys(("Observe", "Score", "Train"), "coterie.requests"),
-    **dict.fromkeys(("Bank", "CoterieError"), "coterie.types"),
+_FROM = {
+    "adapters.model": ("ClientModel", "load"),
+    "comparison": ("compare",),
+    "config.load": ("load_config",),
+    "config.sections": ("Config",),
+    "experiment": ("run",),
+    "methods.base": ("Method",),
+    "methods.plan": ("MethodSettings", "Plan"),
+    "requests": ("ClientProgram", "Observe", "Observed", "Optim", "Score", "Scored", "Train", "Trained"),
+    "types": (
+        *("Bank", "BaseSpec", "ClientId", "ClientInfo", "ClientResult", "CoterieError", "GateSpec", "Instruction"),
+        *("Key", "Part", "Personal", "Reply", "Tensors"),
+    ),
 }
+_MODULES = {name: f"{__name__}.{module}" for module, names in _FROM.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from coterie.data.sources import sources
+from coterie.data.sources import source_named, sources
 from coterie.methods.registry import method_named, methods
-from coterie.nn.gates import gates
+from coterie.nn.gates import gate_named, gates
 from coterie.plugins import installed
 
-CACHES = (installed, method_named, methods, sources, gates)
+CACHES = (installed, method_named, methods, sources, source_named, gates, gate_named)
 
 
 def forget() -> None:

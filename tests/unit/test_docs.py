@@ -216,7 +216,7 @@ def test_the_gate_of_the_contributing_page_weighs(monkeypatch: pytest.MonkeyPatc
     space = dict(vars(gates))
     exec(compile(the_block("gate").text, "gate", "exec"), space)
     monkeypatch.setattr(gates, "sigmoid", space["sigmoid"], raising=False)
-    gates.gates.cache_clear()
+    packages.forget()
     try:
         made = tiny.model("bert")
         bank = tiny.bank(tiny.targets(made), experts=3, gate="sigmoid")
@@ -227,7 +227,7 @@ def test_the_gate_of_the_contributing_page_weighs(monkeypatch: pytest.MonkeyPatc
         assert ((sums > 0) & (sums < 3 * 21)).all()
     finally:
         monkeypatch.undo()
-        gates.gates.cache_clear()
+        packages.forget()
 
 
 # links, paths, commands ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.nn.gates import balance_loss, gates, routes_by_output, routes_by_row
+from coterie.nn.gates import balance_loss, gate_named, routes_by_output, routes_by_row
 from coterie.nn.products import Add, Project, Ranks, Span, padded
 from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.ops.streams import stream
@@ -214,7 +214,7 @@ class BankLayer:
         """The gate's weights [n, e], the shared expert's too, from p [n, s] and A_cat x of the routed experts."""
         if self.has_shared and len(self.experts) == 1:
             return None  # there is nothing to route over
-        g = gates()[self.gate](p, self._by_expert(routed), **self.options)
+        g = gate_named(self.gate)(p, self._by_expert(routed), **self.options)
         if g is None or not self.has_shared:
             return g
         return torch.cat([g.new_ones(g.shape[0], 1), g], dim=1)

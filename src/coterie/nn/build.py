@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.nn.bank import BankLayer, Pass
-from coterie.nn.gates import gates
+from coterie.nn.gates import gate_named
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
 from coterie.types import FOLDED, NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
@@ -40,8 +40,7 @@ def build_layers(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) ->
     wanted = frozenset(trainable)
     if unknown := wanted - bank.tensors.keys():
         raise CoterieError(f"cannot train {', '.join(sorted(map(str, unknown)))}: the bank has no such tensor")
-    if bank.gate.name not in gates():
-        raise CoterieError(f"unknown gate {bank.gate.name!r}; the gates are {', '.join(gates())}")
+    gate_named(bank.gate.name)  # raises for an unknown gate
     if not 0 <= bank.dropout < 1:
         raise CoterieError(f"dropout is {bank.dropout}; it is at least 0 and less than 1")
     now = Pass()
@@ -147,7 +146,7 @@ def _check_gate(layer: BankLayer) -> None:
     if FOLDED in layer.experts and layer.gate != "constant":
         raise CoterieError(f"{where}: a bank with a folded expert has the gate 'constant'")
     try:
-        inspect.signature(gates()[layer.gate]).bind(p, None, **layer.options)
+        inspect.signature(gate_named(layer.gate)).bind(p, None, **layer.options)
         g = layer.weights(p, routed)
     except (TypeError, ValueError) as fault:
         raise CoterieError(f"{where}: {fault}") from fault

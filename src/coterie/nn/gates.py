@@ -7,9 +7,10 @@ A gate is ``gate(p, z, **options) -> g``, with
 * ``g`` [n, e]: the weight of every expert, in the bank's order; None stands for all ones.
 
 Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
-no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z: its name is what a method
-names. Mark it with ``_by_output`` if it depends on z (else z may be of x~, or None), with ``_by_row`` if all tokens of
-a row weigh alike, and with ``_scored`` to give it the load-balance loss (:func:`balance_loss`).
+no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z, here or in an installed
+package (entry points ``coterie.gates``); a method names it by the function's name. Mark it with ``by_output`` if it
+depends on z (else z may be of x~, or None), with ``by_row`` if all tokens of a row weigh alike, and with ``scored`` to
+give it the load-balance loss (:func:`balance_loss`).
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from coterie.plugins import check_new, installed, load
+from coterie.types import CoterieError
+
 Gate = Callable[..., Tensor | None]
 Scores = Callable[[Tensor | None, Tensor | None], Tensor]
 G = TypeVar("G", bound=Gate)
 
+GROUP = "coterie.gates"
 _SCORES: dict[str, Scores] = {}
 _BY_OUTPUT: set[str] = set()
 _BY_ROW: set[str] = set()
 
 
-def _scored(scores: Scores) -> Callable[[G], G]:
+def scored(scores: Scores) -> Callable[[G], G]:
     """Mark a gate whose experts have the probabilities softmax(scores(p, z))."""
 
     def mark(gate: G) -> G:
@@ -43,13 +48,13 @@ def _scored(scores: Scores) -> Callable[[G], G]:
     return mark
 
 
-def _by_output(gate: G) -> G:
+def by_output(gate: G) -> G:
     """Mark a gate that depends on z = A x: of x before dropout, while the output takes A x~."""
     _BY_OUTPUT.add(gate.__name__)
     return gate
 
 
-def _by_row(gate: G) -> G:
+def by_row(gate: G) -> G:
     """Mark a gate that weighs whole rows: p is of the mean over a row's tokens, scaled to length 1 (:mod:`.rows`)."""
     _BY_ROW.add(gate.__name__)
     return gate
@@ -78,14 +83,14 @@ def constant(p: Tensor | None, z: Tensor | None) -> None:
     """g = 1: the plain sum of the experts (one expert: a plain LoRA)."""
 
 
-@_scored(_routed)
+@scored(_routed)
 def softmax(p: Tensor | None, z: Tensor | None) -> Tensor:
     """g = softmax(p), over all experts. Shapes: p [n, e]."""
     p = _routed(p)
     return _top_softmax(p, p.shape[-1], tuple(range(p.shape[-1])), p.shape[-1])
 
 
-@_scored(_routed)
+@scored(_routed)
 def top_k(p: Tensor | None, z: Tensor | None, *, k: int, scale: str = "one") -> Tensor:
     """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e].
 
@@ -119,8 +124,8 @@ def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:
     return _top_softmax(p, experts, serves, experts)
 
 
-@_by_output
-@_scored(_dot)
+@by_output
+@scored(_dot)
 def scaled_dot_product(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     """FedAMoLE's gate (2411.19128, section 4.2): s_te = (A_e x_t . P x_t) / sqrt r; softmax over the k largest.
 
@@ -129,7 +134,7 @@ def scaled_dot_product(p: Tensor | None, z: Tensor | None, *, k: int) -> Tensor:
     return top_k(_dot(p, z), None, k=k).to(p.dtype if p is not None else torch.float32)
 
 
-@_by_row
+@by_row
 def similarity(p: Tensor | None, z: Tensor | None, *, scale: float) -> Tensor:
     """FedDPA's weights (2403.19211, section 4.3) of two experts: g = (1 - a, a), a = scale * max(p, 0).
 
@@ -173,14 +178,32 @@ def routes_by_row(gate: str) -> bool:
 
 
 @cache
+def gate_named(name: str) -> Gate:
+    """The gate called ``name``, of this module or of an installed package (:mod:`coterie.plugins`).
+
+    Raises :class:`CoterieError` that lists the known gates where there is none, and for one that is not a function
+    of (p, z) with that name.
+    """
+    check_new(GROUP, gates())
+    if name in gates():
+        return gates()[name]
+    if name not in installed(GROUP):
+        raise CoterieError(f"unknown gate {name!r}; the gates are {', '.join([*gates(), *installed(GROUP)])}")
+    gate: Gate = load(installed(GROUP)[name])
+    if not inspect.isfunction(gate) or not _is_gate(gate) or gate.__name__ != name:
+        raise CoterieError(f"the gate {name!r} must be a function {name}(p, z), not {gate!r}")
+    return gate
+
+
+@cache
 def gates() -> dict[str, Gate]:
-    """Every gate by name: the public functions of (p, z)."""
+    """Every gate of this module by name: the public functions of (p, z)."""
     functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
-    return {
-        name: function
-        for name, function in functions
-        if not name.startswith("_") and list(inspect.signature(function).parameters)[:2] == ["p", "z"]
-    }
+    return {name: function for name, function in functions if not name.startswith("_") and _is_gate(function)}
+
+
+def _is_gate(function: Gate) -> bool:
+    return list(inspect.signature(function).parameters)[:2] == ["p", "z"]
 
 
 def _top_softmax(p: Tensor, k: int, serves: tuple[int, ...], experts: int) -> Tensor:

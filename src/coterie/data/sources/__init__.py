@@ -1,4 +1,4 @@
-"""Where datasets come from. A source is one module of this package, found by looking: there is no list to keep.
+"""Where datasets come from. A source is one module of this package, or of an installed one (:mod:`coterie.plugins`).
 
 To add one, write a module with
 
@@ -20,8 +20,13 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from coterie import plugins
 from coterie.data.files import Table
 from coterie.data.settings import Columns
+from coterie.plugins import check_new, installed
+from coterie.types import CoterieError
+
+GROUP = "coterie.sources"
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,32 @@ class Dataset:
 
 @cache
 def sources() -> dict[str, ModuleType]:
-    """Every source by its prefix."""
+    """Every source of this package by its prefix."""
     modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
     return {module.PREFIX: module for module in modules if hasattr(module, "PREFIX")}
+
+
+@cache
+def source_named(prefix: str) -> ModuleType | None:
+    """The source of a prefix, of this package or of an installed one; None where there is none.
+
+    An installed package names its source's module in the entry point group ``coterie.sources``, under its prefix.
+    """
+    check_new(GROUP, sources())
+    if prefix not in installed(GROUP):
+        return sources().get(prefix)
+    source = plugins.load(installed(GROUP)[prefix])
+    if missing := [name for name in ("PREFIX", "USAGE", "load") if not hasattr(source, name)]:
+        raise CoterieError(f"the source {prefix!r} lacks {', '.join(missing)}; it must be a module that has them")
+    if prefix != source.PREFIX:
+        raise CoterieError(f"the source {prefix!r} has PREFIX = {source.PREFIX!r}; its entry point must have that name")
+    module: ModuleType = source
+    return module
+
+
+def usages() -> list[str]:
+    """How the datasets of every source are named."""
+    return [source.USAGE for prefix in [*sources(), *installed(GROUP)] if (source := source_named(prefix))]
 
 
 def load(name: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
@@ -50,7 +78,8 @@ def load(name: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
     Raises :class:`~coterie.types.CoterieError` where there are none.
     """
     prefix, _, rest = name.partition(":")
-    known = sources()
-    source, rest = (known[prefix], rest) if prefix in known else (known["folder"], name)
-    datasets: tuple[Dataset, ...] = source.load(rest, root, columns)
+    source = source_named(prefix)
+    datasets: tuple[Dataset, ...] = (
+        source.load(rest, root, columns) if source else sources()["folder"].load(name, root, columns)
+    )
     return datasets

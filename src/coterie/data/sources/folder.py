@@ -11,7 +11,7 @@ from pathlib import Path
 from coterie.data.files import READERS, Table, read_table
 from coterie.data.rows import SPLITS
 from coterie.data.settings import Columns
-from coterie.data.sources import Dataset, sources
+from coterie.data.sources import Dataset, usages
 from coterie.types import DataError
 
 PREFIX = "folder"
@@ -26,7 +26,7 @@ def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
 def read_folder(path: Path) -> Dataset:
     """The dataset of one folder, called as the folder is."""
     if not path.is_dir():
-        ways = "; ".join(source.USAGE for source in sources().values())
+        ways = "; ".join(usages())
         raise DataError(f"{path}: no such folder. A dataset is one of {ways}")
     tables: dict[str, Table] = {}
     for file in sorted(path.iterdir()):
