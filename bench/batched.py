@@ -53,33 +53,33 @@ class Case:
         return self.rows * self.tokens
 
 
-def bank_of(place: Workplace, client: int) -> Bank:
+def bank_of(workplace: Workplace, client: int) -> Bank:
     """A LoRA of the client's own on every target, and a head for two labels."""
     tensors = {}
-    for target in place.base.spec.targets:
+    for target in workplace.base.spec.targets:
         draw = stream(client, "bench", target.name)
         tensors[Key(target.name, 0, Part.A)] = kaiming_uniform((RANK, target.d_in), draw)
         tensors[Key(target.name, 0, Part.B)] = torch.zeros(target.d_out, RANK)
-    for part in place.base.spec.head:
+    for part in workplace.base.spec.head:
         tensors[Key(part.name, NO_EXPERT, Part.HEAD)] = torch.zeros(part.shape_for(2))
     return Bank(tensors, scaling=2.0, dropout=0.05)
 
 
-def asked_of(place: Workplace, case: Case, clients: int, steps: int) -> list[tuple[LocalCompute, Train]]:
+def asked_of(workplace: Workplace, case: Case, clients: int, steps: int) -> list[tuple[LocalCompute, Train]]:
     """What each client asks: optimiser steps over rows of random words."""
     optim, asked = Optim(batch_size=case.rows, epochs=1), []
     for number in range(clients):
         client = ClientData(ClientInfo(f"client-{number}", case.rows * steps, labels=("no", "yes")), {})
         ids = torch.randint(1000, 20000, (case.rows * steps, case.tokens), generator=stream(number, "rows")).tolist()
-        place.cache[client.info.id, "train"] = [
+        workplace.cache[client.info.id, "train"] = [
             Example(tuple(row), (0,) * case.tokens, label=i % 2) for i, row in enumerate(ids)
         ]
-        bank = bank_of(place, number)
-        asked.append((LocalCompute(place, client, 1), Train(bank, frozenset(bank.tensors), optim)))
+        bank = bank_of(workplace, number)
+        asked.append((LocalCompute(workplace, client, 1), Train(bank, frozenset(bank.tensors), optim)))
     return asked
 
 
-def workplace(case: Case) -> Workplace:
+def make_workplace(case: Case) -> Workplace:
     small = case.model == "minilm"
     dtype = torch.float32 if small else torch.bfloat16
     base = load_base(case.model, "classification", device=case.device, dtype=dtype)
@@ -111,13 +111,13 @@ def measure(case: Case, sizes: list[int], budget: int, repeats: int) -> list[dic
     clients = max(measured)
     whole = clients * case.step
     steps = 2 if 2 * whole <= budget // 2 else 1
-    place = workplace(case)
-    asked = asked_of(place, case, clients, steps)
+    workplace = make_workplace(case)
+    asked = asked_of(workplace, case, clients, steps)
     run_of(asked[:1], 1, case.device)()
     runs = {str(size): run_of(asked, size, case.device) for size in measured}
     work, cases = steps * whole, {size: lambda run=run: run for size, run in runs.items()}
     times = interleaved(cases, repeats if work <= budget // 2 else min(repeats, 2), warmup=int(work <= budget // 4))
-    rows, per_token = [], work_per_token(place.base, case.tokens)
+    rows, per_token = [], work_per_token(workplace.base, case.tokens)
     for size in sizes:
         row: dict[str, Any] = {"precision": case.precision, "rows": case.rows, "tokens": case.tokens, "per_pass": size}
         name = str(size)
@@ -151,10 +151,12 @@ def print_peaks(task: dict[str, Any]) -> None:
     """:func:`peaks` in this process."""
     torch.set_num_threads(task["threads"])
     case, found = Case(**task["case"]), dict[str, int]()
-    place = workplace(case)
+    workplace = make_workplace(case)
     cuda = case.device.startswith("cuda")
-    run_of(asked_of(place, Case(1, 4, case.precision, case.device, case.model), 1, 1), 1, case.device)()  # touch it all
-    asked = asked_of(place, case, max(task["sizes"]), 1)
+    run_of(
+        asked_of(workplace, Case(1, 4, case.precision, case.device, case.model), 1, 1), 1, case.device
+    )()  # touch it all
+    asked = asked_of(workplace, case, max(task["sizes"]), 1)
     limit = SHARE * (torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available)
     before = torch.cuda.memory_allocated() if cuda else int(psutil.Process().memory_info().rss)
     for size in sorted(task["sizes"]):
@@ -171,7 +173,7 @@ def print_peaks(task: dict[str, Any]) -> None:
 
 def profiled(case: Case, size: int) -> list[dict[str, Any]]:
     """Where the time of a pass goes."""
-    asked = asked_of(workplace(case), case, size, 2)
+    asked = asked_of(make_workplace(case), case, size, 2)
     run = run_of(asked, size, case.device)
     run()
     return profile(run, case.device)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from _harness import arguments, interleaved, table, write
-from batched import Case, asked_of, workplace
+from batched import Case, asked_of, make_workplace
 
 from coterie.compute.batched import train_together
 from coterie.compute.client import LocalCompute
@@ -31,25 +31,25 @@ COMPILERS = ("c++", "g++", "clang++")
 Asked = list[tuple[LocalCompute, Train]]
 
 
-def uneven(place: Workplace, case: Case, clients: int, steps: int) -> Asked:
+def uneven(workplace: Workplace, case: Case, clients: int, steps: int) -> Asked:
     """What the clients ask; each one's rows cut to 0.75 to 1.25 of a length of its own."""
-    asked, draw = asked_of(place, case, clients, steps), stream(0, "lengths")
+    asked, draw = asked_of(workplace, case, clients, steps), stream(0, "lengths")
     for compute, _ in asked:
         own = 8 + (LONGEST * 0.8 - 8) * float(torch.rand((), generator=draw))
         key = compute.client.info.id, "train"
-        cut = [max(4, round(own * (0.75 + 0.5 * float(torch.rand((), generator=draw))))) for _ in place.cache[key]]
-        place.cache[key] = [
+        cut = [max(4, round(own * (0.75 + 0.5 * float(torch.rand((), generator=draw))))) for _ in workplace.cache[key]]
+        workplace.cache[key] = [
             replace(row, ids=row.ids[:n], types=row.types[:n] if row.types else None)
-            for row, n in zip(place.cache[key], cut, strict=True)
+            for row, n in zip(workplace.cache[key], cut, strict=True)
         ]
     return asked
 
 
-def passes(place: Workplace, asked: Asked, size: int) -> dict[str, list[Asked]]:
+def passes(workplace: Workplace, asked: Asked, size: int) -> dict[str, list[Asked]]:
     """The clients in groups of ``size``, in the order in which they come and as the engine groups them."""
     loads = []
     for number, (compute, _) in enumerate(asked):
-        lengths = [len(row.ids) for row in place.cache[compute.client.info.id, "train"]]
+        lengths = [len(row.ids) for row in workplace.cache[compute.client.info.id, "train"]]
         loads.append(Load(number, -(-len(lengths) // ROWS), ROWS, _mean_longest(lengths, ROWS)))
     as_they_come = [loads[start : start + size] for start in range(0, len(loads), size)]
     groups = {"as they come": as_they_come, "grouped": grouped(loads, size)}
@@ -68,7 +68,7 @@ def run_of(groups: list[Asked]) -> Callable[[], Callable[[], Any]]:
 
 def measure(precision: str, clients: int, steps: int, size: int, repeats: int) -> list[dict[str, Any]]:
     case = Case(ROWS, LONGEST, precision, "cpu", "minilm")
-    plain, compiled = workplace(case), workplace(case)
+    plain, compiled = make_workplace(case), make_workplace(case)
     cases = passes(plain, uneven(plain, case, clients, steps), size)
     about: dict[str, float] = {}
     if any(map(shutil.which, COMPILERS)):

@@ -68,7 +68,7 @@ def test_a_fault_on_one_device_ends_the_run_and_leaves_it_to_be_resumed(
         patch.setattr(LocalCompute, "train", broken)
         with pytest.raises(RuntimeError, match="the device is gone"):
             run(config, tmp_path / "broken", root=tmp_path)
-    assert not [t for t in threading.enumerate() if t.name.startswith(("place-", "mover"))]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("workplace-", "disk"))]
     assert len(clients_of(tmp_path / "broken", "round")) == 1
     run(config, tmp_path / "broken", root=tmp_path, resume=True)
     run(config, tmp_path / "whole", root=tmp_path)

@@ -20,16 +20,15 @@ from torch import Tensor
 import pools
 import sites
 import tiny
-from coterie.compute import batched
-from coterie.compute import client as computing
+from coterie.compute import batched, passes
 from coterie.compute.batched import answer_all, drive_together
 from coterie.compute.client import LocalCompute
-from coterie.compute.train import Course
+from coterie.compute.train import Training
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
 from coterie.data.rows import ClientData, FederatedData
-from coterie.data.tasks import make_task
+from coterie.data.tasks import Batch, make_task
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import ClientStates, PersonalStore
 from coterie.engines.together import Together
@@ -74,7 +73,7 @@ def cut(client: ClientData, rows: int) -> ClientData:
     return ClientData(replace(client.info, num_train=rows), splits)
 
 
-def workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, **more: Any) -> Workplace:
+def make_workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, **more: Any) -> Workplace:
     base, _ = loaded(kind, dtype, more.pop("arch", ""))
     task = make_task(kind, base.tokenizer, 32, 4, more.pop("generates", False))  # type: ignore[arg-type]
     return Workplace(base, task, 0, **more)
@@ -138,11 +137,11 @@ WAYS = [
 def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str, kind: str) -> None:
     """In float64, each round from the same state: in groups of 2, of 3 turned around, and all at once."""
     assert len(methods()) >= 3
-    method, place, clients = method_of(name, kind, head), workplace(kind), loaded(kind, torch.float64)[1]
+    method, workplace, clients = method_of(name, kind, head), make_workplace(kind), loaded(kind, torch.float64)[1]
     infos = [c.info for c in clients]
-    before = {name: value.clone() for name, value in place.base.model.state_dict().items()}
-    state = method.init(place.base.spec, infos)
-    personal = {c.id: method.begin(place.base.spec, c) for c in infos}
+    before = {name: value.clone() for name, value in workplace.base.model.state_dict().items()}
+    state = method.init(workplace.base.spec, infos)
+    personal = {c.id: method.begin(workplace.base.spec, c) for c in infos}
     for rnd in range(1, ROUNDS + 1):
         instructions = method.configure(state, infos, rnd)
 
@@ -152,9 +151,9 @@ def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str,
                 replace(ins, tensors=double(ins.tensors)), client.info, replace(mine, tensors=double(mine.tensors))
             )
 
-        alone = {c.info.id: drive(program(c), LocalCompute(place, c, rnd)) for c in clients}
+        alone = {c.info.id: drive(program(c), LocalCompute(workplace, c, rnd)) for c in clients}
         for group in (*groups(clients, 2), *groups(clients[::-1], 3), list(clients)):
-            computes = [LocalCompute(place, c, rnd) for c in group]
+            computes = [LocalCompute(workplace, c, rnd) for c in group]
             batched_all = len(group) > 1 and name not in ALONE
             with in_batches() if batched_all else nullcontext():
                 results = drive_together([program(c) for c in group], computes, ignore)
@@ -164,10 +163,10 @@ def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str,
         single = {c: replace(r.reply, tensors=floats(r.reply.tensors)) for c, r in alone.items()}
         personal = {c: replace(r.personal, tensors=floats(r.personal.tensors)) for c, r in alone.items()}
         state = method.aggregate(state, single, rnd)
-    after = place.base.model.state_dict()
+    after = workplace.base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert not any(module._forward_hooks for module in place.base.model.modules())
+    assert not any(module._forward_hooks for module in workplace.base.model.modules())
 
 
 def floats(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -190,9 +189,9 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, optim: 
     clients = loaded(kind, torch.float32)[1]
 
     def engine(together: int) -> LocalEngine:
-        place = workplace(kind, torch.float32, eval_batch_size=4)
+        workplace = make_workplace(kind, torch.float32, eval_batch_size=4)
         states = ClientStates(PersonalStore(tmp_path / str(together)))
-        return LocalEngine(place, FederatedData(clients, {}), states, Together((place,), together))
+        return LocalEngine(workplace, FederatedData(clients, {}), states, Together((workplace,), together))
 
     one, many = engine(1), engine(3)
     state = method.init(one.spec, one.clients)
@@ -222,8 +221,10 @@ def test_engines_agree_in_float32_after_each_round(name: str, kind: str, optim: 
 def test_several_devices_give_the_bits_of_one(name: str, together: int, tmp_path: Path) -> None:
     """A base on each; AdamW, in float32, with what stays with the clients, evaluation and use of experts."""
     method, clients = method_of(name, "classification"), loaded("classification", torch.float32)[1]
-    place = workplace("classification", torch.float32, eval_batch_size=4)
-    first, other = (replace(place, base=replace(place.base, model=copy.deepcopy(place.base.model))) for _ in range(2))
+    workplace = make_workplace("classification", torch.float32, eval_batch_size=4)
+    first, other = (
+        replace(workplace, base=replace(workplace.base, model=copy.deepcopy(workplace.base.model))) for _ in range(2)
+    )
 
     def engine(folder: str, size: int, *workplaces: Workplace) -> LocalEngine:
         states = ClientStates(PersonalStore(tmp_path / folder))
@@ -250,26 +251,26 @@ def test_several_devices_give_the_bits_of_one(name: str, together: int, tmp_path
 # single requests -----------------------------------------------------------------------------------------------------
 
 
-def some_bank(place: Workplace, labels: int, number: int, **changes: Any) -> Bank:
+def some_bank(workplace: Workplace, labels: int, number: int, **changes: Any) -> Bank:
     """A bank of its own for every number: other experts, other ranks, another scaling."""
     settings = {"experts": 1 + number % 3, "rank": 2 + number % 2, "scaling": 0.5 + number, **changes}
-    made = tiny.bank(place.base.spec.targets, seed=number, dtype=torch.float64, **settings)
-    return replace(made, tensors={**made.tensors, **double(tiny.head(place.base.model, labels))})
+    made = tiny.bank(workplace.base.spec.targets, seed=number, dtype=torch.float64, **settings)
+    return replace(made, tensors={**made.tensors, **double(tiny.head(workplace.base.model, labels))})
 
 
 def labels_of(client: ClientData) -> int:
     return len(client.info.labels or ())
 
 
-def same(place: Workplace, asked: Mapping[str, Request], within: float = 1e-9, alone: bool = False) -> None:
+def same(workplace: Workplace, asked: Mapping[str, Request], within: float = 1e-9, alone: bool = False) -> None:
     """Each answer is the one that the client gets alone."""
-    clients = {c.info.id: c for c in loaded(place.task.kind, torch.float64)[1]}
-    computes = [LocalCompute(place, clients[c], 2) for c in asked]
+    clients = {c.info.id: c for c in loaded(workplace.task.kind, torch.float64)[1]}
+    computes = [LocalCompute(workplace, clients[c], 2) for c in asked]
     with nullcontext() if alone else in_batches():
         told = answer_all(list(zip(computes, asked.values(), strict=True)), ignore)
     assert len(told) == len(asked) >= 2
     for one, (client, request) in zip(told, asked.items(), strict=True):
-        single = LocalCompute(place, clients[client], 2)
+        single = LocalCompute(workplace, clients[client], 2)
         expected = answer(request, single)
         assert furthest(one, expected) < within
         if isinstance(request, Train):
@@ -293,59 +294,59 @@ def optims() -> list[Optim]:
 @pytest.mark.parametrize("gate", ["constant", "softmax", "slot_top_k", "top_k"])
 def test_clients_may_differ_in_everything(gate: str, dropout: float) -> None:
     """Other optimisers, steps, experts, ranks, scalings, labels, and what trains, for every client."""
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
     asked: dict[str, Request] = {}
     for i, (client, optim) in enumerate(zip(clients, optims(), strict=True)):
         experts = 2 + i % 3
         options = {"slot_top_k": {"own": i % experts}, "top_k": {"k": 1 + i % 2}}.get(gate, {})
         bank = some_bank(
-            place, labels_of(client), i, gate=gate, options=options, experts=experts, dropout=dropout,
+            workplace, labels_of(client), i, gate=gate, options=options, experts=experts, dropout=dropout,
             shared=2 if i == 4 else 0, rank=[1 + (i + e) % 3 for e in range(experts)],
         )  # fmt: skip
         keys = sorted(bank.tensors)
         trainable = frozenset(keys if i % 2 else [key for key in keys if key.expert == experts - 1 or i == 2])
         asked[client.info.id] = Train(bank, trainable, optim, purpose=f"part {i}")
-    same(place, asked)
+    same(workplace, asked)
 
 
 @pytest.mark.parametrize("trained", ["lora", "head"])
 def test_clients_with_a_folded_expert_share_a_batch(trained: str) -> None:
     """It sees no dropout, whatever the ranks of what trains beside it."""
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
-    extra = folded(place, 3)
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
+    extra = folded(workplace, 3)
     asked: dict[str, Request] = {}
     for i, client in enumerate(clients):
-        bank = some_bank(place, labels_of(client), i, experts=1, rank=1 + i, dropout=0.3)
+        bank = some_bank(workplace, labels_of(client), i, experts=1, rank=1 + i, dropout=0.3)
         if trained == "head":
             bank = replace(bank, tensors={key: v for key, v in bank.tensors.items() if key.part is Part.HEAD})
         trainable = frozenset(bank.tensors)
         asked[client.info.id] = Train(replace(bank, tensors={**bank.tensors, **extra}), trainable, OPTIM)
-    same(place, asked)
+    same(workplace, asked)
 
 
-def folded(place: Workplace, rank: int) -> dict[Key, Tensor]:
-    made = tiny.bank(place.base.spec.targets, 1, rank, seed=9, dtype=torch.float64)
+def folded(workplace: Workplace, rank: int) -> dict[Key, Tensor]:
+    made = tiny.bank(workplace.base.spec.targets, 1, rank, seed=9, dtype=torch.float64)
     return {key._replace(expert=FOLDED): value for key, value in made.tensors.items()}
 
 
 @pytest.mark.parametrize("arch", ["roberta", "gpt2", "qwen2"])
 def test_other_models_and_modules_that_only_some_adapt(arch: str) -> None:
     kind = "classification" if arch == "roberta" else "generation"
-    place, clients = workplace(kind, arch=arch), loaded(kind, torch.float64, arch)[1]
+    workplace, clients = make_workplace(kind, arch=arch), loaded(kind, torch.float64, arch)[1]
     asked: dict[str, Request] = {}
     for i, client in enumerate(clients):
-        bank = some_bank(place, labels_of(client) or 2, i, experts=2, gate="softmax", rank=2)
+        bank = some_bank(workplace, labels_of(client) or 2, i, experts=2, gate="softmax", rank=2)
         targets = sorted({key.module for key in bank.tensors if key.part is not Part.HEAD})
         kept = {k: v for k, v in bank.tensors.items() if k.part is Part.HEAD or targets.index(k.module) % (i + 1) == 0}
         bank = replace(bank, tensors=kept, scaling=2.0, dropout=0.1)
         asked[client.info.id] = Train(bank, frozenset(kept), optims()[i])
     clients_of = loaded(kind, torch.float64, arch)
-    assert clients_of[0] is place.base
-    computes = {c.info.id: LocalCompute(place, c, 1) for c in clients}
+    assert clients_of[0] is workplace.base
+    computes = {c.info.id: LocalCompute(workplace, c, 1) for c in clients}
     for one, (client_id, request) in zip(
         answer_all([(computes[c], r) for c, r in asked.items()], ignore), asked.items(), strict=True
     ):
-        expected = answer(request, LocalCompute(place, computes[client_id].client, 1))
+        expected = answer(request, LocalCompute(workplace, computes[client_id].client, 1))
         assert furthest(one, expected) < 1e-9
 
 
@@ -360,17 +361,17 @@ def test_scores_of_several_banks(kind: str, generates: bool, monkeypatch: pytest
         texts.append(list(made))
         return {"length": float(sum(map(len, made)))}
 
-    monkeypatch.setattr("coterie.compute.client.text_metrics", keep)
-    place = workplace(kind, eval_batch_size=7, generates=generates)
+    monkeypatch.setattr("coterie.compute.score.text_metrics", keep)
+    workplace = make_workplace(kind, eval_batch_size=7, generates=generates)
     clients = loaded(kind, torch.float64)[1]
     asked = {
         c.info.id: Score(
-            [some_bank(place, labels_of(c), 3 * i + k, gate="softmax", rank=2) for k in range(1 + i % 3)],
+            [some_bank(workplace, labels_of(c), 3 * i + k, gate="softmax", rank=2) for k in range(1 + i % 3)],
             "test" if i != 1 else "validation",
         )
         for i, c in enumerate(clients)
     }
-    same(place, dict(asked))
+    same(workplace, dict(asked))
     if generates:
         number = sum(len(r.banks) for r in asked.values() if r.split == "test")
         assert len(texts) == 2 * number
@@ -381,33 +382,35 @@ def test_scores_of_several_banks(kind: str, generates: bool, monkeypatch: pytest
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("gate", ["constant", "softmax", "scaled_dot_product"])
 def test_observations(gate: str, padding: bool) -> None:
-    place, clients = workplace(eval_batch_size=3), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(eval_batch_size=3), loaded("classification", torch.float64)[1]
     options = {"k": 2} if gate == "scaled_dot_product" else {}
     asked: dict[str, Request] = {
         c.info.id: Observe(
-            some_bank(place, labels_of(c), i, gate=gate, options=options, rank=2, experts=2 + i % 2, shared=i % 2 * 2),
+            some_bank(
+                workplace, labels_of(c), i, gate=gate, options=options, rank=2, experts=2 + i % 2, shared=i % 2 * 2
+            ),
             ("train", "test")[i % 2],
             ("usage", "embeddings") if i % 2 else ("embeddings",),
             padding=padding,
         )
         for i, c in enumerate(clients)
     }
-    same(place, asked)
+    same(workplace, asked)
 
 
 def test_gradient_checkpointing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
-    model = copy.deepcopy(place.base.model)
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
+    model = copy.deepcopy(workplace.base.model)
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
     asked = {
         c.info.id: Train(bank, frozenset(bank.tensors), OPTIM)
         for i, c in enumerate(clients)
-        for bank in [some_bank(place, labels_of(c), i, gate="softmax", rank=2, dropout=0.2)]
+        for bank in [some_bank(workplace, labels_of(c), i, gate="softmax", rank=2, dropout=0.2)]
     }
-    plain = answer_all([(LocalCompute(place, c, 1), asked[c.info.id]) for c in clients], ignore)
-    place.base = replace(place.base, model=model)
-    checked = answer_all([(LocalCompute(place, c, 1), asked[c.info.id]) for c in clients], ignore)
+    plain = answer_all([(LocalCompute(workplace, c, 1), asked[c.info.id]) for c in clients], ignore)
+    workplace.base = replace(workplace.base, model=model)
+    checked = answer_all([(LocalCompute(workplace, c, 1), asked[c.info.id]) for c in clients], ignore)
     assert furthest(plain, checked) < 1e-9
 
 
@@ -416,42 +419,42 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("unlike", ["dropout", "gate", "ranks", "folded ranks"])
 def test_what_cannot_share_a_batch_is_answered_alone(unlike: str) -> None:
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
     asked: dict[str, Request] = {}
     for i, client in enumerate(clients):
-        bank = some_bank(place, labels_of(client), i, experts=2, rank=2, dropout=0.1)
+        bank = some_bank(workplace, labels_of(client), i, experts=2, rank=2, dropout=0.1)
         if unlike == "dropout":
             bank = replace(bank, dropout=0.1 * (i % 2))
         if unlike == "gate" and i % 2:
-            changed = tiny.bank(place.base.spec.targets, 2, 2, gate="scaled_dot_product", dtype=torch.float64)
+            changed = tiny.bank(workplace.base.spec.targets, 2, 2, gate="scaled_dot_product", dtype=torch.float64)
             bank = replace(
                 bank, tensors={**bank.tensors, **changed.tensors}, gate=GateSpec("scaled_dot_product", {"k": 1})
             )
         if unlike == "ranks":
-            made = some_bank(place, labels_of(client), i, experts=2, rank=[1, 3])
+            made = some_bank(workplace, labels_of(client), i, experts=2, rank=[1, 3])
             bank = replace(made, dropout=0.1, own_masks=True)
         trainable = frozenset(bank.tensors)
         if unlike == "folded ranks":
-            bank = replace(bank, tensors={**bank.tensors, **folded(place, 1 + i)})
+            bank = replace(bank, tensors={**bank.tensors, **folded(workplace, 1 + i)})
         asked[client.info.id] = Train(bank, trainable, OPTIM)
-    same(place, asked, within=1e-12, alone=True)
+    same(workplace, asked, within=1e-12, alone=True)
 
 
 def test_statistics_that_the_batched_form_does_not_know_are_asked_of_each_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    place, clients = workplace(), loaded("classification", torch.float64)[1][:2]
-    asked = [Observe(some_bank(place, labels_of(c), 0, gate="softmax", rank=2), "test", ("new",)) for c in clients]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1][:2]
+    asked = [Observe(some_bank(workplace, labels_of(c), 0, gate="softmax", rank=2), "test", ("new",)) for c in clients]
     seen: list[str] = []
     monkeypatch.setattr(LocalCompute, "observe", lambda self, request: seen.append(self.client.info.id))
-    answer_all([(LocalCompute(place, c, 1), request) for c, request in zip(clients, asked, strict=True)], ignore)
+    answer_all([(LocalCompute(workplace, c, 1), request) for c, request in zip(clients, asked, strict=True)], ignore)
     assert seen == [c.info.id for c in clients]
 
 
 def test_a_client_that_fails_leaves_the_others_as_they_were() -> None:
     """One diverges, one has no rows, one asks for a bank that does not fit."""
-    place, clients = workplace(), list(loaded("classification", torch.float64)[1])
-    asked = {c.info.id: some_bank(place, labels_of(c), i, gate="softmax", rank=2) for i, c in enumerate(clients)}
+    workplace, clients = make_workplace(), list(loaded("classification", torch.float64)[1])
+    asked = {c.info.id: some_bank(workplace, labels_of(c), i, gate="softmax", rank=2) for i, c in enumerate(clients)}
     wild, empty, wrong, *rest = clients
     asked[wild.info.id] = replace(asked[wild.info.id], scaling=1e200)
     emptied = ClientData(wild_info := replace(empty.info, id="nobody"), {**empty.splits, "train": ()})
@@ -462,35 +465,35 @@ def test_a_client_that_fails_leaves_the_others_as_they_were() -> None:
     order = [wild, emptied, wrong, *rest]
     banks = {"nobody": asked[empty.info.id], **asked}
     requests = {c.info.id: Train(banks[c.info.id], frozenset(banks[c.info.id].tensors), OPTIM) for c in order}
-    told = answer_all([(LocalCompute(place, c, 1), requests[c.info.id]) for c in order], ignore)
+    told = answer_all([(LocalCompute(workplace, c, 1), requests[c.info.id]) for c in order], ignore)
     for one, reason in zip(told, ["not finite", "client nobody has no train rows", "the bank has"], strict=False):
         assert isinstance(one, CoterieError)
         assert reason in str(one)
     assert len(rest) == 2
     for client, one in zip(rest, told[3:], strict=True):
-        assert furthest(one, LocalCompute(place, client, 1).train(requests[client.info.id])) < 1e-9
+        assert furthest(one, LocalCompute(workplace, client, 1).train(requests[client.info.id])) < 1e-9
 
 
 def test_nothing_of_a_round_outlives_it_but_what_is_returned() -> None:
     """Whatever waits for the garbage collector is memory that 1,000 clients hold at once."""
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
     kept: list[Any] = []
-    begin = Course.start
+    begin = Training.begin_step
 
-    def start(self: Course, parameters: Any, now: Any) -> None:
-        kept.extend(map(weakref.ref, [self, now, *parameters.values()]))
-        begin(self, parameters, now)
+    def begin_step(self: Training) -> list[Batch]:
+        kept.extend(map(weakref.ref, [self, self.layers.now, *self.parameters]))
+        return begin(self)
 
     asked = [
-        (LocalCompute(place, c, 1), Train(bank, frozenset(bank.tensors), OPTIM))
+        (LocalCompute(workplace, c, 1), Train(bank, frozenset(bank.tensors), OPTIM))
         for i, c in enumerate(clients)
-        for bank in [some_bank(place, labels_of(c), i, gate="softmax", rank=2)]
+        for bank in [some_bank(workplace, labels_of(c), i, gate="softmax", rank=2)]
     ]
     gc.collect()
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Course, "start", start)
+            patch.setattr(Training, "begin_step", begin_step)
             answer_all(asked, ignore)
             answer(asked[0][1], asked[0][0])
     finally:
@@ -500,24 +503,24 @@ def test_nothing_of_a_round_outlives_it_but_what_is_returned() -> None:
 
 
 def test_a_client_may_fail_in_the_middle_of_its_steps() -> None:
-    """The others go on without it, from another place in the stacks."""
-    place, clients = workplace(), list(loaded("classification", torch.float64)[1])
+    """The others go on without it, from another position in the stacks."""
+    workplace, clients = make_workplace(), list(loaded("classification", torch.float64)[1])
     optim = Optim(learning_rate=0.01, batch_size=2, steps=40)
     wild = Optim(learning_rate=1e160, batch_size=2, steps=40, optimizer="sgd", clip=0)
-    banks = [some_bank(place, labels_of(c), i, gate="softmax", rank=2) for i, c in enumerate(clients)]
+    banks = [some_bank(workplace, labels_of(c), i, gate="softmax", rank=2) for i, c in enumerate(clients)]
     requests = [Train(b, frozenset(b.tensors), wild if i == 1 else optim) for i, b in enumerate(banks)]
-    computes = [LocalCompute(place, c, 1) for c in clients]
+    computes = [LocalCompute(workplace, c, 1) for c in clients]
     told = answer_all(list(zip(computes, requests, strict=True)), ignore)
     assert isinstance(told[1], CoterieError)
     assert "not finite at step" in str(told[1])
     assert computes[1].trained is None
     for i in (0, 2, 3, 4):
-        assert furthest(told[i], LocalCompute(place, clients[i], 1).train(requests[i])) < 1e-9
+        assert furthest(told[i], LocalCompute(workplace, clients[i], 1).train(requests[i])) < 1e-9
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_out_of_memory_halves_the_batch_and_says_so(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
     train = batched.train_together
     sizes: list[int] = []
 
@@ -528,20 +531,21 @@ def test_out_of_memory_halves_the_batch_and_says_so(most: int, monkeypatch: pyte
         return train(asked)
 
     monkeypatch.setattr(batched, "train_together", short_of_memory)
-    bank = {c.info.id: some_bank(place, labels_of(c), i, rank=2) for i, c in enumerate(clients)}
+    bank = {c.info.id: some_bank(workplace, labels_of(c), i, rank=2) for i, c in enumerate(clients)}
     asked = [
-        (LocalCompute(place, c, 1), Train(bank[c.info.id], frozenset(bank[c.info.id].tensors), OPTIM)) for c in clients
+        (LocalCompute(workplace, c, 1), Train(bank[c.info.id], frozenset(bank[c.info.id].tensors), OPTIM))
+        for c in clients
     ]
     notes: list[str] = []
     told = answer_all(asked, notes.append)
     assert notes[0] == "out of memory with 5 clients in a batch: going on with 3"
     assert sizes[0] == 5
     for (compute, request), one in zip(asked, told, strict=True):
-        assert furthest(one, LocalCompute(place, compute.client, 1).train(request)) < 1e-9
+        assert furthest(one, LocalCompute(workplace, compute.client, 1).train(request)) < 1e-9
 
 
 def test_a_client_for_whom_memory_never_suffices_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
 
     def short_of_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -554,8 +558,8 @@ def test_a_client_for_whom_memory_never_suffices_fails_alone(monkeypatch: pytest
     )
     asked = []
     for i, client in enumerate(clients):
-        bank = some_bank(place, labels_of(client), i, rank=2)
-        asked.append((LocalCompute(place, client, 1), Train(bank, frozenset(bank.tensors), OPTIM)))
+        bank = some_bank(workplace, labels_of(client), i, rank=2)
+        asked.append((LocalCompute(workplace, client, 1), Train(bank, frozenset(bank.tensors), OPTIM)))
     told = answer_all(asked, lambda text: None)
     assert [isinstance(one, torch.OutOfMemoryError) for one in told] == [c.info.id == hungry for c in clients]
 
@@ -564,21 +568,20 @@ def test_a_client_for_whom_memory_never_suffices_fails_alone(monkeypatch: pytest
 def test_evaluation_that_is_short_of_memory_goes_on_with_fewer_rows(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
-    place = replace(place, eval_batch_size=8)
-    banks = [some_bank(place, labels_of(c), i, rank=2) for i, c in enumerate(clients)][:together]
-    asked = [(LocalCompute(place, c, 1), Score([b], "test")) for c, b in zip(clients, banks, strict=False)]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
+    workplace = replace(workplace, eval_batch_size=8)
+    banks = [some_bank(workplace, labels_of(c), i, rank=2) for i, c in enumerate(clients)][:together]
+    asked = [(LocalCompute(workplace, c, 1), Score([b], "test")) for c, b in zip(clients, banks, strict=False)]
     whole = answer_all(asked, ignore)
-    real, fits, sizes = computing.logits_of, [5], list[int]()
+    real, fits, sizes = passes.logits_of, [5], list[int]()
 
-    def logits(place: Workplace, inputs: Any) -> Any:
+    def logits(workplace: Workplace, inputs: Any) -> Any:
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > fits[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(place, inputs)
+        return real(workplace, inputs)
 
-    for module in (batched, computing):
-        monkeypatch.setattr(module, "logits_of", logits)
+    monkeypatch.setattr(passes, "logits_of", logits)
     notes: list[str] = []
     for found, before in zip(answer_all(asked, notes.append), whole, strict=True):
         assert furthest(found, before) < 1e-9
@@ -595,11 +598,11 @@ def test_evaluation_that_is_short_of_memory_goes_on_with_fewer_rows(
 
 def test_programs_end_on_their_own_and_are_closed() -> None:
     """One asks three times, one once, one never, one fails; a fault of ours closes them all."""
-    place, clients = workplace(), loaded("classification", torch.float64)[1]
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
     closed: list[int] = []
 
     def program(number: int, asks: int, fault: Exception | None = None) -> Any:
-        bank = some_bank(place, labels_of(clients[number]), number, rank=2)
+        bank = some_bank(workplace, labels_of(clients[number]), number, rank=2)
         seen = []
         try:
             for k in range(asks):
@@ -611,7 +614,7 @@ def test_programs_end_on_their_own_and_are_closed() -> None:
         finally:
             closed.append(number)
 
-    computes = [LocalCompute(place, c, 1) for c in clients]
+    computes = [LocalCompute(workplace, c, 1) for c in clients]
     ways: list[tuple[int, int, Exception | None]] = [
         (0, 3, None),
         (1, 1, None),
@@ -643,9 +646,9 @@ def test_no_instruction_is_shared_between_clients_of_a_group(tmp_path: Path) -> 
             yield
 
     clients = loaded("classification", torch.float64)[1]
-    place = workplace()
+    workplace = make_workplace()
     states = ClientStates(PersonalStore(tmp_path))
-    engine = LocalEngine(place, FederatedData(clients, {}), states, Together((place,), 4))
+    engine = LocalEngine(workplace, FederatedData(clients, {}), states, Together((workplace,), 4))
     shared = Instruction({KEY: torch.zeros(2)})
     deliveries = dict(engine.train(Writer(), {c.info.id: shared for c in clients}, 1))  # type: ignore[arg-type]
     assert len(deliveries) == 5

@@ -18,7 +18,8 @@ import sites
 import tiny
 from coterie import codec
 from coterie.compute import loading
-from coterie.compute.client import LocalCompute, Workplace
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
@@ -66,14 +67,14 @@ def loaded() -> tuple[Base, FederatedData]:
         return base, FederatedData(chosen, federation.manifest)
 
 
-def workplace(**settings: Any) -> Workplace:
+def make_workplace(**settings: Any) -> Workplace:
     base, _ = loaded()
     return Workplace(base, Classification(base.tokenizer, 32), 0, **settings)
 
 
 def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> LocalEngine:
     federation = loaded()[1] if clients is None else FederatedData(tuple(clients), {})
-    return LocalEngine(workplace(), federation, ClientStates(PersonalStore(folder)))
+    return LocalEngine(make_workplace(), federation, ClientStates(PersonalStore(folder)))
 
 
 def method_of(name: str, head: Any = "personal") -> Any:
@@ -103,7 +104,7 @@ def replies_of(deliveries: Mapping[ClientId, Delivery]) -> dict[ClientId, Reply]
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: str, tmp_path: Path) -> None:
     assert len(methods()) >= 3
-    method, engine, place = method_of(name, head), engine_in(tmp_path), workplace()
+    method, engine, workplace = method_of(name, head), engine_in(tmp_path), make_workplace()
     clients = loaded()[1].clients
     state = by_hand = method.init(engine.spec, engine.clients)
     personal = {c.info.id: method.begin(engine.spec, c.info) for c in clients}
@@ -112,7 +113,7 @@ def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: s
         instructions = method.configure(by_hand, engine.clients, rnd)
         results = {
             c.info.id: drive(
-                method.client(instructions[c.info.id], c.info, personal[c.info.id]), LocalCompute(place, c, rnd)
+                method.client(instructions[c.info.id], c.info, personal[c.info.id]), LocalCompute(workplace, c, rnd)
             )
             for c in reversed(clients)
         }
@@ -130,7 +131,7 @@ def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: s
         clients, engine.evaluate(method, instructions, ROUNDS, ("validation", "test"), usage=True), strict=True
     ):
         assert name_of == client.info.id
-        worker, bank = LocalCompute(place, client, ROUNDS), banks[client.info.id]
+        worker, bank = LocalCompute(workplace, client, ROUNDS), banks[client.info.id]
         for split in ("validation", "test"):
             (scored,) = worker.score(Score([bank], split))
             assert evaluation.scores[split] == {**scored.metrics, "loss": scored.loss}

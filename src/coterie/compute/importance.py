@@ -12,7 +12,7 @@ from coterie.nn.attach import attached
 from coterie.nn.bank import BankLayer, Pass
 from coterie.types import Bank
 
-STATISTICS = ("first_order", "gate_mass")
+IMPORTANCE = ("first_order", "gate_mass")
 
 
 def gate_importance(
@@ -25,7 +25,7 @@ def gate_importance(
     ``loss`` runs the model on a batch and returns L. Modules without a gate are left out.
     """
     wanted, tokens = frozenset(what), 0
-    sums: dict[str, dict[str, Tensor]] = {name: {} for name in STATISTICS if name in wanted}
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in IMPORTANCE if name in wanted}
     gradients = "first_order" in wanted
     with attached(model, bank) as handle, torch.set_grad_enabled(gradients):
         handle.now.probe = _probe(handle.now, sums)
@@ -35,7 +35,7 @@ def gate_importance(
             if gradients and value.requires_grad:
                 value.backward()
             tokens += int(batch.mask.sum())
-    return {name: {m: float(total) / tokens for m, total in found.items()} for name, found in sums.items()}
+    return {name: {m: float(total) / tokens for m, total in by_module.items()} for name, by_module in sums.items()}
 
 
 def _probe(now: Pass, sums: dict[str, dict[str, Tensor]]) -> Callable[[BankLayer, Tensor], Tensor]:

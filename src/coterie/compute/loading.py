@@ -9,11 +9,10 @@ from typing import cast
 
 import torch
 
-from coterie.compute.client import resolve_precision
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.tasks import make_task
-from coterie.machine import devices
+from coterie.machine import devices, native_bfloat16
 from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import resolve
@@ -95,6 +94,14 @@ def _precision(config: Config, bases: tuple[Base, ...]) -> str:
     """What all devices compute in: ``auto`` is bfloat16 where each of them does it by itself."""
     found = {resolve_precision(config.engine.precision, _device(base)) for base in bases}
     return found.pop() if len(found) == 1 else "float32"
+
+
+def resolve_precision(setting: str, device: torch.device) -> str:
+    """``auto`` as the precision that the device computes in by itself; any other setting as it is."""
+    if setting != "auto":
+        return setting
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else native_bfloat16()
+    return "bfloat16" if native else "float32"
 
 
 def _device(base: Base) -> torch.device:

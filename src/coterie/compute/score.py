@@ -1,57 +1,109 @@
-"""Adds up what a client's forward passes give: scores of a bank on a split, how its tokens use the experts.
+"""Answers ``Score``: mean loss and metrics of a bank on a split, for one client alone or for many in the same passes.
 
-Each of them hands out batches sorted by length, takes what the model made of them in the same order, and has a result
-at the end; who runs the model, and on whose rows besides, it does not know.
+A :class:`Scoring` hands out batches sorted by length, takes the model's logits for them in the same order, and has the
+scores at the end. It does not know on whose rows the model runs besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from coterie.data.tasks import Batch, Example, Task, candidate, completion_losses
-from coterie.nn.bank import Pass
-from coterie.ops.metrics import classification_metrics, perplexity
-from coterie.requests import ExpertUse, Observe, Observed, Scored
-from coterie.types import NO_EXPERT, Bank, Key, Part
+from coterie.compute.generate import completions
+from coterie.compute.passes import Passes, evaluating, on_base
+from coterie.compute.workplace import Workplace
+from coterie.data.rows import ClientData, PromptRow
+from coterie.data.tasks import Batch, Example, Generation, Task, candidate, completion_losses
+from coterie.nn.build import BankLayers, build_layers
+from coterie.ops.metrics import classification_metrics, perplexity, text_metrics
+from coterie.requests import Score, Scored
+from coterie.types import Bank
 
-OBSERVABLE = {"usage", "embeddings", "directions"}
+
+def score(scorings: Sequence[Scoring]) -> list[Scored]:
+    """What each client's bank scores; the clients share their passes.
+
+    Raises :class:`~coterie.nn.many.UnlikeError` for banks that cannot share them.
+    """
+    if not scorings:
+        return []
+    workplace, size = scorings[0].workplace, scorings[0].workplace.rows_of_each(len(scorings))
+    with on_base(workplace, [scoring.layers for scoring in scorings]) as passes, evaluating(workplace.base.model):
+        for joined in passes.in_step([scoring.batches(size) for scoring in scorings]):
+            for i, of, logits in zip(joined.active, joined.parts, passes.logits(joined), strict=True):
+                scorings[i].add(of, logits)
+        texts = _texts(passes, scorings)
+    return [scoring.result(made) for scoring, made in zip(scorings, texts, strict=True)]
+
+
+def _texts(passes: Passes, scorings: Sequence[Scoring]) -> list[list[str] | None]:
+    """The completions that are scored, where they are."""
+    if not any(scoring.generates for scoring in scorings):
+        return [None] * len(scorings)
+    texts = completions(passes, [scoring.prompts if scoring.generates else [] for scoring in scorings])
+    return [text if scoring.generates else None for scoring, text in zip(scorings, texts, strict=True)]
 
 
 @dataclass
-class Tally:
-    """Mean loss and metrics of classification, or mean loss and perplexity of generation."""
+class Scoring:
+    """One bank of a client on a split: mean loss, and metrics of classification or perplexity.
 
-    task: Task
-    examples: Sequence[Example]
+    Raises :class:`CoterieError` where the client has no rows, or the bank does not fit the base.
+    """
+
+    workplace: Workplace
+    client: ClientData
+    rnd: int
+    request: Score
+    bank: Bank
+    examples: Sequence[Example] = field(init=False)
+    layers: BankLayers = field(init=False)
     losses: list[Tensor] = field(default_factory=list)
     count: int = 0
     truth: list[Tensor] = field(default_factory=list)
     predicted: list[Tensor] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        examples = self.workplace.examples(self.client, self.request.split)
+        self.examples = self.workplace.some(self.client, self.rnd, examples, self.request.examples)
+        self.layers = build_layers(self.workplace.base.model, self.bank)
+
+    @property
+    def task(self) -> Task:
+        return self.workplace.task
+
+    @property
+    def generates(self) -> bool:
+        """Whether completions are generated and scored too."""
+        return isinstance(self.task, Generation) and self.task.generates and self.request.split == "test"
+
+    @property
+    def prompts(self) -> list[PromptRow]:
+        """The rows whose completions are generated."""
+        return [row for row in self.client.splits[self.request.split] if isinstance(row, PromptRow)]
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` examples, on the CPU."""
-        return _in_order(self.task, self.examples, size)
+        return in_order(self.task, self.examples, size)
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Count the logits of a batch; nothing here waits for the device."""
-        batch = batch.to(logits.device)
         self.losses.append(self.task.loss(logits, batch))
         self.count += batch.count
         if self.task.kind == "classification":
             self.truth.append(batch.labels)
             self.predicted.append(logits.argmax(-1))
 
-    def result(self, texts: Mapping[str, float] | None = None) -> Scored:
+    def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores, with the metrics of generated ``texts`` if there are any."""
         total = 0.0
         for loss_of_batch in torch.stack(self.losses).tolist():  # sum() rounds otherwise from Python 3.12 on
             total += loss_of_batch
         loss = total / self.count
-        metrics = dict(texts or {})
+        metrics = {} if texts is None else text_metrics([row.completion for row in self.prompts], texts)
         if self.truth:
             metrics |= classification_metrics(torch.cat(self.truth).tolist(), torch.cat(self.predicted).tolist())
         else:
@@ -60,17 +112,12 @@ class Tally:
 
 
 @dataclass
-class ChoiceTally:
+class ChoiceScoring(Scoring):
     """Accuracy of choosing among candidates: every candidate after its row's prompt; the prediction is the candidate
     with the least mean loss per token, the first on a tie. The loss is the mean per token of the right candidates.
 
-    Macro-F1 and Matthews' correlation only where all rows have ``same_candidates``: else a place means nothing.
+    Macro-F1 and Matthews' correlation only where all rows have the same candidates: else a position means nothing.
     """
-
-    task: Task
-    examples: Sequence[Example]
-    same_candidates: bool
-    losses: list[Tensor] = field(default_factory=list)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` candidates, sorted by length, on the CPU."""
@@ -80,9 +127,9 @@ class ChoiceTally:
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Count the logits of a batch."""
-        self.losses.append(completion_losses(logits, batch.to(logits.device)))
+        self.losses.append(completion_losses(logits, batch))
 
-    def result(self, texts: Mapping[str, float] | None = None) -> Scored:
+    def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores."""
         examples, right = self.examples, 0.0
         means = [[0.0] * len(e.choices) for e in examples]
@@ -90,7 +137,7 @@ class ChoiceTally:
             means[i][j] = loss / len(examples[i].choices[j])
             right += loss if j == examples[i].label else 0.0
         metrics = classification_metrics([e.label for e in examples], [row.index(min(row)) for row in means])
-        if not self.same_candidates:
+        if self.client.info.labels is None:
             metrics = {"accuracy": metrics["accuracy"]}
         return Scored(right / sum(len(e.choices[e.label]) for e in examples), metrics, len(examples))
 
@@ -101,55 +148,14 @@ class ChoiceTally:
         return sorted(order, key=lambda at: examples[at[0]].prompt + len(examples[at[0]].choices[at[1]]))
 
 
-@dataclass
-class Sight:
-    """How the tokens of a split use a bank's experts, and their mean embeddings."""
-
-    task: Task
-    request: Observe
-    examples: Sequence[Example]
-    tokens: int = 0
-
-    def start(self, now: Pass) -> None:
-        """Collect in the passes that ``now`` steers."""
-        self.now = now
-        now.usage = {} if "usage" in self.request.what else None
-        now.embeddings = {} if "embeddings" in self.request.what else None
-        now.directions = {} if "directions" in self.request.what else None
-        now.rows.used = now.rows.used or now.directions is not None
-        now.seen = {}
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Batches of ``size`` examples, on the CPU."""
-        return _in_order(self.task, self.examples, size)
-
-    def prepare(self, batch: Batch, mask: Tensor | None) -> None:
-        """The next pass is of this batch, and of its tokens those that ``mask`` marks count (None: all)."""
-        self.now.mask = mask
-        self.tokens += batch.mask.numel() if self.request.padding else int(batch.mask.sum())
-
-    def result(self) -> Observed:
-        """The means over the tokens that each module saw."""
-        sums, usage, seen = self.now.embeddings or {}, self.now.usage or {}, self.now.seen
-        embeddings = {key: (value / seen[key.module]).float().cpu() for key, value in sorted(sums.items())}
-        directions = {
-            Key(module, NO_EXPERT, Part.EMBEDDING): (total / number).float().cpu()
-            for module, (total, number) in sorted((self.now.directions or {}).items())
-        }
-        return Observed(_shares(self.request.bank, usage, seen), self.tokens, embeddings, directions)
+def scoring_of(workplace: Workplace, client: ClientData, rnd: int, request: Score, bank: Bank) -> Scoring:
+    """The scoring of one ``bank`` of ``request``, for the workplace's task. Raises as :class:`Scoring`."""
+    kind = ChoiceScoring if workplace.task.kind == "multiple_choice" else Scoring
+    return kind(workplace, client, rnd, request, bank)
 
 
-def _in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+def in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+    """Batches of ``size`` examples, sorted by length, on the CPU."""
     by_length = sorted(examples, key=lambda e: len(e.ids))
     for i in range(0, len(by_length), size):
         yield task.collate(by_length[i : i + size])
-
-
-def _shares(bank: Bank, usage: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, ExpertUse]:
-    """Gate usage by module, from sums [2, e] over the tokens that it saw."""
-    found = {}
-    for module, counted in usage.items():
-        weight, share = (counted / seen[module]).tolist()
-        numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
-        found[module] = ExpertUse(weight, share, numbers)
-    return found

@@ -1,20 +1,24 @@
-"""One client's training in one round: its batches, streams, loss, optimiser and checks, whoever runs the model."""
+"""Answers ``Train``: the steps of a round, for one client alone or for many in the same passes.
+
+:func:`train_steps` is the whole loop. What is each client's own (its batches, random streams, loss, clipping and
+checks) is its :class:`Training`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from coterie.compute.optimisers import Optimisers, Pace
+from coterie.compute.passes import Passes, on_base
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Batch, Example, batches
-from coterie.nn.bank import Pass
+from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.streams import stream, stream_seed
 from coterie.requests import Optim, Train, Trained
 from coterie.types import CoterieError, Key
@@ -22,100 +26,148 @@ from coterie.types import CoterieError, Key
 _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
 
 
-@dataclass
-class Course:
-    """A client's way through the steps of a round. An engine starts it, and for each step: runs the model on every
-    batch of :meth:`begin` after :meth:`prepare`, calls ``backward`` on :meth:`loss`, then :meth:`clip`, lets the
-    :class:`Optimisers` step, and calls :meth:`end`.
+def train(trainings: Sequence[Training]) -> list[Trained | CoterieError]:
+    """What each client trained, or its fault: a loss or a tensor that is not finite.
 
-    Raises :class:`CoterieError` that names client and step when a loss is not finite.
+    The clients share their passes; one alone is the reference. Raises :class:`~coterie.nn.many.UnlikeError` for banks
+    that cannot share them.
+    """
+    if not trainings:
+        return []
+    ordered = sorted(trainings, key=lambda training: -len(training.steps))  # so that those with steps left come first
+    with on_base(trainings[0].workplace, [training.layers for training in ordered]) as passes:
+        train_steps(ordered, passes)
+        tensors = {id(training): training.layers.tensors() for training in ordered}
+    return [training.result(tensors[id(training)]) for training in trainings]
+
+
+def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
+    """Every optimiser step of the clients, in step; those with the most steps come first.
+
+    Losses are summed over clients, so that one backward pass gives each its own gradients. A client that has no step
+    left, or a fault, takes no part: the optimiser leaves it as it is.
+    """
+    parameters = [(training.pace, training.parameters) for training in trainings]
+    optimisers = Optimisers.of(parameters, fused=passes.many is not None)
+    while going := [i for i, training in enumerate(trainings) if training.going]:
+        micro = {i: trainings[i].begin_step() for i in going}
+        for number in range(max(map(len, micro.values()))):
+            active = [i for i in going if number < len(micro[i])]
+            joined = passes.join(active, [micro[i][number] for i in active])
+            for at, i in enumerate(active):
+                trainings[i].begin_pass(number, joined.mask(at, trainings[i].counts_padding))
+            logits = passes.logits(joined)
+            losses = [trainings[i].loss(mine, of) for i, mine, of in zip(active, logits, joined.parts, strict=True)]
+            torch.stack(losses).sum().backward()
+        for i in going:
+            trainings[i].clip()
+        optimisers.step({trainings[i].pace: trainings[i].step for i in going})
+        for i in going:
+            trainings[i].end_step()
+
+
+@dataclass
+class Training:
+    """One client's training in one round.
+
+    ``steps`` holds the examples of every micro-batch of every optimiser step, ``layers`` the bank as layers for the
+    base. Raises :class:`CoterieError` where the client has no rows, or the bank does not fit the base.
     """
 
-    place: Workplace
+    workplace: Workplace
     client: ClientData
     rnd: int
     request: Train
-    groups: list[list[list[Example]]] = field(init=False)  # the micro-batches of every step
-    parameters: list[nn.Parameter] = field(default_factory=list)
+    steps: list[list[list[Example]]] = field(init=False)
+    layers: BankLayers = field(init=False)
     losses: list[Tensor] = field(default_factory=list)  # of each step: [2], the task's and the load-balance loss
-    counts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # of each step: the labels
     step: int = 0
+    fault: CoterieError | None = None
 
     def __post_init__(self) -> None:
         if self.request.hold_out:
-            examples, _ = self.place.divided(self.client, "train", self.request.hold_out)
+            examples, _ = self.workplace.divided(self.client, "train", self.request.hold_out)
         else:
-            examples = self.place.examples(self.client, "train")
-        self.groups = list(self._groups(examples, self.request.optim, self.request.purpose))
+            examples = self.workplace.examples(self.client, "train")
+        self.steps = list(self._steps(examples, self.request.optim, self.request.purpose))
+        self.layers = build_layers(self.workplace.base.model, self.request.bank, self.request.trainable)
+        self.layers.now.training = True
 
     @property
-    def done(self) -> bool:
-        return self.step == len(self.groups)
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.layers.parameters.values())
+
+    @property
+    def going(self) -> bool:
+        """Whether a step is left to take."""
+        return self.fault is None and self.step < len(self.steps)
 
     @property
     def pace(self) -> Pace:
-        """Courses of one pace, begun together, have the same learning rate at every step."""
-        return Pace(self.request.optim, self.rnd, len(self.groups))
+        """Clients of one pace, begun together, have the same learning rate at every step."""
+        return Pace(self.request.optim, self.rnd, len(self.steps))
 
-    def start(self, parameters: Mapping[Key, nn.Parameter], now: Pass) -> None:
-        """Train these parameters, whose layers share ``now``."""
-        self.parameters, self.now = list(parameters.values()), now
-        now.training = True
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padding counts in the load-balance loss."""
+        return self.request.balance is not None and self.request.balance.padding
 
-    def begin(self) -> list[Batch]:
-        """The batches of the next step, on the CPU."""
-        micro = [self.place.task.collate(part) for part in self.groups[self.step]]
+    def begin_step(self) -> list[Batch]:
+        """The micro-batches of the next step, on the CPU."""
+        micro = [self.workplace.task.collate(examples) for examples in self.steps[self.step]]
         self.counts.append(sum(batch.count for batch in micro))
-        self._found: list[Tensor] = []
+        self._parts: list[Tensor] = []
         return micro
 
-    def prepare(self, i: int, mask: Tensor | None) -> None:
-        """Set the pass for batch ``i`` of the step; ``mask`` [b, t] marks its real tokens (None: all count)."""
+    def begin_pass(self, number: int, mask: Tensor | None) -> None:
+        """Prepare the pass of that micro-batch of the step. ``mask`` [b, t] marks its real tokens; None: all count."""
         request = self.request
-        number = self.step * request.optim.accumulate + i
-        purpose = self.rnd, self.client.info.id, request.purpose, "dropout", number
-        self.now.seed = stream_seed(self.place.seed, *purpose)
-        self.now.mask = mask
-        self.now.balance = [] if request.balance else None
+        in_round = self.step * request.optim.accumulate + number
+        purpose = self.rnd, self.client.info.id, request.purpose, "dropout", in_round
+        now = self.layers.now
+        now.seed, now.mask = stream_seed(self.workplace.seed, *purpose), mask
+        now.balance = [] if request.balance else None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """What to call ``backward`` on: the batch's part of the mean loss over the labels of the whole step, and of the
-        load-balance loss (its mean over the batches)."""
-        balance_of = self.request.balance
-        loss = self.place.task.loss(logits, batch) / self.counts[-1]
-        found = list(self.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
-        micro = len(self.groups[self.step])
-        balance = torch.stack(found).sum() / micro if found else loss.new_zeros(())
-        weight = balance_of.weight if balance_of else 0.0
-        self._found.append(torch.stack([loss.detach(), balance.detach()]))
-        return loss + weight * balance if found else loss
+        """The batch's part of the mean loss over the labels of the whole step, and of the load-balance loss (its mean
+        over the micro-batches)."""
+        balance = self.request.balance
+        loss = self.workplace.task.loss(logits, batch) / self.counts[-1]
+        parts = list(self.layers.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
+        balanced = torch.stack(parts).sum() / len(self.steps[self.step]) if parts else loss.new_zeros(())
+        weight = balance.weight if balance else 0.0
+        self._parts.append(torch.stack([loss.detach(), balanced.detach()]))
+        return loss + weight * balanced if parts else loss
 
     def clip(self) -> None:
-        """What is to be done with the step's gradients before the optimiser takes them."""
-        self.losses.append(torch.stack(self._found).sum(0))
+        """Note the step's loss, and clip its gradients."""
+        self.losses.append(torch.stack(self._parts).sum(0))
         if self.request.optim.clip > 0:
             clip_grad_norm_(self.parameters, self.request.optim.clip)
 
-    def end(self) -> None:
-        """The end of a step, after the optimiser's: look at the losses now and then."""
+    def end_step(self) -> None:
+        """Forget the gradients after the optimiser's step; look at the losses now and then."""
         for parameter in self.parameters:
             parameter.grad = None
         self.step += 1
-        if self.step % _CHECK_EVERY == 0 or self.done:
-            self._check_finite()
+        if self.step % _CHECK_EVERY == 0 or not self.going:
+            self.fault = self._loss_fault()
 
-    def result(self, tensors: Mapping[Key, Tensor]) -> Trained:
-        """The answer, with the trained ``tensors``. Raises :class:`CoterieError` where one holds no finite value."""
-        self._check_trained(tensors)
-        seen = [example for group in self.groups for part in group for example in part]
+    def result(self, tensors: Mapping[Key, Tensor]) -> Trained | CoterieError:
+        """The answer, with the trained ``tensors``, or the client's fault."""
+        if fault := self.fault or self._tensor_fault(tensors):
+            return fault
+        seen = [example for step in self.steps for examples in step for example in examples]
         loss, balance = _means(self.losses, self.counts)
-        return Trained(tensors, loss, len(seen), sum(len(e.ids) for e in seen), len(self.groups), balance)
+        return Trained(tensors, loss, len(seen), sum(len(e.ids) for e in seen), len(self.steps), balance)
 
-    def _groups(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
+    def _steps(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
         """The micro-batches of every optimiser step of the round."""
         number, epoch = 0, 0
         while epoch < optim.epochs or optim.steps:
-            order = stream(self.place.seed, self.rnd, self.client.info.id, purpose, "batches", epoch)
+            order = stream(self.workplace.seed, self.rnd, self.client.info.id, purpose, "batches", epoch)
             parts = batches(examples, optim.batch_size, order)
             for i in range(0, len(parts), optim.accumulate):
                 yield parts[i : i + optim.accumulate]
@@ -124,79 +176,26 @@ class Course:
                     return
             epoch += 1
 
-    def _check_finite(self) -> None:
+    def _loss_fault(self) -> CoterieError | None:
         start = max(0, self.step - _CHECK_EVERY)
         finite = torch.isfinite(torch.stack(self.losses[start:])).all(dim=1)
-        if not bool(finite.all()):
-            step = start + int((~finite).nonzero()[0]) + 1
-            raise CoterieError(
-                f"client {self.client.info.id}: the loss is not finite at step {step} of round {self.rnd}; "
-                "lower [train] learning_rate or [lora] alpha, or look at this client's data"
-            )
+        if bool(finite.all()):
+            return None
+        step = start + int((~finite).nonzero()[0]) + 1
+        return CoterieError(
+            f"client {self.client.info.id}: the loss is not finite at step {step} of round {self.rnd}; "
+            "lower [train] learning_rate or [lora] alpha, or look at this client's data"
+        )
 
-    def _check_trained(self, tensors: Mapping[Key, Tensor]) -> None:
+    def _tensor_fault(self, tensors: Mapping[Key, Tensor]) -> CoterieError | None:
         """A gradient may overflow where the loss did not: nothing of that may be kept or sent."""
-        if broken := [str(key) for key, value in tensors.items() if not bool(torch.isfinite(value).all())]:
-            raise CoterieError(
-                f"client {self.client.info.id}: round {self.rnd} left values in {broken[0]} that are not finite; "
-                "lower [train] learning_rate or [lora] alpha, or look at this client's data"
-            )
-
-
-class Pace(NamedTuple):
-    """All that a learning rate depends on."""
-
-    optim: Optim
-    rnd: int
-    steps: int
-
-    def rate(self, step: int) -> float:
-        """The learning rate at ``step`` (from 0) of round ``rnd`` (from 1)."""
-        decayed = self.optim.learning_rate * self.optim.round_decay ** (self.rnd - 1)
-        return decayed * _factor(self.optim.schedule, step, self.steps)
-
-
-@dataclass(frozen=True)
-class Optimisers:
-    """A fresh optimiser for every pace of courses that begin together: one step of it serves all that have the pace.
-
-    Those without gradients, because they have ended, stay as they are.
-    """
-
-    by_pace: Mapping[Pace, torch.optim.Optimizer]
-
-    @staticmethod
-    def of(courses: Sequence[Course], fused: bool = False) -> Optimisers:
-        """``fused``: each in one kernel; else torch's choice."""
-        parameters: dict[Pace, list[nn.Parameter]] = {}
-        for course in courses:
-            parameters.setdefault(course.pace, []).extend(course.parameters)
-        return Optimisers({pace: _optimizer(pace, found, fused) for pace, found in parameters.items() if found})
-
-    def step(self, courses: Sequence[Course]) -> None:
-        """One step of these courses."""
-        for pace, number in {course.pace: course.step for course in courses if course.parameters}.items():
-            for group in self.by_pace[pace].param_groups:
-                group["lr"] = pace.rate(number)
-            self.by_pace[pace].step()
-
-
-def _optimizer(pace: Pace, parameters: Sequence[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
-    optim, rate, kernel = pace.optim, pace.rate(0), True if fused else None
-    if optim.optimizer == "sgd":
-        momentum, decay = optim.momentum, optim.weight_decay
-        return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=kernel)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay, fused=kernel)
-
-
-def _factor(schedule: str, step: int, steps: int) -> float:
-    match schedule:
-        case "linear":
-            return max(0.0, 1 - step / steps)
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
-        case _:
-            return 1.0
+        broken = [str(key) for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+        if not broken:
+            return None
+        return CoterieError(
+            f"client {self.client.info.id}: round {self.rnd} left values in {broken[0]} that are not finite; "
+            "lower [train] learning_rate or [lora] alpha, or look at this client's data"
+        )
 
 
 def _means(losses: Sequence[Tensor], counts: Sequence[int]) -> tuple[float, float]:

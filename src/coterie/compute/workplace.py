@@ -20,14 +20,14 @@ from coterie.types import CoterieError
 
 
 class StoppedError(Exception):
-    """Another thread asked this one to end."""
+    """Another thread has stopped this one."""
 
 
 @dataclass
 class Workplace:
     """What all clients on a device share: the base, the task, the seed, and every split tokenised once.
 
-    ``tokenising`` is held while the tokenizer works: it bears one thread at a time. Once ``stop`` is set, the next
+    ``tokenising`` is held while the tokenizer works: it serves one thread at a time. Once ``stop`` is set, the next
     forward pass raises :class:`StoppedError`.
     """
 
@@ -48,6 +48,14 @@ class Workplace:
     def current(self) -> AbstractContextManager[Any]:
         """Makes the device the thread's own, for kernels that ask for no other."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 autocast, or nothing for float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def rows_of_each(self, clients: int) -> int:
+        """The rows of each client in an evaluation pass that so many share."""
+        return -(-self.eval_batch_size // clients)
 
     def examples(self, client: ClientData, split: str) -> list[Example]:
         """The tokenised rows of a client's split. Raises :class:`CoterieError` where it has none."""
@@ -95,7 +103,9 @@ class Workplace:
         left = [example for i, example in enumerate(examples) if i not in aside]
         return left, [examples[i] for i in sorted(aside)]
 
-
-def autocast(place: Workplace) -> AbstractContextManager[None]:
-    """bfloat16 autocast, or nothing for float32."""
-    return torch.autocast(place.device.type, torch.bfloat16, enabled=place.precision == "bfloat16")
+    def some(self, client: ClientData, rnd: int, examples: list[Example], at_most: int) -> list[Example]:
+        """``at_most`` of the client's ``examples`` (0: all), drawn by the run's seed, the round and the client."""
+        if not 0 < at_most < len(examples):
+            return examples
+        draw = stream(self.seed, rnd, client.info.id, "some")
+        return [examples[i] for i in torch.randperm(len(examples), generator=draw)[:at_most].tolist()]

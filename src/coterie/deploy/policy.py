@@ -86,7 +86,7 @@ class BoundedCompute:
     taken: list[int] = field(default_factory=list)
 
     def train(self, request: Train) -> Trained:
-        steps = steps_of(request.optim, len(self.inner.place.examples(self.inner.client, "train")))
+        steps = steps_of(request.optim, len(self.inner.workplace.examples(self.inner.client, "train")))
         if sum(self.taken) + steps > self.bound:
             raise CoterieError(
                 f"round {self.inner.rnd} would take {sum(self.taken) + steps} steps here, and this site allows "

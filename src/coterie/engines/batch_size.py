@@ -43,7 +43,7 @@ class AutoSize:
 
     def decide(
         self,
-        places: Sequence[Workplace],
+        workplaces: Sequence[Workplace],
         clients: Sequence[ClientData],
         weight: float,
         request: Callable[[], Train | None],
@@ -56,7 +56,9 @@ class AutoSize:
         if asked is None:
             return None
         before, self.weight = self.now, weight
-        self.now = min((best_size(place, clients, asked) for place in places), key=lambda size: size.clients)
+        self.now = min(
+            (best_size(workplace, clients, asked) for workplace in workplaces), key=lambda size: size.clients
+        )
         return self.now if before is None or self.now.clients != before.clients else None
 
 
@@ -73,7 +75,7 @@ def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim
     return Train(whole, frozenset(whole.tensors), optim)
 
 
-def best_size(place: Workplace, clients: Sequence[ClientData], request: Train) -> Size:
+def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Train) -> Size:
     """As many clients as pay, and as fit by the measured memory of a step of ``request`` with one client and with two.
 
     A step is as large as that of the client with the largest batch.
@@ -81,52 +83,52 @@ def best_size(place: Workplace, clients: Sequence[ClientData], request: Train) -
     batch, lengths = request.optim.batch_size, []
     for client in clients:
         try:
-            lengths.append(place.lengths(client, "train"))
+            lengths.append(workplace.lengths(client, "train"))
         except CoterieError:  # a row that cannot be encoded: that client fails by itself
             continue
     lengths = [each for each in lengths if each]
     if len(lengths) < 2:
         return Size(1, "there is one client")
     most, reason = min(MOST, len(lengths)), f"at most {MOST}"
-    if place.device.type == "cpu":
+    if workplace.device.type == "cpu":
         tokens = [statistics.fmean(each) * min(batch, len(each)) for each in lengths]
-        pays = max(1, round(ENOUGH[place.precision] / statistics.fmean(tokens)))
+        pays = max(1, round(ENOUGH[workplace.precision] / statistics.fmean(tokens)))
         if pays < most:
-            most, reason = pays, f"{ENOUGH[place.precision]} tokens a step keep this processor busy"
+            most, reason = pays, f"{ENOUGH[workplace.precision]} tokens a step keep this processor busy"
     if most == 1:
         return Size(1, reason)
     rows, longest = max(((min(batch, len(each)), max(each)) for each in lengths), key=lambda of: of[0] * of[1])
-    fits = _fits(place, request, rows, longest)
+    fits = _fits(workplace, request, rows, longest)
     return Size(most, reason) if most <= fits else Size(fits, f"{SHARE:.0%} of the free memory hold so many")
 
 
-def _fits(place: Workplace, request: Train, rows: int, tokens: int) -> int:
+def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> int:
     """How many clients' steps of so many rows and tokens fit into the free memory; at least 1."""
-    free = _free(place.device)  # before the first of the two: what that leaves behind is in both
+    free = _free(workplace.device)  # before the first of the two: what that leaves behind is in both
     try:
-        one, two = (_peak(place, request, rows, tokens, clients) for clients in (1, 2))
+        one, two = (_peak(workplace, request, rows, tokens, clients) for clients in (1, 2))
     except torch.OutOfMemoryError:
         return 1
     each = max(two - one, 1)
     return max(1, 1 + int((SHARE * free - one) / each))
 
 
-def _peak(place: Workplace, request: Train, rows: int, tokens: int, clients: int) -> int:
+def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients: int) -> int:
     """Bytes that one optimiser step takes beyond what is held before it."""
     made = [ClientData(ClientInfo(f"\0size {i}", rows), {}) for i in range(clients)]
-    example = Example((place.task.tokenizer.pad_token_id,) * tokens, prompt=tokens // 2)
+    example = Example((workplace.task.tokenizer.pad_token_id,) * tokens, prompt=tokens // 2)
     for client in made:  # rows by hand, under ids that no folder can have
-        place.cache[client.info.id, "train"] = [example] * rows
+        workplace.cache[client.info.id, "train"] = [example] * rows
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1, "batch_size": rows})
     once = replace(request, optim=optim, hold_out=None)
     machine.release_memory()  # what glibc keeps free would take the step's tensors unseen
-    before = _used(place.device, reset=True)
+    before = _used(workplace.device, reset=True)
     try:
-        train_together([(LocalCompute(place, client, 1), once) for client in made])
+        train_together([(LocalCompute(workplace, client, 1), once) for client in made])
     finally:
         for client in made:
-            del place.cache[client.info.id, "train"]
-    return _used(place.device) - before
+            del workplace.cache[client.info.id, "train"]
+    return _used(workplace.device) - before
 
 
 def _free(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Work on several devices at once, and what the disk holds read and written beside it."""
+"""Runs work on several devices at once, and reads and writes the disk beside it."""
 
 from __future__ import annotations
 
@@ -18,102 +18,102 @@ T = TypeVar("T")
 _WAITING = 64  # clients' states that may wait to be written
 
 
-def on_places(
-    places: Sequence[Workplace], plan: Sequence[Sequence[int]], work: Callable[[Workplace, int], T]
+def run_on(
+    workplaces: Sequence[Workplace], plan: Sequence[Sequence[int]], work: Callable[[Workplace, int], T]
 ) -> Generator[T, None, None]:
-    """What ``work`` makes of every number, in their order from 0 on. ``plan`` says which numbers each place does.
+    """The results of ``work`` for the numbers from 0 on, in order. ``plan`` says which numbers each workplace does.
 
-    One place works in this thread, several in a thread each. The first fault there, or an interrupt here, ends all:
-    a place stops before its next forward pass, and what it had begun is given up.
+    One workplace works in this thread, several in a thread each. The first fault in any, or an interrupt here, ends
+    all: each workplace stops before its next forward pass, and what it had begun is lost.
     """
-    if len(places) == 1:
+    if len(workplaces) == 1:
         for number in plan[0]:
-            yield work(places[0], number)
+            yield work(workplaces[0], number)
         return
     finished: SimpleQueue[tuple[int, Future[T]]] = SimpleQueue()
-    made: dict[int, T] = {}
+    results: dict[int, T] = {}
     upcoming = 0
-    _go_on(places)
+    _resume(workplaces)
     with ExitStack() as stack:
-        stack.callback(_go_on, places)  # after the pools are joined
-        pools = [stack.enter_context(ThreadPoolExecutor(1, f"place-{i}")) for i in range(len(places))]
-        stack.callback(_stop, places, pools)  # before the pools are waited for
-        for place, pool, numbers in zip(places, pools, plan, strict=True):
+        stack.callback(_resume, workplaces)  # after the pools are joined
+        pools = [stack.enter_context(ThreadPoolExecutor(1, f"workplace-{i}")) for i in range(len(workplaces))]
+        stack.callback(_stop, workplaces, pools)  # before the pools are waited for
+        for workplace, pool, numbers in zip(workplaces, pools, plan, strict=True):
             for number in numbers:
-                pool.submit(_work, place, number, work).add_done_callback(partial(_finished, finished, number))
+                pool.submit(_work, workplace, number, work).add_done_callback(partial(_finished, finished, number))
         for _ in range(sum(map(len, plan))):
             number, future = finished.get()
-            made[number] = future.result()
-            while upcoming in made:
-                yield made.pop(upcoming)
+            results[number] = future.result()
+            while upcoming in results:
+                yield results.pop(upcoming)
                 upcoming += 1
 
 
-def _finished(line: SimpleQueue[tuple[int, Future[T]]], number: int, future: Future[T]) -> None:
-    line.put((number, future))
+def _finished(queue: SimpleQueue[tuple[int, Future[T]]], number: int, future: Future[T]) -> None:
+    queue.put((number, future))
 
 
-def _work(place: Workplace, number: int, work: Callable[[Workplace, int], T]) -> T:
-    with place.current():
-        return work(place, number)
+def _work(workplace: Workplace, number: int, work: Callable[[Workplace, int], T]) -> T:
+    with workplace.current():
+        return work(workplace, number)
 
 
-def _go_on(places: Sequence[Workplace]) -> None:
-    for place in places:
-        place.stop.clear()
+def _resume(workplaces: Sequence[Workplace]) -> None:
+    for workplace in workplaces:
+        workplace.stop.clear()
 
 
-def _stop(places: Sequence[Workplace], pools: Sequence[ThreadPoolExecutor]) -> None:
-    """End what is under way; where all is done, there is nothing to end."""
-    for place in places:
-        place.stop.set()
+def _stop(workplaces: Sequence[Workplace], pools: Sequence[ThreadPoolExecutor]) -> None:
+    """Stop what is under way."""
+    for workplace in workplaces:
+        workplace.stop.set()
     for pool in pools:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
-class Mover(Generic[T]):
-    """Fetches what the numbers of a plan need in a thread of its own, one number ahead; and writes behind.
+class DiskThread(Generic[T]):
+    """A thread that fetches what the numbers of a plan need, one number ahead, and writes results behind.
 
-    ``after`` names the number that the same place does next.
+    ``after`` gives the number that the same workplace does next.
     """
 
     pool: ThreadPoolExecutor
     fetch: Callable[[int], T]
     after: dict[int, int]
-    coming: dict[int, Future[T]] = field(default_factory=dict)
-    written: deque[Future[Any]] = field(default_factory=deque)
+    fetching: dict[int, Future[T]] = field(default_factory=dict)
+    writing: deque[Future[Any]] = field(default_factory=deque)
 
     def take(self, number: int) -> T:
-        """What the number needs; from here on the next one's is fetched. Raises what fetching it raised."""
-        mine = self.coming.pop(number, None) or self.pool.submit(self.fetch, number)
-        found = mine.result()
+        """What the number needs; starts to fetch for the next number. Raises what fetching it raised."""
+        fetching = self.fetching.pop(number, None) or self.pool.submit(self.fetch, number)
+        fetched = fetching.result()
         following = self.after.get(number)
         if following is not None:
-            self.coming[following] = self.pool.submit(self.fetch, following)
-        return found
+            self.fetching[following] = self.pool.submit(self.fetch, following)
+        return fetched
 
     def write(self, save: Callable[[], Any]) -> None:
-        """Have ``save`` done. Where many wait already, wait too; raises what an earlier one raised."""
-        self.written.append(self.pool.submit(save))
-        if len(self.written) > _WAITING:
-            self.written.popleft().result()
+        """Call ``save`` in the thread. Waits where many are waiting already; raises what an earlier one raised."""
+        self.writing.append(self.pool.submit(save))
+        if len(self.writing) > _WAITING:
+            self.writing.popleft().result()
 
 
 @contextmanager
-def mover(plan: Sequence[Sequence[int]], fetch: Callable[[int], T]) -> Iterator[Mover[T]]:
-    """A :class:`Mover`, for the length of a ``with`` block. Once the block has ended, all that it was given is written.
+def disk_thread(plan: Sequence[Sequence[int]], fetch: Callable[[int], T]) -> Iterator[DiskThread[T]]:
+    """A :class:`DiskThread`, for the length of a ``with`` block. Once the block has ended, all writes are done.
 
-    Raises what a write raised. Where the block raises, what is not yet under way is not written.
+    Raises what a write raised. Where the block raises, writes that have not begun are dropped.
     """
     after = {number: following for numbers in plan for number, following in pairwise(numbers)}
-    pool = ThreadPoolExecutor(1, "mover")
-    made = Mover(pool, fetch, after)
+    pool = ThreadPoolExecutor(1, "disk")
+    thread = DiskThread(pool, fetch, after)
     try:
-        yield made
+        yield thread
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     pool.shutdown(wait=True)
-    for future in made.written:
+    for future in thread.writing:
         future.result()

@@ -33,8 +33,8 @@ from coterie.engines.client import (
     saves_of,
 )
 from coterie.engines.encode_once import EncodedOnce
-from coterie.engines.grouping import Load, evaluation, grouped, spread, training
-from coterie.engines.schedule import mover, on_places
+from coterie.engines.grouping import Load, evaluation_load, grouped, schedule, training_load
+from coterie.engines.schedule import disk_thread, run_on
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method, drive
 from coterie.requests import ClientProgram, Optim, Train
@@ -76,18 +76,18 @@ class Together:
         Once all have come, the clients' states are on the disk.
         """
         size = self._decide(clients, method, instructions, rnd)
-        groups, shares = self._grouped(clients, size, training(self.workplaces[0], self.optim))
+        groups, plan = self._grouped(clients, size, training_load(self.workplaces[0], self.optim))
 
         def fetch(number: int) -> list[tuple[Start, int]]:
             return [_fetched(client, method, encoded.take(client.id), rnd) for client in groups[number]]
 
         def work(workplace: Workplace, number: int) -> list[tuple[ClientId, Delivery, Saves]]:
-            return self._train(workplace, method, moving.take(number), rnd)
+            return self._train(workplace, method, disk.take(number), rnd)
 
-        with mover(shares, fetch) as moving, closing(self._each(shares, work)) as done:
+        with disk_thread(plan, fetch) as disk, closing(self._each(plan, work)) as done:
             for client, delivery, saves in chain.from_iterable(done):
                 for save in saves:
-                    moving.write(save)
+                    disk.write(save)
                 yield client, replace(delivery, note=joined(self.notes))
 
     def evaluate(
@@ -102,17 +102,17 @@ class Together:
         """The evaluation of every client after round ``rnd``, as it comes."""
         size = self.clients_per_batch
         rows = -(-self.workplaces[0].eval_batch_size // size)
-        groups, shares = self._grouped(clients, size, evaluation(self.workplaces[0], splits, rows))
+        groups, plan = self._grouped(clients, size, evaluation_load(self.workplaces[0], splits, rows))
 
         def fetch(number: int) -> list[Bank]:
             return [client_bank(client, method, encoded.take(client.id), rnd) for client in groups[number]]
 
         def work(workplace: Workplace, number: int) -> list[tuple[ClientId, Evaluation]]:
             computes = [LocalCompute(workplace, client.data, rnd) for client in groups[number]]
-            made = evaluations(computes, moving.take(number), splits, usage, self.notes.append)
+            made = evaluations(computes, disk.take(number), splits, usage, self.notes.append)
             return [(client.id, of) for client, of in zip(groups[number], made, strict=True)]
 
-        with mover(shares, fetch) as moving, closing(self._each(shares, work)) as done:
+        with disk_thread(plan, fetch) as disk, closing(self._each(plan, work)) as done:
             for client, made in chain.from_iterable(done):
                 yield client, replace(made, note=joined(self.notes))
 
@@ -155,11 +155,11 @@ class Together:
             return [[client] for client in clients], [list(range(len(clients)))]
         size = min(size, -(-len(clients) // devices))
         groups = grouped([load(number, client.data) for number, client in enumerate(clients)], max(1, size))
-        return [[clients[of.number] for of in group] for group in groups], spread(groups, devices)
+        return [[clients[of.number] for of in group] for group in groups], schedule(groups, devices)
 
-    def _each(self, shares: Sequence[Sequence[int]], work: Callable[[Workplace, int], T]) -> Generator[T, None, None]:
+    def _each(self, plan: Sequence[Sequence[int]], work: Callable[[Workplace, int], T]) -> Generator[T, None, None]:
         """What ``work`` makes of every group."""
-        with closing(on_places(self.workplaces, shares, work)) as made:
+        with closing(run_on(self.workplaces, plan, work)) as made:
             yield from releasing_memory(made)
 
     def _train(

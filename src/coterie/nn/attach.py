@@ -44,7 +44,14 @@ class Attached:
 @contextmanager
 def attached(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Iterator[Attached]:
     """``attach`` for the length of a ``with`` block."""
-    handle = attach(model, bank, trainable)
+    with attached_layers(model, build_layers(model, bank, trainable)) as handle:
+        yield handle
+
+
+@contextmanager
+def attached_layers(model: nn.Module, built: BankLayers) -> Iterator[Attached]:
+    """As :func:`attached`, of a bank whose layers are built."""
+    handle = _put_on(model, built)
     try:
         yield handle
     finally:

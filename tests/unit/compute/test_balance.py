@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from coterie.compute.client import LocalCompute, Workplace
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
 from coterie.nn.attach import attach
 from coterie.nn.gates import balance_loss, top_k
 from coterie.ops.streams import stream
 from coterie.requests import Balance, HoldOut, Observe, Optim
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Target
-from places import client_of, largest_difference, plain_bank, train, workplace
+from workplaces import client_of, largest_difference, make_workplace, plain_bank, train
 
 OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 
@@ -26,10 +27,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def routed(place: Workplace, dropout: float = 0.0, own_masks: bool = False) -> Bank:
+def routed(workplace: Workplace, dropout: float = 0.0, own_masks: bool = False) -> Bank:
     """Three routed experts of rank 4, and a shared one."""
     options = {"experts": 3, "shared": 4, "gate": "scaled_dot_product", "options": {"k": 2}}
-    return replace(plain_bank(place, dropout, **options), own_masks=own_masks)
+    return replace(plain_bank(workplace, dropout, **options), own_masks=own_masks)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -65,38 +66,40 @@ def test_a_gate_without_scores_has_no_loss() -> None:
 
 
 def test_training_pushes_the_loss_down_and_reports_it() -> None:
-    place = workplace()
-    client, bank = client_of(place), routed(place)
+    workplace = make_workplace()
+    client, bank = client_of(workplace), routed(workplace)
     found = []
     for weight in (0.0, 30.0):
         balance, before = Balance(weight), None
         for rnd in range(1, 7):
-            done = train(place, bank, OPTIM, rnd, client=client, balance=balance)
+            done = train(workplace, bank, OPTIM, rnd, client=client, balance=balance)
             bank = replace(bank, tensors={**bank.tensors, **done.tensors})
             before = before or done.balance
         found.append((before, done.balance))
-        bank = routed(place)
+        bank = routed(workplace)
     (_, without), (first, last) = found
     assert 1 <= last < first
     assert last < without
-    assert train(place, bank, OPTIM, client=client).balance == 0
+    assert train(workplace, bank, OPTIM, client=client).balance == 0
 
 
 def test_weight_zero_trains_as_if_no_one_asked() -> None:
-    place = workplace()
-    bank = routed(place)
-    one, other = train(place, bank, OPTIM, balance=Balance(0.0)), train(place, bank, OPTIM)
+    workplace = make_workplace()
+    bank = routed(workplace)
+    one, other = train(workplace, bank, OPTIM, balance=Balance(0.0)), train(workplace, bank, OPTIM)
     assert largest_difference(one.tensors, other.tensors) < 1e-12
     assert one.loss == pytest.approx(other.loss, abs=1e-12)
 
 
 def test_the_loss_is_a_mean_over_micro_batches() -> None:
     """With one batch divided in two of equally many tokens, routing and all, the two losses' mean is trained."""
-    place = workplace()
-    client, bank = client_of(place), routed(place)
-    done = train(place, bank, replace_optim(batch_size=2, accumulate=2, steps=1), client=client, balance=Balance(1.0))
+    workplace = make_workplace()
+    client, bank = client_of(workplace), routed(workplace)
+    done = train(
+        workplace, bank, replace_optim(batch_size=2, accumulate=2, steps=1), client=client, balance=Balance(1.0)
+    )
     assert done.steps == 1
-    modules = len(place.base.spec.targets)
+    modules = len(workplace.base.spec.targets)
     assert modules <= done.balance < 3 * modules
 
 
@@ -107,11 +110,11 @@ def replace_optim(**changes: Any) -> Optim:
 def test_gradient_checkpointing_counts_the_loss_once() -> None:
     found = []
     for checkpointing in (False, True):
-        place = workplace()
+        workplace = make_workplace()
         if checkpointing:
-            place.base.model.gradient_checkpointing_enable({"use_reentrant": False})
-            place.base.model.train()
-        found.append(train(place, routed(place, dropout=0.2), OPTIM, balance=Balance(1.0)))
+            workplace.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            workplace.base.model.train()
+        found.append(train(workplace, routed(workplace, dropout=0.2), OPTIM, balance=Balance(1.0)))
     assert largest_difference(found[0].tensors, found[1].tensors) < 1e-10
     assert found[0].balance == pytest.approx(found[1].balance, abs=1e-12)
 
@@ -144,8 +147,8 @@ def test_training_counts_padding_only_if_asked(padding: bool, monkeypatch: pytes
     """The same training with every batch padded to 30 tokens: another load-balance loss only where padding counts."""
     found = []
     for width in (0, 30):
-        place = workplace()
-        collate = place.task.collate
+        workplace = make_workplace()
+        collate = workplace.task.collate
 
         def wider(examples: Any, collate: Any = collate, width: int = width) -> Any:
             batch = collate(examples)
@@ -153,8 +156,8 @@ def test_training_counts_padding_only_if_asked(padding: bool, monkeypatch: pytes
             inputs = {name: nn.functional.pad(value, (0, more)) for name, value in batch.inputs.items()}
             return replace(batch, inputs=inputs)
 
-        place.task = replace_collate(place.task, wider)
-        found.append(train(place, routed(place), OPTIM, balance=Balance(1.0, padding)))
+        workplace.task = replace_collate(workplace.task, wider)
+        found.append(train(workplace, routed(workplace), OPTIM, balance=Balance(1.0, padding)))
     apart = largest_difference(found[0].tensors, found[1].tensors)
     assert (apart > 1e-4) if padding else (apart < 1e-6)
     assert (abs(found[0].balance - found[1].balance) > 1e-3) == padding
@@ -179,10 +182,10 @@ def test_embeddings_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch
     """Shorter rows are padded in large batches; with padding counted that shows."""
     seen = {}
     for size in (1, 8):
-        place = workplace(eval_batch_size=size)
-        worker = LocalCompute(place, client_of(place), 1)
+        workplace = make_workplace(eval_batch_size=size)
+        worker = LocalCompute(workplace, client_of(workplace), 1)
         for padding in (False, True):
-            request = Observe(routed(place), "train", ("embeddings",), padding=padding)
+            request = Observe(routed(workplace), "train", ("embeddings",), padding=padding)
             seen[size, padding] = worker.observe(request).embeddings
     assert largest_difference(seen[1, False], seen[8, False]) < 1e-6
     assert largest_difference(seen[1, True], seen[8, True]) > 1e-3
@@ -192,17 +195,17 @@ def test_embeddings_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch
 
 
 def test_embeddings_are_means_of_the_projections_of_a_modules_input() -> None:
-    place = workplace()
-    client, bank = client_of(place), routed(place)
-    observed = LocalCompute(place, client, 1).observe(Observe(bank, "test", ("usage", "embeddings")))
-    module = place.base.spec.targets[0].name  # of the first layer: its input does not depend on the bank
-    rows = [place.task.collate([example]) for example in place.examples(client, "test")]
+    workplace = make_workplace()
+    client, bank = client_of(workplace), routed(workplace)
+    observed = LocalCompute(workplace, client, 1).observe(Observe(bank, "test", ("usage", "embeddings")))
+    module = workplace.base.spec.targets[0].name  # of the first layer: its input does not depend on the bank
+    rows = [workplace.task.collate([example]) for example in workplace.examples(client, "test")]
     inputs: list[Tensor] = []
-    handle = place.base.model.get_submodule(module).register_forward_pre_hook(
+    handle = workplace.base.model.get_submodule(module).register_forward_pre_hook(
         lambda _, args: inputs.append(args[0].reshape(-1, args[0].shape[-1]))
     )
     for batch in rows:
-        place.base.model(**batch.inputs)
+        workplace.base.model(**batch.inputs)
     handle.remove()
     x = torch.cat(inputs)
     assert observed.tokens == len(x)
@@ -216,10 +219,13 @@ def test_embeddings_are_means_of_the_projections_of_a_modules_input() -> None:
 
 def test_a_module_that_runs_twice_in_a_pass_has_the_means_of_both_runs() -> None:
     """As ALBERT's layers do."""
-    place = workplace()
-    worker, request = LocalCompute(place, client_of(place), 1), Observe(routed(place), "test", ("usage", "embeddings"))
+    workplace = make_workplace()
+    worker, request = (
+        LocalCompute(workplace, client_of(workplace), 1),
+        Observe(routed(workplace), "test", ("usage", "embeddings")),
+    )
     once = worker.observe(request)
-    query = place.base.model.get_submodule(place.base.spec.targets[0].name)
+    query = workplace.base.model.get_submodule(workplace.base.spec.targets[0].name)
 
     def twice(module: nn.Module, args: Any, output: Tensor) -> None:
         if not getattr(module, "_again", False):
@@ -232,7 +238,7 @@ def test_a_module_that_runs_twice_in_a_pass_has_the_means_of_both_runs() -> None
     handle.remove()
     assert seen.tokens == once.tokens
     assert largest_difference(seen.embeddings, once.embeddings) < 1e-6
-    name = place.base.spec.targets[0].name
+    name = workplace.base.spec.targets[0].name
     assert seen.usage[name].weight == pytest.approx(once.usage[name].weight, abs=1e-9)
     assert max(seen.usage[name].share) <= 1
 
@@ -261,18 +267,20 @@ def test_with_own_masks_each_expert_draws_its_own_and_routing_sees_none() -> Non
 
 
 def test_rows_set_aside_are_the_same_each_round_and_are_not_trained_on() -> None:
-    place = workplace()
-    client, hold_out = client_of(place), HoldOut(0.25, 200)
-    left, aside = place.divided(client, "train", hold_out)
+    workplace = make_workplace()
+    client, hold_out = client_of(workplace), HoldOut(0.25, 200)
+    left, aside = workplace.divided(client, "train", hold_out)
     assert (len(left), len(aside)) == (6, 2)
-    assert sorted(left + aside, key=str) == sorted(place.examples(client, "train"), key=str)
-    assert place.divided(client, "train", hold_out) == (left, aside)
-    other = client_of(place, "south")
-    assert place.divided(other, "train", hold_out)[1] != aside
-    done = train(place, routed(place), OPTIM, client=client, hold_out=hold_out)
+    assert sorted(left + aside, key=str) == sorted(workplace.examples(client, "train"), key=str)
+    assert workplace.divided(client, "train", hold_out) == (left, aside)
+    other = client_of(workplace, "south")
+    assert workplace.divided(other, "train", hold_out)[1] != aside
+    done = train(workplace, routed(workplace), OPTIM, client=client, hold_out=hold_out)
     assert done.examples == 6
     assert done.tokens == sum(len(example.ids) for example in left)
-    observed = LocalCompute(place, client, 3).observe(Observe(routed(place), "train", ("embeddings",), hold_out))
+    observed = LocalCompute(workplace, client, 3).observe(
+        Observe(routed(workplace), "train", ("embeddings",), hold_out)
+    )
     assert observed.tokens == sum(len(example.ids) for example in aside)
 
 
@@ -282,6 +290,6 @@ def test_how_many_are_set_aside(rows: int, count: int) -> None:
 
 
 def test_a_client_whose_rows_would_all_be_set_aside_is_told() -> None:
-    place = workplace()
+    workplace = make_workplace()
     with pytest.raises(CoterieError, match=r"client north has 1 train row"):
-        train(place, routed(place), OPTIM, client=client_of(place, number=1), hold_out=HoldOut(0.05, 200))
+        train(workplace, routed(workplace), OPTIM, client=client_of(workplace, number=1), hold_out=HoldOut(0.05, 200))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import tiny
-from coterie.compute.client import LocalCompute, Workplace
+from coterie.compute import passes
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
 from coterie.data.rows import ChoiceRow, ClientData, PromptRow
 from coterie.data.tasks import IGNORE, Batch, Example, Generation, MultipleChoice, candidate, completion_losses
 from coterie.nn.attach import attached
@@ -26,7 +28,7 @@ from coterie.types import Bank, ClientInfo, CoterieError
 BOS, EOS = 1, 2
 PLAIN = tiny.tokenizer()
 CHAT = tiny.tokenizer(chat=True)
-OWN = (  # candidates of different numbers and lengths, the right one at every place
+OWN = (  # candidates of different numbers and lengths, the right one at every position
     ChoiceRow("ab", ("c", "defgh ijk"), 0),
     ChoiceRow("a much longer prompt than the others", (" x", " yy", " zzz zzz"), 2),
     ChoiceRow("q", ("a long candidate", "b"), 1),
@@ -131,7 +133,7 @@ def loaded(arch: str, dtype: torch.dtype) -> Base:
         return load_base(folder, "multiple_choice", dtype=dtype)
 
 
-def workplace(arch: str, dtype: torch.dtype = torch.float64, tokenizer: Any = PLAIN, **settings: Any) -> Workplace:
+def make_workplace(arch: str, dtype: torch.dtype = torch.float64, tokenizer: Any = PLAIN, **settings: Any) -> Workplace:
     return Workplace(loaded(arch, dtype), MultipleChoice(tokenizer, 80), 0, **settings)
 
 
@@ -141,21 +143,21 @@ def client_of(rows: tuple[ChoiceRow, ...], labels: tuple[str, ...] | None) -> Cl
     return ClientData(ClientInfo(name, len(rows), labels=labels), {"train": rows, "test": rows})
 
 
-def bank_for(place: Workplace) -> Bank:
+def bank_for(workplace: Workplace) -> Bank:
     """Three experts whose gate looks at every token: a token of padding that counted would show."""
-    dtype = next(place.base.model.parameters()).dtype
-    return tiny.bank(place.base.spec.targets, experts=3, gate="slot_top_k", options={"own": 0}, dtype=dtype)
+    dtype = next(workplace.base.model.parameters()).dtype
+    return tiny.bank(workplace.base.spec.targets, experts=3, gate="slot_top_k", options={"own": 0}, dtype=dtype)
 
 
-def score(place: Workplace, client: ClientData, bank: Bank) -> Scored:
-    (scored,) = LocalCompute(place, client, 1).score(Score([bank], "test"))
+def score(workplace: Workplace, client: ClientData, bank: Bank) -> Scored:
+    (scored,) = LocalCompute(workplace, client, 1).score(Score([bank], "test"))
     return scored
 
 
-def by_hand(place: Workplace, bank: Bank, rows: tuple[ChoiceRow, ...]) -> list[list[Tensor]]:
+def by_hand(workplace: Workplace, bank: Bank, rows: tuple[ChoiceRow, ...]) -> list[list[Tensor]]:
     """The losses of the tokens of every candidate of every row: one sequence at a time, nothing padded or shared."""
-    tokenizer, found = place.task.tokenizer, []
-    with attached(place.base.model, bank), torch.no_grad():
+    tokenizer, found = workplace.task.tokenizer, []
+    with attached(workplace.base.model, bank), torch.no_grad():
         for row in rows:
             start = (BOS, *words(row.prompt))
             if tokenizer.chat_template:
@@ -163,7 +165,7 @@ def by_hand(place: Workplace, bank: Bank, rows: tuple[ChoiceRow, ...]) -> list[l
             losses = []
             for choice in row.choices:
                 ids = [*start, *words(choice, tokenizer), EOS]
-                logits = place.base.model(input_ids=torch.tensor([ids])).logits[0]
+                logits = workplace.base.model(input_ids=torch.tensor([ids])).logits[0]
                 ends = range(len(start), len(ids))
                 losses.append(torch.stack([-logits[end - 1].log_softmax(-1)[ids[end]] for end in ends]))
             found.append(losses)
@@ -173,15 +175,15 @@ def by_hand(place: Workplace, bank: Bank, rows: tuple[ChoiceRow, ...]) -> list[l
 @pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
 @pytest.mark.parametrize("arch", tiny.DECODERS)
 def test_scores_are_those_of_single_sequences(arch: str, tokenizer: Any) -> None:
-    place = workplace(arch, tokenizer=tokenizer)
-    bank, truth = bank_for(place), [row.answer for row in SHARED]
-    losses = by_hand(place, bank, SHARED)
+    workplace = make_workplace(arch, tokenizer=tokenizer)
+    bank, truth = bank_for(workplace), [row.answer for row in SHARED]
+    losses = by_hand(workplace, bank, SHARED)
     predicted = [int(torch.stack([loss.mean() for loss in row]).argmin()) for row in losses]
     by_sum = [int(torch.stack([loss.sum() for loss in row]).argmin()) for row in losses]
     assert len(set(predicted)) > 1
     assert predicted != by_sum, "so that the mean and the sum differ"
     right = torch.cat([row[answer] for row, answer in zip(losses, truth, strict=True)])
-    found = score(place, client_of(SHARED, LABELS), bank)
+    found = score(workplace, client_of(SHARED, LABELS), bank)
     assert found.metrics == classification_metrics(truth, predicted)
     assert found.loss == pytest.approx(float(right.mean()), rel=1e-12)
     assert found.examples == len(SHARED)
@@ -191,50 +193,52 @@ def test_scores_are_those_of_single_sequences(arch: str, tokenizer: Any) -> None
 @pytest.mark.parametrize("rows", [OWN, SHARED], ids=["own", "shared"])
 def test_the_batch_size_changes_nothing(arch: str, rows: tuple[ChoiceRow, ...]) -> None:
     """Each row as a client of its own too: then accuracy is whether its prediction is right."""
-    place = workplace(arch, torch.float32)
-    bank = bank_for(place)
-    means = [[float(loss.mean()) for loss in row] for row in by_hand(place, bank, rows)]
+    workplace = make_workplace(arch, torch.float32)
+    bank = bank_for(workplace)
+    means = [[float(loss.mean()) for loss in row] for row in by_hand(workplace, bank, rows)]
     expected = [row.answer == mean.index(min(mean)) for row, mean in zip(rows, means, strict=True)]
     assert 0 < sum(expected) < len(rows)
     whole = []
     for size in (1, 2, 5, 64):
-        place.eval_batch_size = size
-        found = [bool(score(place, client_of((row,), None), bank).metrics["accuracy"]) for row in rows]
+        workplace.eval_batch_size = size
+        found = [bool(score(workplace, client_of((row,), None), bank).metrics["accuracy"]) for row in rows]
         assert found == expected
-        whole.append(score(place, client_of(rows, None), bank))
+        whole.append(score(workplace, client_of(rows, None), bank))
     assert [scored.metrics for scored in whole] == [{"accuracy": sum(expected) / len(rows)}] * 4
     assert all(scored.loss == pytest.approx(whole[0].loss, rel=1e-5) for scored in whole)
 
 
 def test_a_place_means_something_only_where_all_rows_have_the_same_candidates() -> None:
-    place = workplace("llama")
-    assert score(place, client_of(OWN, None), Bank({})).metrics.keys() == {"accuracy"}
-    found = score(place, client_of(SHARED, LABELS), Bank({})).metrics
+    workplace = make_workplace("llama")
+    assert score(workplace, client_of(OWN, None), Bank({})).metrics.keys() == {"accuracy"}
+    found = score(workplace, client_of(SHARED, LABELS), Bank({})).metrics
     assert found.keys() == {"accuracy", "macro_f1", "matthews"}
 
 
 def test_on_a_tie_the_first_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = workplace("llama")
-    monkeypatch.setattr(
-        LocalCompute, "_logits", lambda self, batch, now: torch.zeros(*batch.labels.shape, tiny.VOCABULARY)
-    )
+    workplace = make_workplace("llama")
+
+    def zeros(workplace: Workplace, inputs: Any) -> torch.Tensor:
+        return torch.zeros(*inputs["input_ids"].shape, tiny.VOCABULARY)
+
+    monkeypatch.setattr(passes, "logits_of", zeros)
     rows = tuple(replace(row, answer=0) for row in SHARED)
-    assert score(place, client_of(rows, LABELS), Bank({})).metrics["accuracy"] == 1.0
+    assert score(workplace, client_of(rows, LABELS), Bank({})).metrics["accuracy"] == 1.0
 
 
 def test_training_is_that_of_generation_and_makes_the_right_candidates_likely() -> None:
     optim = Optim(learning_rate=0.02, batch_size=4, epochs=12)
-    place = workplace("llama")
+    workplace = make_workplace("llama")
     client = client_of(SHARED, LABELS)
-    bank = tiny.bank(place.base.spec.targets, rank=8, dtype=torch.float64)
+    bank = tiny.bank(workplace.base.spec.targets, rank=8, dtype=torch.float64)
     request = Train(bank, frozenset(bank.tensors), optim)
-    trained = LocalCompute(place, client, 1).train(request)
-    other = replace(place, task=Generation(PLAIN, 80), cache={})
+    trained = LocalCompute(workplace, client, 1).train(request)
+    other = replace(workplace, task=Generation(PLAIN, 80), cache={})
     rows = tuple(PromptRow(row.prompt, row.choices[row.answer]) for row in SHARED)
     expected = LocalCompute(other, replace(client, splits={"train": rows}), 1).train(request)
     assert trained.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(trained.tensors[key], expected.tensors[key]) for key in expected.tensors)
     assert trained.loss == expected.loss
-    before, after = score(place, client, bank), score(place, client, replace(bank, tensors=trained.tensors))
+    before, after = score(workplace, client, bank), score(workplace, client, replace(bank, tensors=trained.tensors))
     assert after.loss < 0.6 * before.loss
     assert after.metrics["accuracy"] > before.metrics["accuracy"]

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from coterie.compute import client as compute
-from coterie.compute import train as course
-from coterie.compute.client import LocalCompute, Workplace, generate, resolve_precision
+from coterie.compute import loading, score
+from coterie.compute import train as training
+from coterie.compute.client import LocalCompute
+from coterie.compute.generate import completions
+from coterie.compute.loading import resolve_precision
+from coterie.compute.passes import Passes
+from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData, PromptRow, TextRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
 from coterie.nn.attach import attached
@@ -24,7 +28,7 @@ from coterie.nn.base import load_base
 from coterie.ops.streams import stream
 from coterie.requests import Observe, Optim, Score, Train, Trained
 from coterie.types import Bank, ClientInfo, CoterieError, Key, Part
-from places import TEXTS, TOKENIZER, client_of, equal_bits, largest_difference, plain_bank, train, workplace
+from workplaces import TEXTS, TOKENIZER, client_of, equal_bits, largest_difference, make_workplace, plain_bank, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 
@@ -49,9 +53,9 @@ class ExplicitLora(nn.Module):
         return y + self.scaling * ((x @ self.a.T) @ self.b.T)
 
 
-def explicit(place: Workplace, bank: Bank) -> tuple[nn.Module, dict[Key, nn.Parameter]]:
+def explicit(workplace: Workplace, bank: Bank) -> tuple[nn.Module, dict[Key, nn.Parameter]]:
     """A copy of the model with the bank built in, and its parameters by key."""
-    model, parameters = copy.deepcopy(place.base.model), {}
+    model, parameters = copy.deepcopy(workplace.base.model), {}
     for key, value in bank.tensors.items():
         if key.part is Part.A:
             b = key._replace(part=Part.B)
@@ -75,13 +79,13 @@ def loss_of(model: nn.Module, task: Any, example: Example) -> tuple[Tensor, int]
 
 
 def plain_training(
-    place: Workplace, bank: Bank, optim: Optim, rnd: int, steps: list[list[Example]]
+    workplace: Workplace, bank: Bank, optim: Optim, rnd: int, steps: list[list[Example]]
 ) -> dict[Key, Tensor]:
     """What training should give: the optimisers, schedules and clipping by their formulas, one row at a time."""
-    model, parameters = explicit(place, bank)
+    model, parameters = explicit(workplace, bank)
     moments = {key: (torch.zeros_like(p), torch.zeros_like(p)) for key, p in parameters.items()}
     for step, examples in enumerate(steps):
-        terms = [loss_of(model, place.task, example) for example in examples]
+        terms = [loss_of(model, workplace.task, example) for example in examples]
         loss = sum(term for term, _ in terms) / sum(count for _, count in terms)
         grads = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
@@ -120,28 +124,28 @@ WAYS = {
 def test_training_is_a_plain_loop_with_an_explicit_lora(way: str, arch: str) -> None:
     rnd, settings = WAYS[way]
     optim = Optim(**{"learning_rate": 0.02, "epochs": 3, "batch_size": 50, **settings})
-    place = workplace(arch)
-    client, bank = client_of(place), plain_bank(place)
-    everything = place.examples(client, "train")
-    trained = train(place, bank, optim, rnd, client=client)
-    expected = plain_training(place, bank, optim, rnd, [everything] * 3)
+    workplace = make_workplace(arch)
+    client, bank = client_of(workplace), plain_bank(workplace)
+    everything = workplace.examples(client, "train")
+    trained = train(workplace, bank, optim, rnd, client=client)
+    expected = plain_training(workplace, bank, optim, rnd, [everything] * 3)
     assert trained.steps == 3
     assert largest_difference(trained.tensors, bank.tensors) > 1e-3
     assert largest_difference(trained.tensors, expected) < 1e-10
 
 
 def test_batches_come_from_the_stream_of_the_epoch() -> None:
-    place = workplace(seed=5)
-    client, bank = client_of(place), plain_bank(place)
+    workplace = make_workplace(seed=5)
+    client, bank = client_of(workplace), plain_bank(workplace)
     optim = Optim(learning_rate=0.02, epochs=2, batch_size=3)
     steps = [
         part
         for epoch in range(2)
-        for part in batches(place.examples(client, "train"), 3, stream(5, 2, "north", "train", "batches", epoch))
+        for part in batches(workplace.examples(client, "train"), 3, stream(5, 2, "north", "train", "batches", epoch))
     ]
-    trained = train(place, bank, optim, 2, client=client)
+    trained = train(workplace, bank, optim, 2, client=client)
     assert (trained.steps, trained.examples) == (6, 16)
-    assert largest_difference(trained.tensors, plain_training(place, bank, optim, 2, steps)) < 1e-10
+    assert largest_difference(trained.tensors, plain_training(workplace, bank, optim, 2, steps)) < 1e-10
 
 
 # counts, sums, steps -------------------------------------------------------------------------------------------------
@@ -150,48 +154,52 @@ def test_batches_come_from_the_stream_of_the_epoch() -> None:
 @pytest.mark.parametrize("arch", ["bert", "gpt2"])
 def test_accumulated_gradients_are_those_of_one_large_batch(arch: str) -> None:
     """Rows have unequal numbers of tokens, so a mean of two means would be something else."""
-    place = workplace(arch)
+    workplace = make_workplace(arch)
     bank, step = (
-        plain_bank(place),
+        plain_bank(workplace),
         {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0, "clip": 0, "epochs": 1},
     )
-    whole = train(place, bank, Optim(batch_size=8, **step))
-    parts = train(place, bank, Optim(batch_size=4, accumulate=2, **step))
+    whole = train(workplace, bank, Optim(batch_size=8, **step))
+    parts = train(workplace, bank, Optim(batch_size=4, accumulate=2, **step))
     assert whole.steps == parts.steps == 1
     assert largest_difference(whole.tensors, parts.tensors) < 1e-12
     assert largest_difference(whole.tensors, bank.tensors) > 1e-3
     assert parts.loss == pytest.approx(whole.loss, abs=1e-12)
     if arch == "gpt2":
-        counts = [place.task.collate([example]).count for example in place.examples(client_of(place), "train")]
+        counts = [
+            workplace.task.collate([example]).count for example in workplace.examples(client_of(workplace), "train")
+        ]
         assert len(set(counts)) > 2
 
 
 def test_a_last_step_takes_the_batches_that_are_left() -> None:
-    place = workplace()
-    client = client_of(place, number=10)
-    trained = train(place, plain_bank(place), Optim(batch_size=2, accumulate=2, epochs=2), client=client)
+    workplace = make_workplace()
+    client = client_of(workplace, number=10)
+    trained = train(workplace, plain_bank(workplace), Optim(batch_size=2, accumulate=2, epochs=2), client=client)
     assert (trained.steps, trained.examples) == (6, 20)
 
 
 def test_steps_take_the_place_of_epochs() -> None:
-    place = workplace()
-    client = client_of(place)
-    trained = train(place, plain_bank(place), Optim(batch_size=4, steps=5, epochs=1), client=client)
+    workplace = make_workplace()
+    client = client_of(workplace)
+    trained = train(workplace, plain_bank(workplace), Optim(batch_size=4, steps=5, epochs=1), client=client)
     assert (trained.steps, trained.examples) == (5, 20)
-    trained = train(place, plain_bank(place), Optim(batch_size=4, steps=3, accumulate=2, epochs=1), client=client)
+    trained = train(
+        workplace, plain_bank(workplace), Optim(batch_size=4, steps=3, accumulate=2, epochs=1), client=client
+    )
     assert (trained.steps, trained.examples) == (3, 24)
-    tokens = sum(len(example.ids) for example in place.examples(client, "train"))
+    tokens = sum(len(example.ids) for example in workplace.examples(client, "train"))
     assert trained.tokens == 3 * tokens
-    trained = train(place, plain_bank(place), Optim(batch_size=4, steps=1, epochs=9), client=client)
+    trained = train(workplace, plain_bank(workplace), Optim(batch_size=4, steps=1, epochs=9), client=client)
     assert (trained.steps, trained.examples) == (1, 4)
 
 
 @pytest.mark.parametrize("arch", ["bert", "llama"])
 def test_the_loss_is_a_mean_over_what_counts_not_over_steps(arch: str) -> None:
-    place = workplace(arch)
-    client, bank = client_of(place, number=10), plain_bank(place)
-    (before,) = LocalCompute(place, client, 1).score(Score([bank], "train"))
-    trained = train(place, bank, Optim(learning_rate=1e-15, batch_size=4, epochs=1), client=client)
+    workplace = make_workplace(arch)
+    client, bank = client_of(workplace, number=10), plain_bank(workplace)
+    (before,) = LocalCompute(workplace, client, 1).score(Score([bank], "train"))
+    trained = train(workplace, bank, Optim(learning_rate=1e-15, batch_size=4, epochs=1), client=client)
     assert trained.loss == pytest.approx(before.loss, abs=1e-9)
 
 
@@ -207,10 +215,15 @@ def orders(monkeypatch: pytest.MonkeyPatch, seed: int, rnd: int, client: str, pu
         seen.extend([TOKENIZER.decode(e.ids, skip_special_tokens=True) for e in part] for part in made)
         return made
 
-    monkeypatch.setattr(course, "batches", spy)
-    place = workplace(seed=seed)
+    monkeypatch.setattr(training, "batches", spy)
+    workplace = make_workplace(seed=seed)
     train(
-        place, plain_bank(place), Optim(batch_size=2, epochs=2), rnd, client=client_of(place, client), purpose=purpose
+        workplace,
+        plain_bank(workplace),
+        Optim(batch_size=2, epochs=2),
+        rnd,
+        client=client_of(workplace, client),
+        purpose=purpose,
     )
     return seen
 
@@ -226,10 +239,10 @@ def test_another_seed_round_client_or_purpose_draws_other_batches(monkeypatch: p
 
 def test_another_seed_round_client_or_purpose_draws_other_dropout() -> None:
     def once(seed: int = 0, rnd: int = 1, client: str = "north", purpose: str = "train") -> Trained:
-        place = workplace(seed=seed)
-        bank = plain_bank(place, dropout=0.4)
+        workplace = make_workplace(seed=seed)
+        bank = plain_bank(workplace, dropout=0.4)
         optim = Optim(optimizer="sgd", learning_rate=0.1, batch_size=50, epochs=1)  # one batch: its order is no matter
-        return train(place, bank, optim, rnd, client=client_of(place, client), purpose=purpose)
+        return train(workplace, bank, optim, rnd, client=client_of(workplace, client), purpose=purpose)
 
     first = once()
     assert equal_bits(once().tensors, first.tensors)
@@ -238,23 +251,23 @@ def test_another_seed_round_client_or_purpose_draws_other_dropout() -> None:
 
 
 def test_every_step_draws_its_own_dropout() -> None:
-    place = workplace()
-    bank = plain_bank(place, dropout=0.4)
+    workplace = make_workplace()
+    bank = plain_bank(workplace, dropout=0.4)
     still = {"optimizer": "sgd", "learning_rate": 1e-9, "batch_size": 50, "schedule": "constant"}
-    losses = [train(place, bank, Optim(steps=steps, **still)).loss * steps for steps in (1, 2, 3)]
+    losses = [train(workplace, bank, Optim(steps=steps, **still)).loss * steps for steps in (1, 2, 3)]
     assert len({round(loss, 6) for loss in (losses[0], losses[1] - losses[0], losses[2] - losses[1])}) == 3
 
 
 def test_a_client_does_not_feel_who_came_before_it() -> None:
     optim = Optim(learning_rate=0.02, batch_size=3, epochs=1)
-    alone = workplace()
+    alone = make_workplace()
     expected = train(alone, plain_bank(alone, dropout=0.3), optim, client=client_of(alone, "b"))
-    place = workplace()
-    bank, first = plain_bank(place, dropout=0.3), client_of(place, "a", number=5)
-    train(place, plain_bank(place, dropout=0.2, seed=7), optim, client=first)
-    LocalCompute(place, first, 1).score(Score([bank], "test"))
-    LocalCompute(place, first, 1).observe(Observe(bank, "train"))
-    again = train(place, bank, optim, client=client_of(place, "b"))
+    workplace = make_workplace()
+    bank, first = plain_bank(workplace, dropout=0.3), client_of(workplace, "a", number=5)
+    train(workplace, plain_bank(workplace, dropout=0.2, seed=7), optim, client=first)
+    LocalCompute(workplace, first, 1).score(Score([bank], "test"))
+    LocalCompute(workplace, first, 1).observe(Observe(bank, "train"))
+    again = train(workplace, bank, optim, client=client_of(workplace, "b"))
     assert equal_bits(again.tensors, expected.tensors)
     assert again == Trained(again.tensors, expected.loss, expected.examples, expected.tokens, expected.steps)
 
@@ -270,19 +283,19 @@ def traces(model: nn.Module) -> list[str]:
 
 
 def test_only_what_was_asked_for_is_trained_and_the_base_stays_as_it_was() -> None:
-    place = workplace()
-    model, bank = place.base.model, plain_bank(place, dropout=0.1)
+    workplace = make_workplace()
+    model, bank = workplace.base.model, plain_bank(workplace, dropout=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     given = {key: value.clone() for key, value in bank.tensors.items()}
     modules = dict(model.named_modules())
     wanted = frozenset(key for key in bank.tensors if key.part is Part.B and "query" in key.module)
     assert len(wanted) == 2
-    trained = LocalCompute(place, client_of(place), 1).train(Train(bank, wanted, Optim(epochs=1)))
+    trained = LocalCompute(workplace, client_of(workplace), 1).train(Train(bank, wanted, Optim(epochs=1)))
     assert trained.tensors.keys() == wanted
     assert all(not torch.equal(trained.tensors[key], given[key]) for key in wanted)
     assert equal_bits(bank.tensors, given)
-    LocalCompute(place, client_of(place), 1).score(Score([bank], "test"))
-    LocalCompute(place, client_of(place), 1).observe(Observe(bank, "test"))
+    LocalCompute(workplace, client_of(workplace), 1).score(Score([bank], "test"))
+    LocalCompute(workplace, client_of(workplace), 1).observe(Observe(bank, "test"))
     assert equal_bits(model.state_dict(), before)
     assert dict(model.named_modules()) == modules
     assert traces(model) == []
@@ -304,40 +317,40 @@ class Poisoned(Classification):
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 6, 7])
 def test_a_loss_that_is_not_finite_names_client_round_and_step(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(course, "_CHECK_EVERY", 3)
-    place = workplace()
-    place.task = Poisoned(TOKENIZER, 32, at=at, value=math.nan if at % 2 else math.inf)
+    monkeypatch.setattr(training, "_CHECK_EVERY", 3)
+    workplace = make_workplace()
+    workplace.task = Poisoned(TOKENIZER, 32, at=at, value=math.nan if at % 2 else math.inf)
     with pytest.raises(CoterieError, match=rf"client north: the loss is not finite at step {at} of round 4;.*learning"):
-        train(place, plain_bank(place), Optim(batch_size=4, steps=7), 4)
-    assert traces(place.base.model) == []
+        train(workplace, plain_bank(workplace), Optim(batch_size=4, steps=7), 4)
+    assert traces(workplace.base.model) == []
 
 
 def test_tensors_that_are_not_finite_are_not_handed_out() -> None:
     """A last step that overflows, after a loss that did not."""
-    place = workplace(dtype=torch.float32)
-    client, bank = client_of(place), plain_bank(place)
+    workplace = make_workplace(dtype=torch.float32)
+    client, bank = client_of(workplace), plain_bank(workplace)
     optim = Optim(optimizer="sgd", learning_rate=1e30, weight_decay=1e30, steps=1)
     with pytest.raises(CoterieError, match=r"client north: round 3 left values in .* that are not finite; lower"):
-        train(place, bank, optim, 3, client=client)
-    assert traces(place.base.model) == []
+        train(workplace, bank, optim, 3, client=client)
+    assert traces(workplace.base.model) == []
 
 
 def test_the_loss_is_looked_at_before_all_steps_are_done() -> None:
-    place = workplace()
-    place.task = Poisoned(TOKENIZER, 32, at=2)
+    workplace = make_workplace()
+    workplace.task = Poisoned(TOKENIZER, 32, at=2)
     with pytest.raises(CoterieError, match="step 2 "):
-        train(place, plain_bank(place), Optim(batch_size=4, steps=100))
-    assert len(place.task.calls) == course._CHECK_EVERY
+        train(workplace, plain_bank(workplace), Optim(batch_size=4, steps=100))
+    assert len(workplace.task.calls) == training._CHECK_EVERY
 
 
 def test_a_split_without_rows_names_the_client_and_what_it_has() -> None:
-    place = workplace()
+    workplace = make_workplace()
     client = ClientData(ClientInfo("north", 1), {"train": (TextRow("a", 0),), "validation": (), "test": ()})
     with pytest.raises(CoterieError, match="client north has no validation rows; it has train"):
-        LocalCompute(place, client, 1).score(Score([plain_bank(place)], "validation"))
+        LocalCompute(workplace, client, 1).score(Score([plain_bank(workplace)], "validation"))
     empty = ClientData(ClientInfo("north", 0), {"train": ()})
     with pytest.raises(CoterieError, match="client north has no train rows; it has none"):
-        train(place, plain_bank(place), Optim(steps=3), client=empty)
+        train(workplace, plain_bank(workplace), Optim(steps=3), client=empty)
 
 
 # scores --------------------------------------------------------------------------------------------------------------
@@ -345,16 +358,16 @@ def test_a_split_without_rows_names_the_client_and_what_it_has() -> None:
 
 @pytest.mark.parametrize("arch", ["bert", "llama"])
 def test_scores_are_those_of_each_bank_alone_and_of_direct_computation(arch: str) -> None:
-    place = workplace(arch)
-    client = client_of(place)
-    banks = [plain_bank(place, dropout=0.5, seed=seed) for seed in range(3)]
-    worker = LocalCompute(place, client, 1)
+    workplace = make_workplace(arch)
+    client = client_of(workplace)
+    banks = [plain_bank(workplace, dropout=0.5, seed=seed) for seed in range(3)]
+    worker = LocalCompute(workplace, client, 1)
     together = worker.score(Score(banks, "test"))
     assert together == [worker.score(Score([bank], "test"))[0] for bank in banks]
     assert len({scored.loss for scored in together}) == 3
     for bank, scored in zip(banks, together, strict=True):
-        model, _ = explicit(place, bank)
-        terms = [loss_of(model, place.task, example) for example in place.examples(client, "test")]
+        model, _ = explicit(workplace, bank)
+        terms = [loss_of(model, workplace.task, example) for example in workplace.examples(client, "test")]
         loss = sum(float(term.detach()) for term, _ in terms) / sum(count for _, count in terms)
         assert scored.loss == pytest.approx(loss, abs=1e-9)
         assert scored.examples == len(client.splits["test"]) == 5
@@ -363,7 +376,7 @@ def test_scores_are_those_of_each_bank_alone_and_of_direct_computation(arch: str
         else:
             right = [
                 int(model(input_ids=torch.tensor([e.ids])).logits.argmax()) == e.label
-                for e in place.examples(client, "test")
+                for e in workplace.examples(client, "test")
             ]
             assert scored.metrics["accuracy"] == sum(right) / 5
             assert scored.metrics.keys() == {"accuracy", "macro_f1", "matthews"}
@@ -374,9 +387,9 @@ def test_scores_are_those_of_each_bank_alone_and_of_direct_computation(arch: str
 def test_scores_do_not_depend_on_batches_and_padding(arch: str, dtype: torch.dtype, tolerance: float) -> None:
     found = []
     for size in (1, 3, 64):
-        place = workplace(arch, dtype, eval_batch_size=size)
-        bank = plain_bank(place, experts=2, gate="slot_top_k", options={"own": 1})
-        found += LocalCompute(place, client_of(place), 1).score(Score([bank], "train"))
+        workplace = make_workplace(arch, dtype, eval_batch_size=size)
+        bank = plain_bank(workplace, experts=2, gate="slot_top_k", options={"own": 1})
+        found += LocalCompute(workplace, client_of(workplace), 1).score(Score([bank], "train"))
     assert [scored.loss for scored in found] == pytest.approx([found[0].loss] * 3, abs=tolerance, rel=tolerance)
     if arch in tiny.ENCODERS:
         assert [scored.metrics for scored in found] == [found[0].metrics] * 3
@@ -385,10 +398,10 @@ def test_scores_do_not_depend_on_batches_and_padding(arch: str, dtype: torch.dty
 # generated text ------------------------------------------------------------------------------------------------------
 
 
-def greedy(place: Workplace, bank: Bank, row: PromptRow, steps: int) -> list[int]:
+def greedy(workplace: Workplace, bank: Bank, row: PromptRow, steps: int) -> list[int]:
     """The most likely tokens one after the other, the whole text anew each time."""
-    model, _ = explicit(place, bank)
-    ids = list(place.task.prompt_ids(row))  # type: ignore[union-attr]
+    model, _ = explicit(workplace, bank)
+    ids = list(workplace.task.prompt_ids(row))  # type: ignore[union-attr]
     start = len(ids)
     for _ in range(steps):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -398,72 +411,77 @@ def greedy(place: Workplace, bank: Bank, row: PromptRow, steps: int) -> list[int
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_generated_text_is_greedy_whatever_the_batch(arch: str, checkpointing: bool) -> None:
-    place = workplace(arch)
-    client, bank = client_of(place), Bank(tiny.bank(place.base.spec.targets, dtype=torch.float64).tensors, scaling=2.0)
+    workplace = make_workplace(arch)
+    client, bank = (
+        client_of(workplace),
+        Bank(tiny.bank(workplace.base.spec.targets, dtype=torch.float64).tensors, scaling=2.0),
+    )
     rows = [row for row in client.splits["test"] if isinstance(row, PromptRow)]
     assert len({len(row.prompt) for row in rows}) > 2
-    expected = [greedy(place, bank, row, 6) for row in rows]
+    expected = [greedy(workplace, bank, row, 6) for row in rows]
     assert all(2 not in ids for ids in expected), "no end of text among them, so that all six count"
     if checkpointing:
-        place.base.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        place.base.model.train()
+        workplace.base.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        workplace.base.model.train()
     for size in (1, 2, 64):
-        place.eval_batch_size = size
+        workplace.eval_batch_size = size
         texts: list[str] = []
 
         def keep(references: list[str], made: list[str]) -> dict[str, float]:
             texts.extend(made)  # noqa: B023
             return {"exact_match": 0.25}
 
-        place.task = Generation(TOKENIZER, 32, 6, generates=True)
+        workplace.task = Generation(TOKENIZER, 32, 6, generates=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compute, "text_metrics", keep)
-            (scored,) = LocalCompute(place, client, 1).score(Score([bank], "test"))
-            LocalCompute(place, client, 1).score(Score([bank], "validation"))
+            patch.setattr(score, "text_metrics", keep)
+            (scored,) = LocalCompute(workplace, client, 1).score(Score([bank], "test"))
+            LocalCompute(workplace, client, 1).score(Score([bank], "validation"))
         assert texts == [TOKENIZER.decode(ids) for ids in expected], "and only the test split is generated"
         assert scored.metrics["exact_match"] == 0.25
-    assert place.base.model.training == checkpointing
+    assert workplace.base.model.training == checkpointing
 
 
 def test_text_ends_where_the_tokenizer_says_even_if_the_model_does_not_know() -> None:
-    place = workplace("llama")
-    place.base.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    workplace = make_workplace("llama")
+    workplace.base.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     row, tokenizer = PromptRow("abc", ""), tiny.tokenizer(chat=True)
-    place.task = Generation(tokenizer, 32, 6)
-    assert isinstance(place.task, Generation)
-    ids = greedy(place, Bank({}), row, 6)
-    assert generate(place, place.task, [row]) == [tokenizer.decode(ids)]
+    workplace.task = Generation(tokenizer, 32, 6)
+    assert isinstance(workplace.task, Generation)
+    ids = greedy(workplace, Bank({}), row, 6)
+    assert completions(Passes(workplace), [[row]])[0] == [tokenizer.decode(ids)]
     tokens = tokenizer.convert_ids_to_tokens(ids)
     end = next(i for i in range(1, 6) if tokens[i] is not None and ids[i] not in ids[:i])
     tokenizer.add_special_tokens({"eos_token": tokens[end]})
-    assert generate(place, place.task, [row]) == [tokenizer.decode(ids[:end])]
+    assert completions(Passes(workplace), [[row]])[0] == [tokenizer.decode(ids[:end])]
 
 
 # usage ---------------------------------------------------------------------------------------------------------------
 
 
-def inputs_of(place: Workplace, bank: Bank, examples: Iterable[Example], module: str) -> Tensor:
+def inputs_of(workplace: Workplace, bank: Bank, examples: Iterable[Example], module: str) -> Tensor:
     """What reaches ``module`` [tokens, d_in], one row at a time without padding."""
     seen: list[Tensor] = []
-    with attached(place.base.model, bank), torch.no_grad():
-        hook = place.base.model.get_submodule(module).register_forward_pre_hook(lambda m, args: seen.append(args[0][0]))
+    with attached(workplace.base.model, bank), torch.no_grad():
+        hook = workplace.base.model.get_submodule(module).register_forward_pre_hook(
+            lambda m, args: seen.append(args[0][0])
+        )
         for example in examples:
-            place.base.model(input_ids=torch.tensor([example.ids]))
+            workplace.base.model(input_ids=torch.tensor([example.ids]))
         hook.remove()
     return torch.cat(seen)
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_usage_counts_every_token_and_no_padding(size: int) -> None:
-    place = workplace(eval_batch_size=size)
-    client, own = client_of(place), 1
-    bank = plain_bank(place, experts=3, gate="slot_top_k", options={"own": own})
-    observed = LocalCompute(place, client, 1).observe(Observe(bank, "test"))
-    examples = place.examples(client, "test")
+    workplace = make_workplace(eval_batch_size=size)
+    client, own = client_of(workplace), 1
+    bank = plain_bank(workplace, experts=3, gate="slot_top_k", options={"own": own})
+    observed = LocalCompute(workplace, client, 1).observe(Observe(bank, "test"))
+    examples = workplace.examples(client, "test")
     assert observed.tokens == sum(len(example.ids) for example in examples)
-    assert observed.usage.keys() == {target.name for target in place.base.spec.targets}
+    assert observed.usage.keys() == {target.name for target in workplace.base.spec.targets}
     for module, usage in observed.usage.items():
-        x = inputs_of(place, bank, examples, module)
+        x = inputs_of(workplace, bank, examples, module)
         weight, used = torch.zeros(2, 3, dtype=torch.float64)
         for scores in x @ bank.tensors[Key(module, -1, Part.ROUTER)].T:
             chosen = sorted(range(5), key=lambda slot: -float(scores[slot]))[:3]
@@ -480,13 +498,13 @@ def test_usage_counts_every_token_and_no_padding(size: int) -> None:
 
 
 def test_a_bank_without_a_gate_has_no_usage_and_unknown_statistics_are_refused() -> None:
-    place = workplace()
-    worker = LocalCompute(place, client_of(place), 1)
-    observed = worker.observe(Observe(plain_bank(place), "validation"))
+    workplace = make_workplace()
+    worker = LocalCompute(workplace, client_of(workplace), 1)
+    observed = worker.observe(Observe(plain_bank(workplace), "validation"))
     assert observed.usage == {}
     assert observed.tokens > 0
     with pytest.raises(ValueError, match=r"cannot observe \['moods'\]; known: .*embeddings.*usage"):
-        worker.observe(Observe(plain_bank(place), "train", ("usage", "moods")))
+        worker.observe(Observe(plain_bank(workplace), "train", ("usage", "moods")))
 
 
 # precision and checkpointing -----------------------------------------------------------------------------------------
@@ -495,11 +513,11 @@ def test_a_bank_without_a_gate_has_no_usage_and_unknown_statistics_are_refused()
 def test_bfloat16_autocast_trains_close_to_float32() -> None:
     found: dict[str, Any] = {}
     for precision in ("float32", "bfloat16"):
-        place = workplace(dtype=torch.float32, precision=precision)
-        bank = plain_bank(place, dropout=0.1)
-        trained = train(place, bank, Optim(learning_rate=1e-3, batch_size=4, epochs=2))
+        workplace = make_workplace(dtype=torch.float32, precision=precision)
+        bank = plain_bank(workplace, dropout=0.1)
+        trained = train(workplace, bank, Optim(learning_rate=1e-3, batch_size=4, epochs=2))
         assert all(value.dtype == torch.float32 for value in trained.tensors.values())
-        (scored,) = LocalCompute(place, client_of(place), 1).score(Score([bank], "train"))
+        (scored,) = LocalCompute(workplace, client_of(workplace), 1).score(Score([bank], "train"))
         found[precision] = trained.loss, scored.loss, trained.tensors
     full, half = found["float32"], found["bfloat16"]
     assert half[:2] == pytest.approx(full[:2], rel=0.03)
@@ -511,7 +529,7 @@ def test_bfloat16_autocast_trains_close_to_float32() -> None:
 def test_auto_precision_is_what_the_device_computes_in(
     native: bool | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compute, "native_bfloat16", lambda: native)
+    monkeypatch.setattr(loading, "native_bfloat16", lambda: native)
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) == expected
     assert [resolve_precision(setting, cpu) for setting in ("float32", "bfloat16")] == ["float32", "bfloat16"]
@@ -526,10 +544,12 @@ def test_gradient_checkpointing_trains_the_same_tensors(arch: str, tmp_path: Pat
     for checkpointing in (False, True):
         base = load_base(str(folder), kind, dtype=torch.float64, gradient_checkpointing=checkpointing)
         task = Classification(base.tokenizer, 32) if kind == "classification" else Generation(base.tokenizer, 32)
-        place = Workplace(base, task, 0)
+        workplace = Workplace(base, task, 0)
         counted: list[int] = []
         base.model.get_submodule(base.spec.targets[0].name).register_forward_hook(count_into(counted))
-        found.append(train(place, plain_bank(place, dropout=0.3), Optim(learning_rate=0.02, batch_size=4, epochs=2)))
+        found.append(
+            train(workplace, plain_bank(workplace, dropout=0.3), Optim(learning_rate=0.02, batch_size=4, epochs=2))
+        )
         passes.append(len(counted))
     assert passes == [4, 8], "every layer is computed again in the backward pass"
     assert largest_difference(found[0].tensors, found[1].tensors) < 1e-9

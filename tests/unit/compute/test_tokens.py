@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from coterie.compute.tokens import Packed, TokenCache
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Example
-from places import client_of, workplace
+from workplaces import client_of, make_workplace
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9).map(tuple)
 ROWS = st.booleans().flatmap(
@@ -53,16 +53,16 @@ def test_the_least_recently_used_are_given_up() -> None:
 
 
 def test_a_split_that_was_given_up_is_tokenised_again_and_its_lengths_are_known() -> None:
-    place = workplace()
-    clients = [client_of(place, name) for name in ("north", "south")]
-    place.cache.limit = 1
-    first = place.examples(clients[0], "train")
-    lengths = place.lengths(clients[0], "train")
-    place.examples(clients[1], "train")
-    assert list(place.cache) == [("south", "train")]
-    assert place.lengths(clients[0], "train") is lengths == [len(example.ids) for example in first]
-    assert list(place.cache) == [("south", "train")]
-    place.prepare(clients[0], "train")
-    assert list(place.cache) == [("north", "train")]
-    assert place.examples(clients[0], "train") == first
-    assert place.lengths(ClientData(clients[0].info, {}), "test") == []
+    workplace = make_workplace()
+    clients = [client_of(workplace, name) for name in ("north", "south")]
+    workplace.cache.limit = 1
+    first = workplace.examples(clients[0], "train")
+    lengths = workplace.lengths(clients[0], "train")
+    workplace.examples(clients[1], "train")
+    assert list(workplace.cache) == [("south", "train")]
+    assert workplace.lengths(clients[0], "train") is lengths == [len(example.ids) for example in first]
+    assert list(workplace.cache) == [("south", "train")]
+    workplace.prepare(clients[0], "train")
+    assert list(workplace.cache) == [("north", "train")]
+    assert workplace.examples(clients[0], "train") == first
+    assert workplace.lengths(ClientData(clients[0].info, {}), "test") == []

@@ -12,27 +12,27 @@ from coterie.engines import batch_size as sizing
 from coterie.engines.batch_size import AutoSize, Size, best_size, first_request
 from coterie.requests import Optim, Score, Train
 from coterie.types import Bank, ClientResult, Personal, Reply
-from places import client_of, plain_bank, workplace
+from workplaces import client_of, make_workplace, plain_bank
 
 FOUR = ("north", "south", "east", "west")
 
 
-def asked(place: Workplace, optim: Optim, rank: int = 4) -> Train:
-    bank = plain_bank(place, rank=rank)
+def asked(workplace: Workplace, optim: Optim, rank: int = 4) -> Train:
+    bank = plain_bank(workplace, rank=rank)
     return Train(bank, frozenset(bank.tensors), optim)
 
 
 def size(optim: Optim, precision: str = "float32") -> Size:
-    place = workplace(dtype=torch.float32, precision=precision)
-    found = best_size(place, [client_of(place, name) for name in FOUR], asked(place, optim))
-    assert set(place.cache) == {(name, "train") for name in FOUR}, "what was made to measure is gone"
+    workplace = make_workplace(dtype=torch.float32, precision=precision)
+    found = best_size(workplace, [client_of(workplace, name) for name in FOUR], asked(workplace, optim))
+    assert set(workplace.cache) == {(name, "train") for name in FOUR}, "what was made to measure is gone"
     return found
 
 
 def test_as_many_clients_as_bring_a_step_to_enough_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "_fits", lambda *_: 100)
-    place = workplace()
-    rows = place.examples(client_of(place), "train")
+    workplace = make_workplace()
+    rows = workplace.examples(client_of(workplace), "train")
     each = 2 * sum(len(row.ids) for row in rows) / len(rows)  # a batch of two
     for clients in (1, 2, 3):
         monkeypatch.setattr(sizing, "ENOUGH", {"float32": clients * each, "bfloat16": 1})
@@ -44,7 +44,7 @@ def test_as_many_clients_as_bring_a_step_to_enough_tokens(monkeypatch: pytest.Mo
 
 def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
-    monkeypatch.setattr(sizing, "_peak", lambda place, request, rows, tokens, clients: 100 + 50 * clients)
+    monkeypatch.setattr(sizing, "_peak", lambda workplace, request, rows, tokens, clients: 100 + 50 * clients)
     for free, clients in ((0, 1), (249, 1), (251, 2), (313, 3), (10_000, 4)):
         monkeypatch.setattr(sizing, "_free", lambda device, free=free: free)
         assert size(Optim()).clients == clients
@@ -63,14 +63,14 @@ def test_a_step_is_really_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sizing.train_together
 
     def seen(asked: Any) -> Any:
-        lengths = [[len(e.ids) for e in c.place.examples(c.client, "train")] for c, _ in asked]
+        lengths = [[len(e.ids) for e in c.workplace.examples(c.client, "train")] for c, _ in asked]
         steps.append([(len(each), set(each)) for each in lengths])
         assert all(request.optim.steps == request.optim.accumulate == 1 for _, request in asked)
         return real(asked)
 
     monkeypatch.setattr(sizing, "train_together", seen)
-    place = workplace()
-    longest = max(place.lengths(client_of(place), "train"))
+    workplace = make_workplace()
+    longest = max(workplace.lengths(client_of(workplace), "train"))
     for batch, rows in ((3, 3), (100, 8)):
         assert size(Optim(batch_size=batch, epochs=7, accumulate=2)).clients == 4
         assert steps == [[(rows, {longest})], [(rows, {longest})] * 2], "as large as the largest real batch"
@@ -79,34 +79,36 @@ def test_a_step_is_really_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_larger_adapter_takes_more_memory() -> None:
     """What is measured is what the clients carry, also where the process holds free memory that would do for it."""
-    place = workplace(dtype=torch.float32)
+    workplace = make_workplace(dtype=torch.float32)
     pieces = [torch.randn(1000, 16) for _ in range(3000)]
     last = pieces[-1]  # above all that is freed, so that the allocator keeps it
     del pieces
     assert last.isfinite().all()
-    peaks = [sizing._peak(place, asked(place, Optim(), rank), 8, 16, 2) for rank in (2, 4000)]
-    assert peaks[1] > peaks[0] + 2 * 3 * 4 * sum(t.d_in + t.d_out for t in place.base.spec.targets) * 3998
+    peaks = [sizing._peak(workplace, asked(workplace, Optim(), rank), 8, 16, 2) for rank in (2, 4000)]
+    assert peaks[1] > peaks[0] + 2 * 3 * 4 * sum(t.d_in + t.d_out for t in workplace.base.spec.targets) * 3998
 
 
 def test_it_is_decided_anew_when_adapters_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = workplace()
+    workplace = make_workplace()
     sizes = {100.0: 8, 105.0: 7, 300.0: 8, 900.0: 2}
-    monkeypatch.setattr(sizing, "best_size", lambda place, clients, request: Size(sizes[request], "measured"))
+    monkeypatch.setattr(sizing, "best_size", lambda workplace, clients, request: Size(sizes[request], "measured"))
     auto, told = AutoSize(), []
     for weight in (100.0, 105.0, 90.0, 300.0, 100.0, 900.0):
-        told.append(auto.decide([place], [], weight, lambda weight=weight: weight))
+        told.append(auto.decide([workplace], [], weight, lambda weight=weight: weight))
     assert told == [Size(8, "measured"), None, None, None, None, Size(2, "measured")]
     assert (auto.now, auto.weight) == (Size(2, "measured"), 900.0)
 
 
 def test_the_device_with_the_least_room_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "best_size", lambda place, clients, request: Size(place.seed, "measured"))
-    assert AutoSize().decide([workplace(seed=5), workplace(seed=3)], [], 1.0, lambda: 1.0) == Size(3, "measured")
+    monkeypatch.setattr(sizing, "best_size", lambda workplace, clients, request: Size(workplace.seed, "measured"))
+    assert AutoSize().decide([make_workplace(seed=5), make_workplace(seed=3)], [], 1.0, lambda: 1.0) == Size(
+        3, "measured"
+    )
 
 
 def test_the_first_request_of_a_program_is_what_is_measured() -> None:
-    place = workplace()
-    request, closed = asked(place, Optim(steps=3)), []
+    workplace = make_workplace()
+    request, closed = asked(workplace, Optim(steps=3)), []
 
     def program(first: Any) -> Any:
         try:
@@ -127,8 +129,8 @@ def test_the_first_request_of_a_program_is_what_is_measured() -> None:
 
 
 def test_a_single_client_is_not_measured() -> None:
-    place = workplace()
-    assert best_size(place, [client_of(place)], asked(place, Optim())).clients == 1
+    workplace = make_workplace()
+    assert best_size(workplace, [client_of(workplace)], asked(workplace, Optim())).clients == 1
 
 
 def test_where_no_client_asks_for_anything_it_stays_as_it_was() -> None:

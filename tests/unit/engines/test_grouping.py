@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.data.rows import ClientData
-from coterie.engines.grouping import PASS, Load, cost, evaluation, grouped, spread, training
+from coterie.engines.grouping import PASS, Load, cost, evaluation_load, grouped, schedule, training_load
 from coterie.requests import Optim
 from coterie.types import CoterieError
-from places import client_of, workplace
+from workplaces import client_of, make_workplace
 
 LOADS = st.lists(
     st.builds(Load, st.just(0), st.integers(0, 40), st.integers(0, 16), st.floats(0, 128, allow_nan=False)), max_size=20
@@ -21,18 +21,20 @@ LOADS = st.lists(
 
 
 @given(LOADS, st.integers(1, 6), st.integers(1, 4))
-def test_everyone_is_in_one_group_and_every_group_on_one_place(loads: list[Load], size: int, places: int) -> None:
+def test_everyone_is_in_one_group_and_every_group_on_one_workplace(
+    loads: list[Load], size: int, workplaces: int
+) -> None:
     groups = grouped(loads, size)
     assert sorted(one.number for group in groups for one in group) == list(range(len(loads)))
     assert all(1 <= len(group) <= size for group in groups)
     assert [cost(group) for group in groups] == sorted(map(cost, groups), reverse=True)
     assert grouped(loads[::-1], size) == groups, "whatever the order that they come in"
-    shares = spread(groups, places)
+    shares = schedule(groups, workplaces)
     assert sorted(number for share in shares for number in share) == list(range(len(groups)))
     assert all(share == sorted(share) for share in shares), "the most expensive first"
     total = sum(map(cost, groups))
     busiest = max((sum(cost(groups[i]) for i in share) for share in shares), default=0.0)
-    assert busiest <= total / places + (cost(groups[0]) if groups else 0) + 1e-6
+    assert busiest <= total / workplaces + (cost(groups[0]) if groups else 0) + 1e-6
 
 
 def test_cost_counts_padding_and_the_passes_that_are_left_to_some() -> None:
@@ -59,33 +61,33 @@ def test_clients_with_as_many_passes_share_them() -> None:
 @pytest.mark.parametrize(("how", "passes"), [({"epochs": 2}, 6), ({"steps": 5}, 5), ({"steps": 2, "accumulate": 4}, 8)])
 def test_what_training_takes(how: dict[str, int], passes: int) -> None:
     optim = Optim(batch_size=3, **how)
-    place = workplace()
-    client = client_of(place)
-    lengths = sorted(place.lengths(client, "train"), reverse=True)
+    workplace = make_workplace()
+    client = client_of(workplace)
+    lengths = sorted(workplace.lengths(client, "train"), reverse=True)
     assert len(lengths) == 8
-    assert training(place, optim)(7, client) == Load(7, passes, 3, (lengths[0] + lengths[3] + lengths[6]) / 3)
+    assert training_load(workplace, optim)(7, client) == Load(7, passes, 3, (lengths[0] + lengths[3] + lengths[6]) / 3)
 
 
 def test_what_evaluation_takes() -> None:
-    place = workplace()
-    client = client_of(place)
-    ends = [sorted(place.lengths(client, split), reverse=True) for split in ("validation", "test")]
+    workplace = make_workplace()
+    client = client_of(workplace)
+    ends = [sorted(workplace.lengths(client, split), reverse=True) for split in ("validation", "test")]
     assert [len(lengths) for lengths in ends] == [4, 5]
     tokens = ((ends[0][0] + ends[0][3]) / 2 + (ends[1][0] + ends[1][3]) / 2) / 2
-    assert evaluation(place, ("validation", "test"), 3)(2, client) == Load(2, 4, 3, tokens)
+    assert evaluation_load(workplace, ("validation", "test"), 3)(2, client) == Load(2, 4, 3, tokens)
     nobody = ClientData(replace(client.info, id="nobody"), {})
-    assert evaluation(place, ("validation", "test"), 3)(2, nobody) == Load(2, 0, 0, 0.0)
+    assert evaluation_load(workplace, ("validation", "test"), 3)(2, nobody) == Load(2, 0, 0, 0.0)
 
 
 def test_a_client_with_a_row_that_cannot_be_encoded_is_not_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = workplace()
-    client = client_of(place)
+    workplace = make_workplace()
+    client = client_of(workplace)
 
     def broken(*_: object) -> None:
         raise CoterieError("two candidates have the same tokens")
 
-    monkeypatch.setattr(type(place.task), "encode", broken)
-    assert training(place, Optim())(0, client) == Load(0, 0, 0, 0.0)
+    monkeypatch.setattr(type(workplace.task), "encode", broken)
+    assert training_load(workplace, Optim())(0, client) == Load(0, 0, 0, 0.0)
 
 
 @pytest.mark.parametrize("few", [2, 8])

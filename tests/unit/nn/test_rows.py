@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import places
 import pytest
 import torch
 from torch import Tensor, nn
 
-import places
 import tiny
 from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute

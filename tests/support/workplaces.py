@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import tiny
-from coterie.compute.client import LocalCompute, Workplace
+from coterie.compute.client import LocalCompute
+from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData, PromptRow, Row, TextRow
 from coterie.data.tasks import Classification, Generation
 from coterie.nn.base import Base, load_base
@@ -31,7 +32,7 @@ def loaded(arch: str, dtype: torch.dtype) -> Base:
         return load_base(folder, "classification" if arch in tiny.ENCODERS else "generation", dtype=dtype)
 
 
-def workplace(arch: str = "bert", dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> Workplace:
+def make_workplace(arch: str = "bert", dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> Workplace:
     """A base of its own: what one test does to it, no other sees."""
     base = loaded(arch, dtype)
     base = replace(base, model=copy.deepcopy(base.model))
@@ -39,27 +40,27 @@ def workplace(arch: str = "bert", dtype: torch.dtype = torch.float64, seed: int 
     return Workplace(base, task, seed, **settings)
 
 
-def client_of(place: Workplace, name: str = "north", number: int = 8) -> ClientData:
+def client_of(workplace: Workplace, name: str = "north", number: int = 8) -> ClientData:
     """A client whose training, validation and test rows are all other ones."""
     made: list[Row] = [
-        TextRow(text, i % LABELS) if place.base.kind == "classification" else PromptRow(text, " " + text[::-1])
+        TextRow(text, i % LABELS) if workplace.base.kind == "classification" else PromptRow(text, " " + text[::-1])
         for i, text in enumerate(TEXTS)
     ]
     splits = {"train": tuple(made[:number]), "validation": tuple(made[::-1][:4]), "test": tuple(made[1::2])}
     return ClientData(ClientInfo(name, number), splits)
 
 
-def plain_bank(place: Workplace, dropout: float = 0.0, **changes: Any) -> Bank:
+def plain_bank(workplace: Workplace, dropout: float = 0.0, **changes: Any) -> Bank:
     """One random expert of rank 4 and a random head, in the base's dtype."""
-    dtype = next(place.base.model.parameters()).dtype
-    made = tiny.bank(place.base.spec.targets, dropout=dropout, dtype=dtype, **changes)
-    head = {key: value.to(dtype) for key, value in tiny.head(place.base.model, LABELS).items()}
+    dtype = next(workplace.base.model.parameters()).dtype
+    made = tiny.bank(workplace.base.spec.targets, dropout=dropout, dtype=dtype, **changes)
+    head = {key: value.to(dtype) for key, value in tiny.head(workplace.base.model, LABELS).items()}
     return Bank({**made.tensors, **head}, made.gate, made.scaling, dropout)
 
 
-def train(place: Workplace, bank: Bank, optim: Optim, rnd: int = 1, **of: Any) -> Trained:
-    client = of.pop("client", None) or client_of(place)
-    return LocalCompute(place, client, rnd).train(Train(bank, frozenset(bank.tensors), optim, **of))
+def train(workplace: Workplace, bank: Bank, optim: Optim, rnd: int = 1, **of: Any) -> Trained:
+    client = of.pop("client", None) or client_of(workplace)
+    return LocalCompute(workplace, client, rnd).train(Train(bank, frozenset(bank.tensors), optim, **of))
 
 
 def largest_difference(one: Any, other: Any) -> float:

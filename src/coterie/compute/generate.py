@@ -1,0 +1,57 @@
+"""Greedy completions of prompts, with whatever banks are on the base, for one client alone or for many in a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from coterie.compute.passes import Passes
+from coterie.compute.workplace import Workplace
+from coterie.data.rows import PromptRow
+from coterie.data.tasks import Batch, Generation
+from coterie.types import Json
+
+
+def completions(passes: Passes, prompts: Sequence[Sequence[PromptRow]]) -> list[list[str]]:
+    """The completion of every prompt of every client by the client's own bank; none for a client without prompts."""
+    workplace = passes.workplace
+    task = workplace.task
+    assert isinstance(task, Generation)
+    texts: list[list[str]] = [[] for _ in prompts]
+    size = -(-workplace.eval_batch_size // max(1, sum(map(bool, prompts))))
+    for start in range(0, max(map(len, prompts), default=0), size):
+        active = [i for i, rows in enumerate(prompts) if rows[start : start + size]]
+        inputs = [_collated(workplace, task, prompts[i][start : start + size]) for i in active]
+        joined = passes.join(active, [Batch(one, one["input_ids"], 0) for one in inputs], left=True)
+        passes.choose(joined)
+        made = _complete(workplace, task, joined.inputs)
+        for at, (i, of) in enumerate(zip(active, joined.parts, strict=True)):
+            texts[i] += made[at * joined.rows : at * joined.rows + len(of.labels)]
+    return texts
+
+
+def _collated(workplace: Workplace, task: Generation, rows: Sequence[PromptRow]) -> Mapping[str, Tensor]:
+    """The rows' prompts, padded on the left [b, t]."""
+    with workplace.tokenising:
+        return task.collate_prompts(rows)
+
+
+def _complete(workplace: Workplace, task: Generation, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Completions of prompts that are padded on the left [b, t]."""
+    pad = task.tokenizer.pad_token_id
+    model: Json = workplace.base.model
+    ends = _ends(model.generation_config.eos_token_id, task.tokenizer.eos_token_id)
+    with workplace.autocast():
+        out = model.generate(
+            **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends
+        )
+    new = out[:, inputs["input_ids"].shape[1] :]
+    with workplace.tokenising:
+        return list(task.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+
+def _ends(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int] | None:
+    """The tokens that end a text: the model's own, and the tokenizer's, which training puts after a completion."""
+    own = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({end for end in (*own, of_tokenizer) if end is not None}) or None

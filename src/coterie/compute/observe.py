@@ -1,0 +1,121 @@
+"""Answers ``Observe``: how a bank's experts are used on a split, mean embeddings and directions, modules' importance.
+
+All but importance is collected for one client alone or for many in the same passes. Importance, which takes
+gradients of the gates, is of one client at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from coterie.compute.importance import IMPORTANCE, gate_importance
+from coterie.compute.passes import evaluating, logits_of, on_base
+from coterie.compute.score import in_order
+from coterie.compute.workplace import Workplace
+from coterie.data.rows import ClientData
+from coterie.data.tasks import Batch, Example
+from coterie.nn.build import BankLayers, build_layers
+from coterie.requests import ExpertUse, Observe, Observed
+from coterie.types import NO_EXPERT, Bank, Key, Part
+
+COLLECTED = ("usage", "embeddings", "directions")  # in passes that many clients may share
+
+
+def observe(observations: Sequence[Observation]) -> list[Observed]:
+    """Usage, embeddings and directions of each client's bank; the clients share their passes.
+
+    Raises :class:`~coterie.nn.many.UnlikeError` for banks that cannot share them.
+    """
+    if not observations:
+        return []
+    workplace, clients = observations[0].workplace, len(observations)
+    layers = [observation.layers for observation in observations]
+    with on_base(workplace, layers) as passes, evaluating(workplace.base.model):
+        for joined in passes.in_step([observation.batches(clients) for observation in observations]):
+            for at, i in enumerate(joined.active):
+                padding = observations[i].request.padding
+                observations[i].begin_pass(joined.parts[at], joined.mask(at, padding))
+            passes.logits(joined)
+    return [observation.result() for observation in observations]
+
+
+@dataclass
+class Observation:
+    """What a request asks of a client's bank on a split.
+
+    Raises :class:`ValueError` for unknown statistics, :class:`CoterieError` where the client has no rows, or the bank
+    does not fit the base.
+    """
+
+    workplace: Workplace
+    client: ClientData
+    rnd: int
+    request: Observe
+    examples: Sequence[Example] = field(init=False)
+    layers: BankLayers = field(init=False)
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        workplace, request, known = self.workplace, self.request, {*COLLECTED, *IMPORTANCE}
+        if unknown := set(request.what) - known:
+            raise ValueError(f"cannot observe {sorted(unknown)}; known: {', '.join(sorted(known))}")
+        if request.hold_out:
+            _, examples = workplace.divided(self.client, request.split, request.hold_out)
+        else:
+            examples = workplace.examples(self.client, request.split)
+        self.examples = workplace.some(self.client, self.rnd, examples, request.examples)
+        self.layers = build_layers(workplace.base.model, request.bank)
+        now = self.layers.now
+        now.usage = {} if "usage" in request.what else None
+        now.embeddings = {} if "embeddings" in request.what else None
+        now.directions = {} if "directions" in request.what else None
+        now.rows.used = now.rows.used or now.directions is not None
+
+    def batches(self, clients: int = 1) -> Iterator[Batch]:
+        """Batches on the CPU for passes that so many clients share.
+
+        Where padding counts, what is observed depends on the batches: they are those of one client alone.
+        """
+        size = self.workplace.rows_of_each(1 if self.request.padding else clients)
+        return in_order(self.workplace.task, self.examples, size)
+
+    def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
+        """The next pass is of this batch, and of its tokens those that ``mask`` marks count (None: all)."""
+        self.layers.now.mask = mask
+        self.tokens += batch.mask.numel() if self.request.padding else int(batch.mask.sum())
+
+    def result(self) -> Observed:
+        """The means over the tokens that each module saw."""
+        now = self.layers.now
+        sums, usage, seen = now.embeddings or {}, now.usage or {}, now.seen
+        embeddings = {key: (value / seen[key.module]).float().cpu() for key, value in sorted(sums.items())}
+        directions = {
+            Key(module, NO_EXPERT, Part.EMBEDDING): (total / rows).float().cpu()
+            for module, (total, rows) in sorted((now.directions or {}).items())
+        }
+        return Observed(_shares(self.request.bank, usage, seen), self.tokens, embeddings, directions)
+
+    def importance(self) -> dict[str, dict[str, float]]:
+        """``[statistic][module]``, as :func:`gate_importance` defines it, for the statistics that are requested."""
+        workplace, wanted = self.workplace, [name for name in IMPORTANCE if name in self.request.what]
+        if not wanted:
+            return {}
+
+        def loss(batch: Batch) -> Tensor:
+            return workplace.task.loss(logits_of(workplace, batch.inputs), batch)
+
+        batches = (batch.to(workplace.device) for batch in self.batches())
+        return gate_importance(workplace.base.model, self.request.bank, batches, loss, wanted)
+
+
+def _shares(bank: Bank, usage: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, ExpertUse]:
+    """Gate usage by module, from sums [2, e] over the tokens that it saw."""
+    shares = {}
+    for module, counted in usage.items():
+        weight, share = (counted / seen[module]).tolist()
+        numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
+        shares[module] = ExpertUse(weight, share, numbers)
+    return shares

@@ -1,0 +1,162 @@
+"""Forward passes through the frozen base, with the bank of one client on it or with those of many.
+
+Clients that share passes have their rows in one batch. What each gets is what it would get alone, within floating
+point. One client alone is the reference: its batches go through the model as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coterie.compute.workplace import StoppedError, Workplace
+from coterie.data.tasks import Batch
+from coterie.nn.attach import attached_layers
+from coterie.nn.attach_many import attached_many
+from coterie.nn.build import BankLayers
+from coterie.nn.many import ManyPass
+from coterie.nn.rows import RowMask
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The batches of the clients ``active`` as one: ``inputs`` [c*rows, tokens], on the device.
+
+    Each client has as many rows as the largest batch (copies fill it up) of as many tokens as the longest. ``parts``
+    are the clients' own batches; ``real`` [c, rows, tokens] marks their tokens, ``own`` their padding too (None: all).
+    """
+
+    active: Sequence[int]
+    inputs: Mapping[str, Tensor]
+    parts: Sequence[Batch]
+    rows: int
+    tokens: int
+    real: Tensor
+    own: Tensor | None
+
+    @property
+    def prompt(self) -> Tensor:
+        """[c*rows, tokens]: as :attr:`Batch.prompt`, and 0 for what fills up."""
+        if self.own is None:
+            return self.parts[0].prompt
+        marks = torch.zeros_like(self.own)
+        for number, part in enumerate(self.parts):
+            marks[number, : part.mask.shape[0], : part.mask.shape[1]] = part.prompt
+        return marks.flatten(0, 1)
+
+    def mask(self, number: int, padding: bool) -> Tensor | None:
+        """The tokens [rows, tokens] of the client with that number in ``active`` that count in statistics; None: all.
+
+        ``padding``: those of its own padding too.
+        """
+        marks = self.own if padding else self.real
+        return None if marks is None else marks[number]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes through the base of ``workplace`` with clients' banks on it.
+
+    ``row_mask`` has the tokens that stand for their rows. ``many``: whose rows a pass holds; None: those of one client.
+    """
+
+    workplace: Workplace
+    row_mask: RowMask
+    many: ManyPass | None = None
+
+    def join(self, active: Sequence[int], batches: Sequence[Batch], left: bool = False) -> Joined:
+        """One batch each of the clients with the numbers ``active``. ``left``: padded on the left, for generation."""
+        device = self.workplace.device
+        if self.many is None:
+            (batch,) = (batch.to(device) for batch in batches)
+            rows, tokens = batch.mask.shape
+            return Joined(active, batch.inputs, [batch], rows, tokens, batch.mask.unsqueeze(0), None)
+        sizes = [tuple(batch.mask.shape) for batch in batches]
+        rows, tokens = (max(size[axis] for size in sizes) for axis in (0, 1))
+        pads = {"input_ids": self.workplace.task.tokenizer.pad_token_id}
+        inputs = {
+            name: torch.cat(
+                [_filled(batch.inputs[name], rows, tokens, pads.get(name, 0), left) for batch in batches]
+            ).to(device, non_blocking=True)
+            for name in batches[0].inputs
+        }
+        own = torch.zeros(len(batches), rows, tokens, dtype=torch.long)
+        for number, (b, t) in enumerate(sizes):
+            own[number, :b, :t] = 1
+        own = own.to(device, non_blocking=True)
+        real = inputs["attention_mask"].view_as(own) * own
+        return Joined(active, inputs, [batch.to(device) for batch in batches], rows, tokens, real, own)
+
+    def in_step(self, streams: Sequence[Iterator[Batch]]) -> Iterator[Joined]:
+        """The first batches of all clients' streams, then the second ones, of those that have more."""
+        for batches in zip_longest(*streams):
+            active = [i for i, batch in enumerate(batches) if batch is not None]
+            yield self.join(active, [batch for batch in batches if batch is not None])
+
+    def choose(self, joined: Joined) -> None:
+        """The next pass is of ``joined``."""
+        self.row_mask.prompt = None
+        if self.many is not None:
+            sizes = [(part.mask.shape[0], part.mask.shape[1]) for part in joined.parts]
+            self.many.choose(joined.active, joined.rows, joined.tokens, sizes, joined.real.device)
+
+    def logits(self, joined: Joined) -> list[Tensor]:
+        """Every active client's own logits for its own rows and tokens."""
+        self.choose(joined)
+        if self.row_mask.used:
+            self.row_mask.prompt = joined.prompt
+        logits = logits_of(self.workplace, joined.inputs)
+        return [logits] if self.many is None else self.many.split(logits)
+
+
+@contextmanager
+def on_base(workplace: Workplace, layers: Sequence[BankLayers]) -> Iterator[Passes]:
+    """The clients' banks on the base for the length of a ``with`` block.
+
+    Raises :class:`~coterie.nn.many.UnlikeError` for banks that cannot share a pass.
+    """
+    model = workplace.base.model
+    if len(layers) == 1:
+        with attached_layers(model, layers[0]):
+            yield Passes(workplace, layers[0].now.rows)
+    else:
+        with attached_many(model, layers) as many:
+            row_mask = many.now.row_mask
+            row_mask.used = row_mask.used or any(each.now.rows.used for each in layers)
+            yield Passes(workplace, row_mask, many.now)
+
+
+def logits_of(workplace: Workplace, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The model's logits with whatever is attached. Raises :class:`StoppedError` where the workplace is to stop."""
+    if workplace.stop.is_set():
+        raise StoppedError
+    with workplace.autocast():
+        logits: Tensor = workplace.base.model(**inputs, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, and evaluation mode: in training mode a model with gradient checkpointing generates without its
+    cache, from the last token alone."""
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
+
+
+def _filled(values: Tensor, rows: int, tokens: int, pad: int, left: bool) -> Tensor:
+    """``values`` [b, t] as [rows, tokens]: padded, and its last row repeated."""
+    b, t = values.shape
+    space = (tokens - t, 0) if left else (0, tokens - t)
+    wide = functional.pad(values, space, value=pad)
+    return wide if b == rows else torch.cat([wide, wide[-1:].expand(rows - b, -1)])
