@@ -8,10 +8,6 @@ This is where the parts meet. :func:`run` is what ``coterie run`` does, and ``co
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import pkgutil
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +15,12 @@ from typing import Any
 
 import torch
 
-from coterie import engines
 from coterie.config.load import load_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import FederatedData
 from coterie.engines.base import Engine
+from coterie.engines.registry import engine_named
 from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
@@ -34,10 +30,6 @@ from coterie.runs.folder import check_folder, claim, full_disk_told, held
 from coterie.runs.rounds import Rounds, Runner
 from coterie.runs.summary import SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
-from coterie.types import CoterieError
-
-_NEEDS = {"flower_sim": ("flwr", "ray")}  # what engines need beside Coterie's own needs
-_FIX = "pip install 'flwr[simulation]==1.41.0'"
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
         check_tensorboard()
     method = config.make_method(root)
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
-    engine = _maker(config.engine.name)(config, federation, folder, root, cache)
+    engine = engine_named(config.engine.name)(config, federation, folder, root, cache)
     return Opened(config, method, engine, federation, root)
 
 
@@ -165,20 +157,3 @@ def rounds_of(config: Config) -> Rounds:
     return Rounds(
         run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints
     )
-
-
-def _maker(name: str) -> Callable[..., Engine]:
-    """The ``make`` function of the engine called ``name``: any module of :mod:`coterie.engines` that has one."""
-    makers: dict[str, Callable[..., Engine]] = {}
-    for found in pkgutil.iter_modules(engines.__path__):
-        called, needs = found.name.replace("_", "-"), _NEEDS.get(found.name, ())
-        if missing := [library for library in needs if importlib.util.find_spec(library) is None]:
-            if called == name:
-                raise CoterieError(f"[engine] {name} needs {' and '.join(missing)}: {_FIX}")
-            continue
-        module = importlib.import_module(f"{engines.__name__}.{found.name}")
-        if hasattr(module, "make"):
-            makers[called] = module.make
-    if name not in makers:
-        raise CoterieError(f"[engine] unknown engine {name!r}; the engines are {', '.join(sorted(makers))}")
-    return makers[name]

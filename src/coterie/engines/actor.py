@@ -1,7 +1,7 @@
-"""What runs in an actor of Flower's simulation: loads the base once per process, and answers any client's message.
+"""Answers any client's message in an actor of Flower's simulation, over a base that the process loads once.
 
-An actor keeps nothing of a client from one message to the next: personal state is in the run folder, so that whichever
-actor is free can answer.
+An actor keeps nothing of a client between messages. The clients' states are in the run folder, so any actor that is
+free may answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Engine protocol: what a runner asks of whatever holds the clients."""
+"""The Engine protocol: what the rounds request of whatever holds the clients."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from coterie.requests import Observed
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
 
 T = TypeVar("T")
-Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closed, it gives up what is not done
+Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closing it drops what is not done
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of one client's round: a reply, or the reason why there is none; bytes as encoded, seconds.
+    """The outcome of one client's round: a reply, or the reason why there is none; bytes as encoded, and seconds.
 
-    Of clients that are simulated together, each takes an equal part of the time. ``note``: what the user should know.
+    Clients that are simulated together each take an equal part of the time. ``note``: what the user should know.
     """
 
     reply: Reply | None
@@ -31,7 +31,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A client's metrics by split (``loss`` among them), and how its tokens use the experts if that was asked.
+    """A client's metrics by split, ``loss`` among them, and on request how its tokens use the experts.
 
     ``note``: what the user should know.
     """
@@ -41,8 +41,16 @@ class Evaluation:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Libraries that an engine imports beside Coterie's own dependencies, and the command that installs them."""
+
+    libraries: tuple[str, ...] = ()
+    install: str = ""
+
+
 class Engine(Protocol):
-    """Holds the clients: their data, their personal state, and the compute that answers their programs."""
+    """Holds the clients: their data, their states, and the compute that answers their programs."""
 
     @property
     def spec(self) -> BaseSpec: ...

@@ -1,6 +1,7 @@
-"""What comes from a client before it counts: the keys, shapes and dtypes asked for, finite values, bounded sizes.
+"""Checks what comes from a client before it counts: keys, shapes, dtypes, finite values, bounded sizes.
 
-Sites are other organisations' machines: whatever they say is checked here before it is added up, written or shown.
+Sites are other organisations' machines: everything that they send is checked here before it is added up, written or
+shown.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from coterie.engines.base import Evaluation
 from coterie.requests import Observed
 from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Reply
 
-DTYPE = torch.float32  # of everything that trains, whatever the base is held in; a mean keeps the dtype of its first
+DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
 MOST = 1e15  # for any number that a client reports
-_ROWS = 2**53  # beyond, a float no longer tells one row more
+_ROWS = 2**53  # beyond this a float cannot count single rows
 _SIZE = 2**24  # for a side of a matrix
 _TEXT = 500
 _ITEMS = 100_000  # numbers, texts and names in one piece of JSON
@@ -30,14 +31,14 @@ _METRICS = 20  # in one split
 def fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float, num_train: int) -> str | None:
     """Why ``reply`` must be left out, or None if it is good."""
     fault = _fault_of(reply, expected, norm_bound, num_train)
-    return fault and plain_text(fault)  # it may name keys, which are the client's own words
+    return fault and plain_text(fault)  # it may name keys, which the client wrote
 
 
 def _fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float, num_train: int) -> str | None:
     if missing := sorted(expected.keys() - reply.tensors.keys()):
-        return f"the reply has no {_some(missing)}"
+        return f"the reply lacks {_some(missing)}"
     if surplus := sorted(reply.tensors.keys() - expected.keys()):
-        return f"the reply has {_some(surplus)}, which nobody asked for"
+        return f"the reply has {_some(surplus)}, which was not requested"
     for key, value in reply.tensors.items():
         if fault := _tensor_fault(key, value, expected[key]):
             return fault
@@ -45,7 +46,7 @@ def _fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound:
     if norm > norm_bound:
         return f"the reply's norm {norm:.3g} is above the bound {norm_bound:g} ([run] norm_bound)"
     if not 1 <= reply.num_examples <= num_train:
-        return f"the reply says that it stands on {shown(reply.num_examples)} examples, the client has {num_train}"
+        return f"the reply claims {shown(reply.num_examples)} training examples; the client has {num_train}"
     return _statistics_fault(reply.info)
 
 
@@ -60,9 +61,9 @@ def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None
 
 
 def _statistics_fault(info: Mapping[str, Json]) -> str | None:
-    """What a reply says beside its tensors. A loss that is infinite or not a number may be: training can diverge."""
+    """Why the statistics beside a reply's tensors are refused. A loss may be infinite or NaN: training can diverge."""
     if fault := json_fault(info):
-        return f"what the reply says of its training {fault}"
+        return f"the reply's JSON {fault}"
     for name in ("tokens", "steps"):
         if name in info and not is_number(info[name]):
             return f"the reply's number of {name} is {shown(info[name])}"
@@ -72,39 +73,39 @@ def _statistics_fault(info: Mapping[str, Json]) -> str | None:
 
 
 def evaluation_fault(evaluation: Evaluation, splits: Collection[str], modules: Collection[str]) -> str | None:
-    """Why a site's ``evaluation`` must be left out, or None; ``splits`` were asked for, ``modules`` are the base's."""
+    """Why a site's ``evaluation`` of the requested ``splits`` must be left out, or None; ``modules``: the base's."""
     for split, metrics in evaluation.scores.items():
         if split not in splits:
-            return f"it scores {shown(split)}, which nobody asked for"
+            return f"it scores {shown(split)}, which was not requested"
         if "loss" not in metrics or len(metrics) > _METRICS:
-            return f"its {split} metrics have no loss, or there are more than {_METRICS}"
+            return f"its {split} metrics lack the loss, or are more than {_METRICS}"
         for name, value in metrics.items():
             low, high = _RANGES.get(name, (-MOST, MOST))
             if not (is_number(value, low, high) or (name == "perplexity" and value == math.inf)):
                 return f"its {split} {shown(name)} is {shown(value)}"
             if not (name.isidentifier() and name.isascii() and len(name) <= 50):
-                return f"{shown(name)} cannot name a metric"
+                return f"{shown(name)} is not a valid name of a metric"
     return _usage_fault(evaluation.observed, modules) if evaluation.observed else None
 
 
 def _usage_fault(observed: Observed, modules: Collection[str]) -> str | None:
     if observed.embeddings or observed.directions or observed.importance:
-        return "it holds embeddings or importance, which nobody asked for"
+        return "it holds embeddings or importance, which were not requested"
     if not is_number(observed.tokens, high=_ROWS):
-        return f"its use of experts is over {shown(observed.tokens)} tokens"
+        return f"its usage is over {shown(observed.tokens)} tokens"
     for module, row in observed.usage.items():
         if module not in modules:
-            return f"it tells of the use of {shown(module)}, which the base has not"
+            return f"it reports the usage of {shown(module)}, which the base does not have"
         if not len(row.weight) == len(row.share) == len(row.expert):
-            return f"its use of experts in {module} is no weight, share and number of each"
+            return f"its usage of {module} does not give each expert's weight, share and number"
         good = all(is_number(value) for value in row.weight) and all(is_number(v, 0, 1.001) for v in row.share)
         if not good or not row.expert or not all(type(e) is int and -2 <= e < _SIZE for e in row.expert):
-            return f"its use of experts in {module} has numbers that cannot be"
+            return f"its usage of {module} has numbers out of range"
     return None
 
 
 def bank_fault(bank: Bank, spec: BaseSpec, labels: Sequence[str] | None) -> str | None:
-    """Why a site's ``bank`` cannot be written, or None: it must fit the base, every A its B, every value be finite."""
+    """Why a site's ``bank`` cannot be written, or None: it fits the base, each A its B, and all values are finite."""
     shapes = {p.name: p.shape_for(len(labels or ())) for p in spec.head}
     sizes = {t.name: (t.d_in, t.d_out) for t in spec.targets}
     for key, value in bank.tensors.items():
@@ -119,7 +120,7 @@ def bank_fault(bank: Bank, spec: BaseSpec, labels: Sequence[str] | None) -> str 
             if pair is None or pair.shape[int(other is Part.B)] != bank.tensors[key].shape[int(part is Part.B)]:
                 return f"{key} has no {other.value} of its rank"
     if not is_number(bank.scaling) or not is_number(bank.dropout, 0, 1):
-        return "its scaling or its dropout cannot be"
+        return "its scaling or its dropout is out of range"
     fault = json_fault({"name": bank.gate.name, "all": dict(bank.gate.options), "each": dict(bank.gate.per_module)})
     return f"its gate {fault}" if fault else None
 
@@ -132,9 +133,9 @@ def _fits(key: Key, value: Tensor, sizes: tuple[int, int] | None) -> tuple[int, 
 
 
 def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
-    """Why a site cannot be what it says that it is, or None: counts of rows, labels, targets, in bounds."""
+    """Why a site's description of itself is refused, or None: its counts of rows, labels and targets have bounds."""
     if not all(0 <= count < _ROWS for count in (info.num_train, info.num_validation, info.num_test)):
-        return "its numbers of rows cannot be"
+        return "its numbers of rows are out of range"
     texts = [*(info.labels or ()), *([info.group] if info.group else []), *(t.name for t in spec.targets)]
     texts += [*(t.weights for t in spec.targets), *(p.name for p in spec.head)]
     if len(texts) > _ITEMS or len(info.labels or ()) > 10_000 or any(len(text) > _TEXT for text in texts):
@@ -142,12 +143,12 @@ def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
     sides = [side for t in spec.targets for side in (t.d_in, t.d_out)]
     sides += [abs(side) for p in spec.head for side in p.shape]
     if not all(1 <= side <= _SIZE for side in sides) or not is_number(spec.head_std, 0, 1e3):
-        return "its base has sizes that cannot be"
+        return "its base has sizes out of range"
     return None
 
 
 def json_fault(value: Json) -> str | None:
-    """Why ``value`` is not taken as JSON: other things in it, too many, too deep, numbers or texts too large."""
+    """Why ``value`` is not accepted as JSON: it holds something else, too much, too deep, or values too large."""
     todo, seen = [(value, 0)], 0
     while todo:
         item, depth = todo.pop()
@@ -167,9 +168,9 @@ def json_fault(value: Json) -> str | None:
 
 
 def is_number(value: Json, low: float = 0.0, high: float = MOST) -> bool:
-    """Whether ``value`` is a number from ``low`` to ``high``: no truth value, infinity or not-a-number.
+    """Whether ``value`` is a number from ``low`` to ``high``, and no bool.
 
-    An integer of JSON may be larger than any float: :func:`math.isfinite` raises for it, and comparing does not.
+    An integer of JSON may be larger than any float: :func:`math.isfinite` raises for it, comparing does not.
     """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -179,12 +180,12 @@ def _is_infinite(value: Json) -> bool:
 
 
 def plain_text(text: str, most: int = _TEXT) -> str:
-    """``text`` cut to ``most`` characters, with a space for each that no terminal shows as itself (ESC, say)."""
+    """``text`` cut to ``most`` characters, with a space for each that is not printable (ESC, say)."""
     return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 def shown(value: Json) -> str:
-    """A client's value as a message quotes it: an integer may have more digits than Python writes."""
+    """A client's value as an error quotes it. An integer may have more digits than Python prints."""
     if isinstance(value, (int, float)):
         return str(value) if is_number(value, -MOST) or isinstance(value, float) else "a number that is too large"
     return repr(plain_text(value, 80)) if isinstance(value, str) else f"a {type(value).__name__}"

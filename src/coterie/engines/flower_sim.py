@@ -19,16 +19,16 @@ from coterie import codec
 from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import FederatedData
 from coterie.engines.actor import answer, digest
-from coterie.engines.base import Delivery, Evaluation
+from coterie.engines.base import Delivery, Evaluation, Needs
 from coterie.engines.client import Outcome
 from coterie.engines.encode_once import EncodedOnce
 from coterie.engines.store import PersonalStore, RoundStore
 from coterie.flower.message import Message, Transport
-from coterie.flower.simulation import simulation
 from coterie.machine import cpu_cores
 from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json
 
+NEEDS = Needs(("flwr", "ray"), "pip install 'flwr[simulation]==1.41.0'")
 _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
 _MIB = 2**20
 
@@ -38,8 +38,15 @@ def make(
 ) -> FlowerSimEngine:
     """The engine for a run in ``folder``; nothing is started before it is first used."""
     clients = tuple(client.info for client in federation.clients)
-    start = partial(simulation, answer, len(clients), *_resources(config, len(clients)))
+    start = partial(_simulation, len(clients), *_resources(config, len(clients)))
     return FlowerSimEngine(clients, head_of(config, federation, folder, root), folder, start)
+
+
+def _simulation(clients: int, actor: Mapping[str, float], ray: Mapping[str, Any]) -> AbstractContextManager[Transport]:
+    """Flower's runtime with a node for each client."""
+    from coterie.flower.simulation import simulation  # Flower, which only this needs
+
+    return simulation(answer, clients, actor, ray)
 
 
 def head_of(config: Config, federation: FederatedData, folder: Path, root: Path) -> dict[str, Json]:
@@ -162,7 +169,7 @@ class FlowerSimEngine:
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, details: Mapping[str, Json]
     ) -> Iterator[tuple[ClientId, int, Message]]:
-        """Every client's answer with the bytes that it was sent, in the clients' order."""
+        """Every client's answer, with the number of bytes that it was sent, in the clients' order."""
         order = [client.id for client in self.clients if client.id in instructions]
         encoded = EncodedOnce(instructions)
         blobs = {client: encoded.take(client) for client in order}

@@ -1,4 +1,4 @@
-"""What clients keep on their disk from round to round, one file per client and round, written atomically."""
+"""What clients keep on disk from round to round: one file per client and round, written atomically."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RoundStore(Generic[T]):
-    """Versions of something of every client's: ``folder/<client>/<round>.safetensors``, each of the type ``kind``.
+    """Every client's versions of a value of type ``kind``: ``folder/<client>/<round>.safetensors``.
 
-    A round reads the newest version from before it, so a round that was killed half way starts again from the same
-    state, and the server's checkpoint and the clients' states never disagree.
+    A round reads the newest version from before it. So a round that was killed half way starts again from the same
+    state, and the clients' states always agree with the server's checkpoint.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class RoundStore(Generic[T]):
         return _decoded(self.kind, path)
 
     def size(self, client: ClientId, until: int) -> int:
-        """The bytes on the disk of what :meth:`load` would read."""
+        """The size in bytes of the file that :meth:`load` would read."""
         rounds = [rnd for rnd in self._rounds(client) if rnd <= until]
         return self._path(client, max(rounds)).stat().st_size if rounds else 0
 
@@ -48,8 +48,8 @@ class RoundStore(Generic[T]):
 
     def held(self, until: int) -> dict[ClientId, int]:
         """The round, up to ``until``, of every client's newest version."""
-        found = {client: [rnd for rnd in self._rounds(client) if rnd <= until] for client in self._clients()}
-        return {client: max(rounds) for client, rounds in found.items() if rounds}
+        versions = {client: [rnd for rnd in self._rounds(client) if rnd <= until] for client in self._clients()}
+        return {client: max(rounds) for client, rounds in versions.items() if rounds}
 
     def forget_after(self, rnd: int) -> None:
         """Delete the versions of rounds after ``rnd``: they were not committed."""
@@ -77,24 +77,24 @@ class RoundStore(Generic[T]):
 
 @dataclass(frozen=True)
 class PersonalStore:
-    """The personal states in ``folder/personal``, and once for all, in ``folder/kept``, what clients keep unchanged.
+    """The personal states in ``folder/personal``; in ``folder/kept``, once for all, what clients keep unchanged.
 
-    A state's file only names that, by its hash: a large pool is not written again every round and for every client.
+    A state's file only names the latter, by its hash: a large pool is not written for every round and every client.
     """
 
     folder: Path
 
     def load(self, client: ClientId, until: int) -> Personal | None:
         """As :meth:`RoundStore.load`; without ``kept`` where its file is gone."""
-        found = self._rounds.load(client, until)
-        if found is None or found.kept is None:
-            return found
-        path = self._path(found.kept)
-        kept = Kept(found.kept.name, _read(path, path.stat().st_mtime_ns)) if path.exists() else None
-        return replace(found, kept=kept)
+        state = self._rounds.load(client, until)
+        if state is None or state.kept is None:
+            return state
+        path = self._path(state.kept)
+        kept = Kept(state.kept.name, _read(path, path.stat().st_mtime_ns)) if path.exists() else None
+        return replace(state, kept=kept)
 
     def size(self, client: ClientId, until: int) -> int:
-        """As :meth:`RoundStore.size`, without what is kept once for all."""
+        """As :meth:`RoundStore.size`, without what is kept unchanged."""
         return self._rounds.size(client, until)
 
     def save(self, client: ClientId, rnd: int, value: Personal) -> None:
@@ -111,7 +111,7 @@ class PersonalStore:
         return self._rounds.held(until)
 
     def forget_after(self, rnd: int) -> None:
-        """As :meth:`RoundStore.forget_after`. What is kept stays: it is the same whoever needs it again."""
+        """As :meth:`RoundStore.forget_after`. What is kept unchanged stays: it is the same in every round."""
         self._rounds.forget_after(rnd)
 
     def prune(self, rnd: int) -> None:
@@ -158,13 +158,13 @@ class ClientStates:
             self.trained.prune(rnd)
 
 
-@lru_cache(maxsize=2)  # a simulation's clients share it in memory too
+@lru_cache(maxsize=2)  # a simulation's clients share what is kept in memory, too
 def _read(path: Path, changed: int) -> Tensors:
-    return _decoded(dict[Key, Tensor], path, "delete it: a client that lacks it is sent it again")
+    return _decoded(dict[Key, Tensor], path, "delete it: the server sends it again to a client that lacks it")
 
 
 def _decoded(kind: type[T], path: Path, advice: str = "restore it, or start a new run with --out") -> T:
     try:
         return codec.decode(kind, path.read_bytes())
     except codec.CodecError as fault:
-        raise PrivateError(f"{path} is damaged, or of another version ({fault}); {advice}") from fault
+        raise PrivateError(f"{path} is damaged, or of another version of Coterie ({fault}); {advice}") from fault

@@ -435,14 +435,14 @@ LONG = "x" * 501
 NO_SITE: dict[str, tuple[Callable[[Hello], Hello], str]] = {
     "a path": (lambda h: with_info(h, id="../../evil"), "'../../evil' cannot name a folder"),
     "a quote": (lambda h: with_info(h, id='evil"x'), "cannot name a folder"),
-    "rows": (lambda h: with_info(h, num_train=10**400), "numbers of rows cannot be"),
-    "fewer than none": (lambda h: with_info(h, num_test=-1), "numbers of rows cannot be"),
+    "rows": (lambda h: with_info(h, num_train=10**400), "numbers of rows are out of range"),
+    "fewer than none": (lambda h: with_info(h, num_test=-1), "numbers of rows are out of range"),
     "labels": (lambda h: with_info(h, labels=tuple(map(str, range(20_000)))), "too many labels"),
     "a label": (lambda h: with_info(h, labels=("a", LONG)), "too long"),
     "a group": (lambda h: with_info(h, group=LONG), "too long"),
     "a base": (lambda h: replace(h, base="\x1b[2J"), "whose hash is not one"),
-    "a side": (lambda h: replace(h, spec=replace(h.spec, targets=(Target("q", 10**12, 1),))), "sizes that cannot be"),
-    "a head": (lambda h: replace(h, spec=replace(h.spec, head_std=10**400)), "sizes that cannot be"),
+    "a side": (lambda h: replace(h, spec=replace(h.spec, targets=(Target("q", 10**12, 1),))), "sizes out of range"),
+    "a head": (lambda h: replace(h, spec=replace(h.spec, head_std=10**400)), "sizes out of range"),
 }
 
 

@@ -67,7 +67,7 @@ def test_a_missing_library_is_named_with_its_command(
     path = sites.config(tmp_path)
     with pytest.raises(CoterieError, match=rf"flower-sim needs {missing}: pip install 'flwr\[simulation\]==1\.41\.0'"):
         run(load_config(path, ["engine.name=flower-sim"]), tmp_path / "out", root=tmp_path)
-    with pytest.raises(CoterieError, match="the engines are local"):
+    with pytest.raises(CoterieError, match="the engines are flower-sim, local"):
         run(load_config(path, ["engine.name=flwer"]), tmp_path / "out", root=tmp_path)
     assert not (tmp_path / "out").exists()
 

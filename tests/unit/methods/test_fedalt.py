@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import equal_bits
+from workplaces import equal_bits
 from torch import Tensor
 
 import short_runs

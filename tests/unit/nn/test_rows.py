@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+import workplaces
 from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
 from coterie.data.rows import ClientData, PromptRow
@@ -134,42 +135,49 @@ def test_what_shares_the_batch_does_not_matter(arch: str) -> None:
 
 def test_a_completion_does_not_weigh_itself() -> None:
     """The loss of a completion is that of the weights which its prompt alone gives."""
-    place = places.workplace("llama")
-    bank = bank_over(place.base.spec.targets)
+    workplace = workplaces.make_workplace("llama")
+    bank = bank_over(workplace.base.spec.targets)
     data = ClientData(ClientInfo("north", 1), {"train": (PromptRow("two words", " and a long completion"),)})
-    (scored,) = LocalCompute(place, data, 1).score(Score([bank]))
-    batch = place.task.collate(place.examples(data, "train"))
+    (scored,) = LocalCompute(workplace, data, 1).score(Score([bank]))
+    batch = workplace.task.collate(workplace.examples(data, "train"))
     prompt = int(batch.prompt.sum())
     assert 0 < prompt < batch.mask.sum()
 
     def loss(of: Any) -> float:
-        with attached(place.base.model, bank) as handle, torch.no_grad():
+        with attached(workplace.base.model, bank) as handle, torch.no_grad():
             handle.now.rows.prompt = of
-            return float(place.task.loss(place.base.model(**batch.inputs).logits, batch)) / batch.count
+            return float(workplace.task.loss(workplace.base.model(**batch.inputs).logits, batch)) / batch.count
 
-    with torch.no_grad(), attached(place.base.model, bank):  # generation as it goes: the prompt, then token by token
+    with (
+        torch.no_grad(),
+        attached(workplace.base.model, bank),
+    ):  # generation as it goes: the prompt, then token by token
         ids, logits = batch.inputs["input_ids"], []
-        out = place.base.model(ids[:, :prompt], attention_mask=torch.ones(1, prompt), use_cache=True)
+        out = workplace.base.model(ids[:, :prompt], attention_mask=torch.ones(1, prompt), use_cache=True)
         logits.append(out.logits)
         for t in range(prompt, ids.shape[1]):
             mask = torch.ones(1, t + 1)
             cache = out.past_key_values
-            out = place.base.model(ids[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+            out = workplace.base.model(ids[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
             logits.append(out.logits)
-    by_steps = float(place.task.loss(torch.cat(logits, dim=1), batch)) / batch.count
+    by_steps = float(workplace.task.loss(torch.cat(logits, dim=1), batch)) / batch.count
     assert scored.loss == pytest.approx(loss(batch.prompt), abs=1e-12) == pytest.approx(by_steps, abs=1e-9)
     assert abs(scored.loss - loss(None)) > 1e-6
 
 
 @pytest.mark.parametrize("arch", ["bert", "llama"])
 def test_many_clients_in_one_pass_get_what_each_gets_alone(arch: str) -> None:
-    place = places.workplace(arch, eval_batch_size=4)
+    workplace = workplaces.make_workplace(arch, eval_batch_size=4)
     names = ("north", "south", "west")
-    clients = {n: places.client_of(place, n, 8 - 2 * i) for i, n in enumerate(names)}
+    clients = {n: workplaces.client_of(workplace, n, 8 - 2 * i) for i, n in enumerate(names)}
     banks = {}
     for i, name in enumerate(names):
-        head = {k: v.double() for k, v in tiny.head(place.base.model, places.LABELS).items()} if arch == "bert" else {}
-        made = bank_over(place.base.spec.targets, seed=i)
+        head = (
+            {k: v.double() for k, v in tiny.head(workplace.base.model, workplaces.LABELS).items()}
+            if arch == "bert"
+            else {}
+        )
+        made = bank_over(workplace.base.spec.targets, seed=i)
         banks[name] = replace(made, tensors={**made.tensors, **head}, dropout=0.1)
     ways: list[Any] = [
         lambda bank: Score([bank], "test"),
@@ -178,11 +186,11 @@ def test_many_clients_in_one_pass_get_what_each_gets_alone(arch: str) -> None:
         lambda bank: Train(bank, frozenset(bank.tensors), Optim(batch_size=3, epochs=1)),
     ]
     for way in ways:
-        computes = [LocalCompute(place, clients[n], 1) for n in names]
+        computes = [LocalCompute(workplace, clients[n], 1) for n in names]
         together = answer_all(list(zip(computes, map(way, banks.values()), strict=True)), print)
         for name, found in zip(names, together, strict=True):
             assert not isinstance(found, Exception), found
-            ((alone,),) = [answer_all([(LocalCompute(place, clients[name], 1), way(banks[name]))], print)]
+            ((alone,),) = [answer_all([(LocalCompute(workplace, clients[name], 1), way(banks[name]))], print)]
             assert furthest(found, alone) < 1e-6  # directions are kept in float32
 
 
@@ -207,19 +215,21 @@ def furthest(one: Any, other: Any) -> float:
 
 
 def test_directions_are_the_mean_over_rows_of_what_a_module_takes() -> None:
-    place = places.workplace("bert", eval_batch_size=3)
-    client, bank = places.client_of(place), places.plain_bank(place)
-    observed = LocalCompute(place, client, 1).observe(Observe(bank, "train", ("directions",)))
+    workplace = workplaces.make_workplace("bert", eval_batch_size=3)
+    client, bank = workplaces.client_of(workplace), workplaces.plain_bank(workplace)
+    observed = LocalCompute(workplace, client, 1).observe(Observe(bank, "train", ("directions",)))
     assert {key.part for key in observed.directions} == {Part.EMBEDDING}
     module = sorted(key.module for key in observed.directions)[0]
     taken: list[Tensor] = []
-    hook = place.base.model.get_submodule(module).register_forward_hook(lambda _, args, __: taken.append(args[0][0]))
-    with attached(place.base.model, bank), torch.no_grad():
-        for example in place.examples(client, "train"):
-            place.base.model(**place.task.collate([example]).inputs)
+    hook = workplace.base.model.get_submodule(module).register_forward_hook(
+        lambda _, args, __: taken.append(args[0][0])
+    )
+    with attached(workplace.base.model, bank), torch.no_grad():
+        for example in workplace.examples(client, "train"):
+            workplace.base.model(**workplace.task.collate([example]).inputs)
     hook.remove()
     means = torch.stack([tokens.mean(0) for tokens in taken])
     expected = (means / means.norm(dim=1, keepdim=True)).mean(0).float()
     torch.testing.assert_close(observed.directions[Key(module, NO_EXPERT, Part.EMBEDDING)], expected)
-    some = LocalCompute(place, client, 1).observe(Observe(bank, "train", ("directions",), examples=2))
+    some = LocalCompute(workplace, client, 1).observe(Observe(bank, "train", ("directions",), examples=2))
     assert not torch.allclose(some.directions[Key(module, NO_EXPERT, Part.EMBEDDING)], expected)

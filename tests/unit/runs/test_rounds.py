@@ -102,7 +102,7 @@ BAD = {
     "missing tensor": (lambda r: replace(r, tensors={k: v for k, v in r.tensors.items() if k != KEY}), "has no q:0:A"),
     "surplus tensor": (
         lambda r: replace(r, tensors={**r.tensors, KEY._replace(expert=3): r.tensors[KEY]}),
-        "has q:3:A, which nobody asked for",
+        "has q:3:A, which was not requested",
     ),
     "shape": (lambda r: with_tensor(r, lambda t: t.T.contiguous()), r"q:0:A has the shape \[3, 2\], not \[2, 3\]"),
     "integers": (lambda r: with_tensor(r, lambda t: t.int()), "not torch.float32"),
