@@ -25,6 +25,7 @@ from coterie.data.rows import ClientData, PromptRow, TextRow
 from coterie.data.tasks import Batch, Classification, Example, Generation, batches
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
+from coterie.nn.rows import RowMask
 from coterie.ops.streams import stream
 from coterie.requests import Observe, Optim, Score, Train, Trained
 from coterie.types import Bank, ClientInfo, CoterieError, Key, Part
@@ -448,11 +449,11 @@ def test_text_ends_where_the_tokenizer_says_even_if_the_model_does_not_know() ->
     workplace.task = Generation(tokenizer, 32, 6)
     assert isinstance(workplace.task, Generation)
     ids = greedy(workplace, Bank({}), row, 6)
-    assert completions(Passes(workplace), [[row]])[0] == [tokenizer.decode(ids)]
+    assert completions(Passes(workplace, RowMask()), [[row]])[0] == [tokenizer.decode(ids)]
     tokens = tokenizer.convert_ids_to_tokens(ids)
     end = next(i for i in range(1, 6) if tokens[i] is not None and ids[i] not in ids[:i])
     tokenizer.add_special_tokens({"eos_token": tokens[end]})
-    assert completions(Passes(workplace), [[row]])[0] == [tokenizer.decode(ids[:end])]
+    assert completions(Passes(workplace, RowMask()), [[row]])[0] == [tokenizer.decode(ids[:end])]
 
 
 # usage ---------------------------------------------------------------------------------------------------------------

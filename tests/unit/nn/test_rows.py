@@ -178,7 +178,7 @@ def test_many_clients_in_one_pass_get_what_each_gets_alone(arch: str) -> None:
             else {}
         )
         made = bank_over(workplace.base.spec.targets, seed=i)
-        banks[name] = replace(made, tensors={**made.tensors, **head}, dropout=0.1)
+        banks[name] = replace(made, tensors={**made.tensors, **{k: v.double() for k, v in head.items()}}, dropout=0.1)
     ways: list[Any] = [
         lambda bank: Score([bank], "test"),
         lambda bank: Observe(bank, "test", ("usage", "directions")),
