@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from workplaces import equal_bits
 from torch import Tensor
 
 import short_runs
@@ -20,6 +19,7 @@ from coterie.nn.attach import attached
 from coterie.requests import Train
 from coterie.types import NO_EXPERT, ClientInfo, GateSpec, Key, Part, Reply
 from halves import BASE, CLIENTS, Play
+from workplaces import equal_bits
 
 NAMES = [client.id for client in CLIENTS]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import places
 import pytest
 import torch
 from torch import Tensor, nn
