@@ -79,10 +79,10 @@ class Exchange:
 
     def __iter__(self) -> Iterator[Arrival]:
         deadline = self.started + self.sites.agreement.deadline
-        self._note_late()
         self.sites.refresh()
         self._send()
         while (self.waiting or self.lost) and self.sites.clock() < deadline:
+            self._note_late()
             answers = [(t, a) for t, a in self.sites.transport.receive(list(self.waiting)) if t in self.waiting]
             for ticket, answer in answers:
                 sent = self.waiting.pop(ticket)
@@ -153,7 +153,7 @@ class Exchange:
         return arrival
 
     def _note_late(self) -> None:
-        """Drop the answers to earlier messages that come now, and note them."""
+        """Drop the answers to earlier messages that arrive now, and note them."""
         for ticket, answer in self.sites.transport.receive(list(self.earlier.messages)):
             sent = self.earlier.messages.pop(ticket)
             if isinstance(answer, str):
