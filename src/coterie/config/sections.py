@@ -51,13 +51,6 @@ class LoraSettings(Section):
             raise ValueError("the least rank is 1")
         return value
 
-    @property
-    def largest(self) -> int:
-        """The largest rank that a client may have."""
-        if isinstance(self.ranks, dict):
-            return max(self.rank, *self.ranks.values())
-        return max(self.ranks, default=self.rank)
-
 
 class TaskSettings(Section):
     """What the clients learn."""

@@ -10,21 +10,19 @@ from coterie.compute.client import LocalCompute
 from coterie.config.deployment import Policy
 from coterie.config.sections import Config
 from coterie.engines.client import Guard
+from coterie.methods.base import Method
 from coterie.requests import Observe, Observed, Optim, Score, Scored, Train, Trained
 from coterie.runs.folder import plain
 from coterie.types import CoterieError, Instruction, Json, Part, Reply
 
-_USAGE = ("importance", "use")  # what a reply of SmartFed reports of the experts, beside its tensors
 
-
-def check_policy(policy: Policy, config: Config) -> None:
+def check_policy(policy: Policy, config: Config, method: Method) -> None:
     """Raises :class:`CoterieError` for what this site did not agree to in the server's config."""
     name = config.method_name
     if policy.methods and name not in policy.methods:
         raise CoterieError(f"this site does not run {name}, only {', '.join(policy.methods)} ([policy] methods)")
     for what, value, limit in (
-        ("rank", config.lora.largest, policy.max_rank),
-        ("rank", config.method.get("fresh_rank", 0), policy.max_rank),  # SmartFed's expert beside the pool
+        ("rank", method.max_rank, policy.max_rank),
         ("rounds", config.run.rounds, policy.max_rounds),
     ):
         if value > limit:
@@ -54,20 +52,22 @@ def check_upload(policy: Policy, reply: Reply) -> None:
         raise CoterieError(f"this site does not send {', '.join(kept)} ([policy] upload)")
 
 
-def without_usage(policy: Policy, reply: Reply) -> Reply:
-    """``reply`` without how the rows use the experts, if the site keeps that to itself; a server can do without."""
+def without_usage(policy: Policy, method: Method, reply: Reply) -> Reply:
+    """``reply`` without how the rows use the experts, if the site keeps that to itself."""
     if policy.upload_usage:
         return reply
-    return replace(reply, info={name: value for name, value in reply.info.items() if name not in _USAGE})
+    return replace(reply, info={name: value for name, value in reply.info.items() if name not in method.usage})
 
 
-def guard_of(policy: Policy, wording: Callable[[Exception], str]) -> Guard:
-    """What ``policy`` allows in a round: ranks, steps, what leaves this site. ``wording`` is what the server is told of
-    a fault."""
+def guard_of(policy: Policy, method: Method, wording: Callable[[Exception], str]) -> Guard:
+    """What ``policy`` allows in a round: ranks, steps, what leaves this site.
+
+    ``wording`` is what the server is told of a fault.
+    """
 
     def release(reply: Reply) -> Reply:
         check_upload(policy, reply)
-        return without_usage(policy, reply)
+        return without_usage(policy, method, reply)
 
     return Guard(
         admit=lambda ins: check_ranks(policy, ins),

@@ -42,7 +42,7 @@ def check(path: Path, config: Path | None = None, insecure: bool = False) -> Ite
     if run is None:
         yield fault
         return
-    yield from _policy_checks(site, run)
+    yield from _policy_checks(site, root, run)
     yield from _data_and_model(site, root, run)
 
 
@@ -73,13 +73,14 @@ def _server_check(site: SiteSettings, root: Path, insecure: bool) -> Check:
         return Check("server", f"{site.site.server}: {fault}", False, fix)
 
 
-def _policy_checks(site: SiteSettings, run: Config) -> Iterator[Check]:
+def _policy_checks(site: SiteSettings, root: Path, run: Config) -> Iterator[Check]:
     try:
-        check_policy(site.policy, run)
+        method = run.make_method(root)
+        check_policy(site.policy, run, method)
     except CoterieError as fault:
         yield Check("policy", str(fault), False, "change [policy], or ask the server's people to change theirs")
     else:
-        yield Check("policy", f"allows {run.method_name}, rank {run.lora.largest}, {run.run.rounds} rounds")
+        yield Check("policy", f"allows {run.method_name}, rank {method.max_rank}, {run.run.rounds} rounds")
 
 
 def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Check]:

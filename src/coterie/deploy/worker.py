@@ -136,10 +136,10 @@ class Worker:
 
     def _load(self, head: Head) -> _Run:
         config = config_at(self.site, head.terms)
-        check_policy(self.site.policy, config)
+        method = config.make_method(self.root)
+        check_policy(self.site.policy, config, method)
         set_threads(config)
         federation = self.federation(config)
-        method = config.make_method(self.root)
         folder = self.state / head.run
         with private_model_faults():
             workplace = workplaces(config, self.root, self.cache)[0]
@@ -147,7 +147,7 @@ class Worker:
             self.cache.pop(next(iter(self.cache)))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (rows,) = federation.clients
-        guard = guard_of(self.site.policy, public_text)
+        guard = guard_of(self.site.policy, method, public_text)
         return _Run(config, method, LocalClient(workplace, rows, ClientStates.of(config, folder), guard), folder)
 
     def federation(self, config: Config) -> FederatedData:

@@ -45,6 +45,8 @@ class Method(ABC, Generic[S]):
     ``evaluates``: what a client is meant to use, the bank that the server sends after averaging ("received") or the
     one that it trained last itself ("trained"); ``[run] evaluate`` overrides it. ``newcomers``: why no client can join
     after the start, "" if any can. ``mixed_ranks``: whether clients may have different ranks (``[lora] ranks``).
+    ``usage``: what a reply's ``info`` calls numbers on how the client's rows use the experts; a site may keep these to
+    itself, and the server does without them.
     """
 
     settings: Any
@@ -59,6 +61,12 @@ class Method(ABC, Generic[S]):
     evaluates: ClassVar[Literal["received", "trained"]] = "received"
     newcomers: ClassVar[str] = ""
     mixed_ranks: ClassVar[bool] = False
+    usage: ClassVar[Sequence[str]] = ()
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of an expert that clients train: a site may refuse it. By default the plan's."""
+        return self.plan.max_rank
 
     # server ----------------------------------------------------------------------------------------------------------
 

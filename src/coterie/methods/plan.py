@@ -40,5 +40,12 @@ class Plan:
     seed: int = 0
 
     @property
+    def max_rank(self) -> int:
+        """The largest rank that a client may have."""
+        if isinstance(self.ranks, Mapping):
+            return max(self.rank, *self.ranks.values())
+        return max(self.ranks, default=self.rank)
+
+    @property
     def scaling(self) -> float:
         return self.alpha / self.rank

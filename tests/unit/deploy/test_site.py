@@ -30,6 +30,9 @@ from coterie.deploy.site_check import check as check_site
 from coterie.deploy.site_log import log_without_text
 from coterie.deploy.worker import Worker
 from coterie.flower.message import Message
+from coterie.methods.plan import Plan
+from coterie.methods.smartfed.method import SmartFed
+from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.requests import Optim
 from coterie.types import CoterieError, Instruction, Part, Reply
 
@@ -115,8 +118,9 @@ def test_metrics_usage_and_banks_are_sent_only_as_agreed(fedit: tuple[Any, bytes
 
 def test_how_the_rows_use_the_experts_stays_where_that_was_agreed() -> None:
     reply = Reply({}, 3, {"loss": 0.5, "importance": {"q": 1.0}, "use": {"one": 0.5}})
-    assert without_usage(Policy(), reply) == reply
-    assert without_usage(Policy(upload_usage=False), reply) == Reply({}, 3, {"loss": 0.5})
+    method = SmartFed(SmartFedSettings(pool="x"), Plan())
+    assert without_usage(Policy(), method, reply) == reply
+    assert without_usage(Policy(upload_usage=False), method, reply) == Reply({}, 3, {"loss": 0.5})
 
 
 HEADS: dict[str, tuple[dict[str, Any], str]] = {

@@ -84,6 +84,11 @@ class SmartFed(Method[SmartFedState]):
     summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
     Settings = SmartFedSettings
     State = SmartFedState
+    usage = ("importance", "use")
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.plan.max_rank, self.settings.fresh_rank)
 
     # server ------------------------------------------------------------------------------------------------------
 
