@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, NamedTuple, Self
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
@@ -36,6 +36,11 @@ class Event:
             value = getattr(self, of.name)
             if value is not None or of.default is not None:
                 line[of.name] = plain(value)
+        return line
+
+    @classmethod
+    def fields_in(cls, line: Mapping[str, Json]) -> Mapping[str, Json]:
+        """The fields in what :meth:`to_json` wrote."""
         return line
 
 
@@ -145,6 +150,11 @@ class ClientDone(Event):
         mine = {"event": self.event, "round": self.round, "client": self.client, "failed": self.failed}
         return {**self.entry.to_json(), **mine}
 
+    @classmethod
+    def fields_in(cls, line: Mapping[str, Json]) -> Mapping[str, Json]:
+        own = {of.name for of in fields(cls)} | {"event"}
+        return {**line, "entry": {name: value for name, value in line.items() if name not in own}}
+
 
 @dataclass(frozen=True)
 class RoundDone(Event):
@@ -204,12 +214,19 @@ class CheckpointSaved(Event):
     round: int
 
 
-Kinds = Mapping[str, TypeAdapter[Event]]
+class Kind(NamedTuple):
+    """A type of event, and what makes one from its fields."""
+
+    type: type[Event]
+    adapter: TypeAdapter[Event]
+
+
+Kinds = Mapping[str, Kind]
 
 
 def kinds(*types: type[Event]) -> Kinds:
-    """What reads each of ``types``, by its name in JSON."""
-    return {kind.event: TypeAdapter(kind) for kind in types}
+    """``types`` by their name in JSON."""
+    return {kind.event: Kind(kind, TypeAdapter(kind)) for kind in types}
 
 
 RUN = kinds(
@@ -226,7 +243,7 @@ def from_json(line: Mapping[str, Json], known: Kinds = RUN) -> Event | None:
     if kind is None:
         return None
     try:
-        found = kind.validate_python(line)
+        found = kind.adapter.validate_python(kind.type.fields_in(line))
     except ValidationError as fault:
         first = fault.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from fault
