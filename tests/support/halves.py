@@ -11,8 +11,9 @@ from torch import Tensor
 from coterie import codec
 from coterie.engines.checks import bank_fault, fault_of
 from coterie.ops.streams import stream
-from coterie.requests import Answer, ClientProgram, Request, Score, Scored, Train, Trained
+from coterie.requests import Answer, ClientProgram, Observe, Observed, Request, Score, Scored, Train, Trained
 from coterie.types import (
+    NO_EXPERT,
     Bank,
     BaseSpec,
     ClientInfo,
@@ -48,6 +49,17 @@ def alike(request: Score, client: ClientInfo) -> list[Scored]:
     return [Scored(1.0, {}, client.num_train) for _ in request.banks]
 
 
+def observed(request: Observe, client: ClientInfo) -> Observed:
+    """As if the client's rows had these directions."""
+    assert request.what == ("directions",)
+    widths = {key.module: value.shape[1] for key, value in request.bank.tensors.items() if key.part is Part.A}
+    directions = {
+        Key(module, NO_EXPERT, Part.EMBEDDING): torch.rand(width, generator=stream(4, client.id, module))
+        for module, width in widths.items()
+    }
+    return Observed({}, 10, directions=directions)
+
+
 def still(request: Train, client: ClientInfo) -> Trained:
     """As if trained with a learning rate of zero."""
     return Trained({key: request.bank.tensors[key] for key in request.trainable}, 1.0, client.num_train, 100, 5)
@@ -65,9 +77,14 @@ def driven(
         except StopIteration as stop:
             return stop.value, asked
         asked.append(request)
-        assert isinstance(request, Train | Score)
-        assert not isinstance(request, Train) or request.trainable
-        answer = train(request, client) if isinstance(request, Train) else score(request, client)
+        match request:
+            case Train():
+                assert request.trainable
+                answer = train(request, client)
+            case Score():
+                answer = score(request, client)
+            case Observe():
+                answer = observed(request, client)
 
 
 def finished(program: ClientProgram, client: ClientInfo, train: Training = moved) -> tuple[ClientResult, Train]:

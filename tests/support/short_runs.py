@@ -52,10 +52,18 @@ def twin(client: ClientData, name: str) -> ClientData:
     return replace(client, info=replace(client.info, id=name))
 
 
-def make(name: str, *, head: Any = "personal", dropout: float = 0.1, rounds: int = ROUNDS, **settings: Any) -> Any:
+def make(
+    name: str,
+    *,
+    head: Any = "personal",
+    dropout: float = 0.1,
+    rounds: int = ROUNDS,
+    optim: Optim = OPTIM,
+    **settings: Any,
+) -> Any:
     """A method with these settings of its own, rank 2."""
     kind = method_named(name)
-    plan = Plan(rank=2, alpha=4, dropout=dropout, optim=OPTIM, head=head, rounds=rounds)
+    plan = Plan(rank=2, alpha=4, dropout=dropout, optim=optim, head=head, rounds=rounds)
     return kind(kind.Settings(**settings), plan)
 
 
