@@ -17,7 +17,7 @@ from coterie.nn.attach import attached
 from coterie.requests import Observe, Train
 from coterie.types import NO_EXPERT, GateSpec, Key, Part
 from halves import CLIENTS, Play, observed
-from places import equal_bits, largest_difference
+from workplaces import equal_bits, largest_difference
 
 NAMES = [client.id for client in CLIENTS]
 ME = NAMES[0]
