@@ -17,6 +17,7 @@ import pytest
 import torch
 import typer
 
+import coterie
 import coterie.methods
 import packages
 import sites
@@ -29,6 +30,7 @@ from coterie.data.clients import load_data
 from coterie.data.settings import Columns
 from coterie.deploy.agreement import federation_config
 from coterie.experiment import run
+from coterie.files import write_json
 from coterie.methods.registry import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
@@ -197,6 +199,33 @@ def test_the_method_of_the_contributing_page_runs(plugged: Path) -> None:
     assert not any(failed)
     with pytest.raises(CoterieError, match="keeps heads with the clients"):
         run(load_config(path, ["task.head=shared"]), plugged / "other", root=path.parent)
+
+
+def test_the_method_of_the_contributing_page_serves_a_federation(plugged: Path) -> None:
+    pytest.importorskip("flwr")
+    import flower_sites
+    from coterie.deploy import server
+    from coterie.deploy.attempt import begin_attempt
+    from coterie.deploy.journal import JOURNAL, Journal, read_journal
+    from coterie.flower.app import GridTransport
+    from coterie.runs.folder import plain
+    from grid import InProcessGrid
+
+    (plugged / "fedmedian.py").write_text(the_block("method").text, encoding="utf-8")
+    clients = ["mood-0", "place-0", "size-0"]
+    path, out = sites.config(plugged, method="fedmedian"), plugged / "served"
+    federation = {"sites": clients, "at_least": 3, "wait": 5.0, "greeting": 0.0}
+    config = flower_sites.server_config(path, federation=federation)
+    write_json(out / "config.json", {"root": str(plugged), "config": plain(config)})
+    begin_attempt(out, {})
+    workers = flower_sites.workers(plugged, clients, policy={"upload_bank": True})
+    grid = InProcessGrid({11 + i: workers[client].answer for i, client in enumerate(clients)})
+    server.run(GridTransport(grid, pause=0.01), out, Journal(out / JOURNAL))
+    assert read_journal(out)[-1]["event"] == "finished"
+    alone = coterie.run(flower_sites.local_config(path, clients, plugged), plugged / "alone", root=plugged)
+    assert alone.rounds == 3
+    for expert in ("experts/global/adapter_model.safetensors", "clients/mood-0/bundle.safetensors"):
+        assert (out / expert).read_bytes() == (plugged / "alone" / expert).read_bytes()
 
 
 def test_the_source_of_the_contributing_page_loads(plugged: Path) -> None:
