@@ -5,7 +5,7 @@
 OLD and NEW are checkouts (folders that hold ``src/coterie``). A case is a run of three rounds on a tiny random model;
 its name is METHOD-TASK-ENGINE, and ``--only`` keeps those that match a regular expression. Compared are the tensors
 and the JSON of all checkpoints, clients' states, experts and bundles, the data manifest, and every logged metric.
-Times, memory and versions are left out. Exits with 1 where anything differs.
+Times, memory, versions and texts for people are left out. Exits with 1 where anything differs.
 
 Both versions need the dependencies of the Python that runs this. Take it after a change that must not alter results.
 """
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
     "smartfed-trained": {"method": {"name": "smartfed", "active": 3, "train_experts": ["two"], "drop_below": 0.1}},
     "fedit-bfloat16": {"method": {"name": "fedit"}, "engine": {"precision": "bfloat16"}},
 }
-IGNORED = {"seconds", "site_seconds", "at", "peak_memory_bytes", "machine", "versions", "coterie", "report"}
+IGNORED = {"notes", "seconds", "site_seconds", "at", "peak_memory_bytes", "machine", "versions", "coterie", "report"}
 EVENTS = ("start_state", "round", "evaluation")
 SUPPORT = Path(__file__).parent / "support"
 
