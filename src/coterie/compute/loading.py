@@ -61,7 +61,7 @@ def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ..
     for base in bases:
         if precision == "bfloat16":
             base.hold_linears(torch.bfloat16)
-        if _device(base).type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
+        if base.device.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
             base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
         if config.engine.compile:
             compile_frozen(base)
@@ -92,7 +92,7 @@ def _load(config: Config, root: Path, device: str) -> Base:
 
 def _precision(config: Config, bases: tuple[Base, ...]) -> str:
     """What all devices compute in: ``auto`` is bfloat16 where each of them does it by itself."""
-    found = {resolve_precision(config.engine.precision, _device(base)) for base in bases}
+    found = {resolve_precision(config.engine.precision, base.device) for base in bases}
     return found.pop() if len(found) == 1 else "float32"
 
 
@@ -102,7 +102,3 @@ def resolve_precision(setting: str, device: torch.device) -> str:
         return setting
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else native_bfloat16()
     return "bfloat16" if native else "float32"
-
-
-def _device(base: Base) -> torch.device:
-    return next(base.model.parameters()).device

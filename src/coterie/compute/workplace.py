@@ -43,7 +43,7 @@ class Workplace:
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.model.parameters()).device
+        return self.base.device
 
     def current(self) -> AbstractContextManager[Any]:
         """Makes the device the thread's own, for kernels that ask for no other."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ class ManyHead(nn.Module):
         super().__init__()
         self.heads, self.now = list(heads), now  # a plain list: the copies are no part of the model
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Shapes: x [c*b, ...], result [c*b, ..., widest]."""
         parts = x.split(self.now.rows)
         outputs = [self.heads[c](part, *args, **kwargs) for c, part in zip(self.now.active, parts, strict=True)]

@@ -10,7 +10,7 @@ as they do without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,9 @@ class BankLayer:
     column_spans: list[Span] = field(default_factory=list)
     row_scores: RowScores = field(default_factory=RowScores)
 
-    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def __call__(
+        self, base: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         x = x.to(output.dtype).contiguous()  # else each product would keep a copy of its own

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from coterie.machine import devices
 from coterie.nn.locate import MINILM, files_of, resolve
-from coterie.nn.pretrained import Quantize, load_model
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model
 from coterie.nn.spec import describe, head_modules, longest
 from coterie.nn.weights import identified
 from coterie.types import BaseSpec, CoterieError, TaskKind
@@ -21,17 +20,22 @@ from coterie.types import BaseSpec, CoterieError, TaskKind
 class Base:
     """A frozen model, its tokenizer, and what a method knows of it. ``path`` is where the files were read."""
 
-    model: nn.Module
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     spec: BaseSpec
     path: str
     kind: TaskKind
     attention: str
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
     def use_attention(self, name: str | None) -> None:
         """Switch the model's implementation of attention; None: the one that it was loaded with."""
-        model: Any = self.model
-        model.set_attn_implementation(name or self.attention)
+        self.model.set_attn_implementation(name or self.attention)
 
     def hold_linears(self, dtype: torch.dtype) -> None:
         """Keep the frozen Linears in the dtype in which autocast computes them.
@@ -84,7 +88,7 @@ def load_base(
     return Base(model, tokenizer, identified(describe(model, targets), path), path, kind, attention)
 
 
-def _use_checkpointing(model: Any) -> None:
+def _use_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise CoterieError(f"{type(model).__name__} does not support gradient_checkpointing; leave it out of [model]")
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -19,7 +19,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -217,6 +217,13 @@ def _slots(serves: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(serves, device=device)
 
 
+class _Kept(FunctionCtx):
+    """What the softmax keeps for its backward: weights, picks and what the slots serve; p's shape and dtype."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    like: tuple[torch.Size, torch.dtype]
+
+
 class _TopSoftmax(torch.autograd.Function):
     """w = softmax over the k largest of p; g_e = sum of the w of the slots that serve e.
 
@@ -225,18 +232,18 @@ class _TopSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, p: Tensor, k: int, serves: Tensor, experts: int) -> Tensor:
+    def forward(ctx: _Kept, p: Tensor, k: int, serves: Tensor, experts: int) -> Tensor:
         values, picks = p.to(torch.promote_types(p.dtype, torch.float32)).topk(k, dim=-1, sorted=False)
         w = values.softmax(dim=-1)
         g = torch.zeros(*p.shape[:-1], experts, dtype=w.dtype, device=p.device)
         g.scatter_add_(-1, serves[picks], w)
         ctx.save_for_backward(w, picks.to(torch.uint8 if p.shape[-1] <= 256 else torch.int32), serves)
-        ctx.like = (p.shape, p.dtype)  # type: ignore[attr-defined]
+        ctx.like = (p.shape, p.dtype)
         return g.to(p.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Kept, g_grad: Tensor) -> tuple[Tensor, None, None, None]:
         w, small_picks, serves = ctx.saved_tensors
         shape, dtype = ctx.like
         picks = small_picks.long()

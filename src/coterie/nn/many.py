@@ -11,7 +11,7 @@ share this storage. Batched products are 1.1x (float32) to 10x (bfloat16) as fas
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +133,9 @@ class ManyLayer:
             parameter.data = self.columns[c, lo:hi].T
             self.column_pieces[c].append((lo, hi, parameter))
 
-    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def __call__(
+        self, base: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
         """``output`` + s B (g * A x~) for every client's rows. Shapes: input [c*b, ..., i], output [c*b, ..., o]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         number = len(self.now.active)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from coterie.nn.products import Kept
 
 Piece = tuple[int, int, int]  # of a stack: the client's place, from row, to row
 
@@ -60,6 +61,13 @@ class Picked:
             yield whole[at, lo:hi].to(parameter.dtype)
 
 
+class _Projected(Kept):
+    """What :class:`ProjectMany` keeps for its backward."""
+
+    scale: float
+    trained: Picked
+
+
 class ProjectMany(torch.autograd.Function):
     """x~ W^T for every client in parts of ``sizes``, x~ = x with dropout; gradients for x and the trained rows of W.
 
@@ -69,7 +77,7 @@ class ProjectMany(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Projected,
         x: Tensor,
         weight: Tensor,
         keep: Tensor | None,
@@ -87,7 +95,7 @@ class ProjectMany(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Projected, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, keep = ctx.saved_tensors
         grad = grads[0] if len(grads) == 1 else torch.cat(grads, dim=2)
         if keep is not None:
@@ -99,6 +107,13 @@ class ProjectMany(torch.autograd.Function):
         return x_grad, None, None, None, None, None, *ctx.trained.grads(grad, x)
 
 
+class _Added(Kept):
+    """What :class:`AddMany` keeps for its backward."""
+
+    scaling: float | Tensor
+    trained: Picked
+
+
 class AddMany(torch.autograd.Function):
     """y + s (g * h) C for every client, written over y past autograd, as :mod:`coterie.nn.bank` does for one.
 
@@ -108,7 +123,7 @@ class AddMany(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Added,
         y: Tensor,
         h: Tensor,
         g: Tensor | None,
@@ -126,7 +141,7 @@ class AddMany(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Added, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         h, g, columns, owner = ctx.saved_tensors
         scaling = ctx.scaling
         flat = y_grad.reshape(h.shape[0], h.shape[1], -1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
+)
+from transformers import (
+    PreTrainedModel as PreTrainedModel,
+)
+from transformers import (
+    PreTrainedTokenizerBase as PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -26,12 +33,24 @@ from coterie.nn.locate import files_of
 from coterie.nn.spec import head_modules, linear_sizes
 from coterie.types import CoterieError, TaskKind
 
+T = TypeVar("T")
 Quantize = Literal["none", "nf4", "int8"]
 _PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
 _OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
 
 
-def load_model(path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str) -> tuple[Any, Any]:
+class _Options(TypedDict):
+    """What transformers is asked to load a model with."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    quantization_config: NotRequired[BitsAndBytesConfig]
+    device_map: NotRequired[dict[str, str]]
+
+
+def load_model(
+    path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model of the files at ``path``, on ``device`` and without dropout, and its tokenizer.
 
     The head's weights, which a base does not have, are drawn from a fixed stream.
@@ -39,15 +58,16 @@ def load_model(path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize
     """
     with _quiet(path):
         tokenizer = _tokenizer(path)
-        config = _from_pretrained(AutoConfig, path)
+        config: PretrainedConfig = _loaded(AutoConfig.from_pretrained, path)
         _disable_dropout(config)
         config.pad_token_id = tokenizer.pad_token_id
         if kind == "classification":
             config.num_labels = _PROBE_LABELS
-        options: dict[str, Any] = {"config": config, "dtype": dtype}
+        options: _Options = {"config": config, "dtype": dtype}
         if quantize != "none":
             skip = head_modules(_on_meta(config)) if kind == "classification" else []
-            options |= {"quantization_config": _quantization(quantize, dtype, skip), "device_map": {"": device}}
+            options["quantization_config"] = _quantization(quantize, dtype, skip)
+            options["device_map"] = {"": device}
         model = _model(path, kind, options)
     model = _differentiable(model) if quantize != "none" else model.to(device)
     for module in model.modules():
@@ -61,14 +81,14 @@ def bare_linears(path: str) -> dict[str, tuple[int, int]]:
     """``(d_in, d_out)`` of every Linear of a base without its head or output layer. Its weights are not read."""
     path = files_of(path, weights=False)
     with _quiet(path):
-        config = _from_pretrained(AutoConfig, path)
+        config: PretrainedConfig = _loaded(AutoConfig.from_pretrained, path)
         with torch.device("meta"):
             model: nn.Module = AutoModel.from_config(config)
     return {name: sizes for name, module in model.named_modules() if (sizes := linear_sizes(module)) is not None}
 
 
-def _tokenizer(path: str) -> Any:
-    tokenizer = _from_pretrained(AutoTokenizer, path)
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer.from_pretrained, path)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # For a folder without tokenizer files, transformers makes one that knows no word.
         raise CoterieError(f"{path!r} has no tokenizer; save the model's tokenizer there (tokenizer.json)")
@@ -81,11 +101,13 @@ def _tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _model(path: str, kind: TaskKind, options: dict[str, Any]) -> Any:
+def _model(path: str, kind: TaskKind, options: _Options) -> PreTrainedModel:
     auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model, loaded = _from_pretrained(auto, path, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+        model, loaded = _loaded(
+            auto.from_pretrained, path, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
     drawn = {*head_modules(model), *_OPTIONAL}
     names = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
     if lost := sorted(name for name in names if not drawn & set(name.split("."))):
@@ -114,19 +136,17 @@ def _disable_dropout(thing: object) -> None:
         thing.p = 0.0
 
 
-def _quantization(kind: str, dtype: torch.dtype, skip: list[str]) -> Any:
+def _quantization(kind: str, dtype: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
     """transformers' settings to quantise every Linear except the output layer and those inside the modules ``skip``."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CoterieError(f"quantize = {kind!r} needs bitsandbytes: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     keep = {"llm_int8_skip_modules": skip} if skip else {}
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, **keep)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **keep)
 
 
-def _differentiable(model: Any) -> Any:
+def _differentiable(model: PreTrainedModel) -> PreTrainedModel:
     """Keep bitsandbytes from a shortcut on CPUs with bfloat16.
 
     Outside training mode it repacks a 4-bit weight for a product that has no gradient; whatever trains below that
@@ -153,11 +173,12 @@ def _quiet(path: str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+def _loaded(load: Callable[..., T], path: str, **options: object) -> T:
+    """What ``load``, a ``from_pretrained`` of transformers, makes of the files at ``path``."""
     quantised = "quantization_config" in options
     faults = (OSError, ValueError, ImportError, SafetensorError, *((RuntimeError,) if quantised else ()))
     try:
-        return kind.from_pretrained(path, **options)
+        return load(path, **options)
     except faults as fault:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise CoterieError(f"cannot load the model {path!r}{' quantised' if quantised else ''}: {reason}") from fault

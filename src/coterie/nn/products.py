@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 Span = tuple[int, int]
 
@@ -51,6 +50,24 @@ def padded(rows: int) -> int:
     return rows if rows <= 8 else -(-rows // 8) * 8
 
 
+class Kept(FunctionCtx):
+    """The context of a function of autograd, as PyTorch documents it: tensors that are kept may be None."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    save_for_backward: Callable[..., None]
+
+
+class _Projected(Kept):
+    """What :class:`Project` keeps for its backward."""
+
+    shape: torch.Size
+    scale: float
+    sizes: tuple[int, int]
+    spans: Sequence[Span]
+    dtypes: list[torch.dtype]
+
+
 class Project(torch.autograd.Function):
     """h = x~ A^T and p = x R^T, x~ = x with dropout; gradients for x and for the trained spans of W = [A; R; 0] alone.
 
@@ -62,7 +79,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Projected,
         x: Tensor,
         weight: Tensor,
         keep: Tensor | None,
@@ -84,7 +101,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, h_grad: Tensor, p_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Projected, h_grad: Tensor, p_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, keep = ctx.saved_tensors
         (rank, slots), spans, dtypes, x_grad = ctx.sizes, ctx.spans, ctx.dtypes, None
         if keep is None:
@@ -108,6 +125,15 @@ class Project(torch.autograd.Function):
         return x_grad, *_NONE_5, *grads
 
 
+class _Added(Kept):
+    """What :class:`Add` keeps for its backward."""
+
+    ranks: Ranks
+    scaling: float
+    spans: Sequence[Span]
+    dtypes: list[torch.dtype]
+
+
 class Add(torch.autograd.Function):
     """y + s (g * h) C, written over y; gradients for y, h, g and for the trained spans of C's rows.
 
@@ -120,7 +146,7 @@ class Add(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Added,
         y: Tensor,
         h: Tensor,
         g: Tensor | None,
@@ -141,7 +167,7 @@ class Add(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Added, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         h, g, columns, x, rows = ctx.saved_tensors
         if x is not None:
             h = torch.cat([h, x.reshape(-1, x.shape[-1]) @ rows.T], dim=1)
