@@ -28,6 +28,7 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
 from coterie.deploy.agreement import digest_of, federation_config, terms_of
+from coterie.deploy.events import Exchanged
 from coterie.deploy.journal import read_journal
 from coterie.deploy.processes import free_port, start, stop, tail
 from coterie.deploy.superlink import _PYPROJECT, SuperLink
@@ -35,6 +36,7 @@ from coterie.deploy.worker import Worker
 from coterie.engines import local
 from coterie.flower.message import Message
 from coterie.methods.registry import method_named
+from coterie.runs.events import RoundDone
 from coterie.types import Instruction
 
 SITES = {"north": ("invoice", "refund"), "south": ("fever", "cough")}
@@ -56,6 +58,7 @@ from pathlib import Path
 import torch
 from coterie.flower.app import server_app
 from coterie.deploy.agreement import Agreement
+from coterie.deploy.events import Exchanged
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.sites import Sites
 from coterie.types import Instruction, Key, Part
@@ -66,9 +69,9 @@ def main(transport, config):
     ask = json.loads((home / "ask.json").read_text())
     seconds = []
     def note(event):
-        if event["event"] == "exchange":
-            assert event["failed"] is None, event
-            seconds.append(event["seconds"] - event["site_seconds"])
+        if isinstance(event, Exchanged):
+            assert event.failed is None, event
+            seconds.append(event.seconds - event.site_seconds)
     agreement = Agreement("exchanges", ask["terms"], ask["hash"], 1, tuple(ask["sites"]), deadline=600.0)
     engine = RemoteEngine(Sites(transport, agreement, note))
     engine.sites.gather(0, 300)
@@ -186,15 +189,15 @@ def over_flower(folder: Path, server: dict[str, Any]) -> dict[str, float]:
     serve = [*COTERIE, "serve", str(folder / "serve.toml"), "--out", str(folder / "run"), "--insecure"]
     done = subprocess.run(serve, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    events = read_journal(folder / "run")
-    assert not [e for e in events if e["event"] == "round" and e["failed"]]
-    train = [e for e in events if e["event"] == "exchange" and e["kind"] == "train" and e["round"] > 1]
-    rounds = [[e for e in train if e["round"] == rnd] for rnd in sorted({e["round"] for e in train})]
-    last = [max(rnd, key=lambda e: e["seconds"]) for rnd in rounds]  # the site that the round waited for
-    size = statistics.median(e["bytes_down"] + e["bytes_up"] for e in train)
+    events = [entry.event for entry in read_journal(folder / "run")]
+    assert not [e for e in events if isinstance(e, RoundDone) and e.failed]
+    train = [e for e in events if isinstance(e, Exchanged) and e.kind == "train" and e.round > 1]
+    rounds = [[e for e in train if e.round == rnd] for rnd in sorted({e.round for e in train})]
+    last = [max(rnd, key=lambda e: e.seconds) for rnd in rounds]  # the site that the round waited for
+    size = statistics.median(e.bytes_down + e.bytes_up for e in train)
     return {
-        "seconds": statistics.median(e["seconds"] for e in last),
-        "at_the_site": statistics.median(e["site_seconds"] for e in last),
+        "seconds": statistics.median(e.seconds for e in last),
+        "at_the_site": statistics.median(e.site_seconds for e in last),
         "bytes_per_site": size,
     }
 

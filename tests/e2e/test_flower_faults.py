@@ -28,7 +28,7 @@ SEED = 296  # of those by which somebody answers in every round, one with few ro
 
 def outcomes(made: Processes) -> dict[int, dict[str, str]]:
     """Of every round who did not count, and why."""
-    return {e["round"]: e["failed"] for e in read_journal(made.run) if e["event"] == "round"}
+    return {e["round"]: e["failed"] for e in made.lines() if e["event"] == "round"}
 
 
 def test_a_site_that_answers_wrongly_then_late_and_is_killed_in_mid_round(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_thirty_percent_of_the_answers_missing_at_random_over_ten_rounds(tmp_pat
             made.join(site, plan)
         made.finished()
 
-        events = [e for e in read_journal(made.run) if e["event"] == "round"]
+        events = [e for e in made.lines() if e["event"] == "round"]
         assert [e["round"] for e in events] == [*range(1, 11)]
         failed = {(site, e["round"]): why for e in events for site, why in e["failed"].items()}
         assert lost <= failed.keys()

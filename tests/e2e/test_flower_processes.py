@@ -13,7 +13,6 @@ pytest.importorskip("flwr")
 
 import sites
 from coterie.config.load import load_config
-from coterie.deploy.journal import read_journal
 from coterie.deploy.keys import site_key
 from coterie.experiment import run
 from flower_processes import Processes, processes, write_site
@@ -84,7 +83,7 @@ def test_tls_with_a_site_a_worker_the_superlink_and_the_server_killed(tmp_path: 
         made.serve("--resume")
         made.finished()
 
-        events = read_journal(made.run)
+        events = made.lines()
         assert {e["client"] for e in events if e["event"] == "joined"} == {A, B}
         assert [e["failed"] for e in events if e["event"] == "round" and e["failed"]] == []
         assert max(e["attempt"] for e in events if e["event"] == "attempt") == 3

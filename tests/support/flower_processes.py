@@ -128,16 +128,19 @@ class Processes:
             process = self.running.get("serve")
             if process is not None and process.poll() not in (None, 0):
                 raise AssertionError(f"the server ended with {process.returncode}; {self.logs()}")
-            events = read_journal(self.run)
-            return next((e for e in events if e["event"] == kind and fields.items() <= e.items()), None)
+            return next((e for e in self.lines() if e["event"] == kind and fields.items() <= e.items()), None)
 
         return dict(self.until(found, f"event {kind} {fields}"))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The journal so far, as JSON."""
+        return [entry.event.to_json() for entry in read_journal(self.run)]
 
     def next(self, kind: str) -> None:
         """Wait for one more event of that kind."""
 
         def number() -> int:
-            return sum(event["event"] == kind for event in read_journal(self.run))
+            return sum(event["event"] == kind for event in self.lines())
 
         seen = number()
         self.until(lambda: number() > seen, f"other {kind}")

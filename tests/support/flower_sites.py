@@ -18,6 +18,7 @@ from coterie.deploy.worker import Worker
 from coterie.flower.app import GridTransport
 from coterie.methods.base import Method
 from coterie.methods.registry import method_named
+from coterie.runs.events import Listener
 from grid import InProcessGrid
 
 
@@ -64,7 +65,7 @@ def engine_over(
     *,
     attempt: int = 1,
     spoil: Callable[..., Any] | None = None,
-    note: Callable[[dict[str, Any]], None] = lambda event: None,
+    note: Listener = lambda event: None,
     **agreed: Any,
 ) -> RemoteEngine:
     """The server's engine over ``staff``; nodes are numbered from 11 in the order of the clients."""

@@ -10,7 +10,7 @@ from coterie.types import ClientId
 
 
 @dataclass(frozen=True)
-class Attempt(Event):
+class ServerStarted(Event):
     """The server started, for the first time or again."""
 
     event = "attempt"
@@ -51,7 +51,7 @@ class Refused(Event):
 
 
 @dataclass(frozen=True)
-class Exchange(Event):
+class Exchanged(Event):
     """A message to a site and its answer: bytes as encoded, seconds, and those of them at work at the site."""
 
     event = "exchange"
@@ -106,4 +106,4 @@ class Finished(Event):
     event = "finished"
 
 
-FEDERATION = {**RUN, **kinds(Attempt, Joined, Back, Refused, Exchange, Late, Unreadable, Stopped, Finished)}
+FEDERATION = {**RUN, **kinds(ServerStarted, Joined, Back, Refused, Exchanged, Late, Unreadable, Stopped, Finished)}

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from coterie.deploy.answers import error_in
+from coterie.deploy.events import Exchanged, Late
 from coterie.deploy.sites import Sites
 from coterie.engines.checks import is_number, plain_text
 from coterie.flower.message import Message
-from coterie.types import ClientId, Json
+from coterie.types import ClientId
 
 _RETRY = 5.0  # seconds before a message that Flower itself answered is sent again
 
@@ -147,9 +148,8 @@ class Exchange:
             answer = plain_text(answer)
         arrival = Arrival(sent.client, answer, sent.bytes_down, seconds)
         error = answer if isinstance(answer, str) else None
-        event: dict[str, Json] = {"event": "exchange", "kind": sent.kind, "round": sent.rnd, "client": sent.client}
-        event |= {"failed": error, "bytes_down": sent.bytes_down, "bytes_up": arrival.bytes_up}
-        self.sites.note({**event, "seconds": seconds, "site_seconds": at_site})
+        up = arrival.bytes_up
+        self.sites.note(Exchanged(sent.kind, sent.rnd, sent.client, error, sent.bytes_down, up, seconds, at_site))
         return arrival
 
     def _note_late(self) -> None:
@@ -159,6 +159,4 @@ class Exchange:
             if isinstance(answer, str):
                 continue  # from Flower itself: the node is gone, or the message too old
             text = f"an answer of {sent.client} for round {sent.rnd} arrived too late and was dropped"
-            self.sites.note(
-                {"event": "late", "client": sent.client, "round": sent.rnd, "kind": sent.kind, "text": text}
-            )
+            self.sites.note(Late(sent.client, sent.rnd, text, sent.kind))

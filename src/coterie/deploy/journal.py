@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from coterie.runs.events import Event, plain
-from coterie.types import Json
+from coterie.deploy.events import FEDERATION
+from coterie.runs.events import Event, from_json
 
 JOURNAL = "federation.jsonl"
 
@@ -23,14 +24,21 @@ class Journal:
 
     path: Path
 
-    def __call__(self, event: Event | Mapping[str, Json]) -> None:
+    def __call__(self, event: Event) -> None:
         at = {"at": round(time.time(), 3)}
-        line = json.dumps({**at, **plain(event), **at}, allow_nan=False)  # comes first, and is never the event's own
+        line = json.dumps({**at, **event.to_json(), **at}, allow_nan=False)  # first, whatever a reply calls "at"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
-def read_journal(folder: Path) -> list[dict[str, Json]]:
+class Entry(NamedTuple):
+    """An event of a journal, and when it happened: seconds since 1970."""
+
+    at: float
+    event: Event
+
+
+def read_journal(folder: Path) -> list[Entry]:
     """All events so far, except for a line that is still being written."""
     return list(Reader(folder / JOURNAL).new())
 
@@ -42,8 +50,8 @@ class Reader:
     path: Path
     at: int = 0
 
-    def new(self) -> Iterator[dict[str, Json]]:
-        """The events since the last call."""
+    def new(self) -> Iterator[Entry]:
+        """The events since the last call; of kinds that this version does not know, none."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -52,4 +60,6 @@ class Reader:
                 if not line.endswith(b"\n"):
                     return
                 self.at += len(line)
-                yield json.loads(line)
+                found = json.loads(line)
+                if (event := from_json(found, FEDERATION)) is not None:
+                    yield Entry(found["at"], event)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from coterie.deploy.answers import Outcome, decoded
+from coterie.deploy.events import Unreadable
 from coterie.deploy.exchange import Arrival, Exchange, Unanswered
 from coterie.deploy.sites import Sites
 from coterie.engines.base import Delivery, Evaluation, Stream
@@ -119,8 +120,7 @@ class RemoteEngine:
                 yield client, value
             else:
                 reason = plain_text(str(fault))
-                event = {"event": "unreadable", "kind": name, "round": rnd, "client": client, "reason": reason}
-                self.sites.note(event)
+                self.sites.note(Unreadable(name, rnd, client, reason))
 
 
 def _reply(answer: Message | str) -> Outcome[Reply]:

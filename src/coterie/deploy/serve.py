@@ -10,12 +10,12 @@ from pathlib import Path
 from coterie.config.load import differences
 from coterie.config.sections import Config
 from coterie.deploy.attempt import begin_attempt
-from coterie.deploy.events import FEDERATION, Finished, Stopped
+from coterie.deploy.events import Finished, Stopped
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
 from coterie.deploy.superlink import SuperLink, check_server_keys
 from coterie.files import write_json
-from coterie.runs.events import CheckpointSaved, Listener, Note, from_json
+from coterie.runs.events import CheckpointSaved, Listener, Note
 from coterie.runs.folder import check_folder, held, plain, read_config
 from coterie.runs.summary import SUMMARY, Summary, read_summary
 from coterie.types import CoterieError
@@ -153,10 +153,8 @@ class Supervisor:
 
         Raises :class:`CoterieError` for what the server stopped for.
         """
-        for line in reader.new():
-            event = from_json(line, FEDERATION)
-            if event is not None:
-                self.listen(event)
+        for _, event in reader.new():
+            self.listen(event)
             match event:
                 case CheckpointSaved():
                     self.committed = max(self.committed, event.round)

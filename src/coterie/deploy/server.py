@@ -17,6 +17,7 @@ from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
 from coterie.deploy.agreement import Agreement, digest_of, terms_of
 from coterie.deploy.attempt import Attempt, read_attempt
+from coterie.deploy.events import Finished, Joined, ServerStarted, Stopped
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal
 from coterie.deploy.remote import RemoteEngine
@@ -26,11 +27,11 @@ from coterie.experiment import Opened, finish, rounds_of, set_threads
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
 from coterie.runs.checkpoint import newest_round
-from coterie.runs.events import Ready
+from coterie.runs.events import Event, Ready
 from coterie.runs.folder import full_disk_told, held, read_config
 from coterie.runs.rounds import Runner
 from coterie.runs.summary import Summary
-from coterie.types import ClientId, CoterieError, Json
+from coterie.types import ClientId, CoterieError
 
 _KNOWN = "sites.safetensors"
 # A shared head is averaged over the sites that the method's state holds for it, and these are set when it starts.
@@ -51,7 +52,7 @@ def main(transport: Transport, run_config: Mapping[str, Any]) -> None:
             remove_parts(folder)
             run(transport, folder, journal)
     except CoterieError as fault:
-        journal({"event": "stopped", "error": str(fault)})
+        journal(Stopped(str(fault)))
         raise
 
 
@@ -85,14 +86,14 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     if closed and begun:
         agreement = _closed(agreement, known, closed)
 
-    def note(event: dict[str, Json]) -> None:
+    def note(event: Event) -> None:
         journal(event)
-        if event["event"] in ("joined", "back"):
+        if isinstance(event, Joined):
             _write_known(folder, sites.known, config)
 
     sites = Sites(transport, agreement, note, known)
     engine = RemoteEngine(sites)
-    journal({"event": "attempt", "attempt": agreement.attempt, "sites": list(agreement.sites)})
+    journal(ServerStarted(agreement.attempt, agreement.sites))
     sites.gather(config.federation.at_least, config.federation.wait)
     if closed:
         sites.agreement = replace(agreement, sites=tuple(c.id for c in engine.clients), closed=closed)
@@ -102,7 +103,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
     write_sites(folder)
     summary = finish(Opened(config, method, engine, FederatedData((), {}), root), state, folder)
-    journal({"event": "finished"})
+    journal(Finished())
     return summary
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 from coterie.deploy.agreement import Agreement
 from coterie.deploy.answers import answered
+from coterie.deploy.events import Back, Joined, Refused
 from coterie.deploy.hello import Hello, plain_versions, refusal
 from coterie.flower.message import Message, Transport
-from coterie.types import ClientId, ClientInfo, CoterieError, Json
+from coterie.runs.events import Listener
+from coterie.types import ClientId, ClientInfo, CoterieError
 
-Note = Callable[[dict[str, Json]], None]
 _RETRY = 30.0  # seconds before a node that was refused is asked again
 
 
@@ -30,7 +31,7 @@ class Sites:
 
     transport: Transport
     agreement: Agreement
-    note: Note = lambda event: None
+    note: Listener = lambda event: None
     known: dict[ClientId, Hello] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -120,7 +121,7 @@ class Sites:
     def _refuse(self, node: int, reason: str) -> None:
         """Its people may fix it: it is asked again after a while, and the reason noted once."""
         if self._refused.get(node) != reason:
-            self.note({"event": "refused", "node": str(node), "reason": reason})
+            self.note(Refused(str(node), reason))
         self._refused[node] = reason
 
     def _accept(self, node: int, hello: Hello) -> None:
@@ -133,13 +134,10 @@ class Sites:
             self._replaced |= dict.fromkeys(same, node)
         self.nodes[client] = node
         self._refused.pop(node, None)
-        about: dict[str, Json] = {
-            "versions": plain_versions(hello.versions),
-            "base": hello.base,
-            "rows": hello.info.num_train,
-            "instead_of": str(before) if before is not None else None,
-        }
-        self.note({"event": "back" if back else "joined", "client": client, "node": str(node), **about})
+        came = Back if back else Joined
+        instead_of = str(before) if before is not None else None
+        versions = plain_versions(hello.versions)
+        self.note(came(client, str(node), versions, hello.base, hello.info.num_train, instead_of))
 
     def _to_match(self, client: ClientId) -> dict[ClientId, Hello]:
         """The introductions that one of ``client`` has to match.

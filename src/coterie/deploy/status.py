@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.deploy.journal import read_journal
+from coterie.deploy.events import (
+    Exchanged,
+    Finished,
+    Joined,
+    Late,
+    Refused,
+    ServerStarted,
+    Stopped,
+    Unreadable,
+)
+from coterie.deploy.journal import Entry, read_journal
 from coterie.files import write_json
 from coterie.report.page import SITES
+from coterie.runs.events import (
+    Evaluated,
+    Event,
+    Note,
+    Ready,
+    Resumed,
+    RoundDone,
+    RoundStart,
+    Scores,
+)
 from coterie.types import ClientId, Json
 
 
@@ -37,84 +57,86 @@ class Status:
     rounds: int = 0
     attempts: int = 0
     loss: float | None = None
-    mean: Mapping[str, Json] = field(default_factory=dict)
+    mean: Scores = field(default_factory=dict)
     sites: dict[ClientId, Site] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def status_of(events: Iterable[Mapping[str, Json]]) -> Status:
-    """The status after ``events``."""
+def status_of(entries: Iterable[Entry]) -> Status:
+    """The status after what a journal holds."""
     status = Status()
-    for event in events:
-        _add(status, event)
+    for entry in entries:
+        _add(status, entry.event, entry.at)
     return status
 
 
-def _add(status: Status, event: Mapping[str, Json]) -> None:
-    match event["event"]:
-        case "attempt":
-            status.attempts = event["attempt"]
+def _add(status: Status, event: Event, at: float) -> None:
+    match event:
+        case ServerStarted():
+            status.attempts = event.attempt
             status.phase = "waiting for sites"
-            for client in event["sites"]:
+            for client in event.sites:
                 status.sites.setdefault(client, Site())
-        case "joined" | "back":
-            site = status.sites.setdefault(event["client"], Site())
-            site.state, site.seen = "connected", event["at"]
-        case "ready":
-            status.rounds, status.phase = event["rounds"], "running"
-        case "resumed":
-            status.round = event["round"]
-        case "start":
-            status.phase = f"round {event['round']}: training"
-        case "exchange":
-            _exchange(status.sites.setdefault(event["client"], Site()), event)
-        case "late":
-            status.sites.setdefault(event["client"], Site()).late += 1
-            status.notes.append(event["text"])
-        case "round":
-            status.round, status.phase = event["round"], f"round {event['round']}: evaluation"
-            losses = [e["loss"] for e in event["clients"].values() if e.get("loss") is not None]
-            status.loss = sum(losses) / len(losses) if losses else None
-            _count(status, event)
-        case "unreadable":
-            site = status.sites.setdefault(event["client"], Site())
-            site.failures.append((event["kind"], event["round"], event["reason"]))
-        case "evaluation":
-            status.mean = event["mean"]
-        case "refused":
-            status.notes.append(f"node {event['node']} was refused: {event['reason']}")
-        case "note":
-            status.notes.append(event["text"])
-        case "stopped":
-            status.phase = f"stopped: {event['error']}"
-        case "finished":
+        case Joined():
+            site = status.sites.setdefault(event.client, Site())
+            site.state, site.seen = "connected", at
+        case Ready():
+            status.rounds, status.phase = event.rounds, "running"
+        case Resumed():
+            status.round = event.round
+        case RoundStart():
+            status.phase = f"round {event.round}: training"
+        case Exchanged():
+            _exchanged(status.sites.setdefault(event.client, Site()), event, at)
+        case RoundDone():
+            _round_done(status, event)
+        case Unreadable():
+            site = status.sites.setdefault(event.client, Site())
+            site.failures.append((event.kind, event.round, event.reason))
+        case Evaluated():
+            status.mean = event.mean
+        case Stopped():
+            status.phase = f"stopped: {event.error}"
+        case Finished():
             status.phase = "finished"
+        case _:
+            _note(status, event)
 
 
-def _exchange(site: Site, event: Mapping[str, Json]) -> None:
-    kind, failed = event["kind"], event["failed"]
-    site.bytes_down += event["bytes_down"]
-    site.bytes_up += event["bytes_up"]
-    if failed is None:
-        site.replies[kind] = site.replies.get(kind, 0) + 1
-        site.seconds += event["seconds"]
-        site.site_seconds += event["site_seconds"] or 0.0
-        site.state, site.seen = "connected", event["at"]
+def _note(status: Status, event: Event) -> None:
+    match event:
+        case Late():
+            status.sites.setdefault(event.client, Site()).late += 1
+            status.notes.append(event.text)
+        case Refused():
+            status.notes.append(f"node {event.node} was refused: {event.reason}")
+        case Note():
+            status.notes.append(event.text)
+
+
+def _exchanged(site: Site, event: Exchanged, at: float) -> None:
+    site.bytes_down += event.bytes_down
+    site.bytes_up += event.bytes_up
+    if event.failed is None:
+        site.replies[event.kind] = site.replies.get(event.kind, 0) + 1
+        site.seconds += event.seconds
+        site.site_seconds += event.site_seconds or 0.0
+        site.state, site.seen = "connected", at
     else:
-        site.state = failed
-        site.failures.append((kind, event["round"], failed))
+        site.state = event.failed
+        site.failures.append((event.kind, event.round, event.failed))
 
 
-def _count(status: Status, event: Mapping[str, Json]) -> None:
-    """Add a round's outcome, as the server judged it: a round that was done again counts once."""
-    rnd, failed = event["round"], event["failed"]
-    for client in event["clients"]:
+def _round_done(status: Status, event: RoundDone) -> None:
+    """A round's outcome, as the server judged it: a round that was done again counts once."""
+    status.round, status.phase, status.loss = event.round, f"round {event.round}: evaluation", event.loss
+    for client in event.clients:
         site = status.sites.setdefault(client, Site())
-        site.rounds = [r for r in site.rounds if r < rnd]
-        if client not in failed:
-            site.rounds.append(rnd)
-        elif ("train", rnd, failed[client]) not in site.failures:
-            site.failures.append(("train", rnd, failed[client]))
+        site.rounds = [rnd for rnd in site.rounds if rnd < event.round]
+        if client not in event.failed:
+            site.rounds.append(event.round)
+        elif (failure := ("train", event.round, event.failed[client])) not in site.failures:
+            site.failures.append(failure)
 
 
 def table_of(status: Status) -> dict[str, Json]:

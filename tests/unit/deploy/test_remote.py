@@ -21,6 +21,7 @@ from flwr.app import Message as FlowerMessage
 import flower_sites
 import sites
 from coterie import codec
+from coterie.deploy.events import Back, Exchanged, Joined, Late, Refused, Unreadable
 from coterie.deploy.hello import Hello
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.worker import Worker
@@ -28,6 +29,7 @@ from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
 from coterie.requests import ExpertUse, Observed
+from coterie.runs.events import Event
 from coterie.runs.rounds import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Part, Target
 from grid import InProcessGrid
@@ -145,7 +147,7 @@ class SlowGrid(InProcessGrid):
 
 def test_a_late_answer_is_dropped_and_noted(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, staff = fedit
-    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    config, heard = flower_sites.server_config(path), list[Event]()
     grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
     engine = flower_sites.engine_over(config, staff, note=heard.append)
     engine.sites.transport = GridTransport(grid)
@@ -158,15 +160,15 @@ def test_a_late_answer_is_dropped_and_noted(fedit: tuple[Path, dict[str, Worker]
     grid.held = False
     two = dict(engine.train(method, method.configure(state, engine.clients, 2), 2))
     assert [d.error for d in two.values()] == [None] * 4
-    (late,) = [event for event in heard if event["event"] == "late"]
-    assert (late["client"], late["round"]) == (VICTIM, 1)
+    (late,) = [event for event in heard if isinstance(event, Late)]
+    assert (late.client, late.round) == (VICTIM, 1)
 
 
 def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
     fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
 ) -> None:
     path, staff = fedit
-    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    config, heard = flower_sites.server_config(path), list[Event]()
     engine = flower_sites.engine_over(config, staff, note=heard.append)
     engine.sites.gather(len(CLIENTS), 10)
     grid = engine.sites.transport.grid  # type: ignore[attr-defined]
@@ -182,14 +184,14 @@ def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
     grid.sites[99] = answer
     back = dict(engine.train(method, method.configure(state, engine.clients, 2), 2))
     assert back[VICTIM].error is None
-    assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
+    assert [e.node for e in heard if isinstance(e, Back)] == ["99"]
 
 
 def test_a_site_that_is_back_as_another_node_is_sent_its_message_at_once(
     fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
 ) -> None:
     path, staff = fedit
-    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    config, heard = flower_sites.server_config(path), list[Event]()
     grid = SlowGrid({11 + i: staff[c].answer for i, c in enumerate(CLIENTS)})
     engine = flower_sites.engine_over(config, staff, note=heard.append)
     engine.sites.transport = GridTransport(grid)
@@ -207,7 +209,7 @@ def test_a_site_that_is_back_as_another_node_is_sent_its_message_at_once(
     one = dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
     assert one[VICTIM].error is None
     assert 5 < engine.sites.clock() < 10
-    assert [e["node"] for e in heard if e["event"] == "back"] == ["99"]
+    assert [e.node for e in heard if isinstance(e, Back)] == ["99"]
 
 
 def test_a_site_that_comes_back_in_time_is_sent_its_message_again(
@@ -289,16 +291,16 @@ def test_rows_that_changed_are_refused(fedit: tuple[Path, dict[str, Worker]], tm
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff)
     engine.sites.gather(4, 10)
     info = replace(engine.sites.known[VICTIM].info, num_train=99)
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
     again = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
     again.sites.known.update({**engine.sites.known, VICTIM: replace(engine.sites.known[VICTIM], info=info)})
     again.sites.gather(3, 10)
-    assert ["not those that it began with" in e["reason"] for e in heard if e["event"] == "refused"] == [True]
+    assert ["not those that it began with" in e.reason for e in heard if isinstance(e, Refused)] == [True]
 
 
 def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append, sites=tuple(CLIENTS))
     grid = engine.sites.transport.grid  # type: ignore[attr-defined]
     right = grid.sites[11]
@@ -319,14 +321,14 @@ def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[P
     engine.sites.gather(0, 60)
     assert sorted(engine.sites.known) == CLIENTS
     assert len({hello.base for hello in engine.sites.known.values()}) == 1
-    assert all("not another as mood-0); give both" in e["reason"] for e in heard if e["event"] == "refused")
+    assert all("not another as mood-0); give both" in e.reason for e in heard if isinstance(e, Refused))
 
 
 def test_of_two_nodes_with_one_name_the_latest_is_the_site_until_it_is_gone(
     fedit: tuple[Path, dict[str, Worker]],
 ) -> None:
     path, staff = fedit
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
     there, grid = engine.sites, engine.sites.transport.grid  # type: ignore[attr-defined]
 
@@ -345,13 +347,13 @@ def test_of_two_nodes_with_one_name_the_latest_is_the_site_until_it_is_gone(
     assert looked(100) == 99  # and not the first again
     del grid.sites[99]
     assert looked(100) == NODE
-    told = [(e["node"], e["instead_of"]) for e in heard if e["event"] == "back"]
+    told = [(e.node, e.instead_of) for e in heard if isinstance(e, Back)]
     assert told == [("98", str(NODE)), ("99", "98"), (str(NODE), None)]
 
 
 def test_the_answer_of_a_node_that_is_gone_counts_no_more(fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
     there, grid = engine.sites, engine.sites.transport.grid  # type: ignore[attr-defined]
     pull, answered = grid.pull_messages, list[FlowerMessage]()
@@ -370,7 +372,7 @@ def test_the_answer_of_a_node_that_is_gone_counts_no_more(fedit: tuple[Path, dic
         there.refresh()
     assert there.nodes[VICTIM] == 99
     assert not there.asking
-    assert [e["node"] for e in heard if e["client"] == VICTIM] == ["99"]
+    assert [e.node for e in heard if isinstance(e, Joined) and e.client == VICTIM] == ["99"]
 
 
 def test_for_a_stranger_who_says_nothing_no_absent_site_is_waited_for(
@@ -418,11 +420,11 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
     config = flower_sites.server_config(path)
 
     def reasons(**agreed: Any) -> set[str]:
-        heard: list[dict[str, Any]] = []
+        heard: list[Event] = []
         engine = flower_sites.engine_over(config, staff, note=heard.append, **agreed)
         with pytest.raises(CoterieError, match=r"sites are there after 20 s; missing"):
             engine.sites.gather(4, 20)
-        return {event["reason"] for event in heard if event["event"] == "refused"}
+        return {event.reason for event in heard if isinstance(event, Refused)}
 
     assert reasons(sites=("mood-0", "mood-1", "place-0", "someone")) == {"size-0 is not among [federation] sites"}
     assert len(reasons(base="abc", sites=tuple(CLIENTS))) == 4
@@ -454,7 +456,7 @@ def with_info(hello: Hello, **changes: Any) -> Hello:
 def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
     change, reason = NO_SITE[name]
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
 
     def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if node != NODE:
@@ -464,8 +466,8 @@ def test_a_site_that_cannot_be_is_refused(name: str, fedit: tuple[Path, dict[str
     engine = flower_sites.engine_over(flower_sites.server_config(path), staff, spoil=spoil, note=heard.append)
     engine.sites.gather(3, 5)
     assert sorted(engine.sites.known) == [c for c in CLIENTS if c != VICTIM]
-    assert all(reason in event["reason"] for event in heard if event["event"] == "refused")
-    assert [event["event"] for event in heard].count("refused") == 1
+    assert all(reason in event.reason for event in heard if isinstance(event, Refused))
+    assert [event.event for event in heard].count("refused") == 1
 
 
 def with_answer(message: FlowerMessage, kind: type[Any], change: Callable[[Any], Any]) -> FlowerMessage:
@@ -509,7 +511,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
     fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
 ) -> None:
     path, staff = fedit
-    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    config, heard = flower_sites.server_config(path), list[Event]()
 
     def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if node != NODE or message.metadata.message_type != "evaluate":
@@ -525,7 +527,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
     for rnd, name in enumerate(NO_SCORES, start=1):
         asked = dict(engine.evaluate(method, instructions, rnd, ("validation", "test"), usage=True))
         assert sorted(asked) == [c for c in CLIENTS if c != VICTIM], name
-    assert [(e["client"], e["round"]) for e in heard if e["event"] == "unreadable"] == [
+    assert [(e.client, e.round) for e in heard if isinstance(e, Unreadable)] == [
         (VICTIM, rnd) for rnd in range(1, len(NO_SCORES) + 1)
     ]
     good = dict(engine.evaluate(method, instructions, len(NO_SCORES) + 1, ("validation", "test"), usage=True))
@@ -552,7 +554,7 @@ def with_tensor(bank: Bank, key: Key, value: torch.Tensor) -> Bank:
 def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, _ = fedit
     staff = flower_sites.workers(tmp_path, CLIENTS[:2], policy={"upload_bank": True})
-    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    config, heard = flower_sites.server_config(path), list[Event]()
 
     def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         if node != NODE or message.metadata.message_type != "query.bank":
@@ -565,7 +567,7 @@ def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
     for rnd in range(1, len(NO_BANKS) + 1):
         assert sorted(dict(engine.banks(method, instructions, rnd))) == [CLIENTS[0]]
-    reasons = [event["reason"] for event in heard if event["event"] == "unreadable"]
+    reasons = [event.reason for event in heard if isinstance(event, Unreadable)]
     for (name, (_, reason)), found in zip(NO_BANKS.items(), reasons, strict=True):
         assert reason in found, name
 
@@ -573,7 +575,7 @@ def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]
 @pytest.mark.parametrize("seconds", [10**400, -1, float("nan"), True, "1"])
 def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
-    config, heard = flower_sites.server_config(path), list[dict[str, Any]]()
+    config, heard = flower_sites.server_config(path), list[Event]()
 
     def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
         inner = unpack(message.content)
@@ -587,7 +589,7 @@ def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[s
     state = method.init(engine.spec, engine.clients)
     (delivery,) = dict(engine.train(method, method.configure(state, engine.clients, 1), 1)).values()
     assert delivery.error is None
-    assert [event["site_seconds"] for event in heard if event["event"] == "exchange"] == [None]
+    assert [event.site_seconds for event in heard if isinstance(event, Exchanged)] == [None]
 
 
 def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) -> None:
@@ -596,12 +598,12 @@ def test_a_key_speaks_for_one_site_alone(fedit: tuple[Path, dict[str, Worker]]) 
     path, staff = fedit
     config = flower_sites.server_config(path)
     digest = {c: hashlib.sha256(c.encode()).hexdigest() for c in CLIENTS}
-    heard: list[dict[str, Any]] = []
+    heard: list[Event] = []
     keys = {digest[c]: c for c in CLIENTS}
     engine = flower_sites.engine_over(config, staff, note=heard.append, keys=keys)
     grid = engine.sites.transport.grid  # type: ignore[attr-defined]
     shown = {"mood-0": "mood-0", "mood-1": "mood-0", "place-0": "place-0", "size-0": "size-0"}  # mood-1 with another's
     grid.keys = {11 + i: shown[c].encode() for i, c in enumerate(CLIENTS)}
     engine.sites.gather(3, 5)
-    (refused,) = {event["reason"] for event in heard if event["event"] == "refused"}
+    (refused,) = {event.reason for event in heard if isinstance(event, Refused)}
     assert refused == "the node calls itself mood-1, but its key belongs to mood-0"

@@ -19,6 +19,7 @@ import sites
 from coterie import codec
 from coterie.deploy import server
 from coterie.deploy.attempt import begin_attempt
+from coterie.deploy.events import Exchanged, Finished, Joined, Refused
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal, read_journal
 from coterie.files import write_json
@@ -84,10 +85,10 @@ def attempt(
 
 def who_took_part(folder: Path) -> tuple[set[str], set[str]]:
     """The sites of the journal, and why others were refused."""
-    events = read_journal(folder / "out")
-    assert events[-1]["event"] == "finished"
-    there = {e["client"] for e in events if e["event"] in ("joined", "exchange")}
-    return there, {e["reason"] for e in events if e["event"] == "refused"}
+    events = [entry.event for entry in read_journal(folder / "out")]
+    assert events[-1] == Finished()
+    there = {event.client for event in events if isinstance(event, Joined | Exchanged)}
+    return there, {event.reason for event in events if isinstance(event, Refused)}
 
 
 @pytest.mark.parametrize("dies_in", ["1", "2"])
@@ -137,7 +138,7 @@ def test_a_first_hello_can_be_mended_before_the_run_begins(name: str, tmp_path: 
         attempt(tmp_path, there, FIRST, lies=wrong)
     attempt(tmp_path, FIRST, FIRST)
     assert who_took_part(tmp_path)[0] == {*FIRST}
-    reasons = {e["reason"] for e in read_journal(tmp_path / "out") if e["event"] == "refused"}
+    reasons = {e.reason for _, e in read_journal(tmp_path / "out") if isinstance(e, Refused)}
     told = "has another base ({}, not wrong as mood-0); give both the same model files, and restart `coterie join`"
     assert all(told.split("{}")[1] in reason for reason in reasons)
     assert len(reasons) == (2 if name == "base" else 0)
@@ -149,5 +150,5 @@ def test_what_a_site_said_holds_once_the_run_has_begun(tmp_path: Path) -> None:
         attempt(tmp_path, FIRST, FIRST, dies_in="1")
     with pytest.raises(CoterieError, match="missing: mood-0"):
         attempt(tmp_path, FIRST[:1], FIRST[:1], lies=lambda client, hello: LIES["rows"](hello))
-    (reason,) = {e["reason"] for e in read_journal(tmp_path / "out") if e["event"] == "refused"}
+    (reason,) = {e.reason for _, e in read_journal(tmp_path / "out") if isinstance(e, Refused)}
     assert reason.startswith("the rows or labels of mood-0 are not those that it began with")

@@ -6,7 +6,6 @@ import urllib.error
 import urllib.request
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,41 +13,50 @@ from typer.testing import CliRunner
 
 from coterie.cli.main import app
 from coterie.cli.status import show
-from coterie.deploy.journal import JOURNAL, Journal, Reader, read_journal
+from coterie.deploy.events import Exchanged, Finished, Joined, Late, ServerStarted, Unreadable
+from coterie.deploy.journal import JOURNAL, Entry, Journal, Reader, read_journal
 from coterie.deploy.metrics import exporter, render
 from coterie.deploy.status import spans, status_of
+from coterie.runs.events import ClientDone, ClientRound, Event, Note, Ready, Resumed, RoundDone
 from pages import Page, make_run
 
 
-def exchange(client: str, rnd: int, failed: str | None = None, kind: str = "train") -> dict[str, Any]:
-    up = 0 if failed else 10
-    made = {"event": "exchange", "kind": kind, "round": rnd, "client": client, "failed": failed, "at": 50.0}
-    return {**made, "bytes_down": 100, "bytes_up": up, "seconds": 2.0, "site_seconds": None if failed else 0.5}
+def exchange(client: str, rnd: int, failed: str | None = None, kind: str = "train") -> Event:
+    up, at_site = (0, None) if failed else (10, 0.5)
+    return Exchanged(kind, rnd, client, failed, 100, up, 2.0, at_site)
 
 
-EVENTS: list[dict[str, Any]] = [
-    {"event": "attempt", "attempt": 1, "sites": ["a", "b"]},
-    {"event": "joined", "client": "a", "at": 1.0},
-    {"event": "joined", "client": "b", "at": 1.0},
-    {"event": "ready", "clients": 2, "rounds": 4},
+def losses(**of: float | None) -> dict[str, ClientRound]:
+    return {client: ClientRound(said={} if loss is None else {"loss": loss}) for client, loss in of.items()}
+
+
+EVENTS: list[Event] = [
+    ServerStarted(1, ["a", "b"]),
+    Joined("a"),
+    Joined("b"),
+    Ready(2, 4),
     exchange("a", 1),
     exchange("b", 1),
-    {"event": "round", "round": 1, "clients": {"a": {"loss": 0.5}, "b": {"loss": 1.5}}, "failed": {}},
+    RoundDone(1, losses(a=0.5, b=1.5), seconds=2.0),
     exchange("a", 2),
     exchange("b", 2, "no reply within 9 s"),
-    {"event": "round", "round": 2, "clients": {"a": {"loss": 0.5}, "b": {}}, "failed": {"b": "no reply within 9 s"}},
-    {"event": "late", "client": "b", "round": 2, "text": "an answer of b came late"},
-    {"event": "note", "text": "the SuperLink died; starting again"},
-    {"event": "attempt", "attempt": 2, "sites": ["a", "b"]},
-    {"event": "resumed", "round": 1},
+    RoundDone(2, losses(a=0.5, b=None), {"b": "no reply within 9 s"}, seconds=2.0),
+    Late("b", 2, "an answer of b came late"),
+    Note("the SuperLink died; starting again"),
+    ServerStarted(2, ["a", "b"]),
+    Resumed(1),
     exchange("a", 2),
     exchange("b", 2),
-    {"event": "round", "round": 2, "clients": {"a": {"loss": 0.25}, "b": {}}, "failed": {"b": "b's norm"}},
+    RoundDone(2, losses(a=0.25, b=None), {"b": "b's norm"}, seconds=2.0),
 ]
 
 
+def entries(events: list[Event]) -> list[Entry]:
+    return [Entry(50.0, event) for event in events]
+
+
 def test_the_status_adds_up() -> None:
-    status = status_of(EVENTS)
+    status = status_of(entries(EVENTS))
     a, b = status.sites["a"], status.sites["b"]
     assert (status.round, status.rounds, status.attempts, status.loss) == (2, 4, 2, 0.25)
     assert (a.rounds, b.rounds) == ([1, 2], [1])
@@ -64,7 +72,7 @@ def test_the_status_adds_up() -> None:
 
 def test_the_report_shows_who_took_part_over_the_network(tmp_path: Path) -> None:
     """`coterie report` makes the table from the journal, of a run that has not finished too."""
-    rounds = [{**e, "seconds": 2.0, "describe": {}} for e in EVENTS if e["event"] == "round"]
+    rounds = [event.to_json() for event in EVENTS if isinstance(event, RoundDone)]
     make_run(tmp_path, rounds, config={"root": "/", "config": {"method": {"name": "fedit"}}})
     journal = Journal(tmp_path / JOURNAL)
     for event in EVENTS:
@@ -89,7 +97,7 @@ def test_spans_of_rounds() -> None:
 
 
 def test_the_metrics_are_those_of_the_status(tmp_path: Path) -> None:
-    text = render(status_of(EVENTS))
+    text = render(status_of(entries(EVENTS)))
     for line in (
         "coterie_round 2",
         'coterie_replies_total{site="a",kind="train"} 3',
@@ -109,30 +117,35 @@ def test_the_metrics_are_those_of_the_status(tmp_path: Path) -> None:
 
 
 def test_a_label_cannot_end_before_its_quote() -> None:
-    joined = [{"event": "joined", "client": 'a"b\\c\nd', "at": 1.0}, exchange('a"b\\c\nd', 1)]
+    joined = entries([Joined('a"b\\c\nd'), exchange('a"b\\c\nd', 1)])
     assert 'coterie_replies_total{site="a\\"b\\\\c\\nd",kind="train"} 1' in render(status_of(joined)).splitlines()
 
 
 def test_an_answer_that_cannot_be_read_is_counted() -> None:
-    bad = {"event": "unreadable", "kind": "evaluate", "round": 1, "client": "a", "reason": "its test loss is nan"}
-    assert status_of([*EVENTS, bad]).sites["a"].failures == [("evaluate", 1, "its test loss is nan")]
+    bad = Unreadable("evaluate", 1, "a", "its test loss is nan")
+    assert status_of(entries([*EVENTS, bad])).sites["a"].failures == [("evaluate", 1, "its test loss is nan")]
 
 
 def test_the_time_of_an_event_is_the_journals(tmp_path: Path) -> None:
-    Journal(tmp_path / JOURNAL)({"event": "client", "at": "never"})
-    (event,) = read_journal(tmp_path)
-    assert event["at"] > 1e9
+    Journal(tmp_path / JOURNAL)(ClientDone(1, "a", ClientRound(said={"at": "never"}), None))
+    (entry,) = read_journal(tmp_path)
+    assert entry.at > 1e9
 
 
 def test_a_journal_is_read_as_it_is_written(tmp_path: Path) -> None:
     reader, journal = Reader(tmp_path / JOURNAL), Journal(tmp_path / JOURNAL)
     assert list(reader.new()) == []
-    journal({"event": "a", "value": float("inf")})
-    assert [(e["event"], e["value"]) for e in reader.new()] == [("a", None)]
+    journal(RoundDone(1, losses(a=float("inf"))))
+    assert [event for _, event in reader.new()] == [RoundDone(1, {"a": ClientRound(said={"loss": None})})]
     with (tmp_path / JOURNAL).open("a") as file:
-        file.write('{"event": "b"')
+        file.write('{"event": "finished", "at": 5.0')
     assert list(reader.new()) == []
     with (tmp_path / JOURNAL).open("a") as file:
         file.write("}\n")
-    assert [e["event"] for e in reader.new()] == ["b"]
-    assert [e["event"] for e in read_journal(tmp_path)] == ["a", "b"]
+    assert list(reader.new()) == [Entry(5.0, Finished())]
+    assert [entry.event.event for entry in read_journal(tmp_path)] == ["round", "finished"]
+
+
+def test_an_event_of_a_later_version_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_text('{"event": "eclipse", "at": 1.0}\n{"event": "finished", "at": 2.0, "more": 3}\n')
+    assert read_journal(tmp_path) == [Entry(2.0, Finished())]

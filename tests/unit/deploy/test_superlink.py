@@ -15,10 +15,12 @@ import pytest
 import flower_sites
 import sites
 from coterie.deploy import superlink
+from coterie.deploy.events import Finished
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.processes import flower_environment
 from coterie.deploy.serve import Supervisor, serve
 from coterie.deploy.superlink import SuperLink
+from coterie.runs.events import CheckpointSaved, RoundDone
 from coterie.types import CoterieError
 
 
@@ -32,7 +34,7 @@ def test_flowers_programs_are_told_of_a_superlink_that_others_started(
 
     def flwr(self: SuperLink, command: str, *args: str) -> dict[str, Any]:
         asked.append((command, tomllib.loads((self.home / "config.toml").read_text())["superlink"]["coterie"]))
-        Journal(tmp_path / JOURNAL)({"event": "finished"})
+        Journal(tmp_path / JOURNAL)(Finished())
         return {"run-id": "7"}
 
     monkeypatch.setattr(SuperLink, "answers", lambda self: True)
@@ -59,9 +61,9 @@ def test_only_a_new_checkpoint_gives_the_restarts_back(
         nonlocal tried
         tried += 1
         journal, rnd = Journal(tmp_path / JOURNAL), next(made, None)
-        journal({"event": "round", "round": 9})
+        journal(RoundDone(9))
         if rnd is not None:
-            journal({"event": "checkpoint", "round": rnd})
+            journal(CheckpointSaved(rnd))
         self._pass_on(reader)
         return "the SuperLink died"
 

@@ -99,7 +99,7 @@ def with_tensor(reply: Reply, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 BAD = {
-    "missing tensor": (lambda r: replace(r, tensors={k: v for k, v in r.tensors.items() if k != KEY}), "has no q:0:A"),
+    "missing tensor": (lambda r: replace(r, tensors={k: v for k, v in r.tensors.items() if k != KEY}), "lacks q:0:A"),
     "surplus tensor": (
         lambda r: replace(r, tensors={**r.tensors, KEY._replace(expert=3): r.tensors[KEY]}),
         "has q:3:A, which was not requested",
@@ -109,8 +109,8 @@ BAD = {
     "nan": (lambda r: with_tensor(r, lambda t: t * math.nan), "not finite"),
     "infinite": (lambda r: with_tensor(r, lambda t: t / 0), "not finite"),
     "huge": (lambda r: with_tensor(r, lambda t: t * 1e9), "norm .* above the bound"),
-    "no examples": (lambda r: replace(r, num_examples=0), "0 examples"),
-    "too many examples": (lambda r: replace(r, num_examples=41), "41 examples, the client has 40"),
+    "no examples": (lambda r: replace(r, num_examples=0), "0 training examples"),
+    "too many examples": (lambda r: replace(r, num_examples=41), "41 training examples; the client has 40"),
     "other floats": (lambda r: with_tensor(r, lambda t: t.double()), "dtype torch.float64, not torch.float32"),
     "a loss of text": (lambda r: replace(r, info={"loss": "x"}), "loss is 'x'"),
     "failed": (lambda r: "out of memory", "out of memory"),
@@ -215,11 +215,12 @@ def test_what_a_reply_says_stands_under_no_name_of_the_runners(tmp_path: Path) -
         return replace(reply, info={**lie, "loss": 0.5}, **bad)
 
     _, _, heard = run(tmp_path, spoil)
-    done = [event.to_json() for event in heard if isinstance(event, ClientDone)]
-    assert [(e["event"], e["round"], e["client"]) for e in done] == [
-        ("client", rnd, f"c{i}") for rnd in (1, 2, 3) for i in range(4)
-    ]
-    assert [(e["failed"] is None, e["bytes_up"], e["seconds"], e.get("said")) for e in done] == [
+    done = [event for event in heard if isinstance(event, ClientDone)]
+    assert [(e.round, e.client) for e in done] == [(rnd, f"c{i}") for rnd in (1, 2, 3) for i in range(4)]
+    lines = [event.entry.to_json() for event in done]
+    assert [
+        (e.failed is None, of["bytes_up"], of["seconds"], of.get("said")) for e, of in zip(done, lines, strict=True)
+    ] == [
         *[(True, 5, 0.5, 1)] * 3,
         (False, 5, 0.5, None),
     ] * 3
