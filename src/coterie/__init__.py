@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from coterie.experiment import run
     from coterie.methods.base import Method
     from coterie.methods.plan import MethodSettings, Plan
-    from coterie.requests import ClientProgram, Observe, Observed, Optim, Score, Scored, Train, Trained
+    from coterie.requests import (
+        Balance,
+        ClientProgram,
+        HoldOut,
+        Observe,
+        Observed,
+        Optim,
+        Proximal,
+        Score,
+        Scored,
+        Train,
+        Trained,
+    )
     from coterie.types import (
         Bank,
         BaseSpec,
@@ -41,6 +53,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Balance",
     "Bank",
     "BaseSpec",
     "ClientId",
@@ -51,6 +64,7 @@ __all__ = [
     "Config",
     "CoterieError",
     "GateSpec",
+    "HoldOut",
     "Instruction",
     "Key",
     "Method",
@@ -61,6 +75,7 @@ __all__ = [
     "Part",
     "Personal",
     "Plan",
+    "Proximal",
     "Reply",
     "Score",
     "Scored",
@@ -81,7 +96,10 @@ _FROM = {
     "experiment": ("run",),
     "methods.base": ("Method",),
     "methods.plan": ("MethodSettings", "Plan"),
-    "requests": ("ClientProgram", "Observe", "Observed", "Optim", "Score", "Scored", "Train", "Trained"),
+    "requests": (
+        *("Balance", "ClientProgram", "HoldOut", "Observe", "Observed", "Optim", "Proximal", "Score", "Scored"),
+        *("Train", "Trained"),
+    ),
     "types": (
         *("Bank", "BaseSpec", "ClientId", "ClientInfo", "ClientResult", "CoterieError", "GateSpec", "Instruction"),
         *("Key", "Part", "Personal", "Reply", "Tensors"),

@@ -60,11 +60,22 @@ class Balance:
 
 
 @dataclass(frozen=True)
+class Proximal:
+    """A pull towards the start of the round (FedProx, arXiv 1812.06127): ``weight``/2 * sum over ``keys`` ||w - w0||^2.
+
+    w0 are the values in the request's bank. The gradient is ``weight`` * (w - w0) in every step.
+    """
+
+    weight: float
+    keys: frozenset[Key]
+
+
+@dataclass(frozen=True)
 class Train:
     """Trains the tensors named ``trainable`` of ``bank`` on the client's training split. Answered by :class:`Trained`.
 
     ``purpose`` names the random stream (batch order, dropout) together with the seed, the round and the client. Rows
-    of ``hold_out`` are not trained on.
+    of ``hold_out`` are not trained on. Keys of ``proximal`` must be trainable.
     """
 
     bank: Bank
@@ -73,6 +84,7 @@ class Train:
     purpose: str = "train"
     balance: Balance | None = None
     hold_out: HoldOut | None = None
+    proximal: Proximal | None = None
 
 
 @dataclass(frozen=True)

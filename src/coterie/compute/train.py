@@ -80,6 +80,7 @@ class Training:
     request: Train
     steps: list[list[list[Example]]] = field(init=False)
     layers: BankLayers = field(init=False)
+    pulled: list[tuple[nn.Parameter, Tensor]] = field(init=False)  # each with its value at the start of the round
     losses: list[Tensor] = field(default_factory=list)  # of each step: [2], the task's and the load-balance loss
     counts: list[int] = field(default_factory=list)  # of each step: the labels
     step: int = 0
@@ -93,6 +94,10 @@ class Training:
         self.steps = list(self._steps(examples, self.request.optim, self.request.purpose))
         self.layers = build_layers(self.workplace.base.model, self.request.bank, self.request.trainable)
         self.layers.now.training = True
+        keys = sorted(self.request.proximal.keys) if self.request.proximal else []
+        if fixed := [str(key) for key in keys if key not in self.layers.parameters]:
+            raise CoterieError(f"{', '.join(fixed)}: the proximal term is for tensors that train, and these do not")
+        self.pulled = [(self.layers.parameters[key], self.layers.parameters[key].detach().clone()) for key in keys]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -131,15 +136,20 @@ class Training:
         now.balance = [] if request.balance else None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The batch's part of the mean loss over the labels of the whole step, and of the load-balance loss (its mean
-        over the micro-batches)."""
-        balance = self.request.balance
+        """The batch's part of the mean loss over the labels of the whole step, of the load-balance loss (its mean over
+        the micro-batches), and of the proximal term."""
+        balance, micro = self.request.balance, len(self.steps[self.step])
         loss = self.workplace.task.loss(logits, batch) / self.counts[-1]
         parts = list(self.layers.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
-        balanced = torch.stack(parts).sum() / len(self.steps[self.step]) if parts else loss.new_zeros(())
+        balanced = torch.stack(parts).sum() / micro if parts else loss.new_zeros(())
         weight = balance.weight if balance else 0.0
         self._parts.append(torch.stack([loss.detach(), balanced.detach()]))
-        return loss + weight * balanced if parts else loss
+        loss = loss + weight * balanced if parts else loss
+        return loss + self._proximal() / micro if self.pulled else loss
+
+    def _proximal(self) -> Tensor:
+        weight = self.request.proximal.weight if self.request.proximal else 0.0
+        return weight / 2 * torch.stack([(w - start).square().sum() for w, start in self.pulled]).sum()
 
     def clip(self) -> None:
         """Note the step's loss, and clip its gradients."""
