@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -31,10 +31,9 @@ from coterie.report.plots.heat import (
     part_groups,
     write_cells,
 )
-from coterie.report.plots.style import INK, MUTED, styled
+from coterie.report.plots.style import INK, MUTED, Table, styled
 
 Groups = Sequence[str | None]
-Table = np.ndarray[Any, Any]
 Name = tuple[str, str]  # of a panel: module, measure
 Size = tuple[float, float]  # inches wide and high
 _WIDTH = 10.6  # inches that the page has room for
@@ -64,7 +63,7 @@ def assigned_experts(panels: Mapping[str, Panel], clients: Sequence[str], groups
     """
     limits = (0.0, max(float(np.nanmax(panel.values, initial=1.0)) for panel in panels.values()))
 
-    def draw(ax: Axes, name: Name, cell: Size) -> Any:
+    def draw(ax: Axes, name: Name, cell: Size) -> ScalarMappable:
         return _draw(ax, panels[name[0]], cell, limits, lambda value: f"{value:.0f}")
 
     named = {(module, ""): panel for module, panel in panels.items()}
@@ -85,7 +84,7 @@ def used_experts(usage: Mapping[str, Mapping[str, Panel]], clients: Sequence[str
     if len(rows[0]) < len(rows) or (_widest(panels) > 12 and len(clients) <= 16):  # wide cells, so that numbers fit
         rows = [list(row) for row in zip(*rows, strict=True)]
 
-    def draw(ax: Axes, name: Name, cell: Size) -> Any:
+    def draw(ax: Axes, name: Name, cell: Size) -> ScalarMappable:
         return _draw(ax, panels[name], cell, (0.0, limits[name[1]]), _fraction)
 
     figure, drawn = _grid(rows, panels, clients, groups, draw)
@@ -158,8 +157,8 @@ def _grid(
     panels: Mapping[Name, Panel],
     clients: Sequence[str],
     groups: Groups,
-    draw: Callable[[Axes, Name, Size], Any],
-) -> tuple[Figure, dict[Name, tuple[Axes, Any]]]:
+    draw: Callable[[Axes, Name, Size], ScalarMappable],
+) -> tuple[Figure, dict[Name, tuple[Axes, ScalarMappable]]]:
     """The panels in rows and columns, labelled, drawn by ``draw`` with the inches of a cell: axes and image by name."""
     columns, high = len(names[0]), _row_height(len(clients))
     left, right = _margins(clients, groups)
@@ -181,7 +180,9 @@ def _grid(
     return figure, drawn
 
 
-def _draw(ax: Axes, panel: Panel, cell: Size, limits: tuple[float, float], text: Callable[[float], str]) -> Any:
+def _draw(
+    ax: Axes, panel: Panel, cell: Size, limits: tuple[float, float], text: Callable[[float], str]
+) -> ScalarMappable:
     """The values as cells, or as marks where cells would be too small to see and few hold anything."""
     held = np.isfinite(panel.values)
     past = None if panel.past is None else np.where(panel.past & ~held, 1.0, np.nan)
@@ -202,7 +203,7 @@ def _draw(ax: Axes, panel: Panel, cell: Size, limits: tuple[float, float], text:
 
 def _draw_marks(
     ax: Axes, values: Table, cell: Size, limits: tuple[float, float], colours: Colormap, least: float
-) -> Any:
+) -> ScalarMappable:
     """A mark for each value, no less than ``least`` points wide and high."""
     wide, high = (max(inches / _POINT, least) for inches in cell)
     mark = Path([(-wide, -high), (wide, -high), (wide, high), (-wide, high), (-wide, -high)])

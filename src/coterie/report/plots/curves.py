@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +14,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from coterie.report.plots.style import MUTED, PALETTE, number, styled
 
+_Dash = Literal["-", "--", ":"] | tuple[float, tuple[float, ...]]
+_DASHES: tuple[_Dash, ...] = ("-", "--", ":")
+_End = tuple[int, float, str, _Dash]  # of a curve: round, value, colour, dashes
 Curve = Sequence[tuple[int, float]]
 _DIRECT_LABELS = 6  # curves up to which each is labelled at its end
 
@@ -51,8 +54,8 @@ def draw_curves(
     for curve in faint.values():
         rounds, values = _finite(curve)
         ax.plot(rounds, values, color=MUTED, alpha=0.35, linewidth=0.9, zorder=1)
-    looks = cycle([(colour, dash) for dash in ("-", "--", ":") for colour in PALETTE])
-    ends: dict[str, tuple[int, float, str, Any]] = {}
+    looks = cycle([(colour, dash) for dash in _DASHES for colour in PALETTE])
+    ends: dict[str, _End] = {}
     for (name, curve), (colour, dash) in zip(curves.items(), looks, strict=False):
         rounds, values = _finite(curve)
         ax.plot(rounds, values, color=colour, linestyle=dash, linewidth=2.0, marker="o", markersize=3.5, zorder=3)
@@ -85,7 +88,7 @@ def _frame(ax: Axes, label: str, percent: bool) -> None:
     ax.tick_params(length=0)
 
 
-def _name_curves(ax: Axes, ends: Mapping[str, tuple[int, float, str, Any]]) -> None:
+def _name_curves(ax: Axes, ends: Mapping[str, _End]) -> None:
     if len(ends) > _DIRECT_LABELS:
         handles = [Line2D([], [], color=c, linestyle=d, linewidth=2, label=name) for name, (_, _, c, d) in ends.items()]
         ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from coterie.report.plots.heat import BLUES, NAMED_ROWS, heat_map, name_rows
-from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, natural, number, styled
+from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, Table, natural, number, styled
 
 
 @styled
@@ -40,7 +39,7 @@ def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], own: Mappin
 _USAGE = {"weight": "mean gate weight", "share": "share of tokens"}
 
 
-def _usage_panel(ax: Axes, table: np.ndarray[Any, Any], clients: Sequence[str], own: Mapping[str, int]) -> None:
+def _usage_panel(ax: Axes, table: Table, clients: Sequence[str], own: Mapping[str, int]) -> None:
     rows, columns = table.shape
     heat_map(ax, table, (0.0, 1.0), BLUES)
     name_rows(ax, clients)

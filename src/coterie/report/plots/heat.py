@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.patches import Patch
 from matplotlib.transforms import BboxTransformTo, ScaledTranslation, offset_copy
 
-from coterie.report.plots.style import GAP, INK, ON_PALE, ON_STRONG, PALETTE, SURFACE, natural
+from coterie.report.plots.style import GAP, INK, ON_PALE, ON_STRONG, PALETTE, SURFACE, Table, natural
 
 _SHADES = ["#e4edf5", "#9cc3de", "#4a90bf", "#1c5f95", "#0b3560"]
 BLUES = LinearSegmentedColormap.from_list("coterie", _SHADES).with_extremes(bad=("#8b949e", 0.25))
@@ -23,12 +24,12 @@ NEAR = BLUES.reversed()  # what is near stands out
 NAMED_ROWS = 40  # rows up to which cells stand apart and every client is named
 
 
-def heat_map(ax: Axes, table: np.ndarray[Any, Any], limits: tuple[float, float], colours: Colormap) -> Any:
+def heat_map(ax: Axes, table: Table, limits: tuple[float, float], colours: Colormap) -> ScalarMappable:
     """Cells [rows, columns], the first row on top, cell (i, j) at x from j to j + 1 and y from i to i + 1."""
     rows, columns = table.shape
     norm, masked = Normalize(*limits), np.ma.masked_invalid(table)
     if rows <= NAMED_ROWS:
-        image: Any = ax.pcolormesh(masked, cmap=colours, norm=norm, edgecolors=GAP, linewidth=0.8)
+        image: ScalarMappable = ax.pcolormesh(masked, cmap=colours, norm=norm, edgecolors=GAP, linewidth=0.8)
     else:
         image = ax.imshow(
             masked, cmap=colours, norm=norm, interpolation="none", extent=(0, columns, rows, 0), aspect="auto"
@@ -37,7 +38,7 @@ def heat_map(ax: Axes, table: np.ndarray[Any, Any], limits: tuple[float, float],
     return image
 
 
-def grid_map(ax: Axes, table: np.ndarray[Any, Any], limits: tuple[float, float], colours: Colormap) -> Any:
+def grid_map(ax: Axes, table: Table, limits: tuple[float, float], colours: Colormap) -> ScalarMappable:
     """A heat map with lines between its cells: one image, where :func:`heat_map` has a shape for every cell."""
     rows, columns = table.shape
     image = ax.imshow(np.ma.masked_invalid(table), cmap=colours, norm=Normalize(*limits), interpolation="none",
@@ -59,7 +60,7 @@ def bare(ax: Axes, rows: int, columns: int) -> None:
         spine.set_visible(False)
 
 
-def limits_of(table: np.ndarray[Any, Any]) -> tuple[float, float]:
+def limits_of(table: Table) -> tuple[float, float]:
     """The least and the greatest finite number, apart even where they are equal."""
     finite = table[np.isfinite(table)]
     if finite.size == 0:
@@ -120,7 +121,7 @@ def part_groups(ax: Axes, groups: Sequence[str | None], height: float, named: bo
                         xytext=(shift, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
 
 
-def write_cells(ax: Axes, table: np.ndarray[Any, Any], texts: Sequence[Sequence[str]], strong: float) -> None:
+def write_cells(ax: Axes, table: Table, texts: Sequence[Sequence[str]], strong: float) -> None:
     """Each finite cell's text, in a colour that stands out from a cell above ``strong``."""
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
@@ -131,7 +132,7 @@ def write_cells(ax: Axes, table: np.ndarray[Any, Any], texts: Sequence[Sequence[
             text.set_in_layout(False)  # it is inside its cell; to measure a thousand takes seconds
 
 
-def colour_bar(ax: Axes, image: Any, label: str, below: float) -> Any:
+def colour_bar(ax: Axes, image: ScalarMappable, label: str, below: float) -> Colorbar:
     """A thin bar of colours, ``below`` inches under ``ax``."""
     figure = ax.figure
     inches = figure.dpi_scale_trans + ScaledTranslation(

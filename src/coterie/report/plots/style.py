@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +36,7 @@ _PAGE_COLOURS = {
     ON_PALE: "var(--on-pale)",
     ON_STRONG: "var(--on-strong)",
 }
+Table = NDArray[np.float64]  # of a picture, [rows, columns]
 _HALF_PAGE = 7.2  # inches; the text of a wider picture would be too small beside another
 _STYLE: Any = {
     "font.size": 9.0,
@@ -129,6 +132,6 @@ def _page_font(found: re.Match[str]) -> str:
     return f"{weight}font-size: {size[0]}; font-family: inherit" if size else "font-family: inherit"
 
 
-def number(value: Any) -> float:
+def number(value: float | None) -> float:
     """``value`` as a float, not-a-number for what is missing."""
     return math.nan if value is None else float(value)
