@@ -82,6 +82,8 @@ CASES = {  # method, architecture, more of the config
     "fedamole, half a cohort": ("fedamole", "llama", "cohort = 0.6"),
     "fedit, generation": ("fedit", "llama", ""),
     "local": ("local", "bert", "keep_checkpoints = 4"),
+    "flora, half a cohort": ("flora", "bert", "cohort = 0.6"),
+    "fedsa_lora, half a cohort": ("fedsa_lora", "bert", "cohort = 0.6"),
 }
 
 

@@ -36,7 +36,7 @@ from coterie.methods.base import answer, drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
-from coterie.requests import Observe, Optim, Request, Score, Train
+from coterie.requests import ClientProgram, Observe, Optim, Request, Score, Train
 from coterie.types import FOLDED, Bank, ClientResult, CoterieError, GateSpec, Instruction, Key, Part, Personal, Reply
 from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
 
@@ -88,6 +88,19 @@ def method_of(name: str, kind_of_task: str, head: Any = "personal", optim: Optim
 
 def double(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     return {key: value.double() for key, value in tensors.items()}
+
+
+def in_double(program: ClientProgram) -> ClientProgram:
+    """The program, training in float64 also what it makes itself."""
+    request = program.send(None)
+    while True:
+        if isinstance(request, Train):
+            request = replace(request, bank=replace(request.bank, tensors=double(request.bank.tensors)))
+        answer = yield request
+        try:
+            request = program.send(answer)
+        except StopIteration as stop:
+            return stop.value
 
 
 def furthest(one: Any, other: Any) -> float:
@@ -147,9 +160,10 @@ def test_every_program_gets_the_answers_that_it_gets_alone(name: str, head: str,
 
         def program(client: ClientData, instructions: Any = instructions, personal: Any = personal) -> Any:
             ins, mine = instructions[client.info.id], personal[client.info.id]
-            return method.client(
+            program = method.client(
                 replace(ins, tensors=double(ins.tensors)), client.info, replace(mine, tensors=double(mine.tensors))
             )
+            return in_double(program)
 
         alone = {c.info.id: drive(program(c), LocalCompute(workplace, c, rnd)) for c in clients}
         for group in (*groups(clients, 2), *groups(clients[::-1], 3), list(clients)):

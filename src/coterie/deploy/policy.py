@@ -13,7 +13,7 @@ from coterie.engines.client import Guard
 from coterie.methods.base import Method
 from coterie.requests import Observe, Observed, Optim, Score, Scored, Train, Trained
 from coterie.runs.folder import plain
-from coterie.types import CoterieError, Instruction, Json, Part, Reply
+from coterie.types import FOLDED, CoterieError, Instruction, Json, Part, Reply
 
 
 def check_policy(policy: Policy, config: Config, method: Method) -> None:
@@ -37,12 +37,16 @@ def check_policy(policy: Policy, config: Config, method: Method) -> None:
 
 
 def check_ranks(policy: Policy, ins: Instruction) -> None:
-    """Raises :class:`CoterieError` if an expert that was sent, or an adapter of a pool, has too high a rank."""
+    """Raises :class:`CoterieError` if an expert that was sent, or an adapter of a pool, has too high a rank.
+
+    The folded expert, which stands for a change of the base, may have as many ranks as the base's matrix.
+    """
     for key, value in ins.tensors.items():
         if key.part in (Part.A, Part.B):
-            rank = value.shape[0 if key.part is Part.A else 1] if value.ndim == 2 else math.inf
-            if rank > policy.max_rank:
-                raise CoterieError(f"{key} has rank {rank}, this site allows {policy.max_rank} ([policy] max_rank)")
+            rank, side = value.shape[:: 1 if key.part is Part.A else -1] if value.ndim == 2 else (math.inf, 0)
+            limit = side if key.expert == FOLDED else policy.max_rank
+            if rank > limit:
+                raise CoterieError(f"{key} has rank {rank}, this site allows {limit} ([policy] max_rank)")
 
 
 def check_upload(policy: Policy, reply: Reply) -> None:

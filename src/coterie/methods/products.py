@@ -43,6 +43,11 @@ def folded(before: Tensors, addition: Mapping[str, Product], most: int) -> dict[
     return as_lora(cut, FOLDED)
 
 
+def largest_rank(lora: Tensors) -> int:
+    """The largest rank of a module; 0 where there is none."""
+    return max((int(value.shape[0]) for key, value in lora.items() if key.part is Part.A), default=0)
+
+
 def total_norm(products: Mapping[str, Product]) -> float:
     """The Frobenius norm of all modules' products as one vector."""
     return math.sqrt(sum(norm(product) ** 2 for product in products.values()))

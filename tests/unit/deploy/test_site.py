@@ -34,7 +34,7 @@ from coterie.methods.plan import Plan
 from coterie.methods.smartfed.method import SmartFed
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.requests import Optim
-from coterie.types import CoterieError, Instruction, Part, Reply
+from coterie.types import FOLDED, CoterieError, Instruction, Part, Reply
 
 CLIENT = "mood-0"
 
@@ -97,8 +97,19 @@ def test_no_expert_of_a_higher_rank_trains_than_was_agreed(fedit: tuple[Any, byt
         "error"
         not in flower_sites.workers(tmp_path, [CLIENT], policy=policy)[CLIENT].answer(Message(head(config), blob)).head
     )
-    for part, made in ((Part.A, torch.zeros(300, 32)), (Part.B, torch.zeros(32, 300)), (Part.A, torch.zeros(3))):
-        key = next(key for key in ins.tensors if key.part is part)
+    key = min(ins.tensors)._replace(expert=FOLDED)
+    folded = {key: torch.zeros(32, 32), key._replace(part=Part.B): torch.zeros(32, 32)}
+    allowed = Message(head(config), codec.encode(replace(ins, tensors={**ins.tensors, **folded})))
+    answer = flower_sites.workers(tmp_path, [CLIENT], policy=policy)[CLIENT].answer(allowed)
+    assert "error" not in answer.head, "a change of the base may have its rank"
+    for part, made, expert in (
+        (Part.A, torch.zeros(300, 32), 0),
+        (Part.B, torch.zeros(32, 300), 0),
+        (Part.A, torch.zeros(3), 0),
+        (Part.A, torch.zeros(33, 32), FOLDED),
+        (Part.B, torch.zeros(32, 33), FOLDED),
+    ):
+        key = next(key for key in ins.tensors if key.part is part)._replace(expert=expert)
         changed = codec.encode(replace(ins, tensors={**ins.tensors, key: made}))
         for kind in ("train", "evaluate", "query.bank"):
             assert f"{key} has rank " in refusal(tmp_path, Message(head(config, kind), changed), policy=policy)
