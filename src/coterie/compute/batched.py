@@ -24,8 +24,8 @@ from coterie.types import ClientResult, CoterieError
 
 W = TypeVar("W")
 R = TypeVar("R")
-FAULTS = (CoterieError, torch.OutOfMemoryError)  # of one client; anything else is a fault of ours
-Asked = tuple[LocalCompute, Request]
+FAULTS = (CoterieError, torch.OutOfMemoryError)  # a client's own; anything else is a fault of Coterie
+ClientRequest = tuple[LocalCompute, Request]
 Note = Callable[[str], None]
 
 
@@ -57,86 +57,86 @@ def drive_together(
     return [results[i] for i in range(len(programs))]
 
 
-def answer_all(asked: Sequence[Asked], note: Note) -> list[Answer | Exception]:
+def answer_all(requests: Sequence[ClientRequest], note: Note) -> list[Answer | Exception]:
     """The answer to each client's request, or its fault; requests of one kind are answered together."""
     answers: dict[int, Answer | Exception] = {}
-    for kind in dict.fromkeys(type(request) for _, request in asked):
-        numbers = [i for i, (_, request) in enumerate(asked) if type(request) is kind]
-        answers |= zip(numbers, _halving([asked[i] for i in numbers], note), strict=True)
-    return [answers[i] for i in range(len(asked))]
+    for kind in dict.fromkeys(type(request) for _, request in requests):
+        numbers = [i for i, (_, request) in enumerate(requests) if type(request) is kind]
+        answers |= zip(numbers, _halving([requests[i] for i in numbers], note), strict=True)
+    return [answers[i] for i in range(len(requests))]
 
 
-def _halving(asked: list[Asked], note: Note) -> list[Answer | Exception]:
-    """The answers to requests of one kind; where memory does not suffice for all at once, in halves."""
-    if len(asked) == 1:
-        return [_alone(asked[0], note)]
+def _halving(requests: list[ClientRequest], note: Note) -> list[Answer | Exception]:
+    """The answers to requests of one kind; in halves where there is not enough memory for all at once."""
+    if len(requests) == 1:
+        return [_alone(requests[0], note)]
     try:
-        return _together(asked, note)
+        return _together(requests, note)
     except UnlikeError:
-        return [_alone(one, note) for one in asked]
+        return [_alone(each, note) for each in requests]
     except torch.OutOfMemoryError:
         pass  # go on below, where the traceback no longer holds the tensors
-    asked = [_fewer_rows(one) for one in asked]  # each of half as many clients would get twice as many
-    half = -(-len(asked) // 2)
-    note(f"out of memory with {len(asked)} clients in a batch: going on with {half}")
+    requests = [_fewer_rows(each) for each in requests]  # each of half as many clients would get twice as many
+    half = -(-len(requests) // 2)
+    note(f"out of memory with {len(requests)} clients in a batch: going on with {half}")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [*_halving(asked[:half], note), *_halving(asked[half:], note)]
+    return [*_halving(requests[:half], note), *_halving(requests[half:], note)]
 
 
-def _alone(asked: Asked, note: Note) -> Answer | Exception:
+def _alone(client_request: ClientRequest, note: Note) -> Answer | Exception:
     """One client's answer or fault. A traceback holds the tensors of the pass: none is kept while others run."""
-    compute, request = asked
+    compute, request = client_request
     try:
         return answer(request, compute)
     except FAULTS as raised:
         fault = raised.with_traceback(None)
-    fewer = _fewer_rows(asked)
-    if not isinstance(fault, torch.OutOfMemoryError) or fewer is asked:
+    fewer = _fewer_rows(client_request)
+    if not isinstance(fault, torch.OutOfMemoryError) or fewer is client_request:
         return fault
     rows = fewer[0].workplace.eval_batch_size
     note(f"out of memory evaluating client {compute.client.info.id}: going on with {rows} rows at once")
     return _alone(fewer, note)
 
 
-def _fewer_rows(asked: Asked) -> Asked:
+def _fewer_rows(client_request: ClientRequest) -> ClientRequest:
     """The same with half as many rows at once where that may be: in evaluation, unless padding counts."""
-    compute, request = asked
+    compute, request = client_request
     rows = compute.workplace.eval_batch_size
     if isinstance(request, Train) or (isinstance(request, Observe) and request.padding) or rows == 1:
-        return asked
+        return client_request
     return replace(compute, workplace=replace(compute.workplace, eval_batch_size=-(-rows // 2))), request
 
 
-def _together(asked: list[Asked], note: Note) -> list[Answer | Exception]:
+def _together(requests: list[ClientRequest], note: Note) -> list[Answer | Exception]:
     """The answers to requests of one kind, in shared passes."""
-    match asked[0][1]:
+    match requests[0][1]:
         case Train():
-            return [*train_together([(c, r) for c, r in asked if isinstance(r, Train)])]
+            return [*train_together([(c, r) for c, r in requests if isinstance(r, Train)])]
         case Score():
-            return [*score_together([(c, r) for c, r in asked if isinstance(r, Score)])]
-        case Observe() if all(isinstance(r, Observe) and set(COLLECTED).issuperset(r.what) for _, r in asked):
-            return [*observe_together([(c, r) for c, r in asked if isinstance(r, Observe)])]
+            return [*score_together([(c, r) for c, r in requests if isinstance(r, Score)])]
+        case Observe() if all(isinstance(r, Observe) and set(COLLECTED).issuperset(r.what) for _, r in requests):
+            return [*observe_together([(c, r) for c, r in requests if isinstance(r, Observe)])]
         case _:
-            return [_alone(one, note) for one in asked]
+            return [_alone(each, note) for each in requests]
 
 
-def train_together(asked: Sequence[tuple[LocalCompute, Train]]) -> list[Trained | CoterieError]:
+def train_together(requests: Sequence[tuple[LocalCompute, Train]]) -> list[Trained | CoterieError]:
     """What :meth:`LocalCompute.train` returns or raises, for each."""
-    trainings, results = _made(lambda c, r: Training(c.workplace, c.client, c.rnd, r), asked)
+    trainings, results = _made(lambda c, r: Training(c.workplace, c.client, c.rnd, r), requests)
     for i, trained in zip(trainings, train([*trainings.values()]), strict=True):
-        compute, request = asked[i]
+        compute, request = requests[i]
         results[i] = trained if isinstance(trained, CoterieError) else compute.keep(request, trained)
-    return [results[i] for i in range(len(asked))]
+    return [results[i] for i in range(len(requests))]
 
 
-def score_together(asked: Sequence[tuple[LocalCompute, Score]]) -> list[list[Scored] | CoterieError]:
+def score_together(requests: Sequence[tuple[LocalCompute, Score]]) -> list[list[Scored] | CoterieError]:
     """What :meth:`LocalCompute.score` returns or raises, for each: first bank by first bank, then the second ones."""
-    scores: list[list[Scored]] = [[] for _ in asked]
+    scores: list[list[Scored]] = [[] for _ in requests]
     faults: dict[int, CoterieError] = {}
-    for number in range(max(len(request.banks) for _, request in asked)):
-        having = [i for i, (_, request) in enumerate(asked) if number < len(request.banks) and i not in faults]
-        chosen = [(asked[i][0], replace(asked[i][1], banks=[asked[i][1].banks[number]])) for i in having]
+    for number in range(max(len(request.banks) for _, request in requests)):
+        having = [i for i, (_, request) in enumerate(requests) if number < len(request.banks) and i not in faults]
+        chosen = [(requests[i][0], replace(requests[i][1], banks=[requests[i][1].banks[number]])) for i in having]
         scorings, failed = _made(_scoring, chosen)
         faults |= {having[i]: fault for i, fault in failed.items()}
         for i, scored in zip(scorings, score([*scorings.values()]), strict=True):
@@ -149,20 +149,20 @@ def _scoring(compute: LocalCompute, request: Score) -> Scoring:
     return scoring_of(compute.workplace, compute.client, compute.rnd, request, bank)
 
 
-def observe_together(asked: Sequence[tuple[LocalCompute, Observe]]) -> list[Observed | CoterieError]:
+def observe_together(requests: Sequence[tuple[LocalCompute, Observe]]) -> list[Observed | CoterieError]:
     """What :meth:`LocalCompute.observe` returns or raises, for each."""
-    observations, results = _made(lambda c, r: Observation(c.workplace, c.client, c.rnd, r), asked)
+    observations, results = _made(lambda c, r: Observation(c.workplace, c.client, c.rnd, r), requests)
     results |= zip(observations, observe([*observations.values()]), strict=True)
-    return [results[i] for i in range(len(asked))]
+    return [results[i] for i in range(len(requests))]
 
 
 def _made(
-    make: Callable[[LocalCompute, R], W], asked: Sequence[tuple[LocalCompute, R]]
+    make: Callable[[LocalCompute, R], W], requests: Sequence[tuple[LocalCompute, R]]
 ) -> tuple[dict[int, W], dict[int, Any]]:
     """What is made of each client's request by its number, and the faults of those of which nothing can be made."""
     made: dict[int, W] = {}
     faults: dict[int, CoterieError] = {}
-    for i, (compute, request) in enumerate(asked):
+    for i, (compute, request) in enumerate(requests):
         try:
             made[i] = make(compute, request)
         except CoterieError as fault:

@@ -23,7 +23,7 @@ def completions(passes: Passes, prompts: Sequence[Sequence[PromptRow]]) -> list[
     for start in range(0, max(map(len, prompts), default=0), size):
         active = [i for i, rows in enumerate(prompts) if rows[start : start + size]]
         inputs = [_collated(workplace, task, prompts[i][start : start + size]) for i in active]
-        joined = passes.join(active, [Batch(one, one["input_ids"], 0) for one in inputs], left=True)
+        joined = passes.join(active, [Batch(prompt, prompt["input_ids"], 0) for prompt in inputs], left=True)
         passes.choose(joined)
         made = _complete(workplace, task, joined.inputs)
         for at, (i, of) in enumerate(zip(active, joined.parts, strict=True)):

@@ -92,8 +92,8 @@ def _load(config: Config, root: Path, device: str) -> Base:
 
 def _precision(config: Config, bases: tuple[Base, ...]) -> str:
     """What all devices compute in: ``auto`` is bfloat16 where each of them does it by itself."""
-    found = {resolve_precision(config.engine.precision, base.device) for base in bases}
-    return found.pop() if len(found) == 1 else "float32"
+    precisions = {resolve_precision(config.engine.precision, base.device) for base in bases}
+    return precisions.pop() if len(precisions) == 1 else "float32"
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:

@@ -69,7 +69,7 @@ class Packed:
 
 @dataclass
 class TokenCache(MutableMapping[Split, list[Example]]):
-    """The examples of many splits, at most ``limit`` bytes of them: those that were asked for last."""
+    """The examples of many splits, at most ``limit`` bytes of them: those that were used last."""
 
     limit: int = LIMIT
     packed: OrderedDict[Split, Packed] = field(default_factory=OrderedDict)

@@ -78,7 +78,7 @@ class RemoteEngine:
         """Every message of this attempt lets its site first go back to its state after round ``rnd``, once."""
         self.since = rnd
 
-    def held(self, rnd: int) -> dict[str, Json]:
+    def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]:
         """Nothing that the server could check: the sites hold their own."""
         return {}
 

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from coterie.methods.base import Method
 from coterie.requests import Observed
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Reply
 
 T = TypeVar("T")
 Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closing it drops what is not done
@@ -73,7 +73,7 @@ class Engine(Protocol):
 
     def restore(self, rnd: int) -> None: ...
 
-    def held(self, rnd: int) -> dict[str, Json]: ...
+    def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]: ...
 
     def prune(self, rnd: int) -> None: ...
 

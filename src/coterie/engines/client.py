@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from coterie import codec
-from coterie.compute.batched import FAULTS, Asked, Note, answer_all
+from coterie.compute.batched import FAULTS, ClientRequest, Note, answer_all
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
@@ -176,7 +176,7 @@ def evaluations(
             scores[i][split] = {**scored.metrics, "loss": scored.loss}
     if not usage:
         return [Evaluation(metrics) for metrics in scores]
-    observing: list[Asked] = [
+    observing: list[ClientRequest] = [
         (compute, Observe(bank, _observed_split(compute.client))) for compute, bank in zip(computes, banks, strict=True)
     ]
     observed = _answers(observing, note)
@@ -195,10 +195,10 @@ def _instruction(client: LocalClient, blob: bytes) -> Instruction:
     return ins
 
 
-def _answers(asked: Sequence[Asked], note: Note) -> list[Answer]:
+def _answers(requests: Sequence[ClientRequest], note: Note) -> list[Answer]:
     """The answer to each client's request. Raises the first fault."""
-    answers = answer_all(asked, note)
-    for (compute, _), answer in zip(asked, answers, strict=True):
+    answers = answer_all(requests, note)
+    for (compute, _), answer in zip(requests, answers, strict=True):
         if isinstance(answer, torch.OutOfMemoryError):
             raise CoterieError(
                 f"client {compute.client.info.id}: out of memory in evaluation; lower [run] eval_batch_size or [model] "

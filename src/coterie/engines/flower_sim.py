@@ -149,9 +149,9 @@ class FlowerSimEngine:
         for store in self._stores():
             store.forget_after(rnd)
 
-    def held(self, rnd: int) -> dict[str, Json]:
+    def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]:
         """The round that each client's state is of, after round ``rnd``."""
-        return {store.folder.name: store.held(rnd) for store in self._stores()}
+        return {store.folder.name: store.state_rounds(rnd) for store in self._stores()}
 
     def prune(self, rnd: int) -> None:
         """Delete the personal states that only rounds before ``rnd`` need."""

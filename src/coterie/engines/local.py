@@ -22,7 +22,7 @@ from coterie.engines.store import ClientStates
 from coterie.engines.together import Together
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction
 
 
 def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, object]) -> LocalEngine:
@@ -96,9 +96,9 @@ class LocalEngine:
         """Go back to the clients' states after round ``rnd``."""
         self.states.restore(rnd)
 
-    def held(self, rnd: int) -> dict[str, Json]:
+    def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]:
         """From which round each client's state is, after round ``rnd``."""
-        return dict(self.states.held(rnd))
+        return self.states.state_rounds(rnd)
 
     def prune(self, rnd: int) -> None:
         """Give up the clients' states that only rounds before ``rnd`` need."""

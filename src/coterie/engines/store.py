@@ -46,7 +46,7 @@ class RoundStore(Generic[T]):
         """Keep ``value`` as the client's after round ``rnd``."""
         write_atomic(self._path(client, rnd), codec.encode(value))
 
-    def held(self, until: int) -> dict[ClientId, int]:
+    def state_rounds(self, until: int) -> dict[ClientId, int]:
         """The round, up to ``until``, of every client's newest version."""
         versions = {client: [rnd for rnd in self._rounds(client) if rnd <= until] for client in self._clients()}
         return {client: max(rounds) for client, rounds in versions.items() if rounds}
@@ -106,9 +106,9 @@ class PersonalStore:
             value = replace(value, kept=replace(value.kept, tensors={}))
         self._rounds.save(client, rnd, value)
 
-    def held(self, until: int) -> dict[ClientId, int]:
-        """As :meth:`RoundStore.held`."""
-        return self._rounds.held(until)
+    def state_rounds(self, until: int) -> dict[ClientId, int]:
+        """As :meth:`RoundStore.state_rounds`."""
+        return self._rounds.state_rounds(until)
 
     def forget_after(self, rnd: int) -> None:
         """As :meth:`RoundStore.forget_after`. What is kept unchanged stays: it is the same in every round."""
@@ -146,10 +146,10 @@ class ClientStates:
         if self.trained:
             self.trained.forget_after(rnd)
 
-    def held(self, rnd: int) -> dict[str, dict[ClientId, int]]:
+    def state_rounds(self, rnd: int) -> dict[str, dict[ClientId, int]]:
         """From which round each client's state is, after round ``rnd``."""
-        trained = {"trained": self.trained.held(rnd)} if self.trained else {}
-        return {"personal": self.personal.held(rnd), **trained}
+        trained = {"trained": self.trained.state_rounds(rnd)} if self.trained else {}
+        return {"personal": self.personal.state_rounds(rnd), **trained}
 
     def prune(self, rnd: int) -> None:
         """Give up the states that only rounds before ``rnd`` need."""

@@ -116,7 +116,7 @@ class Runner(Generic[S]):
         """What of the run's folder a whole checkpoint needs and does not find there."""
         if not self.metrics.exists() or self.metrics.stat().st_size < found.metrics_bytes:
             return f"{self.metrics.name} is shorter than it was"
-        here = self.engine.held(found.rnd)
+        here = self.engine.state_rounds(found.rnd)
         for kind, then in found.held.items():
             lost = sorted(client for client, rnd in then.items() if here.get(kind, {}).get(client) != rnd)
             if lost:
@@ -209,7 +209,7 @@ class Runner(Generic[S]):
         """Everything of round ``rnd`` is on the disk once this returns."""
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
-        made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.held(rnd))
+        made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.state_rounds(rnd))
         checkpoints.save(self.folder / "checkpoints", made, self.rounds.keep_checkpoints)
         self._prune(rnd)
         self.listen(CheckpointSaved(rnd))

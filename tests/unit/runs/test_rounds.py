@@ -69,7 +69,7 @@ class FakeEngine:
     def restore(self, rnd: int) -> None:
         self.told.append(("restore", rnd))
 
-    def held(self, rnd: int) -> dict[str, Any]:
+    def state_rounds(self, rnd: int) -> dict[str, Any]:
         return {}
 
     def prune(self, rnd: int) -> None:
