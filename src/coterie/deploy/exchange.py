@@ -84,7 +84,7 @@ class Exchange:
         self._send()
         while (self.waiting or self.lost) and self.sites.clock() < deadline:
             self._note_late()
-            answers = [(t, a) for t, a in self.sites.transport.receive(list(self.waiting)) if t in self.waiting]
+            answers = self.sites.receive(self.waiting)
             for ticket, answer in answers:
                 sent = self.waiting.pop(ticket)
                 if isinstance(answer, str):
@@ -154,7 +154,7 @@ class Exchange:
 
     def _note_late(self) -> None:
         """Drop the answers to earlier messages that arrive now, and note them."""
-        for ticket, answer in self.sites.transport.receive(list(self.earlier.messages)):
+        for ticket, answer in self.sites.receive(self.earlier.messages):
             sent = self.earlier.messages.pop(ticket)
             if isinstance(answer, str):
                 continue  # from Flower itself: the node is gone, or the message too old

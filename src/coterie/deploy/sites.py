@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from coterie.deploy.agreement import Agreement
@@ -16,7 +16,7 @@ from coterie.deploy.answers import answered
 from coterie.deploy.events import Back, Joined, Refused
 from coterie.deploy.hello import Hello, plain_versions, refusal
 from coterie.flower.message import Message, Transport
-from coterie.runs.events import Listener
+from coterie.runs.events import Listener, Note
 from coterie.types import ClientId, ClientInfo, CoterieError
 
 _RETRY = 30.0  # seconds before a node that was refused is asked again
@@ -40,6 +40,7 @@ class Sites:
     _greetings: dict[str, int] = field(default_factory=dict)  # ticket without an answer yet: node
     _refused: dict[int, str] = field(default_factory=dict)  # node: reason
     _replaced: dict[int, int] = field(default_factory=dict)  # node: a later one that is the same site
+    _stray: bool = False  # whether a message arrived that answers none
     _initial: set[ClientId] | None = None  # while the run gathers: the sites that it knew before
 
     @property
@@ -100,8 +101,19 @@ class Sites:
             if ticket is not None:
                 self._greetings[ticket] = node
                 self._greeted[node] = now
-        for ticket, answer in self.transport.receive(list(self._greetings)):
+        for ticket, answer in self.receive(self._greetings):
             self._take_in(self._greetings.pop(ticket), answer, nodes)
+
+    def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
+        """The answers that have arrived, at most one per ticket. Whatever else arrives is dropped, and noted once."""
+        arrived: dict[str, Message | str] = {}
+        for ticket, answer in self.transport.receive(list(tickets)):
+            if ticket in tickets:
+                arrived.setdefault(ticket, answer)
+            elif not self._stray:
+                self._stray = True
+                self.note(Note("a message arrived that answers none of the server's; all such are dropped"))
+        return list(arrived.items())
 
     def _forget_all_but(self, nodes: Mapping[int, str]) -> None:
         self.nodes = {c: n for c, n in self.nodes.items() if n in nodes}

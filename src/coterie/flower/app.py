@@ -6,6 +6,7 @@ Nothing here imports torch when it is imported: Flower starts a process with the
 from __future__ import annotations
 
 import hashlib
+import struct
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,25 @@ from flwr.app import Context
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from google.protobuf.message import Error as ProtobufError
 
 from coterie.flower.local_socket import WorkerDiedError, hand_over
 from coterie.flower.message import KINDS, BrokenMessageError, Message, pack, unpack
 
 Answer = Callable[[Message, Context, float], Message]  # message, Flower's context, seconds left
 
+# What Flower raises for objects that are not what they should be. All else is not the sender's fault.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+    ProtobufError,
+)
 _WORKER_PAUSE = 1.0  # seconds between attempts to reach a worker that is being started again
 _WORKER_DEATHS = 3  # with the same message: another cause may have ended it the first times
 
@@ -45,19 +59,31 @@ class GridTransport:
         return tickets if len(tickets) == len(to) else [None] * len(to)
 
     def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
-        if not tickets:
-            return []
+        # One by one: what one node sent can spoil the pull that it is part of, and Flower keeps nothing of it.
+        return [arrived for ticket in tickets for arrived in self._pull(ticket)]
+
+    def _pull(self, ticket: str) -> list[tuple[str, Message | str]]:
+        try:
+            messages = list(self.grid.pull_messages([ticket]))
+        except UNREADABLE as fault:
+            return [(ticket, _broken(f"Flower cannot decode it ({type(fault).__name__})"))]
         # Matched by ticket, not by sender: an error about a dead node is sent by the SuperLink.
-        return [(m.metadata.reply_to_message_id, _read(m)) for m in self.grid.pull_messages(list(tickets))]
+        return [(message.metadata.reply_to_message_id, read(message)) for message in messages]
 
 
-def _read(message: FlowerMessage) -> Message | str:
+def read(message: FlowerMessage) -> Message | str:
+    """What one of Flower's messages holds, or Flower's own reason why there is no answer."""
     if message.has_error():
         return f"Flower reports error {message.error.code}: {first_line(message.error.reason)}"
     try:
         return unpack(message.content)
     except BrokenMessageError as fault:
-        return Message({"error": f"the reply cannot be read: {fault}"})  # the site's fault, and no reason to try again
+        return _broken(str(fault))
+
+
+def _broken(reason: str) -> Message:
+    """The answer of a site whose reply cannot be read: its own fault, and no reason to send it the message again."""
+    return Message({"error": f"the reply cannot be read: {reason}"})
 
 
 def first_line(text: str | None) -> str:

@@ -17,7 +17,7 @@ import psutil
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from coterie.flower.app import Answer, GridTransport, client_app_of, first_line
+from coterie.flower.app import Answer, GridTransport, client_app_of, first_line, read
 from coterie.flower.message import Message
 from coterie.flower.ray import kill, own_ray, processes_end
 
@@ -43,7 +43,10 @@ class SimulatedTransport(GridTransport):
 
     def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
         self._check()
-        answers = super().receive(tickets)
+        if not tickets:
+            return []
+        # All at once: the actors are this machine's own.
+        answers = [(m.metadata.reply_to_message_id, read(m)) for m in self.grid.pull_messages(list(tickets))]
         self.open.difference_update(ticket for ticket, _ in answers)
         return answers
 

@@ -29,7 +29,7 @@ from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
 from coterie.requests import ExpertUse, Observed
-from coterie.runs.events import Event
+from coterie.runs.events import Event, Note
 from coterie.runs.rounds import Rounds, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Part, Target
 from grid import InProcessGrid
@@ -162,6 +162,30 @@ def test_a_late_answer_is_dropped_and_noted(fedit: tuple[Path, dict[str, Worker]
     assert [d.error for d in two.values()] == [None] * 4
     (late,) = [event for event in heard if isinstance(event, Late)]
     assert (late.client, late.round) == (VICTIM, 1)
+
+
+@pytest.mark.parametrize("kind", ["query.hello", "train"])
+def test_an_answer_to_no_message_of_the_server_is_dropped(kind: str, fedit: tuple[Path, dict[str, Worker]]) -> None:
+    path, staff = fedit
+    config, heard = flower_sites.server_config(path), list[Event]()
+
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
+        if node == NODE and message.metadata.message_type == kind:
+            message.metadata.__dict__["_reply_to_message_id"] = "nobody's"
+        return message
+
+    engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
+    there = 3 if kind == "query.hello" else 4
+    engine.sites.gather(there, 10)
+    method = flower_sites.method_of(config)
+    state = method.init(engine.spec, engine.clients)
+    for rnd in (1, 2):
+        done = dict(engine.train(method, method.configure(state, engine.clients, rnd), rnd))
+        assert len(done) == there
+        assert [c for c in done if done[c].error is None] == [c for c in CLIENTS if c != VICTIM]
+    assert [e.text for e in heard if isinstance(e, Note)] == [
+        "a message arrived that answers none of the server's; all such are dropped"
+    ]
 
 
 def test_a_site_that_leaves_is_missed_and_comes_back_as_another_node(
