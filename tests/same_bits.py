@@ -44,6 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
     "fedit-bfloat16": {"method": {"name": "fedit"}, "engine": {"precision": "bfloat16"}},
 }
 IGNORED = {"notes", "seconds", "site_seconds", "at", "peak_memory_bytes", "machine", "versions", "coterie", "report"}
+ADAPTER = (  # what an adapter's config says; versions differ in which of PEFT's defaults they write down
+    *("peft_type", "task_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("modules_to_save", "base_model_name_or_path", "inference_mode"),
+)
 EVENTS = ("start_state", "round", "evaluation")
 SUPPORT = Path(__file__).parent / "support"
 
@@ -188,8 +192,11 @@ def contents(folder: Path) -> Iterator[tuple[str, Any]]:
             yield from _tensors(name, path.read_bytes())
         elif path.suffix == ".ckpt":
             yield from _tensors(name, path.read_bytes().split(b"\n", 3)[3])
-        elif name in ("summary.json", "manifest.json") or name.endswith("adapter_config.json"):
+        elif name in ("summary.json", "manifest.json"):
             yield from _leaves(name, json.loads(path.read_text(encoding="utf-8")))
+        elif name.endswith("adapter_config.json"):
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            yield from _leaves(name, {key: settings.get(key) for key in ADAPTER})
         elif name == "metrics.jsonl":
             for line in path.read_text(encoding="utf-8").splitlines():
                 event = json.loads(line)

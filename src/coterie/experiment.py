@@ -24,7 +24,6 @@ from coterie.engines.registry import engine_named
 from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
-from coterie.report.page import write_report
 from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
 from coterie.runs.folder import check_folder, claim, full_disk_told, held
 from coterie.runs.rounds import Rounds, Runner
@@ -110,8 +109,9 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
 def finish(opened: Opened, state: Any, folder: Path) -> Summary:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
     from coterie.adapters.bundle import write_bundle
-    from coterie.adapters.write import write_adapter  # imports PEFT, which takes a second
+    from coterie.adapters.write import write_adapter
     from coterie.nn.locate import resolve
+    from coterie.report.page import write_report  # imports matplotlib
 
     config, method, engine = opened.config, opened.method, opened.engine
     base = resolve(config.model.path, opened.root)

@@ -18,12 +18,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from coterie.adapters.pool import Adapter, Pool, name_of
+from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
 from coterie.nn.locate import resolve
 from coterie.nn.pretrained import bare_linears
 from coterie.nn.weights import digests, endings
 from coterie.types import CoterieError, Json, Key, Part
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")

@@ -7,16 +7,16 @@ into a bundle: :mod:`coterie.adapters.bundle`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor, float32
 
-from coterie.files import write_atomic
+from coterie.files import write_atomic, write_json
 from coterie.types import Key, Part, TaskKind, Tensors
 
-_WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model"  # where a PeftModel keeps the base model
 _PARTS = {Part.A: "lora_A", Part.B: "lora_B"}
 
@@ -42,27 +42,32 @@ def write_adapter(
     ranks = ranks_of(tensors)
     if head and kind != "classification":
         raise ValueError(f"a model for {kind.replace('_', ' ')} has no classification head to write")
-    scale = alpha / rank
-    other = {_exactly(name): r for name, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int but only divides it; a scaling need not be whole
-        target_modules=list(ranks),
-        rank_pattern=other,
-        alpha_pattern={name: scale * r for name, r in other.items()},
-        fan_in_fan_out=fan_in_fan_out,
-        task_type="CAUSAL_LM" if kind != "classification" else "SEQ_CLS" if head else None,
-        modules_to_save=_modules_to_save(head) if head else None,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-    config.target_modules = sorted(ranks)  # PEFT keeps a set, whose order in the file would change from run to run
     named = {f"{_PREFIX}.{key.module}.{_PARTS[key.part]}.weight": value for key, value in tensors.items()}
     named |= {f"{_PREFIX}.{key.module}": value for key, value in (head or {}).items()}
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: _plain(value) for name, value in named.items()}, metadata={"format": "pt"})
-    write_atomic(folder / _WEIGHTS_FILE, weights)
-    config.save_pretrained(str(folder))
+    write_atomic(folder / WEIGHTS_FILE, weights)
+    task = "CAUSAL_LM" if kind != "classification" else "SEQ_CLS" if head else None
+    where = {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out, "task_type": task}
+    write_json(folder / CONFIG_FILE, _scales(ranks, rank, alpha) | where | {"modules_to_save": _modules_to_save(head)})
+
+
+def _scales(ranks: Mapping[str, int], rank: int, alpha: float) -> dict[str, object]:
+    """PEFT's settings of the experts. What is left out has PEFT's defaults; writing them would take PEFT's import."""
+    other = {_exactly(name): r for name, r in ranks.items() if r != rank}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": other,
+        "alpha_pattern": {name: alpha / rank * r for name, r in other.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
 
 
 def ranks_of(tensors: Tensors) -> dict[str, int]:
@@ -84,8 +89,8 @@ def ranks_of(tensors: Tensors) -> dict[str, int]:
     return {name: tensors[keys[0]].shape[0] for name, keys in modules.items()}
 
 
-def _modules_to_save(head: Tensors) -> list[str]:
-    return sorted({key.module.split(".")[0] for key in head})
+def _modules_to_save(head: Tensors | None) -> list[str] | None:
+    return sorted({key.module.split(".")[0] for key in head}) if head else None
 
 
 def _exactly(name: str) -> str:

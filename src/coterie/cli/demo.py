@@ -21,7 +21,6 @@ from coterie.cli.progress import listener
 from coterie.comparison import Results, clusters_of, compare_all, curves, table_of, title_of
 from coterie.files import write_json
 from coterie.methods.findings import Clusters
-from coterie.report.plots import demo_picture
 from coterie.runs.events import plain
 from coterie.types import CoterieError, Json
 from coterie.units import clock
@@ -52,15 +51,18 @@ def run_demo(folder: Path, console: Console) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / _MARK).exists():
-            raise CoterieError(f"{folder} holds something else than a demo; name another folder with --out")
+            raise CoterieError(f"{folder} holds files that are not a demo; name another folder with --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).touch()
+    console.print(f"{', '.join(map(title_of, METHODS))} on eight organisations; loading the model", highlight=False)
     started = time.perf_counter()
     results = compare_all(CONFIG, METHODS, [0], folder, Path.cwd(), partial(listener, console))
     seconds = time.perf_counter() - started
     variant, clusters = clusters_of(results) or ("", None)
     if clusters:
+        from coterie.report.plots import demo_picture  # imports matplotlib
+
         groups = {client: row.group for client, row in results[variant][0].clients.items()}
         demo_picture(folder / "demo.png", clusters, groups, curves(folder, results))
         _show_clusters(console, variant, clusters)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as tree_of
 from scipy.spatial.distance import squareform
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from coterie.types import CoterieError
@@ -69,7 +68,7 @@ def lora_distances(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]],
 def silhouettes(d: Array, ks: Iterable[int], linkage: Linkage = "average") -> dict[int, float]:
     """The mean silhouette of the tree of ``d`` [N, N] cut into k clusters, for each of ``ks``.
 
-    A cluster of one counts 0, as in Rousseeuw's paper; k = 1 and k = N have no silhouette and get -1.
+    The member of a cluster of one counts 0, as in Rousseeuw's paper; k = 1 and k = N have no silhouette and get -1.
     """
     return _silhouettes(d, _cuts(d, list(ks), linkage))
 
@@ -90,7 +89,7 @@ def cluster(
         raise ValueError(f"distances of shape {d.shape}, {min_clusters} to {max_clusters} clusters")
     if min_clusters > clients:
         raise CoterieError(
-            f"{min_clusters} clusters or more were asked of {clients} clients; ask for fewer or bring more clients"
+            f"{clients} clients cannot make {min_clusters} clusters or more; set fewer, or take more clients"
         )
     ks = list(range(max(2, min_clusters), min(max_clusters, clients - 1) + 1))
     cuts = _cuts(d, [*ks, min_clusters], linkage)
@@ -166,10 +165,24 @@ def _cuts(d: Array, ks: list[int], linkage: Linkage) -> dict[int, NDArray[np.int
 
 
 def _silhouettes(d: Array, cuts: Mapping[int, NDArray[np.int32]]) -> dict[int, float]:
-    return {
-        k: float(silhouette_score(d, labels, metric="precomputed")) if 1 < k < d.shape[0] else -1.0
-        for k, labels in cuts.items()
-    }
+    return {k: _silhouette(d, labels) if 1 < k < d.shape[0] else -1.0 for k, labels in cuts.items()}
+
+
+def _silhouette(d: Array, labels: NDArray[np.int32]) -> float:
+    """The mean over i of (b_i - a_i) / max(a_i, b_i): a_i is the mean distance to i's own cluster, b_i to the nearest.
+
+    0 for the one member of a cluster, and where all distances are 0 (Rousseeuw, 1987).
+    """
+    clients, codes = np.arange(len(labels)), np.unique(labels, return_inverse=True)[1]
+    members = np.bincount(codes)
+    sums: Array = np.stack([np.bincount(codes, weights=row, minlength=len(members)) for row in d])  # [N, k]
+    own = sums[clients, codes]
+    sums[clients, codes] = np.inf
+    nearest = (sums / members).min(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = own / (members - 1)[codes]
+        values = (nearest - own) / np.maximum(own, nearest)
+    return float(np.nan_to_num(values).mean())
 
 
 def _by_first_appearance(labels: NDArray[np.int32]) -> tuple[int, ...]:

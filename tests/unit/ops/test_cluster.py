@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from coterie.ops.cluster import cluster, distances, lora_distances, product_distances, silhouettes
@@ -180,9 +181,9 @@ def test_limits(clients: int, limits: tuple[int, int], k: int | None, tried: lis
 
 def test_more_clusters_than_clients() -> None:
     _, b = loras(3)
-    with pytest.raises(CoterieError, match="4 clusters or more were asked of 3 clients"):
+    with pytest.raises(CoterieError, match="3 clients cannot make 4 clusters or more"):
         cluster(distances(b), 6, min_clusters=4)
-    with pytest.raises(CoterieError, match="2 clusters or more were asked of 1 clients"):
+    with pytest.raises(CoterieError, match="1 clients cannot make 2 clusters or more"):
         cluster(np.zeros((1, 1)), 6)
 
 
@@ -192,6 +193,16 @@ def test_limits_at_odds() -> None:
             cluster(np.zeros((4, 4)), high, min_clusters=low)
     with pytest.raises(ValueError, match="shape"):
         cluster(np.zeros((4, 3)), 2)
+
+
+@pytest.mark.parametrize("clients", [3, 5, 40])
+def test_silhouettes_are_sklearns_to_the_bit(clients: int) -> None:
+    points = np.random.default_rng(clients).normal(size=(clients, 3))
+    d = np.linalg.norm(points[:, None] - points, axis=2)
+    for linkage in ("average", "single"):
+        found = silhouettes(d, range(2, clients), linkage)
+        model = {k: AgglomerativeClustering(k, metric="precomputed", linkage=linkage) for k in found}
+        assert found == {k: silhouette_score(d, model[k].fit_predict(d), metric="precomputed") for k in found}
 
 
 def test_silhouettes_of_one_cluster_and_of_as_many_as_clients() -> None:
