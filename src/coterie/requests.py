@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from coterie.types import Bank, ClientResult, Key, Number, Section, Tensors
+from coterie.types import Bank, ClientId, ClientResult, Key, Number, Section, Tensors
 
 
 class Optim(Section):
@@ -75,7 +75,9 @@ class Train:
     """Trains the tensors named ``trainable`` of ``bank`` on the client's training split. Answered by :class:`Trained`.
 
     ``purpose`` names the random stream (batch order, dropout) together with the seed, the round and the client. Rows
-    of ``hold_out`` are not trained on. Keys of ``proximal`` must be trainable.
+    of ``hold_out`` are not trained on. Keys of ``proximal`` must be trainable. ``rows_of``: train on the rows of these
+    clients together, which only a simulation can do; each client's rows go through the bank's head of that number,
+    ``Key(name, number, Part.HEAD)``.
     """
 
     bank: Bank
@@ -85,6 +87,7 @@ class Train:
     balance: Balance | None = None
     hold_out: HoldOut | None = None
     proximal: Proximal | None = None
+    rows_of: Mapping[ClientId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ from coterie.requests import ClientProgram, Observe, Optim, Request, Score, Trai
 from coterie.types import FOLDED, Bank, ClientResult, CoterieError, GateSpec, Instruction, Key, Part, Personal, Reply
 from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
 
-ALONE = {"smartfed"}  # its programs also ask for statistics that are not collected in batches
+# smartfed's programs also ask for statistics that are not collected in batches; one of centralised's asks for all
+ALONE = {"smartfed", "centralised"}
 KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
 CHOSEN = {"mood-0": 8, "mood-1": 5, "size-0": 7, "place-0": 3, "size-1": 8}  # rows of training; none divides by 4 twice
 
@@ -74,9 +75,9 @@ def cut(client: ClientData, rows: int) -> ClientData:
 
 
 def make_workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, **more: Any) -> Workplace:
-    base, _ = loaded(kind, dtype, more.pop("arch", ""))
+    base, clients = loaded(kind, dtype, more.pop("arch", ""))
     task = make_task(kind, base.tokenizer, 32, 4, more.pop("generates", False))  # type: ignore[arg-type]
-    return Workplace(base, task, 0, **more)
+    return Workplace(base, task, 0, all_clients={client.info.id: client for client in clients}, **more)
 
 
 def method_of(name: str, kind_of_task: str, head: Any = "personal", optim: Optim = OPTIM) -> Any:

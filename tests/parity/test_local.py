@@ -68,8 +68,9 @@ def loaded() -> tuple[Base, FederatedData]:
 
 
 def make_workplace(**settings: Any) -> Workplace:
-    base, _ = loaded()
-    return Workplace(base, Classification(base.tokenizer, 32), 0, **settings)
+    base, federation = loaded()
+    everyone = {client.info.id: client for client in federation.clients}
+    return Workplace(base, Classification(base.tokenizer, 32), 0, all_clients=everyone, **settings)
 
 
 def engine_in(folder: Path, clients: Sequence[ClientData] | None = None) -> LocalEngine:

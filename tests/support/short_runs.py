@@ -85,6 +85,7 @@ def run(method: Any, over: Sequence[ClientData], folder: Path, *, rounds: int = 
     """``rounds`` rounds of all clients on the reference engine; every client replies, or it is an error."""
     base, task_kind = loaded(kind or "classification")[0], kind or "classification"
     workplace = Workplace(base, make_task(task_kind, base.tokenizer, 32), 0)  # type: ignore[arg-type]
+    workplace.all_clients = {client.info.id: client for client in over}
     engine = LocalEngine(workplace, FederatedData(tuple(over), {}), ClientStates(PersonalStore(folder)))
     state, replies = method.init(engine.spec, engine.clients), {}
     for rnd in range(1, rounds + 1):

@@ -9,6 +9,7 @@ from coterie.compute.score import score, scoring_of
 from coterie.compute.train import Training, train
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
+from coterie.methods.parts import one_head
 from coterie.requests import Observe, Observed, Score, Scored, Train, Trained
 from coterie.types import Bank, CoterieError
 
@@ -33,8 +34,11 @@ class LocalCompute:
         return self.keep(request, trained)
 
     def keep(self, request: Train, trained: Trained) -> Trained:
-        """Remember the bank that training left."""
-        self.trained = replace(request.bank, tensors={**request.bank.tensors, **trained.tensors})
+        """Remember the bank that training left, of several heads the client's own."""
+        tensors = {**request.bank.tensors, **trained.tensors}
+        if request.rows_of:
+            tensors = one_head(tensors, request.rows_of[self.client.info.id])
+        self.trained = replace(request.bank, tensors=tensors)
         return trained
 
     def score(self, request: Score) -> list[Scored]:

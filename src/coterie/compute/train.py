@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from coterie.compute.micro_batches import MicroBatch, examples_by_head, micro_batches
 from coterie.compute.optimisers import Optimisers, Pace
 from coterie.compute.passes import Passes, on_base
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Batch, Example, batches
+from coterie.data.tasks import Batch, Example
 from coterie.nn.build import BankLayers, build_layers
-from coterie.ops.streams import stream, stream_seed
-from coterie.requests import Optim, Train, Trained
+from coterie.ops.streams import stream_seed
+from coterie.requests import Train, Trained
 from coterie.types import CoterieError, Key
 
 _CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
@@ -70,8 +71,9 @@ def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
 class Training:
     """One client's training in one round.
 
-    ``steps`` holds the examples of every micro-batch of every optimiser step, ``layers`` the bank as layers for the
-    base. Raises :class:`CoterieError` where the client has no rows, or the bank does not fit the base.
+    ``steps`` holds the examples of every micro-batch of every optimiser step, ``heads`` the number of the head that
+    each goes through, ``layers`` the bank as layers for the base. Raises :class:`CoterieError` where there are no rows,
+    or the bank does not fit the base.
     """
 
     workplace: Workplace
@@ -79,6 +81,7 @@ class Training:
     rnd: int
     request: Train
     steps: list[list[list[Example]]] = field(init=False)
+    heads: list[list[int]] = field(init=False)
     layers: BankLayers = field(init=False)
     pulled: list[tuple[nn.Parameter, Tensor]] = field(init=False)  # each with its value at the start of the round
     losses: list[Tensor] = field(default_factory=list)  # of each step: [2], the task's and the load-balance loss
@@ -87,11 +90,9 @@ class Training:
     fault: CoterieError | None = None
 
     def __post_init__(self) -> None:
-        if self.request.hold_out:
-            examples, _ = self.workplace.divided(self.client, "train", self.request.hold_out)
-        else:
-            examples = self.workplace.examples(self.client, "train")
-        self.steps = list(self._steps(examples, self.request.optim, self.request.purpose))
+        steps = list(self._steps(examples_by_head(self.workplace, self.client, self.request)))
+        self.steps = [[examples for _, examples in micro] for micro in steps]
+        self.heads = [[head for head, _ in micro] for micro in steps]
         self.layers = build_layers(self.workplace.base.model, self.request.bank, self.request.trainable)
         self.layers.now.training = True
         keys = sorted(self.request.proximal.keys) if self.request.proximal else []
@@ -133,6 +134,7 @@ class Training:
         purpose = self.rnd, self.client.info.id, request.purpose, "dropout", in_round
         now = self.layers.now
         now.seed, now.mask = stream_seed(self.workplace.seed, *purpose), mask
+        now.head = self.heads[self.step][number]
         now.balance = [] if request.balance else None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -173,12 +175,12 @@ class Training:
         loss, balance = _means(self.losses, self.counts)
         return Trained(tensors, loss, len(seen), sum(len(e.ids) for e in seen), len(self.steps), balance)
 
-    def _steps(self, examples: list[Example], optim: Optim, purpose: str) -> Iterator[list[list[Example]]]:
+    def _steps(self, examples: Mapping[int, list[Example]]) -> Iterator[list[MicroBatch]]:
         """The micro-batches of every optimiser step of the round."""
-        number, epoch = 0, 0
+        number, epoch, optim = 0, 0, self.request.optim
+        purpose = self.workplace.seed, self.rnd, self.client.info.id, self.request.purpose, "batches"
         while epoch < optim.epochs or optim.steps:
-            order = stream(self.workplace.seed, self.rnd, self.client.info.id, purpose, "batches", epoch)
-            parts = batches(examples, optim.batch_size, order)
+            parts = micro_batches(examples, optim.batch_size, *purpose, epoch)
             for i in range(0, len(parts), optim.accumulate):
                 yield parts[i : i + optim.accumulate]
                 number += 1

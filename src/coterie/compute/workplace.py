@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from coterie.data.tasks import Example, Task
 from coterie.nn.base import Base
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut
-from coterie.types import CoterieError
+from coterie.types import ClientId, CoterieError
 
 
 class StoppedError(Exception):
@@ -28,7 +28,8 @@ class Workplace:
     """What all clients on a device share: the base, the task, the seed, and every split tokenised once.
 
     ``tokenising`` is held while the tokenizer works: it serves one thread at a time. Once ``stop`` is set, the next
-    forward pass raises :class:`StoppedError`.
+    forward pass raises :class:`StoppedError`. ``all_clients`` is set in a simulation of a method that trains on the
+    rows of several clients together.
     """
 
     base: Base
@@ -40,6 +41,7 @@ class Workplace:
     known: dict[Split, list[int]] = field(default_factory=dict)  # the rows' lengths, of all splits
     tokenising: threading.RLock = field(default_factory=threading.RLock)
     stop: threading.Event = field(default_factory=threading.Event)
+    all_clients: Mapping[ClientId, ClientData] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.flower.message import Message
+from coterie.methods.registry import method_named
 from coterie.runs.folder import plain
 from coterie.types import ClientId, CoterieError, Json
 
@@ -106,9 +107,16 @@ def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
 def federation_config(raw: Mapping[str, Json]) -> Config:
     """The server's config: that of a run, except that the rows are the sites'.
 
-    A ``[data]`` section, which the same federation in process needs, is ignored: the server reads no rows.
+    A ``[data]`` section, which the same federation in process needs, is ignored: the server reads no rows. Raises
+    :class:`CoterieError` for a method that needs all rows in one place.
     """
     federation = raw.get("federation", {})
     sites = federation.get("sites", ()) if isinstance(federation, dict) else ()
     clients = [{"id": site, "train": "at the site"} for site in sites] or [{"id": "any", "train": "at the site"}]
-    return check_config({**raw, "data": {"clients": clients}})
+    config = check_config({**raw, "data": {"clients": clients}})
+    if method_named(config.method_name).needs_all_rows:
+        raise CoterieError(
+            f"[method] {config.method_name} trains on all clients' rows in one place, and sites keep theirs: choose "
+            "another method, or simulate it with `coterie run`"
+        )
+    return config

@@ -45,6 +45,7 @@ class Method(ABC, Generic[S]):
     ``evaluates``: what a client is meant to use, the bank that the server sends after averaging ("received") or the
     one that it trained last itself ("trained"); ``[run] evaluate`` overrides it. ``newcomers``: why no client can join
     after the start, "" if any can. ``mixed_ranks``: whether clients may have different ranks (``[lora] ranks``).
+    ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do.
     ``usage``: what a reply's ``info`` calls numbers on how the client's rows use the experts; a site may keep these to
     itself, and the server does without them.
     """
@@ -61,6 +62,7 @@ class Method(ABC, Generic[S]):
     evaluates: ClassVar[Literal["received", "trained"]] = "received"
     newcomers: ClassVar[str] = ""
     mixed_ranks: ClassVar[bool] = False
+    needs_all_rows: ClassVar[bool] = False
     usage: ClassVar[Sequence[str]] = ()
 
     @property

@@ -151,6 +151,17 @@ def lora_of(tensors: Tensors, expert: int | None = None, new: int | None = None)
     }
 
 
+def numbered_head(tensors: Tensors, number: int) -> dict[Key, Tensor]:
+    """The head among ``tensors`` under a number, to go with other heads: ``Key(name, number, Part.HEAD)``."""
+    return {key._replace(expert=number): value for key, value in head_of(tensors).items()}
+
+
+def one_head(tensors: Tensors, number: int) -> dict[Key, Tensor]:
+    """``tensors`` with the head of that number alone, as the head."""
+    head = {key._replace(expert=NO_EXPERT): v for key, v in head_of(tensors).items() if key.expert == number}
+    return {**{key: value for key, value in tensors.items() if key.part is not Part.HEAD}, **head}
+
+
 def shapes_of(*tensors: Tensors) -> Shapes:
     """The shape of every tensor, by key."""
     return {key: tuple(value.shape) for group in tensors for key, value in group.items()}

@@ -20,6 +20,7 @@ from coterie.plugins import check_new, installed, load
 from coterie.types import CoterieError
 
 GROUP = "coterie.methods"
+_FLAGS = ("mixed_ranks", "needs_all_rows")
 _TEXTS = ("name", "title", "paper", "summary", "newcomers")
 
 
@@ -69,8 +70,7 @@ def _missing_attributes(kind: type) -> Iterator[str]:
     yield from (text for text in _TEXTS if not isinstance(getattr(kind, text, None), str))
     if getattr(kind, "evaluates", None) not in ("received", "trained"):
         yield 'evaluates ("received" or "trained")'
-    if not isinstance(getattr(kind, "mixed_ranks", None), bool):
-        yield "mixed_ranks (true or false)"
+    yield from (f"{name} (true or false)" for name in _FLAGS if not isinstance(getattr(kind, name, None), bool))
     settings = getattr(kind, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, MethodSettings)):
         yield "Settings (a subclass of MethodSettings)"

@@ -38,11 +38,13 @@ class Pass:
     sums over tokens of A_e x and of R x; ``directions`` sums over rows of what a gate by row routes by, and the number
     of rows; ``balance`` the load-balance loss of every module. None: not collected. ``rows``: what such a gate counts.
     ``seen`` counts the tokens behind usage and embeddings by module: a model may run a module several times a pass.
+    ``head`` is the number of the head that the pass goes through, of a bank with several.
     ``probe`` is shown every layer and its gate weights [n, e], and returns those that the layer goes on with.
     """
 
     training: bool = False
     seed: int = 0
+    head: int = 0
     mask: Tensor | None = None
     usage: dict[str, Tensor] | None = None
     embeddings: dict[Key, Tensor] | None = None

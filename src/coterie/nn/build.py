@@ -45,8 +45,9 @@ def build_layers(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) ->
         raise CoterieError(f"dropout is {bank.dropout}; it is at least 0 and less than 1")
     now = Pass()
     layers = {name: _layer(model, bank, name, wanted, now) for name in _modules(bank.tensors)}
-    heads = _heads(model, bank.tensors, wanted)
-    parameters = {key: heads[_split(key)[0]].get_parameter(_split(key)[1]) for key in wanted if key.part is Part.HEAD}
+    by_number = _heads(model, bank.tensors, wanted)
+    heads = {name: _switch(modules, now) for name, modules in by_number.items()}
+    parameters = {key: _parameter(by_number, key) for key in wanted if key.part is Part.HEAD}
     for layer in layers.values():
         parameters |= layer.parameters
     return BankLayers(layers, heads, dict(sorted(parameters.items())), now)
@@ -161,9 +162,41 @@ def _split(key: Key) -> tuple[str, str]:
     return name, leaf
 
 
-def _heads(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict[str, nn.Module]:
-    """Copies of the head's modules, by name, that hold the bank's head. Empty if the bank has none."""
-    keys = sorted(key for key in tensors if key.part is Part.HEAD)
+class Switch(nn.Module):
+    """Several heads in the place of one; a pass goes through the one that ``now`` names."""
+
+    def __init__(self, heads: Mapping[int, nn.Module], now: Pass) -> None:
+        super().__init__()
+        self.heads, self.now = dict(heads), now  # a plain dict: the copies are no part of the model
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """What the head of the pass returns."""
+        result: Tensor = self.heads[self.now.head](*args, **kwargs)
+        return result
+
+
+def _switch(heads: Mapping[int, nn.Module], now: Pass) -> nn.Module:
+    return next(iter(heads.values())) if len(heads) == 1 else Switch(heads, now)
+
+
+def _parameter(heads: Mapping[str, Mapping[int, nn.Module]], key: Key) -> nn.Parameter:
+    name, leaf = _split(key)
+    return heads[name][key.expert].get_parameter(leaf)
+
+
+def _heads(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict[str, dict[int, nn.Module]]:
+    """Copies of the head's modules, by name and the head's number, that hold the bank's heads; mostly there is one."""
+    heads: dict[str, dict[int, nn.Module]] = {}
+    for number in sorted({key.expert for key in tensors if key.part is Part.HEAD}):
+        of_one = {key: value for key, value in tensors.items() if key.part is Part.HEAD and key.expert == number}
+        for name, module in _head(model, of_one, trainable).items():
+            heads.setdefault(name, {})[number] = module
+    return heads
+
+
+def _head(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict[str, nn.Module]:
+    """Copies of the head's modules, by name, that hold one head."""
+    keys = sorted(tensors)
     wanted = {_split(key)[0] for key in keys}
     for name in sorted(wanted):
         _module(model, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tiny
 from coterie.compute import loading, score
+from coterie.compute import micro_batches as drawing
 from coterie.compute import train as training
 from coterie.compute.client import LocalCompute
 from coterie.compute.generate import completions
@@ -216,7 +217,7 @@ def orders(monkeypatch: pytest.MonkeyPatch, seed: int, rnd: int, client: str, pu
         seen.extend([TOKENIZER.decode(e.ids, skip_special_tokens=True) for e in part] for part in made)
         return made
 
-    monkeypatch.setattr(training, "batches", spy)
+    monkeypatch.setattr(drawing, "batches", spy)
     workplace = make_workplace(seed=seed)
     train(
         workplace,

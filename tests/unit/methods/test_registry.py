@@ -80,6 +80,7 @@ INCOMPLETE = {
     "lacks name, title": "    name = title = None",
     'lacks evaluates ("received" or "trained")': '    evaluates = "sent"',
     "lacks mixed_ranks (true or false)": "    mixed_ranks = None",
+    "lacks needs_all_rows (true or false)": "    needs_all_rows = 1",
     "lacks Settings (a subclass of MethodSettings)": "    Settings = dict",
     "lacks State (a frozen dataclass)": "    State = dict",
     "calls itself 'fedit': its name must be that of its file or entry point": "    name = 'fedit'",
