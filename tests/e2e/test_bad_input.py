@@ -207,7 +207,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on with the same command and --resume" in errors
+    assert "continue with the same command and --resume" in errors
     assert "Traceback" not in errors
     config = load_config(path)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Whatever the affinity and the limits: the best assignment there is, or a refusal with a number that mends it."""
+"""Whatever the affinity and the limits: the best assignment there is, or an error with a limit that works."""
 
 from __future__ import annotations
 

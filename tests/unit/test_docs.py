@@ -206,6 +206,7 @@ def test_the_method_of_the_contributing_page_serves_a_federation(plugged: Path) 
     import flower_sites
     from coterie.deploy import server
     from coterie.deploy.attempt import begin_attempt
+    from coterie.deploy.events import Finished
     from coterie.deploy.journal import JOURNAL, Journal, read_journal
     from coterie.flower.app import GridTransport
     from coterie.runs.folder import plain
@@ -221,7 +222,7 @@ def test_the_method_of_the_contributing_page_serves_a_federation(plugged: Path) 
     workers = flower_sites.workers(plugged, clients, policy={"upload_bank": True})
     grid = InProcessGrid({11 + i: workers[client].answer for i, client in enumerate(clients)})
     server.run(GridTransport(grid, pause=0.01), out, Journal(out / JOURNAL))
-    assert read_journal(out)[-1]["event"] == "finished"
+    assert isinstance(read_journal(out)[-1].event, Finished)
     alone = coterie.run(flower_sites.local_config(path, clients, plugged), plugged / "alone", root=plugged)
     assert alone.rounds == 3
     for expert in ("experts/global/adapter_model.safetensors", "clients/mood-0/bundle.safetensors"):

@@ -19,17 +19,17 @@ def show(console: Console, results: Results, folder: Path) -> None:
     rows = table_of(results)
     first = next(iter(rows.values()))
     _, clusters = clusters_of(results) or ("", None)
-    found = clusters.members if clusters else {}
+    members = clusters.members if clusters else {}
     heading(console, f"Test {first.primary} at the round that validation chose")
     table = Table(box=None, header_style="bold")
     table.add_column("client")
-    for column in (*(["cluster"] if found else []), *map(title_of, rows)):
+    for column in (*(["cluster"] if members else []), *map(title_of, rows)):
         table.add_column(column, justify="right")
     for client in first.clients:
-        cluster = [str(found.get(client, "-"))] if found else []
+        cluster = [str(members.get(client, "-"))] if members else []
         table.add_row(escape(client), *cluster, *_best([row.clients[client] for row in rows.values()], first.primary))
     table.add_section()
-    space = [""] if found else []
+    space = [""] if members else []
     table.add_row("mean", *space, *_best([row.mean for row in rows.values()], first.primary))
     if len(first.seeds) > 1:
         table.add_row("spread over seeds", *space, *(f"{row.std:.3f}" for row in rows.values()))
@@ -39,8 +39,8 @@ def show(console: Console, results: Results, folder: Path) -> None:
     if len({row.evaluated for row in rows.values()}) > 1:
         mixed = "; ".join(f"{title_of(m)}: {row.evaluated}" for m, row in rows.items())
         console.print(
-            f"not all measured alike ({mixed}): received is what the server sends, trained what a client trained last "
-            "itself; --set run.evaluate=trained (or received) treats all alike",
+            f"the methods are evaluated differently ({mixed}): received is what the server sends, trained is what a "
+            "client trained last; --set run.evaluate=trained (or received) evaluates all the same way",
             highlight=False,
             markup=False,
         )

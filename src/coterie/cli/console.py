@@ -27,7 +27,7 @@ class Interrupted(Exception):  # noqa: N818
 
 @contextmanager
 def resumable(folder: Path, how: str) -> Iterator[None]:
-    """Turn Ctrl-C into :class:`Interrupted`, which says what ``folder`` holds and ``how`` to go on."""
+    """Turn Ctrl-C into :class:`Interrupted`, which says what ``folder`` contains and ``how`` to continue."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -54,12 +54,12 @@ def say(text: str) -> None:
 
 
 def heading(console: Console, text: str) -> None:
-    """A line above a table. A title of the table itself would be folded to the table's width."""
+    """Print a line above a table. The table's own title would be folded to the table's width."""
     console.print(f"\n[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
 def show_keys(rows: Sequence[tuple[str, str, str, str]], markdown: bool) -> None:
-    """Print the (key, type, default, meaning) of settings, the meaning on lines of its own; or a Markdown table."""
+    """Print the (key, type, default, meaning) of settings, with the meaning on its own lines; or a Markdown table."""
     if markdown:
         show_table(("key", "type", "default", "meaning"), rows, markdown)
         return

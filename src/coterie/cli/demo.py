@@ -1,8 +1,8 @@
-"""``coterie demo``: a federation of organisations with different jobs, on text that the project itself makes.
+"""``coterie demo``: a federation of organisations with different jobs, on text that the project generates.
 
 Eight organisations, two to a job: clinics that triage messages, banks that sort complaints, shops that rate reviews,
-city offices that route requests. No one tells the methods who does what. FedLEASE finds the jobs from the clients' B
-matrices; FedIT averages one LoRA over all; local trains alone.
+city offices that route requests. The methods do not know which job a client does. FedLEASE finds the jobs from the
+clients' B matrices; FedIT averages one LoRA over all; local trains alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONFIG: dict[str, Json] = {
 
 
 def run_demo(folder: Path, console: Console) -> None:
-    """Run the demo in ``folder`` (an older demo there makes room) and show what came of it.
+    """Run the demo in ``folder`` (an older demo there is deleted) and show its results.
 
     Writes a run folder per method with its report, ``demo.png`` and ``demo.json``.
     """
@@ -79,7 +79,7 @@ def _record(results: Results, clusters: Clusters | None, seconds: float) -> dict
 
 
 def _show_clusters(console: Console, variant: str, clusters: Clusters) -> None:
-    """Who was put together, and how clear the choice of the number of clusters was."""
+    """Show the clusters, and the silhouettes that their number was chosen by."""
     text = ", ".join(f"{k}: {score:.2f}" for k, score in clusters.silhouettes.items())
     heading(console, f"{title_of(variant)} found {clusters.number} clusters (silhouettes {text})")
     table = Table(box=None, header_style="bold")

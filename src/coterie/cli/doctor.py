@@ -1,4 +1,4 @@
-"""What this machine and its Python have, what is missing, and the command that mends it. Touches no network."""
+"""What this machine and its Python have, what is missing, and the command that fixes it. Uses no network."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _device() -> Check:
         return Check("device", f"{cpu}, no CUDA device")
     built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
     fix = "install the torch that fits your driver: https://pytorch.org/get-started/locally"
-    return Check("device", f"{cpu}; there is an NVIDIA driver, but torch {built} and sees no device", False, fix)
+    return Check("device", f"{cpu}; an NVIDIA driver is installed, but torch {built} and finds no device", False, fix)
 
 
 def _bfloat16() -> Check:
@@ -96,7 +96,9 @@ def _memory() -> Check:
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
     ok = free >= _GIB
-    return Check(f"free disk in {folder}", size(free), ok, "" if ok else "free some, or put runs elsewhere with --out")
+    return Check(
+        f"free disk in {folder}", size(free), ok, "" if ok else "free some space, or write runs elsewhere with --out"
+    )
 
 
 def _hub() -> Check:

@@ -22,7 +22,7 @@ site = typer.Typer(no_args_is_help=True, help="Check a site's own file, and list
 
 Insecure = Annotated[
     bool,
-    typer.Option("--insecure", help="no TLS, no authentication: for one machine, or a network of your own"),
+    typer.Option("--insecure", help="no TLS, no authentication: for one machine, or a private network"),
 ]
 SiteFile = Annotated[Path, typer.Argument(help="SITE.toml")]
 KeyFolder = Annotated[Path, typer.Argument(help="the folder of keys")]
@@ -54,7 +54,7 @@ def serve(
 
     settings = federation_config(override(load_raw(config), overrides or ()))
     folder = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
-    how = "go on with the same command and --resume"
+    how = "continue with the same command and --resume"
     with resumable(folder, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
 
         def listen(event: Event) -> None:
@@ -81,13 +81,13 @@ def join(path: SiteFile, insecure: Insecure = False) -> None:
 
 
 def status(folder: Annotated[Path, typer.Argument(help="the folder of the server's run")]) -> None:
-    """Who took part in which round, why others did not, bytes and seconds per site."""
+    """Show who took part in which round, why others did not, and the bytes and seconds of each site."""
     from coterie.cli.status import show
     from coterie.deploy.journal import JOURNAL, read_journal
     from coterie.deploy.status import status_of
 
     if not (folder / JOURNAL).exists():
-        raise CoterieError(f"{folder} is not a folder of `coterie serve`: it has no {JOURNAL}")
+        raise CoterieError(f"{folder} was not written by `coterie serve`: it has no {JOURNAL}")
     show(console.out, status_of(read_journal(folder)))
 
 
@@ -108,7 +108,7 @@ def check_site(
 
 @site.command("config")
 def site_config(markdown: Markdown = False) -> None:
-    """Every key of a SITE.toml: type, default, meaning."""
+    """List every key of a SITE.toml with its type, default and meaning."""
     from coterie.config.describe import describe_site
 
     show_keys(list(describe_site()), markdown)
@@ -126,7 +126,7 @@ def init_keys(
 
     make(folder, _listed(sites), _listed(host))
     lines = [f"{folder / 'ca.crt'}: give it to every site", f"{folder / 'ca.key'}: keep it off the server"]
-    lines += [f"{folder / 'sites' / name}: give it to {name} alone, then delete it here" for name in _listed(sites)]
+    lines += [f"{folder / 'sites' / name}: give it only to {name}, then delete it here" for name in _listed(sites)]
     for line in lines:
         say(line)
 
@@ -137,7 +137,7 @@ def add_key(
     name: Annotated[str, typer.Argument(help="id of the site")],
     public: Annotated[Path | None, typer.Option(help="its public key; without it a key pair is made")] = None,
 ) -> None:
-    """Add one more site. The server lets it in from its next start on."""
+    """Add one more site. The server accepts it from its next start."""
     _need_flower()
     from coterie.deploy.keys import add_site
 
@@ -154,7 +154,7 @@ def make_site_key(
     from coterie.deploy.keys import site_key
 
     site_key(path)
-    say(f"give {path}.pub to the server's people")
+    say(f"give {path}.pub to whoever runs the server")
 
 
 def _listed(text: str) -> list[str]:
@@ -185,7 +185,7 @@ def _say(event: Event) -> None:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, together with everything that it started."""
+    """End a command on SIGTERM as on Ctrl-C, together with everything that it started."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-# Before torch loads OpenMP: threads that wait for work sleep soon. By default they spin, which takes the cores of a
-# busy machine from those that work (docs/performance.md has figures).
+# Before torch loads OpenMP: threads that wait for work soon sleep. By default they spin, and on a busy machine
+# take cores from threads that work (docs/performance.md has figures).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import click
@@ -56,6 +56,6 @@ def main() -> None:
         errors.print("\nstopped")
         sys.exit(_INTERRUPTED)
     except click.exceptions.ClickException as fault:
-        hinted = "Did you mean" in fault.message  # typer says it, and click would say it again
+        hinted = "Did you mean" in fault.message  # typer adds the hint, and click would repeat it
         errors.print(f"[bold red]error:[/] {escape(fault.message if hinted else fault.format_message())}")
         sys.exit(fault.exit_code)

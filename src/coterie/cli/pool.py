@@ -12,12 +12,12 @@ from rich.table import Table
 from coterie.cli import console
 from coterie.units import size
 
-app = typer.Typer(no_args_is_help=True, help="Pools of LoRA modules that exist already, for SmartFed.")
+app = typer.Typer(no_args_is_help=True, help="Pools of existing LoRA adapters, for SmartFed.")
 
 
 @app.command()
 def build(
-    folder: Annotated[Path, typer.Argument(help="where the pool goes")],
+    folder: Annotated[Path, typer.Argument(help="the folder to write the pool to")],
     more: Annotated[list[str] | None, typer.Argument(help="more adapter folders", metavar="[A B C ...]")] = None,
     adapters: Annotated[
         list[str] | None, typer.Option("--adapters", help="PEFT adapter folders, FOLDER or NAME=FOLDER, one or more")
@@ -26,7 +26,7 @@ def build(
         str | None, typer.Option(help="the base model, a folder or a hub name; by default the one the adapters name")
     ] = None,
 ) -> None:
-    """Check PEFT adapter folders against their base, and make a pool of them."""
+    """Check PEFT adapter folders against their base, and build a pool from them."""
     from coterie.adapters.pool import write_pool
     from coterie.adapters.read import build_pool
 
@@ -35,15 +35,13 @@ def build(
     show(folder)
     for adapter in pool.adapters:
         if base and adapter.base not in ("", base, pool.base):
-            text = (
-                f"note: {adapter.name} names the base {adapter.base}; that it was made for {pool.base} too is your word"
-            )
+            text = f"note: {adapter.name} names the base {adapter.base}; make sure that it was trained on {pool.base}"
             console.out.print(escape(text), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> None:
-    """What is in a pool, and where it came from."""
+    """Show what is in a pool, and where it came from."""
     from coterie.adapters.pool import read_pool
 
     pool = read_pool(folder)
@@ -64,7 +62,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
     lines = [
         f"pool {pool.name}",
         f"base {pool.base}",
-        f"a run checks its base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
+        f"a run checks the base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
         f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {total}, sent to a client once",
     ]
     console.out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines elsewhere, and the table at its end."""
+"""The display of a run: a live line on a terminal, plain lines elsewhere, and the table at its end."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Lines:
         rate = event.tokens / max(event.seconds, 1e-9)
         text = f"round {event.round}/{self.rounds}  loss {_loss(event.loss)}  {rate:,.0f} tokens/s"
         left = self.left(event.round - 1)
-        if left is not None:  # of this round, the evaluation is still to come
+        if left is not None:  # the evaluation of this round is still to come
             text += f"  {clock(max(0.0, left - (time.perf_counter() - self.began)))} left"
         return text + "".join(f"\n  left out {named(client, reason)}" for client, reason in event.failed.items())
 
@@ -133,19 +133,19 @@ class Live:
 
 
 def show_summary(console: Console, summary: Summary, folder: Path) -> None:
-    """The table of a finished run: a row per client, the mean, what it cost, where the report is."""
+    """Show a finished run: a row per client, the mean, the cost, and where the report is."""
     names = sorted({name for row in summary.clients.values() for name in row.test})
     heading(console, f"{summary.title}: test at round {summary.best_round}")
     table = Table(box=None, header_style="bold")
-    found = find(summary.findings, Clusters)
-    for column in ("client", *(["cluster"] if found else []), "train rows", *names):
+    clusters = find(summary.findings, Clusters)
+    for column in ("client", *(["cluster"] if clusters else []), "train rows", *names):
         table.add_column(column, justify="left" if column == "client" else "right")
     for client, row in summary.clients.items():
-        cluster = [str(found.members.get(client, "-"))] if found else []
+        cluster = [str(clusters.members.get(client, "-"))] if clusters else []
         table.add_row(escape(client), *cluster, str(row.num_train), *(_cell(row.test.get(n)) for n in names))
     mean = summary.mean.get("test", {})
     table.add_section()
-    table.add_row("mean", *([""] if found else []), "", *(_cell(mean.get(n)) for n in names), style="bold")
+    table.add_row("mean", *([""] if clusters else []), "", *(_cell(mean.get(n)) for n in names), style="bold")
     console.print(table)
     console.print(
         f"{summary.rounds} rounds in {clock(summary.seconds)}, {size(summary.bytes.up)} up, "

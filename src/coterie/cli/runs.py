@@ -46,7 +46,7 @@ def run(
         settings, root = load_config(config, overrides), config.parent
     name = config.stem if config else "run"
     folder = folder or default_folder(name, settings.method_name, settings.run.seed)
-    how = "go on with the same command and --resume"
+    how = "continue with the same command and --resume"
     with resumable(folder, how), listener(console.out, settings.run.rounds) as listen:
         summary = experiment.run(settings, folder, root=root, resume=resume, listen=listen)
     show_summary(console.out, summary, folder)
@@ -55,7 +55,7 @@ def run(
 def compare(
     config: ConfigFile,
     methods: Annotated[
-        str, typer.Option(help="methods, separated by commas; fedamole:assignment=static sets an option of one")
+        str, typer.Option(help="methods, separated by commas; fedamole:assignment=static sets an option of a method")
     ] = "fedlease,fedit,local",
     seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
     overrides: Set = None,
@@ -69,7 +69,7 @@ def compare(
     folder = folder or Path("runs") / config.stem
     seed_numbers = [_seed(text) for text in seeds.split(",")]
     watch = partial(listener, console.out)
-    with resumable(folder, "go on with the same command"):
+    with resumable(folder, "continue with the same command"):
         results = comparison.compare(
             config, folder, methods=methods.split(","), seeds=seed_numbers, overrides=overrides or (), watch=watch
         )

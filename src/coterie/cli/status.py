@@ -1,4 +1,4 @@
-"""What ``coterie status`` shows of a federation."""
+"""What ``coterie status`` shows."""
 
 from __future__ import annotations
 

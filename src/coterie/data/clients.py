@@ -74,7 +74,7 @@ def _check_ids(ids: Sequence[str]) -> None:
     for name in ids:
         if not SAFE_ID.fullmatch(name):
             raise DataError(
-                f"the client id {name!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and '-', "
+                f"the client id {name!r} is not a valid folder name; use up to 100 letters, digits, '.', '_' and '-', "
                 "and begin with a letter or digit"
             )
     lower = [name.lower() for name in ids]  # some file systems treat a and A as one name

@@ -1,4 +1,4 @@
-"""What the sites of a run agree on: the terms, the run's id, who may take part, how long an answer may take.
+"""What the sites of a run agree on: the terms, the run's id, who may take part, and how long they have to reply.
 
 The terms are what the server's config says about the method. They are sent to every site with every message; a site
 makes the run's config from them and from its own file: data, model folder and device are the site's alone.
@@ -77,7 +77,7 @@ class Agreement:
 
 
 def terms_of(config: Config) -> dict[str, Json]:
-    """What a site has to know of ``config``, and nothing else: no path, no address, nobody's data."""
+    """What a site needs to know of ``config``, and nothing else: no path, no address, nobody's data."""
     whole = plain(config)
     terms = {name: whole[name] for name in _SENT_WHOLE}
     terms |= {section: {key: whole[section][key] for key in keys} for section, keys in _SENT.items()}
@@ -90,9 +90,11 @@ def digest_of(terms: Mapping[str, Json]) -> str:
 
 
 def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
-    """The config of the run at ``site``. Raises :class:`CoterieError` for terms of another version."""
+    """The config of the run at ``site``. Raises :class:`CoterieError` if the server runs another version."""
     if not isinstance(terms, dict) or not all(isinstance(terms.get(name), dict) for name in (*_SENT_WHOLE, *_SENT)):
-        raise CoterieError("the terms are not what a coterie server sends; see whether [site] server is one")
+        raise CoterieError(
+            "these are not the terms of a Coterie server; check that [site] server is the address of one"
+        )
     if terms.get("coterie") != __version__:
         raise CoterieError(
             f"the server runs coterie {terms.get('coterie')}, this site {__version__}: install the same version"

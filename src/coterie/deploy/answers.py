@@ -30,7 +30,7 @@ def answered(kind: type[T], answer: Message | str) -> Outcome[T]:
 
 
 def error_in(answer: Message) -> str | None:
-    """Why a site gives no answer, in its own words."""
+    """Why a site gives no answer, in the site's words."""
     error = answer.head.get("error")
     if error is None:
         return None

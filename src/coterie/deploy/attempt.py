@@ -33,7 +33,7 @@ def read_attempt(folder: Path) -> Attempt:
 
 
 def begin_attempt(folder: Path, keys: Mapping[str, ClientId]) -> Attempt:
-    """Write down that the run in ``folder`` is started once more."""
+    """Record that the run in ``folder`` is started once more."""
     if (folder / _EARLIER_FILE).exists():
         (folder / _EARLIER_FILE).rename(folder / _FILE)
     old = read_attempt(folder) if (folder / _FILE).exists() else None

@@ -52,7 +52,7 @@ class Refused(Event):
 
 @dataclass(frozen=True)
 class Exchanged(Event):
-    """A message to a site and its answer: bytes as encoded, seconds, and those of them at work at the site."""
+    """A message to a site and its answer: bytes as encoded, seconds, and how many of these the site was at work."""
 
     event = "exchange"
 

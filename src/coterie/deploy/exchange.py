@@ -1,7 +1,7 @@
 """One message to every site, and the answers as they come, until the deadline. Knows no network.
 
-Who is connected is looked up again all the time: a site may go, and come back as another node. A site that goes away
-before it answers is sent its message again when it is back: a round that is done again ends with the same bits.
+The sites that are connected are looked up again all the time: a site may leave and come back as another node. A site
+that leaves before it answers gets its message again when it is back: a repeated round ends with the same bits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class _Lost:
-    """A site without a message under way: since when, when to try the next time, and why."""
+    """A site without a message under way: since when, when to try again, and why."""
 
     since: float
     again: float
@@ -56,16 +56,16 @@ class _Lost:
 
 @dataclass
 class Unanswered:
-    """What earlier exchanges left open: messages by ticket, and sites that were given up and are not back since."""
+    """What earlier exchanges left open: messages by ticket, and sites that were given up and have not come back."""
 
     messages: dict[str, Sent] = field(default_factory=dict)
     away: set[ClientId] = field(default_factory=set)
 
 
 class Exchange:
-    """Sends ``messages`` of one kind; iterating over it gives what came of each, as it comes.
+    """Sends ``messages`` of one kind; iterating over it yields an arrival per site, as they come.
 
-    A site that is not connected, or goes away, has ``greeting`` seconds to come back; after those it is given up.
+    A site that is not connected, or leaves, has ``greeting`` seconds to come back before it is given up.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Exchange:
             yield self._arrived(sent, f"no reply within {self.sites.agreement.deadline:g} s ([federation] deadline)")
 
     def _send(self) -> None:
-        """Send to those of the lost whose site is connected. If Flower answered itself, only after a while."""
+        """Send again to the lost sites that are connected; where Flower itself answered, only after a while."""
         now = self.sites.clock()
         due = [c for c, lost in self.lost.items() if c in self.sites.nodes and now >= lost.again]
         group = str(self.sent[due[0]].rnd) if due else ""
@@ -118,12 +118,12 @@ class Exchange:
                 del self.lost[client]
 
     def _lose(self, sent: Sent, reason: str) -> None:
-        """Flower answered itself: the node is gone, say."""
+        """Flower itself answered, for example because the node is gone."""
         now = self.sites.clock()
         self.lost[sent.client] = _Lost(self.first_lost.setdefault(sent.client, now), now + _RETRY, reason)
 
     def _follow(self) -> None:
-        """Take messages back, to be sent again, whose site is another node now."""
+        """Take back the messages of sites that are another node now, to send them again."""
         now = self.sites.clock()
         moved = [t for t, sent in self.waiting.items() if self.sites.nodes.get(sent.client, sent.node) != sent.node]
         for ticket in moved:
@@ -131,7 +131,7 @@ class Exchange:
             self.lost[sent.client] = _Lost(now, now, "the site came back as another node")
 
     def _given_up(self) -> list[ClientId]:
-        """Who was away for too long. A site that was given up before and is not back since is not waited for."""
+        """The sites that were away for too long. One that was given up before, and has not come back, gets no wait."""
         now = self.sites.clock()
         away = set() if self.sites.asking else self.earlier.away
         late = [c for c, lost in self.lost.items() if c in away or now - lost.since > self.sites.agreement.greeting]
@@ -157,6 +157,6 @@ class Exchange:
         for ticket, answer in self.sites.receive(self.earlier.messages):
             sent = self.earlier.messages.pop(ticket)
             if isinstance(answer, str):
-                continue  # from Flower itself: the node is gone, or the message too old
+                continue  # from Flower itself: the node is gone, or the message is too old
             text = f"an answer of {sent.client} for round {sent.rnd} arrived too late and was dropped"
             self.sites.note(Late(sent.client, sent.rnd, text, sent.kind))

@@ -1,4 +1,4 @@
-"""The head of a message to a site: what it is about, checked before anything is done with it."""
+"""The head of a message to a site: what the message is for, checked before anything else is done with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Head:
 
 
 def read_head(head: Mapping[str, Json]) -> Head:
-    """The head that a message came with. Raises :class:`CoterieError` for one that makes no sense."""
+    """The head of a message. Raises :class:`CoterieError` if it is not valid."""
     kind, splits = head.get("kind"), head.get("splits", [])
     if kind not in KINDS:
         raise CoterieError(f"this site does not know the kind {str(kind)[:80]!r}; install the same version of coterie")
@@ -52,6 +52,6 @@ def read_head(head: Mapping[str, Json]) -> Head:
     if not isinstance(splits, list) or not all(split in SPLITS for split in splits):
         raise CoterieError(f"the message's splits are not among {', '.join(SPLITS)}")
     if not SAFE_ID.fullmatch(head["run"]):
-        raise CoterieError("the message's run cannot name a folder")
+        raise CoterieError("the message's run is not a valid folder name")
     values = {name: head[name] for name in _TYPES if name != "round"}
     return Head(**values, rnd=head["round"], splits=tuple(splits), usage=bool(head.get("usage")))

@@ -15,7 +15,7 @@ _MAX_VERSIONS = 50
 
 @dataclass(frozen=True)
 class Hello:
-    """A site's introduction: what the server may know of it, and what has to match."""
+    """A site's introduction: what the server may know about it, and what has to match."""
 
     info: ClientInfo
     spec: BaseSpec
@@ -28,7 +28,7 @@ def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[Client
     """Why the site may not take part, or None if it may.
 
     ``key`` is the SHA-256 of the key that its node connected with; ``others`` are the introductions that this one has
-    to match, its own earlier one among them.
+    to match, including the site's own earlier one.
     """
     return (
         _malformed(hello)
@@ -40,7 +40,7 @@ def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[Client
 
 
 def plain_versions(versions: Mapping[str, str | None]) -> dict[str, str | None]:
-    """What a site reports of its libraries, safe to show."""
+    """The versions of its libraries that a site reports, safe to show."""
     some = list(versions.items())[:_MAX_VERSIONS]
     return {plain_text(name, 50): version and plain_text(version, 50) for name, version in some}
 
@@ -48,17 +48,17 @@ def plain_versions(versions: Mapping[str, str | None]) -> dict[str, str | None]:
 def _malformed(hello: Hello) -> str | None:
     client = hello.info.id
     if not SAFE_ID.fullmatch(client):
-        return f"the client id {plain_text(client, 100)!r} cannot name a folder"
+        return f"the client id {plain_text(client, 100)!r} is not a valid folder name"
     if not SAFE_ID.fullmatch(hello.base):
-        return f"{client} reports a base whose hash is not one"
+        return f"{client} reports a base hash that is not a SHA-256"
     if fault := site_fault(hello.info, hello.spec):
-        return f"{client} cannot be what it reports: {fault}"
+        return f"{client} reports facts that do not fit together: {fault}"
     return None
 
 
 def _not_invited(client: ClientId, agreement: Agreement, key: str) -> str | None:
     if agreement.closed and client not in agreement.sites:
-        return f"{client} was not there at the start, and {agreement.closed}"
+        return f"{client} did not take part from the start, and {agreement.closed}"
     if agreement.sites and client not in agreement.sites:
         return f"{client} is not among [federation] sites"
     if agreement.keys and agreement.keys.get(key) != client:
@@ -69,14 +69,16 @@ def _not_invited(client: ClientId, agreement: Agreement, key: str) -> str | None
 def _other_terms(hello: Hello, agreement: Agreement) -> str | None:
     if hello.terms == agreement.digest:
         return None
-    return f"{hello.info.id} read other terms than were sent; install the same version of coterie there"
+    return (
+        f"{hello.info.id} read the terms differently from how they were sent; install the same version of coterie there"
+    )
 
 
 def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:
     client = hello.info.id
     if client not in others or hello.info == others[client].info:
         return None
-    return f"the rows or labels of {client} are not those that it began with; restore them, or start a new run"
+    return f"the rows or labels of {client} have changed since the run began; restore them, or start a new run"
 
 
 def _other_base(hello: Hello, agreed: str, others: Mapping[ClientId, Hello]) -> str | None:
@@ -85,9 +87,9 @@ def _other_base(hello: Hello, agreed: str, others: Mapping[ClientId, Hello]) -> 
     for wanted, whose in bases.items():
         if hello.base != wanted:
             return (
-                f"{hello.info.id} has another base ({hello.base[:12]}, not {wanted[:12]}{whose}); give both the same "
-                "model files, and restart `coterie join` where they were wrong"
+                f"{hello.info.id} has another base ({hello.base[:12]}, not {wanted[:12]}{whose}); use the same model "
+                "files at both, and restart `coterie join` where they were wrong"
             )
     if others and hello.spec != next(iter(others.values())).spec:
-        return f"the base of {hello.info.id} has other targets"
+        return f"the base of {hello.info.id} has different targets"
     return None

@@ -1,4 +1,4 @@
-"""``federation.jsonl``: what happens in a federation, as it happens: a line of JSON per event, never truncated.
+"""``federation.jsonl``, the journal of a federation: a line of JSON per event, never truncated.
 
 The server writes it and ``coterie serve`` shows it; ``coterie status``, the metrics and the report add it up.
 """
@@ -51,7 +51,7 @@ class Reader:
     at: int = 0
 
     def new(self) -> Iterator[Entry]:
-        """The events since the last call; of kinds that this version does not know, none."""
+        """The events since the last call, without those of kinds that this version does not know."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Keys of a federation: a CA, the server's certificate, and a key pair per site (EC P-384, as Flower wants them).
+"""Keys of a federation: a CA, the server's certificate, and a key pair per site (EC P-384, as Flower requires).
 
 ``keys/ca.key`` signs the server's certificate and has no other use: keep it off the server. A site gets ``ca.crt`` and
-its own private key, or makes the key itself and hands over the public half.
+its own private key, or makes the key itself and gives you the public half.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def known_sites(folder: Path) -> dict[ClientId, Path]:
 
 
 def key_digest(public: Path) -> str:
-    """SHA-256 of a public key as Flower shows it to the server."""
+    """SHA-256 of a public key in the form in which Flower gives it to the server."""
     pem = load_public(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(pem).hexdigest()
 
@@ -117,7 +117,7 @@ def check_private(path: Path) -> str:
 
 def _check_id(site: ClientId) -> None:
     if not SAFE_ID.fullmatch(site):
-        raise CoterieError(f"{site!r} cannot name a site; use letters, digits, '.', '_' and '-'")
+        raise CoterieError(f"{site!r} is not a valid site id; use letters, digits, '.', '_' and '-'")
 
 
 def _certificate(
@@ -127,7 +127,7 @@ def _certificate(
     ca: x509.Certificate | None = None,
     hosts: Sequence[str] = (),
 ) -> x509.Certificate:
-    """A certificate of ``key``: without ``ca`` that of the CA itself, else of a server that answers at ``hosts``."""
+    """A certificate for ``key``: without ``ca`` that of the CA itself, else that of a server at ``hosts``."""
     now, subject = datetime.datetime.now(datetime.UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     certificate = (
         x509.CertificateBuilder()

@@ -20,7 +20,7 @@ _HELP = {
     "coterie_sites": ("gauge", "Sites of the run: those listed and those that joined"),
     "coterie_attempts_total": ("counter", "Starts of the server"),
     "coterie_replies_total": ("counter", "Answers that arrived, by site and kind"),
-    "coterie_failures_total": ("counter", "Answers that did not arrive or did not count, by site and kind"),
+    "coterie_failures_total": ("counter", "Answers that did not arrive or were not used, by site and kind"),
     "coterie_late_total": ("counter", "Answers that arrived too late, by site"),
     "coterie_sent_bytes_total": ("counter", "Bytes to a site, as encoded"),
     "coterie_received_bytes_total": ("counter", "Bytes from a site, as encoded"),

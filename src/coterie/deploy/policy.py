@@ -26,14 +26,14 @@ def check_policy(policy: Policy, config: Config, method: Method) -> None:
         ("rounds", config.run.rounds, policy.max_rounds),
     ):
         if value > limit:
-            raise CoterieError(f"this site allows at most {limit} {what}, the run has {value} ([policy] max_{what})")
+            raise CoterieError(f"this site allows {what} up to {limit}, but the run has {value} ([policy] max_{what})")
     settings = plain(config)
     for key, wanted in policy.settings.items():
         actual: Json = settings
         for part in key.split("."):
             actual = actual.get(part) if isinstance(actual, dict) else None
         if actual not in (wanted if isinstance(wanted, list) else [wanted]):
-            raise CoterieError(f"this site wants {key} = {wanted!r}, the run has {actual!r} ([policy] settings)")
+            raise CoterieError(f"this site requires {key} = {wanted!r}, but the run has {actual!r} ([policy] settings)")
 
 
 def check_ranks(policy: Policy, ins: Instruction) -> None:
@@ -46,7 +46,7 @@ def check_ranks(policy: Policy, ins: Instruction) -> None:
             rank, side = value.shape[:: 1 if key.part is Part.A else -1] if value.ndim == 2 else (math.inf, 0)
             limit = side if key.expert == FOLDED else policy.max_rank
             if rank > limit:
-                raise CoterieError(f"{key} has rank {rank}, this site allows {limit} ([policy] max_rank)")
+                raise CoterieError(f"{key} has rank {rank}, but this site allows at most {limit} ([policy] max_rank)")
 
 
 def check_upload(policy: Policy, reply: Reply) -> None:
@@ -66,7 +66,7 @@ def without_usage(policy: Policy, method: Method, reply: Reply) -> Reply:
 def guard_of(policy: Policy, method: Method, wording: Callable[[Exception], str]) -> Guard:
     """What ``policy`` allows in a round: ranks, steps, what leaves this site.
 
-    ``wording`` is what the server is told of a fault.
+    ``wording`` gives the text about a fault that is sent to the server.
     """
 
     def release(reply: Reply) -> Reply:
@@ -93,7 +93,7 @@ class BoundedCompute:
         steps = steps_of(request.optim, len(self.inner.workplace.examples(self.inner.client, "train")))
         if sum(self.taken) + steps > self.bound:
             raise CoterieError(
-                f"round {self.inner.rnd} would take {sum(self.taken) + steps} steps here, and this site allows "
+                f"round {self.inner.rnd} would take {sum(self.taken) + steps} steps here, but this site allows "
                 f"{self.bound} ([policy] max_steps)"
             )
         self.taken.append(steps)
@@ -107,7 +107,7 @@ class BoundedCompute:
 
 
 def steps_of(optim: Optim, rows: int) -> int:
-    """The optimiser steps that ``optim`` takes on so many rows."""
+    """The number of optimiser steps that ``optim`` takes on ``rows`` rows."""
     if optim.steps:
         return optim.steps
     return optim.epochs * math.ceil(math.ceil(rows / optim.batch_size) / optim.accumulate)

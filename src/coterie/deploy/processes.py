@@ -1,4 +1,4 @@
-"""Child processes: each in a session of its own, gone when its parent is, and ended by its id."""
+"""Child processes: each in its own session, ended with its parent, and stopped by its id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_AP
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """The environment of Flower's programs: a home of their own, no telemetry, no update check, ours on the path."""
+    """The environment of Flower's programs: their own home, no telemetry, no update check, this package on the path."""
     ours = {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -55,7 +55,7 @@ def _die_with(parent: int) -> None:
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End a process and its session, and wait for it: its children take a zombie to be alive.
+    """End a process and its session, and wait for it: to its children a zombie still looks alive.
 
     It is killed if it has not ended after ``patience`` seconds.
     """

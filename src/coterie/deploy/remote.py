@@ -67,7 +67,7 @@ class RemoteEngine:
             yield client, replace(found, observed=observed, note=plain_text(found.note) if found.note else None)
 
     def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
-        """The banks of the clients whose site sends them; every site writes its own to its own disk."""
+        """The banks of the clients whose site sends them; every site writes its own bank to its disk."""
 
         def fault(client: ClientId, bank: Bank) -> str | None:
             return bank_fault(bank, self.spec, self.sites.known[client].info.labels)
@@ -75,19 +75,19 @@ class RemoteEngine:
         yield from self._values(Bank, "query.bank", instructions, rnd, {}, fault)
 
     def restore(self, rnd: int) -> None:
-        """Every message of this attempt lets its site first go back to its state after round ``rnd``, once."""
+        """Note in every message that the site has to go back to its state after round ``rnd``, which it does once."""
         self.since = rnd
 
     def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]:
-        """Nothing that the server could check: the sites hold their own."""
+        """Nothing for the server to check: each site keeps its own state."""
         return {}
 
     def prune(self, rnd: int) -> None:
-        """The next messages say which states no checkpoint needs any more."""
+        """Note in the next messages which states no checkpoint needs any more."""
         self.keep = max(0, rnd)
 
     def close(self) -> None:
-        """Nothing: whoever started the sites ends them."""
+        """Do nothing: whoever started the sites ends them."""
 
     def _exchange(
         self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, details: Mapping[str, Json]
@@ -108,7 +108,7 @@ class RemoteEngine:
         details: Mapping[str, Json],
         fault_in: Callable[[ClientId, T], str | None],
     ) -> Iterator[tuple[ClientId, T]]:
-        """The values of the answers. One that cannot be read, or has a fault, is noted and left out."""
+        """The values of the answers. An answer that is unreadable or has a fault is noted and left out."""
         for arrival in self._exchange(name, instructions, rnd, details):
             client, answer = arrival.client, arrival.answer
             if isinstance(answer, str) or not answer.body:

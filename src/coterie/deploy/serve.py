@@ -1,4 +1,4 @@
-"""``coterie serve``: starts a SuperLink and the run in it, and starts again what dies: it goes on where it was."""
+"""``coterie serve``: starts a SuperLink and the run in it, and restarts what dies, which continues where it was."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def serve(
     """Run the federation of ``config`` in ``folder`` to its end and return its summary.
 
     ``superlink`` is the address of one that is running already. Raises :class:`CoterieError`; the last checkpoint
-    stands.
+    is kept.
     """
     _check(config, folder, resume)
     if (folder / SUMMARY).exists():
@@ -62,7 +62,7 @@ def serve(
 
 
 def _check(config: Config, folder: Path, resume: bool) -> None:
-    """As for any run, except that who takes part, and when, may change between two attempts."""
+    """Check as for any run, except that who takes part, and when, may change between two attempts."""
     if resume and (folder / "config.json").exists():
         old, _ = read_config(folder)
         mine = {**plain(config), "federation": old.get("federation", {}), "data": old.get("data", {})}
@@ -77,7 +77,7 @@ def _check(config: Config, folder: Path, resume: bool) -> None:
 
 @dataclass
 class Supervisor:
-    """Sees one run to its end: starts a SuperLink and a Flower run, and new ones when they die."""
+    """Brings one run to its end: starts a SuperLink and a Flower run, and restarts them when they die."""
 
     link: SuperLink
     folder: Path
@@ -88,8 +88,8 @@ class Supervisor:
     def run(self) -> None:
         """Start attempts until the federation is finished.
 
-        Raises :class:`CoterieError` for what the server stopped for, and once the restarts are used up: so many in a
-        row with no new checkpoint between them.
+        Raises :class:`CoterieError` if the server stopped with an error, and once the restarts are used up: that many
+        in a row with no new checkpoint between them.
         """
         reader = Reader(self.folder / JOURNAL)
         for _ in reader.new():
@@ -104,7 +104,7 @@ class Supervisor:
             if left < 0:
                 raise CoterieError(
                     f"{failure}, once more than [federation] restarts = {self.restarts} allows without a new "
-                    f"checkpoint. See {self.link.log}; go on with --resume"
+                    f"checkpoint. See {self.link.log}; continue with --resume"
                 )
             journal(Note(f"{failure}; starting again"))
             self._pass_on(reader)
@@ -151,7 +151,7 @@ class Supervisor:
     def _pass_on(self, reader: Reader) -> bool:
         """Pass on what happened since; whether the run is finished.
 
-        Raises :class:`CoterieError` for what the server stopped for.
+        Raises :class:`CoterieError` if the server stopped with an error.
         """
         for _, event in reader.new():
             self.listen(event)

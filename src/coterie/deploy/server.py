@@ -34,10 +34,10 @@ from coterie.runs.summary import Summary
 from coterie.types import ClientId, CoterieError
 
 _KNOWN = "sites.safetensors"
-# A shared head is averaged over the sites that the method's state holds for it, and these are set when it starts.
-_SHARED = 'with [task] head = "shared" nobody can join later'
-_EXIT_SECONDS = 5.0  # that Flower has to end by itself
-_LOCK_SECONDS = 90.0  # for which the server of an earlier attempt may still be ending
+# A shared head is averaged over the sites that the method's state lists for it, and this list is fixed at the start.
+_SHARED = 'with [task] head = "shared" no site can join later'
+_EXIT_SECONDS = 5.0  # in which Flower may end by itself
+_LOCK_SECONDS = 90.0  # in which the server of an earlier attempt may still be ending
 
 
 def main(transport: Transport, run_config: Mapping[str, Any]) -> None:
@@ -74,7 +74,7 @@ def _end_with_parent() -> None:
 
 
 def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
-    """The rounds that are still to do, and what a finished run leaves behind. Returns the summary."""
+    """Do the remaining rounds, and write what a finished run leaves behind. Returns the summary."""
     raw, root = read_config(folder)
     config = check_config(raw)
     set_threads(config)
@@ -108,10 +108,10 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
 
 
 def _closed(agreement: Agreement, members: Collection[ClientId], reason: str) -> Agreement:
-    """The agreement of a run that nobody but ``members``, those that it began with, can join any more."""
+    """The agreement of a run that only ``members``, the sites that it began with, can take part in."""
     if new := sorted({*agreement.sites} - {*members}):
         raise CoterieError(
-            f"{', '.join(new)} cannot join now: {reason}; take the new ones out of [federation] sites, or start a new "
+            f"{', '.join(new)} cannot join now: {reason}; remove the new sites from [federation] sites, or start a new "
             "run"
         )
     return replace(agreement, sites=tuple(sorted({*members} & {*(agreement.sites or members)})), closed=reason)

@@ -1,4 +1,4 @@
-"""``coterie join``: keeps a site's SuperNode and its worker alive. Loads no model library itself."""
+"""``coterie join``: keeps a site's SuperNode and its worker running. Loads no model library itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Child:
     failures: int = 0
 
     def keep(self) -> None:
-        """Start it if it is not running; if it dies at once, later and later."""
+        """Start it if it is not running; wait longer each time if it dies at once."""
         if self.process is not None and self.process.poll() is None:
             return
         if self.process is not None:
@@ -116,16 +116,16 @@ def _supernode(site: SiteSettings, root: Path, state: Path, temporary: Path, ins
 
 
 def key_checks(site: SiteSettings, root: Path, insecure: bool) -> Iterator[Check]:
-    """Whether the site has what TLS and node authentication need."""
+    """Check that the site has what TLS and node authentication need."""
     if insecure:
         yield Check("keys", "none, with --insecure: others can read and change what is sent", True)
         return
     for name, value in (("key", site.site.key), ("ca", site.site.ca)):
         if not value:
-            fix = f"set [site] {name}, or use --insecure on a network that nobody else is on"
+            fix = f"set [site] {name}, or use --insecure on a private network"
             yield Check(name, "not set", False, fix)
         elif not (root / value).is_file():
-            fix = f"ask the server's people for it, or correct [site] {name}"
+            fix = f"ask whoever runs the server for it, or correct [site] {name}"
             yield Check(name, f"{root / value} does not exist", False, fix)
         elif name == "key":
             try:
@@ -140,7 +140,7 @@ def _ca_check(path: Path) -> Check:
     try:
         ssl.create_default_context(cafile=str(path))
     except (ssl.SSLError, OSError) as fault:
-        return Check("ca", f"{path} is not a certificate: {fault}", False, "ask the server's people for ca.crt")
+        return Check("ca", f"{path} is not a certificate: {fault}", False, "ask whoever runs the server for ca.crt")
     return Check("ca", str(path))
 
 

@@ -52,13 +52,13 @@ def _run_config(site: SiteSettings, config: Path | None) -> tuple[Config | None,
         served = check_config({**raw, "data": {"clients": [{"id": site.site.id, "train": "at the site"}]}})
         return config_at(site, terms_of(served)), Check("config", str(config))
     except CoterieError as fault:
-        return None, Check("config", str(fault), False, "ask the server's people for their config file")
+        return None, Check("config", str(fault), False, "ask whoever runs the server for the config file")
 
 
 def _server_check(site: SiteSettings, root: Path, insecure: bool) -> Check:
-    """Whether the server answers, with a certificate for its address."""
+    """Check that the server answers, with a certificate for its address."""
     host, _, port = site.site.server.rpartition(":")
-    fix = "see whether `coterie serve` runs there, and whether a firewall lies between"
+    fix = "check that `coterie serve` runs there, and that no firewall blocks the connection"
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as plain:
             if insecure:
@@ -67,7 +67,7 @@ def _server_check(site: SiteSettings, root: Path, insecure: bool) -> Check:
             with trust.wrap_socket(plain, server_hostname=host.strip("[]")) as secure:
                 return Check("server", f"{site.site.server} answers, {secure.version()}")
     except ssl.SSLError as fault:
-        fix = "the certificate is not for this address or of this CA: ask the server's people"
+        fix = "the certificate is not for this address or not from this CA: ask whoever runs the server"
         return Check("server", f"{site.site.server}: {fault.reason or fault}", False, fix)
     except (OSError, ValueError) as fault:
         return Check("server", f"{site.site.server}: {fault}", False, fix)
@@ -78,7 +78,7 @@ def _policy_checks(site: SiteSettings, root: Path, run: Config) -> Iterator[Chec
         method = run.make_method(root)
         check_policy(site.policy, run, method)
     except CoterieError as fault:
-        yield Check("policy", str(fault), False, "change [policy], or ask the server's people to change theirs")
+        yield Check("policy", str(fault), False, "change [policy], or ask whoever runs the server to change its config")
     else:
         yield Check("policy", f"allows {run.method_name}, rank {method.max_rank}, {run.run.rounds} rounds")
 
@@ -101,7 +101,7 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
             workplace = workplaces(run, root, {})[0]
             base = base_digest(resolve(run.model.path, root), Path(folder) / "base.json")
     except CoterieError as fault:
-        yield Check("model", str(fault), False, "correct [model], or ask which model the federation uses")
+        yield Check("model", str(fault), False, "correct [model], or ask whoever runs the server which model it uses")
         return
     try:
         for split in (split for split, rows in client.splits.items() if rows):

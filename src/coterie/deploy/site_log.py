@@ -1,4 +1,4 @@
-"""What a site says of itself: to its own log, and to the server. Never a row, a label or a message of a library."""
+"""What a site writes to its log and tells the server about itself: never a row, a label or a library's message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_BYTES, _FILES = 5_000_000, 3
 
 
 class ModelError(PrivateError):
-    """The base cannot be loaded; its text may hold paths and what libraries said."""
+    """The base cannot be loaded; the text may contain paths and messages of libraries."""
 
     public = "this site cannot load its model; `coterie site check` there says why"
 
@@ -33,7 +33,7 @@ def private_model_faults() -> Iterator[None]:
 
 
 def public_text(fault: Exception) -> str:
-    """What the server is told of a fault: nothing that quotes rows or names paths. The log says where it happened."""
+    """The text about a fault that the server gets: it quotes no rows and names no paths. The log says where it was."""
     if not isinstance(fault, PrivateError):
         return str(fault)
     log.warning("%s at %s", type(fault).__name__, _where(fault))
@@ -41,7 +41,7 @@ def public_text(fault: Exception) -> str:
 
 
 def write_log(folder: Path) -> None:
-    """Log to ``site.log`` in ``folder`` from here on, also what this process dies of."""
+    """Log to ``site.log`` in ``folder`` from now on, including why this process dies."""
     handler = RotatingFileHandler(folder / "site.log", maxBytes=_MAX_BYTES, backupCount=_FILES)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

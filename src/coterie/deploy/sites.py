@@ -1,7 +1,7 @@
 """The sites of a run: who is connected, as which node, and who was refused and why.
 
-Every node is asked to introduce itself, and taken in if that fits the agreement of the run: a site may come, go, and
-come back as another node. Knows no network.
+Every node gets a request to introduce itself, and may take part if that fits the agreement of the run. A site may
+come, leave, and come back as another node. Knows no network.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from coterie.flower.message import Message, Transport
 from coterie.runs.events import Listener, Note
 from coterie.types import ClientId, ClientInfo, CoterieError
 
-_RETRY = 30.0  # seconds before a node that was refused is asked again
+_RETRY = 30.0  # seconds before a node that was refused gets another request
 
 
 @dataclass
 class Sites:
-    """``known`` are the sites that ever introduced themselves, ``nodes`` those that are connected, and as which node.
+    """``known`` are the sites that ever introduced themselves, ``nodes`` the node of each site that is connected.
 
     ``note`` hears who came, who came back, and who was refused and why.
     """
@@ -41,24 +41,24 @@ class Sites:
     _refused: dict[int, str] = field(default_factory=dict)  # node: reason
     _replaced: dict[int, int] = field(default_factory=dict)  # node: a later one that is the same site
     _stray: bool = False  # whether a message arrived that answers none
-    _initial: set[ClientId] | None = None  # while the run gathers: the sites that it knew before
+    _initial: set[ClientId] | None = None  # until the run begins: the sites that it knew before
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
-        """Those that may take part, by id, connected or not."""
+        """The sites that may take part, by id, connected or not."""
         allowed = self.agreement.sites
         return tuple(self.known[c].info for c in sorted(self.known) if not allowed or c in allowed)
 
     @property
     def asking(self) -> bool:
-        """Whether a node was asked a short while ago to introduce itself, and has not answered."""
+        """Whether a recent request to introduce itself is not yet answered by some node."""
         since = self.clock() - self.agreement.greeting
         return any(self._greeted.get(node, -math.inf) >= since for node in self._greetings.values())
 
     def gather(self, at_least: int, wait: float) -> None:
-        """Wait until all sites of the agreement are there, or after ``wait`` seconds ``at_least`` so many.
+        """Wait until all sites of the agreement are connected, or after ``wait`` seconds at least ``at_least``.
 
-        Raises :class:`CoterieError` that names the missing ones.
+        Raises :class:`CoterieError` that names the missing sites.
         """
         end = self.clock() + wait
         self._initial = set(self.known)
@@ -67,7 +67,7 @@ class Sites:
                 self._check_enough(at_least, wait)
                 break
             self.sleep(self.transport.pause)
-        for client in self.known.keys() - self._initial - self.nodes.keys():  # gone again before the run began
+        for client in self.known.keys() - self._initial - self.nodes.keys():  # left before the run began
             del self.known[client]
         self._initial = None
 
@@ -83,12 +83,12 @@ class Sites:
             return
         missing = ", ".join(sorted(wanted - there)) or f"{at_least - len(there)} more"
         raise CoterieError(
-            f"{len(there)} sites are there after {wait:g} s; missing: {missing}. See whether `coterie join` runs "
+            f"{len(there)} sites are connected after {wait:g} s; missing: {missing}. Check that `coterie join` runs "
             "there, or lower [federation] at_least"
         )
 
     def refresh(self) -> None:
-        """Ask every new node to introduce itself, and take in those that answered."""
+        """Send every new node a request to introduce itself, and judge the answers that came."""
         nodes = self.transport.nodes()
         self._forget_all_but(nodes)
         now = self.clock()
@@ -131,7 +131,7 @@ class Sites:
             self._accept(node, hello)
 
     def _refuse(self, node: int, reason: str) -> None:
-        """Its people may fix it: it is asked again after a while, and the reason noted once."""
+        """Note the reason once. The node gets another request later, since its site may have fixed the cause."""
         if self._refused.get(node) != reason:
             self.note(Refused(str(node), reason))
         self._refused[node] = reason
@@ -141,7 +141,7 @@ class Sites:
         back = client in self.known
         self.known[client] = hello
         before = self.nodes.get(client)
-        if before is not None:  # one that Flower does not miss yet, or a second with that name: the latest is the site
+        if before is not None:  # Flower has not missed it yet, or two nodes have one id: the latest is the site
             same = [before, *(n for n, by in self._replaced.items() if by == before)]
             self._replaced |= dict.fromkeys(same, node)
         self.nodes[client] = node
@@ -152,9 +152,9 @@ class Sites:
         self.note(came(client, str(node), versions, hello.base, hello.info.num_train, instead_of))
 
     def _to_match(self, client: ClientId) -> dict[ClientId, Hello]:
-        """The introductions that one of ``client`` has to match.
+        """The introductions that a new one of ``client`` has to match.
 
-        Before the run begins a site may correct its own, and a site that has gone again no longer counts.
+        Before the run begins a site may correct its own, and a site that has left no longer counts.
         """
         settled = self.known.keys() if self._initial is None else self._initial
         return {c: h for c, h in self.known.items() if c in settled or (c != client and c in self.nodes)}

@@ -63,7 +63,7 @@ class Status:
 
 
 def status_of(entries: Iterable[Entry]) -> Status:
-    """The status after what a journal holds."""
+    """The status after the entries of a journal."""
     status = Status()
     for entry in entries:
         _add(status, entry.event, entry.at)
@@ -128,7 +128,7 @@ def _exchanged(site: Site, event: Exchanged, at: float) -> None:
 
 
 def _round_done(status: Status, event: RoundDone) -> None:
-    """A round's outcome, as the server judged it: a round that was done again counts once."""
+    """Add a round's outcome, as the server judged it: a repeated round counts once."""
     status.round, status.phase, status.loss = event.round, f"round {event.round}: evaluation", event.loss
     for client in event.clients:
         site = status.sites.setdefault(client, Site())
@@ -161,7 +161,7 @@ def write_sites(folder: Path) -> None:
 
 
 def spans(rounds: Iterable[int]) -> str:
-    """Rounds in short: ``1-3, 5``."""
+    """Rounds in short form: ``1-3, 5``."""
     runs: list[list[int]] = []  # first and last
     for rnd in sorted(rounds):
         if runs and rnd == runs[-1][1] + 1:

@@ -53,7 +53,7 @@ app = server_app(main)
 class SuperLink:
     """A SuperLink on ``host:port`` with its files in ``home``; ``keys`` is None for one without TLS.
 
-    ``address`` is that of one that somebody else started: it is used, and never ended.
+    ``address`` is that of a SuperLink that somebody else started: it is used, and never stopped.
     """
 
     home: Path
@@ -84,7 +84,7 @@ class SuperLink:
             if not self.alive() or time.monotonic() > end:
                 self.stop()
                 raise CoterieError(
-                    f"no SuperLink answers at {self.local}; is the port taken? The end of {self.log}:\n{tail(self.log)}"
+                    f"no SuperLink answers at {self.local}; is the port in use? End of {self.log}:\n{tail(self.log)}"
                 )
             time.sleep(0.2)
 
@@ -98,7 +98,7 @@ class SuperLink:
         ]
 
     def connect(self) -> None:
-        """Write down for Flower's programs where the SuperLink is."""
+        """Write the SuperLink's address to the file that Flower's programs read."""
         trust = (
             "insecure = true" if self.keys is None else f"root-certificates = {json.dumps(str(self.keys / 'ca.crt'))}"
         )
@@ -106,7 +106,7 @@ class SuperLink:
         write_atomic(self.home / "config.toml", text.encode())
 
     def answers(self) -> bool:
-        """Whether its health page answers."""
+        """Whether its health endpoint answers."""
         scheme = "http" if self.keys is None else "https"
         trust = ssl.create_default_context(cafile=str(self.keys / "ca.crt")) if self.keys else None
         try:
@@ -116,7 +116,7 @@ class SuperLink:
             return False
 
     def alive(self) -> bool:
-        """Whether the process that was started still runs; somebody else's is taken to."""
+        """Whether the process still runs; somebody else's SuperLink is assumed to."""
         return self.address is not None or (self.process is not None and self.process.poll() is None)
 
     def stop(self) -> None:
@@ -131,7 +131,7 @@ class SuperLink:
             return {}
         sites = known_sites(self.keys)
         if not sites:
-            raise CoterieError(f"{self.keys / 'sites'} holds no site's key; add one with `coterie keys add`")
+            raise CoterieError(f"{self.keys / 'sites'} contains no site's key; add one with `coterie keys add`")
         book = self.home / "registered.json"
         done: dict[str, Json] = json.loads(book.read_text(encoding="utf-8")) if book.exists() else {}
         wanted = {key_digest(path): path for path in sites.values()}
@@ -180,7 +180,7 @@ class SuperLink:
 
 
 def _json_in(output: str) -> dict[str, Json]:
-    """The JSON object that ``output`` ends with, behind what Flower may print before it; empty if there is none."""
+    """The JSON object that ``output`` ends with, after anything that Flower prints first; empty if there is none."""
     start_at = output.find("{")
     try:
         found: dict[str, Json] = json.loads(output[start_at:]) if start_at >= 0 else {}

@@ -1,4 +1,4 @@
-"""A site's worker: holds the base, the rows and the personal state, and answers messages."""
+"""A site's worker: it has the base, the rows and the personal state, and answers messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Worker:
         return (self.root / self.site.site.state).resolve()
 
     def answer(self, message: Message) -> Message:
-        """The reply to one message; a fault that the server's people can do something about is its head's ``error``."""
+        """The reply to one message; a fault that whoever runs the server can act on is ``error`` in its head."""
         started = time.perf_counter()
         try:
             reply = self._answer(message)
@@ -122,12 +122,12 @@ class Worker:
         """The run of a message, with the personal state that the server's attempt starts from."""
         key = f"{head.run} {digest_of(head.terms)}"
         if key not in self.runs:
-            self.runs = {key: self._load(head)}  # only one: another run's rows are not kept
+            self.runs = {key: self._load(head)}  # only this run: another run's rows are not kept
         run = self.runs[key]
         path = run.folder / "attempt.json"
         last = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0
         if head.attempt < last:
-            raise CoterieError(f"the message is of attempt {head.attempt}, and attempt {last} has begun")
+            raise CoterieError(f"the message is from attempt {head.attempt}, but attempt {last} has begun")
         if head.attempt > last and head.kind != "query.hello":  # before that a server has not read its checkpoint
             run.client.states.restore(head.since)
             write_json(path, head.attempt)

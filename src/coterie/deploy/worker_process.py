@@ -1,4 +1,4 @@
-"""The long-lived process of a site's worker, on a socket that only its own user can open."""
+"""The long-lived process of a site's worker, on a socket that only its user can open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coterie.deploy.worker import Worker
 from coterie.flower.local_socket import listening, receive, send, user_of
 from coterie.flower.message import BrokenMessageError
 
-_SECONDS = 60.0  # for a message to arrive once its sender is connected
+_SECONDS = 60.0  # in which a message has to arrive once its sender is connected
 
 
 def work(site_file: str, socket_path: str) -> None:
@@ -50,6 +50,6 @@ def _serve_one(worker: Worker, link: socket.socket) -> None:
 
 
 def _abandoned(link: socket.socket) -> bool:
-    """Whether the other side has closed the connection, having waited too long behind another message."""
+    """Whether the sender closed the connection after waiting too long behind another message."""
     ready, _, _ = select.select([link], [], [], 0)
     return bool(ready) and link.recv(1, socket.MSG_PEEK) == b""

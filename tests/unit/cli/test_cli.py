@@ -211,9 +211,9 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
     (out / "config.json").touch()
     for what in ("stopped before the first checkpoint", "stopped; the last checkpoint is kept"):
         code, _, errors = coterie_command(*run)
-        assert (code, errors) == (130, f"\n{what}: go on with the same command and --resume\n")
+        assert (code, errors) == (130, f"\n{what}: continue with the same command and --resume\n")
         code, _, errors = coterie_command(*both)
-        assert (code, errors) == (130, f"\n{what}: go on with the same command\n")
+        assert (code, errors) == (130, f"\n{what}: continue with the same command\n")
         (out / "checkpoints" / "000000.ckpt").touch()
 
 

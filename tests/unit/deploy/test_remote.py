@@ -287,7 +287,7 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
         assert [p.read_bytes() for p in sorted(mine.iterdir())] == [p.read_bytes() for p in sorted(others.iterdir())]
     method = flower_sites.method_of(config)
     stale = dict(engine.train(method, method.configure(state, engine.clients, 4), 4))
-    assert {d.error for d in stale.values()} == {"the message is of attempt 1, and attempt 2 has begun"}
+    assert {d.error for d in stale.values()} == {"the message is from attempt 1, but attempt 2 has begun"}
 
 
 @pytest.mark.parametrize("name", ["fedlease", "fedit"])
@@ -319,7 +319,7 @@ def test_rows_that_changed_are_refused(fedit: tuple[Path, dict[str, Worker]], tm
     again = flower_sites.engine_over(flower_sites.server_config(path), staff, note=heard.append)
     again.sites.known.update({**engine.sites.known, VICTIM: replace(engine.sites.known[VICTIM], info=info)})
     again.sites.gather(3, 10)
-    assert ["not those that it began with" in e.reason for e in heard if isinstance(e, Refused)] == [True]
+    assert ["have changed since the run began" in e.reason for e in heard if isinstance(e, Refused)] == [True]
 
 
 def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[Path, dict[str, Worker]]) -> None:
@@ -345,7 +345,7 @@ def test_a_site_with_the_wrong_base_comes_back_with_the_right_one(fedit: tuple[P
     engine.sites.gather(0, 60)
     assert sorted(engine.sites.known) == CLIENTS
     assert len({hello.base for hello in engine.sites.known.values()}) == 1
-    assert all("not another as mood-0); give both" in e.reason for e in heard if isinstance(e, Refused))
+    assert all("not another as mood-0); use the same" in e.reason for e in heard if isinstance(e, Refused))
 
 
 def test_of_two_nodes_with_one_name_the_latest_is_the_site_until_it_is_gone(
@@ -446,7 +446,7 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
     def reasons(**agreed: Any) -> set[str]:
         heard: list[Event] = []
         engine = flower_sites.engine_over(config, staff, note=heard.append, **agreed)
-        with pytest.raises(CoterieError, match=r"sites are there after 20 s; missing"):
+        with pytest.raises(CoterieError, match=r"sites are connected after 20 s; missing"):
             engine.sites.gather(4, 20)
         return {event.reason for event in heard if isinstance(event, Refused)}
 
@@ -459,14 +459,14 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
 
 LONG = "x" * 501
 NO_SITE: dict[str, tuple[Callable[[Hello], Hello], str]] = {
-    "a path": (lambda h: with_info(h, id="../../evil"), "'../../evil' cannot name a folder"),
-    "a quote": (lambda h: with_info(h, id='evil"x'), "cannot name a folder"),
+    "a path": (lambda h: with_info(h, id="../../evil"), "'../../evil' is not a valid folder name"),
+    "a quote": (lambda h: with_info(h, id='evil"x'), "is not a valid folder name"),
     "rows": (lambda h: with_info(h, num_train=10**400), "numbers of rows are out of range"),
     "fewer than none": (lambda h: with_info(h, num_test=-1), "numbers of rows are out of range"),
     "labels": (lambda h: with_info(h, labels=tuple(map(str, range(20_000)))), "too many labels"),
     "a label": (lambda h: with_info(h, labels=("a", LONG)), "too long"),
     "a group": (lambda h: with_info(h, group=LONG), "too long"),
-    "a base": (lambda h: replace(h, base="\x1b[2J"), "whose hash is not one"),
+    "a base": (lambda h: replace(h, base="\x1b[2J"), "hash that is not a SHA-256"),
     "a side": (lambda h: replace(h, spec=replace(h.spec, targets=(Target("q", 10**12, 1),))), "sizes out of range"),
     "a head": (lambda h: replace(h, spec=replace(h.spec, head_std=10**400)), "sizes out of range"),
 }

@@ -32,7 +32,7 @@ from grid import InProcessGrid
 FIRST, LATE = ["mood-0", "place-0", "size-0"], "mood-1"
 SHARED: dict[str, Any] = {"task": {"head": "shared"}}
 WHY = {
-    "fedit": 'with [task] head = "shared" nobody can join later',
+    "fedit": 'with [task] head = "shared" no site can join later',
     "fedamole": "FedAMoLE's experts choose among the sites of the start",
 }
 
@@ -104,11 +104,11 @@ def test_nobody_joins_later_where_that_cannot_be_and_it_says_so(
     for _ in range(2):  # what the first try left behind must not let it in at the second
         with pytest.raises(CoterieError) as told:
             attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], **changes)
-        assert f"mood-1 cannot join now: {WHY[method]}; take" in str(told.value)
+        assert f"mood-1 cannot join now: {WHY[method]}; remove" in str(told.value)
     attempt(tmp_path, [LATE, *FIRST], listed, **changes)
     there, refused = who_took_part(tmp_path)
     assert there == {*FIRST}
-    assert refused == {f"mood-1 was not there at the start, and {WHY[method]}"}
+    assert refused == {f"mood-1 did not take part from the start, and {WHY[method]}"}
 
 
 @pytest.mark.parametrize("listed", [[*FIRST, LATE], []], ids=["missed the start", "any site"])
@@ -117,7 +117,7 @@ def test_a_site_that_connects_too_late_for_fedamole_is_refused_and_the_run_goes_
 ) -> None:
     sites.config(tmp_path, method="fedamole")
     attempt(tmp_path, FIRST, listed, comes=LATE)
-    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 was not there at the start, and {WHY['fedamole']}"})
+    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY['fedamole']}"})
 
 
 LIES: dict[str, Callable[[Hello], Hello]] = {
@@ -134,12 +134,12 @@ def test_a_first_hello_can_be_mended_before_the_run_begins(name: str, tmp_path: 
         return LIES[name](hello) if client == FIRST[0] else hello
 
     there = FIRST if name == "base" else FIRST[:1]  # alone, nobody contradicts it
-    with pytest.raises(CoterieError, match=r"sites are there after 5 s; missing"):
+    with pytest.raises(CoterieError, match=r"sites are connected after 5 s; missing"):
         attempt(tmp_path, there, FIRST, lies=wrong)
     attempt(tmp_path, FIRST, FIRST)
     assert who_took_part(tmp_path)[0] == {*FIRST}
     reasons = {e.reason for _, e in read_journal(tmp_path / "out") if isinstance(e, Refused)}
-    told = "has another base ({}, not wrong as mood-0); give both the same model files, and restart `coterie join`"
+    told = "has another base ({}, not wrong as mood-0); use the same model files at both, and restart `coterie join`"
     assert all(told.split("{}")[1] in reason for reason in reasons)
     assert len(reasons) == (2 if name == "base" else 0)
 
@@ -151,4 +151,4 @@ def test_what_a_site_said_holds_once_the_run_has_begun(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match="missing: mood-0"):
         attempt(tmp_path, FIRST[:1], FIRST[:1], lies=lambda client, hello: LIES["rows"](hello))
     (reason,) = {e.reason for _, e in read_journal(tmp_path / "out") if isinstance(e, Refused)}
-    assert reason.startswith("the rows or labels of mood-0 are not those that it began with")
+    assert reason.startswith("the rows or labels of mood-0 have changed since the run began")

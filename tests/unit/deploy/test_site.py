@@ -67,12 +67,12 @@ def refusal(folder: Path, message: Message, **sections: Any) -> str:
 
 POLICIES = {
     "method": ({"methods": ["fedlease"]}, "does not run fedit, only fedlease"),
-    "rank": ({"max_rank": 1}, "at most 1 rank, the run has 2"),
-    "fresh rank": ({"max_rank": 4}, "at most 4 rank, the run has 5"),
-    "ranks by client": ({"max_rank": 4}, "at most 4 rank, the run has 9"),
-    "rounds": ({"max_rounds": 2}, "at most 2 rounds, the run has 3"),
-    "steps": ({"max_steps": 2}, "would take 3 steps here, and this site allows 2"),
-    "settings": ({"settings": {"train.epochs": [2, 3]}}, "wants train.epochs = [2, 3], the run has 1"),
+    "rank": ({"max_rank": 1}, "rank up to 1, but the run has 2"),
+    "fresh rank": ({"max_rank": 4}, "rank up to 4, but the run has 5"),
+    "ranks by client": ({"max_rank": 4}, "rank up to 4, but the run has 9"),
+    "rounds": ({"max_rounds": 2}, "rounds up to 2, but the run has 3"),
+    "steps": ({"max_steps": 2}, "would take 3 steps here, but this site allows 2"),
+    "settings": ({"settings": {"train.epochs": [2, 3]}}, "requires train.epochs = [2, 3], but the run has 1"),
     "upload": ({"upload": ["A"]}, "this site does not send B"),
 }
 
@@ -136,7 +136,7 @@ def test_how_the_rows_use_the_experts_stays_where_that_was_agreed() -> None:
 
 HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"kind": "shell"}, "does not know the kind 'shell'"),
-    "run": ({"run": "../../etc"}, "cannot name a folder"),
+    "run": ({"run": "../../etc"}, "not a valid folder name"),
     "attempt": ({"attempt": "1"}, "attempt is not of the type int"),
     "round": ({"round": 10**5}, "takes part in rounds 1 to 1000"),
     "negative": ({"round": -1}, "round is -1; it must be at least 0"),
@@ -146,7 +146,7 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "splits": ({"kind": "evaluate", "splits": 3}, "splits are not among train, validation, test"),
     "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are not among train, validation, test"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
-    "terms": ({"terms": {}}, "not what a coterie server sends"),
+    "terms": ({"terms": {}}, "not the terms of a Coterie server"),
 }
 
 
