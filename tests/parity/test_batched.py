@@ -93,15 +93,15 @@ def double(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
 
 def in_double(program: ClientProgram) -> ClientProgram:
     """The program, training in float64 also what it makes itself."""
-    request = program.send(None)
+    answer: Any = None
     while True:
-        if isinstance(request, Train):
-            request = replace(request, bank=replace(request.bank, tensors=double(request.bank.tensors)))
-        answer = yield request
         try:
             request = program.send(answer)
         except StopIteration as stop:
             return stop.value
+        if isinstance(request, Train):
+            request = replace(request, bank=replace(request.bank, tensors=double(request.bank.tensors)))
+        answer = yield request
 
 
 def furthest(one: Any, other: Any) -> float:
