@@ -39,12 +39,31 @@ def write_json(path: Path, value: Json) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Json:
-    """What :func:`write_json` wrote. Raises :class:`CoterieError` for a damaged file."""
+def read_json(path: Path, fix: str = "restore it, or start a new run with --out") -> Json:
+    """What :func:`write_json` wrote. Raises :class:`CoterieError` for a damaged file, with the ``fix``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as fault:  # JSON or UTF-8
-        raise CoterieError(f"{path} is damaged ({fault}); restore it, or start a new run with --out") from fault
+        raise CoterieError(f"{path} is damaged ({fault}); {fix}") from fault
+
+
+def parse_json(text: str | bytes) -> Json:
+    """The value that ``text`` is the JSON of. Raises :class:`ValueError` whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as fault:
+        raise ValueError(reason_of(fault)) from fault
+
+
+def reason_of(fault: ValueError | RecursionError) -> str:
+    """What is wrong with a text, in a line, from what a parser of JSON or TOML raised."""
+    if isinstance(fault, RecursionError):
+        return "its brackets are nested too deep"
+    if "int_max_str_digits" in str(fault):
+        return "it has a number with thousands of digits"
+    if isinstance(fault, json.JSONDecodeError):
+        return f"{fault.msg} (line {fault.lineno}, column {fault.colno})"
+    return str(fault)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from coterie.adapters.pool import Adapter, Pool, name_of
 from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
+from coterie.files import parse_json
 from coterie.nn.locate import resolve
 from coterie.nn.pretrained import bare_linears
 from coterie.nn.weights import digests, endings
@@ -144,7 +144,7 @@ def _common_base(read: Mapping[str, AdapterFolder]) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError as fault:
         raise CoterieError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}") from fault
     except ValueError as fault:

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from coterie.files import reason_of
 from coterie.types import CoterieError
 
 M = TypeVar("M", bound=BaseModel)
@@ -40,8 +41,14 @@ def checked(model: type[M], raw: Mapping[str, object], path: str) -> M:
 
 
 def as_json(raw: Mapping[str, object]) -> str:
-    """``raw`` as JSON; a date or time of TOML, which no key takes, as text."""
-    return json.dumps(raw, default=str)
+    """``raw`` as JSON; a date or time of TOML, which no key takes, as text.
+
+    Raises :class:`CoterieError` for a number with thousands of digits.
+    """
+    try:
+        return json.dumps(raw, default=str)
+    except ValueError as fault:
+        raise CoterieError(f"the config cannot be read: {reason_of(fault)}") from fault
 
 
 def section_in(annotation: object) -> tuple[type[BaseModel] | None, bool]:

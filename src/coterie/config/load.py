@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,14 @@ from pathlib import Path
 from coterie.config.check import as_json, checked
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import DEFAULT_METHOD, Config
+from coterie.files import reason_of
 from coterie.methods.registry import method_named, methods
 from coterie.types import CoterieError
 
 Raw = Mapping[str, object]  # the content of a TOML file, unchecked
+_DEEPEST = 8  # sections inside each other; settings need four
+_MOST_DOTS = 1000  # in a line, outside quotes
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|\'[^\']*\'')
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -32,11 +37,13 @@ def load_site(path: Path) -> SiteSettings:
 def load_raw(path: Path) -> dict[str, object]:
     """The unchecked content of a TOML file. Raises :class:`CoterieError` for a missing file and for bad TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_dots(text)
+        return tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError) as fault:
         raise CoterieError(f"there is no config file {path}") from fault
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise CoterieError(f"{path} is not valid TOML: {fault}") from fault
+    except (ValueError, RecursionError) as fault:  # TOML or UTF-8
+        raise CoterieError(f"{path} is not valid TOML: {reason_of(fault)}") from fault
 
 
 def check_config(raw: Raw) -> Config:
@@ -93,13 +100,18 @@ def override(raw: Raw, overrides: Sequence[str]) -> dict[str, object]:
         if not equals or "." not in path:
             raise CoterieError(f"--set {text!r} is not of the form section.key=value")
         *sections, key = path.strip().split(".")
+        if len(sections) > _DEEPEST:
+            raise CoterieError(f"--set {text[:40]!r}...: no setting is inside so many sections")
         inner = result
         for section in sections:
             below = inner.setdefault(section, {})
             if not isinstance(below, dict):
                 raise CoterieError(f"--set {text!r}: {section} is not a section")
             inner = below
-        inner[key] = _value(value)
+        try:
+            inner[key] = _value(value)
+        except (ValueError, RecursionError) as fault:
+            raise CoterieError(f"--set {path.strip()}={value.strip()[:40]}...: {reason_of(fault)}") from fault
     return result
 
 
@@ -115,6 +127,13 @@ def _flat(tree: Raw, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
+
+
+def _check_dots(text: str) -> None:
+    """Raise for a key of thousands of parts, on which the parser would take the square of their number."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > _MOST_DOTS and _QUOTED.sub("", line).count(".") > _MOST_DOTS:
+            raise ValueError(f"line {number} has a key with thousands of dots")
 
 
 def _value(text: str) -> object:

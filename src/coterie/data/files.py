@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from coterie.files import parse_json
 from coterie.types import DataError
 
 Record = Mapping[str, object]
@@ -79,9 +80,9 @@ def _jsonl(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as fault:
-            raise DataError(f"{path}:{number}: not a line of JSON: {fault.msg} (column {fault.colno})") from fault
+            record = parse_json(line)
+        except ValueError as fault:
+            raise DataError(f"{path}:{number}: not a line of JSON: {fault}") from fault
         if not isinstance(record, dict):
             raise DataError(f'{path}:{number}: a row is a JSON object such as {{"text": "..."}}, not {line[:40]}')
         records.append(record)
@@ -115,8 +116,11 @@ def _csv(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
 def _parquet(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist(), []
-    except pyarrow.ArrowException as fault:
-        raise DataError(f"{path}: not a Parquet file: {fault}") from fault
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{path}: a text in it is not UTF-8: {fault.object[:40]!r}; write the file again") from fault
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as fault:  # OSError: a damaged file
+        reason = str(fault).strip().splitlines()[0]
+        raise DataError(f"{path}: not a Parquet file that can be read: {reason}; write it again") from fault
 
 
 READERS: dict[str, Callable[[Path, bytes], tuple[list[Record], list[int]]]] = {

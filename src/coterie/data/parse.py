@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
@@ -10,6 +9,7 @@ from coterie.data.files import Table
 from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
+from coterie.files import parse_json
 from coterie.types import DataError, TaskKind
 
 TEXT_PAIR = "text_pair"
@@ -119,8 +119,8 @@ def _has_choices(tables: Iterable[Table], columns: Columns) -> bool:
 def _candidates(value: object, where: str, column: str) -> tuple[str, ...]:
     """Two texts or more, from a list or from a list written as JSON (in CSV files)."""
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):  # not a list: refused below
-            value = json.loads(value)
+        with suppress(ValueError):  # not a list: refused below
+            value = parse_json(value)
     if not isinstance(value, list):
         raise DataError(f'{where}: {column} is {value!r}, not a list of texts such as ["yes", "no"]')
     for i, choice in enumerate(value):

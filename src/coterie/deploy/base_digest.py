@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
-from coterie.files import write_json
+from coterie.files import read_json, write_json
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -21,7 +20,7 @@ def base_digest(path: str, cache: Path) -> str:
         return hashlib.sha256(path.encode()).hexdigest()
     files = sorted([folder / "config.json", *(file for glob in _WEIGHTS for file in folder.glob(glob))])
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    cached = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
+    cached = read_json(cache, "delete it") if cache.exists() else {}
     if cached.get("files") == [str(folder), stamp]:
         return str(cached["sha256"])
     total = hashlib.sha256()

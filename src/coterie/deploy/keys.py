@@ -25,6 +25,8 @@ from coterie.types import ClientId, CoterieError
 
 _LOCAL = ("127.0.0.1", "localhost")  # where the server's own processes reach it
 _CA_DAYS, _SERVER_DAYS = 3650, 825
+# What cryptography raises for a damaged key, depending on where the damage is; TypeError for an encrypted one.
+_KEY_FAULTS = (OSError, ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)
 
 
 def init_keys(folder: Path, sites: Sequence[ClientId], hosts: Sequence[str]) -> None:
@@ -91,8 +93,8 @@ def load_public(path: Path) -> ec.EllipticCurvePublicKey:
     """The public key in ``path``. Raises :class:`CoterieError` for anything else."""
     try:
         key = serialization.load_ssh_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as fault:
-        raise CoterieError(f"{path} is not a public key: {fault}") from fault
+    except _KEY_FAULTS as fault:
+        raise CoterieError(f"{path} is not a public key, or a damaged one: {fault}") from fault
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise CoterieError(f"{path} is not an elliptic curve key; make one with `coterie keys site`")
     return key
@@ -105,8 +107,8 @@ def check_private(path: Path) -> str:
     """
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, UnsupportedAlgorithm) as fault:
-        raise CoterieError(f"{path} is not a private key: {fault}") from fault
+    except _KEY_FAULTS as fault:
+        raise CoterieError(f"{path} is not a private key, or a damaged or encrypted one: {fault}") from fault
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CoterieError(f"{path} is not an elliptic curve key; make one with `coterie keys site`")
     if path.stat().st_mode & 0o077:

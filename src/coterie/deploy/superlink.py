@@ -14,7 +14,7 @@ from pathlib import Path
 
 from coterie.deploy.keys import key_digest, known_sites
 from coterie.deploy.processes import flower_environment, start, stop, tail
-from coterie.files import write_atomic
+from coterie.files import read_json, write_atomic
 from coterie.types import ClientId, CoterieError, Json
 
 _START_SECONDS = 60.0
@@ -133,7 +133,9 @@ class SuperLink:
         if not sites:
             raise CoterieError(f"{self.keys / 'sites'} contains no site's key; add one with `coterie keys add`")
         book = self.home / "registered.json"
-        done: dict[str, Json] = json.loads(book.read_text(encoding="utf-8")) if book.exists() else {}
+        done: dict[str, Json] = (
+            read_json(book, "delete it, and the SuperLink's other files beside it") if book.exists() else {}
+        )
         wanted = {key_digest(path): path for path in sites.values()}
         for digest, node in [(d, n) for d, n in done.items() if d not in wanted]:
             self._flwr("supernode", "unregister", str(node), _NAME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from coterie.deploy.site_log import log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
 from coterie.experiment import set_threads
-from coterie.files import write_json
+from coterie.files import read_json, write_json
 from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
 from coterie.methods.base import Method
@@ -125,7 +124,7 @@ class Worker:
             self.runs = {key: self._load(head)}  # only this run: another run's rows are not kept
         run = self.runs[key]
         path = run.folder / "attempt.json"
-        last = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0
+        last = read_json(path, "delete the folder of the run at this site") if path.exists() else 0
         if head.attempt < last:
             raise CoterieError(f"the message is from attempt {head.attempt}, but attempt {last} has begun")
         if head.attempt > last and head.kind != "query.hello":  # before that a server has not read its checkpoint

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from coterie.files import read_json
 from coterie.types import CoterieError
 
 MINILM = "minilm"  # the alias of the packaged encoder
@@ -98,6 +98,6 @@ def _is_whole(folder: Path) -> bool:
             return True
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(read_json(index, "download the base again")["weight_map"].values())
             return all((folder / shard).is_file() for shard in shards)
     return False

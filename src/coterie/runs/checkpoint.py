@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from pydantic import ValidationError
+
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import ClientId, CoterieError
+from coterie.types import ClientId, CoterieError, Section
 
 S = TypeVar("S")  # a method's state
 _MAGIC = b"coterie checkpoint 1\n"
@@ -90,8 +92,23 @@ def _read(path: Path, state: type[S]) -> Checkpoint[S]:
     if hashlib.sha256(body).hexdigest().encode() != blob[len(_MAGIC) : head - 1]:
         raise CorruptCheckpointError("its SHA-256 differs")
     line, _, rest = body.partition(b"\n")
-    info = json.loads(line)
-    return Checkpoint(info["rnd"], codec.decode(state, rest), info["metrics_bytes"], info.get("held", {}))
+    header = _header(line)
+    return Checkpoint(header.rnd, codec.decode(state, rest), header.metrics_bytes, header.held)
+
+
+class _Header(Section):
+    """What stands before the state."""
+
+    rnd: int
+    metrics_bytes: int
+    held: Mapping[str, Mapping[ClientId, int]] = {}
+
+
+def _header(line: bytes) -> _Header:
+    try:
+        return _Header.model_validate_json(line)
+    except ValidationError as fault:
+        raise CorruptCheckpointError("its header is wrong") from fault
 
 
 def newest_round(folder: Path) -> int | None:

@@ -213,6 +213,46 @@ def test_overrides_are_toml_or_plain_text() -> None:
         override(raw, ["run.rounds.x=3"])
 
 
+BAD_TOML = {  # what is wrong: (the file, what the error says)
+    "no TOML": ("[run\n", r"run\.toml is not valid TOML: .*line 1"),
+    "not UTF-8": (b'[data]\nfolder = "caf\xe9"\n', r"run\.toml is not valid TOML: 'utf-8' codec"),
+    "brackets": ("x = " + "[" * 100_000, r"run\.toml is not valid TOML: its brackets are nested too deep"),
+    "digits": ("x = " + "1" * 4301, r"run\.toml is not valid TOML: it has a number with thousands of digits"),
+    "hexadecimal digits": ("[run]\nseed = 0x" + "f" * 4301, r"config cannot be read: it has a number with thousands"),
+    "a key of many parts": ("a" + ".a" * 100_000 + " = 1", r"run\.toml is not .*: line 1 has a key with thousands of"),
+    "a section of many parts": ("\n[a" + " . a" * 2_000 + "]", r"run\.toml is not .*: line 2 has a key with thousands"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOML)
+def test_a_file_that_cannot_be_read_says_why(name: str, tmp_path: Path) -> None:
+    content, message = BAD_TOML[name]
+    path = tmp_path / "run.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CoterieError, match=message):
+        load_config(path)
+
+
+def test_dots_in_text_are_not_parts_of_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    template = "{text}" + "." * 3000
+    path.write_text(f'[data]\nfolder = "x"\ncolumns.template = "{template}"\n')
+    assert load_config(path).data.columns.template == template
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run.seed=" + "1" * 4301, r"--set run\.seed=1{40}\.\.\.: it has a number with thousands of digits"),
+        ("lora.targets=" + "[" * 100_000, r"--set lora\.targets=\[{40}\.\.\.: its brackets are nested too deep"),
+        ("a" + ".a" * 100_000 + "=1", r"--set 'a\.a.*: no setting is inside so many sections"),
+    ],
+)
+def test_an_override_that_cannot_be_read_says_why(text: str, message: str) -> None:
+    with pytest.raises(CoterieError, match=message):
+        override(DATA, [text])
+
+
 def test_whole_numbers_are_numbers_and_lists_are_lists() -> None:
     """Strict, and yet what TOML has no other word for: 6 for 6.0, a list, a section in a section."""
     texts = ["lora.rank=4", "lora.alpha=6", "lora.targets=['query']", "engine.clients_per_batch=auto"]

@@ -15,7 +15,7 @@ from coterie.data.files import Table, read_table, table_of
 from coterie.data.parse import parse
 from coterie.data.rows import PromptRow, Row, TextRow
 from coterie.data.settings import Columns
-from coterie.types import CoterieError, TaskKind
+from coterie.types import CoterieError, DataError, TaskKind
 
 RECORDS = [{"text": "a stone, wet", "label": "old"}, {"text": 'she said "no"\nand left', "label": "new"}]
 
@@ -69,13 +69,42 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
         ("a.csv", "text,label\n", "a.csv: no rows"),
         ("a.csv", "text,label\nx,y\nred, green,blue\n", "a.csv:3: 3 fields for 2 columns"),
         ("a.csv", 'text,label\nx,y\n"z,y\n', "a.csv:3: not a line of CSV"),
-        ("a.parquet", "text", "a.parquet: not a Parquet file"),
+        ("a.parquet", "text", "a.parquet: not a Parquet file that can be read: .*; write it again$"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "a.jsonl:1: not a line of JSON: its brackets are nested too deep"),
+        ("a.jsonl", '{"label": ' + "1" * 4301 + "}", "a.jsonl:1: not a line of JSON: it has a number with thousands"),
         ("a.xlsx", "text", "a.xlsx: unknown file type; the types are .jsonl, .csv, .parquet"),
     ],
 )
 def test_a_bad_file_says_where(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
     with pytest.raises(CoterieError, match=says):
         read_table(write(tmp_path / name, content))
+
+
+def parquet(path: Path, **columns: pyarrow.Array) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_a_parquet_file_with_a_damaged_footer(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", text=pyarrow.array(["x", "y"]))
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[-8:-4], "little")
+    content[-8 - size : -8] = b"\xff" * size
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file that can be read: .+; write it again$"):
+        read_table(path)
+
+
+def test_a_parquet_file_with_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    wrong = pyarrow.array([b"x", b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
+    with pytest.raises(DataError, match=r"a\.parquet: a text in it is not UTF-8: b'caf\\xe9'; write"):
+        read_table(parquet(tmp_path / "a.parquet", text=wrong))
+
+
+def test_a_parquet_file_with_a_time_out_of_range(tmp_path: Path) -> None:
+    when = pyarrow.array([2**62], pyarrow.timestamp("ms"))
+    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file that can be read: .+; write it again$"):
+        read_table(parquet(tmp_path / "a.parquet", text=pyarrow.array(["x"]), when=when))
 
 
 def test_only_a_file_that_may_be_missing_can_be_left_out(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 import ssl
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,25 @@ def test_a_site_can_make_its_own_key(keys: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").chmod(0o640)
     with pytest.raises(CoterieError, match="other users can read"):
         check_private(tmp_path / "mine")
+
+
+def test_a_damaged_key_is_named_wherever_the_damage_is(keys: Path, tmp_path: Path) -> None:
+    whole = (keys / "sites" / "north").read_bytes()
+    head, _, rest = whole.partition(b"\n")
+    blob = base64.b64decode(rest.rpartition(b"-----END")[0])
+    cases = [whole[:-60], whole.replace(b"\n", b"", 1)]
+    for at in range(len(blob)):  # a byte of every part: lengths, names, the curve's point
+        spoiled = blob[:at] + bytes([blob[at] ^ 0x81]) + blob[at + 1 :]
+        cases.append(head + b"\n" + base64.encodebytes(spoiled) + b"-----END OPENSSH PRIVATE KEY-----\n")
+    path, errors = tmp_path / "key", []
+    for case in cases:
+        path.write_bytes(case)
+        path.chmod(0o600)
+        with suppress(CoterieError):  # a byte of the comment does no harm
+            check_private(path)
+            continue
+        errors.append(case)
+    assert len(errors) > len(cases) // 2
 
 
 def test_without_keys_the_server_says_what_to_type(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from coterie.data.files import READERS, Table, read_table
 from coterie.data.rows import SPLITS
 from coterie.data.settings import Columns
 from coterie.data.sources import Dataset, usages
+from coterie.files import parse_json
 from coterie.types import DataError
 
 PREFIX = "folder"
@@ -46,8 +46,8 @@ def _labels(file: Path) -> tuple[str, ...] | None:
     if not file.exists():
         return None
     try:
-        labels = json.loads(file.read_text(encoding="utf-8")).get("labels")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as fault:
+        labels = parse_json(file.read_text(encoding="utf-8")).get("labels")
+    except (ValueError, AttributeError) as fault:
         raise DataError(f"{file}: not a JSON object such as {{'labels': ['no', 'yes']}}: {fault}") from fault
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
         raise DataError(f"{file}: labels is {labels!r}, not a list of names or null")
