@@ -110,21 +110,27 @@ class Trained:
 class Score:
     """Measures the mean loss and the metrics of each bank on ``split``. Answered by :class:`Scored`, one per bank.
 
-    ``examples`` is the most examples to use, the same for all banks, drawn by the run's seed; 0: all.
+    ``examples`` is the most examples to use, the same for all banks, drawn by the run's seed; 0: all. With ``usage``,
+    the passes that score also collect how the tokens use the experts: in multiple choice, those of right candidates.
     """
 
     banks: Sequence[Bank]
     split: str = "train"
     examples: int = 0
+    usage: bool = False
 
 
 @dataclass(frozen=True)
 class Scored:
-    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate."""
+    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate.
+
+    ``observed`` holds the usage of the experts, where it was requested.
+    """
 
     loss: float
     metrics: Mapping[str, float]
     examples: int
+    observed: Observed | None = None
 
 
 @dataclass(frozen=True)

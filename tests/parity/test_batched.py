@@ -367,6 +367,46 @@ def test_other_models_and_modules_that_only_some_adapt(arch: str) -> None:
 
 @pytest.mark.parametrize("generates", [False, True])
 @pytest.mark.parametrize("kind", ["classification", "generation", "multiple_choice"])
+def test_usage_is_collected_while_scoring(kind: str, generates: bool) -> None:
+    """It is what observing the same rows gives; for one client, and for clients of which only some collect."""
+    workplace = make_workplace(kind, eval_batch_size=7, generates=generates and kind == "generation")
+    clients = loaded(kind, torch.float64)[1]
+    banks = [some_bank(workplace, labels_of(c), i, gate="softmax", experts=3) for i, c in enumerate(clients)]
+    asked = {c.info.id: Score([b], "test", usage=c is not clients[1]) for c, b in zip(clients, banks, strict=True)}
+    same(workplace, dict(asked))
+    for client, bank in zip(clients, banks, strict=True):
+        compute = LocalCompute(workplace, client, 2)
+        (plain,), (scored,) = compute.score(Score([bank], "test")), compute.score(Score([bank], "test", usage=True))
+        observed = compute.observe(Observe(bank, "test"))
+        assert plain.observed is None
+        assert replace(scored, observed=None) == plain
+        assert scored.observed is not None
+        assert scored.observed.usage.keys() == observed.usage.keys() != set()
+        assert furthest(scored.observed, observed) < (1e-9 if kind == "multiple_choice" else 1e-15)
+
+
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
+@pytest.mark.parametrize("together", [1, 3])
+def test_an_evaluation_with_usage_makes_no_further_pass(
+    together: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, clients = method_of("fedlease", kind), loaded(kind, torch.float32)[1]
+    workplace, states = make_workplace(kind, torch.float32), ClientStates(PersonalStore(tmp_path))
+    engine = LocalEngine(workplace, FederatedData(clients, {}), states, Together((workplace,), together))
+    instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
+    real, counted = passes.logits_of, list[int]()
+    monkeypatch.setattr(passes, "logits_of", lambda *of: counted.append(1) or real(*of))
+    numbers = []
+    for usage in (False, True):
+        evaluations = dict(engine.evaluate(method, instructions, 0, ("validation", "test"), usage=usage))
+        assert [e.observed is not None for e in evaluations.values()] == [usage] * len(clients)
+        numbers.append(len(counted))
+        counted.clear()
+    assert numbers[0] == numbers[1] >= 2
+
+
+@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize("kind", ["classification", "generation", "multiple_choice"])
 def test_scores_of_several_banks(kind: str, generates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if generates and kind != "generation":
         pytest.skip("only generation generates")

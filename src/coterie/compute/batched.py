@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from coterie.compute.client import LocalCompute
-from coterie.compute.observe import COLLECTED, Observation, observe
+from coterie.compute.observe import Observation, observe
 from coterie.compute.score import Scoring, score, scoring_of
+from coterie.compute.statistics import COLLECTED
 from coterie.compute.train import Training, train
 from coterie.methods.base import answer
 from coterie.nn.many import UnlikeError

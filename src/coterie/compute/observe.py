@@ -6,7 +6,7 @@ gradients of the gates, is of one client at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,14 +14,12 @@ from torch import Tensor
 from coterie.compute.importance import IMPORTANCE, gate_importance
 from coterie.compute.passes import evaluating, logits_of, on_base
 from coterie.compute.score import in_order
+from coterie.compute.statistics import COLLECTED, Collector
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Batch, Example
 from coterie.nn.build import BankLayers, build_layers
-from coterie.requests import ExpertUse, Observe, Observed
-from coterie.types import NO_EXPERT, Bank, Key, Part
-
-COLLECTED = ("usage", "embeddings", "directions")  # in passes that many clients may share
+from coterie.requests import Observe, Observed
 
 
 def observe(observations: Sequence[Observation]) -> list[Observed]:
@@ -39,7 +37,7 @@ def observe(observations: Sequence[Observation]) -> list[Observed]:
                 padding = observations[i].request.padding
                 observations[i].begin_pass(joined.parts[at], joined.mask(at, padding))
             passes.logits(joined)
-    return [observation.result() for observation in observations]
+    return [observation.collector.result() for observation in observations]
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Observation:
     request: Observe
     examples: Sequence[Example] = field(init=False)
     layers: BankLayers = field(init=False)
-    tokens: int = 0
+    collector: Collector = field(init=False)
 
     def __post_init__(self) -> None:
         workplace, request, known = self.workplace, self.request, {*COLLECTED, *IMPORTANCE}
@@ -68,11 +66,7 @@ class Observation:
             examples = workplace.examples(self.client, request.split)
         self.examples = workplace.some(self.client, self.rnd, examples, request.examples)
         self.layers = build_layers(workplace.base.model, request.bank)
-        now = self.layers.now
-        now.usage = {} if "usage" in request.what else None
-        now.embeddings = {} if "embeddings" in request.what else None
-        now.directions = {} if "directions" in request.what else None
-        now.rows.used = now.rows.used or now.directions is not None
+        self.collector = Collector(request.bank, self.layers.now, request.what)
 
     def batches(self, clients: int = 1) -> Iterator[Batch]:
         """Batches on the CPU for passes that so many clients share.
@@ -84,19 +78,7 @@ class Observation:
 
     def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
         """The next pass is of this batch, and of its tokens those that ``mask`` marks count (None: all)."""
-        self.layers.now.mask = mask
-        self.tokens += batch.mask.numel() if self.request.padding else int(batch.mask.sum())
-
-    def result(self) -> Observed:
-        """The means over the tokens that each module saw."""
-        now = self.layers.now
-        sums, usage, seen = now.embeddings or {}, now.usage or {}, now.seen
-        embeddings = {key: (value / seen[key.module]).float().cpu() for key, value in sorted(sums.items())}
-        directions = {
-            Key(module, NO_EXPERT, Part.EMBEDDING): (total / rows).float().cpu()
-            for module, (total, rows) in sorted((now.directions or {}).items())
-        }
-        return Observed(_shares(self.request.bank, usage, seen), self.tokens, embeddings, directions)
+        self.collector.begin_pass(mask, batch.mask.numel() if self.request.padding else batch.mask.sum())
 
     def importance(self) -> dict[str, dict[str, float]]:
         """``[statistic][module]``, as :func:`gate_importance` defines it, for the statistics that are requested."""
@@ -109,13 +91,3 @@ class Observation:
 
         batches = (batch.to(workplace.device) for batch in self.batches())
         return gate_importance(workplace.base.model, self.request.bank, batches, loss, wanted)
-
-
-def _shares(bank: Bank, usage: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, ExpertUse]:
-    """Gate usage by module, from sums [2, e] over the tokens that it saw."""
-    shares = {}
-    for module, counted in usage.items():
-        weight, share = (counted / seen[module]).tolist()
-        numbers = sorted(key.expert for key in bank.tensors if key.module == module and key.part is Part.A)
-        shares[module] = ExpertUse(weight, share, numbers)
-    return shares

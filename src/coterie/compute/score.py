@@ -7,13 +7,15 @@ scores at the end. It does not know on whose rows the model runs besides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from coterie.compute.generate import completions
 from coterie.compute.passes import Passes, evaluating, on_base
+from coterie.compute.statistics import Collector
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Example, Generation, Task, candidate, completion_losses
@@ -33,10 +35,14 @@ def score(scorings: Sequence[Scoring]) -> list[Scored]:
     workplace, size = scorings[0].workplace, scorings[0].workplace.rows_of_each(len(scorings))
     with on_base(workplace, [scoring.layers for scoring in scorings]) as passes, evaluating(workplace.base.model):
         for joined in passes.in_step([scoring.batches(size) for scoring in scorings]):
+            for at, i in enumerate(joined.active):
+                scorings[i].begin_pass(joined.parts[at], joined.mask(at, padding=False))
             for i, of, logits in zip(joined.active, joined.parts, passes.logits(joined), strict=True):
                 scorings[i].add(of, logits)
+        observed = [scoring.collector.result() if scoring.collector else None for scoring in scorings]
         texts = _texts(passes, scorings)
-    return [scoring.result(made) for scoring, made in zip(scorings, texts, strict=True)]
+    results = [scoring.result(made) for scoring, made in zip(scorings, texts, strict=True)]
+    return [replace(result, observed=usage) for result, usage in zip(results, observed, strict=True)]
 
 
 def _texts(passes: Passes, scorings: Sequence[Scoring]) -> list[list[str] | None]:
@@ -61,6 +67,7 @@ class Scoring:
     bank: Bank
     examples: Sequence[Example] = field(init=False)
     layers: BankLayers = field(init=False)
+    collector: Collector | None = field(init=False)
     losses: list[Tensor] = field(default_factory=list)
     count: int = 0
     truth: list[Tensor] = field(default_factory=list)
@@ -70,6 +77,7 @@ class Scoring:
         examples = self.workplace.examples(self.client, self.request.split)
         self.examples = self.workplace.some(self.client, self.rnd, examples, self.request.examples)
         self.layers = build_layers(self.workplace.base.model, self.bank)
+        self.collector = Collector(self.bank, self.layers.now, ("usage",)) if self.request.usage else None
 
     @property
     def task(self) -> Task:
@@ -88,6 +96,11 @@ class Scoring:
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` examples, on the CPU."""
         return in_order(self.task, self.examples, size)
+
+    def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
+        """The next pass is of this batch, whose real tokens ``mask`` marks in the pass."""
+        if self.collector:
+            self.collector.begin_pass(mask, batch.mask.sum())
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Count the logits of a batch; nothing here waits for the device."""
@@ -119,11 +132,23 @@ class ChoiceScoring(Scoring):
     Macro-F1 and Matthews' correlation only where all rows have the same candidates: else a position means nothing.
     """
 
+    passed: int = 0  # candidates whose passes have begun
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` candidates, sorted by length, on the CPU."""
-        order = self._order()
-        for start in range(0, len(order), size):
-            yield self.task.collate([candidate(self.examples[i], j) for i, j in order[start : start + size]])
+        for start in range(0, len(self.order), size):
+            yield self.task.collate([candidate(self.examples[i], j) for i, j in self.order[start : start + size]])
+
+    def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
+        """The next pass is of this batch; the tokens of right candidates count in the usage of the experts."""
+        if self.collector:
+            rows = self.order[self.passed : self.passed + len(batch.labels)]
+            right = torch.tensor([j == self.examples[i].label for i, j in rows], device=batch.mask.device)
+            assert mask is not None
+            marks = torch.zeros_like(mask)
+            marks[: len(rows)] = mask[: len(rows)] * right.unsqueeze(1)
+            self.passed += len(rows)
+            self.collector.begin_pass(marks, marks.sum())
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Count the logits of a batch."""
@@ -133,7 +158,7 @@ class ChoiceScoring(Scoring):
         """The scores."""
         examples, right = self.examples, 0.0
         means = [[0.0] * len(e.choices) for e in examples]
-        for (i, j), loss in zip(self._order(), torch.cat(self.losses).tolist(), strict=True):
+        for (i, j), loss in zip(self.order, torch.cat(self.losses).tolist(), strict=True):
             means[i][j] = loss / len(examples[i].choices[j])
             right += loss if j == examples[i].label else 0.0
         metrics = classification_metrics([e.label for e in examples], [row.index(min(row)) for row in means])
@@ -141,7 +166,8 @@ class ChoiceScoring(Scoring):
             metrics = {"accuracy": metrics["accuracy"]}
         return Scored(right / sum(len(e.choices[e.label]) for e in examples), metrics, len(examples))
 
-    def _order(self) -> list[tuple[int, int]]:
+    @cached_property
+    def order(self) -> list[tuple[int, int]]:
         """Row and candidate, by length."""
         examples = self.examples
         order = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices))]

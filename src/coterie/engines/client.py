@@ -168,19 +168,19 @@ def evaluations(
 ) -> list[Evaluation]:
     """The evaluation of each client with its bank. Raises the first client's fault."""
     scores: list[dict[str, Mapping[str, float]]] = [{} for _ in computes]
+    observed: dict[int, Observed] = {}
+    observe_on = [_observed_split(compute.client) if usage else None for compute in computes]
     for split in splits:
         having = [i for i, compute in enumerate(computes) if compute.client.splits.get(split)]
-        answers = _answers([(computes[i], Score([banks[i]], split)) for i in having], note)
-        for i, answer in zip(having, answers, strict=True):
+        requests = [(computes[i], Score([banks[i]], split, usage=split == observe_on[i])) for i in having]
+        for i, answer in zip(having, _answers(requests, note), strict=True):
             (scored,) = cast(list[Scored], answer)
             scores[i][split] = {**scored.metrics, "loss": scored.loss}
-    if not usage:
-        return [Evaluation(metrics) for metrics in scores]
-    observing: list[ClientRequest] = [
-        (compute, Observe(bank, _observed_split(compute.client))) for compute, bank in zip(computes, banks, strict=True)
-    ]
-    observed = _answers(observing, note)
-    return [Evaluation(metrics, cast(Observed, of)) for metrics, of in zip(scores, observed, strict=True)]
+            observed |= {i: scored.observed} if scored.observed else {}
+    left = [(i, split) for i, split in enumerate(observe_on) if split and i not in observed]
+    answers = _answers([(computes[i], Observe(banks[i], split)) for i, split in left], note)
+    observed |= {i: cast(Observed, answer) for (i, _), answer in zip(left, answers, strict=True)}
+    return [Evaluation(metrics, observed.get(i)) for i, metrics in enumerate(scores)]
 
 
 def joined(notes: list[str]) -> str | None:

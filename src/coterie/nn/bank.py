@@ -54,6 +54,11 @@ class Pass:
     seen: dict[str, Tensor] = field(default_factory=dict)
     probe: Callable[[BankLayer, Tensor], Tensor] | None = None
 
+    @property
+    def collects(self) -> bool:
+        """Whether the gate weights of a pass are collected."""
+        return not (self.usage is None and self.balance is None and self.embeddings is None)
+
 
 @dataclass
 class BankLayer:

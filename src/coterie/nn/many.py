@@ -266,8 +266,7 @@ class ManyLayer:
         first, last = one.shared_rank, sum(one.ranks.each)
         outputs = self.rows.new_empty(0, 0) if routed is None else group.of(routed)[..., first:last].flatten(0, 1)
         g = one.weights(ours, outputs)
-        collects = (one.now.usage, one.now.balance, one.now.embeddings)
-        if any(asked is not None for asked in collects):
+        if any(layer is not None and layer.now.collects for layer in mine):
             number = len(mine)
             parts = ([None] * number if values is None else values.chunk(number) for values in (ours, g))
             by_client = [outputs] * number if routed is None else outputs.chunk(number)
