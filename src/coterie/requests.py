@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -182,4 +182,7 @@ class Observed:
 
 Request = Train | Score | Observe
 Answer = Trained | list[Scored] | Observed
-ClientProgram = Generator[Request, Any, ClientResult]
+R = TypeVar("R")
+Program = Generator[Request, Any, R]  # yields requests, is sent the answers, and returns an R
+ClientProgram = Program[ClientResult]
+BankProgram = Program[Bank]

@@ -21,8 +21,8 @@ from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.engines.base import Delivery, Evaluation
 from coterie.engines.store import ClientStates
-from coterie.methods.base import Compute, Method, drive
-from coterie.requests import Answer, Observe, Observed, Score, Scored
+from coterie.methods.base import Compute, Method, drive, returning
+from coterie.requests import Answer, BankProgram, Observe, Observed, Score, Scored
 from coterie.types import Bank, ClientId, ClientInfo, ClientResult, CoterieError, Instruction, Personal, Reply
 
 
@@ -121,9 +121,15 @@ def evaluate_client(
 def client_bank(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Bank:
     """What a client evaluates with and exports after round ``rnd``: what it trained last where that is kept, else what
     the instruction for the next round gives it. Raises as :func:`train_client`."""
+    compute = client.guard.compute(LocalCompute(client.workplace, client.data, rnd))
+    return drive(bank_program(client, method, blob, rnd), compute)
+
+
+def bank_program(client: LocalClient, method: Method, blob: bytes, rnd: int) -> BankProgram:
+    """The program of :func:`client_bank`; the states that it needs are read now."""
     ins = _instruction(client, blob)
     trained = client.states.trained.load(client.id, rnd) if client.states.trained else None
-    return trained or method.bank(ins, client.info, client.personal(method, rnd))
+    return returning(trained) if trained else method.choose(ins, client.info, client.personal(method, rnd))
 
 
 # The parts of the above, for clients that train or are evaluated together. -------------------------------------------

@@ -24,8 +24,8 @@ from coterie.engines.client import (
     LocalClient,
     Outcome,
     Start,
+    bank_program,
     begin,
-    client_bank,
     encoded_reply,
     evaluations,
     failed,
@@ -37,8 +37,8 @@ from coterie.engines.grouping import Load, evaluation_load, grouped, schedule, t
 from coterie.engines.schedule import disk_thread, run_on
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method, drive
-from coterie.requests import ClientProgram, Optim, Train
-from coterie.types import Bank, ClientId, ClientResult, CoterieError, Instruction
+from coterie.requests import BankProgram, ClientProgram, Optim, Train
+from coterie.types import ClientId, ClientResult, CoterieError, Instruction
 
 T = TypeVar("T")
 Saves = Sequence[Callable[[], None]]
@@ -104,12 +104,13 @@ class Together:
         rows = -(-self.workplaces[0].eval_batch_size // size)
         groups, plan = self._grouped(clients, size, evaluation_load(self.workplaces[0], splits, rows))
 
-        def fetch(number: int) -> list[Bank]:
-            return [client_bank(client, method, encoded.take(client.id), rnd) for client in groups[number]]
+        def fetch(number: int) -> list[BankProgram]:
+            return [bank_program(client, method, encoded.take(client.id), rnd) for client in groups[number]]
 
         def work(workplace: Workplace, number: int) -> list[tuple[ClientId, Evaluation]]:
             computes = [LocalCompute(workplace, client.data, rnd) for client in groups[number]]
-            made = evaluations(computes, disk.take(number), splits, usage, self.notes.append)
+            banks = [drive(program, compute) for program, compute in zip(disk.take(number), computes, strict=True)]
+            made = evaluations(computes, banks, splits, usage, self.notes.append)
             return [(client.id, of) for client, of in zip(groups[number], made, strict=True)]
 
         with disk_thread(plan, fetch) as disk, closing(self._each(plan, work)) as done:

@@ -18,13 +18,24 @@ from typing_extensions import TypeVar
 from coterie.methods.findings import Finding
 from coterie.methods.parts import start_head
 from coterie.methods.plan import MethodSettings, Plan
-from coterie.requests import Answer, ClientProgram, Observe, Observed, Request, Score, Scored, Train, Trained
+from coterie.requests import (
+    Answer,
+    BankProgram,
+    ClientProgram,
+    Observe,
+    Observed,
+    Program,
+    Request,
+    Score,
+    Scored,
+    Train,
+    Trained,
+)
 from coterie.types import (
     Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
-    ClientResult,
     Instruction,
     Key,
     Personal,
@@ -32,6 +43,7 @@ from coterie.types import (
     Tensors,
 )
 
+R = TypeVar("R")
 S = TypeVar("S", default=Any)  # a Method of any state, where none is named
 
 
@@ -114,7 +126,14 @@ class Method(ABC, Generic[S]):
 
     @abstractmethod
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        """What this client evaluates with, and exports, where it uses what it receives."""
+        """The client's bank, from what it received and what it kept."""
+
+    def choose(self, ins: Instruction, me: ClientInfo, personal: Personal) -> BankProgram:
+        """A program that returns the bank that the client evaluates with and exports, where it uses what it receives.
+
+        By default :meth:`bank` at once. A method whose clients choose among banks yields a :class:`Score` first.
+        """
+        return returning(self.bank(ins, me, personal))
 
 
 class Compute(Protocol):
@@ -140,8 +159,14 @@ def answer(request: Request, compute: Compute) -> Answer:
             raise TypeError(f"a client program yields Train, Score or Observe, not {type(request).__name__}")
 
 
-def drive(program: ClientProgram, compute: Compute) -> ClientResult:
-    """Run a client program to its end: send it the answer to each request, return what it returns.
+def returning(value: R) -> Program[R]:
+    """A program that returns ``value`` and yields no request."""
+    yield from ()
+    return value
+
+
+def drive(program: Program[R], compute: Compute) -> R:
+    """Run a program to its end: send it the answer to each request, return what it returns.
 
     An exception of the program or of ``compute`` passes through, after the program's own ``finally`` blocks.
     """
@@ -151,6 +176,6 @@ def drive(program: ClientProgram, compute: Compute) -> ClientResult:
             try:
                 request = program.send(reply)
             except StopIteration as stop:
-                result: ClientResult = stop.value
+                result: R = stop.value
                 return result
             reply = answer(request, compute)
