@@ -185,6 +185,20 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Range:
+    """A number in a reply's ``info``, from ``low`` to ``high``; ``whole``: an integer.
+
+    With ``names`` it is a mapping from exactly these names to such numbers. ``optional``: it may be missing.
+    """
+
+    low: float = 0.0
+    high: float = 1e15
+    whole: bool = False
+    names: frozenset[str] | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
 class Kept:
     """Tensors that came once and never change, named by their SHA-256: whoever stores them writes them once."""
 

@@ -118,7 +118,8 @@ class Play:
             program = self.method.client(sent, me, self.own(me))
             result, self.asked[client] = driven(program, me, train, score)
             expected = self.method.expects(self.state, me, self.rnd)
-            assert fault_of(result.reply, expected, 1e4, me.num_train) is None
+            info = self.method.expects_info(self.state, me, self.rnd)
+            assert fault_of(result.reply, expected, 1e4, me.num_train, info) is None
             replies[client] = codec.decode(Reply, codec.encode(result.reply))
             self.personal[client] = codec.decode(Personal, codec.encode(result.personal))
         state = self.method.aggregate(self.state, replies, self.rnd)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.engines.base import Evaluation
 from coterie.requests import Observed
-from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Reply
+from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Range, Reply
 
 DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
 MOST = 1e15  # for any number that a client reports
@@ -28,9 +28,15 @@ _RANGES = {**dict.fromkeys(_FRACTIONS, (0.0, 1.0)), "matthews": (-1.0, 1.0), "lo
 _METRICS = 20  # in one split
 
 
-def fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound: float, num_train: int) -> str | None:
-    """Why ``reply`` must be left out, or None if it is good."""
-    fault = _fault_of(reply, expected, norm_bound, num_train)
+def fault_of(
+    reply: Reply,
+    expected: Mapping[Key, tuple[int, ...]],
+    norm_bound: float,
+    num_train: int,
+    info: Mapping[str, Range] | None = None,
+) -> str | None:
+    """Why ``reply`` must be left out, or None if it is good. ``info``: the numbers that its ``info`` must hold."""
+    fault = _fault_of(reply, expected, norm_bound, num_train) or _info_fault(reply.info, info or {})
     return fault and plain_text(fault)  # it may name keys, which the client wrote
 
 
@@ -69,6 +75,27 @@ def _statistics_fault(info: Mapping[str, Json]) -> str | None:
             return f"the reply's number of {name} is {shown(info[name])}"
     if "loss" in info and not is_number(info["loss"], -MOST) and not _is_infinite(info["loss"]):
         return f"the reply's loss is {shown(info['loss'])}"
+    return None
+
+
+def _info_fault(info: Mapping[str, Json], wanted: Mapping[str, Range]) -> str | None:
+    """Why the numbers that a method wants in ``info`` are refused."""
+    for name, of in wanted.items():
+        if name not in info:
+            if not of.optional:
+                return f"the reply's info lacks {name}"
+            continue
+        value = info[name]
+        if of.names is None:
+            numbers = {name: value}
+        elif isinstance(value, Mapping) and value.keys() == of.names:
+            numbers = {f"{name}[{each!r}]": number for each, number in value.items()}
+        else:
+            return f"the reply's {name} must have a number for each of {_few(sorted(of.names))}"
+        for what, number in numbers.items():
+            if not is_number(number, of.low, of.high) or (of.whole and not isinstance(number, int)):
+                kind = "an integer" if of.whole else "a number"
+                return f"the reply's {what} is {shown(number)}, not {kind} from {of.low:g} to {of.high:g}"
     return None
 
 
@@ -186,11 +213,16 @@ def plain_text(text: str, most: int = _TEXT) -> str:
 
 def shown(value: Json) -> str:
     """A client's value as an error quotes it. An integer may have more digits than Python prints."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, (int, float)):
         return str(value) if is_number(value, -MOST) or isinstance(value, float) else "a number that is too large"
     return repr(plain_text(value, 80)) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _some(keys: list[Key]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(plain_text(str(key), 120) for key in keys[:3]) + more
+def _some(keys: Sequence[Key]) -> str:
+    return _few([plain_text(str(key), 120) for key in keys])
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")

@@ -39,6 +39,7 @@ from coterie.types import (
     Instruction,
     Key,
     Personal,
+    Range,
     Reply,
     Tensors,
 )
@@ -98,6 +99,13 @@ class Method(ABC, Generic[S]):
 
         All of them are float32 (:data:`coterie.engines.checks.DTYPE`).
         """
+
+    def expects_info(self, state: S, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
+        """The numbers in a valid reply's ``info``, beside the loss, tokens and steps of its training.
+
+        :meth:`aggregate` may rely on what is declared here. Other keys may be there. Nothing by default.
+        """
+        return {}
 
     @abstractmethod
     def aggregate(self, state: S, replies: Mapping[ClientId, Reply], rnd: int) -> S:

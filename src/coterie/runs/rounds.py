@@ -172,8 +172,8 @@ class Runner(Generic[S]):
     def _fault(self, state: S, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
         if reply is None:
             return "no reply"
-        expected = self.method.expects(state, client, rnd)
-        return fault_of(reply, expected, self.rounds.norm_bound, client.num_train)
+        expected, info = self.method.expects(state, client, rnd), self.method.expects_info(state, client, rnd)
+        return fault_of(reply, expected, self.rounds.norm_bound, client.num_train, info)
 
     def _check_quorum(
         self, replies: Mapping[ClientId, Reply], cohort: Sequence[ClientInfo], failed: Mapping[ClientId, str], rnd: int

@@ -16,6 +16,7 @@ import pools
 import tiny
 from coterie import codec
 from coterie.adapters.pool import Pool, cut, read_pool, write_pool
+from coterie.engines.checks import fault_of
 from coterie.methods.base import drive
 from coterie.methods.fedit import FedIT
 from coterie.methods.findings import Notes, Quotas, find
@@ -293,14 +294,22 @@ def test_ablation_measures_the_loss_without_each_matrix() -> None:
     [{"importance": {"x": 1.0}}, {"importance": None}, {"use": {}}, {"importance": math.nan}, {"importance": 10**400}],
     ids=["others", "none", "no use", "nan", "beyond floats"],
 )
-def test_a_senseless_measurement_does_not_count(lie: dict[str, Any]) -> None:
+def test_a_senseless_measurement_is_refused_and_a_missing_one_does_not_count(lie: dict[str, Any]) -> None:
     method = smartfed(active=3)
     state, personal = begun(method)
     ins = method.configure(state, CLIENTS, 1)
     replies = {c.id: drive(method.client(ins[c.id], c, personal[c.id]), Hand()).reply for c in CLIENTS}
     if isinstance(number := lie.get("importance"), (int, float)):
         lie = {"importance": dict.fromkeys(replies["a"].info["importance"], number)}
-    replies["a"] = replace(replies["a"], info={**replies["a"].info, **lie})
+    wanted, info = method.expects(state, CLIENTS[0], 1), method.expects_info(state, CLIENTS[0], 1)
+    num_train = CLIENTS[0].num_train
+    assert fault_of(replies["a"], wanted, 1e4, num_train, info) is None
+    wrong = replace(replies["a"], info={**replies["a"].info, **lie})
+    reason = fault_of(wrong, wanted, 1e4, num_train, info) or ""
+    assert reason.startswith((f"the reply's {next(iter(lie))}", "the reply's JSON"))
+    silent = {name: value for name, value in replies["a"].info.items() if name not in lie}
+    replies["a"] = replace(replies["a"], info=silent)
+    assert fault_of(replies["a"], wanted, 1e4, num_train, info) is None
     assert method.aggregate(state, replies, 1).measured_by == ("b",)
 
 

@@ -23,7 +23,7 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
-from coterie.methods.smartfed.quotas import is_sound, mean_numbers, measure, rows_left, starved
+from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
@@ -45,6 +45,7 @@ from coterie.types import (
     Key,
     Part,
     Personal,
+    Range,
     Reply,
     Tensors,
 )
@@ -135,6 +136,15 @@ class SmartFed(Method[SmartFedState]):
     def expects(self, state: SmartFedState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(_travels(state), state.heads.of(me.id))
 
+    def expects_info(self, state: SmartFedState, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
+        """Importance by matrix and use by adapter; optional, because a site may keep them to itself."""
+        adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
+        modules = {key.module for key in state.routers}
+        return {
+            "importance": Range(names=frozenset(modules), optional=True),
+            "use": Range(names=frozenset(adapters), optional=True),
+        }
+
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
         lacking = {c for c in replies if replies[c].info.get("lacks_pool") is True}
         state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
@@ -153,10 +163,8 @@ class SmartFed(Method[SmartFedState]):
             heads=mean_heads(state.heads, replies, weight),
             holders=tuple(sorted({*state.holders, *replies})),
         )
-        adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
-        modules = {key.module for key in state.routers}
-        sound = {c: replies[c].info for c in weight if is_sound(replies[c].info, modules, adapters)}
-        return self._eeqa(state, sound, weight) if sound else state
+        measured = {c: replies[c].info for c in weight if {"importance", "use"} <= replies[c].info.keys()}
+        return self._eeqa(state, measured, weight) if measured else state
 
     def experts(self, state: SmartFedState) -> Mapping[str, Tensors]:
         return {"fresh": {key._replace(expert=0): value for key, value in state.fresh.items()}} if state.fresh else {}

@@ -58,19 +58,6 @@ def use_of(bank: Bank, observed: Observed, adapters: Mapping[str, Sequence[int]]
 # the server -----------------------------------------------------------------------------------------------------------
 
 
-_MOST = 1e15
-
-
-def is_sound(info: Mapping[str, Json], modules: set[str], adapters: set[str]) -> bool:
-    """Whether a reply's statistics can count: a number of at least 0 for every matrix, and for every adapter."""
-    importance, use = info.get("importance"), info.get("use")
-    if not isinstance(importance, dict) or not isinstance(use, dict):
-        return False
-    told = (*importance.values(), *use.values())
-    good = all(type(value) in (int, float) and 0 <= value <= _MOST for value in told)
-    return good and importance.keys() == modules and use.keys() == adapters
-
-
 def mean_numbers(values: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
     """The weighted mean of each name's numbers."""
     total = sum(weights)
