@@ -141,7 +141,7 @@ def finish(opened: Opened, state: Any, folder: Path) -> Summary:
         task=config.task.kind,
         seed=config.run.seed,
     )
-    write_report(folder, summary=summary.to_json())
+    write_report(folder, summary=summary)
     write_json(folder / SUMMARY, summary.to_json())  # last: a run with a summary is finished
     return summary
 

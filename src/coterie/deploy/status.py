@@ -18,7 +18,7 @@ from coterie.deploy.events import (
 )
 from coterie.deploy.journal import Entry, read_journal
 from coterie.files import write_json
-from coterie.report.page import SITES
+from coterie.report.read import SITES
 from coterie.runs.events import (
     Evaluated,
     Event,

@@ -163,7 +163,7 @@ def to_json(findings: Iterable[Finding]) -> dict[str, Json]:
 
 def from_json(described: Mapping[str, Json]) -> tuple[Finding, ...]:
     """The findings in ``describe``. What is no known finding, or has another shape, is in :class:`Values`."""
-    found = [finding for kind in _KINDS if (finding := _read(kind, described)) is not None]
+    found = [finding for kind in _KINDS if (finding := read(kind, described)) is not None]
     known = {name for finding in found for name in finding.to_json()}
     rest = {name: value for name, value in described.items() if name not in known}
     return (*found, Values(rest)) if rest else tuple(found)
@@ -174,7 +174,8 @@ def find(findings: Iterable[Finding], kind: type[F]) -> F | None:
     return next((finding for finding in findings if isinstance(finding, kind)), None)
 
 
-def _read(kind: type[F], described: Mapping[str, Json]) -> F | None:
+def read(kind: type[F], described: Mapping[str, Json]) -> F | None:
+    """The finding of a ``kind`` in ``describe``; None where it is not there or has another shape."""
     try:
         found: F = _adapter(kind).validate_python(described)
     except ValidationError:

@@ -12,6 +12,7 @@ from coterie.units import duration, size
 
 MISSING = "-"
 PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
+_WORDS = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L"}
 _LONG_LIST = 12  # entries of a list that a cell shows
 
 
@@ -22,6 +23,11 @@ class Table:
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Json]]
+
+
+def words(name: str) -> str:
+    """A name in JSON as readers know it."""
+    return _WORDS.get(name, name.replace("_", " "))
 
 
 def show(value: Json, name: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -160,16 +160,10 @@ def summarise(
     """The summary of a run that had these ``events``."""
     rounds = [event for event in events if isinstance(event, RoundDone)]
     evaluations = [event for event in events if isinstance(event, Evaluated)]
-    primary = PRIMARY[task]
-    best = best_round(evaluations, primary)
+    best = best_round(evaluations, PRIMARY[task])
     scores = next(event.clients for event in evaluations if event.round == best)
-    per_client = {c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients}
-    tests = {c: row.test for c, row in per_client.items() if row.test}
-    worst = worst_client(primary, tests)
-    splits = sorted({split for by_split in scores.values() for split in by_split})
     described = [event for event in events if isinstance(event, StartState | RoundDone)]
-    usage = {client: of for client, of in (evaluations[-1].usage or {}).items() if of}
-    return Summary(
+    summary = Summary(
         coterie=__version__,
         method=method,
         title=title,
@@ -178,18 +172,30 @@ def summarise(
         seed=seed,
         rounds=len(rounds),
         best_round=best,
-        primary=primary,
-        clients=per_client,
-        mean={split: mean_metrics({c: s[split] for c, s in scores.items() if split in s}) for split in splits},
-        worst=Worst(worst[0], primary, worst[1]) if worst else None,
-        percentiles=percentiles(primary, tests),
-        bytes=Traffic(*(sum(getattr(row, way) for row in per_client.values()) for way in ("bytes_up", "bytes_down"))),
+        primary=PRIMARY[task],
+        clients={c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients},
         seconds=sum(event.seconds for event in rounds) + sum(event.seconds for event in evaluations),
         peak_memory_bytes=max([*(event.peak_memory_bytes for event in rounds), peak_memory()]),
         describe={name: value for event in described for name, value in event.describe.items()},
-        usage=usage if _differs(usage) else {client: {ALL_MODULES: mean_use(of)} for client, of in usage.items()},
+        usage=_usage({client: of for client, of in (evaluations[-1].usage or {}).items() if of}),
         versions=versions(),
         machine=facts(),
+    )
+    return _over_clients(summary, scores)
+
+
+def _over_clients(summary: Summary, scores: Mapping[ClientId, Scores]) -> Summary:
+    """``summary`` with what its clients add up to; ``scores`` are those of the best round."""
+    rows, primary = summary.clients.values(), summary.primary
+    splits = sorted({split for by_split in scores.values() for split in by_split})
+    tests = {client: row.test for client, row in summary.clients.items() if row.test}
+    worst = worst_client(primary, tests)
+    return replace(
+        summary,
+        mean={split: mean_metrics({c: s[split] for c, s in scores.items() if split in s}) for split in splits},
+        worst=Worst(worst[0], primary, worst[1]) if worst else None,
+        percentiles=percentiles(primary, tests),
+        bytes=Traffic(sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)),
     )
 
 
@@ -210,11 +216,13 @@ def _client(client: ClientInfo, scores: Scores, rounds: Sequence[RoundDone]) -> 
     )
 
 
-def _differs(usage: Mapping[ClientId, Usage]) -> bool:
-    """Whether modules differ in their experts, so that a mean over modules would mean nothing."""
+def _usage(usage: Mapping[ClientId, Usage]) -> Mapping[ClientId, Usage]:
+    """The mean over modules, or by module where modules differ in their experts: a mean would mean nothing there."""
     rows = [row for of in usage.values() for row in of.values()]
     numbered = all(list(row.expert) in ([], list(range(len(row.weight)))) for row in rows)
-    return not numbered or len({len(row.weight) for row in rows}) > 1
+    if not numbered or len({len(row.weight) for row in rows}) > 1:
+        return usage
+    return {client: {ALL_MODULES: mean_use(of)} for client, of in usage.items()}
 
 
 def mean_use(usage: Usage) -> ExpertUse:

@@ -6,7 +6,7 @@ that fit hold their number. A file per group of pictures; ``style`` holds what t
 
 from coterie.report.plots.assignment import Panel, assigned_experts, held_experts, held_together, used_experts
 from coterie.report.plots.clusters import client_distances, demo_picture, silhouettes
-from coterie.report.plots.curves import accuracy_by_round
+from coterie.report.plots.curves import Curve, lines_by_round
 from coterie.report.plots.experts import expert_usage
 from coterie.report.plots.quotas import adapter_use, quota_map
 from coterie.report.plots.style import INK, LINE, MUTED, PALETTE, SURFACE, Picture, natural, png, svg
@@ -17,9 +17,9 @@ __all__ = [
     "MUTED",
     "PALETTE",
     "SURFACE",
+    "Curve",
     "Panel",
     "Picture",
-    "accuracy_by_round",
     "adapter_use",
     "assigned_experts",
     "client_distances",
@@ -27,6 +27,7 @@ __all__ = [
     "expert_usage",
     "held_experts",
     "held_together",
+    "lines_by_round",
     "natural",
     "png",
     "quota_map",

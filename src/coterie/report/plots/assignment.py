@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
 
 from coterie.report.plots.heat import (
     BLUES,
@@ -31,7 +32,7 @@ from coterie.report.plots.heat import (
     part_groups,
     write_cells,
 )
-from coterie.report.plots.style import INK, MUTED, Table, styled
+from coterie.report.plots.style import INK, MUTED, Cells, styled
 
 Groups = Sequence[str | None]
 Name = tuple[str, str]  # of a panel: module, measure
@@ -51,8 +52,8 @@ class Panel:
     """
 
     experts: Sequence[int]
-    values: Table
-    past: Table | None = None
+    values: Cells
+    past: Cells | None = None
 
 
 @styled
@@ -95,7 +96,7 @@ def used_experts(usage: Mapping[str, Mapping[str, Panel]], clients: Sequence[str
 
 
 @styled
-def held_experts(counts: Table, modules: Sequence[str], clients: Sequence[str], groups: Groups) -> Figure:
+def held_experts(counts: NDArray[np.int_], modules: Sequence[str], clients: Sequence[str], groups: Groups) -> Figure:
     """Clients x modules: how many experts a client holds [clients, modules], and from how many to how many it does."""
     n, high = len(clients), _row_height(len(clients))
     left, right = _margins(clients, groups)
@@ -106,13 +107,13 @@ def held_experts(counts: Table, modules: Sequence[str], clients: Sequence[str], 
     size = (max(4.4, left + right + 0.55 * ranges + wide * len(modules)), n * high + labels + 0.85)
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
-    image = grid_map(ax, counts.astype(float), limits_of(counts), BLUES)
+    image = grid_map(ax, counts.astype(float), limits_of(counts.astype(float)), BLUES)
     name_rows(ax, clients)
     step = math.ceil(9 * _POINT / wide)
     named = range(0, len(modules), step)
     ax.set_xticks([m + 0.5 for m in named], [modules[m] for m in named], rotation=90, fontsize=7.5)
     if wide >= (4.4 * len(str(counts.max())) + 2) * _POINT and high >= 9 * _POINT:
-        low, top = limits_of(counts)
+        low, top = limits_of(counts.astype(float))
         write_cells(ax, counts.astype(float), counts.astype(str).tolist(), low + 0.55 * (top - low))
     if ranges:
         for row, held in enumerate(counts):
@@ -128,7 +129,7 @@ def held_experts(counts: Table, modules: Sequence[str], clients: Sequence[str], 
 
 
 @styled
-def held_together(shares: Table, clients: Sequence[str], groups: Groups) -> Figure:
+def held_together(shares: Cells, clients: Sequence[str], groups: Groups) -> Figure:
     """Clients x clients: the share of the experts of two clients that both hold, with a frame around each group."""
     n, (left, right) = len(clients), _margins(clients, groups)
     side = max(min(0.3 * n, 3.6), min(0.2 * n, 6.2))
@@ -202,7 +203,7 @@ def _draw(
 
 
 def _draw_marks(
-    ax: Axes, values: Table, cell: Size, limits: tuple[float, float], colours: Colormap, least: float
+    ax: Axes, values: Cells, cell: Size, limits: tuple[float, float], colours: Colormap, least: float
 ) -> ScalarMappable:
     """A mark for each value, no less than ``least`` points wide and high."""
     wide, high = (max(inches / _POINT, least) for inches in cell)

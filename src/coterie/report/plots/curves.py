@@ -22,7 +22,7 @@ _DIRECT_LABELS = 6  # curves up to which each is labelled at its end
 
 
 @styled
-def accuracy_by_round(
+def lines_by_round(
     curves: Mapping[str, Curve],
     faint: Mapping[str, Curve] | None = None,
     *,
@@ -50,7 +50,7 @@ def draw_curves(
     mark: int | None,
     level: tuple[str, float] | None = None,
 ) -> None:
-    """:func:`accuracy_by_round` on ``ax``."""
+    """:func:`lines_by_round` on ``ax``."""
     for curve in faint.values():
         rounds, values = _finite(curve)
         ax.plot(rounds, values, color=MUTED, alpha=0.35, linewidth=0.9, zorder=1)

@@ -11,26 +11,27 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from coterie.report.plots.heat import BLUES, NAMED_ROWS, heat_map, name_rows
-from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, Table, natural, number, styled
+from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, Cells, natural, styled
+from coterie.requests import ExpertUse
 
 
 @styled
-def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], own: Mapping[str, int] | None = None) -> Figure:
+def expert_usage(usage: Mapping[str, ExpertUse], own: Mapping[str, int] | None = None) -> Figure:
     """Clients x experts: the mean gate weight, and the share of the tokens that use the expert at all.
 
-    ``usage`` is ``{client: {"weight": [...], "share": [...]}}``; ``own`` names the expert to outline in each row.
+    ``usage`` is by client; ``own`` names the expert to frame in each row.
     """
     clients = sorted(usage, key=lambda c: ((own or {}).get(c, -1), natural(c)))
-    panels = [(key, title) for key, title in _USAGE.items() if any(usage[c].get(key) for c in clients)]
-    widest = max((len(usage[c].get(key, ())) for c in clients for key, _ in panels), default=1)
+    panels = [(key, title) for key, title in _USAGE.items() if any(getattr(usage[c], key) for c in clients)]
+    widest = max((len(usage[c].weight) for c in clients), default=1)
     width = 1.4 + len(panels) * max(1.6, 0.42 * widest)
     figure = Figure(figsize=(min(max(width, 4.2), 8.0), min(1.2 + 0.23 * len(clients), 8.0)), layout="constrained")
     axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
     for ax, (key, title) in zip(axes, panels, strict=False):
         table = np.full((len(clients), widest), np.nan)
         for row, client in enumerate(clients):
-            values = usage[client].get(key, ())
-            table[row, : len(values)] = [number(v) for v in values]
+            values = getattr(usage[client], key)
+            table[row, : len(values)] = values
         _usage_panel(ax, table, clients, own or {})
         ax.set_title(title)
     return figure
@@ -39,7 +40,7 @@ def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], own: Mappin
 _USAGE = {"weight": "mean gate weight", "share": "share of tokens"}
 
 
-def _usage_panel(ax: Axes, table: Table, clients: Sequence[str], own: Mapping[str, int]) -> None:
+def _usage_panel(ax: Axes, table: Cells, clients: Sequence[str], own: Mapping[str, int]) -> None:
     rows, columns = table.shape
     heat_map(ax, table, (0.0, 1.0), BLUES)
     name_rows(ax, clients)

@@ -13,7 +13,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.patches import Patch
 from matplotlib.transforms import BboxTransformTo, ScaledTranslation, offset_copy
 
-from coterie.report.plots.style import GAP, INK, ON_PALE, ON_STRONG, PALETTE, SURFACE, Table, natural
+from coterie.report.plots.style import GAP, INK, ON_PALE, ON_STRONG, PALETTE, SURFACE, Cells, natural
 
 _SHADES = ["#e4edf5", "#9cc3de", "#4a90bf", "#1c5f95", "#0b3560"]
 BLUES = LinearSegmentedColormap.from_list("coterie", _SHADES).with_extremes(bad=("#8b949e", 0.25))
@@ -24,7 +24,7 @@ NEAR = BLUES.reversed()  # what is near stands out
 NAMED_ROWS = 40  # rows up to which cells stand apart and every client is named
 
 
-def heat_map(ax: Axes, table: Table, limits: tuple[float, float], colours: Colormap) -> ScalarMappable:
+def heat_map(ax: Axes, table: Cells, limits: tuple[float, float], colours: Colormap) -> ScalarMappable:
     """Cells [rows, columns], the first row on top, cell (i, j) at x from j to j + 1 and y from i to i + 1."""
     rows, columns = table.shape
     norm, masked = Normalize(*limits), np.ma.masked_invalid(table)
@@ -38,7 +38,7 @@ def heat_map(ax: Axes, table: Table, limits: tuple[float, float], colours: Color
     return image
 
 
-def grid_map(ax: Axes, table: Table, limits: tuple[float, float], colours: Colormap) -> ScalarMappable:
+def grid_map(ax: Axes, table: Cells, limits: tuple[float, float], colours: Colormap) -> ScalarMappable:
     """A heat map with lines between its cells: one image, where :func:`heat_map` has a shape for every cell."""
     rows, columns = table.shape
     image = ax.imshow(np.ma.masked_invalid(table), cmap=colours, norm=Normalize(*limits), interpolation="none",
@@ -60,7 +60,7 @@ def bare(ax: Axes, rows: int, columns: int) -> None:
         spine.set_visible(False)
 
 
-def limits_of(table: Table) -> tuple[float, float]:
+def limits_of(table: Cells) -> tuple[float, float]:
     """The least and the greatest finite number, apart even where they are equal."""
     finite = table[np.isfinite(table)]
     if finite.size == 0:
@@ -121,7 +121,7 @@ def part_groups(ax: Axes, groups: Sequence[str | None], height: float, named: bo
                         xytext=(shift, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
 
 
-def write_cells(ax: Axes, table: Table, texts: Sequence[Sequence[str]], strong: float) -> None:
+def write_cells(ax: Axes, table: Cells, texts: Sequence[Sequence[str]], strong: float) -> None:
     """Each finite cell's text, in a colour that stands out from a cell above ``strong``."""
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):

@@ -36,7 +36,7 @@ _PAGE_COLOURS = {
     ON_PALE: "var(--on-pale)",
     ON_STRONG: "var(--on-strong)",
 }
-Table = NDArray[np.float64]  # of a picture, [rows, columns]
+Cells = NDArray[np.float64]  # of a picture, [rows, columns]
 _HALF_PAGE = 7.2  # inches; the text of a wider picture would be too small beside another
 _STYLE: Any = {
     "font.size": 9.0,

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from coterie.methods.findings import Adapter
 from coterie.report import plots
 from coterie.report.page import write_report
-from coterie.report.quotas import _places, adapter_use, is_quotas
+from coterie.report.quotas import adapter_use
+from coterie.requests import ExpertUse
 from coterie.types import SHARED
 from pages import Page, drawn, make_run
 
@@ -32,12 +34,16 @@ def a_run(folder: Path, start: dict = START) -> Path:
     events: list[dict] = [{"event": "start_state", "round": 0, "describe": start}]
     for rnd in (1, 2, 3):
         quotas = {m: 1 + (i + rnd) % 4 for i, m in enumerate(MODULES)}
-        told = {"quotas": quotas, "importance": dict.fromkeys(MODULES, 0.1 * rnd), "use": {"sst2": 0.9, "trec": 0.1}}
+        told = {
+            "quotas": quotas,
+            "importance": dict.fromkeys(MODULES, 0.1 * rnd),
+            "use": {"sst2": 1 - 0.1 * rnd, "trec": 0.1 * rnd},
+        }
         clients = {c: {"loss": 1.0, "seconds": 1.0, "bytes_up": 1, "bytes_down": 1} for c in ("a", "b")}
         events.append(
             {"event": "round", "round": rnd, "describe": told, "clients": clients, "failed": {}, "seconds": 1}
         )
-    row = {"weight": [1.0, 1.0, 1.0, 0.0, 0.5, 0.5], "expert": [SHARED, 0, 1, 2, 3, 4]}
+    row = {"weight": [1.0, 1.0, 1.0, 0.0, 0.5, 0.5], "share": [1.0] * 6, "expert": [SHARED, 0, 1, 2, 3, 4]}
     usage = {c: dict.fromkeys(MODULES, row) for c in ("a", "b")}
     ends = {"describe": {**start, **events[-1]["describe"]}, "usage": usage, "clients": {"a": {}, "b": {}}}
     return make_run(folder, events, ends)
@@ -59,21 +65,10 @@ def test_its_pictures_draw_without_a_warning() -> None:
     assert drawn(plots.adapter_use({"a": {"x": 0.25}, "b": {}}, ["x", "y"])).any()
 
 
-def test_a_method_that_describes_something_else_has_none(tmp_path: Path) -> None:
-    assert not is_quotas({"quotas": {}})
-    assert not is_quotas({"quotas": {"a": 1}, "sizes": {"a": 2}, "adapters": "none"})
-    assert is_quotas(START)
-
-
 def test_use_is_the_share_of_the_routed_weight() -> None:
-    row = {"weight": [1.0, 1.0, 1.0, 0.0, 0.5, 0.5], "expert": [SHARED, 0, 1, 2, 3, 4]}
-    found = adapter_use({"q": row, "v": {"weight": [1.0], "expert": [3]}}, ADAPTERS)
-    assert found == pytest.approx({"sst2": 0.5, "trec": 0.5})
-    assert adapter_use({}, ADAPTERS) == {}
-
-
-def test_matrices_that_end_alike_are_named_in_full() -> None:
-    found = _places(
-        ["m.layers.0.attention.output.dense", "m.layers.0.output.dense", "m.layers.0.attention.query", "x.y"]
+    adapters = {name: Adapter(*of) for name, of in ADAPTERS.items()}
+    use = ExpertUse([1.0, 1.0, 1.0, 0.0, 0.5, 0.5], [], [SHARED, 0, 1, 2, 3, 4])
+    assert adapter_use({"q": use, "v": ExpertUse([1.0], [], [3])}, adapters) == pytest.approx(
+        {"sst2": 0.5, "trec": 0.5}
     )
-    assert list(found.values()) == [("0", "attention.output.dense"), ("0", "output.dense"), ("0", "query"), ("-", "y")]
+    assert adapter_use({}, adapters) == {}

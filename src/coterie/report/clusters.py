@@ -1,0 +1,26 @@
+"""Shows clusters of clients: the distances that they come from, and how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coterie.methods.findings import Clusters
+from coterie.report import plots
+from coterie.report.plots import Picture
+from coterie.report.read import Run
+
+FINDING = Clusters
+
+
+def show(found: Clusters, run: Run) -> Iterator[Picture]:
+    """The distances between the clients, and the silhouettes of the numbers of clusters that were tried."""
+    groups = {client: row.group for client, row in run.clients.items()}
+    if len(found.order) == len(found.distances) > 1:
+        note = "Near clients stand out; frames are clusters."
+        if any(groups.values()):
+            note += " Squares: the group that a client's data are from, which the method does not know."
+        figure = plots.client_distances(found, groups)
+        yield Picture("client-distances", "Distances between clients", figure, note)
+    if found.silhouettes:
+        note = "Higher: clusters that are further apart."
+        yield Picture("silhouettes", "How many clusters", plots.silhouettes(found), note)

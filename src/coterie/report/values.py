@@ -1,0 +1,16 @@
+"""Shows what a method says of its state that no other finding holds, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coterie.methods.findings import Values
+from coterie.report.read import Run
+from coterie.report.tables import Table, tables
+
+FINDING = Values
+
+
+def show(found: Values, run: Run) -> Iterator[Table]:
+    """A table of the plain values, and one of each list or mapping of records."""
+    yield from tables(found.values, "State after the last round")
