@@ -1,8 +1,7 @@
-"""The types that every part of Coterie shares: errors, keys, banks, what a client is, what travels.
+"""The types that every part of Coterie shares: errors, keys, banks, clients, and what travels.
 
-Nothing here computes. Tensors are named by a structured :class:`Key`, never by string surgery; what crosses a
-process or a network boundary is one of :class:`Instruction`, :class:`Reply` and :class:`Personal`, each of them
-tensors plus JSON (see :mod:`coterie.codec`).
+Nothing here computes. Tensors are named by a structured :class:`Key`. What crosses a process or a network boundary is
+an :class:`Instruction`, a :class:`Reply` or a :class:`Personal`, each of them tensors plus JSON (:mod:`coterie.codec`).
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ _EXPERT_IDS = {name: number for number, name in _EXPERT_NAMES.items()}
 
 
 class CoterieError(Exception):
-    """A fault that the user can mend. Its text says what is wrong, where, and the fix; the command exits with 2."""
+    """An error that the user can fix. Its text says what is wrong, where, and the fix; the command exits with 2."""
 
 
 class PrivateError(CoterieError):
-    """Its text names what is this machine's alone, such as paths. ``public`` is what other machines may see of it."""
+    """An error whose text is for this machine only, such as paths. Other machines see ``public`` instead."""
 
-    public: ClassVar[str] = "this site cannot use a file of its own; site.log there says where it failed"
+    public: ClassVar[str] = "this site cannot use one of its files; its site.log says which"
 
 
 class DataError(PrivateError):
-    """A fault of the rows; its text may quote them."""
+    """An error in the rows; its text may quote them."""
 
-    public: ClassVar[str] = "this site cannot read its rows; `coterie site check` there says why"
+    public: ClassVar[str] = "this site cannot read its rows; run `coterie site check` there to see why"
 
 
 class Part(StrEnum):
@@ -76,9 +75,9 @@ class Key(NamedTuple):
             module, expert, part = text.rsplit(":", 2)
             key = Key(module, _EXPERT_IDS[expert] if expert in _EXPERT_IDS else int(expert), Part(part))
         except ValueError as fault:
-            raise ValueError(f"{text!r} is no tensor key; expected 'module:expert:part'") from fault
+            raise ValueError(f"{text!r} is not a tensor key; expected 'module:expert:part'") from fault
         if str(key) != text:  # int() also reads "-1", "01" and " 1": one tensor would have several names
-            raise ValueError(f"{text!r} is no tensor key; {str(key)!r} is")
+            raise ValueError(f"{text!r} is not a tensor key; {str(key)!r} is")
         return key
 
 
@@ -87,9 +86,9 @@ Tensors = Mapping[Key, Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """An adapted Linear: its qualified name, its sizes, and whether it keeps its weight transposed (``Conv1D``).
+    """An adapted Linear: its qualified name, its sizes, and whether it stores its weight transposed (``Conv1D``).
 
-    ``weights`` tells its weights from others': a digest of them as they lie in the base's files, "" where unknown.
+    ``weights`` is a digest of its weights in the base's files, "" if unknown.
     """
 
     name: str
@@ -124,8 +123,8 @@ class BaseSpec:
 class ClientInfo:
     """What the server may know of a client: counts of rows, its label space, never a row.
 
-    ``group`` is the domain that a simulation knows (the dataset a client was cut from): used by ``oracle`` controls
-    and to colour pictures, never by a method's own decisions.
+    ``group`` is the client's domain, which a simulation knows (the dataset that its rows come from). ``oracle``
+    controls and pictures use it, never a method's own decisions.
     """
 
     id: ClientId
@@ -140,7 +139,7 @@ class ClientInfo:
 class GateSpec:
     """Which gate a bank uses: the name of a function of :mod:`coterie.nn.gates` and its options.
 
-    ``per_module`` overrides options for single modules (a quota per matrix, say).
+    ``per_module`` overrides options for single modules (for example, a quota per matrix).
     """
 
     name: str = "constant"
@@ -200,7 +199,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Kept:
-    """Tensors that came once and never change, named by their SHA-256: whoever stores them writes them once."""
+    """Tensors that are received once and never change, named by their SHA-256: they are stored once."""
 
     name: str
     tensors: Tensors

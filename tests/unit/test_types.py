@@ -28,13 +28,13 @@ def test_a_key_has_one_spelling(key: Key, text: str) -> None:
     ["", "query", "query:A", "query:0:C", "query:x:A", "query:0:a", "query::A", "query:0:A ", "query:shared :A"],
 )
 def test_other_texts_are_no_keys(text: str) -> None:
-    with pytest.raises(ValueError, match="is no tensor key"):
+    with pytest.raises(ValueError, match="is not a tensor key"):
         Key.parse(text)
 
 
 @pytest.mark.parametrize("text", ["query:-1:A", "query:-2:A", "query:01:A", "query: 1:A", "query:+1:A", "query:1_0:A"])
 def test_a_second_spelling_of_a_key_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no tensor key"):
+    with pytest.raises(ValueError, match="is not a tensor key"):
         Key.parse(text)
 
 

@@ -20,7 +20,7 @@ _MAX_BYTES, _FILES = 5_000_000, 3
 class ModelError(PrivateError):
     """The base cannot be loaded; the text may contain paths and messages of libraries."""
 
-    public = "this site cannot load its model; `coterie site check` there says why"
+    public = "this site cannot load its model; run `coterie site check` there to see why"
 
 
 @contextmanager

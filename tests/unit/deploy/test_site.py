@@ -224,7 +224,7 @@ def test_the_log_holds_no_text_of_the_data(
 # what the server hears of a fault -------------------------------------------------------------------------------------
 
 SECRET = "patient John Doe has HIV"
-ROWS_FAULT = "this site cannot read its rows; `coterie site check` there says why"
+ROWS_FAULT = "this site cannot read its rows; run `coterie site check` there to see why"
 BAD_ROWS: dict[str, str | bytes | None] = {
     "no JSON": f"{SECRET}\n",
     "no object": f'"{SECRET}"\n',
@@ -307,11 +307,11 @@ def test_nor_of_a_row_that_cannot_be_tokenised(tmp_path: Path) -> None:
 def test_nor_of_a_model_a_state_or_a_pool_where_they_are(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
     config, blob = fedit
     error = refusal(tmp_path, Message(head(config, "query.hello")), model={"path": str(tmp_path / "secret")})
-    assert error == "this site cannot load its model; `coterie site check` there says why"
+    assert error == "this site cannot load its model; run `coterie site check` there to see why"
     kept = tmp_path / "states" / CLIENT / "run" / "personal" / CLIENT / "000000.safetensors"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"damaged")
-    general = "this site cannot use a file of its own; site.log there says where it failed"
+    general = "this site cannot use one of its files; its site.log says which"
     assert refusal(tmp_path, Message(head(config), blob)) == general
 
 
@@ -331,7 +331,7 @@ def test_a_server_cannot_ask_whether_a_file_is_there(tmp_path: Path) -> None:
         config = flower_sites.server_config(path, method={**ours, "pool": pool})
         for kind in ("train", "evaluate", "query.bank"):
             told.add(worker.answer(Message(head(config, kind, splits=["test"]), codec.encode(sent))).head["error"])
-    assert told == {"this site cannot use a file of its own; site.log there says where it failed"}
+    assert told == {"this site cannot use one of its files; its site.log says which"}
 
 
 def test_site_check_quotes_a_row_that_cannot_be_tokenised(tmp_path: Path) -> None:
