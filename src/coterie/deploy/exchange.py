@@ -35,13 +35,14 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Sent:
-    """A message that was sent; ``at`` is when, in the clock's seconds."""
+    """A message that was sent; ``at`` is when, in the clock's seconds, ``limit`` the bytes that its answer may have."""
 
     client: ClientId
     kind: str
     rnd: int
     bytes_down: int
     at: float
+    limit: int
     node: int = 0
 
 
@@ -69,11 +70,17 @@ class Exchange:
     """
 
     def __init__(
-        self, sites: Sites, kind: str, rnd: int, messages: Mapping[ClientId, Message], earlier: Unanswered
+        self,
+        sites: Sites,
+        kind: str,
+        rnd: int,
+        messages: Mapping[ClientId, Message],
+        limits: Mapping[ClientId, int],
+        earlier: Unanswered,
     ) -> None:
         self.sites, self.messages, self.earlier = sites, messages, earlier
         self.started = sites.clock()
-        self.sent = {c: Sent(c, kind, rnd, len(m.body), self.started) for c, m in messages.items()}
+        self.sent = {c: Sent(c, kind, rnd, len(m.body), self.started, limits[c]) for c, m in messages.items()}
         self.waiting: dict[str, Sent] = {}  # by ticket
         self.lost = {c: _Lost(self.started, self.started, "the site is not connected") for c in messages}
         self.first_lost: dict[ClientId, float] = {}
@@ -84,7 +91,7 @@ class Exchange:
         self._send()
         while (self.waiting or self.lost) and self.sites.clock() < deadline:
             self._note_late()
-            answers = self.sites.receive(self.waiting)
+            answers = self.sites.receive(_limits(self.waiting))
             for ticket, answer in answers:
                 sent = self.waiting.pop(ticket)
                 if isinstance(answer, str):
@@ -154,9 +161,14 @@ class Exchange:
 
     def _note_late(self) -> None:
         """Drop the answers to earlier messages that arrive now, and note them."""
-        for ticket, answer in self.sites.receive(self.earlier.messages):
+        for ticket, answer in self.sites.receive(_limits(self.earlier.messages)):
             sent = self.earlier.messages.pop(ticket)
             if isinstance(answer, str):
                 continue  # from Flower itself: the node is gone, or the message is too old
             text = f"an answer of {sent.client} for round {sent.rnd} arrived too late and was dropped"
             self.sites.note(Late(sent.client, sent.rnd, text, sent.kind))
+
+
+def _limits(sent: Mapping[str, Sent]) -> dict[str, int]:
+    """The bytes that the answers may have, by ticket."""
+    return {ticket: message.limit for ticket, message in sent.items()}

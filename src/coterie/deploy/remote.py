@@ -6,6 +6,7 @@ left out of the round with the reason, and an answer that comes later is dropped
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -13,6 +14,7 @@ from typing import TypeVar
 from coterie.deploy.answers import Outcome, decoded
 from coterie.deploy.events import Unreadable
 from coterie.deploy.exchange import Arrival, Exchange, Unanswered
+from coterie.deploy.limits import EVALUATION, bank_limit
 from coterie.deploy.sites import Sites
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.checks import bank_fault, evaluation_fault, plain_text
@@ -41,9 +43,16 @@ class RemoteEngine:
     def clients(self) -> tuple[ClientInfo, ...]:
         return self.sites.clients
 
-    def train(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
+    def train(
+        self,
+        method: Method,
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        limits: Mapping[ClientId, int] | None = None,
+    ) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``, as it comes; at the deadline an error for each that is missing."""
-        for arrival in self._exchange("train", instructions, rnd, {}):
+        limits = limits or dict.fromkeys(instructions, sys.maxsize)
+        for arrival in self._exchange("train", instructions, rnd, {}, limits):
             reply, error = _reply(arrival.answer)
             yield arrival.client, Delivery(reply, error, arrival.bytes_down, arrival.bytes_up, arrival.seconds)
 
@@ -62,17 +71,20 @@ class RemoteEngine:
         def fault(client: ClientId, evaluation: Evaluation) -> str | None:
             return evaluation_fault(evaluation, splits, modules)
 
-        for client, found in self._values(Evaluation, "evaluate", instructions, rnd, details, fault):
+        limits = dict.fromkeys(instructions, EVALUATION)
+        for client, found in self._values(Evaluation, "evaluate", instructions, rnd, details, limits, fault):
             observed = found.observed if usage else None
             yield client, replace(found, observed=observed, note=plain_text(found.note) if found.note else None)
 
     def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """The banks of the clients whose site sends them; every site writes its own bank to its disk."""
+        spec, labels = self.spec, {client.id: client.labels or () for client in self.clients}
 
         def fault(client: ClientId, bank: Bank) -> str | None:
-            return bank_fault(bank, self.spec, self.sites.known[client].info.labels)
+            return bank_fault(bank, spec, labels[client])
 
-        yield from self._values(Bank, "query.bank", instructions, rnd, {}, fault)
+        limits = {c: bank_limit(spec, len(labels[c]), method.max_rank, ins) for c, ins in instructions.items()}
+        yield from self._values(Bank, "query.bank", instructions, rnd, {}, limits, fault)
 
     def restore(self, rnd: int) -> None:
         """Note in every message that the site has to go back to its state after round ``rnd``, which it does once."""
@@ -90,14 +102,19 @@ class RemoteEngine:
         """Do nothing: whoever started the sites ends them."""
 
     def _exchange(
-        self, kind: str, instructions: Mapping[ClientId, Instruction], rnd: int, details: Mapping[str, Json]
+        self,
+        kind: str,
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        details: Mapping[str, Json],
+        limits: Mapping[ClientId, int],
     ) -> Iterator[Arrival]:
         encoded, rounds = EncodedOnce(instructions), {"since": self.since, "keep": self.keep}
         messages = {
             c: self.sites.agreement.message(kind, c, rnd, details, encoded.take(c), **rounds)
             for c in sorted(instructions)
         }
-        yield from Exchange(self.sites, kind, rnd, messages, self._earlier)
+        yield from Exchange(self.sites, kind, rnd, messages, limits, self._earlier)
 
     def _values(
         self,
@@ -106,10 +123,11 @@ class RemoteEngine:
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
         details: Mapping[str, Json],
+        limits: Mapping[ClientId, int],
         fault_in: Callable[[ClientId, T], str | None],
     ) -> Iterator[tuple[ClientId, T]]:
         """The values of the answers. An answer that is unreadable or has a fault is noted and left out."""
-        for arrival in self._exchange(name, instructions, rnd, details):
+        for arrival in self._exchange(name, instructions, rnd, details, limits):
             client, answer = arrival.client, arrival.answer
             if isinstance(answer, str) or not answer.body:
                 continue  # noted already; a site may also keep its bank to itself

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from coterie.deploy.agreement import Agreement
 from coterie.deploy.answers import answered
 from coterie.deploy.events import Back, Joined, Refused
 from coterie.deploy.hello import Hello, plain_versions, refusal
+from coterie.deploy.limits import HELLO
 from coterie.flower.message import Message, Transport
 from coterie.runs.events import Listener, Note
 from coterie.types import ClientId, ClientInfo, CoterieError
@@ -101,13 +102,16 @@ class Sites:
             if ticket is not None:
                 self._greetings[ticket] = node
                 self._greeted[node] = now
-        for ticket, answer in self.receive(self._greetings):
+        for ticket, answer in self.receive(dict.fromkeys(self._greetings, HELLO)):
             self._take_in(self._greetings.pop(ticket), answer, nodes)
 
-    def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
-        """The answers that have arrived, at most one per ticket. Whatever else arrives is dropped, and noted once."""
+    def receive(self, tickets: Mapping[str, int]) -> list[tuple[str, Message | str]]:
+        """The answers that have arrived, at most one per ticket. Whatever else arrives is dropped, and noted once.
+
+        ``tickets`` has the bytes that each answer may have.
+        """
         arrived: dict[str, Message | str] = {}
-        for ticket, answer in self.transport.receive(list(tickets)):
+        for ticket, answer in self.transport.receive(tickets):
             if ticket in tickets:
                 arrived.setdefault(ticket, answer)
             elif not self._stray:

@@ -58,7 +58,19 @@ class Engine(Protocol):
     @property
     def clients(self) -> tuple[ClientInfo, ...]: ...
 
-    def train(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]: ...
+    def train(
+        self,
+        method: Method,
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        limits: Mapping[ClientId, int] | None = None,
+    ) -> Stream[Delivery]:
+        """Every client's delivery for round ``rnd``.
+
+        ``limits`` are the bytes that their encoded replies may have: an engine whose clients are on machines of others
+        takes no larger ones.
+        """
+        ...
 
     def evaluate(
         self,

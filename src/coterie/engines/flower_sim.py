@@ -7,6 +7,7 @@ number of threads. With several machines the folder has to be on a file system t
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -118,7 +119,11 @@ class FlowerSimEngine:
         return codec.decode(BaseSpec, message.body)
 
     def train(
-        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int
+        self,
+        method: Method,
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        limits: Mapping[ClientId, int] | None = None,
     ) -> Iterator[tuple[ClientId, Delivery]]:
         """Every client's delivery for round ``rnd``, in the clients' order."""
         for client, down, message in self._exchange("train", instructions, rnd, {}):
@@ -187,7 +192,7 @@ class FlowerSimEngine:
     def _receive(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Message]:
         """The answers that have arrived, if none after a short pause; their tickets are removed from ``tickets``."""
         try:
-            arrived = self._transport.receive([ticket for ticket in tickets if ticket])
+            arrived = self._transport.receive({ticket: sys.maxsize for ticket in tickets if ticket})
         except ConnectionError as fault:
             raise CoterieError(f"{fault}; go on with --resume") from fault
         answers = {}

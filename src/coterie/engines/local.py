@@ -60,7 +60,13 @@ class LocalEngine:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(client.info for client in self.federation.clients)
 
-    def train(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Delivery]:
+    def train(
+        self,
+        method: Method,
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        limits: Mapping[ClientId, int] | None = None,
+    ) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``, as it comes. A client's failure is its delivery's ``error``.
 
         Once all have come, the clients' states are on the disk.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from google.protobuf.message import Error as ProtobufError
 
+from coterie.flower.guard import MAX_HEAD, TooLargeError, at_most
 from coterie.flower.local_socket import WorkerDiedError, hand_over
 from coterie.flower.message import KINDS, BrokenMessageError, Message, pack, unpack
 
@@ -58,27 +59,36 @@ class GridTransport:
         tickets = [ticket or None for ticket in self.grid.push_messages(messages)] if messages else []
         return tickets if len(tickets) == len(to) else [None] * len(to)
 
-    def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
+    def receive(self, tickets: Mapping[str, int]) -> list[tuple[str, Message | str]]:
         # One by one: what one node sent can spoil the pull that it is part of, and Flower keeps nothing of it.
-        return [arrived for ticket in tickets for arrived in self._pull(ticket)]
+        return [arrived for ticket, limit in tickets.items() for arrived in self._pull(ticket, limit)]
 
-    def _pull(self, ticket: str) -> list[tuple[str, Message | str]]:
+    def _pull(self, ticket: str, limit: int) -> list[tuple[str, Message | str]]:
         try:
-            messages = list(self.grid.pull_messages([ticket]))
+            with at_most(self.grid, limit):
+                messages = list(self.grid.pull_messages([ticket]))
+        except TooLargeError as fault:
+            return [(ticket, _broken(str(fault)))]
         except UNREADABLE as fault:
             return [(ticket, _broken(f"Flower cannot decode it ({type(fault).__name__})"))]
         # Matched by ticket, not by sender: an error about a dead node is sent by the SuperLink.
-        return [(message.metadata.reply_to_message_id, read(message)) for message in messages]
+        return [(message.metadata.reply_to_message_id, read(message, limit)) for message in messages]
 
 
-def read(message: FlowerMessage) -> Message | str:
-    """What one of Flower's messages holds, or Flower's own reason why there is no answer."""
+def read(message: FlowerMessage, limit: int | None = None) -> Message | str:
+    """What one of Flower's messages holds, or Flower's own reason why there is no answer.
+
+    With a ``limit`` on the bytes of the body, the head too must be small.
+    """
     if message.has_error():
         return f"Flower reports error {message.error.code}: {first_line(message.error.reason)}"
     try:
-        return unpack(message.content)
+        content = unpack(message.content) if limit is None else unpack(message.content, MAX_HEAD)
     except BrokenMessageError as fault:
         return _broken(str(fault))
+    if limit is not None and len(content.body) > limit:
+        return _broken(f"it has more than the {limit} bytes that it may have")
+    return content
 
 
 def _broken(reason: str) -> Message:

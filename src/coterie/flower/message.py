@@ -7,7 +7,8 @@ Nothing here imports torch: Flower starts a process with the ClientApp for every
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,8 +45,11 @@ class Transport(Protocol):
         """A ticket per (node, kind, message), None for one that was not accepted; ``ttl`` in seconds."""
         ...
 
-    def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
-        """What has arrived since: per ticket an answer, or the reason why there will be none."""
+    def receive(self, tickets: Mapping[str, int]) -> list[tuple[str, Message | str]]:
+        """What has arrived since: per ticket an answer, or the reason why there will be none.
+
+        ``tickets`` has the bytes that the body of each answer may have at most.
+        """
         ...
 
 
@@ -67,12 +71,17 @@ def pack(message: Message) -> RecordDict:
     return RecordDict({"body": ArrayRecord({"body": array}), "head": head})
 
 
-def unpack(content: RecordDict) -> Message:
-    """The message in the content of one of Flower's. Raises :class:`BrokenMessageError`."""
+def unpack(content: RecordDict, max_head: int = sys.maxsize) -> Message:
+    """The message in the content of one of Flower's, with a head of at most ``max_head`` characters.
+
+    Raises :class:`BrokenMessageError`.
+    """
     bodies, heads = content.array_records, content.config_records
     if set(bodies) != {"body"} or set(heads) != {"head"} or set(bodies["body"]) != {"body"}:
         raise BrokenMessageError("it does not hold exactly a head and a body")
     text = heads["head"].get("json")
     if not isinstance(text, str):
         raise BrokenMessageError("its head is not text")
+    if len(text) > max_head:
+        raise BrokenMessageError(f"its head has {len(text)} characters; the limit is {max_head}")
     return Message(head_of(text), bodies["body"]["body"].data)

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class SimulatedTransport(GridTransport):
         self.open.update(ticket for ticket in tickets if ticket)
         return tickets
 
-    def receive(self, tickets: Collection[str]) -> list[tuple[str, Message | str]]:
+    def receive(self, tickets: Mapping[str, int]) -> list[tuple[str, Message | str]]:
         self._check()
         if not tickets:
             return []

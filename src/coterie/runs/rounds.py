@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 import torch
 
 from coterie.engines.base import Delivery, Engine, Evaluation
+from coterie.engines.bounds import reply_limit
 from coterie.engines.checks import fault_of
 from coterie.machine import peak_memory
 from coterie.methods.base import Method
@@ -150,7 +151,8 @@ class Runner(Generic[S]):
         entries: dict[ClientId, ClientRound] = {}
         failed: dict[ClientId, str] = {}
         instructions, infos = self.method.configure(state, cohort, rnd), {client.id: client for client in cohort}
-        with closing(self.engine.train(self.method, instructions, rnd)) as deliveries:
+        limits = {client.id: reply_limit(self.method.expects(state, client, rnd)) for client in cohort}
+        with closing(self.engine.train(self.method, instructions, rnd, limits)) as deliveries:
             for client, delivery in deliveries:
                 self._note([delivery.note] if delivery.note else [], rnd)
                 fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)

@@ -439,6 +439,36 @@ def test_who_said_hello_and_left_before_the_start_is_no_client(fedit: tuple[Path
     assert [c.id for c in engine.clients] == ["mood-0", "place-0", "size-0"]
 
 
+def with_padding(message: FlowerMessage, size: int) -> FlowerMessage:
+    inner = unpack(message.content)
+    message.content = pack(Message(inner.head, inner.body + bytes(size)))
+    return message
+
+
+@pytest.mark.parametrize(("kind", "size"), [("query.hello", 2**24), ("train", 2**22), ("evaluate", 2**26)])
+def test_an_answer_with_more_bytes_than_it_may_have_is_not_decoded(
+    kind: str, size: int, fedit: tuple[Path, dict[str, Worker]], tmp_path: Path
+) -> None:
+    """Decoded, it would only be said to be damaged."""
+    path, staff = fedit
+    heard, some = list[Event](), {c: staff[c] for c in CLIENTS[:2]}
+    config = flower_sites.server_config(path)
+
+    def spoil(node: int, message: FlowerMessage) -> FlowerMessage:
+        return with_padding(message, size) if node == NODE and message.metadata.message_type == kind else message
+
+    engine = flower_sites.engine_over(config, some, spoil=spoil, note=heard.append)
+    engine.sites.gather(1 if kind == "query.hello" else 2, 10)
+    run(engine, config, tmp_path / "run", rounds=1)
+    reasons = {
+        "query.hello": [e.reason for e in heard if isinstance(e, Refused)],
+        "train": [f[VICTIM] for event in rounds_in(tmp_path / "run") if (f := event["failed"])],
+        "evaluate": [e.failed for e in heard if isinstance(e, Exchanged) and e.failed],
+    }[kind]
+    assert len(reasons) == 1
+    assert str(reasons[0]).startswith("the reply cannot be read: it has more than the ")
+
+
 def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
     path, staff = fedit
     config = flower_sites.server_config(path)

@@ -45,7 +45,9 @@ class FakeEngine:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(ClientInfo(f"c{i}", 10 * (i + 1)) for i in range(self.number))
 
-    def train(self, method: Any, instructions: Mapping[str, Instruction], rnd: int) -> Iterator[tuple[str, Delivery]]:
+    def train(
+        self, method: Any, instructions: Mapping[str, Instruction], rnd: int, limits: Any = None
+    ) -> Iterator[tuple[str, Delivery]]:
         self.rounds.append(list(instructions))
         for info in self.clients:
             if info.id in instructions:
