@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Balance,
         ClientProgram,
         HoldOut,
+        LastRanks,
         Observe,
         Observed,
         Optim,
@@ -67,6 +68,7 @@ __all__ = [
     "HoldOut",
     "Instruction",
     "Key",
+    "LastRanks",
     "Method",
     "MethodSettings",
     "Observe",
@@ -97,8 +99,8 @@ _FROM = {
     "methods.base": ("Method",),
     "methods.plan": ("MethodSettings", "Plan"),
     "requests": (
-        *("Balance", "ClientProgram", "HoldOut", "Observe", "Observed", "Optim", "Proximal", "Score", "Scored"),
-        *("Train", "Trained"),
+        *("Balance", "ClientProgram", "HoldOut", "LastRanks", "Observe", "Observed", "Optim", "Proximal", "Score"),
+        *("Scored", "Train", "Trained"),
     ),
     "types": (
         *("Bank", "BaseSpec", "ClientId", "ClientInfo", "ClientResult", "CoterieError", "GateSpec", "Instruction"),

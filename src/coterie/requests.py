@@ -71,6 +71,17 @@ class Proximal:
 
 
 @dataclass(frozen=True)
+class LastRanks:
+    """A term on the ranks from ``kept`` on (HetLoRA, arXiv 2401.06432): ``weight`` * sum ||B[:, kept:]|| ||A[kept:]||.
+
+    The sum is over every module and expert whose A and B both train; Frobenius norms.
+    """
+
+    weight: float
+    kept: int
+
+
+@dataclass(frozen=True)
 class Train:
     """Trains the tensors named ``trainable`` of ``bank`` on the client's training split. Answered by :class:`Trained`.
 
@@ -87,6 +98,7 @@ class Train:
     balance: Balance | None = None
     hold_out: HoldOut | None = None
     proximal: Proximal | None = None
+    last_ranks: LastRanks | None = None
     rows_of: Mapping[ClientId, int] = field(default_factory=dict)
 
 

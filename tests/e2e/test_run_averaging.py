@@ -23,7 +23,7 @@ from coterie.nn.attach import attached
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0", "size-1"]
 RANKS = dict(zip(CLIENTS, [2, 3, 1, 2, 3], strict=True))  # where they differ: tests/support/few_rounds.py
-GLOBAL = ["fedprox", "ffa_lora", "rolora", "flexlora", "flora", "fedex_lora"]
+GLOBAL = ["fedprox", "ffa_lora", "rolora", "flexlora", "hetlora", "flora", "fedex_lora"]
 KEPT = ["fedsa_lora"]  # B stays with the clients: there is no expert of the server's
 
 

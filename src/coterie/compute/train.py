@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from coterie.compute.micro_batches import MicroBatch, examples_by_head, micro_batches
 from coterie.compute.optimisers import Optimisers, Pace
 from coterie.compute.passes import Passes, on_base
+from coterie.compute.penalties import Penalties
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Batch, Example
@@ -83,7 +84,7 @@ class Training:
     steps: list[list[list[Example]]] = field(init=False)
     heads: list[list[int]] = field(init=False)
     layers: BankLayers = field(init=False)
-    pulled: list[tuple[nn.Parameter, Tensor]] = field(init=False)  # each with its value at the start of the round
+    penalties: Penalties = field(init=False)
     losses: list[Tensor] = field(default_factory=list)  # of each step: [2], the task's and the load-balance loss
     counts: list[int] = field(default_factory=list)  # of each step: the labels
     step: int = 0
@@ -95,10 +96,7 @@ class Training:
         self.heads = [[head for head, _ in micro] for micro in steps]
         self.layers = build_layers(self.workplace.base.model, self.request.bank, self.request.trainable)
         self.layers.now.training = True
-        keys = sorted(self.request.proximal.keys) if self.request.proximal else []
-        if fixed := [str(key) for key in keys if key not in self.layers.parameters]:
-            raise CoterieError(f"{', '.join(fixed)}: the proximal term is for tensors that train, and these do not")
-        self.pulled = [(self.layers.parameters[key], self.layers.parameters[key].detach().clone()) for key in keys]
+        self.penalties = Penalties.of(self.request, self.layers.parameters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -139,7 +137,7 @@ class Training:
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The batch's part of the mean loss over the labels of the whole step, of the load-balance loss (its mean over
-        the micro-batches), and of the proximal term."""
+        the micro-batches), and of the terms on the parameters alone."""
         balance, micro = self.request.balance, len(self.steps[self.step])
         loss = self.workplace.task.loss(logits, batch) / self.counts[-1]
         parts = list(self.layers.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
@@ -147,11 +145,8 @@ class Training:
         weight = balance.weight if balance else 0.0
         self._parts.append(torch.stack([loss.detach(), balanced.detach()]))
         loss = loss + weight * balanced if parts else loss
-        return loss + self._proximal() / micro if self.pulled else loss
-
-    def _proximal(self) -> Tensor:
-        weight = self.request.proximal.weight if self.request.proximal else 0.0
-        return weight / 2 * torch.stack([(w - start).square().sum() for w, start in self.pulled]).sum()
+        penalty = self.penalties.loss()
+        return loss if penalty is None else loss + penalty / micro
 
     def clip(self) -> None:
         """Note the step's loss, and clip its gradients."""
