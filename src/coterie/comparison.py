@@ -1,6 +1,6 @@
 """Several methods and seeds on one federation, side by side.
 
-A variant is a method with settings of its own: ``fedamole:assignment=static``, more settings after more colons.
+A variant is a method with its own settings: ``fedamole:assignment=static``, more settings after more colons.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _silent(rounds: int, label: str) -> AbstractContextManager[Listener]:
 class Row:
     """The figures of one variant: test metrics, the mean of its seeds, None where there are no test data.
 
-    ``means`` are those over the clients, by seed, ``std`` is the spread of these; ``bytes`` is what all clients sent
-    and received.
+    ``means`` are those over the clients, by seed, ``std`` is their standard deviation; ``bytes`` is what all clients
+    sent and received.
     """
 
     primary: str
@@ -64,7 +64,7 @@ def compare(
 ) -> Results:
     """Run every one of ``methods`` with every seed on the federation of a TOML file, each in a folder below ``out``.
 
-    A run that is there already continues. Returns the summary of each run, and writes ``compare.json``.
+    A run that exists already continues. Returns the summary of each run, and writes ``compare.json``.
     """
     path = Path(config)
     return compare_all(override(load_raw(path), overrides), methods, seeds, Path(out), path.parent, watch)
@@ -73,7 +73,7 @@ def compare(
 def compare_all(
     raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, watch: Watch
 ) -> Results:
-    """Every variant with every seed, each in its own folder below ``folder``. A run that is there already continues.
+    """Every variant with every seed, each in its own folder below ``folder``. A run that exists already continues.
 
     Writes ``compare.json``. Raises :class:`CoterieError` as a run does.
     """
@@ -108,7 +108,7 @@ def folder_of(variant: str, seed: int) -> str:
 
 
 def title_of(variant: str) -> str:
-    """What a reader sees: ``FedAMoLE, assignment static``."""
+    """The title in tables and pictures: ``FedAMoLE, assignment static``."""
     method, *settings = variant.split(":")
     return ", ".join([method_named(method).title, *(setting.replace("=", " ") for setting in settings)])
 

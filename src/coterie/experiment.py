@@ -1,6 +1,6 @@
 """A whole run from a config: data, engine, rounds, and what a run leaves behind.
 
-This is where the parts meet. :func:`run` is what ``coterie run`` does, and ``coterie.run`` in Python:
+:func:`run` is what ``coterie run`` does, and ``coterie.run`` in Python:
 
     import coterie
     summary = coterie.run("clinic.toml", "runs/clinic")
@@ -33,7 +33,7 @@ from coterie.runs.tracking import check_tensorboard, tensorboard
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that is ready to go: its method, its engine, its data."""
+    """A run that is ready to start: its method, its engine, its data."""
 
     config: Config
     method: Method
@@ -86,7 +86,7 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> 
 
 
 def both(first: Listener, second: Listener) -> Listener:
-    """A listener that passes every event to two."""
+    """A listener that passes every event to both."""
 
     def listen(event: Event) -> None:
         first(event)
@@ -152,7 +152,7 @@ def set_threads(config: Config) -> None:
 
 
 def rounds_of(config: Config) -> Rounds:
-    """How the rounds of ``config`` go."""
+    """The settings of the rounds in ``config``."""
     run = config.run
     return Rounds(
         run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints

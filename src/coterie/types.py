@@ -112,7 +112,7 @@ class HeadParameter:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What a method knows of the base: the targets, the head's parameters (only for classification), its init."""
+    """What a method knows about the base: the targets, the head's parameters (only for classification), its init."""
 
     targets: tuple[Target, ...]
     head: tuple[HeadParameter, ...] = ()
@@ -121,7 +121,7 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server may know of a client: counts of rows, its label space, never a row.
+    """What the server may know about a client: counts of rows, its label space, never a row.
 
     ``group`` is the client's domain, which a simulation knows (the dataset that its rows come from). ``oracle``
     controls and pictures use it, never a method's own decisions.

@@ -159,12 +159,12 @@ def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refu
     refused(*command, "--resume", because="no run to resume")
     run(load_config(path), out, root=tmp_path)
     (out / "summary.json").unlink()
-    refused(*command, because="holds a run; go on with --resume, or name another folder")
+    refused(*command, because="contains a run; continue with --resume, or name another folder")
     refused(*command, "--resume", "--set", "lora.rank=3", because=r"differs in lora\.rank")
     refused("run", str(path), "--out", str(path), because="is a file")
     for checkpoint in (out / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    refused(*command, "--resume", because="nor can one before it")
+    refused(*command, "--resume", because="and neither can an earlier one")
 
 
 def test_overrides() -> None:

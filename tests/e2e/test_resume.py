@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(coterie.files.os, "fsync", full)
-    with pytest.raises(CoterieError, match=r"disk is full .*; the checkpoint of round 2 stands.*--resume"):
+    with pytest.raises(CoterieError, match=r"disk is full .*; the checkpoint of round 2 is kept.*--resume"):
         run(path, out)
     assert not list(out.rglob("*.tmp"))
     monkeypatch.undo()
@@ -179,7 +179,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path: Path, monkeypatch: pytes
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(coterie.files.os, "fsync", full)
-    with pytest.raises(CoterieError, match=r"disk is full .*; the checkpoint of round 3 stands.*--resume"):
+    with pytest.raises(CoterieError, match=r"disk is full .*; the checkpoint of round 3 is kept.*--resume"):
         run(path, out)
     monkeypatch.undo()
     run(path, out, resume=True)
@@ -193,14 +193,14 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
     for checkpoint in (out / "checkpoints").glob("*.ckpt"):
         checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(CoterieError, match=r"ckpt cannot be used \(.*\), nor can one before it"):
+    with pytest.raises(CoterieError, match=r"ckpt cannot be used \(.*\), and neither can an earlier one"):
         run(path, out, resume=True)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
-    with held(out), pytest.raises(CoterieError, match="another process is at work"):
+    with held(out), pytest.raises(CoterieError, match="another process is using"):
         run(path, out)
     run(path, out)
 
@@ -211,7 +211,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert run(path, out, resume=True) == summary
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
-    with pytest.raises(CoterieError, match="holds a run; go on with --resume, or name another folder with --out"):
+    with pytest.raises(CoterieError, match="contains a run; continue with --resume, or name another folder with --out"):
         run(path, out)
 
 
@@ -272,6 +272,6 @@ def test_a_folder_that_is_gone_is_told_and_nothing_is_touched(tmp_path: Path, fo
     path, out, _ = stopped(tmp_path)
     shutil.rmtree(out / folder)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(CoterieError, match=r"personal state of that round is gone|tells of rounds, but .*checkpoints"):
+    with pytest.raises(CoterieError, match=r"personal state of that round is missing|lists rounds, but .*checkpoints"):
         run(path, out, resume=True)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before

@@ -593,7 +593,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(most: int, monkeypatch: pyte
     ]
     notes: list[str] = []
     told = answer_all(asked, notes.append)
-    assert notes[0] == "out of memory with 5 clients in a batch: going on with 3"
+    assert notes[0] == "out of memory with 5 clients in a batch; continuing with 3"
     assert sizes[0] == 5
     for (compute, request), one in zip(asked, told, strict=True):
         assert furthest(one, LocalCompute(workplace, compute.client, 1).train(request)) < 1e-9
@@ -641,7 +641,7 @@ def test_evaluation_that_is_short_of_memory_goes_on_with_fewer_rows(
     for found, before in zip(answer_all(asked, notes.append), whole, strict=True):
         assert furthest(found, before) < 1e-9
     assert sizes[0] > 5
-    assert any("going on with" in note for note in notes)
+    assert any("continuing with" in note for note in notes)
     fits[0] = 0
     for fault in answer_all(asked, notes.append):
         assert isinstance(fault, torch.OutOfMemoryError)

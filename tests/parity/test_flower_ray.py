@@ -137,7 +137,7 @@ def faults_come_back(tmp_path: Path, ray: SimulatedTransport) -> None:
     engine = there(config, tmp_path, ray)
     rows = next((tmp_path / "clients").rglob("train.jsonl"))
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
-    with pytest.raises(CoterieError, match="other rows than the run did"):
+    with pytest.raises(CoterieError, match="different rows than the run"):
         _ = engine.spec
     long = config.model_copy(update={"model": config.model.model_copy(update={"max_length": 4000})})
     with pytest.raises(CoterieError, match="the model has positions for 160 tokens"):

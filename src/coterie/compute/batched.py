@@ -1,7 +1,7 @@
 """Runs the programs of many clients in step and answers their requests together, their rows in shared passes.
 
-Each client gets what :class:`~coterie.compute.client.LocalCompute` would give it, within floating point. What cannot
-share a pass is answered one client at a time.
+Each client gets what :class:`~coterie.compute.client.LocalCompute` would give it, within floating point. Requests that
+cannot share a pass are answered one client at a time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Note = Callable[[str], None]
 def drive_together(
     programs: Sequence[ClientProgram], computes: Sequence[LocalCompute], note: Note
 ) -> list[ClientResult | Exception]:
-    """Run the programs to their ends in step: what each returns, or the fault that ended it.
+    """Run the programs to their ends in step. Returns what each returns, or the fault that ended it.
 
-    ``note`` is called with what the user should know. What is no client's fault is raised, after the programs'
+    ``note`` is called with what the user should know. A fault that is no client's is raised, after the programs'
     ``finally`` blocks.
     """
     results: dict[int, ClientResult | Exception] = {}
@@ -76,17 +76,17 @@ def _halving(requests: list[ClientRequest], note: Note) -> list[Answer | Excepti
     except UnlikeError:
         return [_alone(each, note) for each in requests]
     except torch.OutOfMemoryError:
-        pass  # go on below, where the traceback no longer holds the tensors
+        pass  # continue below, where the traceback no longer keeps the tensors
     requests = [_fewer_rows(each) for each in requests]  # each of half as many clients would get twice as many
     half = -(-len(requests) // 2)
-    note(f"out of memory with {len(requests)} clients in a batch: going on with {half}")
+    note(f"out of memory with {len(requests)} clients in a batch; continuing with {half}")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return [*_halving(requests[:half], note), *_halving(requests[half:], note)]
 
 
 def _alone(client_request: ClientRequest, note: Note) -> Answer | Exception:
-    """One client's answer or fault. A traceback holds the tensors of the pass: none is kept while others run."""
+    """One client's answer or fault. A traceback keeps the tensors of the pass, so none is kept while others run."""
     compute, request = client_request
     try:
         return answer(request, compute)
@@ -96,12 +96,12 @@ def _alone(client_request: ClientRequest, note: Note) -> Answer | Exception:
     if not isinstance(fault, torch.OutOfMemoryError) or fewer is client_request:
         return fault
     rows = fewer[0].workplace.eval_batch_size
-    note(f"out of memory evaluating client {compute.client.info.id}: going on with {rows} rows at once")
+    note(f"out of memory evaluating client {compute.client.info.id}; continuing with {rows} rows at once")
     return _alone(fewer, note)
 
 
 def _fewer_rows(client_request: ClientRequest) -> ClientRequest:
-    """The same with half as many rows at once where that may be: in evaluation, unless padding counts."""
+    """The same with half as many rows at once where possible: in evaluation, unless padding counts."""
     compute, request = client_request
     rows = compute.workplace.eval_batch_size
     if isinstance(request, Train) or (isinstance(request, Observe) and request.padding) or rows == 1:
@@ -160,7 +160,7 @@ def observe_together(requests: Sequence[tuple[LocalCompute, Observe]]) -> list[O
 def _made(
     make: Callable[[LocalCompute, R], W], requests: Sequence[tuple[LocalCompute, R]]
 ) -> tuple[dict[int, W], dict[int, Any]]:
-    """What is made of each client's request by its number, and the faults of those of which nothing can be made."""
+    """The result of ``make`` for each client's request, by its number; and the faults of those where it fails."""
     made: dict[int, W] = {}
     faults: dict[int, CoterieError] = {}
     for i, (compute, request) in enumerate(requests):

@@ -1,4 +1,4 @@
-"""Answers one client's requests in one round on a frozen base; it alone is the reference for many."""
+"""Answers one client's requests in one round on a frozen base; the reference for answering many clients together."""
 
 from __future__ import annotations
 

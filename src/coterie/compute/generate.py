@@ -1,4 +1,4 @@
-"""Greedy completions of prompts, with whatever banks are on the base, for one client alone or for many in a pass."""
+"""Greedy completions of prompts with the banks on the base, for one client alone or for many in a pass."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from coterie.nn.locate import resolve
 from coterie.ops.metrics import check_rouge
 from coterie.types import CoterieError
 
-_NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # of [engine], what does not change a base
+_NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # settings of [engine] that do not change a base
 
 
 def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Workplace, ...]:
@@ -46,12 +46,14 @@ def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:
     if setting == "auto":
         return ("cuda" if torch.cuda.is_available() else "cpu",)
     if setting == "cuda:all":
-        return tuple(name for name in devices() if name.startswith("cuda")) or ("cuda",)  # which is not here, then
+        return tuple(name for name in devices() if name.startswith("cuda")) or (
+            "cuda",
+        )  # an error later, where there is none
     if isinstance(setting, str):
         return (setting,)
     twice = [name for name, count in Counter(setting).items() if count > 1 and name != "cpu"]
     if twice:
-        raise CoterieError(f"[engine] device names {twice[0]} twice; a base on each device is enough")
+        raise CoterieError(f"[engine] device names {twice[0]} twice; name each device once")
     return setting
 
 
@@ -73,7 +75,7 @@ def _check_positions(config: Config, base: Base) -> None:
     if base.longest is not None and needed > base.longest:
         raise CoterieError(
             f"the model has positions for {base.longest} tokens; [model] max_length (and [task] max_new_tokens) "
-            f"ask for {needed}: lower them"
+            f"need {needed}; lower them"
         )
 
 
@@ -91,13 +93,13 @@ def _load(config: Config, root: Path, device: str) -> Base:
 
 
 def _precision(config: Config, bases: tuple[Base, ...]) -> str:
-    """What all devices compute in: ``auto`` is bfloat16 where each of them does it by itself."""
+    """The precision of all devices: ``auto`` is bfloat16 where each of them supports it natively."""
     precisions = {resolve_precision(config.engine.precision, base.device) for base in bases}
     return precisions.pop() if len(precisions) == 1 else "float32"
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
-    """``auto`` as the precision that the device computes in by itself; any other setting as it is."""
+    """``auto`` as the best precision that the device supports natively; any other setting as it is."""
     if setting != "auto":
         return setting
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else native_bfloat16()

@@ -1,7 +1,7 @@
 """Answers ``Observe``: how a bank's experts are used on a split, mean embeddings and directions, modules' importance.
 
 All but importance is collected for one client alone or for many in the same passes. Importance, which takes
-gradients of the gates, is of one client at a time.
+gradients of the gates, is computed for one client at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def observe(observations: Sequence[Observation]) -> list[Observed]:
 
 @dataclass
 class Observation:
-    """What a request asks of a client's bank on a split.
+    """The observation of a client's bank on a split, as a request describes it.
 
     Raises :class:`ValueError` for unknown statistics, :class:`CoterieError` where the client has no rows, or the bank
     does not fit the base.
@@ -69,7 +69,7 @@ class Observation:
         self.collector = Collector(request.bank, self.layers.now, request.what)
 
     def batches(self, clients: int = 1) -> Iterator[Batch]:
-        """Batches on the CPU for passes that so many clients share.
+        """Batches on the CPU for passes that ``clients`` clients share.
 
         Where padding counts, what is observed depends on the batches: they are those of one client alone.
         """
@@ -77,7 +77,7 @@ class Observation:
         return in_order(self.workplace.task, self.examples, size)
 
     def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
-        """The next pass is of this batch, and of its tokens those that ``mask`` marks count (None: all)."""
+        """Prepare for a pass of this batch, in which the tokens that ``mask`` marks count (None: all)."""
         self.collector.begin_pass(mask, batch.mask.numel() if self.request.padding else batch.mask.sum())
 
     def importance(self) -> dict[str, dict[str, float]]:

@@ -28,9 +28,9 @@ class Pace(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimisers:
-    """A fresh optimiser for every pace of clients that begin a round together: one step of it serves all of them.
+    """A fresh optimiser for every pace of clients that begin a round together: one step of it updates all of them.
 
-    A client without gradients, because it has no step left, stays as it is: its moments and its decay too.
+    A client without gradients, because it has no step left, does not change: no moments, no weight decay.
     """
 
     by_pace: Mapping[Pace, torch.optim.Optimizer]
@@ -44,7 +44,7 @@ class Optimisers:
         return Optimisers({pace: _optimizer(pace, trained, fused) for pace, trained in parameters.items() if trained})
 
     def step(self, steps: Mapping[Pace, int]) -> None:
-        """The step with the number that each of these paces is at, from 0."""
+        """Take a step for each of these paces, given the number of the step that it is at, from 0."""
         for pace, number in steps.items():
             if optimizer := self.by_pace.get(pace):
                 for group in optimizer.param_groups:

@@ -42,7 +42,7 @@ class Joined:
 
     @property
     def prompt(self) -> Tensor:
-        """[c*rows, tokens]: as :attr:`Batch.prompt`, and 0 for what fills up."""
+        """[c*rows, tokens]: as :attr:`Batch.prompt`, and 0 in rows and tokens that fill up."""
         if self.own is None:
             return self.parts[0].prompt
         marks = torch.zeros_like(self.own)
@@ -94,13 +94,13 @@ class Passes:
         return Joined(active, inputs, [batch.to(device) for batch in batches], rows, tokens, real, own)
 
     def in_step(self, streams: Sequence[Iterator[Batch]]) -> Iterator[Joined]:
-        """The first batches of all clients' streams, then the second ones, of those that have more."""
+        """The first batches of all clients' streams, then the second ones of those that have more."""
         for batches in zip_longest(*streams):
             active = [i for i, batch in enumerate(batches) if batch is not None]
             yield self.join(active, [batch for batch in batches if batch is not None])
 
     def choose(self, joined: Joined) -> None:
-        """The next pass is of ``joined``."""
+        """Prepare for a pass of ``joined``."""
         self.row_mask.prompt = None
         if self.many is not None:
             sizes = [(part.mask.shape[0], part.mask.shape[1]) for part in joined.parts]

@@ -1,7 +1,7 @@
 """Answers ``Score``: mean loss and metrics of a bank on a split, for one client alone or for many in the same passes.
 
 A :class:`Scoring` hands out batches sorted by length, takes the model's logits for them in the same order, and has the
-scores at the end. It does not know on whose rows the model runs besides.
+scores at the end. It does not know whose rows share its passes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def score(scorings: Sequence[Scoring]) -> list[Scored]:
 
 
 def _texts(passes: Passes, scorings: Sequence[Scoring]) -> list[list[str] | None]:
-    """The completions that are scored, where they are."""
+    """The completions of each client that has them scored, else None."""
     if not any(scoring.generates for scoring in scorings):
         return [None] * len(scorings)
     texts = completions(passes, [scoring.prompts if scoring.generates else [] for scoring in scorings])
@@ -127,9 +127,9 @@ class Scoring:
 @dataclass
 class ChoiceScoring(Scoring):
     """Accuracy of choosing among candidates: every candidate after its row's prompt; the prediction is the candidate
-    with the least mean loss per token, the first on a tie. The loss is the mean per token of the right candidates.
+    with the lowest mean loss per token, the first on a tie. The loss is the mean per token of the right candidates.
 
-    Macro-F1 and Matthews' correlation only where all rows have the same candidates: else a position means nothing.
+    Macro-F1 and Matthews' correlation only where all rows have the same candidates; else positions are not classes.
     """
 
     passed: int = 0  # candidates whose passes have begun

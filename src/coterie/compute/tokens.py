@@ -1,4 +1,4 @@
-"""Tokenised rows in little memory: packed into flat arrays, and the least recently used given up beyond a limit."""
+"""Tokenised rows in little memory: packed into flat arrays, and the least recently used dropped beyond a limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coterie.data.tasks import Example
 
 Split = tuple[str, str]  # a client's id, and the name of one of its splits
 LIMIT = 256 * 2**20  # bytes: 60 million tokens
-_INT = "i"  # 4 bytes; of tuples of Python's integers, a token takes 40
+_INT = "i"  # 4 bytes; in a tuple of Python integers, a token takes 40
 
 
 @dataclass(frozen=True)

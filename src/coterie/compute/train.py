@@ -25,7 +25,7 @@ from coterie.ops.streams import stream_seed
 from coterie.requests import Train, Trained
 from coterie.types import CoterieError, Key
 
-_CHECK_EVERY = 16  # optimiser steps between looks at the losses: a look waits for the device
+_CHECK_EVERY = 16  # optimiser steps between checks of the losses: a check waits for the device
 
 
 def train(trainings: Sequence[Training]) -> list[Trained | CoterieError]:
@@ -36,7 +36,7 @@ def train(trainings: Sequence[Training]) -> list[Trained | CoterieError]:
     """
     if not trainings:
         return []
-    ordered = sorted(trainings, key=lambda training: -len(training.steps))  # so that those with steps left come first
+    ordered = sorted(trainings, key=lambda training: -len(training.steps))  # those with steps left come first
     with on_base(trainings[0].workplace, [training.layers for training in ordered]) as passes:
         train_steps(ordered, passes)
         tensors = {id(training): training.layers.tensors() for training in ordered}
@@ -100,7 +100,7 @@ class Training:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters that train."""
         return list(self.layers.parameters.values())
 
     @property
@@ -155,7 +155,7 @@ class Training:
             clip_grad_norm_(self.parameters, self.request.optim.clip)
 
     def end_step(self) -> None:
-        """Forget the gradients after the optimiser's step; look at the losses now and then."""
+        """Drop the gradients after the optimiser's step; check the losses now and then."""
         for parameter in self.parameters:
             parameter.grad = None
         self.step += 1
@@ -195,7 +195,7 @@ class Training:
         )
 
     def _tensor_fault(self, tensors: Mapping[Key, Tensor]) -> CoterieError | None:
-        """A gradient may overflow where the loss did not: nothing of that may be kept or sent."""
+        """A gradient may overflow where the loss did not; such tensors are neither kept nor sent."""
         broken = [str(key) for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if not broken:
             return None

@@ -1,1 +1,1 @@
-"""What a run is asked to be: one TOML file, checked once."""
+"""The settings of a run: one TOML file, checked once."""

@@ -1,4 +1,4 @@
-"""Checks settings against their model, and says what is wrong in the words of the file that holds them."""
+"""Checks settings against their model, and says what is wrong in the words of their file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from coterie.files import reason_of
 from coterie.types import CoterieError
 
 M = TypeVar("M", bound=BaseModel)
-_MOST = 3  # faults that one message names
+_MOST = 3  # faults named in one message
 
 
 class _Fault(NamedTuple):
-    """One of pydantic's errors: its kind, where it is (names and places in lists), its text, the value there."""
+    """One of pydantic's errors: its kind, where it is (names and positions in lists), its text, the value there."""
 
     kind: str
     loc: tuple[int | str, ...]
@@ -32,7 +32,7 @@ def checked(model: type[M], raw: Mapping[str, object], path: str) -> M:
     Raises :class:`CoterieError` for wrong values and for unknown keys, with the nearest known one.
     """
     try:
-        return model.model_validate_json(as_json(raw))  # from JSON a list makes a tuple, and still "4" is no number
+        return model.model_validate_json(as_json(raw))  # JSON lists become tuples, and "4" is still not a number
     except ValidationError as error:
         faults = [_Fault(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()]
         # Where text or a section is allowed, pydantic also says of a wrong section that it is not text.
@@ -54,7 +54,7 @@ def as_json(raw: Mapping[str, object]) -> str:
 def section_in(annotation: object) -> tuple[type[BaseModel] | None, bool]:
     """The model of the section that a type holds, and whether the type is a list of such sections.
 
-    The section may be the type itself or stand in a union or a tuple. None where the type holds no section.
+    The section may be the type itself, or a part of a union or a tuple. None where the type has no section.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False

@@ -18,11 +18,13 @@ class FederationSettings(Section):
     greeting: float = Field(
         120.0,
         ge=0,
-        description="seconds that a site has to come back before its round goes on without it",
+        description="seconds that a site has to come back before the round continues without it",
     )
-    host: str = Field("127.0.0.1", description="address that the server listens on; 0.0.0.0: all of this machine's")
+    host: str = Field(
+        "127.0.0.1", description="address that the server listens on; 0.0.0.0: all addresses of this machine"
+    )
     port: int = Field(9092, ge=1, le=65535, description="port that the server listens on")
-    keys: str = Field("keys", description="folder that `coterie keys init` made")
+    keys: str = Field("keys", description="folder written by `coterie keys init`")
     base: str = Field("", description="SHA-256 of the base that all sites must have; empty: that of the first site")
     restarts: int = Field(5, ge=0, description="restarts in a row, with no new checkpoint, before the server gives up")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")
@@ -48,18 +50,20 @@ class SiteData(Section):
     """This site's files. They are never sent."""
 
     train: str = Field(description="file of training rows: .jsonl, .csv or .parquet")
-    validation: str | None = Field(None, description="file of validation rows; without it, cut from the training rows")
-    test: str | None = Field(None, description="file of test rows; without it, cut from the training rows")
-    labels: tuple[str, ...] | None = Field(None, description="label names, in order; without it, those in the rows")
-    columns: Columns = Field(default=Columns(), description="which column holds what")
+    validation: str | None = Field(
+        None, description="file of validation rows; without it, taken from the training rows"
+    )
+    test: str | None = Field(None, description="file of test rows; without it, taken from the training rows")
+    labels: tuple[str, ...] | None = Field(None, description="label names, in order; by default those in the rows")
+    columns: Columns = Field(default=Columns(), description="the columns' names")
     train_rows: int = Field(0, ge=0, description="training rows to use; 0: all")
     validation_rows: int = Field(0, ge=0, description="validation rows to use; 0: all")
     test_rows: int = Field(0, ge=0, description="test rows to use; 0: all")
-    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share to cut off the training rows without a file")
-    test_fraction: float = Field(0.2, ge=0, lt=1, description="share to cut off the training rows without a file")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training rows to use without a file")
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="share of the training rows to use without a file")
 
     def settings(self, client: str) -> DataSettings:
-        """As the ``[data]`` of a run with this client alone."""
+        """These settings as the ``[data]`` of a run with only this client."""
         own = ClientFiles(id=client, train=self.train, validation=self.validation, test=self.test, labels=self.labels)
         rest = self.model_dump(exclude={"train", "validation", "test", "labels", "columns"})
         return DataSettings(clients=(own,), columns=self.columns, **rest)
@@ -83,12 +87,14 @@ class Policy(Section):
     max_steps: int = Field(10_000, ge=1, description="optimiser steps allowed in a round")
     max_rounds: int = Field(1_000, ge=1, description="rounds allowed in a run")
     max_rank: int = Field(
-        256, ge=1, description="largest rank of an expert that is sent here, and of an adapter of a pool"
+        256, ge=1, description="largest rank of an expert sent to this site, and of an adapter of a pool"
     )
     upload: tuple[Part, ...] = Field(
         tuple(Part), description="the parts that a reply may hold: A, B, router, embedding, head"
     )
-    upload_metrics: bool = Field(True, description="send this site's metrics; else the server cannot evaluate it")
+    upload_metrics: bool = Field(
+        True, description="send this site's metrics, without which the server cannot evaluate it"
+    )
     upload_usage: bool = Field(True, description="send how this site's tokens use the experts")
     upload_bank: bool = Field(False, description="send this site's whole bank, personal tensors included, at the end")
 

@@ -67,7 +67,7 @@ def type_in_words(annotation: object) -> str:
 
 
 def value_in_words(value: object) -> str:
-    """A default as TOML writes it; ``none``, which TOML does not have, stands for a key left out."""
+    """A default as TOML writes it; ``none``, which TOML does not have, means that the key is left out."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 

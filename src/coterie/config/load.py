@@ -68,7 +68,7 @@ def _check_ranks(config: Config) -> None:
     if config.lora.ranks and not method_named(config.method_name).mixed_ranks:
         mixed = ", ".join(name for name, kind in methods().items() if kind.mixed_ranks)
         raise CoterieError(
-            f"[lora] ranks: all clients of {config.method_name} have one rank; leave ranks out, or use a method that "
+            f"[lora] ranks: all clients of {config.method_name} have the same rank; leave ranks out, or use one that "
             f"allows different ones: {mixed}"
         )
 
@@ -85,7 +85,7 @@ def section_of(raw: Raw, name: str) -> dict[str, object]:
     """
     section = raw.get(name, {})
     if not isinstance(section, dict):
-        raise CoterieError(f"{name} = {section!r} in the config: {name} is a section")
+        raise CoterieError(f"{name} = {section!r} in the config: {name} must be a section")
     return section
 
 
@@ -116,7 +116,7 @@ def override(raw: Raw, overrides: Sequence[str]) -> dict[str, object]:
 
 
 def differences(old: Raw, new: Raw) -> list[str]:
-    """The keys, dotted, in which two configs differ."""
+    """The dotted keys in which two configs differ."""
     before, after = dict(_flat(old)), dict(_flat(new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 

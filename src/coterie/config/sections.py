@@ -35,8 +35,8 @@ class LoraSettings(Section):
     rank: int = Field(8, ge=1, description="rank r of an expert")
     ranks: dict[str, int] | tuple[int, ...] = Field(
         (),
-        description="different ranks, for methods that allow it: by client, as {north = 4, south = 16}, the others "
-        "having rank; or a list that is repeated over the clients' sorted names",
+        description="different ranks, for methods that allow them: by client, as in {north = 4, south = 16}, where the "
+        "other clients have rank; or a list that is repeated over the clients' sorted names",
     )
     alpha: float = Field(16.0, gt=0, description="the scale of an expert is alpha / rank, with the client's own rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the experts' input in training")
@@ -48,7 +48,7 @@ class LoraSettings(Section):
     @classmethod
     def _at_least_one(cls, value: dict[str, int] | tuple[int, ...]) -> dict[str, int] | tuple[int, ...]:
         if any(rank < 1 for rank in (value.values() if isinstance(value, dict) else value)):
-            raise ValueError("the least rank is 1")
+            raise ValueError("a rank must be at least 1")
         return value
 
 
@@ -57,7 +57,7 @@ class TaskSettings(Section):
 
     kind: TaskKind = Field(
         "classification",
-        description="the kind of task; multiple_choice: a decoder picks the candidate with the least mean loss per "
+        description="the kind of task; multiple_choice: a decoder picks the candidate with the lowest mean loss per "
         "token",
     )
     head: Literal["personal", "shared"] = Field(
@@ -71,7 +71,7 @@ class TaskSettings(Section):
     @model_validator(mode="after")
     def _only_generation_generates(self) -> TaskSettings:
         if self.generate and self.kind != "generation":
-            raise ValueError(f"generate works only for generation, and kind is {self.kind}; leave it out")
+            raise ValueError(f"generate works only with kind = generation, not {self.kind}; leave it out")
         return self
 
 
@@ -91,11 +91,11 @@ class RunSettings(Section):
     )
     eval_batch_size: int = Field(64, ge=1, description="examples (or candidates) per forward pass in evaluation")
     tensorboard: bool = Field(False, description="also write TensorBoard logs (extra tracking)")
-    keep_checkpoints: int = Field(2, ge=2, description="number of newest checkpoints to keep")
+    keep_checkpoints: int = Field(2, ge=2, description="how many of the newest checkpoints to keep")
 
 
 class RaySettings(Section):
-    """What the engine flower-sim gives to its clients; other engines ignore it."""
+    """What the engine flower-sim gives its clients; other engines ignore it."""
 
     cpus_per_client: int = Field(
         1, ge=1, description="cores that Ray reserves for each client at work; with threads = 0 also its CPU threads"
@@ -106,8 +106,8 @@ class RaySettings(Section):
     clients_at_once: int = Field(
         0,
         ge=0,
-        description="clients at work at the same time, each in a process with its own base; 0: as many as the cores "
-        "allow",
+        description="clients at work at the same time, each in a process with its own base; 0: as many as the "
+        "cores allow",
     )
     object_store_mib: int = Field(256, ge=76, description="shared memory for Ray's messages, in MiB")
     address: str = Field("", description="a running Ray cluster: HOST:PORT or auto; empty: start one for the run")
@@ -119,7 +119,7 @@ class EngineSettings(Section):
     name: str = Field("local", description="the engine: local, or flower-sim (extra flower-sim)")
     device: str | tuple[str, ...] = Field(
         "auto",
-        description='cpu, cuda, cuda:1, or auto; several, as ["cuda:0", "cuda:1"], or cuda:all: clients are '
+        description='cpu, cuda, cuda:1 or auto; for several, ["cuda:0", "cuda:1"] or cuda:all: clients are '
         "distributed over them, with a copy of the base on each",
     )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
@@ -128,13 +128,13 @@ class EngineSettings(Section):
     )
     clients_per_batch: int | Literal["auto"] = Field(
         1,
-        description="clients that share a forward pass; 1: one after another, the reference; auto: as many as speed "
-        "the run up, as measured; a resumed run measures again",
+        description="clients that share a forward pass; 1: one after another, the reference; auto: the number that is "
+        "fastest and fits in memory, as measured; a resumed run measures again",
     )
     compile: bool = Field(
         False, description="torch.compile the modules between the adapters; needs a compiler, and changes the last bits"
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or as many as cores")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or one per core")
     ray: RaySettings = Field(default_factory=RaySettings)
 
     @field_validator("device")
@@ -148,7 +148,7 @@ class EngineSettings(Section):
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("the least is 1; or give 'auto'")
+            raise ValueError("must be at least 1, or 'auto'")
         return value
 
 
@@ -184,7 +184,7 @@ class Config(Section):
         return method_named(self.method_name)(self.method_settings().located(root), self.plan())
 
     def plan(self) -> Plan:
-        """What a method is given besides its own settings."""
+        """What a method gets besides its own settings."""
         return Plan(
             rank=self.lora.rank,
             ranks=self.lora.ranks,

@@ -92,5 +92,7 @@ def _check_files(datasets: Iterable[Dataset]) -> None:
     for split, table in (item for dataset in datasets for item in dataset.tables.items()):
         other, source = seen.setdefault(table.sha256, (split, table.source))
         if source is not table.source and (split != other or split == "train"):
-            what = "is given twice" if source == table.source else f"holds the same rows as {source}"
-            raise DataError(f"{table.source} {what}; splits never share rows, nor do clients to train on")
+            what = "is given twice" if source == table.source else f"contains the same rows as {source}"
+            raise DataError(
+                f"{table.source} {what}; use different rows for each split, and for training at each client"
+            )

@@ -15,7 +15,7 @@ from coterie.data.parse import listing
 from coterie.types import CoterieError
 
 Ints = NDArray[np.int64]
-PerClient = Mapping[str, int]  # split -> rows per client; 0: as many as there are
+PerClient = Mapping[str, int]  # split -> rows per client; 0: all
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str,
         for row, value in _column(table, columns, "label"):
             if (label := _label(value, table.where(row))) not in names:
                 raise DataError(
-                    f"{table.where(row)}: no training row has the label {label!r}; theirs are {listing(names)}. "
+                    f"{table.where(row)}: no training row has the label {label!r}, only {listing(names)}. "
                     "Correct it, or list all labels in data.labels"
                 )
     return names

@@ -9,7 +9,7 @@ from coterie.types import Section
 
 
 class Columns(Section):
-    """Which column holds what."""
+    """The columns' names."""
 
     text: str = Field(default="text", description="column of the text to classify")
     text_pair: str | None = Field(
@@ -47,9 +47,9 @@ class ClientFiles(Section):
     id: str = Field(description="name of the client, and of its folders: letters, digits, '.', '_' and '-' only")
     train: str = Field(description="file of training rows: .jsonl, .csv or .parquet")
     validation: str | None = Field(
-        default=None, description="file of validation rows; none: cut from the training rows"
+        default=None, description="file of validation rows; none: taken from the training rows"
     )
-    test: str | None = Field(default=None, description="file of test rows; none: cut from the training rows")
+    test: str | None = Field(default=None, description="file of test rows; none: taken from the training rows")
     group: str | None = Field(
         default=None, description="the client's domain, if known; used only in pictures and by oracle controls"
     )
@@ -115,21 +115,21 @@ class DataSettings(Section):
     labels: tuple[str, ...] | None = Field(
         default=None, description="label names, in order; none: those of the dataset, else those in each client's rows"
     )
-    columns: Columns = Field(default=Columns(), description="which column holds what")
-    train_rows: int = Field(default=0, ge=0, description="training rows per client; 0: as many as there are")
-    validation_rows: int = Field(default=0, ge=0, description="validation rows per client; 0: as many as there are")
-    test_rows: int = Field(default=0, ge=0, description="test rows per client; 0: as many as there are")
+    columns: Columns = Field(default=Columns(), description="the columns' names")
+    train_rows: int = Field(default=0, ge=0, description="training rows per client; 0: all")
+    validation_rows: int = Field(default=0, ge=0, description="validation rows per client; 0: all")
+    test_rows: int = Field(default=0, ge=0, description="test rows per client; 0: all")
     validation_fraction: float = Field(
         default=0.1,
         ge=0,
         lt=1,
-        description="share of the training rows cut off for validation where there is no such file",
+        description="share of the training rows used for validation where there is no validation file",
     )
     test_fraction: float = Field(
         default=0.2,
         ge=0,
         lt=1,
-        description="share of the training rows cut off for testing where there is no such file",
+        description="share of the training rows used for testing where there is no test file",
     )
 
     @model_validator(mode="after")

@@ -130,7 +130,7 @@ def _reindexed(
     index = {label: i for i, label in enumerate(occur)}
     if len(occur) < 2 and any(isinstance(row, ChoiceRow) for each in rows.values() for row in each):
         raise DataError(
-            f"client {client} has rows of only one label, {names[occur[0]]}, and so nothing to choose between; leave "
+            f"client {client} has rows of only one label, {names[occur[0]]}, nothing to choose between; leave "
             "data.partition.own_labels out"
         )
 

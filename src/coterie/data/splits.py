@@ -1,4 +1,4 @@
-"""The splits of a client or a dataset: cuts those that are missing, takes as many rows as a config wants."""
+"""The splits of a client or a dataset: cuts those that are missing, takes as many rows as the config sets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def complete(splits: Mapping[str, Sequence[T]], settings: DataSettings, seed: in
 
 
 def rows_per_client(settings: DataSettings) -> dict[str, int]:
-    """``data.<split>_rows`` by split; 0: as many as there are."""
+    """``data.<split>_rows`` by split; 0: all."""
     return {"train": settings.train_rows, "validation": settings.validation_rows, "test": settings.test_rows}
 
 

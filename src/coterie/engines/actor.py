@@ -30,7 +30,7 @@ _RUN = ("config", "folder", "root", "data")  # the keys of a head that say which
 
 @dataclass(frozen=True)
 class _Run:
-    """A run as an actor holds it: all of its clients, over one base."""
+    """A run in an actor: all of its clients, over one base."""
 
     head: Mapping[str, Json]
     method: Method
@@ -98,7 +98,7 @@ def _load(about: Mapping[str, Json]) -> _Run:
     torch.set_num_threads(config.engine.threads or default_threads())
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
     if (here := digest(federation.manifest)) != about["data"]:
-        raise CoterieError(f"an actor read other rows than the run did ({here[:12]}); give all machines the same files")
+        raise CoterieError(f"an actor read different rows than the run ({here[:12]}); give all machines the same files")
     workplace = workplaces(config, root, _BASES)[0]
     states = ClientStates.of(config, Path(about["folder"]))
     method = config.make_method(root)

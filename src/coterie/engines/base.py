@@ -1,4 +1,4 @@
-"""The Engine protocol: what the rounds request of whatever holds the clients."""
+"""The Engine protocol: what the rounds need from whatever runs the clients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Needs:
 
 
 class Engine(Protocol):
-    """Holds the clients: their data, their states, and the compute that answers their programs."""
+    """Runs the clients: it has their data, their states, and the compute that answers their programs."""
 
     @property
     def spec(self) -> BaseSpec: ...

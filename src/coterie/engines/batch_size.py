@@ -1,4 +1,4 @@
-"""How many clients share a forward pass: as many as pay, and no more than the memory holds."""
+"""How many clients share a forward pass: as many as make it faster, and as fit in memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from coterie.data.tasks import Example
 from coterie.requests import ClientProgram, Optim, Train
 from coterie.types import Bank, ClientInfo, CoterieError
 
-# Tokens of a step from which a larger batch is hardly faster on a CPU (docs/performance-batched.md); a GPU: what fits.
+# Tokens of a step above which a larger batch is hardly faster on a CPU (docs/performance-batched.md); GPUs: no limit.
 ENOUGH = {"bfloat16": 2000, "float32": 250}
 MOST = 64
 SHARE = 0.8  # of the free memory
-_GROWN = 1.1  # measured anew where the largest adapter has grown to so much of the one that was measured
+_GROWN = 1.1  # measure again once the largest adapter is this many times as large as the one that was measured
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AutoSize:
 
 
 def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim) -> Train:
-    """What a client that runs ``program`` trains first; of one that first asks for something else, all of ``bank``."""
+    """What a client that runs ``program`` trains first; of one whose first request is another, all of ``bank``."""
     with closing(program):
         try:
             request = next(program)
@@ -76,7 +76,7 @@ def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim
 
 
 def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Train) -> Size:
-    """As many clients as pay, and as fit by the measured memory of a step of ``request`` with one client and with two.
+    """The number that is fast and fits, by the measured memory of a step of ``request`` with one client and with two.
 
     A step is as large as that of the client with the largest batch.
     """
@@ -84,7 +84,7 @@ def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Trai
     for client in clients:
         try:
             lengths.append(workplace.lengths(client, "train"))
-        except CoterieError:  # a row that cannot be encoded: that client fails by itself
+        except CoterieError:  # a row that cannot be encoded fails its client later
             continue
     lengths = [each for each in lengths if each]
     if len(lengths) < 2:
@@ -99,12 +99,12 @@ def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Trai
         return Size(1, reason)
     rows, longest = max(((min(batch, len(each)), max(each)) for each in lengths), key=lambda of: of[0] * of[1])
     fits = _fits(workplace, request, rows, longest)
-    return Size(most, reason) if most <= fits else Size(fits, f"{SHARE:.0%} of the free memory hold so many")
+    return Size(most, reason) if most <= fits else Size(fits, f"no more fit in {SHARE:.0%} of the free memory")
 
 
 def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> int:
-    """How many clients' steps of so many rows and tokens fit into the free memory; at least 1."""
-    free = _free(workplace.device)  # before the first of the two: what that leaves behind is in both
+    """How many clients' steps of ``rows`` rows and ``tokens`` tokens fit into the free memory; at least 1."""
+    free = _free(workplace.device)  # before the first step, because what that leaves in memory counts in both
     try:
         one, two = (_peak(workplace, request, rows, tokens, clients) for clients in (1, 2))
     except torch.OutOfMemoryError:
@@ -114,14 +114,14 @@ def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> int:
 
 
 def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients: int) -> int:
-    """Bytes that one optimiser step takes beyond what is held before it."""
+    """Bytes that one optimiser step takes beyond those in use before it."""
     made = [ClientData(ClientInfo(f"\0size {i}", rows), {}) for i in range(clients)]
     example = Example((workplace.task.tokenizer.pad_token_id,) * tokens, prompt=tokens // 2)
     for client in made:  # rows by hand, under ids that no folder can have
         workplace.cache[client.info.id, "train"] = [example] * rows
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1, "batch_size": rows})
     once = replace(request, optim=optim, hold_out=None)
-    machine.release_memory()  # what glibc keeps free would take the step's tensors unseen
+    machine.release_memory()  # else the step's tensors would go unseen into memory that glibc keeps
     before = _used(workplace.device, reset=True)
     try:
         train_together([(LocalCompute(workplace, client, 1), once) for client in made])
@@ -132,7 +132,7 @@ def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that may still be taken, those that torch keeps for later use among them."""
+    """Free bytes, including those that torch keeps for later use."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -140,7 +140,7 @@ def _free(device: torch.device) -> int:
 
 
 def _used(device: torch.device, reset: bool = False) -> int:
-    """The largest number of bytes in use since the last ``reset``; with one, those in use now."""
+    """The largest number of bytes in use since the last ``reset``; with ``reset``, those in use now."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         if reset:

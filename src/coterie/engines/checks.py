@@ -175,7 +175,7 @@ def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
 
 
 def json_fault(value: Json) -> str | None:
-    """Why ``value`` is not accepted as JSON: it holds something else, too much, too deep, or values too large."""
+    """Why ``value`` is not accepted as JSON: wrong types, too many values, too deep, or too large."""
     todo, seen = [(value, 0)], 0
     while todo:
         item, depth = todo.pop()

@@ -1,7 +1,7 @@
-"""One client's part of a round, from the bytes that came to the bytes that go back.
+"""One client's part of a round, from the bytes that arrive to the bytes that go back.
 
-Whoever holds a client calls these functions: the local engine for each client in turn, an actor of Flower's simulation
-for the client of a message, the worker at a site for its own. What comes is decoded once, what goes is encoded once.
+Whoever runs a client calls these functions: the local engine for each client in turn, an actor of Flower's simulation
+for the client of a message, the worker at a site for its own. Everything is decoded once and encoded once.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from coterie.types import Bank, ClientId, ClientInfo, ClientResult, CoterieError
 
 @dataclass(frozen=True)
 class Guard:
-    """What a client insists on: a site on its policy, a simulated client on nothing.
+    """A client's own rules: those of a site's policy; a simulated client has none.
 
-    ``admit`` raises :class:`CoterieError` for an instruction that the client refuses. ``compute`` wraps what trains.
-    ``release`` returns what may leave of a reply, or raises. ``wording`` puts a fault into words that may leave.
+    ``admit`` raises :class:`CoterieError` for an instruction that the client refuses. ``compute`` wraps the compute for
+    training. ``release`` returns what may be sent of a reply, or raises. ``wording`` gives the text that may be sent
+    about a fault.
     """
 
     admit: Callable[[Instruction], None] = lambda ins: None
@@ -58,7 +59,7 @@ class LocalClient:
         return self.data.info.id
 
     def personal(self, method: Method, until: int) -> Personal:
-        """The newest personal state of a round up to ``until``, or the one to begin with."""
+        """The newest personal state of a round up to ``until``, or the initial one."""
         return self.states.personal.load(self.id, until) or method.begin(self.workplace.base.spec, self.info)
 
 
@@ -89,7 +90,7 @@ def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> 
     reply, save the personal state.
 
     The client's own faults are the outcome's ``error``. Raises :class:`CoterieError` for an instruction that is refused
-    or a state that cannot be read, :class:`codec.CodecError` for bytes that are no instruction.
+    or a state that cannot be read, :class:`codec.CodecError` for bytes that are not an instruction.
     """
     start = begin(client, method, blob, rnd)
     started = time.perf_counter()
@@ -150,7 +151,7 @@ def begin(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Start:
 
 
 def encoded_reply(client: LocalClient, result: ClientResult) -> bytes:
-    """The reply as it leaves. Raises :class:`CoterieError` where the client keeps it to itself."""
+    """The reply as it is sent. Raises :class:`CoterieError` where the client keeps it to itself."""
     return codec.encode(client.guard.release(result.reply))
 
 
@@ -191,7 +192,7 @@ def evaluations(
 
 def joined(notes: list[str]) -> str | None:
     """The notes as one text, each once; they are taken out of the list."""
-    taken = [notes.pop(0) for _ in range(len(notes))]  # another thread may add one meanwhile
+    taken = [notes.pop(0) for _ in range(len(notes))]  # another thread may add a note meanwhile
     return "; ".join(dict.fromkeys(taken)) or None
 
 

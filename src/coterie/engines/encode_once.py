@@ -1,4 +1,4 @@
-"""Instructions as bytes: many clients are sent the same, which is encoded once."""
+"""Instructions as bytes: the same instruction for many clients is encoded once."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def _simulation(clients: int, actor: Mapping[str, float], ray: Mapping[str, Any]
 
 
 def head_of(config: Config, federation: FederatedData, folder: Path, root: Path) -> dict[str, Json]:
-    """What every message tells an actor of its run."""
+    """The head that tells an actor which run a message is for."""
     paths = {"folder": str(folder.resolve()), "root": str(root.resolve())}
     return {"config": json.loads(config.model_dump_json()), "data": digest(federation.manifest), **paths}
 
@@ -66,8 +66,8 @@ def _resources(config: Config, clients: int) -> tuple[dict[str, float], dict[str
         raise CoterieError("[engine] clients_per_batch is for the local engine only; set [engine.ray] clients_at_once")
     if not isinstance(engine.device, str) or engine.device == "cuda:all":
         raise CoterieError(
-            f"[engine] device names several, {engine.device!r}, but Ray spreads clients over devices by itself: name "
-            "one, and set [engine.ray] gpus_per_client"
+            f"[engine] device names several, {engine.device!r}, but Ray distributes the clients itself: name one, "
+            "and set [engine.ray] gpus_per_client"
         )
     if engine.device.startswith("cuda") and not ray.gpus_per_client:
         raise CoterieError(
@@ -91,7 +91,7 @@ def _at_once(ray: RaySettings) -> int:
 class FlowerSimEngine:
     """Sends every client's message to a node of its own, and waits for all answers.
 
-    Raises :class:`CoterieError` if an actor or the simulation dies: the last checkpoint stands.
+    Raises :class:`CoterieError` if an actor or the simulation dies; the last checkpoint is kept.
     """
 
     clients: tuple[ClientInfo, ...]
@@ -182,7 +182,7 @@ class FlowerSimEngine:
         to = [(self._nodes[c], kind, Message({**head, "client": c}, blobs[c])) for c in order]
         tickets = dict(zip(self._transport.send(to, _TTL, str(rnd)), order, strict=True))
         if None in tickets:
-            raise CoterieError(f"Flower did not take the message of {tickets[None]}; go on with --resume")
+            raise CoterieError(f"Flower did not take the message of {tickets[None]}; continue with --resume")
         answers: dict[ClientId, Message] = {}
         for client in order:
             while client not in answers:
@@ -190,16 +190,16 @@ class FlowerSimEngine:
             yield client, len(blobs[client]), answers.pop(client)
 
     def _receive(self, tickets: dict[str | None, ClientId], kind: str, rnd: int) -> dict[ClientId, Message]:
-        """The answers that have arrived, if none after a short pause; their tickets are removed from ``tickets``."""
+        """The answers that have arrived, after a short pause if there are none. Removes their ``tickets``."""
         try:
             arrived = self._transport.receive({ticket: sys.maxsize for ticket in tickets if ticket})
         except ConnectionError as fault:
-            raise CoterieError(f"{fault}; go on with --resume") from fault
+            raise CoterieError(f"{fault}; continue with --resume") from fault
         answers = {}
         for ticket, message in arrived:
             client = tickets.pop(ticket)
             if isinstance(message, str):
-                raise CoterieError(f"client {client}, {kind} of round {rnd}: {message}; go on with --resume")
+                raise CoterieError(f"client {client}, {kind} of round {rnd}: {message}; continue with --resume")
             if "fault" in message.head:
                 raise CoterieError(str(message.head["fault"]))
             answers[client] = message

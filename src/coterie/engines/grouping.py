@@ -1,7 +1,7 @@
-"""Which clients share forward passes, and on which device: similar ones together, so that little is padding.
+"""Which clients share forward passes, and on which device: similar clients together, so that there is little padding.
 
-A pass has as many rows as its largest batch, and as many tokens as its longest row. What a client gets does not depend
-on who else is in it; how long a round takes does.
+A pass has as many rows as its largest batch, and as many tokens as its longest row. A client's result does
+not depend on who else is in its pass; the time that a round takes does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coterie.data.rows import ClientData
 from coterie.requests import Optim
 from coterie.types import CoterieError
 
-PASS = 100  # a pass costs what so many tokens of the packaged encoder cost on a CPU, beside its own tokens
+PASS = 100  # a pass costs as much as its tokens and this many more, for the packaged encoder on a CPU
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def evaluation_load(workplace: Workplace, splits: Sequence[str], size: int) -> C
 
 
 def grouped(loads: Sequence[Load], size: int) -> list[list[Load]]:
-    """Groups of at most ``size``, the most expensive first: the cheapest of those that several orders give.
+    """Groups of at most ``size``, the most expensive first: the cheapest grouping that any of several orders gives.
 
     The orders: by passes and then by length, the other way round, and by length among those with about as many passes.
     Ties are broken by the clients' positions, so that the same clients always get the same groups.
@@ -90,7 +90,7 @@ def cost(group: Sequence[Load]) -> float:
 
 
 def schedule(groups: Sequence[Sequence[Load]], workplaces: int) -> list[list[int]]:
-    """The numbers of the groups that each workplace runs: the most expensive first, each where the least is to do."""
+    """The numbers of the groups that each workplace runs: the most expensive first, each where the load is least."""
     plan: list[list[int]] = [[] for _ in range(workplaces)]
     busy = [0.0] * workplaces
     for number in sorted(range(len(groups)), key=lambda i: (-cost(groups[i]), i)):
@@ -114,5 +114,5 @@ def _mean_longest(lengths: Sequence[int], size: int) -> float:
 
 
 def _about(number: int) -> int:
-    """The same for numbers that differ by a fourth or so."""
+    """The same number for all that differ by no more than about a fourth."""
     return round(math.log(number, 1.25)) if number else 0

@@ -1,7 +1,7 @@
 """The reference engine: every client of a simulated federation in this process, over one base that is loaded once.
 
-One client after another is the truth that all other engines are held to. Where ``[engine]`` asks for several clients in
-a forward pass, or names several devices, :mod:`.together` takes the clients instead.
+Running one client after another is the reference for all other engines. Where ``[engine]`` sets several clients for a
+forward pass, or names several devices, :mod:`.together` runs the clients instead.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class LocalEngine:
         return self.states.state_rounds(rnd)
 
     def prune(self, rnd: int) -> None:
-        """Give up the clients' states that only rounds before ``rnd`` need."""
+        """Delete the clients' states that only rounds before ``rnd`` need."""
         self.states.prune(rnd)
 
     def close(self) -> None:
-        """Nothing: all is in this process."""
+        """Do nothing: everything is in this process."""
 
     def _taking_part(self, instructions: Mapping[ClientId, Instruction]) -> list[LocalClient]:
         here = [LocalClient(self.workplace, data, self.states) for data in self.federation.clients]

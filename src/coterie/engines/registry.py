@@ -1,8 +1,8 @@
 """Finds the engine that a config names, and imports that one alone.
 
 The engine ``flower-sim`` is the module ``coterie.engines.flower_sim``, or the module that an installed package names in
-its entry-point group ``coterie.engines``. It defines ``make``; what it needs beside Coterie's own dependencies it says
-in ``NEEDS``, which must not import those libraries itself.
+its entry-point group ``coterie.engines``. It defines ``make``, and lists in ``NEEDS`` what it needs
+beside Coterie's own dependencies. Importing the module must not import those libraries.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from coterie.compute.workplace import Workplace
 
 T = TypeVar("T")
-_WAITING = 64  # clients' states that may wait to be written
+_WAITING = 64  # states of clients that may wait to be written
 
 
 def run_on(
@@ -24,7 +24,7 @@ def run_on(
     """The results of ``work`` for the numbers from 0 on, in order. ``plan`` says which numbers each workplace does.
 
     One workplace works in this thread, several in a thread each. The first fault in any, or an interrupt here, ends
-    all: each workplace stops before its next forward pass, and what it had begun is lost.
+    all: each workplace stops before its next forward pass, and unfinished work is lost.
     """
     if len(workplaces) == 1:
         for number in plan[0]:
@@ -64,7 +64,7 @@ def _resume(workplaces: Sequence[Workplace]) -> None:
 
 
 def _stop(workplaces: Sequence[Workplace], pools: Sequence[ThreadPoolExecutor]) -> None:
-    """Stop what is under way."""
+    """Stop the work that is under way."""
     for workplace in workplaces:
         workplace.stop.set()
     for pool in pools:
@@ -73,7 +73,7 @@ def _stop(workplaces: Sequence[Workplace], pools: Sequence[ThreadPoolExecutor]) 
 
 @dataclass
 class DiskThread(Generic[T]):
-    """A thread that fetches what the numbers of a plan need, one number ahead, and writes results behind.
+    """A thread that fetches the inputs for a plan's numbers one ahead, and writes results in the background.
 
     ``after`` gives the number that the same workplace does next.
     """
@@ -85,7 +85,7 @@ class DiskThread(Generic[T]):
     writing: deque[Future[Any]] = field(default_factory=deque)
 
     def take(self, number: int) -> T:
-        """What the number needs; starts to fetch for the next number. Raises what fetching it raised."""
+        """The inputs for the number; starts to fetch those for the next. Raises what fetching them raised."""
         fetching = self.fetching.pop(number, None) or self.pool.submit(self.fetch, number)
         fetched = fetching.result()
         following = self.after.get(number)
@@ -94,7 +94,7 @@ class DiskThread(Generic[T]):
         return fetched
 
     def write(self, save: Callable[[], Any]) -> None:
-        """Call ``save`` in the thread. Waits where many are waiting already; raises what an earlier one raised."""
+        """Call ``save`` in the thread. Waits where many calls are waiting; raises what an earlier call raised."""
         self.writing.append(self.pool.submit(save))
         if len(self.writing) > _WAITING:
             self.writing.popleft().result()

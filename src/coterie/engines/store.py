@@ -22,8 +22,8 @@ T = TypeVar("T")
 class RoundStore(Generic[T]):
     """Every client's versions of a value of type ``kind``: ``folder/<client>/<round>.safetensors``.
 
-    A round reads the newest version from before it. So a round that was killed half way starts again from the same
-    state, and the clients' states always agree with the server's checkpoint.
+    A round reads the newest version from before it. So a round that is killed halfway starts again from the same
+    state, and the clients' states always match the server's checkpoint.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class RoundStore(Generic[T]):
 
 @dataclass(frozen=True)
 class PersonalStore:
-    """The personal states in ``folder/personal``; in ``folder/kept``, once for all, what clients keep unchanged.
+    """The personal states in ``folder/personal``; in ``folder/kept``, once, what clients keep unchanged.
 
     A state's file only names the latter, by its hash: a large pool is not written for every round and every client.
     """
@@ -152,19 +152,21 @@ class ClientStates:
         return {"personal": self.personal.state_rounds(rnd), **trained}
 
     def prune(self, rnd: int) -> None:
-        """Give up the states that only rounds before ``rnd`` need."""
+        """Delete the states that only rounds before ``rnd`` need."""
         self.personal.prune(rnd)
         if self.trained:
             self.trained.prune(rnd)
 
 
-@lru_cache(maxsize=2)  # a simulation's clients share what is kept in memory, too
+@lru_cache(maxsize=2)  # in memory, too, a simulation's clients share what is kept
 def _read(path: Path, changed: int) -> Tensors:
-    return _decoded(dict[Key, Tensor], path, "delete it: the server sends it again to a client that lacks it")
+    return _decoded(dict[Key, Tensor], path, "delete it: the server sends it again to a client that does not have it")
 
 
 def _decoded(kind: type[T], path: Path, advice: str = "restore it, or start a new run with --out") -> T:
     try:
         return codec.decode(kind, path.read_bytes())
     except codec.CodecError as fault:
-        raise PrivateError(f"{path} is damaged, or of another version of Coterie ({fault}); {advice}") from fault
+        raise PrivateError(
+            f"{path} is damaged, or was written by another version of Coterie ({fault}); {advice}"
+        ) from fault

@@ -1,6 +1,6 @@
-"""Many clients at once: several share a forward pass, groups of them go to several devices, the disk works beside.
+"""Many clients at once: several share a forward pass, groups run on several devices, the disk is used meanwhile.
 
-What each client gets is what :mod:`.client` would give it alone, within floating point, and to the bit where every
+What each client gets is what :mod:`.client` would give it alone, within floating point, and bit for bit where every
 group has one client.
 """
 
@@ -48,7 +48,7 @@ Saves = Sequence[Callable[[], None]]
 class Together:
     """Runs groups of ``size`` clients, or of as many as ``auto`` decides, on all ``workplaces``.
 
-    ``optim`` is how clients mostly train: it says what their training costs. ``notes`` are what the user should know;
+    ``optim`` is how most clients train: their cost is estimated from it. ``notes`` are what the user should know;
     the next delivery takes them along.
     """
 
@@ -124,7 +124,7 @@ class Together:
         instructions: Mapping[ClientId, Instruction],
         rnd: int,
     ) -> int:
-        """How many clients share a pass of this round: where that is to be found out, by the largest adapter."""
+        """How many clients share a pass of this round; with ``auto``, by the largest adapter."""
         if self.auto is None or not clients:
             return self.clients_per_batch
 
@@ -135,7 +135,7 @@ class Together:
         def request() -> Train | None:
             for client in heaviest:
                 ins = instructions[client.id]
-                with suppress(CoterieError):  # that client fails by itself
+                with suppress(CoterieError):  # that client fails on its own
                     personal = client.personal(method, rnd - 1)
                     program = method.client(ins, client.info, personal)
                     return first_request(program, partial(method.bank, ins, client.info, personal), self.optim)
@@ -159,14 +159,14 @@ class Together:
         return [[clients[of.number] for of in group] for group in groups], schedule(groups, devices)
 
     def _each(self, plan: Sequence[Sequence[int]], work: Callable[[Workplace, int], T]) -> Generator[T, None, None]:
-        """What ``work`` makes of every group."""
+        """The results of ``work`` for every group."""
         with closing(run_on(self.workplaces, plan, work)) as made:
             yield from releasing_memory(made)
 
     def _train(
         self, workplace: Workplace, method: Method, starts: Sequence[tuple[Start, int]], rnd: int
     ) -> list[tuple[ClientId, Delivery, Saves]]:
-        """What came of clients whose programs run together; each takes an equal part of the time."""
+        """The outcomes of clients whose programs run together; each takes an equal part of the time."""
         started = time.perf_counter()
         computes = [LocalCompute(workplace, start.client.data, rnd) for start, _ in starts]
         programs = [method.client(start.ins, start.client.info, start.personal) for start, _ in starts]

@@ -1,4 +1,4 @@
-"""Flower's own programs, each with one change of ours: what a SuperLink, a SuperNode and a ClientApp are started by."""
+"""Flower's own programs, each with one change: the commands that start a SuperLink, a SuperNode and a ClientApp."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from coterie.flower.app import client_app
 
 _FOR_SITES = ("/v1/fleet/", "/health")
 _EAGER = 120.0  # seconds after an answer during which a SuperNode looks for the next message more often
-_EAGER_PAUSE = 0.5  # seconds between two looks then
+_EAGER_PAUSE = 0.5  # seconds between two checks then
 
 
 def superlink_command() -> None:
-    """Flower's ``flower-superlink``, with a control port that is closed to other machines.
+    """Flower's ``flower-superlink``, with its control port closed to other machines.
 
     Flower serves its control and its runtime on the port of the sites: whoever holds the CA certificate alone could
     register nodes and submit code. Here a request for either that does not come from this machine is refused.
@@ -50,14 +50,16 @@ class LocalOnly:
 def clientapp_command() -> None:
     """Flower's ``flwr-clientapp`` with the ClientApp of this installation, whatever code the server's app brought.
 
-    Flower would install and run what the server sent. A site runs what its own people installed, and nothing else.
+    Flower would install and run what the server sent. A site runs only what is installed there.
     """
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp as runtime
 
     for name in ("install_from_fab", "get_load_client_app_fn"):
         if not hasattr(runtime, name):
-            raise ImportError(f"this Flower has no {name} to keep the server's code out with; install flwr==1.41.0")
+            raise ImportError(
+                f"this Flower has no {name}, which is needed to keep the server's code out; install flwr==1.41.0"
+            )
     runtime.install_from_fab = lambda *args, **kwargs: None  # type: ignore[assignment, attr-defined]
     runtime.get_load_client_app_fn = lambda **kwargs: lambda *args: client_app  # type: ignore[attr-defined]
     flwr_clientapp()
@@ -66,7 +68,7 @@ def clientapp_command() -> None:
 def supernode_command() -> None:
     """Flower's ``flower-supernode``, which for a while after an answer looks for the next message more often.
 
-    Flower looks every three seconds, so a site's next message lies about two seconds at the server; at half a second
+    Flower looks every three seconds, so a site's next message waits about two seconds at the server; at half a second
     all the time, fifty sites would keep a SuperLink busy. If this Flower looks different inside, it is left as it is:
     only time depends on it.
     """

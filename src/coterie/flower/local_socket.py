@@ -16,14 +16,14 @@ _CHUNK = 2**20  # bytes
 
 
 class WorkerDiedError(ConnectionError):
-    """The worker had received the whole message, and went away before it answered."""
+    """The worker received the whole message, but went away before it answered."""
 
 
 def send(link: socket.socket, message: Message) -> None:
     """Write ``message`` to a connected socket. Raises :class:`OSError`."""
     head = json.dumps(message.head).encode()
     link.sendall(_SIZES.pack(len(head), len(message.body)) + head)
-    if message.body:  # the answer to an empty one may arrive before this, and the other side be gone
+    if message.body:  # an empty message may be answered before this, and the other side gone
         link.sendall(message.body)
 
 

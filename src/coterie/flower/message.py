@@ -1,6 +1,6 @@
 """What travels between a server and a site: a head of JSON and a body of bytes, bit for bit as they were sent.
 
-Flower carries a message as one array of bytes, whatever the dtypes of the tensors in it, beside the head as JSON text.
+Flower sends a message as one array of bytes, whatever the dtypes of the tensors in it, beside the head as JSON text.
 Nothing here imports torch: Flower starts a process with the ClientApp for every single message.
 """
 
@@ -78,7 +78,7 @@ def unpack(content: RecordDict, max_head: int = sys.maxsize) -> Message:
     """
     bodies, heads = content.array_records, content.config_records
     if set(bodies) != {"body"} or set(heads) != {"head"} or set(bodies["body"]) != {"body"}:
-        raise BrokenMessageError("it does not hold exactly a head and a body")
+        raise BrokenMessageError("it is not exactly a head and a body")
     text = heads["head"].get("json")
     if not isinstance(text, str):
         raise BrokenMessageError("its head is not text")

@@ -1,4 +1,4 @@
-"""A Ray of this process's own: closed to others, and gone afterwards. Imports neither Ray nor Flower."""
+"""A Ray for this process only: closed to others, and stopped afterwards. Imports neither Ray nor Flower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RAY_ENVIRONMENT = {  # of a Ray that is started here
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower's own command sets it
     "RAY_worker_niceness": "0",  # as every other engine's; Ray's own is 15
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: listen on 127.0.0.1 alone, on every system
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which means: listen only on 127.0.0.1, on every system
     "RAY_AUTH_MODE": "token",  # without one, whoever reaches Ray can run code in it: other users of the machine too
 }
 
@@ -26,7 +26,7 @@ _RAY_ENVIRONMENT = {  # of a Ray that is started here
 def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The arguments of ``ray.init``.
 
-    Without the address of a cluster they are for a Ray of this process's own, in a folder of its own, and the
+    Without the address of a cluster they are for a Ray of this process only, in its own folder, and the
     environment is set for it. Raises :class:`ConnectionError` if Ray was imported before that.
     """
     init = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **init}
@@ -34,7 +34,7 @@ def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield init
         return
     if "ray" in sys.modules and "RAY_AUTH_TOKEN" not in os.environ:  # it reads its environment when it is imported
-        raise ConnectionError("Ray was imported before it could be closed to others; run this in a process of its own")
+        raise ConnectionError("Ray was imported before it could be closed to others; run this in a new process")
     os.environ.update(_RAY_ENVIRONMENT)
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory(prefix="coterie-", ignore_cleanup_errors=True) as folder:
@@ -43,7 +43,7 @@ def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def processes_end() -> Iterator[list[psutil.Process]]:
-    """See to it that processes are gone after the ``with`` block: those put into the list, unless they ran before."""
+    """End the processes that are put into the list after the ``with`` block, unless they ran before it."""
     before, started = set(psutil.Process().children(recursive=True)), list[psutil.Process]()
     try:
         yield started

@@ -67,7 +67,7 @@ def simulation(
 ) -> Iterator[SimulatedTransport]:
     """Flower's simulation runtime for a ``with`` block: ``nodes`` SuperNodes whose messages Ray's actors ``answer``.
 
-    ``resources`` are those of one actor, ``ray`` is for ``ray.init``. Flower runs in a thread of its own and lends its
+    ``resources`` are those of one actor, ``ray`` is for ``ray.init``. Flower runs in its own thread and lends its
     Grid to this one. At the end all processes that were started are gone: actors that are still working are killed.
     Raises :class:`ConnectionError` if it does not start.
     """
@@ -96,7 +96,7 @@ def simulation(
 def _run(
     answer: Answer, nodes: int, backend: Mapping[str, Any], grids: queue.SimpleQueue[Grid], over: threading.Event
 ) -> None:
-    """Run the simulation, with a ServerApp that hands out its Grid and waits until it is ``over``."""
+    """Run the simulation, with a ServerApp that passes on its Grid and waits until ``over`` is set."""
     from flwr.simulation import run_simulation
 
     app = ServerApp()

@@ -1,8 +1,8 @@
 """``Method``, what every method is, and ``drive``, which runs a client program.
 
 A method has a server half of pure functions over a serialisable state, and a client half written as a generator that
-asks for compute (``Train``, ``Score`` and ``Observe`` of :mod:`coterie.requests`) and receives the answer. Engines
-differ in how they answer, never in what a method asks.
+requests compute (``Train``, ``Score`` and ``Observe`` of :mod:`coterie.requests`) and receives the answers. Engines
+differ in how they answer, never in what a method may request.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Method(ABC, Generic[S]):
     after the start, "" if any can. ``mixed_ranks``: whether clients may have different ranks (``[lora] ranks``).
     ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do.
     ``usage``: what a reply's ``info`` calls numbers on how the client's rows use the experts; a site may keep these to
-    itself, and the server does without them.
+    itself, and the server has to work without them.
     """
 
     settings: Any

@@ -1,9 +1,9 @@
-"""FedALT (arXiv 2503.11880, AAAI 2026): an own LoRA trained beside a frozen mean of the others', mixed per token.
+"""FedALT (arXiv 2503.11880, AAAI 2026): each client's LoRA, beside a frozen mean of the others', mixed per token.
 
     y = W0 x + s (g_1 B_i A_i x + g_2 B_row A_row x),  g = softmax(R x)
     A_row = 1/(K-1) sum_{j != i} A_j,  B_row = 1/(K-1) sum_{j != i} B_j
 
-"Row" is the rest of the world: the other K-1 of K clients. A client goes on training its own LoRA (A_i, B_i), which no
+"Row" is the rest of the world: the other K-1 of K clients. A client keeps training its own LoRA (A_i, B_i), which no
 average ever overwrites, and the mixer R [2, d_in] of every target; the rest of the world is frozen. Only A_i and B_i
 are sent.
 
@@ -65,7 +65,7 @@ class FedALT(Method[FedALTState]):
     name = "fedalt"
     title = "FedALT"
     paper = "arXiv 2503.11880 (AAAI 2026)"
-    summary = "an own LoRA beside a frozen mean of the others', mixed per token"
+    summary = "each client's LoRA beside a frozen mean of the others', mixed per token"
     State = FedALTState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedALTState:

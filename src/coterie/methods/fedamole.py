@@ -1,15 +1,15 @@
 """FedAMoLE (arXiv 2411.19128, WWW 2026): experts of a pool choose the clients whose data fits them.
 
 1. Every module has a pool of E experts, a shared expert and a token projection P. A client holds a few experts of
-   each pool, other ones in every module:
+   each pool, different ones in every module:
    y = W0 x + s [B_s A_s x~ + sum_{e in top-k} w_e B_e A_e x~], w = softmax over the k largest of
    (A_e x . P x) / sqrt r (:func:`coterie.nn.gates.scaled_dot_product`).
-2. Clients train all that they hold, with a load-balance loss beside the task's, on all their rows but a few. On those
+2. Clients train all that they hold, with a load-balance loss beside the task's, on most of their rows. On the others
    they then measure t = mean_t P x and, for each of their experts, e = mean_t A_e x.
 3. The server averages every expert and e over the expert's holders, shared expert and P over all clients.
 4. Reverse selection (RSEA), each round but the last: prob_ec = softmax over clients of (e . t_c) / sqrt r; every expert
-   picks as many clients as the setting says so that the picks' sum of prob is largest and every client gets a number
-   of experts within bounds (:mod:`coterie.ops.assign`). Round 1 starts from the same problem on random scores.
+   picks ``clients_per_expert`` clients so that the sum of prob over the picks is largest and every client gets a
+   number of experts within bounds (:mod:`coterie.ops.assign`). Round 1 starts from the same problem on random scores.
 
 Differs from the published code (commit 41ebf75), whose ways ``examples/fedamole-published.toml`` restores: all experts
 share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither in the
@@ -17,7 +17,7 @@ load-balance loss nor in embeddings (there they do: ``padding = "counted"``); th
 data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's. The
 code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
 Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
-the others' token embeddings; an expert whose holders all missed a round stays as it was.
+the others' token embeddings; an expert whose holders all missed a round is unchanged.
 """
 
 from __future__ import annotations
@@ -76,24 +76,24 @@ class FedAMoLESettings(MethodSettings):
     """FedAMoLE's settings; the defaults are the paper's."""
 
     experts: int | None = Field(
-        None, ge=1, description="experts in each module's pool; none: 3 for each client, as the paper's 30 for 10"
+        None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
     )
     clients_per_expert: int = Field(2, ge=1, description="clients that each expert picks")
     min_experts: int = Field(
-        2, ge=1, description="the fewest experts of a client in a module; top_k where that is more"
+        2, ge=1, description="the fewest experts of a client in a module, or top_k if that is larger"
     )
     max_experts: int = Field(8, ge=1, description="the most experts of a client in a module")
     top_k: int = Field(2, ge=1, description="experts per token, besides the shared one")
     assignment: Literal["dynamic", "static", "random", "homogeneous"] = Field(
         "dynamic",
-        description="experts choose anew each round; once, at random; at random each round; or as dynamic, with the "
+        description="experts choose again each round; once, at random; at random each round; or like dynamic, with the "
         "same number of experts for every client",
     )
     balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")
     embedding_fraction: float = Field(
-        0.05, gt=0, lt=1, description="share of the training rows that no mode trains on: they give the embeddings"
+        0.05, gt=0, lt=1, description="share of the training rows held out for the embeddings, in every mode"
     )
-    embedding_rows: int = Field(200, ge=1, description="the most rows for that")
+    embedding_rows: int = Field(200, ge=1, description="the most rows held out for the embeddings")
     weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of all means over clients")
     dropout_masks: Literal["shared", "per_expert"] = Field(
         "shared", description="one dropout mask for all experts, or one for each (published code)"
@@ -133,7 +133,7 @@ class FedAMoLE(Method[FedAMoLEState]):
     paper = "arXiv 2411.19128 (WWW 2026)"
     summary = "experts of a pool choose the clients whose data fits them; architectures differ by client"
     evaluates = "trained"
-    newcomers = "FedAMoLE's experts choose among the sites of the start"
+    newcomers = "FedAMoLE's experts choose among the sites that take part from the start"
     Settings = FedAMoLESettings
     State = FedAMoLEState
 
@@ -241,14 +241,14 @@ class FedAMoLE(Method[FedAMoLEState]):
             if aside.count(client.num_train) >= client.num_train:
                 raise CoterieError(
                     f"client {client.id} has {client.num_train} training row(s), and embedding_fraction = "
-                    f"{s.embedding_fraction:g} sets all of them aside; add rows, or lower embedding_fraction"
+                    f"{s.embedding_fraction:g} holds all of them out; add rows, or lower embedding_fraction"
                 )
 
     def _held(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
         """The part of the pool that the client holds: the server's own tensors, not copies."""
         if client not in state.clients:
             raise CoterieError(
-                f"{client} joined after the start, and FedAMoLE's experts choose among the clients of the start; "
+                f"{client} joined after the start, but FedAMoLE's experts choose only among the first clients; "
                 "remove it from [federation] sites, or start a new run"
             )
         column = state.clients.index(client)

@@ -1,4 +1,4 @@
-"""FedDPA (arXiv 2403.19211, NeurIPS 2024): a global LoRA and a local one, weighed row by row by similarity.
+"""FedDPA (arXiv 2403.19211, NeurIPS 2024): a global LoRA and a local one, weighted for each row by similarity.
 
     training the local LoRA:   y = W0 x + s ((1 - b) B_g A_g x + b B_l A_l x), the global one frozen
     training the global LoRA:  y = W0 x + s B_g A_g x, then averaged as in FedIT
@@ -12,7 +12,7 @@ Differs from the paper and its published code (commit cf638c1):
   in the mixed model, so that each module has an a of its own. There, h is the last hidden state of the last token with
   the local LoRA alone, in a forward pass before the one that is used, and all modules share one a. A negative mean of
   cosines counts as 0 here.
-- h_s are of S rows drawn once a round, in the mixture with b; there, drawn anew for every row that is asked.
+- h_s are of S rows drawn once a round, in the mixture with b; there, drawn anew for every row that is evaluated.
 - The local LoRA trains in the first round too, beside a global one without effect; there, from the second on. It starts
   from the same A.
 - The means are weighted by examples; in the published code they are not.
@@ -91,7 +91,7 @@ class FedDPA(Method[FedDPAState]):
     name = "feddpa"
     title = "FedDPA"
     paper = "arXiv 2403.19211 (NeurIPS 2024)"
-    summary = "a global LoRA and a local one, weighed row by row by similarity to local data"
+    summary = "a global LoRA and a local one, weighted for each row by its similarity to local data"
     Settings = FedDPASettings
     State = FedDPAState
 

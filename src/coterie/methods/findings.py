@@ -20,10 +20,10 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Finding(Protocol):
-    """One thing that a method found."""
+    """A result that a method reports about the federation."""
 
     def to_json(self) -> dict[str, Json]:
-        """What ``describe`` holds of it in JSON, by name."""
+        """Its part of ``describe`` in JSON, by name."""
 
 
 F = TypeVar("F", bound=Finding)
@@ -151,18 +151,18 @@ _KINDS: tuple[type[Finding], ...] = (Clusters, Assignment, Quotas, AggregationEr
 
 
 def to_json(findings: Iterable[Finding]) -> dict[str, Json]:
-    """``describe``: what each of ``findings`` says, by name. Raises :class:`TypeError` where two say the same."""
+    """``describe``: the JSON of all ``findings``, by name. Raises :class:`TypeError` where two have the same name."""
     described: dict[str, Json] = {}
     for finding in findings:
         said = finding.to_json()
         if twice := sorted(said.keys() & described.keys()):
-            raise TypeError(f"two findings say {', '.join(map(repr, twice))}; a method may say each name once")
+            raise TypeError(f"two findings are named {', '.join(map(repr, twice))}; each name may occur only once")
         described |= said
     return described
 
 
 def from_json(described: Mapping[str, Json]) -> tuple[Finding, ...]:
-    """The findings in ``describe``. What is no known finding, or has another shape, is in :class:`Values`."""
+    """The findings in ``describe``. Anything unknown, or of another shape, is in :class:`Values`."""
     found = [finding for kind in _KINDS if (finding := read(kind, described)) is not None]
     known = {name for finding in found for name in finding.to_json()}
     rest = {name: value for name, value in described.items() if name not in known}

@@ -1,7 +1,7 @@
 """Functions that methods share: seeded starts, heads, the parts of a set of tensors, and what travels after training.
 
-They are public, for methods in this package and outside it. A client's round is mostly: make a bank, ask to train some
-of its tensors, and :func:`settle` what travels and what stays at home. A server's is mostly: take the same part of
+They are public, for methods in this package and outside it. A client's round is mostly: make a bank, request training
+of some of its tensors, and :func:`settle` what travels and what stays. A server's is mostly: take the same part of
 every reply, and average it with :func:`weights_of` the replies (:func:`coterie.ops.mean.mean`).
 """
 
@@ -46,7 +46,7 @@ def start_lora(base: BaseSpec, plan: Plan, expert: int = 0, *purpose: str | int)
     experts different starts.
     """
     if not base.targets:
-        raise CoterieError("the base has no target to adapt; set [lora] targets")
+        raise CoterieError("the base has no targets to adapt; set [lora] targets")
     return {
         key: kaiming_uniform(shape, stream(plan.seed, "A", key.module, *purpose))
         if key.part is Part.A
@@ -98,7 +98,7 @@ class Heads:
     group: Mapping[ClientId, str] = field(default_factory=dict)
 
     def of(self, client: ClientId) -> Tensors:
-        """The head that ``client`` is sent; empty if heads are personal."""
+        """The head that the server sends to ``client``; empty if heads are personal."""
         return self.values[self.group[client]] if client in self.group else {}
 
 
@@ -115,7 +115,7 @@ def start_heads(base: BaseSpec, plan: Plan, clients: Sequence[ClientInfo]) -> He
 
 
 def mean_heads(heads: Heads, replies: Mapping[ClientId, Reply], weight: Mapping[ClientId, float]) -> Heads:
-    """Every shared head as the mean of its group's replies. Where no client of the group replied, it stays."""
+    """Every shared head as the mean of its group's replies. Where no client of the group replied, it is unchanged."""
     values = dict(heads.values)
     for name in values:
         members = [c for c in sorted(replies) if heads.group.get(c) == name]
@@ -157,7 +157,7 @@ def numbered_head(tensors: Tensors, number: int) -> dict[Key, Tensor]:
 
 
 def one_head(tensors: Tensors, number: int) -> dict[Key, Tensor]:
-    """``tensors`` with the head of that number alone, as the head."""
+    """``tensors`` with only the head of that number, as the head."""
     head = {key._replace(expert=NO_EXPERT): v for key, v in head_of(tensors).items() if key.expert == number}
     return {**{key: value for key, value in tensors.items() if key.part is not Part.HEAD}, **head}
 

@@ -27,7 +27,7 @@ class Plan:
     """What every method gets besides its own settings. ``scaling`` is alpha / rank.
 
     ``ranks`` are those of clients with a rank of their own, by name or as a list over the sorted names; only methods
-    with ``mixed_ranks`` are given any (:mod:`coterie.methods.ranks`).
+    with ``mixed_ranks`` get any (:mod:`coterie.methods.ranks`).
     """
 
     rank: int = 8

@@ -1,6 +1,6 @@
 """Finds methods by name, in this package and through the entry points ``coterie.methods``, and checks them.
 
-Only the method that is asked for is imported. A module or folder of this package is a method if it defines ``METHOD``;
+Only the requested method is imported. A module or folder of this package is a method if it defines ``METHOD``;
 an installed package names the method's class (:mod:`coterie.plugins`).
 """
 
@@ -49,7 +49,7 @@ def methods() -> dict[str, type[Method]]:
 
 
 def faults_of(kind: Any, name: str) -> Iterator[str]:
-    """What keeps ``kind`` from being the method called ``name``: missing attributes and functions, other signatures."""
+    """Why ``kind`` cannot be the method called ``name``: missing attributes or functions, or other signatures."""
     if not isinstance(kind, type):
         yield f"is {kind!r}, which is not a class"
         return
@@ -57,7 +57,7 @@ def faults_of(kind: Any, name: str) -> Iterator[str]:
         known = issubclass(kind, Method)
         yield f"lacks {', '.join(missing)}" + ("" if known else " (coterie.Method, as its base class, has defaults)")
     if (own := getattr(kind, "name", None)) != name and isinstance(own, str):
-        yield f"calls itself {own!r}: its name must be that of its file or entry point"
+        yield f"has the name {own!r}, which must be that of its file or entry point"
     for function, wanted in _functions().items():
         own_function = getattr(kind, function, None)
         if inspect.isfunction(own_function) and (found := _parameters(own_function)) != wanted:

@@ -39,7 +39,7 @@ class Pass:
     of rows; ``balance`` the load-balance loss of every module. None: not collected. ``rows``: what such a gate counts.
     ``seen`` counts the tokens behind usage and embeddings by module: a model may run a module several times a pass.
     ``head`` is the number of the head that the pass goes through, of a bank with several.
-    ``probe`` is shown every layer and its gate weights [n, e], and returns those that the layer goes on with.
+    ``probe`` gets every layer and its gate weights [n, e], and returns those that the layer continues with.
     """
 
     training: bool = False

@@ -1,4 +1,4 @@
-"""``torch.compile`` for the parts of a base that no bank is put on."""
+"""``torch.compile`` for the parts of a base that have no bank."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ A gate is ``gate(p, z, **options) -> g``, with
 * ``z`` [n, e, r]: ``A_e x`` of every expert, for gates that route by it; None where the experts' ranks differ;
 * ``g`` [n, e]: the weight of every expert, in the bank's order; None stands for all ones.
 
-Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that make
-no sense: ``attach`` tries it on one row first. To add a gate, add a function of p and z, here or in an installed
+Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that are
+not valid: ``attach`` tries it on one row first. To add a gate, add a function of p and z, here or in an installed
 package (entry points ``coterie.gates``); a method names it by the function's name. Mark it with ``by_output`` if it
 depends on z (else z may be of x~, or None), with ``by_row`` if all tokens of a row weigh alike, and with ``scored`` to
 give it the load-balance loss (:func:`balance_loss`).

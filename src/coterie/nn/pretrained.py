@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer with transformers, quietly, and says in our words what is wrong with their files."""
+"""Loads a model and its tokenizer with transformers, quietly, and explains what is wrong with their files."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from coterie.types import CoterieError, TaskKind
 
 T = TypeVar("T")
 Quantize = Literal["none", "nf4", "int8"]
-_PROBE_LABELS = 7  # a number of labels that no real size equals by chance in the tests; replaced for every client
+_PROBE_LABELS = 7  # a number of labels that equals no real size; replaced for every client
 _OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
 
 
 class _Options(TypedDict):
-    """What transformers is asked to load a model with."""
+    """The arguments for loading a model with transformers."""
 
     config: PretrainedConfig
     dtype: torch.dtype
@@ -90,7 +90,7 @@ def bare_linears(path: str) -> dict[str, tuple[int, int]]:
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer.from_pretrained, path)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        # For a folder without tokenizer files, transformers makes one that knows no word.
+        # For a folder without tokenizer files, transformers makes one with an empty vocabulary.
         raise CoterieError(f"{path!r} has no tokenizer; save the model's tokenizer there (tokenizer.json)")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -112,7 +112,7 @@ def _model(path: str, kind: TaskKind, options: _Options) -> PreTrainedModel:
     names = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
     if lost := sorted(name for name in names if not drawn & set(name.split("."))):
         raise CoterieError(
-            f"{path!r} has no matching weights for {lost[0]!r} ({len(lost)} such in all), which a "
+            f"{path!r} has no matching weights for {lost[0]!r} ({len(lost)} such tensors in all), which a "
             f"{type(model).__name__} needs; is it a whole model, and one for {kind.replace('_', ' ')}?"
         )
     return model

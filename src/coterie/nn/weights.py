@@ -1,4 +1,4 @@
-"""Tells a base by its weights, from its files: those in memory may be of another dtype, or quantised."""
+"""Recognises a base by the weights in its files: those in memory may have another dtype, or be quantised."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
 
 
 def identified(spec: BaseSpec, path: str) -> BaseSpec:
-    """``spec`` with what tells each target's weights from others'."""
+    """``spec`` with a digest of each target's weights."""
     found = digests(path, [target.name for target in spec.targets])
     return replace(spec, targets=tuple(replace(t, weights=found.get(t.name, "")) for t in spec.targets))
 

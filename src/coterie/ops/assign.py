@@ -51,8 +51,8 @@ def check(num_experts: int, num_clients: int, limits: Limits) -> None:
     N * min_experts and N * max_experts (homogeneous: and N divides it): go round the clients, as :func:`_in_turn`.
     """
     if fault := _fault(num_experts, num_clients, limits):
-        mends = ", or ".join(_mends(num_experts, num_clients, limits))
-        raise CoterieError(f"{fault}: {mends or 'change more than one of these numbers'}")
+        fixes = ", or ".join(_fixes(num_experts, num_clients, limits))
+        raise CoterieError(f"{fault}: {fixes or 'change more than one of these numbers'}")
 
 
 def assign(affinity: ArrayLike, limits: Limits, *, threads: int | None = None) -> NDArray[np.bool_]:
@@ -84,7 +84,7 @@ def _assign_one(scores: Array, limits: Limits, sums: Any) -> NDArray[np.bool_]:
     """z [E, N] of one module."""
     (experts, clients), picks = scores.shape, limits.clients_per_expert
     # A number taken away from a whole row changes nothing, as the row has so many picks in any case. With this one
-    # HiGHS starts from what each expert would pick alone and mends the columns: 1.4 to 1.8 times as fast.
+    # HiGHS starts from what each expert would pick alone and repairs the columns: 1.4 to 1.8 times as fast.
     ranked = np.sort(scores, axis=1)[:, ::-1]
     gain = scores - (ranked[:, picks - 1] / 2 + ranked[:, min(picks, clients - 1)] / 2)[:, None]
     largest = np.abs(gain).max()
@@ -129,8 +129,8 @@ def _bounds(experts: int, clients: int, limits: Limits) -> tuple[int, int]:
 def _in_turn(experts: int, clients: int, picks: int) -> NDArray[np.bool_]:
     """Expert after expert picks the clients whose turn it is: all get the same number, or one more."""
     z = np.zeros((experts, clients), dtype=np.bool_)
-    places = np.arange(experts * picks)
-    z[places // picks, places % clients] = True
+    picked = np.arange(experts * picks)
+    z[picked // picks, picked % clients] = True
     return z
 
 
@@ -152,25 +152,25 @@ def _fault(experts: int, clients: int, limits: Limits) -> str | None:
     ):
         if number < floor:
             return f"{name} is {number}"
-    places = experts * picks
-    asked = f"{experts} experts with clients_per_expert = {picks}"
+    picked = experts * picks
+    pool = f"{experts} experts with clients_per_expert = {picks}"
     if least > most:
         return f"{limits.least_is} = {least} is above max_experts = {most}"
     if picks > clients:
         return f"clients_per_expert = {picks}, but there are {clients} clients to pick from"
-    if limits.homogeneous and places % clients:
-        return f"homogeneous, but {asked} have {places} places in a module, which {clients} clients cannot share evenly"
-    if places > clients * most:
-        return f"max_experts = {most} lets {clients} clients take {clients * most} places, but {asked} have {places}"
-    if places < clients * least:
-        wanted = f"{limits.least_is} = {least} wants {clients * least} places"
-        return f"{wanted} for {clients} clients, but {asked} have {places}"
+    if limits.homogeneous and picked % clients:
+        return f"homogeneous, but {pool} make {picked} picks in a module, which {clients} clients cannot share evenly"
+    if picked > clients * most:
+        return f"max_experts = {most} lets {clients} clients take {clients * most} picks, but {pool} make {picked}"
+    if picked < clients * least:
+        wanted = f"{limits.least_is} = {least} needs {clients * least} picks"
+        return f"{wanted} for {clients} clients, but {pool} make {picked}"
     return None
 
 
-def _mends(experts: int, clients: int, limits: Limits) -> Iterator[str]:
+def _fixes(experts: int, clients: int, limits: Limits) -> Iterator[str]:
     """Each change of one number, by as little as possible, with which an assignment exists."""
-    places, evenly = experts * limits.clients_per_expert, limits.homogeneous
+    picked, evenly = experts * limits.clients_per_expert, limits.homogeneous
     changes: list[tuple[str, int, int, Callable[[int], str | None]]] = [
         (
             "max_experts",
@@ -191,7 +191,7 @@ def _mends(experts: int, clients: int, limits: Limits) -> Iterator[str]:
             clients,
             lambda n: _fault(experts, clients, replace(limits, clients_per_expert=n)),
         ),
-        ("the clients", clients, max(places, limits.clients_per_expert), lambda n: _fault(experts, n, limits)),
+        ("the clients", clients, max(picked, limits.clients_per_expert), lambda n: _fault(experts, n, limits)),
     ]
     for name, now, top, fault in changes:
         more = range(now + 1, min(top, now + _SEARCH) + 1)

@@ -82,14 +82,14 @@ def cluster(
     which is taken when no k has a silhouette above ``threshold`` (independent random vectors stay below 0.07, the tasks
     of `docs/results.md` are near 0.24). Where no k is left to compare (two clients, say, or
     as many clusters as clients), k = ``min_clusters``.
-    Raises :class:`CoterieError` for fewer clients than ``min_clusters``, :class:`ValueError` for other limits at odds.
+    Raises :class:`CoterieError` for fewer clients than ``min_clusters``, :class:`ValueError` for other invalid limits.
     """
     clients = d.shape[0]
     if d.shape != (clients, clients) or not 1 <= min_clusters <= max_clusters:
         raise ValueError(f"distances of shape {d.shape}, {min_clusters} to {max_clusters} clusters")
     if min_clusters > clients:
         raise CoterieError(
-            f"{clients} clients cannot make {min_clusters} clusters or more; set fewer, or take more clients"
+            f"{clients} clients cannot form {min_clusters} clusters or more; set fewer clusters, or take more clients"
         )
     ks = list(range(max(2, min_clusters), min(max_clusters, clients - 1) + 1))
     cuts = _cuts(d, [*ks, min_clusters], linkage)

@@ -1,4 +1,4 @@
-"""Checkpoints: the server's state after a round, in one file that is whole or is not used."""
+"""Checkpoints: the server's state after a round, in one file that is used only if it is whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CorruptCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint(Generic[S]):
-    """The state of a method after ``rnd`` rounds, and where the rest of the run stood then.
+    """The state of a method after ``rnd`` rounds, and the state of the rest of the run at that time.
 
     ``metrics_bytes`` is the length of ``metrics.jsonl``; ``held`` has the newest round of every client's state, by
     kind of state.
@@ -56,8 +56,8 @@ def load_newest(
 ) -> Checkpoint[S] | None:
     """The newest checkpoint that is whole and ``lacks`` nothing; says in ``note`` which are not, and deletes those.
 
-    None where there is no checkpoint at all. Raises :class:`CoterieError`, and touches nothing, where none serves
-    and where one is whole but was written by another version.
+    None where there is no checkpoint at all. Raises :class:`CoterieError`, and deletes nothing, where no checkpoint
+    can be used, and where a whole one was written by another version.
     """
     unfit: list[Path] = []
     faults: list[str] = []
@@ -79,7 +79,9 @@ def load_newest(
                 path.unlink()
             return found
     if faults:
-        raise CoterieError(f"{faults[0]}, nor can one before it; restore what is gone, or start a new run with --out")
+        raise CoterieError(
+            f"{faults[0]}, and neither can an earlier one; restore what is missing, or start a new run with --out"
+        )
     return None
 
 

@@ -40,7 +40,7 @@ class Event:
 
     @classmethod
     def fields_in(cls, line: Mapping[str, Json]) -> Mapping[str, Json]:
-        """The fields in what :meth:`to_json` wrote."""
+        """The fields of a line that :meth:`to_json` wrote."""
         return line
 
 
@@ -99,9 +99,9 @@ class RoundStart(Event):
 
 @dataclass(frozen=True)
 class ClientRound:
-    """A client's part in a round: bytes as encoded, seconds, and what its reply says of its training.
+    """A client's part in a round: bytes as encoded, seconds, and what its reply reports of its training.
 
-    ``said`` is empty where the reply did not count. In JSON its names stand beside the others.
+    ``said`` is empty where the reply was not used. In JSON its names are beside the others.
     """
 
     bytes_down: int = 0
@@ -158,7 +158,7 @@ class ClientDone(Event):
 
 @dataclass(frozen=True)
 class RoundDone(Event):
-    """A round is averaged: every client's part, why some did not count, and what changed in the findings."""
+    """A round is averaged: every client's part, why some replies were not used, and what changed in the findings."""
 
     event = "round"
 

@@ -17,19 +17,19 @@ from coterie.types import CoterieError, Json
 
 
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raises :class:`CoterieError` for a folder that is taken, or that holds no run or another run to resume."""
+    """Raises :class:`CoterieError` for a folder in use, or one without the run to resume."""
     if folder.exists() and not folder.is_dir():
         raise CoterieError(f"{folder} is a file; name a folder with --out")
     exists = (folder / "config.json").exists()
     if not resume:
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            what = "holds a run" if exists else "is not empty"
-            raise CoterieError(f"{folder} {what}; go on with --resume, or name another folder with --out")
+            what = "contains a run" if exists else "is not empty"
+            raise CoterieError(f"{folder} {what}; continue with --resume, or name another folder with --out")
         return
     if not exists:
         raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
     old, _ = read_config(folder)
-    if changed := differences(plain(check_config(old)), plain(config)):  # keys that are new since have their defaults
+    if changed := differences(plain(check_config(old)), plain(config)):  # newer keys have their defaults
         raise CoterieError(
             f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
             "or start a new run with --out"
@@ -69,27 +69,27 @@ def plain(config: Config) -> dict[str, Json]:
 def held(folder: Path) -> Iterator[None]:
     """Keep others out of ``folder`` for the length of a ``with`` block: two runs there would undo each other.
 
-    Raises :class:`CoterieError` where another process holds it. A process that is killed lets go.
+    Raises :class:`CoterieError` where another process uses it. The lock of a killed process is released.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
-            raise CoterieError(f"another process is at work in {folder}; wait for it or stop it") from fault
+            raise CoterieError(f"another process is using {folder}; wait for it or stop it") from fault
         yield
 
 
 @contextmanager
 def full_disk_told(folder: Path) -> Iterator[None]:
-    """Turn a full disk into a :class:`CoterieError` that says what stands."""
+    """Turn a full disk into a :class:`CoterieError` that says what is kept."""
     try:
         yield
     except OSError as fault:
         if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         newest = newest_round(folder / "checkpoints")
-        stands = f"the checkpoint of round {newest} stands" if newest is not None else "there is no checkpoint yet"
+        kept = f"the checkpoint of round {newest} is kept" if newest is not None else "there is no checkpoint yet"
         raise CoterieError(
-            f"the disk is full ({fault.filename or folder}); {stands}: make room, then go on with --resume"
+            f"the disk is full ({fault.filename or folder}); {kept}; free some space, then continue with --resume"
         ) from fault

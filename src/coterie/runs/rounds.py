@@ -1,7 +1,7 @@
-"""The rounds of a run: sample, send, train, check, aggregate, evaluate, checkpoint, and go on after a crash.
+"""The rounds of a run: sample, send, train, check, aggregate, evaluate, checkpoint, and continue after a crash.
 
 Knows the Method and Engine protocols, and no method, model or network. Every event is a line of ``metrics.jsonl``;
-a checkpoint holds the state after a round and the length of that file, so a run that was killed at any moment goes on
+a checkpoint holds the state after a round and the length of that file, so a run that is killed at any moment continues
 from its last checkpoint and ends with the same bits.
 """
 
@@ -51,7 +51,7 @@ S = TypeVar("S")  # the method's state
 
 @dataclass(frozen=True)
 class Rounds:
-    """How the rounds go; see the config section ``[run]``."""
+    """The settings of the rounds; see the config section ``[run]``."""
 
     rounds: int
     seed: int
@@ -64,7 +64,7 @@ class Rounds:
 
 @dataclass
 class Runner(Generic[S]):
-    """One run in one folder. ``listen`` hears every event as it happens, those of single clients included."""
+    """One run in one folder. ``listen`` gets every event as it happens, including those of single clients."""
 
     method: Method[S]
     engine: Engine
@@ -73,10 +73,10 @@ class Runner(Generic[S]):
     listen: Listener = lambda event: None
 
     def run(self) -> S:
-        """All rounds that are still to do; returns the final state.
+        """Do all remaining rounds; returns the final state.
 
         Raises :class:`CoterieError` when fewer than the quorum reply, :class:`OSError` when a file cannot be written;
-        the last checkpoint stands.
+        the last checkpoint is kept.
         """
         start = self._restore()
         state = start.state
@@ -109,19 +109,19 @@ class Runner(Generic[S]):
         """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""
         if self.metrics.exists() and '"event": "round"' in self.metrics.read_text(encoding="utf-8", errors="replace"):
             raise CoterieError(
-                f"{self.metrics} tells of rounds, but {self.folder / 'checkpoints'} holds no checkpoint; restore one, "
+                f"{self.metrics} lists rounds, but {self.folder / 'checkpoints'} has no checkpoint; restore one, "
                 "or start a new run with --out"
             )
 
     def _lacks(self, found: Checkpoint[S]) -> str | None:
-        """What of the run's folder a whole checkpoint needs and does not find there."""
+        """What a whole checkpoint needs but is missing from the run's folder, or None."""
         if not self.metrics.exists() or self.metrics.stat().st_size < found.metrics_bytes:
             return f"{self.metrics.name} is shorter than it was"
         here = self.engine.state_rounds(found.rnd)
         for kind, then in found.held.items():
             lost = sorted(client for client, rnd in then.items() if here.get(kind, {}).get(client) != rnd)
             if lost:
-                return f"of {len(lost)} client(s), {lost[0]} among them, the {kind} state of that round is gone"
+                return f"the {kind} state of that round is missing for {len(lost)} client(s), including {lost[0]}"
         return None
 
     @property
@@ -146,7 +146,7 @@ class Runner(Generic[S]):
     def _train(
         self, state: S, cohort: Sequence[ClientInfo], rnd: int
     ) -> tuple[dict[ClientId, Reply], dict[ClientId, ClientRound], dict[ClientId, str]]:
-        """The replies that count, every client's entry in the record, and why the other replies do not count."""
+        """The replies that are used, every client's entry in the record, and why the other replies are not used."""
         replies: dict[ClientId, Reply] = {}
         entries: dict[ClientId, ClientRound] = {}
         failed: dict[ClientId, str] = {}
@@ -184,8 +184,8 @@ class Runner(Generic[S]):
         if len(replies) < needed:
             reasons = "; ".join(named(client, reason) for client, reason in list(failed.items())[:3])
             raise CoterieError(
-                f"round {rnd}: {len(replies)} of {len(cohort)} clients replied, the quorum is {needed} ([run] quorum). "
-                f"{reasons}"
+                f"round {rnd}: {len(replies)} of {len(cohort)} clients replied, but the quorum is {needed} "
+                f"([run] quorum). {reasons}"
             )
 
     def _evaluate(self, state: S, rnd: int) -> None:
@@ -236,6 +236,6 @@ def named(client: ClientId, fault: str) -> str:
 
 
 def _entry(delivery: Delivery, fault: str | None) -> ClientRound:
-    """A client's entry in the record: of a reply that does not count, nothing that it says."""
+    """A client's entry in the record, without what a reply reports that is not used."""
     said = dict(delivery.reply.info) if delivery.reply and fault is None else {}
     return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, said)

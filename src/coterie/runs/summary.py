@@ -74,7 +74,7 @@ def _read_usage(found: Mapping[ClientId, Mapping[str, Json]]) -> dict[ClientId, 
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a run; ``summary.json`` holds it. Seconds leave out what a crash threw away.
+    """The results of a run, as in ``summary.json``. Seconds leave out work that a crash undid.
 
     ``evaluated`` says which model was measured: the one that a client receives, or the one that it trained last.
     ``describe`` has the findings by their names in JSON, :attr:`findings` has them as types. ``usage`` is each
@@ -121,14 +121,14 @@ def _mean_of(usage: Usage) -> dict[str, Json] | None:
 
 
 def read_summary(path: Path) -> Summary:
-    """The summary in ``path``. Raises :class:`CoterieError` for a file that is damaged or holds something else."""
+    """The summary in ``path``. Raises :class:`CoterieError` for a file that is damaged or not a summary."""
     found = read_json(path)
     try:
         return _SUMMARY.validate_python(found)
     except ValidationError as fault:
         first = fault.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise CoterieError(f"{path} is no summary: {where}: {first['msg']}; is this a run's folder?") from fault
+        raise CoterieError(f"{path} is not a summary: {where}: {first['msg']}; is this a run's folder?") from fault
 
 
 def best_round(evaluations: Sequence[Evaluated], metric: str) -> int:
@@ -217,7 +217,7 @@ def _client(client: ClientInfo, scores: Scores, rounds: Sequence[RoundDone]) -> 
 
 
 def _usage(usage: Mapping[ClientId, Usage]) -> Mapping[ClientId, Usage]:
-    """The mean over modules, or by module where modules differ in their experts: a mean would mean nothing there."""
+    """The mean over modules; by module where their experts differ, so that a mean would be meaningless."""
     rows = [row for of in usage.values() for row in of.values()]
     numbered = all(list(row.expert) in ([], list(range(len(row.weight)))) for row in rows)
     if not numbered or len({len(row.weight) for row in rows}) > 1:

@@ -505,8 +505,8 @@ def test_a_method_of_a_comparison_takes_its_own_settings_alone() -> None:
     for wrong, message in (
         ({"methods": {"fedleaze": {}}}, "unknown method 'fedleaze'"),
         ({"methods": {"fedlease": {"linkag": "single"}}}, r"unknown key 'linkag'; did you mean 'linkage'"),
-        ({"method": "fedlease"}, "method = 'fedlease' in the config: method is a section"),
-        ({"methods": {"fedlease": 3}}, "fedlease = 3 in the config: fedlease is a section"),
+        ({"method": "fedlease"}, "method = 'fedlease' in the config: method must be a section"),
+        ({"methods": {"fedlease": 3}}, "fedlease = 3 in the config: fedlease must be a section"),
     ):
         with pytest.raises(CoterieError, match=message):
             config_for({"data": {"folder": "x"}, **wrong}, "fedlease", 0)

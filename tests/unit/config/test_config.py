@@ -142,7 +142,7 @@ WRONG = {  # what is wrong: (the config, what the error says)
     "choice": ({**DATA, "train": {"schedule": "no"}}, r"^\[train\] schedule: .*'constant', 'linear' or 'cosine'.*'no'"),
     "range": ({**DATA, "lora": {"dropout": 1.0}}, r"^\[lora\] dropout: .*less than 1 \(found 1\.0\)$"),
     "no section": ({**DATA, "run": 3}, r"^run: .*\(found 3\)$"),
-    "method is no section": ({**DATA, "method": "fedit"}, r"^method = 'fedit' .*is a section$"),
+    "method is no section": ({**DATA, "method": "fedit"}, r"^method = 'fedit' .*must be a section$"),
     "two faults": (
         {**DATA, "run": {"rounds": 0, "sed": 1}},
         r"^\[run\] rounds: .*\(found 0\); \[run\] unknown key 'sed'; did you mean 'seed'\?$",
@@ -155,11 +155,11 @@ WRONG = {  # what is wrong: (the config, what the error says)
     "of data": ({"data": {"folder": "x", "train_rows": "3"}}, r"^\[data\] train_rows: .*integer \(found '3'\)$"),
     "infinite": ({**DATA, "lora": {"alpha": float("inf")}}, r"^\[lora\] alpha: .*finite number \(found inf\)$"),
     "no number": ({**DATA, "lora": {"alpha": float("nan")}}, r"^\[lora\] alpha: .*finite number \(found nan\)$"),
-    "a rank of none": ({**DATA, "lora": {"ranks": {"a": 0}}}, r"^\[lora\] ranks: the least rank is 1$"),
+    "a rank of none": ({**DATA, "lora": {"ranks": {"a": 0}}}, r"^\[lora\] ranks: a rank must be at least 1$"),
     "ranks of another kind": ({**DATA, "lora": {"ranks": 4}}, r"^\[lora\] ranks: "),
     "ranks for one rank": (
         {**DATA, "lora": {"ranks": [2, 4]}, "method": {"name": "fedit"}},
-        r"^\[lora\] ranks: all clients of fedit have one rank; leave ranks out, .* different ones: .*flexlora",
+        r"^\[lora\] ranks: all clients of fedit have the same rank; leave ranks out, .* different ones: .*flexlora",
     ),
     "a date": ({**DATA, "run": {"seed": date(2026, 1, 2)}}, r"^\[run\] seed: .*integer \(found '2026-01-02'\)$"),
     "nothing": ({}, r"^data: Field required$"),

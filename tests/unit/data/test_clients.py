@@ -235,7 +235,7 @@ def test_a_copy_of_the_training_rows_is_no_test_split(tmp_path: Path, link: bool
     folder = tmp_path / "all" / "a"
     train, copy = table(folder / "train.jsonl", 6), folder / "test.jsonl"
     copy.symlink_to(train) if link else copy.write_bytes(train.read_bytes())
-    with pytest.raises(CoterieError, match=r"train.jsonl holds the same rows as .*test.jsonl; splits never share"):
+    with pytest.raises(CoterieError, match=r"train.jsonl contains the same rows as .*test.jsonl; use different rows"):
         load(tmp_path, folder="all")
 
 
@@ -245,7 +245,7 @@ def test_clients_may_be_tested_on_the_same_rows_and_not_trained(tmp_path: Path) 
         (tmp_path / "all" / client / "test.jsonl").write_text('{"text": "common", "label": "no"}\n')
     assert [client.info.num_test for client in load(tmp_path, folder="all").clients] == [1, 1]
     (tmp_path / "all/b/train.jsonl").write_bytes((tmp_path / "all/a/train.jsonl").read_bytes())
-    with pytest.raises(CoterieError, match=r"b/train.jsonl holds the same rows as .*a/train.jsonl"):
+    with pytest.raises(CoterieError, match=r"b/train.jsonl contains the same rows as .*a/train.jsonl"):
         load(tmp_path, folder="all")
 
 

@@ -149,7 +149,7 @@ def test_a_label_that_no_training_row_has_is_refused_unless_all_are_listed() -> 
     tables = {
         split: table_of(split, [{"text": "x", "label": label}]) for split, label in (("train", "b"), ("test", "a"))
     }
-    with pytest.raises(CoterieError, match=r"^test, row 1: no training row has the label 'a'; theirs are b\. Correct"):
+    with pytest.raises(CoterieError, match=r"^test, row 1: no training row has the label 'a', only b\. Correct"):
         parse(tables, Columns(), "classification", None)
     found, names = parse(tables, Columns(), "classification", ["a", "b"])
     assert names == ("a", "b")

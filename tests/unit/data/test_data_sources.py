@@ -71,7 +71,7 @@ def test_a_folder_need_not_name_its_labels(tmp_path: Path, info: Any) -> None:
             {"train_jsonl": ROW, "train_csv": "text,label\na,0\n"},
             "two files of train rows, train.csv and train.jsonl",
         ),
-        (None, {"train_jsonl": ROW, "dev_jsonl": ROW}, "dev.jsonl: which split is this"),
+        (None, {"train_jsonl": ROW, "dev_jsonl": ROW}, "dev.jsonl: the name is not that of a split"),
         (None, {"train_txt": "a"}, "train.txt: unknown file type"),
         ("{", {"train_jsonl": ROW}, "info.json: not a JSON object"),
         ("[]", {"train_jsonl": ROW}, "info.json: not a JSON object"),

@@ -85,7 +85,7 @@ def unreadable(message: FlowerMessage) -> FlowerMessage:
 
 BAD: dict[str, tuple[Callable[[FlowerMessage], FlowerMessage], str]] = {
     **{name: (spoiled(change), reason) for name, (change, reason) in SPOILED.items()},
-    "not a message": (unreadable, "does not hold exactly a head and a body"),
+    "not a message": (unreadable, "is not exactly a head and a body"),
     "Flower's error": (lambda m: flower_error(m, "killed\nat line"), "Flower reports error 8: killed"),
 }
 

@@ -33,7 +33,7 @@ FIRST, LATE = ["mood-0", "place-0", "size-0"], "mood-1"
 SHARED: dict[str, Any] = {"task": {"head": "shared"}}
 WHY = {
     "fedit": 'with [task] head = "shared" no site can join later',
-    "fedamole": "FedAMoLE's experts choose among the sites of the start",
+    "fedamole": "FedAMoLE's experts choose among the sites that take part from the start",
 }
 
 

@@ -54,7 +54,7 @@ def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sizing, "_peak", short)
-    assert size(Optim()) == Size(1, "80% of the free memory hold so many")
+    assert size(Optim()) == Size(1, "no more fit in 80% of the free memory")
 
 
 def test_a_step_is_really_measured(monkeypatch: pytest.MonkeyPatch) -> None:

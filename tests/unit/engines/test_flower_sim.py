@@ -110,7 +110,7 @@ def test_a_message_that_flower_does_not_take_ends_the_run(tmp_path: Path, monkey
     def started() -> Iterator[Any]:
         yield Broken()
 
-    with pytest.raises(CoterieError, match="Flower did not take the message of a; go on with --resume"):
+    with pytest.raises(CoterieError, match="Flower did not take the message of a; continue with --resume"):
         _ = engine.spec
 
 
@@ -118,7 +118,7 @@ def test_a_message_that_flower_does_not_take_ends_the_run(tmp_path: Path, monkey
     ("answers", "message"),
     [
         ([[], [("11", "Flower reports error 1: the actor died")]], "client a, query.hello of .*actor died.*--resume"),
-        ([ConnectionError("Flower's simulation ended: Failed to start")], "Failed to start; go on with --resume"),
+        ([ConnectionError("Flower's simulation ended: Failed to start")], "Failed to start; continue with --resume"),
         ([[("11", Message({"fault": "there is no model"}))]], "there is no model"),
     ],
 )

@@ -213,7 +213,7 @@ def test_where_all_are_damaged_it_stops_and_touches_nothing(tmp_path: Path) -> N
         path.write_bytes(path.read_bytes()[:-1])
     before = {path: path.read_bytes() for path in paths}
     notes: list[str] = []
-    with pytest.raises(CoterieError, match=r"ckpt cannot be used .*, nor can one before it; restore what"):
+    with pytest.raises(CoterieError, match=r"ckpt cannot be used .*, and neither can an earlier one; restore what"):
         checkpoint.load_newest(tmp_path, State, notes.append)
     assert [str(path) in note for path, note in zip(reversed(paths), notes, strict=True)] == [True] * 3
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -243,7 +243,7 @@ def test_own_masks_and_padding_are_asked_for() -> None:
         ({"clients_per_expert": 10}, "clients_per_expert"),
         ({"experts": 10, "assignment": "homogeneous"}, "homogeneous|same number"),
         ({"top_k": 9}, "top_k = 9 is above max_experts = 8"),
-        ({"top_k": 3, "experts": 6}, "top_k = 3 wants 27 places .*lower top_k to at most 1"),
+        ({"top_k": 3, "experts": 6}, "top_k = 3 needs 27 picks .*lower top_k to at most 1"),
         ({"embedding_fraction": 0.99}, "client a0 has 10 training row.*embedding_fraction = 0.99"),
     ],
 )

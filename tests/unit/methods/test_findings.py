@@ -62,5 +62,5 @@ def test_what_has_another_shape_is_a_value(value: object) -> None:
 
 
 def test_two_findings_may_not_say_the_same() -> None:
-    with pytest.raises(TypeError, match="two findings say 'aggregation_error'"):
+    with pytest.raises(TypeError, match="two findings are named 'aggregation_error'"):
         to_json([AggregationError(0.5), Values({"aggregation_error": 1})])

@@ -83,7 +83,7 @@ INCOMPLETE = {
     "lacks needs_all_rows (true or false)": "    needs_all_rows = 1",
     "lacks Settings (a subclass of MethodSettings)": "    Settings = dict",
     "lacks State (a frozen dataclass)": "    State = dict",
-    "calls itself 'fedit': its name must be that of its file or entry point": "    name = 'fedit'",
+    "has the name 'fedit', which must be that of its file or entry point": "    name = 'fedit'",
     "has aggregate(state, replies), which must be aggregate(state, replies, rnd)": (
         "    def aggregate(self, state, replies):\n        return state"
     ),
@@ -147,7 +147,7 @@ def test_what_no_config_names_is_not_imported(folder: Path, monkeypatch: pytest.
 
 
 FAULTY = {
-    "another name": ("copies:Copy", COPY.format(name="other"), "method 'fedcopy' calls itself 'other'"),
+    "another name": ("copies:Copy", COPY.format(name="other"), "method 'fedcopy' has the name 'other'"),
     "no such class": ("copies:Cpoy", COPY.format(name="fedcopy"), "coterie-copies adds 'fedcopy'.*Cpoy cannot be imp"),
     "no such module": ("elsewhere:Copy", "", "coterie-copies adds 'fedcopy'.*cannot be imported: No module"),
     "incomplete": ("copies:Copy", "class Copy: ...\n", "method 'fedcopy' lacks name, title"),

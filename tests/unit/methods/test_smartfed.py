@@ -429,7 +429,7 @@ def test_a_pool_for_a_base_with_other_weights_is_refused(tmp_path: Path) -> None
     notes = find(method.describe(method.init(told(""), CLIENTS)), Notes)
     assert notes is not None
     (note,) = notes.texts
-    assert f"on {M} of {M} matrices it is unknown" in note
+    assert f"on {M} of {M} matrices it was not checked" in note
 
 
 def test_a_run_goes_on_with_its_own_pool_only(tmp_path: Path) -> None:

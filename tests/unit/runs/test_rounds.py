@@ -137,7 +137,7 @@ def test_below_the_quorum_the_run_stops_and_the_checkpoint_stands(tmp_path: Path
     def spoil(client: str, rnd: int, reply: Reply) -> Reply | None:
         return None if rnd == 3 and client != "c0" else reply
 
-    with pytest.raises(CoterieError, match=r"round 3: 1 of 4 clients replied, the quorum is 2.*c1: no reply"):
+    with pytest.raises(CoterieError, match=r"round 3: 1 of 4 clients replied, but the quorum is 2.*c1: no reply"):
         run(tmp_path, spoil)
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["000001.ckpt", "000002.ckpt"]
     state, engine, _ = run(tmp_path)
@@ -205,7 +205,7 @@ def test_a_resumed_run_gives_up_what_its_last_commit_had_no_time_to(tmp_path: Pa
 def test_half_of_five_is_three(tmp_path: Path) -> None:
     engine = Compute(lambda c, rnd, reply: reply if c in ("c0", "c1") else None, number=5)
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
-    with pytest.raises(CoterieError, match="2 of 5 clients replied, the quorum is 3"):
+    with pytest.raises(CoterieError, match="2 of 5 clients replied, but the quorum is 3"):
         Runner(method, engine, Rounds(3, 0), tmp_path).run()
 
 

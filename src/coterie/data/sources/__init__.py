@@ -7,7 +7,7 @@ To add one, write a module with
 - ``load(rest, root, columns) -> tuple[Dataset, ...]``: the datasets that the name stands for, mostly one.
 
 A source only brings tables (:func:`coterie.data.files.table_of` makes one from records): columns, labels, missing
-splits and partitions are handled alike for all of them. ``root`` is the folder that relative paths start at.
+splits and partitions are handled the same way for all of them. ``root`` is the folder that relative paths start at.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def read_folder(path: Path) -> Dataset:
         if file.stem in SPLITS:
             tables[file.stem] = read_table(file, file.stem)
         elif file.suffix.lower() in READERS:
-            raise DataError(f"{file}: which split is this? The files are called {', '.join(SPLITS)}")
+            raise DataError(f"{file}: the name is not that of a split; call the file one of {', '.join(SPLITS)}")
     if "train" not in tables:
         raise DataError(f"{path}: no file of training rows; it is called train{' or train'.join(READERS)}")
     return Dataset(path.name, tables, _labels(path / "info.json"))

@@ -40,7 +40,7 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
     n, wanted = len(clients), settings.experts or settings.max_experts or 0
     if wanted > n:
         raise CoterieError(
-            f"[method] asks for {wanted} clusters of {n} clients; set experts or max_experts to at most {n}"
+            f"[method] needs {wanted} clusters, but there are {n} clients; set experts or max_experts to at most {n}"
         )
     if n < settings.needed:
         fix = "1 or 2" if n > 1 else "1"

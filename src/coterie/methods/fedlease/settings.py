@@ -14,9 +14,13 @@ class FedLEASESettings(MethodSettings):
 
     warmup_rounds: int = Field(5, ge=1, description="rounds of local training before the clients are clustered")
     max_experts: int | None = Field(
-        None, ge=2, description="the most clusters that the silhouette may choose; none: 4, or one less than clients"
+        None,
+        ge=2,
+        description="the most clusters that the silhouette may choose; none: 4, or one less than the number of clients",
     )
-    min_experts: int = Field(2, ge=1, le=2, description="1: also allow one cluster, when no silhouette is high enough")
+    min_experts: int = Field(
+        2, ge=1, le=2, description="1: also allow a single cluster, when no silhouette is high enough"
+    )
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
     linkage: Literal["average", "complete", "single"] = Field("average", description="linkage of the clustering")
@@ -37,7 +41,7 @@ class FedLEASESettings(MethodSettings):
 
     @property
     def most(self) -> int:
-        """The most clusters that the clients are put in."""
+        """The largest number of clusters."""
         return self.experts or self.max_experts or 4
 
     @property

@@ -53,7 +53,7 @@ from coterie.types import (
 
 @dataclass(frozen=True)
 class SmartFedState:
-    """The server's state. Of the pool it holds the name only; the tensors are read from the pool's folder.
+    """The server's state. Of the pool it has only the name; the tensors are read from the pool's folder.
 
     ``quotas`` and ``importance`` are by matrix, ``use`` by adapter: its share of the gates' weight. ``trained`` holds
     the adapters that train, each as in the pool; ``fresh`` is the expert beside the pool. ``holders`` have the pool.

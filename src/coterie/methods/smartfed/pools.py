@@ -63,8 +63,8 @@ def check_base(pool: Pool, names: Mapping[str, str], base: BaseSpec) -> tuple[st
         )
     if unknown := sum(not (built and now) for built, now in pairs.values()):
         return (
-            f"the pool was built for {pool.base}; on {unknown} of {len(pairs)} matrices it is unknown whether "
-            "this run's base is the same: their weights are in no safetensors file here, or were in none at the build",
+            f"the pool was built for {pool.base}; on {unknown} of {len(pairs)} matrices it was not checked that "
+            "this run's base is the same: their weights are not in safetensors files here, or were not at the build",
         )
     return ()
 

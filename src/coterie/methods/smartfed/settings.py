@@ -21,7 +21,9 @@ class SmartFedSettings(MethodSettings):
         "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
     )
     active: int = Field(8, ge=1, description="active experts per matrix and token, on average: the budget of EEQA")
-    floor: int = Field(2, ge=1, description="active experts that every matrix keeps; one alone cannot learn to route")
+    floor: int = Field(
+        2, ge=1, description="active experts that every matrix keeps; with only one, a router cannot learn"
+    )
     gate_scale: Literal["active", "one"] = Field(
         "active", description="what the K weights of a token add up to: K or 1"
     )
@@ -32,14 +34,14 @@ class SmartFedSettings(MethodSettings):
         "first_order", description="what clients measure for EEQA"
     )
     per_active: bool = Field(
-        True, description="share the budget out by importance per active expert, not by the matrix's sum"
+        True, description="divide the budget by importance per active expert, not by the matrix's sum"
     )
     quota_interval: int = Field(2, ge=1, description="rounds from one measurement to the next; the first is round 1")
-    measure_examples: int = Field(64, ge=0, description="training examples that a measurement takes; 0: all")
+    measure_examples: int = Field(64, ge=0, description="training examples used in a measurement; 0: all")
     fresh_rank: int = Field(0, ge=0, description="rank of an expert beside the pool, trained and averaged as FedIT's")
-    train_experts: tuple[str, ...] = Field((), description="adapters of the pool that train, travel and are averaged")
+    train_experts: tuple[str, ...] = Field((), description="adapters of the pool that are trained, sent and averaged")
     drop_below: float = Field(
-        0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this part of an even share"
+        0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this fraction of an even share"
     )
 
     def located(self, root: Path) -> Self:
