@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from coterie.text import parse_json
 from coterie.types import Key
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def decode(kind: type[T], blob: bytes) -> T:
         checksum, text, tensors = meta[:8], meta[8:], load(blob)
         if checksum != _checksum(text, tensors):
             raise CodecError("the checksum differs, so the bytes are damaged")
-        return cast(T, _from_tree(kind, json.loads(text), tensors))
+        return cast(T, _from_tree(kind, parse_json(text), tensors))
     except _FAULTS as fault:
         raise CodecError(f"cannot decode {len(blob)} bytes as {getattr(kind, '__name__', kind)}: {fault}") from fault
 

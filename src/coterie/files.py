@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from coterie.text import parse_json
 from coterie.types import CoterieError, Json
 
 
@@ -45,25 +46,6 @@ def read_json(path: Path, fix: str = "restore it, or start a new run with --out"
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as fault:  # JSON or UTF-8
         raise CoterieError(f"{path} is damaged ({fault}); {fix}") from fault
-
-
-def parse_json(text: str | bytes) -> Json:
-    """The value that ``text`` is the JSON of. Raises :class:`ValueError` whatever is wrong with it."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as fault:
-        raise ValueError(reason_of(fault)) from fault
-
-
-def reason_of(fault: ValueError | RecursionError) -> str:
-    """What is wrong with a text, in a line, from what a parser of JSON or TOML raised."""
-    if isinstance(fault, RecursionError):
-        return "its brackets are nested too deep"
-    if "int_max_str_digits" in str(fault):
-        return "it has a number with thousands of digits"
-    if isinstance(fault, json.JSONDecodeError):
-        return f"{fault.msg} (line {fault.lineno}, column {fault.colno})"
-    return str(fault)
 
 
 def _sync_folder(folder: Path) -> None:

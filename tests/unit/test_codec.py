@@ -337,6 +337,12 @@ def test_other_files_are_refused(blob: bytes) -> None:
         decode(Reply, blob)
 
 
+def test_half_of_a_character_is_refused() -> None:
+    with pytest.raises(CodecError, match=r"U\+D800"):
+        decode(Reply, encode(Reply(info={"name": "big\ud800"})))
+    assert decode(Reply, encode(Reply(info={"name": "big 👍"}))).info == {"name": "big 👍"}
+
+
 def test_the_fault_names_the_type_and_the_reason() -> None:
     with pytest.raises(CodecError, match=r"as Reply: Reply has the fields .*, the bytes hold \['value'\]"):
         decode(Reply, encode(One(torch.ones(1))))

@@ -39,7 +39,7 @@ LAYERS = (
     {"nn", "data"},
     {"ops"},
     {"codec", "files", "machine", "plugins", "units"},
-    {"requests"},
+    {"requests", "text"},
     {"types"},
 )
 # What these may not import although it is below them: they know what a request or a bank is, not how it is computed.

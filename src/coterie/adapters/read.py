@@ -18,10 +18,10 @@ from torch import Tensor
 
 from coterie.adapters.pool import Adapter, Pool, name_of
 from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
-from coterie.files import parse_json
 from coterie.nn.locate import resolve
 from coterie.nn.pretrained import bare_linears
 from coterie.nn.weights import digests, endings
+from coterie.text import parse_json
 from coterie.types import CoterieError, Json, Key, Part
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -21,6 +21,7 @@ _EXTRAS = {  # what pip installs: what it is for
     "datasets": "datasets by their hub name",
     "flwr==1.41.0": "federations over Flower",
     "ray==2.55.1": "Flower's simulation runtime, the engine flower-sim",
+    "protobuf": "messages of Flower",
     "cryptography": "keys and certificates of a real federation (extra flower)",
     "starlette": "the server of a real federation (extra flower)",
     "tensorboard": "TensorBoard logs",

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from coterie.files import reason_of
+from coterie.text import check_pairs, reason_of
 from coterie.types import CoterieError
 
 M = TypeVar("M", bound=BaseModel)
@@ -43,10 +43,12 @@ def checked(model: type[M], raw: Mapping[str, object], path: str) -> M:
 def as_json(raw: Mapping[str, object]) -> str:
     """``raw`` as JSON; a date or time of TOML, which no key takes, as text.
 
-    Raises :class:`CoterieError` for a number with thousands of digits.
+    Raises :class:`CoterieError` for a number with thousands of digits, and for a text that is not UTF-8.
     """
     try:
-        return json.dumps(raw, default=str)
+        text = json.dumps(raw, default=str)
+        check_pairs(json.dumps(raw, default=str, ensure_ascii=False))
+        return text
     except ValueError as fault:
         raise CoterieError(f"the config cannot be read: {reason_of(fault)}") from fault
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from coterie.data.settings import ClientFiles, Columns, DataSettings
 from coterie.types import Json, Part, Section
@@ -28,6 +28,15 @@ class FederationSettings(Section):
     base: str = Field("", description="SHA-256 of the base that all sites must have; empty: that of the first site")
     restarts: int = Field(5, ge=0, description="restarts in a row, with no new checkpoint, before the server gives up")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")
+
+    @field_validator("sites")
+    @classmethod
+    def _different_sites(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        lower = [site.lower() for site in sites]  # some disks treat a and A as one name
+        twice = [site for site in sites if lower.count(site.lower()) > 1]
+        if twice:
+            raise ValueError(f"ids must differ by more than capital letters, not {', '.join(twice)}")
+        return sites
 
 
 class SiteIdentity(Section):

@@ -11,8 +11,8 @@ from pathlib import Path
 from coterie.config.check import as_json, checked
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import DEFAULT_METHOD, Config
-from coterie.files import reason_of
 from coterie.methods.registry import method_named, methods
+from coterie.text import reason_of
 from coterie.types import CoterieError
 
 Raw = Mapping[str, object]  # the content of a TOML file, unchecked

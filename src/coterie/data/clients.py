@@ -15,7 +15,8 @@ from coterie.data.simulated import load_datasets, split_datasets
 from coterie.data.sources import Dataset
 from coterie.data.sources.folder import read_folder
 from coterie.data.splits import choose, complete
-from coterie.types import DataError, TaskKind
+from coterie.text import name_fault
+from coterie.types import ClientInfo, DataError, TaskKind
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -32,6 +33,7 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
     else:
         clients, about = _own_files(settings, kind, seed, root), {}
     _check_ids([client.info.id for client, _ in clients])
+    _check_names([client.info for client, _ in clients], kind)
     entries = {client.info.id: client_entry(client, tables, root) for client, tables in clients}
     manifest = {"kind": kind, "seed": seed, **about, "clients": entries}
     return FederatedData(tuple(client for client, _ in clients), manifest)
@@ -81,6 +83,15 @@ def _check_ids(ids: Sequence[str]) -> None:
     twice = sorted(name for name in ids if lower.count(name.lower()) > 1)
     if twice:
         raise DataError(f"two clients are called {listing(twice)}; ids must differ by more than capital letters")
+
+
+def _check_names(clients: Sequence[ClientInfo], kind: TaskKind) -> None:
+    """Raises :class:`DataError` for a label or a group that a terminal or a page could not show as it is."""
+    allowed = "\n\t" if kind == "multiple_choice" else ""  # where candidates are labels
+    for client in clients:
+        for what, name in [*(("label", label) for label in client.labels or ()), ("group", client.group or "")]:
+            if fault := name_fault(name, allowed if what == "label" else ""):
+                raise DataError(f"client {client.id}: the {what} {fault}; rename it")
 
 
 def _check_files(datasets: Iterable[Dataset]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from coterie.files import parse_json
+from coterie.text import check_pairs, parse_json
 from coterie.types import DataError
 
 Record = Mapping[str, object]
@@ -44,7 +44,16 @@ class Table:
 def table_of(source: str, records: Sequence[Record]) -> Table:
     """A table of records that come from no file; its hash is that of their JSON."""
     text = "\n".join(json.dumps(record, sort_keys=True, default=str) for record in records)
+    for row, record in enumerate(records):
+        _check_text(record, f"{source}, row {row + 1}")
     return Table(source, records, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _check_text(record: Record, where: str) -> None:
+    try:
+        check_pairs("".join(value for value in record.values() if isinstance(value, str)))
+    except ValueError as fault:
+        raise DataError(f"{where}: {fault}") from fault
 
 
 def read_table(path: Path, split: str = "train") -> Table:

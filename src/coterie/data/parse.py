@@ -9,7 +9,7 @@ from coterie.data.files import Table
 from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
-from coterie.files import parse_json
+from coterie.text import parse_json
 from coterie.types import DataError, TaskKind
 
 TEXT_PAIR = "text_pair"

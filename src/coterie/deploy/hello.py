@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from coterie.data.clients import SAFE_ID
@@ -33,6 +33,7 @@ def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[Client
     return (
         _malformed(hello)
         or _not_invited(hello.info.id, agreement, key)
+        or _other_letters(hello.info.id, {*others, *agreement.sites})
         or _other_terms(hello, agreement)
         or _other_rows(hello, others)
         or _other_base(hello, agreement.base, others)
@@ -64,6 +65,12 @@ def _not_invited(client: ClientId, agreement: Agreement, key: str) -> str | None
     if agreement.keys and agreement.keys.get(key) != client:
         return f"the node calls itself {client}, but its key belongs to {agreement.keys.get(key, 'nobody known')}"
     return None
+
+
+def _other_letters(client: ClientId, others: Collection[ClientId]) -> str | None:
+    """Two ids that differ only in capital letters would share a folder on some disks."""
+    alike = next((other for other in others if other != client and other.lower() == client.lower()), None)
+    return f"{client} and {alike} differ only in capital letters; rename one of these sites" if alike else None
 
 
 def _other_terms(hello: Hello, agreement: Agreement) -> str | None:

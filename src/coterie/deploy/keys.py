@@ -58,8 +58,9 @@ def add_site(folder: Path, site: ClientId, public: Path | None = None) -> None:
         raise CoterieError(f"{folder} holds no keys; make them with `coterie keys init {folder}`")
     sites = folder / "sites"
     sites.mkdir(exist_ok=True, mode=0o700)
-    if (sites / f"{site}.pub").exists():
-        raise CoterieError(f"{site} already has a key in {sites}; to replace it, remove {site}.pub first")
+    alike = next((path.stem for path in sites.glob("*.pub") if path.stem.lower() == site.lower()), None)
+    if alike is not None:  # some disks would keep both in one file
+        raise CoterieError(f"{alike} already has a key in {sites}; to replace it, remove {alike}.pub first")
     if public is None:
         site_key(sites / site)
     else:

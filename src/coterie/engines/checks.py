@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coterie.engines.base import Evaluation
 from coterie.requests import Observed
+from coterie.text import name_fault
 from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Range, Reply
 
 DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
@@ -167,6 +168,8 @@ def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
     texts += [*(t.weights for t in spec.targets), *(p.name for p in spec.head)]
     if len(texts) > _ITEMS or len(info.labels or ()) > 10_000 or any(len(text) > _TEXT for text in texts):
         return "it has too many labels or targets, or names that are too long"
+    if any(name_fault(text, "\n\t") for text in texts):
+        return "it has names with characters that cannot be shown"
     sides = [side for t in spec.targets for side in (t.d_in, t.d_out)]
     sides += [abs(side) for p in spec.head for side in p.shape]
     if not all(1 <= side <= _SIZE for side in sides) or not is_number(spec.head_std, 0, 1e3):

@@ -162,6 +162,11 @@ WRONG = {  # what is wrong: (the config, what the error says)
         r"^\[lora\] ranks: all clients of fedit have the same rank; leave ranks out, .* different ones: .*flexlora",
     ),
     "a date": ({**DATA, "run": {"seed": date(2026, 1, 2)}}, r"^\[run\] seed: .*integer \(found '2026-01-02'\)$"),
+    "half of a character": ({"data": {"folder": "\udcff"}}, r"^the config cannot be read: .*U\+DCFF, which is only"),
+    "sites": (
+        {**DATA, "federation": {"sites": ["North", "south", "north"]}},
+        r"^\[federation\] sites: ids must differ by more than capital letters, not North, north",
+    ),
     "nothing": ({}, r"^data: Field required$"),
     "two ways": ({"data": {"folder": "x", "datasets": ["y"]}}, r"^data: give exactly one .*folder and data\.datasets"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from coterie.data.clients import load_data
 from coterie.data.rows import SPLITS, FederatedData, PromptRow, TextRow
 from coterie.data.settings import DataSettings
-from coterie.types import CoterieError, TaskKind
+from coterie.types import CoterieError, DataError, TaskKind
 
 
 def table(path: Path, rows: int, labels: tuple[Any, ...] = ("no", "yes"), **columns: str) -> Path:
@@ -290,6 +290,19 @@ def test_faults_say_what_and_where(pets: Path, settings: dict[str, Any], says: s
     (pets / "empty.jsonl").write_text("")
     with pytest.raises(CoterieError, match=says):
         load(pets, **settings)
+
+
+@pytest.mark.parametrize("bad", ["\x1b[31m", "\u202e", "\n", "\x00"])
+def test_labels_and_groups_that_are_not_shown_are_refused(bad: str, tmp_path: Path) -> None:
+    records = [{"text": f"text {i}", "label": f"yes{bad}." if i % 2 else "no"} for i in range(20)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code = f"U\\+{ord(bad[0]):04X}"
+    with pytest.raises(DataError, match=f"^client a: the label 'yes.*' has the character {code}, .*; rename it$"):
+        load(tmp_path, clients=[{"id": "a", "train": "a.jsonl"}])
+    table(path, 20)
+    with pytest.raises(DataError, match=f"^client a: the group 'g.*' has the character {code}, .*; rename it$"):
+        load(tmp_path, clients=[{"id": "a", "train": "a.jsonl", "group": f"g{bad}"}])
 
 
 @pytest.mark.parametrize(

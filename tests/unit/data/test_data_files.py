@@ -66,6 +66,7 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
         ("a.jsonl", '\n["x"]\n', "a.jsonl:2: a row is a JSON object"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl:2: not UTF-8"),
         ("a.jsonl", "\n\n", "a.jsonl: no rows; add some$"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "big\\ud800"}', "a.jsonl:2: .*U.D800, which is only half of one; remove"),
         ("a.csv", "text,label\n", "a.csv: no rows"),
         ("a.csv", "text,label\nx,y\nred, green,blue\n", "a.csv:3: 3 fields for 2 columns"),
         ("a.csv", 'text,label\nx,y\n"z,y\n', "a.csv:3: not a line of CSV"),
@@ -116,6 +117,11 @@ def test_only_a_file_that_may_be_missing_can_be_left_out(tmp_path: Path) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match=r"gone\.csv: no such file"):
         read_table(tmp_path / "gone.csv")
+
+
+def test_half_of_a_character_in_a_table_without_a_file_is_named() -> None:
+    with pytest.raises(DataError, match=r"^made up, row 2: a text in it has the character U\+DC00"):
+        table_of("made up", [{"text": "a"}, {"text": "b\udc00"}])
 
 
 def test_tables_without_a_file_have_a_hash_of_their_content() -> None:

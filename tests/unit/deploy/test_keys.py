@@ -74,8 +74,9 @@ def test_another_address_is_refused(keys: Path) -> None:
 def test_nothing_is_written_over(keys: Path) -> None:
     with pytest.raises(CoterieError, match="is not empty"):
         init_keys(keys, [], [])
-    with pytest.raises(CoterieError, match="already has a key"):
-        add_site(keys, "north")
+    for name in ("north", "North"):  # some disks would keep both in one file
+        with pytest.raises(CoterieError, match="north already has a key"):
+            add_site(keys, name)
     with pytest.raises(CoterieError, match="already exists"):
         site_key(keys / "sites" / "north")
 

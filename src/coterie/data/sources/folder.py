@@ -11,7 +11,7 @@ from coterie.data.files import READERS, Table, read_table
 from coterie.data.rows import SPLITS
 from coterie.data.settings import Columns
 from coterie.data.sources import Dataset, usages
-from coterie.files import parse_json
+from coterie.text import parse_json
 from coterie.types import DataError
 
 PREFIX = "folder"
