@@ -23,7 +23,7 @@ def decomposed(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     QR of both factors, then the decomposition of an [r, r] matrix at most, in float64. Signs are fixed: the largest
     entry of each u is positive, whatever LAPACK returns.
     """
-    b, a = product[0].double(), product[1].double()
+    b, a = map(_plain, product)
     left, of_left = torch.linalg.qr(b)
     right, of_right = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(of_left @ of_right.T, full_matrices=False)
@@ -57,5 +57,13 @@ def compact(product: Product) -> Product:
 
 def norm(product: Product) -> float:
     """The Frobenius norm of B A, from Gram matrices [r, r]."""
-    b, a = product[0].double(), product[1].double()
+    b, a = map(_plain, product)
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+
+def _plain(matrix: Tensor) -> Tensor:
+    """A copy in float64 whose strides depend on its shape alone.
+
+    A matrix of one column may have the strides of a row, and its products then other last bits.
+    """
+    return matrix.double().clone(memory_format=torch.contiguous_format)

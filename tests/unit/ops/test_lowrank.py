@@ -76,3 +76,13 @@ def test_the_norm_is_frobenius() -> None:
 def test_a_rank_is_at_least_one() -> None:
     with pytest.raises(ValueError, match="rank 0"):
         truncated(product(2), 0)
+
+
+def test_the_strides_of_a_single_column_change_no_bit() -> None:
+    """One column has many strides that all count as contiguous: what came over a network has others than what trained."""
+    for seed in range(20):
+        b, a = product(1, 64, 48, seed=seed)
+        other = b.as_strided(b.shape, (1, 64)), a.as_strided(a.shape, (1, 1))
+        assert all(torch.equal(one, same) for one, same in zip(other, (b, a), strict=True))
+        assert norm(other) == norm((b, a))
+        assert all(torch.equal(*pair) for pair in zip(decomposed(other), decomposed((b, a)), strict=True))
