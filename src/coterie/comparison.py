@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.config.load import check_config, load_raw, method_name, override, section_of
+from coterie.config.load import Raw, check_config, load_raw, method_name, override, section_of
 from coterie.config.sections import Config
 from coterie.experiment import run
 from coterie.files import write_json
@@ -22,7 +22,7 @@ from coterie.methods.findings import Clusters, find
 from coterie.methods.registry import method_named
 from coterie.runs.events import METRICS, Evaluated, Listener, plain, read_events
 from coterie.runs.summary import Summary
-from coterie.types import ClientId, Json
+from coterie.types import ClientId
 
 Results = dict[str, dict[int, Summary]]  # variant -> seed -> summary
 Watch = Callable[[int, str], AbstractContextManager[Listener]]  # makes a run's listener, from its rounds and its label
@@ -71,7 +71,7 @@ def compare(
 
 
 def compare_all(
-    raw: Mapping[str, Json], methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, watch: Watch
+    raw: Raw, methods: Sequence[str], seeds: Sequence[int], folder: Path, root: Path, watch: Watch
 ) -> Results:
     """Every variant with every seed, each in its own folder below ``folder``. A run that exists already continues.
 
@@ -90,7 +90,7 @@ def compare_all(
     return results
 
 
-def config_for(raw: Mapping[str, Json], variant: str, seed: int) -> Config:
+def config_for(raw: Raw, variant: str, seed: int) -> Config:
     """The config of one run of a comparison: the file's, with this variant and this seed.
 
     ``[methods.NAME]`` holds a method's own settings, and ``[method]`` those of the one that it names.

@@ -11,7 +11,6 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -106,7 +105,7 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
     return Opened(config, method, engine, federation, root)
 
 
-def finish(opened: Opened, state: Any, folder: Path) -> Summary:
+def finish(opened: Opened, state: object, folder: Path) -> Summary:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
     from coterie.adapters.bundle import write_bundle
     from coterie.adapters.write import write_adapter

@@ -22,12 +22,12 @@ from coterie.comparison import Results, clusters_of, compare_all, curves, table_
 from coterie.files import write_json
 from coterie.methods.findings import Clusters
 from coterie.runs.events import plain
-from coterie.types import CoterieError, Json
+from coterie.types import CoterieError
 from coterie.units import clock
 
 METHODS = ("fedlease", "fedit", "local")
 _MARK = ".coterie-demo"
-CONFIG: dict[str, Json] = {
+CONFIG: dict[str, object] = {
     "model": {"path": "minilm", "max_length": 64},
     "data": {
         "datasets": ["demo:clinic", "demo:bank", "demo:shop", "demo:city"],
@@ -71,10 +71,10 @@ def run_demo(folder: Path, console: Console) -> None:
     console.print(f"picture: {folder / 'demo.png'}   ({clock(seconds)})", highlight=False, soft_wrap=True)
 
 
-def _record(results: Results, clusters: Clusters | None, seconds: float) -> dict[str, Json]:
+def _record(results: Results, clusters: Clusters | None, seconds: float) -> dict[str, object]:
     found = clusters.to_json() if clusters else {}
     machine = next(iter(results.values()))[0].machine
-    kept: dict[str, Json] = {name: found[name] for name in ("clusters", "silhouettes") if name in found}
+    kept: dict[str, object] = {name: found[name] for name in ("clusters", "silhouettes") if name in found}
     return {"methods": table_of(results), "seconds": seconds, **kept, "machine": machine}
 
 

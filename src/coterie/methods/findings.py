@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from coterie.types import ClientId, Json, Number
+from coterie.types import ClientId, Number
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=0)]
 class Finding(Protocol):
     """A result that a method reports about the federation."""
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         """Its part of ``describe`` in JSON, by name."""
 
 
@@ -47,7 +47,7 @@ class Clusters:
         """How many clusters there are."""
         return len(set(self.members.values()))
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return {
             "clusters": dict(self.members),
             "silhouettes": {str(k): score for k, score in self.silhouettes.items()},
@@ -73,7 +73,7 @@ class Assignment:
     experts: Annotated[Mapping[str, Mapping[ClientId, Sequence[Count]]], Field(alias="assignment", min_length=1)]
     pool: ExpertPool | None = None
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         held = {module: {c: list(of) for c, of in clients.items()} for module, clients in self.experts.items()}
         pool = {name: value for name, value in asdict(self.pool).items() if value is not None} if self.pool else {}
         return {"assignment": held} | ({"pool": pool} if pool else {})
@@ -104,7 +104,7 @@ class Quotas:
     dropped: Sequence[str] = ()
     pool: str = ""
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return {
             "pool": self.pool,
             "adapters": {name: list(adapter) for name, adapter in self.adapters.items()},
@@ -123,7 +123,7 @@ class AggregationError:
 
     value: Annotated[float | None, Field(alias="aggregation_error")]
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return {"aggregation_error": self.value}
 
 
@@ -133,7 +133,7 @@ class Notes:
 
     texts: Annotated[Sequence[str], Field(alias="notes")]
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return {"notes": list(self.texts)}
 
 
@@ -141,18 +141,18 @@ class Notes:
 class Values:
     """Anything else, by name: numbers, texts, lists and mappings, shown as tables."""
 
-    values: Mapping[str, Json]
+    values: Mapping[str, object]
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return dict(self.values)
 
 
 _KINDS: tuple[type[Finding], ...] = (Clusters, Assignment, Quotas, AggregationError, Notes)
 
 
-def to_json(findings: Iterable[Finding]) -> dict[str, Json]:
+def to_json(findings: Iterable[Finding]) -> dict[str, object]:
     """``describe``: the JSON of all ``findings``, by name. Raises :class:`TypeError` where two have the same name."""
-    described: dict[str, Json] = {}
+    described: dict[str, object] = {}
     for finding in findings:
         said = finding.to_json()
         if twice := sorted(said.keys() & described.keys()):
@@ -161,7 +161,7 @@ def to_json(findings: Iterable[Finding]) -> dict[str, Json]:
     return described
 
 
-def from_json(described: Mapping[str, Json]) -> tuple[Finding, ...]:
+def from_json(described: Mapping[str, object]) -> tuple[Finding, ...]:
     """The findings in ``describe``. Anything unknown, or of another shape, is in :class:`Values`."""
     found = [finding for kind in _KINDS if (finding := read(kind, described)) is not None]
     known = {name for finding in found for name in finding.to_json()}
@@ -174,7 +174,7 @@ def find(findings: Iterable[Finding], kind: type[F]) -> F | None:
     return next((finding for finding in findings if isinstance(finding, kind)), None)
 
 
-def read(kind: type[F], described: Mapping[str, Json]) -> F | None:
+def read(kind: type[F], described: Mapping[str, object]) -> F | None:
     """The finding of a ``kind`` in ``describe``; None where it is not there or has another shape."""
     try:
         found: F = _adapter(kind).validate_python(described)

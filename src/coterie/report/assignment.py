@@ -14,7 +14,6 @@ from coterie.report.modules import how_many, short_names, shown_modules
 from coterie.report.plots import Panel, Picture, natural
 from coterie.report.read import Run
 from coterie.report.tables import Table
-from coterie.types import Json
 
 FINDING = Assignment
 _POOL = {
@@ -101,7 +100,7 @@ def _by_round(past: History) -> Iterator[Picture]:
 
 def _figures(past: History, pool: ExpertPool | None) -> Table:
     known = {name: value for name, value in asdict(pool).items() if value is not None} if pool else {}
-    rows: list[tuple[str, Json]] = [(name, known[key]) for key, name in _POOL.items() if key in known]
+    rows: list[tuple[str, object]] = [(name, known[key]) for key, name in _POOL.items() if key in known]
     for name, held in (("per module", past.counts), ("in total", past.counts.sum(1))):
         rows.append((f"held by a client, {name}", f"mean {held.mean():.1f}, {held.min()} to {held.max()}"))
     last = past.rounds[-1]

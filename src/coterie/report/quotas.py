@@ -11,7 +11,7 @@ from coterie.report.plots import Curve, Picture, natural
 from coterie.report.read import Run
 from coterie.report.tables import Table
 from coterie.requests import Usage
-from coterie.types import SHARED, Json
+from coterie.types import SHARED
 
 FINDING = Quotas
 
@@ -77,7 +77,7 @@ def _lines(after: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
     return dict(found)
 
 
-def _rows(found: Quotas) -> list[tuple[str, Json]]:
-    rows: list[tuple[str, Json]] = [("adapters", list(found.adapters)), ("SHA-256", found.pool)]
+def _rows(found: Quotas) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("adapters", list(found.adapters)), ("SHA-256", found.pool)]
     rows.append(("importance measured by", list(found.measured_by)))
     return [*rows, ("taken out of use", list(found.dropped))]

@@ -16,7 +16,7 @@ from coterie.report.plots import natural
 from coterie.requests import Usage
 from coterie.runs.events import METRICS, Evaluated, Note, RoundDone, Scores, StartState, read_events
 from coterie.runs.summary import SUMMARY, ClientSummary, Summary, Traffic, read_summary
-from coterie.types import ClientId, CoterieError, Json
+from coterie.types import ClientId, CoterieError
 
 SITES = "sites.json"  # what a federation of sites adds up to
 _SPLITS = ("test", "validation")
@@ -43,9 +43,9 @@ class Run:
 
     name: str
     summary: Summary | None = None
-    config: Mapping[str, Json] = field(default_factory=dict)
-    manifest: Mapping[str, Json] = field(default_factory=dict)
-    sites: Mapping[str, Json] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    manifest: Mapping[str, object] = field(default_factory=dict)
+    sites: Mapping[str, object] = field(default_factory=dict)
     start: StartState | None = None
     rounds: Mapping[int, RoundDone] = field(default_factory=dict)
     evaluations: Mapping[int, Evaluated] = field(default_factory=dict)
@@ -53,8 +53,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        title = self.summary.title if self.summary else ""
-        return str(title or self.config.get("method", {}).get("name") or self.name)
+        method = self.config.get("method")
+        named = method.get("name") if isinstance(method, dict) else None
+        return str((self.summary and self.summary.title) or named or self.name)
 
     @property
     def primary(self) -> str:
@@ -77,7 +78,7 @@ class Run:
 
     def history(self, kind: type[F]) -> dict[int, F]:
         """The finding of a ``kind`` after every round from which on there is one; 0 is before the first round."""
-        said: dict[str, Json] = {}
+        said: dict[str, object] = {}
         found: dict[int, F] = {}
         now: F | None = None
         for rnd, describe in self._described().items():
@@ -88,7 +89,7 @@ class Run:
                 found[rnd] = now
         return found
 
-    def _described(self) -> dict[int, Mapping[str, Json]]:
+    def _described(self) -> dict[int, Mapping[str, object]]:
         """What every round added to the description of the method's state; 0 is before the first."""
         start = {0: self.start.describe} if self.start else {}
         return start | {rnd: event.describe for rnd, event in sorted(self.rounds.items())}
@@ -141,7 +142,9 @@ class Run:
     @cached_property
     def group_of(self) -> dict[ClientId, str | None]:
         """The group of every client that the manifest or the summary names."""
-        known = {client: (of or {}).get("group") for client, of in (self.manifest.get("clients") or {}).items()}
+        listed = self.manifest.get("clients")
+        rows = {c: of for c, of in listed.items() if isinstance(of, dict)} if isinstance(listed, dict) else {}
+        known = {client: of.get("group") for client, of in rows.items()}
         return known | ({client: of.group for client, of in self.summary.clients.items()} if self.summary else {})
 
     @property
@@ -216,7 +219,7 @@ def read_run(folder: Path, summary: Summary | None = None) -> Run:
     return Run(
         folder.resolve().name,
         summary,
-        config.get("config", config),  # beside it: where its paths start
+        inner if isinstance(inner := config.get("config"), dict) else config,  # beside it: where its paths start
         manifest,
         sites,
         next((event for event in events if isinstance(event, StartState)), None),
@@ -226,7 +229,7 @@ def read_run(folder: Path, summary: Summary | None = None) -> Run:
     )
 
 
-def _mapping(path: Path) -> dict[str, Json]:
+def _mapping(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     found = read_json(path)

@@ -1,13 +1,12 @@
-"""Any JSON as text and tables that people can read: units for numbers, a table for every list of records."""
+"""Values from JSON as text and tables: units for numbers, a table for every list of records."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.types import Json
 from coterie.units import duration, size
 
 MISSING = "-"
@@ -22,7 +21,7 @@ class Table:
 
     title: str
     head: Sequence[str]
-    rows: Sequence[Sequence[Json]]
+    rows: Sequence[Sequence[object]]
 
 
 def words(name: str) -> str:
@@ -30,7 +29,7 @@ def words(name: str) -> str:
     return _WORDS.get(name, name.replace("_", " "))
 
 
-def show(value: Json, name: str = "") -> str:
+def show(value: object, name: str = "") -> str:
     """A value as text for readers; ``name`` tells its unit. What is missing or no number is ``-``."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
@@ -47,22 +46,23 @@ def show(value: Json, name: str = "") -> str:
     return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
-def tables(value: Mapping[str, Json], title: str) -> list[Table]:
-    """Any JSON mapping as tables: one of its plain entries, one of each list or mapping of records inside it."""
-    plain: list[tuple[str, Json]] = []
+def tables(value: Mapping[str, object], title: str) -> list[Table]:
+    """A mapping as tables: one of its plain entries, one of each list or mapping of records inside it."""
+    plain: list[tuple[str, object]] = []
     found: list[Table] = []
     for key, item in _flat(value):
         if records := _records(item):
             columns = list(dict.fromkeys(column for _, row in records for column in row))
             found.append(Table(key, ["", *columns], [[n, *(row.get(c) for c in columns)] for n, row in records]))
-        elif _is_matrix(item):
-            found.append(Table(key, ["", *map(str, range(len(item[0])))], [[i, *row] for i, row in enumerate(item)]))
+        elif matrix := _matrix(item):
+            head = ["", *map(str, range(len(matrix[0])))]
+            found.append(Table(key, head, [[i, *row] for i, row in enumerate(matrix)]))
         else:
             plain.append((key, item))
     return ([Table(title, ["", ""], plain)] if plain else []) + found
 
 
-def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:
+def _flat(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value and not _records(value):
             yield from _flat(value, f"{path}{key}.")
@@ -70,37 +70,42 @@ def _flat(tree: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]
             yield f"{path}{key}", value
 
 
-def _records(value: Json) -> list[tuple[str, dict[str, Json]]]:
+def _records(value: object) -> list[tuple[str, dict[str, object]]]:
     """``(name, row)`` of a list of mappings, or of a mapping of mappings that have the same keys; else nothing.
 
     A mapping inside the rows becomes columns where all rows have it with the same keys.
     """
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    rows = [(str(name), row) for name, row in items]
-    if len(rows) < 2 or not all(isinstance(row, dict) and row for _, row in rows):
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+    entries = list(items)
+    rows = [(str(name), row) for name, row in entries if isinstance(row, dict) and row]
+    if len(entries) < 2 or len(rows) < len(entries):
         return []
     if isinstance(value, dict) and len({frozenset(row) for _, row in rows}) > 1:
         return []
-    inner = {key for key in rows[0][1] if _alike([row.get(key) for _, row in rows])}
-    return [(name, dict(_spread(row, inner))) for name, row in rows]
+    inner = {key for key in rows[0][1] if _same_keys([row.get(key) for _, row in rows])}
+    return [(name, dict(_flattened(row, inner))) for name, row in rows]
 
 
-def _alike(values: Sequence[Json]) -> bool:
-    return all(isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values)
+def _same_keys(values: Sequence[object]) -> bool:
+    mappings = [value for value in values if isinstance(value, dict) and value]
+    return len(mappings) == len(values) and len({frozenset(value) for value in mappings}) == 1
 
 
-def _spread(row: Mapping[str, Json], inner: set[str]) -> Iterator[tuple[str, Json]]:
+def _flattened(row: Mapping[str, object], inner: set[str]) -> Iterator[tuple[str, object]]:
     for key, value in row.items():
-        if key in inner:
+        if key in inner and isinstance(value, dict):
             yield from ((f"{key}.{name}", item) for name, item in value.items())
         else:
             yield key, value
 
 
-def _is_matrix(value: Json) -> bool:
-    if not isinstance(value, list) or not value or not isinstance(value[0], list):
-        return False
-    return all(isinstance(row, list) and len(row) == len(value[0]) > 0 for row in value)
+def _matrix(value: object) -> list[list[object]]:
+    """A list of lists that are of one length; else nothing."""
+    rows = [row for row in value if isinstance(row, list) and row] if isinstance(value, list) else []
+    whole = isinstance(value, list) and len(rows) == len(value) and len({len(row) for row in rows}) == 1
+    return rows if whole else []
 
 
 def _number(value: float, name: str) -> str:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple, Self
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie.ops.metrics import Metrics
 from coterie.requests import Usage
-from coterie.types import ClientId, CoterieError, Json
+from coterie.types import ClientId, CoterieError
 
 METRICS = "metrics.jsonl"
 Scores = Mapping[str, Metrics]  # by split
@@ -29,9 +29,9 @@ class Event:
 
     event: ClassVar[str]
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         """A line of JSON. An optional field that is None is left out."""
-        line: dict[str, Json] = {"event": self.event}
+        line: dict[str, object] = {"event": self.event}
         for of in fields(self):
             value = getattr(self, of.name)
             if value is not None or of.default is not None:
@@ -39,7 +39,7 @@ class Event:
         return line
 
     @classmethod
-    def fields_in(cls, line: Mapping[str, Json]) -> Mapping[str, Json]:
+    def fields_in(cls, line: Mapping[str, object]) -> Mapping[str, object]:
         """The fields of a line that :meth:`to_json` wrote."""
         return line
 
@@ -84,7 +84,7 @@ class StartState(Event):
     event = "start_state"
 
     round: int = 0
-    describe: Mapping[str, Json] = field(default_factory=dict)
+    describe: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ClientRound:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
-    said: Mapping[str, Json] = field(default_factory=dict)
+    said: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -121,18 +121,19 @@ class ClientRound:
         value = self.said.get("tokens")
         return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         own = {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up, "seconds": self.seconds}
         return {**{name: plain(value) for name, value in self.said.items()}, **own}
 
-    @classmethod
-    def from_json(cls, line: Mapping[str, Json]) -> Self:
-        own = {f.name for f in fields(cls)} - {"said"}
-        said = {name: value for name, value in line.items() if name not in own}
-        return cls(**{name: line[name] for name in own if name in line}, said=said)
+
+def _fields_of_entry(line: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a :class:`ClientRound` in a line of JSON: names that are not its own are those of ``said``."""
+    own = {of.name for of in fields(ClientRound)} - {"said"}
+    said = {name: value for name, value in line.items() if name not in own}
+    return {**{name: line[name] for name in own if name in line}, "said": said}
 
 
-_ClientRound = Annotated[ClientRound, BeforeValidator(lambda line: ClientRound.from_json(line))]
+_ClientRound = Annotated[ClientRound, BeforeValidator(_fields_of_entry)]
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,12 @@ class ClientDone(Event):
     entry: _ClientRound
     failed: str | None
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         mine = {"event": self.event, "round": self.round, "client": self.client, "failed": self.failed}
         return {**self.entry.to_json(), **mine}
 
     @classmethod
-    def fields_in(cls, line: Mapping[str, Json]) -> Mapping[str, Json]:
+    def fields_in(cls, line: Mapping[str, object]) -> Mapping[str, object]:
         own = {of.name for of in fields(cls)} | {"event"}
         return {**line, "entry": {name: value for name, value in line.items() if name not in own}}
 
@@ -166,7 +167,7 @@ class RoundDone(Event):
     clients: Mapping[ClientId, _ClientRound] = field(default_factory=dict)
     failed: Mapping[ClientId, str] = field(default_factory=dict)
     seconds: float = 0.0
-    describe: Mapping[str, Json] = field(default_factory=dict)
+    describe: Mapping[str, object] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
     @property
@@ -234,7 +235,7 @@ RUN = kinds(
 )
 
 
-def from_json(line: Mapping[str, Json], known: Kinds = RUN) -> Event | None:
+def from_json(line: Mapping[str, object], known: Kinds = RUN) -> Event | None:
     """The event in a line of JSON, or None for a kind that is not ``known``.
 
     Raises :class:`ValueError` that says which field is wrong.
@@ -273,7 +274,7 @@ def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) 
     return events
 
 
-def plain(value: Json) -> Json:
+def plain(value: object) -> object:
     """``value`` as ``json.dumps`` takes it: null for a number that is infinite or not a number."""
     if hasattr(value, "to_json"):
         return value.to_json()

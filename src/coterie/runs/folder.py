@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from coterie.config.load import check_config, differences
 from coterie.config.sections import Config
 from coterie.files import read_json, remove_parts, write_json
 from coterie.runs.checkpoint import newest_round
-from coterie.types import CoterieError, Json
+from coterie.types import CoterieError
 
 
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
@@ -36,21 +36,21 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         )
 
 
-def claim(folder: Path, config: Config, root: Path, manifest: Json, resume: bool) -> None:
+def claim(folder: Path, config: Config, root: Path, manifest: Mapping[str, object], resume: bool) -> None:
     """Write the resolved config and the manifest, or check that the data are those that the run started with."""
-    manifest, path = json.loads(json.dumps(manifest)), folder / "manifest.json"
+    as_json, path = json.loads(json.dumps(manifest)), folder / "manifest.json"
     remove_parts(folder)
     if not resume:
         write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
     if not path.exists():
-        write_json(path, manifest)
-    elif read_json(path) != manifest:
+        write_json(path, as_json)
+    elif read_json(path) != as_json:
         raise CoterieError(
             f"the data are not those that {folder} started with (see manifest.json); restore them, or start a new run"
         )
 
 
-def read_config(folder: Path) -> tuple[dict[str, Json], Path]:
+def read_config(folder: Path) -> tuple[dict[str, object], Path]:
     """The raw config of the run in ``folder``, and the folder that its paths start at."""
     path = folder / "config.json"
     if not path.exists():
@@ -59,9 +59,9 @@ def read_config(folder: Path) -> tuple[dict[str, Json], Path]:
     return found["config"], Path(found["root"])
 
 
-def plain(config: Config) -> dict[str, Json]:
-    """The config as JSON."""
-    found: dict[str, Json] = json.loads(config.model_dump_json())
+def plain(config: Config) -> dict[str, dict[str, object]]:
+    """The config as JSON: its sections, and the settings in each."""
+    found: dict[str, dict[str, object]] = json.loads(config.model_dump_json())
     return found
 
 

@@ -19,7 +19,7 @@ from coterie.methods.findings import Finding
 from coterie.ops.metrics import Metrics, better, mean_metrics, percentiles, worst_client
 from coterie.requests import ExpertUse, Usage
 from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, plain
-from coterie.types import ClientId, ClientInfo, CoterieError, Json
+from coterie.types import ClientId, ClientInfo, CoterieError, Number
 
 SUMMARY = "summary.json"
 PRIMARY = {"classification": "accuracy", "generation": "loss", "multiple_choice": "accuracy"}
@@ -49,9 +49,9 @@ class Worst:
 
     client: ClientId
     metric: str
-    value: float
+    value: Number
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return {"client": self.client, self.metric: plain(self.value)}
 
 
@@ -63,12 +63,12 @@ class Traffic:
     down: int = 0
 
 
-def _read_worst(found: Mapping[str, Json]) -> Worst | None:
+def _fields_of_worst(found: Mapping[str, object]) -> dict[str, object] | None:
     metrics = [name for name in found if name != "client"]
-    return Worst(found["client"], metrics[0], found[metrics[0]]) if metrics else None
+    return {"client": found["client"], "metric": metrics[0], "value": found[metrics[0]]} if metrics else None
 
 
-def _read_usage(found: Mapping[ClientId, Mapping[str, Json]]) -> dict[ClientId, Mapping[str, Json]]:
+def _fields_of_usage(found: Mapping[ClientId, Mapping[str, object]]) -> dict[ClientId, Mapping[str, object]]:
     return {client: {ALL_MODULES: row} if "weight" in row else row for client, row in found.items()}
 
 
@@ -92,22 +92,22 @@ class Summary:
     primary: str = "loss"
     clients: Mapping[ClientId, ClientSummary] = field(default_factory=dict)
     mean: Scores = field(default_factory=dict)
-    worst: Annotated[Worst | None, BeforeValidator(_read_worst)] = None
+    worst: Annotated[Worst | None, BeforeValidator(_fields_of_worst)] = None
     percentiles: Metrics = field(default_factory=dict)
     bytes: Traffic = Traffic()
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    describe: Mapping[str, Json] = field(default_factory=dict)
-    usage: Annotated[Mapping[ClientId, Usage], BeforeValidator(_read_usage)] = field(default_factory=dict)
+    describe: Mapping[str, object] = field(default_factory=dict)
+    usage: Annotated[Mapping[ClientId, Usage], BeforeValidator(_fields_of_usage)] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    machine: Mapping[str, Json] | None = None
+    machine: Mapping[str, object] | None = None
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """What the method found, at the end of the run."""
         return findings.from_json(self.describe)
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         """``summary.json``: null for a number that is infinite or not a number."""
         line = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "usage"}
         line["usage"] = {client: plain(_mean_of(usage) or usage) for client, usage in self.usage.items()}
@@ -115,7 +115,7 @@ class Summary:
         return {f.name: line[f.name] for f in fields(self)}
 
 
-def _mean_of(usage: Usage) -> dict[str, Json] | None:
+def _mean_of(usage: Usage) -> dict[str, object] | None:
     whole = usage.get(ALL_MODULES)
     return {"weight": whole.weight, "share": whole.share} if whole else None
 

@@ -226,7 +226,7 @@ def test_a_folder_that_is_no_run_or_is_damaged_is_an_error_that_says_where(tmp_p
     with pytest.raises(CoterieError, match=r"summary\.json is damaged"):
         write_report(folder)
     (folder / "summary.json").write_text("[1, 2]")
-    with pytest.raises(CoterieError, match=r"summary\.json is no summary"):
+    with pytest.raises(CoterieError, match=r"summary\.json is not a summary"):
         write_report(folder)
     (folder / "summary.json").unlink()
     (folder / "metrics.jsonl").write_text('{"event": "round", "round": 1}\nnonsense\n{"event": "note", "text": "x"}\n')
