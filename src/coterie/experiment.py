@@ -24,7 +24,7 @@ from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
-from coterie.runs.folder import check_folder, claim, full_disk_told, held
+from coterie.runs.folder import check_folder, claim, explain_full_disk, lock_folder
 from coterie.runs.rounds import Rounds, Runner
 from coterie.runs.summary import SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
@@ -75,7 +75,7 @@ def run(
 def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> Summary:
     """Take the folder, run the rounds, finish."""
     config = opened.config
-    with held(folder), full_disk_told(folder):
+    with lock_folder(folder), explain_full_disk(folder):
         claim(folder, config, opened.root, opened.federation.manifest, resume)
         if config.run.tensorboard:
             listen = both(listen, tensorboard(folder))

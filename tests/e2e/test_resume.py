@@ -24,7 +24,7 @@ import sites
 from coterie import experiment
 from coterie.config.load import load_config
 from coterie.runs.events import Event, Note, Resumed
-from coterie.runs.folder import held
+from coterie.runs.folder import lock_folder
 from coterie.types import CoterieError
 
 FORK = multiprocessing.get_context("fork")
@@ -200,7 +200,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
-    with held(out), pytest.raises(CoterieError, match="another process is using"):
+    with lock_folder(out), pytest.raises(CoterieError, match="another process is using"):
         run(path, out)
     run(path, out)
 

@@ -16,7 +16,7 @@ from coterie.deploy.metrics import exporter
 from coterie.deploy.superlink import SuperLink, check_server_keys
 from coterie.files import write_json
 from coterie.runs.events import CheckpointSaved, Listener, Note
-from coterie.runs.folder import check_folder, held, plain, read_config
+from coterie.runs.folder import check_folder, lock_folder, plain, read_config
 from coterie.runs.summary import SUMMARY, Summary, read_summary
 from coterie.types import CoterieError
 
@@ -52,7 +52,7 @@ def serve(
     folder.chmod(0o700)  # every site's tensors pass through it
     link = SuperLink((folder / _HOME).resolve(), settings.host, settings.port, keys, superlink)
     with ExitStack() as stack:
-        stack.enter_context(held(folder / _HOME))
+        stack.enter_context(lock_folder(folder / _HOME))
         if settings.metrics_port:
             stack.enter_context(exporter(folder, settings.metrics_port))
         write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})

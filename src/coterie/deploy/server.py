@@ -28,7 +28,7 @@ from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
 from coterie.runs.checkpoint import newest_round
 from coterie.runs.events import Event, Ready
-from coterie.runs.folder import full_disk_told, held, read_config
+from coterie.runs.folder import explain_full_disk, lock_folder, read_config
 from coterie.runs.rounds import Runner
 from coterie.runs.summary import Summary
 from coterie.types import ClientId, CoterieError
@@ -48,7 +48,7 @@ def main(transport: Transport, run_config: Mapping[str, Any]) -> None:
     try:
         with ExitStack() as stack:
             _lock(stack, folder)
-            stack.enter_context(full_disk_told(folder))
+            stack.enter_context(explain_full_disk(folder))
             remove_parts(folder)
             run(transport, folder, journal)
     except CoterieError as fault:
@@ -138,7 +138,7 @@ def _lock(stack: ExitStack, folder: Path) -> None:
     end = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            stack.enter_context(held(folder))
+            stack.enter_context(lock_folder(folder))
         except CoterieError:
             if time.monotonic() > end:
                 raise

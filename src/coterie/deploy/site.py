@@ -19,7 +19,7 @@ from coterie.config.load import load_site
 from coterie.deploy.keys import check_private
 from coterie.deploy.processes import flower_environment, free_port, start, stop
 from coterie.machine import Check
-from coterie.runs.folder import held
+from coterie.runs.folder import lock_folder
 from coterie.types import CoterieError
 
 log = logging.getLogger("coterie.site")
@@ -79,7 +79,7 @@ def join(path: Path, insecure: bool = False) -> None:
     state.chmod(0o700)
     with ExitStack() as stack:
         try:
-            stack.enter_context(held(state))
+            stack.enter_context(lock_folder(state))
         except CoterieError as fault:
             raise CoterieError(f"{fault} (two sites on one machine need a [site] state each)") from fault
         # The path of a socket has at most about 100 characters, so it is not in the state folder.

@@ -66,7 +66,7 @@ def plain(config: Config) -> dict[str, dict[str, object]]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep others out of ``folder`` for the length of a ``with`` block: two runs there would undo each other.
 
     Raises :class:`CoterieError` where another process uses it. The lock of a killed process is released.
@@ -81,7 +81,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """Turn a full disk into a :class:`CoterieError` that says what is kept."""
     try:
         yield

@@ -79,7 +79,7 @@ def test_a_rank_is_at_least_one() -> None:
 
 
 def test_the_strides_of_a_single_column_change_no_bit() -> None:
-    """One column has many strides that all count as contiguous: what came over a network has others than what trained."""
+    """One column has many contiguous strides: what came over a network has others than what trained."""
     for seed in range(20):
         b, a = product(1, 64, 48, seed=seed)
         other = b.as_strided(b.shape, (1, 64)), a.as_strided(a.shape, (1, 1))
