@@ -211,7 +211,7 @@ def test_the_commands_build_and_show_and_a_damaged_pool_is_told(tmp_path: Path) 
     assert shown.output == done.output
     for text in (read_pool(place).name, "one", "two", "6 matrices with 8 experts of rank 1"):
         assert text in shown.output
-    assert "checks its base's weights on 6 of 6 matrices" in shown.output
+    assert "checks the base's weights on 6 of 6 matrices" in shown.output
     other = edit(adapter(tmp_path, "llama", "other"), base_model_name_or_path="some/where")
     command = ["pool", "build", str(tmp_path / "pool2"), str(other), "--base", str(tmp_path / "llama")]
     said = run.invoke(app, command, catch_exceptions=False)

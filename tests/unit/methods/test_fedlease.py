@@ -300,7 +300,7 @@ def test_too_few_clients_are_told_a_number_that_works() -> None:
 
 
 def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
-    with pytest.raises(CoterieError, match=r"10 clusters of 9 clients; .* at most 9"):
+    with pytest.raises(CoterieError, match=r"10 clusters, but there are 9 clients; .* at most 9"):
         make(max_experts=10)
     with pytest.raises(CoterieError, match="at least 3 clients, but there are 2"):
         make(clients=CLIENTS[:2])
