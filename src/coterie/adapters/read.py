@@ -29,7 +29,7 @@ _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
 
 # Keys of adapter_config.json that say where an adapter came from or where it sits, but do not change what its tensors
-# compute. Any other key must have the value that it has in a plain LoRA.
+# compute. Every other key must have the value that it has in a plain LoRA.
 _HARMLESS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "rank_pattern"),

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -47,7 +46,7 @@ class Workplace:
     def device(self) -> torch.device:
         return self.base.device
 
-    def current(self) -> AbstractContextManager[Any]:
+    def current(self) -> AbstractContextManager[object]:
         """Makes the device the thread's own, for kernels that ask for no other."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from coterie import codec
 from coterie.config.load import check_config
@@ -40,7 +39,7 @@ _EXIT_SECONDS = 5.0  # in which Flower may end by itself
 _LOCK_SECONDS = 90.0  # in which the server of an earlier attempt may still be ending
 
 
-def main(transport: Transport, run_config: Mapping[str, Any]) -> None:
+def main(transport: Transport, run_config: Mapping[str, object]) -> None:
     """Continue the run in ``run_config["folder"]`` from its last checkpoint to its end."""
     _end_with_parent()
     folder = Path(str(run_config["folder"]))

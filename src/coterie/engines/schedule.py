@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from coterie.compute.workplace import Workplace
 
@@ -82,7 +82,7 @@ class DiskThread(Generic[T]):
     fetch: Callable[[int], T]
     after: dict[int, int]
     fetching: dict[int, Future[T]] = field(default_factory=dict)
-    writing: deque[Future[Any]] = field(default_factory=deque)
+    writing: deque[Future[object]] = field(default_factory=deque)
 
     def take(self, number: int) -> T:
         """The inputs for the number; starts to fetch those for the next. Raises what fetching them raised."""
@@ -93,7 +93,7 @@ class DiskThread(Generic[T]):
             self.fetching[following] = self.pool.submit(self.fetch, following)
         return fetched
 
-    def write(self, save: Callable[[], Any]) -> None:
+    def write(self, save: Callable[[], object]) -> None:
         """Call ``save`` in the thread. Waits where many calls are waiting; raises what an earlier call raised."""
         self.writing.append(self.pool.submit(save))
         if len(self.writing) > _WAITING:

@@ -10,7 +10,6 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
@@ -101,7 +100,7 @@ def first_line(text: str | None) -> str:
     return (text or "no reason given").strip().splitlines()[0][:300]
 
 
-def server_app(main: Callable[[GridTransport, Mapping[str, Any]], None]) -> ServerApp:
+def server_app(main: Callable[[GridTransport, Mapping[str, object]], None]) -> ServerApp:
     """A ServerApp that calls ``main`` with the transport and the run's config."""
     app = ServerApp()
 

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import psutil
 
@@ -23,7 +22,7 @@ _RAY_ENVIRONMENT = {  # of a Ray that is started here
 
 
 @contextmanager
-def own_ray(init: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def own_ray(init: dict[str, object]) -> Iterator[dict[str, object]]:
     """The arguments of ``ray.init``.
 
     Without the address of a cluster they are for a Ray of this process only, in its own folder, and the

@@ -99,7 +99,7 @@ class ManyLayer:
         self.each = each.pop() if len(each) == 1 else None
         if self.own_masks and (self.each is None or self.folded):
             raise UnlikeError(f"{like.module}: dropout masks per expert, and experts of several ranks or a folded one")
-        self._views: dict[Any, Any] = {}
+        self._views: dict[tuple[object, ...], Any] = {}
         self._stack(known[0])
 
     def _stack(self, like: BankLayer) -> None:
@@ -279,7 +279,7 @@ class ManyLayer:
         """The active clients by gate and ranks, and where each one's place is in the order of the groups."""
         key = "groups", self.now.active
         if key not in self._views:
-            found: dict[Any, list[int]] = {}
+            found: dict[object, list[int]] = {}
             for at, c in enumerate(self.now.active):
                 found.setdefault(_kind(self.layers[c]), []).append(at)
             order = [at for places in found.values() for at in places]
@@ -321,7 +321,7 @@ def _routes_by(gate: str) -> tuple[bool, bool]:
     return routes_by_output(gate), routes_by_row(gate)
 
 
-def _kind(layer: BankLayer | None) -> Any:
+def _kind(layer: BankLayer | None) -> tuple[object, ...] | None:
     """What layers have in common that the same gate serves."""
     if layer is None:
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class RowMask:
     def follow(self, model: nn.Module) -> RemovableHandle:
         """Read the attention mask of every call of ``model``, until the handle is removed."""
 
-        def read(_: nn.Module, __: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def read(_: nn.Module, __: tuple[object, ...], kwargs: Mapping[str, Tensor | None]) -> None:
             mask = kwargs.get("attention_mask")
             self.attention = mask if mask is not None and mask.ndim == 2 else None
 

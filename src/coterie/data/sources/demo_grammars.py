@@ -1,7 +1,7 @@
 """The grammars of the made-up text of :mod:`coterie.data.sources.demo`, one for each job.
 
 A grammar is lines ``symbol: alternative | alternative``; an indented line continues the one above, and ``{symbol}``
-stands for one of the symbol's alternatives. ``labels`` lists the labels, ``message`` the forms of a message. Any change
+stands for one of the symbol's alternatives. ``labels`` lists the labels, ``message`` the forms of a message. A change
 changes the rows that the demo's names stand for.
 """
 
