@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
 from coterie.nn.attach import attach
 from coterie.nn.base import load_base
+from coterie.nn.pretrained import PreTrainedTokenizerBase
 from coterie.types import Bank, CoterieError, TaskKind
 
 
@@ -24,7 +24,7 @@ class ClientModel:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...] | None
     task: TaskKind
     client: str
@@ -47,7 +47,7 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     attach(loaded.model, bank)
     loaded.model.eval()
     labels = tuple(info["labels"]) if info["labels"] is not None else None
-    config: Any = loaded.model.config
+    config = loaded.model.config
     if task == "classification" and labels:
         config.id2label = dict(enumerate(labels))  # the number of labels follows from it
         config.label2id = {label: i for i, label in enumerate(labels)}

@@ -10,7 +10,6 @@ from coterie.compute.passes import Passes
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import PromptRow
 from coterie.data.tasks import Batch, Generation
-from coterie.types import Json
 
 
 def completions(passes: Passes, prompts: Sequence[Sequence[PromptRow]]) -> list[list[str]]:
@@ -40,7 +39,7 @@ def _collated(workplace: Workplace, task: Generation, rows: Sequence[PromptRow])
 def _complete(workplace: Workplace, task: Generation, inputs: Mapping[str, Tensor]) -> list[str]:
     """Completions of prompts that are padded on the left [b, t]."""
     pad = task.tokenizer.pad_token_id
-    model: Json = workplace.base.model
+    model = workplace.base.model
     ends = _ends(model.generation_config.eos_token_id, task.tokenizer.eos_token_id)
     with workplace.autocast():
         out = model.generate(

@@ -13,7 +13,7 @@ from coterie.engines.client import Guard
 from coterie.methods.base import Method
 from coterie.requests import Observe, Observed, Optim, Score, Scored, Train, Trained
 from coterie.runs.folder import plain
-from coterie.types import FOLDED, CoterieError, Instruction, Json, Part, Reply
+from coterie.types import FOLDED, CoterieError, Instruction, Part, Reply
 
 
 def check_policy(policy: Policy, config: Config, method: Method) -> None:
@@ -29,7 +29,7 @@ def check_policy(policy: Policy, config: Config, method: Method) -> None:
             raise CoterieError(f"this site allows {what} up to {limit}, but the run has {value} ([policy] max_{what})")
     settings = plain(config)
     for key, wanted in policy.settings.items():
-        actual: Json = settings
+        actual: object = settings
         for part in key.split("."):
             actual = actual.get(part) if isinstance(actual, dict) else None
         if actual not in (wanted if isinstance(wanted, list) else [wanted]):

@@ -62,7 +62,7 @@ def at_most(grid: Grid, limit: int) -> Iterator[None]:
         return
     guard, pull = PullGuard(limit), client.PullObject
 
-    def pull_object(request: Any) -> Any:
+    def pull_object(request: object) -> object:
         response = pull(request)
         if response.object_content:  # else it has not arrived yet
             guard.check(response.object_content)

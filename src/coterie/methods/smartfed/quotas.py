@@ -5,15 +5,14 @@ The rules that turn importance into quotas are in :mod:`coterie.ops.quota`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from coterie.adapters.pool import Adapter
 from coterie.methods.smartfed.pools import numbers
-from coterie.requests import Observe, Observed, Request, Score
+from coterie.requests import Observe, Observed, Program, Score
 from coterie.types import NO_EXPERT, SHARED, Bank, Json, Key, Part
 
 # a client -------------------------------------------------------------------------------------------------------------
@@ -21,7 +20,7 @@ from coterie.types import NO_EXPERT, SHARED, Bank, Json, Key, Part
 
 def measure(
     bank: Bank, importance: str, examples: int, adapters: Mapping[str, Sequence[int]]
-) -> Generator[Request, Any, dict[str, Json]]:
+) -> Program[dict[str, Json]]:
     """What a client measures for EEQA: a number per matrix, and each adapter's share of the gates' weight.
 
     ``adapters`` holds the first number and the rank of each. It uses ``examples`` of the training rows, 0: all.
