@@ -124,7 +124,12 @@ def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: s
         assert all(same_bits(engine.states.personal.load(c, rnd), personal[c]) for c in personal)
 
     instructions = method.configure(by_hand, engine.clients, ROUNDS + 1)
-    banks = {c.info.id: method.bank(instructions[c.info.id], c.info, personal[c.info.id]) for c in clients}
+    banks = {
+        c.info.id: drive(
+            method.choose(instructions[c.info.id], c.info, personal[c.info.id]), LocalCompute(workplace, c, ROUNDS)
+        )
+        for c in clients
+    }
     assert [(c, codec.encode(bank)) for c, bank in engine.banks(method, instructions, ROUNDS)] == [
         (c, codec.encode(bank)) for c, bank in banks.items()
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie import codec
 from coterie.engines.checks import bank_fault, fault_of
 from coterie.ops.streams import stream
-from coterie.requests import Answer, ClientProgram, Observe, Observed, Request, Score, Scored, Train, Trained
+from coterie.requests import Answer, ClientProgram, Observe, Observed, Program, Request, Score, Scored, Train, Trained
 from coterie.types import (
     NO_EXPERT,
     Bank,
@@ -31,6 +31,7 @@ BASE = BaseSpec((Target("q", 6, 5), Target("v", 7, 8)), (HeadParameter("score.we
 CLIENTS = tuple(
     ClientInfo(f"client-{i}", 10 + 3 * i, labels=("yes", "no") if i < 3 else ("a", "b", "c")) for i in range(4)
 )
+R = TypeVar("R")
 Training = Callable[[Train, ClientInfo], Trained]
 Scoring = Callable[[Score, ClientInfo], list[Scored]]
 
@@ -66,8 +67,8 @@ def still(request: Train, client: ClientInfo) -> Trained:
 
 
 def driven(
-    program: ClientProgram, client: ClientInfo, train: Training = moved, score: Scoring = alike
-) -> tuple[ClientResult, list[Request]]:
+    program: Program[R], client: ClientInfo, train: Training = moved, score: Scoring = alike
+) -> tuple[R, list[Request]]:
     """What a program returns, and what it asked for."""
     asked: list[Request] = []
     answer: Answer | None = None
@@ -131,10 +132,11 @@ class Play:
     def own(self, me: ClientInfo) -> Personal:
         return self.personal.get(me.id) or self.method.begin(BASE, me)
 
-    def banks(self) -> dict[str, Bank]:
+    def banks(self, score: Scoring = alike) -> dict[str, Bank]:
         """What each client evaluates with now."""
         instructions = self.method.configure(self.state, list(self.clients.values()), self.rnd + 1)
-        banks = {c: self.method.bank(instructions[c], me, self.own(me)) for c, me in self.clients.items()}
+        programs = {c: self.method.choose(instructions[c], me, self.own(me)) for c, me in self.clients.items()}
+        banks = {c: driven(program, self.clients[c], score=score)[0] for c, program in programs.items()}
         for client, bank in banks.items():
             assert bank_fault(bank, BASE, self.clients[client].labels) is None
         return banks

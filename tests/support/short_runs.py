@@ -11,6 +11,7 @@ from typing import Any
 
 import sites
 import tiny
+from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
@@ -22,8 +23,8 @@ from coterie.methods.base import Method
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
-from coterie.requests import Optim
-from coterie.types import Bank, ClientId, ClientInfo, Reply, Tensors
+from coterie.requests import Optim, Score, Scored
+from coterie.types import Bank, ClientId, Reply, Tensors
 
 OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 ROUNDS = 2
@@ -98,5 +99,6 @@ def run(method: Any, over: Sequence[ClientData], folder: Path, *, rounds: int = 
     return Ended(method, engine, state, replies, dict(engine.banks(method, after, rounds)))
 
 
-def infos(over: Sequence[ClientData]) -> list[ClientInfo]:
-    return [client.info for client in over]
+def score(ended: Ended, client: ClientData, request: Score) -> list[Scored]:
+    """The answer to a request of that client."""
+    return LocalCompute(ended.engine.workplace, client, ROUNDS).score(request)
