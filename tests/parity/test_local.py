@@ -353,7 +353,5 @@ def test_the_base_is_loaded_once_for_all_runs_with_the_same_model(
     made(model={"dtype": "bfloat16"})
     made(task={"kind": "generation"})
     assert len(loads) == 4
-    with pytest.raises(
-        CoterieError, match=r"the model has positions for 160 tokens; \[model\] max_length .* need 161"
-    ):
+    with pytest.raises(CoterieError, match=r"the model has positions for 160 tokens; \[model\] max_length .* need 161"):
         made(model={"max_length": 161})
