@@ -103,7 +103,7 @@ def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_not
     run(load_config(site / "smart.toml", ['method.pool="old"', "run.rounds=1"]), site / "untold", root=site)
     notes = [e["text"] for e in map(json.loads, (site / "untold" / "metrics.jsonl").read_text().splitlines())
              if e["event"] == "note"]  # fmt: skip
-    assert any("cannot be told" in note for note in notes)
+    assert any("was not checked" in note for note in notes)
 
 
 @pytest.mark.parametrize(("together", "lost"), [(1, "personal/mood-0"), (5, "personal/mood-0"), (1, "kept")])

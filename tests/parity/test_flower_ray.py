@@ -31,7 +31,6 @@ from coterie.types import CoterieError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CLIENTS = 3
-NOT_YET = {"centralised"}  # its checkpoints differ from the local engine's here: not understood yet
 TIMES = ("seconds", "peak_memory_bytes")
 
 
@@ -39,7 +38,7 @@ def test_flowers_simulation_runtime(tmp_path: Path) -> None:
     """One Ray for all that is looked at, in two actors, which outlive single runs: it takes its time to start."""
     torch.set_num_threads(1)
     with closed_ray() as transport:
-        for name in sorted(methods().keys() - NOT_YET):
+        for name in sorted(methods()):
             every_file_is_the_local_engines(name, tmp_path / name, transport)
         faults_come_back(tmp_path / "faults", transport)
         an_actor_that_dies_is_told(tmp_path / "dies", transport)

@@ -11,8 +11,10 @@ import torch
 
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
+from coterie.data.rows import FederatedData
 from coterie.data.tasks import make_task
 from coterie.machine import devices, native_bfloat16
+from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import resolve
@@ -39,6 +41,17 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
     first = Workplace(bases[0], task, config.run.seed, config.run.eval_batch_size)
     first.precision = _precision(config, bases)
     return first, *(replace(first, base=base) for base in bases[1:])
+
+
+def simulated_workplaces(
+    config: Config, federation: FederatedData, root: Path, cache: dict[str, object]
+) -> tuple[Workplace, ...]:
+    """:func:`workplaces` for all clients of ``federation``, with everyone's rows for a method that trains on them."""
+    loaded = workplaces(config, root, cache)
+    if method_named(config.method_name).needs_all_rows:
+        for workplace in loaded:
+            workplace.all_clients = {data.info.id: data for data in federation.clients}
+    return loaded
 
 
 def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:

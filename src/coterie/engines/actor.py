@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from coterie import codec
-from coterie.compute.loading import workplaces
+from coterie.compute.loading import simulated_workplaces
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
@@ -99,7 +99,7 @@ def _load(about: Mapping[str, Json]) -> _Run:
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
     if (here := digest(federation.manifest)) != about["data"]:
         raise CoterieError(f"an actor read different rows than the run ({here[:12]}); give all machines the same files")
-    workplace = workplaces(config, root, _BASES)[0]
+    workplace = simulated_workplaces(config, federation, root, _BASES)[0]
     states = ClientStates.of(config, Path(about["folder"]))
     method = config.make_method(root)
     return _Run(about, method, {data.info.id: LocalClient(workplace, data, states) for data in federation.clients})

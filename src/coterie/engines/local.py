@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.compute.loading import workplaces
+from coterie.compute.loading import simulated_workplaces
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
@@ -22,16 +22,13 @@ from coterie.engines.store import ClientStates
 from coterie.engines.together import Together
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method
-from coterie.methods.registry import method_named
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction
 
 
 def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, object]) -> LocalEngine:
     """The engine for a run in ``folder``; the base stays in ``cache`` for further runs with the same model."""
-    all_workplaces, wanted = workplaces(config, root, cache), config.engine.clients_per_batch
-    if method_named(config.method_name).needs_all_rows:
-        for workplace in all_workplaces:
-            workplace.all_clients = {data.info.id: data for data in federation.clients}
+    all_workplaces = simulated_workplaces(config, federation, root, cache)
+    wanted = config.engine.clients_per_batch
     together = None
     if wanted != 1 or len(all_workplaces) > 1:
         size, auto = (1, AutoSize()) if wanted == "auto" else (wanted, None)
