@@ -12,7 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from coterie.nn.bank import Pass
 from coterie.nn.build import BankLayers, build_layers, copies
 from coterie.nn.gates import routes_by_row
-from coterie.types import Bank, Key
+from coterie.types import Bank, CoterieError, Key
+
+_CARRIES = "_coterie_bank"  # the attribute of a model that carries one
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Attached:
     now: Pass
     handles: list[RemovableHandle]
     heads: dict[str, nn.Module]
+    on: bool = True
 
     def tensors(self) -> dict[Key, Tensor]:
         """Copies of the trainable tensors as they are now, on the CPU."""
@@ -34,11 +37,13 @@ class Attached:
 
     def detach(self) -> None:
         """Leave the model as it was before."""
+        if self.on:
+            release(self.model)
         for handle in self.handles:
             handle.remove()
         for name, head in self.heads.items():
             self.model.set_submodule(name, head)
-        self.handles, self.heads = [], {}
+        self.handles, self.heads, self.on = [], {}, False
 
 
 @contextmanager
@@ -61,12 +66,29 @@ def attached_layers(model: nn.Module, built: BankLayers) -> Iterator[Attached]:
 def attach(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) -> Attached:
     """Put ``bank`` on ``model``; gradients reach the tensors named in ``trainable`` and no others.
 
-    Raises :class:`CoterieError` as :func:`~coterie.nn.build.build_layers` does, before anything changes.
+    Raises :class:`CoterieError` as :func:`~coterie.nn.build.build_layers` does, and for a model that carries a bank
+    already, before anything changes.
     """
     return _put_on(model, build_layers(model, bank, trainable))
 
 
+def claim(model: nn.Module) -> None:
+    """Note that ``model`` carries a bank. Raises :class:`CoterieError` where it does already."""
+    if getattr(model, _CARRIES, False):
+        raise CoterieError(
+            "the model carries a bank already, and a second one would be added to it; detach() the first one, or put "
+            "each bank on for a `with coterie.nn.attach.attached(model, bank)` block"
+        )
+    setattr(model, _CARRIES, True)
+
+
+def release(model: nn.Module) -> None:
+    """Note that ``model`` carries no bank any more."""
+    setattr(model, _CARRIES, False)
+
+
 def _put_on(model: nn.Module, built: BankLayers) -> Attached:
+    claim(model)
     before = {name: model.get_submodule(name) for name in built.heads}
     handles = [
         model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in built.layers.items()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coterie.nn.attach import claim, release
 from coterie.nn.build import BankLayers
 from coterie.nn.many import ManyLayer, ManyPass
 
@@ -26,12 +27,14 @@ class AttachedMany:
 def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[AttachedMany]:
     """Put the banks on the model for the length of a ``with`` block. They have one dropout, kind of masks and dtype.
 
-    Raises :class:`UnlikeError` where they have not, before anything changes.
+    Raises :class:`UnlikeError` where they have not, and :class:`CoterieError` for a model that carries a bank already,
+    before anything changes.
     """
     now = ManyPass()
     names = sorted({name for client in clients for name in client.layers})
     layers = {name: ManyLayer([client.layers.get(name) for client in clients], now) for name in names}
     heads = {name: model.get_submodule(name) for name in sorted({name for client in clients for name in client.heads})}
+    claim(model)
     handles = [
         model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in layers.items()
     ]
@@ -42,6 +45,7 @@ def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[A
     try:
         yield AttachedMany(clients, now)
     finally:
+        release(model)
         for handle in handles:
             handle.remove()
         for name, head in heads.items():

@@ -11,6 +11,8 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import tiny
 from coterie.nn.attach import Attached, attach, attached
+from coterie.nn.attach_many import attached_many
+from coterie.nn.build import build_layers
 from coterie.nn.spec import describe, linear_sizes
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
 
@@ -206,18 +208,6 @@ def test_modules_without_an_expert_stay_as_they_are() -> None:
         assert len(handle.handles) == 1
 
 
-def test_two_banks_add_up() -> None:
-    made = tiny.model("llama")
-    bank, target = tiny.bank(tiny.targets(made)[:1], seed=1), tiny.targets(made)[0].name
-    module, x = made.get_submodule(target), torch.ones(1, 1, tiny.HIDDEN)
-    before = module(x)
-    with attached(made, bank):
-        once = module(x) - before
-        with attached(made, bank):
-            torch.testing.assert_close(module(x) - before, 2 * once)
-    assert torch.equal(module(x), before)
-
-
 # the head -------------------------------------------------------------------------------------------------------------
 
 
@@ -359,3 +349,42 @@ def test_linear_sizes() -> None:
     assert linear_sizes(nn.Linear(3, 4)) == (3, 4)
     assert linear_sizes(nn.LayerNorm(3)) is None
     assert linear_sizes(nn.Embedding(3, 4)) is None
+
+
+# a second bank -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_bank_on_one_model_is_refused_and_the_first_one_stays() -> None:
+    made = tiny.model("bert")
+    first, second = fedlease(made), fedlease(made)
+    before = logits(made)
+    handle = attach(made, first)
+    expected = logits(made)
+    with pytest.raises(CoterieError, match="carries a bank already"):
+        attach(made, second)
+    with pytest.raises(CoterieError, match="carries a bank already"), attached(made, second):
+        pass
+    with (
+        pytest.raises(CoterieError, match="carries a bank already"),
+        attached_many(made, [build_layers(made, second), build_layers(made, second)]),
+    ):
+        pass
+    assert torch.equal(logits(made), expected)
+    handle.detach()
+    handle.detach()  # again changes nothing
+    assert torch.equal(logits(made), before)
+    with attached(made, second):
+        handle.detach()  # nor does it take off another's bank
+        with pytest.raises(CoterieError, match="carries a bank already"):
+            attach(made, first)
+    assert torch.equal(logits(made), before)
+
+
+def test_a_bank_that_does_not_fit_leaves_the_model_free() -> None:
+    made = tiny.model("bert")
+    with pytest.raises(CoterieError):
+        attach(made, Bank({Key("nowhere", 0, Part.A): torch.zeros(1, 4), Key("nowhere", 0, Part.B): torch.zeros(4, 1)}))
+    attach(made, Bank({})).detach()
+    with attached(made, fedlease(made)) as handle:
+        assert handle.on
+    assert not handle.on
