@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 
@@ -38,9 +38,20 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
     task = make_task(
         config.task.kind, bases[0].tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
     )
-    first = Workplace(bases[0], task, config.run.seed, config.run.eval_batch_size)
-    first.precision = _precision(config, bases)
-    return first, *(replace(first, base=base) for base in bases[1:])
+    first = Workplace(bases[0], task, config.run.seed, precision=_precision(config, bases))
+    rows = config.run.eval_batch_size
+    return tuple(replace(first, base=base, eval_batch_size=eval_rows(rows, base.device)) for base in bases)
+
+
+def eval_rows(setting: int | Literal["auto"], device: torch.device) -> int:
+    """The rows of an evaluation pass on ``device``.
+
+    On a CPU, ``auto`` keeps batches small: their rows are of similar length, so little is padding. On a GPU a pass of
+    few rows costs as much as one of many.
+    """
+    if setting == "auto":
+        return 16 if device.type == "cpu" else 64
+    return setting
 
 
 def simulated_workplaces(
