@@ -154,5 +154,13 @@ def rounds_of(config: Config) -> Rounds:
     """The settings of the rounds in ``config``."""
     run = config.run
     return Rounds(
-        run.rounds, run.seed, run.cohort, run.quorum, run.norm_bound, run.evaluate_every, run.keep_checkpoints
+        run.rounds,
+        run.seed,
+        run.cohort,
+        run.quorum,
+        run.norm_bound,
+        run.update_bound,
+        run.max_share,
+        run.evaluate_every,
+        run.keep_checkpoints,
     )

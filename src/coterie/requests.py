@@ -6,6 +6,7 @@ A client program is a generator that yields requests and is sent their answers. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -31,6 +32,10 @@ class Optim(Section):
     accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
     epochs: int = Field(2, ge=1, description="passes over the client's data in a round")
     steps: int = Field(0, ge=0, description="optimiser steps in a round instead of epochs; 0: epochs")
+
+    def steps_on(self, rows: int) -> int:
+        """The optimiser steps of a round on so many rows."""
+        return self.steps or self.epochs * math.ceil(math.ceil(rows / self.batch_size) / self.accumulate)
 
 
 @dataclass(frozen=True)

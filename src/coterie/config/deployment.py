@@ -26,6 +26,9 @@ class FederationSettings(Section):
     port: int = Field(9092, ge=1, le=65535, description="port that the server listens on")
     keys: str = Field("keys", description="folder written by `coterie keys init`")
     base: str = Field("", description="SHA-256 of the base that all sites must have; empty: that of the first site")
+    max_rows: int = Field(
+        10_000_000, ge=1, description="training rows that a site may report; one with more is refused"
+    )
     restarts: int = Field(5, ge=0, description="restarts in a row, with no new checkpoint, before the server gives up")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")
 

@@ -90,6 +90,12 @@ class RunSettings(Section):
     cohort: float = Field(1.0, gt=0, le=1, description="share of the clients that take part in a round")
     quorum: float = Field(0.5, ge=0, le=1, description="share of the cohort that must reply, or the run stops")
     norm_bound: float = Field(1e4, gt=0, description="replies whose tensors have a larger norm are left out")
+    update_bound: float = Field(
+        10.0, gt=0, description="replies whose update is more times as large as the round's median are left out"
+    )
+    max_share: float = Field(
+        0.5, gt=0, le=1, description="largest share of a round's training examples that one client counts for"
+    )
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     evaluate: Literal["auto", "received", "trained"] = Field(
         "auto",

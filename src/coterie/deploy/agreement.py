@@ -38,6 +38,7 @@ class Agreement:
     starts of the run's server, so that a site recognises a message of a server that is gone. ``closed`` is the reason
     why only ``sites`` can take part now that the run has begun; empty while it is open. ``deadline`` (seconds) is for
     an answer, ``greeting`` (seconds) for a site that went away to come back. ``base`` is the SHA-256 of the base.
+    ``max_rows`` is the most training rows that a site may report: its weight in means goes by them.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Agreement:
     deadline: float = 3600.0
     greeting: float = 60.0
     base: str = ""
+    max_rows: int = 10_000_000
 
     @property
     def ttl(self) -> float:

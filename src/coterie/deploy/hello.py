@@ -35,6 +35,7 @@ def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[Client
         or _not_invited(hello.info.id, agreement, key)
         or _other_letters(hello.info.id, {*others, *agreement.sites})
         or _other_terms(hello, agreement)
+        or _too_many_rows(hello.info, agreement.max_rows)
         or _other_rows(hello, others)
         or _other_base(hello, agreement.base, others)
     )
@@ -79,6 +80,12 @@ def _other_terms(hello: Hello, agreement: Agreement) -> str | None:
     return (
         f"{hello.info.id} read the terms differently from how they were sent; install the same version of coterie there"
     )
+
+
+def _too_many_rows(info: ClientInfo, most: int) -> str | None:
+    if info.num_train <= most:
+        return None
+    return f"{info.id} reports {info.num_train} training rows, more than {most} ([federation] max_rows)"
 
 
 def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:

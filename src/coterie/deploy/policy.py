@@ -11,7 +11,7 @@ from coterie.config.deployment import Policy
 from coterie.config.sections import Config
 from coterie.engines.client import Guard
 from coterie.methods.base import Method
-from coterie.requests import Observe, Observed, Optim, Score, Scored, Train, Trained
+from coterie.requests import Observe, Observed, Score, Scored, Train, Trained
 from coterie.runs.folder import plain
 from coterie.types import FOLDED, CoterieError, Instruction, Part, Reply
 
@@ -90,7 +90,7 @@ class BoundedCompute:
     taken: list[int] = field(default_factory=list)
 
     def train(self, request: Train) -> Trained:
-        steps = steps_of(request.optim, len(self.inner.workplace.examples(self.inner.client, "train")))
+        steps = request.optim.steps_on(len(self.inner.workplace.examples(self.inner.client, "train")))
         if sum(self.taken) + steps > self.bound:
             raise CoterieError(
                 f"round {self.inner.rnd} would take {sum(self.taken) + steps} steps here, but this site allows "
@@ -104,10 +104,3 @@ class BoundedCompute:
 
     def observe(self, request: Observe) -> Observed:
         return self.inner.observe(request)
-
-
-def steps_of(optim: Optim, rows: int) -> int:
-    """The number of optimiser steps that ``optim`` takes on ``rows`` rows."""
-    if optim.steps:
-        return optim.steps
-    return optim.epochs * math.ceil(math.ceil(rows / optim.batch_size) / optim.accumulate)

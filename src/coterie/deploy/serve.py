@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.config.load import differences
+from coterie.config.load import check_config, differences
 from coterie.config.sections import Config
 from coterie.deploy.attempt import begin_attempt
 from coterie.deploy.events import Finished, Stopped
@@ -64,9 +64,8 @@ def serve(
 def _check(config: Config, folder: Path, resume: bool) -> None:
     """Check as for any run, except that who takes part, and when, may change between two attempts."""
     if resume and (folder / "config.json").exists():
-        old, _ = read_config(folder)
-        mine = {**plain(config), "federation": old.get("federation", {}), "data": old.get("data", {})}
-        if changed := differences(old, mine):
+        old = plain(check_config(read_config(folder)[0]))  # keys that are new since have their defaults
+        if changed := differences(old, {**plain(config), "federation": old["federation"], "data": old["data"]}):
             raise CoterieError(
                 f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
                 "or start a new run with --out"

@@ -129,6 +129,7 @@ def agreement_of(config: Config, attempt: Attempt) -> Agreement:
         deadline=settings.deadline,
         greeting=settings.greeting,
         base=settings.base,
+        max_rows=settings.max_rows,
     )
 
 

@@ -14,7 +14,7 @@ from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
 from coterie.deploy.agreement import config_at, terms_of
 from coterie.deploy.base_digest import base_digest
-from coterie.deploy.policy import check_policy, steps_of
+from coterie.deploy.policy import check_policy
 from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker
 from coterie.machine import Check, version, versions
@@ -93,7 +93,7 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     (client,) = federation.clients
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in client.splits.items())
     yield Check("data", f"{counts} rows; labels {', '.join(client.info.labels or ()) or 'none'}")
-    steps, bound = steps_of(run.train, client.info.num_train), site.policy.max_steps
+    steps, bound = run.train.steps_on(client.info.num_train), site.policy.max_steps
     fix = "" if steps <= bound else "raise [policy] max_steps"
     yield Check("steps per round", f"{steps} of {bound}", steps <= bound, fix)
     try:

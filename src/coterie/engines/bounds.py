@@ -1,15 +1,26 @@
-"""How much one client may weigh in a round, in bytes, in its update and in its share of a mean."""
+"""How much one client may weigh in a round: in bytes, in its update, and in its share of a mean.
+
+What is out of line shows only beside others. With fewer than :data:`FEWEST` replies there is no telling which of them
+is, and neither updates nor shares are bounded.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import median
 
-from coterie.types import Key
+from torch import Tensor
 
+from coterie.types import ClientId, Key, Part, Reply, Tensors
+
+FEWEST = 3
+_MOST_STEPS = 3.0  # times as large an update as the median's, at most, for having trained longer
 _INFO_BYTES = 2**21  # for what a reply says beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
 _FLOAT_BYTES = 4
+
+Sizes = Mapping[Part, float]  # root mean square of an update, by the part of its tensors
 
 
 def reply_limit(expected: Mapping[Key, tuple[int, ...]]) -> int:
@@ -17,3 +28,62 @@ def reply_limit(expected: Mapping[Key, tuple[int, ...]]) -> int:
     tensors = sum(_FLOAT_BYTES * math.prod(shape) for shape in expected.values())
     names = sum(_KEY_BYTES + 4 * len(str(key).encode()) for key in expected)
     return tensors + names + _INFO_BYTES
+
+
+def update_sizes(reply: Reply, start: Tensors) -> Sizes:
+    """The root mean square, over the values of a part, of the reply's tensors minus those that it started from.
+
+    A tensor without a ``start`` counts as it is.
+    """
+    squares: dict[Part, float] = {}
+    values: dict[Part, int] = {}
+    for key, tensor in reply.tensors.items():
+        squares[key.part] = squares.get(key.part, 0.0) + _squared_update(key, tensor, start)
+        values[key.part] = values.get(key.part, 0) + tensor.numel()
+    return {part: math.sqrt(squares[part] / values[part]) for part in squares if values[part]}
+
+
+def _squared_update(key: Key, tensor: Tensor, start: Tensors) -> float:
+    before = start.get(key)
+    if before is None or before.shape != tensor.shape:
+        return float(tensor.double().square().sum())
+    return float((tensor.double() - before.double()).square().sum())
+
+
+def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int], bound: float) -> dict[ClientId, str]:
+    """Why clients are left out whose update is more than ``bound`` times the round's median, in any part.
+
+    Who took more ``steps`` than the median client may have a larger update: by the root of their ratio, up to 3.
+    """
+    faults: dict[ClientId, str] = {}
+    for part in Part:
+        having = {client: of[part] for client, of in sizes.items() if part in of}
+        middle = median(having.values()) if len(having) >= FEWEST else 0.0
+        if not middle:
+            continue
+        usual = median(steps[client] for client in having)
+        for client, size in having.items():
+            longer = min(max(math.sqrt(steps[client] / usual), 1.0), _MOST_STEPS)
+            if size > bound * longer * middle:
+                faults[client] = (
+                    f"the update of {part.value} is {size / middle:.3g} times the round's median, more than "
+                    f"{bound * longer:.3g} ([run] update_bound)"
+                )
+    return faults
+
+
+def capped_examples(replies: Mapping[ClientId, Reply], share: float) -> dict[ClientId, int]:
+    """The training examples that each reply counts for, so that none has more than ``share`` of all.
+
+    Where ``share`` is less than an equal one, all are equal.
+    """
+    examples = {client: reply.num_examples for client, reply in replies.items()}
+    if len(examples) < FEWEST:
+        return examples
+    rest, limit = sum(examples.values()), math.inf
+    for larger, number in enumerate(sorted(examples.values(), reverse=True)):
+        limit = share * rest / (1 - share * larger) if share * larger < 1 else min(examples.values())
+        if number <= limit:
+            break
+        rest -= number
+    return {client: min(number, max(1, math.floor(limit))) for client, number in examples.items()}

@@ -13,14 +13,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from coterie.engines.base import Delivery, Engine, Evaluation
-from coterie.engines.bounds import reply_limit
+from coterie.engines.bounds import Sizes, capped_examples, large_updates, reply_limit, update_sizes
 from coterie.engines.checks import fault_of
 from coterie.machine import peak_memory
 from coterie.methods.base import Method
@@ -44,7 +44,7 @@ from coterie.runs.events import (
     RoundStart,
     StartState,
 )
-from coterie.types import ClientId, ClientInfo, CoterieError, Reply
+from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Reply
 
 S = TypeVar("S")  # the method's state
 
@@ -58,6 +58,8 @@ class Rounds:
     cohort: float = 1.0
     quorum: float = 0.5
     norm_bound: float = 1e4
+    update_bound: float = 10.0
+    max_share: float = 0.5
     evaluate_every: int = 1
     keep_checkpoints: int = 2
 
@@ -71,6 +73,7 @@ class Runner(Generic[S]):
     rounds: Rounds
     folder: Path
     listen: Listener = lambda event: None
+    _capped: set[ClientId] = field(default_factory=set)  # noted already
 
     def run(self) -> S:
         """Do all remaining rounds; returns the final state.
@@ -135,7 +138,7 @@ class Runner(Generic[S]):
         replies, entries, failed = self._train(state, cohort, rnd)
         self._check_quorum(replies, cohort, failed, rnd)
         before = to_json(self.method.describe(state))
-        state = self.method.aggregate(state, replies, rnd)
+        state = self.method.aggregate(state, self._with_shares(replies, rnd), rnd)
         after = to_json(self.method.describe(state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, changed, peak_memory()))
@@ -150,6 +153,7 @@ class Runner(Generic[S]):
         replies: dict[ClientId, Reply] = {}
         entries: dict[ClientId, ClientRound] = {}
         failed: dict[ClientId, str] = {}
+        sizes: dict[ClientId, Sizes] = {}
         instructions, infos = self.method.configure(state, cohort, rnd), {client.id: client for client in cohort}
         limits = {client.id: reply_limit(self.method.expects(state, client, rnd)) for client in cohort}
         with closing(self.engine.train(self.method, instructions, rnd, limits)) as deliveries:
@@ -161,8 +165,18 @@ class Runner(Generic[S]):
                     failed[client] = fault
                 elif delivery.reply is not None:
                     replies[client] = delivery.reply
+                    sizes[client] = self._update_sizes(delivery.reply, instructions[client], infos[client])
                 self.listen(ClientDone(rnd, client, entries[client], fault))
+        steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
+        for client, fault in large_updates(sizes, steps, self.rounds.update_bound).items():
+            failed[client], entries[client] = fault, replace(entries[client], said={})
+            del replies[client]
         return replies, entries, failed
+
+    def _update_sizes(self, reply: Reply, sent: Instruction, client: ClientInfo) -> Sizes:
+        """How large the client's update is. A LoRA that it did not receive started from what the seed gives."""
+        own = {} if reply.tensors.keys() <= sent.tensors.keys() else self.method.begin(self.engine.spec, client).tensors
+        return update_sizes(reply, {**own, **sent.tensors})
 
     def _cohort(self, rnd: int) -> list[ClientInfo]:
         """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
@@ -176,6 +190,19 @@ class Runner(Generic[S]):
             return "no reply"
         expected, info = self.method.expects(state, client, rnd), self.method.expects_info(state, client, rnd)
         return fault_of(reply, expected, self.rounds.norm_bound, client.num_train, info)
+
+    def _with_shares(self, replies: Mapping[ClientId, Reply], rnd: int) -> dict[ClientId, Reply]:
+        """``replies`` with the training examples that each counts for."""
+        examples = capped_examples(replies, self.rounds.max_share)
+        total = sum(reply.num_examples for reply in replies.values())
+        for client in [c for c in replies if examples[c] < replies[c].num_examples and c not in self._capped]:
+            self._capped.add(client)
+            has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
+            text = (
+                f"{client} has {has:.0%} of the round's training examples and counts for {counts:.0%} ([run] max_share)"
+            )
+            self._note([text], rnd)
+        return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}
 
     def _check_quorum(
         self, replies: Mapping[ClientId, Reply], cohort: Sequence[ClientInfo], failed: Mapping[ClientId, str], rnd: int

@@ -482,6 +482,9 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
 
     assert reasons(sites=("mood-0", "mood-1", "place-0", "someone")) == {"size-0 is not among [federation] sites"}
     assert len(reasons(base="abc", sites=tuple(CLIENTS))) == 4
+    assert {r.partition(" reports ")[2] for r in reasons(max_rows=11)} == {
+        "12 training rows, more than 11 ([federation] max_rows)"
+    }
     assert any("key belongs to nobody known" in r for r in reasons(keys={"digest": "mood-0"}))
     staff[VICTIM] = flower_sites.workers(tmp_path, [VICTIM], policy={"methods": ["fedlease"]})[VICTIM]
     assert reasons() == {"this site does not run fedit, only fedlease ([policy] methods)"}

@@ -25,7 +25,7 @@ from coterie.config.load import load_site
 from coterie.deploy.agreement import digest_of, federation_config, terms_of
 from coterie.deploy.base_digest import base_digest
 from coterie.deploy.hello import Hello
-from coterie.deploy.policy import steps_of, without_usage
+from coterie.deploy.policy import without_usage
 from coterie.deploy.site_check import check as check_site
 from coterie.deploy.site_log import log_without_text
 from coterie.deploy.worker import Worker
@@ -174,9 +174,9 @@ def test_the_terms_hold_neither_paths_nor_addresses_nor_data(tmp_path: Path) -> 
 
 
 def test_steps_are_counted_as_training_takes_them() -> None:
-    assert steps_of(Optim(batch_size=4, epochs=2), 9) == 6
-    assert steps_of(Optim(batch_size=4, epochs=2, accumulate=2), 9) == 4
-    assert steps_of(Optim(steps=7), 9) == 7
+    assert Optim(batch_size=4, epochs=2).steps_on(9) == 6
+    assert Optim(batch_size=4, epochs=2, accumulate=2).steps_on(9) == 4
+    assert Optim(steps=7).steps_on(9) == 7
 
 
 def test_the_digest_of_a_base_is_that_of_its_files(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,40 @@ def test_a_bad_reply_is_left_out_with_the_reason_and_the_round_goes_on(name: str
         raise AssertionError(failed[1]["c3"])
     assert state.lora[KEY].equal(good.lora[KEY])  # everyone adds 1: leaving one out changes nothing
     assert [e for e in heard if isinstance(e, ClientDone) and e.failed]
+
+
+def test_an_update_out_of_line_is_left_out_once_all_have_come(tmp_path: Path) -> None:
+    """Minus 50 times the update that was trained: a norm that no bound on the reply alone would notice."""
+    turned = partial(with_tensor, change=lambda t: t - 51)
+    state, _, _ = run(tmp_path, lambda c, rnd, reply: turned(reply) if (c, rnd) == ("c3", 2) else reply)
+    _, second, _ = events(tmp_path, "round")
+    reason = "the update of A is 50 times the round's median, more than 12.2 ([run] update_bound)"
+    assert second["failed"] == {"c3": reason}
+    assert second["clients"]["c3"] == {"bytes_down": 7, "bytes_up": 5, "seconds": 0.5}  # nothing that it says
+    assert state.lora[KEY].equal(run(tmp_path / "good")[0].lora[KEY])
+    loose, _, _ = run(tmp_path / "loose", lambda c, rnd, reply: turned(reply), update_bound=1e9)
+    assert not loose.lora[KEY].equal(state.lora[KEY])
+
+
+def test_an_update_out_of_line_counts_against_the_quorum(tmp_path: Path) -> None:
+    with pytest.raises(
+        CoterieError, match=r"round 1: 3 of 4 clients replied, but the quorum is 4.*c3: the update of A is"
+    ):
+        run(tmp_path, lambda c, rnd, reply: with_tensor(reply, lambda t: t - 51) if c == "c3" else reply, quorum=1.0)
+
+
+def test_a_client_with_most_of_the_examples_counts_for_its_share_and_it_is_noted_once(tmp_path: Path) -> None:
+    """c3 has 40 of 100 examples, and adds 2 where the others add 1."""
+    further = partial(with_tensor, change=lambda t: t + 1)
+    for name, share, weight in (("all", 0.5, 0.4), ("capped", 0.35, 32 / 92)):
+        spoil: Spoil = lambda c, rnd, reply: further(reply) if c == "c3" else reply  # noqa: E731
+        state, _, _ = run(tmp_path / name, spoil, max_share=share)
+        start, _, _ = run(tmp_path / f"{name} start", rounds=1)
+        added = state.lora[KEY] - (start.lora[KEY] - 1)
+        assert torch.allclose(added, torch.full_like(added, 3 * (1 + weight)), atol=1e-5)
+    assert [e["text"] for e in events(tmp_path / "all", "note")] == []
+    (note,) = events(tmp_path / "capped", "note")
+    assert note["text"] == "c3 has 40% of the round's training examples and counts for 35% ([run] max_share)"
 
 
 def test_below_the_quorum_the_run_stops_and_the_checkpoint_stands(tmp_path: Path) -> None:

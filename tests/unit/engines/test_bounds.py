@@ -1,0 +1,90 @@
+"""What one client may weigh: its update beside the others', its share of the examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coterie import codec
+from coterie.engines.bounds import capped_examples, large_updates, reply_limit, update_sizes
+from coterie.types import Key, Part, Reply
+
+A, B, HEAD = Key("layer.0.query", 0, Part.A), Key("layer.0.query", 0, Part.B), Key("head.weight", -1, Part.HEAD)
+ONE_STEP = dict.fromkeys("abcdefgh", 1)
+
+
+def reply(number: int) -> Reply:
+    return Reply({}, number)
+
+
+def test_an_update_is_what_came_minus_what_it_started_from() -> None:
+    start = {A: torch.full((2, 3), 5.0), HEAD: torch.ones(4)}
+    came = Reply({A: torch.full((2, 3), 7.0), B: torch.full((3, 2), 3.0), HEAD: torch.ones(5)}, 1)
+    assert update_sizes(came, start) == {Part.A: 2.0, Part.B: 3.0, Part.HEAD: 1.0}  # a head of another shape as it is
+    assert update_sizes(Reply(), start) == {}
+
+
+def test_the_size_of_an_update_does_not_grow_with_its_tensors() -> None:
+    experts = {Key("layer.0.query", e, Part.A): torch.full((2, 3), 2.0) for e in range(9)}
+    assert update_sizes(Reply(experts, 1), {}) == {Part.A: 2.0}
+
+
+@pytest.mark.parametrize("part", [Part.A, Part.B, Part.ROUTER])
+def test_an_update_that_is_out_of_line_in_any_part_is_named(part: Part) -> None:
+    sizes = {client: {Part.A: 1.0, Part.B: 0.1, Part.ROUTER: 3.0} for client in "abcd"}
+    assert large_updates(sizes, ONE_STEP, 10) == {}
+    sizes["c"] = {**sizes["c"], part: 50 * sizes["c"][part]}
+    (fault,) = large_updates(sizes, ONE_STEP, 10).items()
+    assert fault == (
+        "c",
+        f"the update of {part.value} is 50 times the round's median, more than 10 ([run] update_bound)",
+    )
+    assert large_updates(sizes, ONE_STEP, 50) == {}
+
+
+def test_of_two_replies_neither_is_out_of_line() -> None:
+    assert large_updates({"a": {Part.A: 1.0}, "b": {Part.A: 1e9}}, ONE_STEP, 10) == {}
+    others = {"c": {Part.B: 1.0}, "d": {Part.B: 1.0}, "e": {Part.B: 1.0}}  # have no A
+    assert large_updates({"a": {Part.A: 1.0}, "b": {Part.A: 1e9}, **others}, ONE_STEP, 10) == {}
+
+
+def test_where_most_do_not_move_nobody_is_out_of_line() -> None:
+    sizes = {"a": {Part.A: 0.0}, "b": {Part.A: 0.0}, "c": {Part.A: 1.0}}
+    assert large_updates(sizes, ONE_STEP, 10) == {}
+
+
+@pytest.mark.parametrize(("steps", "allowed"), [(1, 10), (4, 20), (9, 30), (10**12, 30)])
+def test_who_trains_longer_may_move_further_but_not_for_ever(steps: int, allowed: float) -> None:
+    for size, left_out in ((0.99 * allowed, False), (1.01 * allowed, True)):
+        sizes = {"a": {Part.A: 1.0}, "b": {Part.A: 1.0}, "c": {Part.A: size}}
+        assert bool(large_updates(sizes, {"a": 1, "b": 1, "c": steps}, 10)) == left_out
+
+
+@given(st.lists(st.integers(1, 2**53 - 1), min_size=3, max_size=9), st.floats(0.01, 1.0))
+def test_no_client_has_more_than_its_share(numbers: list[int], share: float) -> None:
+    capped = list(capped_examples({str(i): reply(n) for i, n in enumerate(numbers)}, share).values())
+    assert all(1 <= new <= old for new, old in zip(capped, numbers, strict=True))
+    largest = max(share, 1 / len(numbers))
+    assert max(capped) <= largest * sum(capped) * (1 + 1e-9) or max(capped) == 1
+    if max(numbers) <= share * sum(numbers) * (1 - 1e-9):
+        assert capped == numbers  # a cap that does not bind changes nothing
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    assert [capped[i] for i in order] == sorted(capped)
+
+
+def test_a_client_that_claims_everything_counts_for_half() -> None:
+    claims = {"a": reply(100), "b": reply(60), "c": reply(2**53 - 1)}
+    assert capped_examples(claims, 0.5) == {"a": 100, "b": 60, "c": 160}
+    assert capped_examples({"a": reply(1), "c": reply(99)}, 0.5) == {"a": 1, "c": 99}  # of two, either may be right
+
+
+def test_a_reply_fits_its_limit() -> None:
+    tensors = {
+        Key("a.long.name." * 20 + str(i), i, part): torch.zeros(7, 5) for i in range(50) for part in (Part.A, Part.B)
+    }
+    info = {"importance": {f"module {i}": 0.123456789 for i in range(5000)}}
+    size = len(codec.encode(Reply(tensors, 2**53 - 1, info)))
+    assert size <= reply_limit(dict.fromkeys(tensors, (7, 5)))
+    assert size >= reply_limit(dict.fromkeys(tensors, (7, 5))) - 2**21 - 600 * len(tensors)
