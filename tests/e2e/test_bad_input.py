@@ -27,6 +27,8 @@ EDITS = {  # what is wrong: (the edit of the config, what the error says)
     "unknown section": (("[lora]", "[loro]"), r"unknown key 'loro'; did you mean 'lora'\?"),
     "wrong type": (("epochs = 1", 'epochs = "many"'), r"\[train\] epochs: .*valid integer.*'many'"),
     "rank 0": (("rank = 2", "rank = 0"), r"\[lora\] rank: .*greater than or equal to 1.*found 0"),
+    "rank above the width": (("rank = 2", "rank = 33"), r"rank 33 .* Linear of 32 to 32; .* 32 or less"),
+    "a rank that would never end": (("rank = 2", "rank = 100000"), r"rank 100000 .* 32 or less"),
     "unknown method": (('"fedlease"', '"fedleaze"'), r"unknown method 'fedleaze'.*fedlease"),
     "no model folder": (('path = "model"', 'path = "clients"'), r"not a model folder.*config\.json"),
     "no such folder": (('path = "model"', 'path = "./modell"'), r"no model folder at .*modell"),
@@ -90,6 +92,17 @@ ROWS = {  # what is wrong: (file, content, what the error says)
     "no such file": ("mood-0/train.jsonl", None, r"mood-0"),
     "empty client": ("mood-0/train.jsonl", "", r"mood-0/train\.jsonl"),
     "no label": ("size-0/train.jsonl", '{"text": "a", "label": "big"}\n{"text": "b"}\n', r"train\.jsonl:2"),
+    "a label in capitals": (
+        "size-0/train.jsonl",
+        "".join(f'{{"text": "a{i}", "label": "{label}"}}\n' for i, label in enumerate(["big", "BIG", "small", "tiny"])),
+        r"train\.jsonl:1: the label 'big' differs from 'BIG' only in capital letters",
+    ),
+    "a text of 5 MB": (
+        "size-0/train.jsonl",
+        '{"text": "a", "label": "big"}\n{"text": "%s", "label": "small"}\n{"text": "b", "label": "tiny"}\n'
+        % ("ab " * 1_700_000),
+        r"train\.jsonl:2: text has 5,100,000 characters, more than the 1,000,000",
+    ),
     "bad line": ("size-0/train.jsonl", '{"text": "a", "label": "big"}\n{"text": \n', r"train\.jsonl:2"),
 }
 

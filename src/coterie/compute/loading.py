@@ -12,12 +12,13 @@ import torch
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
-from coterie.data.tasks import make_task
+from coterie.data.tasks import Task, Truncation, make_task
 from coterie.machine import devices, native_bfloat16
 from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
-from coterie.nn.locate import resolve
+from coterie.nn.locate import files_of, resolve
+from coterie.nn.pretrained import PreTrainedTokenizerBase, load_tokenizer
 from coterie.ops.metrics import check_rouge
 from coterie.types import CoterieError
 
@@ -35,9 +36,8 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
         cache[key] = _bases(config, root, names)
     bases = cast(tuple[Base, ...], cache[key])
     _check_positions(config, bases[0])
-    task = make_task(
-        config.task.kind, bases[0].tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
-    )
+    _check_rank(config.plan().max_rank, bases[0])
+    task = _task(config, bases[0].tokenizer)
     first = Workplace(bases[0], task, config.run.seed, precision=_precision(config, bases))
     rows = config.run.eval_batch_size
     return tuple(replace(first, base=base, eval_batch_size=eval_rows(rows, base.device)) for base in bases)
@@ -63,6 +63,19 @@ def simulated_workplaces(
         for workplace in loaded:
             workplace.all_clients = {data.info.id: data for data in federation.clients}
     return loaded
+
+
+def truncation_of(config: Config, federation: FederatedData, root: Path) -> Truncation:
+    """What ``[model] max_length`` cuts off the rows of all clients, in a process that has no base."""
+    task = _task(config, load_tokenizer(files_of(resolve(config.model.path, root), root, weights=False)))
+    splits = (rows for client in federation.clients for rows in client.splits.values())
+    return sum((Truncation.of([task.encode(row) for row in rows]) for rows in splits), Truncation())
+
+
+def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
+    return make_task(
+        config.task.kind, tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
+    )
 
 
 def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -92,6 +105,17 @@ def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ..
         if config.engine.compile:
             compile_frozen(base)
     return bases
+
+
+def _check_rank(rank: int, base: Base) -> None:
+    """Raises :class:`CoterieError` for a rank above the smaller side of a target: a product B A has no higher one."""
+    smallest = min(base.spec.targets, key=lambda target: min(target.d_in, target.d_out))
+    limit = min(smallest.d_in, smallest.d_out)
+    if rank > limit:
+        raise CoterieError(
+            f"rank {rank} is more than {smallest.name} can use, a Linear of {smallest.d_in} to {smallest.d_out}; lower "
+            f"[lora] rank or ranks to {limit} or less"
+        )
 
 
 def _check_positions(config: Config, base: Base) -> None:

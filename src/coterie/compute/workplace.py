@@ -11,7 +11,7 @@ import torch
 
 from coterie.compute.tokens import Split, TokenCache
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example, Task
+from coterie.data.tasks import Example, Task, Truncation
 from coterie.nn.base import Base
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut
@@ -38,6 +38,7 @@ class Workplace:
     precision: str = "float32"
     cache: TokenCache = field(default_factory=TokenCache)
     known: dict[Split, list[int]] = field(default_factory=dict)  # the rows' lengths, of all splits
+    truncations: dict[Split, Truncation] = field(default_factory=dict)  # of all splits that were tokenised
     tokenising: threading.RLock = field(default_factory=threading.RLock)
     stop: threading.Event = field(default_factory=threading.Event)
     all_clients: Mapping[ClientId, ClientData] = field(default_factory=dict)
@@ -68,7 +69,14 @@ class Workplace:
                 has = ", ".join(name for name, rows in client.splits.items() if rows)
                 raise CoterieError(f"client {client.info.id} has no {split} rows; it has {has or 'none at all'}")
             made = self.cache[key] = [self.task.encode(row) for row in client.splits[split]]
+            self.truncations[key] = Truncation.of(made)
             return made
+
+    def truncation(self, client: ClientId | None = None) -> Truncation:
+        """What was cut off all rows that were tokenised so far, or off those of one client."""
+        with self.tokenising:
+            mine = (cut for (of, _), cut in self.truncations.items() if client in (None, of))
+            return sum(mine, Truncation())
 
     def prepare(self, client: ClientData, split: str) -> None:
         """Have the rows of a split tokenised for :meth:`examples`; raises as that does."""

@@ -34,6 +34,7 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
         clients, about = _own_files(settings, kind, seed, root), {}
     _check_ids([client.info.id for client, _ in clients])
     _check_names([client.info for client, _ in clients], kind)
+    _check_labels([client.info for client, _ in clients], kind)
     entries = {client.info.id: client_entry(client, tables, root) for client, tables in clients}
     manifest = {"kind": kind, "seed": seed, **about, "clients": entries}
     return FederatedData(tuple(client for client, _ in clients), manifest)
@@ -92,6 +93,16 @@ def _check_names(clients: Sequence[ClientInfo], kind: TaskKind) -> None:
         for what, name in [*(("label", label) for label in client.labels or ()), ("group", client.group or "")]:
             if fault := name_fault(name, allowed if what == "label" else ""):
                 raise DataError(f"client {client.id}: the {what} {fault}; rename it")
+
+
+def _check_labels(clients: Sequence[ClientInfo], kind: TaskKind) -> None:
+    """Raises :class:`DataError` for a client with one label, which any model gets right."""
+    for client in clients:
+        if kind == "classification" and len(client.labels or ()) < 2:
+            raise DataError(
+                f"client {client.id} has only the label {listing(client.labels or ())}, so there is nothing to tell "
+                "apart; list all labels in data.labels, or leave the client out"
+            )
 
 
 def _check_files(datasets: Iterable[Dataset]) -> None:

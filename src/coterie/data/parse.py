@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
@@ -14,6 +15,7 @@ from coterie.types import DataError, TaskKind
 
 TEXT_PAIR = "text_pair"
 CHOICES = "choices"
+LONGEST_TEXT = 1_000_000  # characters: beyond what any base reads, and minutes of work for a tokenizer
 
 
 def parse(
@@ -55,6 +57,7 @@ def found_labels(tables: Iterable[Table], columns: Columns) -> tuple[str, ...]:
 def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str, ...]:
     """The labels of the training rows. One that occurs only in another split is refused: most are spelling mistakes."""
     names = found_labels([tables["train"]], columns)
+    _check_spelling(names, tables["train"], columns)
     for table in tables.values():
         for row, value in _column(table, columns, "label"):
             if (label := _label(value, table.where(row))) not in names:
@@ -63,6 +66,23 @@ def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str,
                     "Correct it, or list all labels in data.labels"
                 )
     return names
+
+
+def _check_spelling(names: Sequence[str], table: Table, columns: Columns) -> None:
+    """Raises :class:`DataError` for names that differ in capital letters or white space alone: slips, in most files."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(_folded(name), name)
+        if other != name:
+            rows = (row for row, value in _column(table, columns, "label") if _label(value, "") == name)
+            raise DataError(
+                f"{table.where(next(rows))}: the label {name!r} differs from {other!r} only in capital letters or "
+                "spaces; correct one, or list both in data.labels"
+            )
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:
@@ -128,6 +148,7 @@ def _candidates(value: object, where: str, column: str) -> tuple[str, ...]:
             raise DataError(f"{where}: {column}[{i}] is {choice!r}, not text")
         if not choice.strip():
             raise DataError(f"{where}: {column}[{i}] is empty; every candidate has a text")
+        _bounded(choice, where, f"{column}[{i}]")
     if len(value) < 2:
         raise DataError(f"{where}: {column} holds {len(value)} candidate(s); give two or more")
     if len({choice.strip() for choice in value}) < len(value):
@@ -216,14 +237,24 @@ def _pairs(table: Table, columns: Columns) -> Sequence[str | None]:
 def _string(value: object, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {column} is {value!r}, not text")
-    return value
+    return _bounded(value, where, column)
+
+
+def _bounded(text: str, where: str, column: str) -> str:
+    """``text``. Raises :class:`DataError` where it is too long."""
+    if len(text) > LONGEST_TEXT:
+        raise DataError(
+            f"{where}: {column} has {len(text):,} characters, more than the {LONGEST_TEXT:,} of the longest text; cut "
+            "it, or divide it over several rows"
+        )
+    return text
 
 
 def _plain(value: object, where: str, column: str) -> str:
     """Text as it is, a number in digits."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where}: {column} is {value!r}, neither text nor a number, so the template cannot use it")
-    return str(value)
+    return _bounded(str(value), where, column)
 
 
 def _label(value: object, where: str) -> str:

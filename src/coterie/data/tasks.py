@@ -45,6 +45,7 @@ class Tokenizer(Protocol):
         add_special_tokens: bool = True,
         truncation: bool = False,
         max_length: int | None = None,
+        verbose: bool = True,
     ) -> Mapping[str, list[int]]: ...
 
     def apply_chat_template(
@@ -59,6 +60,7 @@ class Example:
     """One tokenised row. ``label`` is the class; ``prompt`` is the number of leading tokens that the loss leaves out.
 
     In multiple choice, ``choices`` holds the tokens of every candidate, and ``label`` is the number of the right one.
+    ``cut`` is the number of tokens that the row lost because it is too long.
     """
 
     ids: tuple[int, ...]
@@ -66,6 +68,29 @@ class Example:
     label: int = 0
     prompt: int = 0
     choices: tuple[tuple[int, ...], ...] = ()
+    cut: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What the limit on a row's length costs: of ``rows`` rows, ``cut`` lose ``tokens`` tokens together."""
+
+    rows: int = 0
+    cut: int = 0
+    tokens: int = 0
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> Truncation:
+        return Truncation(len(examples), sum(e.cut > 0 for e in examples), sum(e.cut for e in examples))
+
+    def __add__(self, other: Truncation) -> Truncation:
+        return Truncation(self.rows + other.rows, self.cut + other.cut, self.tokens + other.tokens)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut:,} of {self.rows:,} rows are longer than [model] max_length and lose {self.tokens:,} tokens "
+            "together"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +127,11 @@ class Classification:
     def encode(self, row: Row) -> Example:
         assert isinstance(row, TextRow)
         out = self.tokenizer(row.text, row.text_pair, truncation=True, max_length=self.max_length)
+        ids, cut = tuple(out["input_ids"]), 0
+        if len(ids) == self.max_length:  # it may have been cut
+            cut = len(self.tokenizer(row.text, row.text_pair, verbose=False)["input_ids"]) - len(ids)
         types = tuple(out["token_type_ids"]) if "token_type_ids" in out else None
-        return Example(tuple(out["input_ids"]), types, label=row.label)
+        return Example(ids, types, label=row.label, cut=cut)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         inputs = _pad(examples, self.tokenizer.pad_token_id, left=False)
@@ -130,25 +158,27 @@ class Generation:
 
     def encode(self, row: Row) -> Example:
         assert isinstance(row, PromptRow)
-        completion = self.completion_ids(row.completion)
-        prompt = self.prompt_ids(row)[-(self.max_length - len(completion)) :]
-        return Example((*prompt, *completion), prompt=len(prompt))
+        whole, before = self.completion_ids(row.completion), self.prompt_ids(row)
+        completion = whole[: self.max_length - 1]
+        prompt = before[-(self.max_length - len(completion)) :]
+        ids = (*prompt, *completion)
+        return Example(ids, prompt=len(prompt), cut=len(before) + len(whole) - len(ids))
 
     def completion_ids(self, text: str) -> tuple[int, ...]:
-        """The tokens of a completion and the end of text, at most ``max_length`` - 1."""
+        """The tokens of a completion and the end of text. At most ``max_length`` - 1 of them count."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        completion = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end)
+        completion = (*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end)
         if not completion:
             raise DataError(f"the completion {text!r} has no token")
-        return completion[: self.max_length - 1]
+        return completion
 
     def prompt_ids(self, row: PromptRow) -> list[int]:
         """The tokens that the completion follows."""
         if getattr(self.tokenizer, "chat_template", None):
             turn = [{"role": "user", "content": row.prompt}]
             text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = list(self.tokenizer(row.prompt)["input_ids"])
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(self.tokenizer(row.prompt, verbose=False)["input_ids"])
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # some tokenizers end every text; the completion still follows
         starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
@@ -190,15 +220,18 @@ class MultipleChoice:
 
     def encode(self, row: Row) -> Example:
         assert isinstance(row, ChoiceRow)
-        choices = tuple(map(self._completion_ids, row.choices))
+        whole = tuple(map(self._completion_ids, row.choices))
+        choices = tuple(choice[: self.max_length - 1] for choice in whole)
         if len(set(choices)) < len(choices):
             raise DataError(
                 f"two candidates have the same tokens, of {listing(row.choices)}: candidates are cut to their first "
                 f"{self.max_length - 1} tokens; raise [model] max_length"
             )
-        prompt = self._after.prompt_ids(PromptRow(row.prompt, ""))[-(self.max_length - max(map(len, choices))) :]
+        before = self._after.prompt_ids(PromptRow(row.prompt, ""))
+        prompt = before[-(self.max_length - max(map(len, choices))) :]
         ids = (*prompt, *choices[row.answer])
-        return Example(ids, label=row.answer, prompt=len(prompt), choices=choices)
+        cut = len(before) + len(whole[row.answer]) - len(ids)
+        return Example(ids, label=row.answer, prompt=len(prompt), choices=choices, cut=cut)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._after.collate(examples)

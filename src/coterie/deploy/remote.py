@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from coterie.data.tasks import Truncation
 from coterie.deploy.answers import Outcome, decoded
 from coterie.deploy.events import Unreadable
 from coterie.deploy.exchange import Arrival, Exchange, Unanswered
@@ -85,6 +86,10 @@ class RemoteEngine:
 
         limits = {c: bank_limit(spec, len(labels[c]), method.max_rank, ins) for c, ins in instructions.items()}
         yield from self._values(Bank, "query.bank", instructions, rnd, {}, limits, fault)
+
+    def truncation(self) -> Truncation:
+        """Nothing that the server knows: `coterie site check` says it at each site."""
+        return Truncation()
 
     def restore(self, rnd: int) -> None:
         """Note in every message that the site has to go back to its state after round ``rnd``, which it does once."""

@@ -108,4 +108,6 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
             workplace.prepare(client, split)
     except CoterieError as fault:
         yield Check("rows", str(fault), False, "correct the row, or [model]")
+    if (cut := workplace.truncation()).cut:
+        yield Check("length", str(cut))
     yield Check("model", f"{len(workplace.base.spec.targets)} targets, SHA-256 {base}")

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from coterie.data.tasks import Truncation
 from coterie.methods.base import Method
 from coterie.requests import Observed
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Reply
@@ -82,6 +83,10 @@ class Engine(Protocol):
     ) -> Stream[Evaluation]: ...
 
     def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
+
+    def truncation(self) -> Truncation:
+        """What ``[model] max_length`` cuts off the rows of all clients; nothing where they are on others' machines."""
+        ...
 
     def restore(self, rnd: int) -> None: ...
 

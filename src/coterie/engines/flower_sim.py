@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from coterie import codec
+from coterie.compute.loading import truncation_of
 from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import FederatedData
+from coterie.data.tasks import Truncation
 from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation, Needs
 from coterie.engines.client import Outcome
@@ -40,7 +42,8 @@ def make(
     """The engine for a run in ``folder``; nothing is started before it is first used."""
     clients = tuple(client.info for client in federation.clients)
     start = partial(_simulation, len(clients), *_resources(config, len(clients)))
-    return FlowerSimEngine(clients, head_of(config, federation, folder, root), folder, start)
+    truncation = partial(truncation_of, config, federation, root)
+    return FlowerSimEngine(clients, head_of(config, federation, folder, root), folder, start, truncation)
 
 
 def _simulation(clients: int, actor: Mapping[str, float], ray: Mapping[str, Any]) -> AbstractContextManager[Transport]:
@@ -98,6 +101,7 @@ class FlowerSimEngine:
     head: Mapping[str, Json]
     folder: Path
     start: Callable[[], AbstractContextManager[Transport]]
+    truncation: Callable[[], Truncation] = Truncation
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @cached_property

@@ -14,6 +14,7 @@ from coterie.compute.loading import simulated_workplaces
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
+from coterie.data.tasks import Truncation
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.batch_size import AutoSize
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
@@ -98,6 +99,13 @@ class LocalEngine:
         clients, encoded = self._taking_part(instructions), EncodedOnce(instructions)
         for client in clients:
             yield client.id, client_bank(client, method, encoded.take(client.id), rnd)
+
+    def truncation(self) -> Truncation:
+        """What ``[model] max_length`` cuts off the rows of all clients, which are tokenised for it."""
+        for client in self.federation.clients:
+            for split in (split for split, rows in client.splits.items() if rows):
+                self.workplace.prepare(client, split)
+        return self.workplace.truncation()
 
     def restore(self, rnd: int) -> None:
         """Go back to the clients' states after round ``rnd``."""

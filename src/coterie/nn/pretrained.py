@@ -57,7 +57,7 @@ def load_model(
     Raises :class:`CoterieError` for files that hold no such model, or not all of one.
     """
     with _quiet(path):
-        tokenizer = _tokenizer(path)
+        tokenizer = load_tokenizer(path)
         config: PretrainedConfig = _loaded(AutoConfig.from_pretrained, path)
         _disable_dropout(config)
         config.pad_token_id = tokenizer.pad_token_id
@@ -87,7 +87,8 @@ def bare_linears(path: str) -> dict[str, tuple[int, int]]:
     return {name: sizes for name, module in model.named_modules() if (sizes := linear_sizes(module)) is not None}
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the files at ``path``. Raises :class:`CoterieError` for one that is missing or cannot pad."""
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer.from_pretrained, path)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # For a folder without tokenizer files, transformers makes one with an empty vocabulary.

@@ -1,7 +1,7 @@
 """What happens in a run, as types; each is also a line of JSON, in ``metrics.jsonl`` and in a federation's journal.
 
 A listener is called with every event as it happens. ``metrics.jsonl`` keeps those that a report needs:
-:class:`StartState`, :class:`RoundDone`, :class:`Evaluated` and :class:`Note`.
+:class:`StartState`, :class:`Truncated`, :class:`RoundDone`, :class:`Evaluated` and :class:`Note`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,17 @@ class StartState(Event):
 
     round: int = 0
     describe: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Truncated(Event):
+    """Of ``rows`` rows, ``cut`` are longer than ``[model] max_length`` and lose ``tokens`` tokens together."""
+
+    event = "truncated"
+
+    rows: int = 0
+    cut: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,7 +242,17 @@ def kinds(*types: type[Event]) -> Kinds:
 
 
 RUN = kinds(
-    Ready, Resumed, Note, StartState, RoundStart, ClientDone, RoundDone, ClientEvaluated, Evaluated, CheckpointSaved
+    Ready,
+    Resumed,
+    Note,
+    StartState,
+    Truncated,
+    RoundStart,
+    ClientDone,
+    RoundDone,
+    ClientEvaluated,
+    Evaluated,
+    CheckpointSaved,
 )
 
 

@@ -43,6 +43,7 @@ from coterie.runs.events import (
     RoundDone,
     RoundStart,
     StartState,
+    Truncated,
 )
 from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Reply
 
@@ -100,6 +101,7 @@ class Runner(Generic[S]):
             said = find(found, Notes)
             self._note([*notes, *(said.texts if said else ())], 0)
             self._log(StartState(describe=to_json(found)))
+            self._say_what_is_cut()
             return self._commit(state, 0)
         os.truncate(self.metrics, saved.metrics_bytes)
         self.engine.restore(saved.rnd)
@@ -107,6 +109,13 @@ class Runner(Generic[S]):
         self._note(notes, saved.rnd)
         self.listen(Resumed(saved.rnd))
         return saved
+
+    def _say_what_is_cut(self) -> None:
+        found = self.engine.truncation()
+        if found.rows:
+            self._log(Truncated(found.rows, found.cut, found.tokens))
+        if found.cut:
+            self._note([str(found)], 0)
 
     def _check_new(self) -> None:
         """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""

@@ -12,13 +12,14 @@ import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie import __version__
+from coterie.data.tasks import Truncation
 from coterie.files import read_json
 from coterie.machine import facts, peak_memory, versions
 from coterie.methods import findings
 from coterie.methods.findings import Finding
 from coterie.ops.metrics import Metrics, better, mean_metrics, percentiles, worst_client
 from coterie.requests import ExpertUse, Usage
-from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, plain
+from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, Truncated, plain
 from coterie.types import ClientId, ClientInfo, CoterieError, Number
 
 SUMMARY = "summary.json"
@@ -94,6 +95,7 @@ class Summary:
     mean: Scores = field(default_factory=dict)
     worst: Annotated[Worst | None, BeforeValidator(_fields_of_worst)] = None
     percentiles: Metrics = field(default_factory=dict)
+    truncated: Truncation | None = None
     bytes: Traffic = Traffic()
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -162,6 +164,7 @@ def summarise(
     evaluations = [event for event in events if isinstance(event, Evaluated)]
     best = best_round(evaluations, PRIMARY[task])
     scores = next(event.clients for event in evaluations if event.round == best)
+    lengths = [Truncation(event.rows, event.cut, event.tokens) for event in events if isinstance(event, Truncated)]
     described = [event for event in events if isinstance(event, StartState | RoundDone)]
     summary = Summary(
         coterie=__version__,
@@ -174,6 +177,7 @@ def summarise(
         best_round=best,
         primary=PRIMARY[task],
         clients={c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients},
+        truncated=lengths[-1] if lengths else None,
         seconds=sum(event.seconds for event in rounds) + sum(event.seconds for event in evaluations),
         peak_memory_bytes=max([*(event.peak_memory_bytes for event in rounds), peak_memory()]),
         describe={name: value for event in described for name, value in event.describe.items()},

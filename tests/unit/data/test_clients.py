@@ -338,3 +338,18 @@ def test_every_setting_is_described() -> None:
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 models.append(field.annotation)
     assert seen > 20
+
+
+@pytest.mark.parametrize("ways", [{"folder": "clients"}, {"datasets": ["clients/a"]}])
+def test_a_client_with_one_label_is_refused(ways: dict[str, Any], tmp_path: Path) -> None:
+    table(tmp_path / "clients" / "a" / "train.jsonl", 12, ("yes",))
+    with pytest.raises(DataError, match=r"client a.* has only the label yes, .* data.labels"):
+        load(tmp_path, **ways)
+    assert load(tmp_path, labels=["no", "yes"], **ways).clients[0].info.labels == ("no", "yes")
+
+
+def test_clients_with_one_of_a_datasets_labels_have_no_label_space_of_their_own(pets: Path) -> None:
+    how = {"name": "pathological", "clients": 2, "labels_per_client": 1}
+    assert load(pets, datasets=["cats"], partition=how).clients[0].info.labels == ("no", "yes")
+    with pytest.raises(DataError, match="has only the label"):
+        load(pets, datasets=["cats"], partition={**how, "own_labels": True})

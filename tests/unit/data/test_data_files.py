@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from coterie.data.files import Table, read_table, table_of
-from coterie.data.parse import parse
+from coterie.data.parse import LONGEST_TEXT, parse
 from coterie.data.rows import PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.types import CoterieError, DataError, TaskKind
@@ -211,3 +211,36 @@ def test_many_labels_are_not_all_listed() -> None:
     table = Table("t", [{"text": "a", "label": "x"}], "")
     with pytest.raises(CoterieError, match=r"label 10, label 11, \.\.\. \(150 in all\)"):
         parse({"train": table}, Columns(), "classification", [f"label {i}" for i in range(150)])
+
+
+# rows that look right and are not -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("one", "other"), [("no", "NO"), ("not sure", "not  sure"), ("big", "\uff42\uff49\uff47")])
+def test_labels_that_differ_in_their_spelling_alone_are_refused_unless_listed(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": f"{i}", "label": [one, "yes", other][i % 3]} for i in range(6)])
+    with pytest.raises(DataError, match=r"a\.jsonl:\d: the label '.*' differs from '.*' only in .*data\.labels"):
+        rows(path)
+    assert rows(path, labels=[one, "yes", other])[1] == (one, "yes", other)
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation", "multiple_choice"])
+def test_a_text_without_end_is_refused_wherever_it_stands(kind: TaskKind, tmp_path: Path) -> None:
+    good: dict[str, Any] = {"text": "a", "text_pair": "b", "label": 0, "prompt": "a", "completion": "b"}
+    good |= {"choices": ["x", "y"]} if kind == "multiple_choice" else {}
+    columns = {
+        "classification": ["text", "text_pair"],
+        "generation": ["prompt", "completion"],
+        "multiple_choice": ["prompt", "choices"],
+    }[kind]
+    rows(jsonl(tmp_path / "a.jsonl", [good, good]), kind)
+    for column in columns:
+        text: Any = "x" * (LONGEST_TEXT + 1)
+        long = {**good, column: ["y", text] if column == "choices" else text}
+        with pytest.raises(DataError, match=rf"a\.jsonl:2: {column}.* has 1,000,001 characters"):
+            rows(jsonl(tmp_path / "a.jsonl", [good, long]), kind)
+    if kind != "classification":
+        with pytest.raises(DataError, match=r"a\.jsonl:2: text has 1,000,001 characters"):
+            rows(jsonl(tmp_path / "a.jsonl", [good, {**good, "text": text}]), kind, template="{text}?")

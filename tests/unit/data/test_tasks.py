@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from coterie.data.rows import PromptRow, TextRow
+from coterie.data.rows import ChoiceRow, PromptRow, TextRow
 from coterie.data.tasks import (
     IGNORE,
     Batch,
@@ -19,6 +19,7 @@ from coterie.data.tasks import (
     Example,
     Generation,
     MultipleChoice,
+    Truncation,
     batches,
     make_task,
 )
@@ -225,3 +226,29 @@ def test_batches_put_similar_lengths_together_and_in_no_order() -> None:
     firsts = {len(batches(one_chunk, 2, stream(seed))[0][0].ids) for seed in range(20)}
     assert firsts == {1, 3, 5, 7}, "short batches do not come first"
     assert len(Counter(len(e.ids) for e in made[0])) > 1, "lengths are similar, not the same: the order stays random"
+
+
+# truncation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", get_args(TaskKind))
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
+def test_what_a_row_loses_is_what_a_longer_limit_keeps(kind: TaskKind, tokenizer: Any) -> None:
+    rows: dict[TaskKind, list[Any]] = {
+        "classification": [TextRow("abc", 0), TextRow("abcdefgh", 1), TextRow("abcdef", 0, "abcdefgh")],
+        "generation": [PromptRow("a", " b"), PromptRow("abcdefgh", " b"), PromptRow("ab", " abcdefghij")],
+        "multiple_choice": [ChoiceRow("a", ("b", "cc"), 1), ChoiceRow("abcdefgh", ("bb", "c"), 0)],
+    }
+    short, long = (make_task(kind, tokenizer, length) for length in (7, 1000))
+    cut, whole = [short.encode(row) for row in rows[kind]], [long.encode(row) for row in rows[kind]]
+    assert [example.cut for example in whole] == [0] * len(whole)
+    assert [example.cut for example in cut] == [len(w.ids) - len(c.ids) for c, w in zip(cut, whole, strict=True)]
+    total = Truncation.of(cut) + Truncation.of(whole)
+    assert (total.rows, total.tokens) == (2 * len(cut), sum(example.cut for example in cut))
+    assert 0 < total.cut <= len(cut)
+    assert f"{total.cut} of {total.rows} rows are longer than [model] max_length" in str(total)
+
+
+def test_a_row_of_just_the_longest_length_loses_nothing() -> None:
+    assert Classification(PLAIN, max_length=5).encode(TextRow("abc", 0)).cut == 0
+    assert Classification(PLAIN, max_length=5).encode(TextRow("abcd", 0)).cut == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +381,11 @@ device = "cpu"
     assert [name for name, check in found.items() if not check.ok] == ["key", "ca", "server"]
     assert "7 train" in found["data"].value or "train" in found["data"].value
     assert "targets, SHA-256" in found["model"].value
+    assert "length" not in found
+    short = run.parent / "short.toml"
+    short.write_text(run.read_text().replace("max_length = 32", "max_length = 12"))
+    (cut,) = (check for check in check_site(path, short) if check.name == "length")
+    assert re.search(r"^\d+ of 12 rows are longer than \[model\] max_length", cut.value)
     path.write_text(text + "[policy]\nmax_rank = 1\nmax_steps = 1\n")
     failed = {check.name for check in check_site(path, run, insecure=True) if not check.ok}
     assert failed == {"server", "policy", "steps per round"}

@@ -15,7 +15,8 @@ pytest.importorskip("flwr")
 
 import sites
 from coterie.config.load import check_config, load_config
-from coterie.engines import flower_sim
+from coterie.data.clients import load_data
+from coterie.engines import flower_sim, local
 from coterie.experiment import run
 from coterie.flower.message import Message
 from coterie.flower.ray import own_ray
@@ -135,3 +136,15 @@ def test_what_goes_wrong_there_ends_the_run_here(answers: list[Any], message: st
         _ = engine.spec
     engine.close()
     assert ended == [True]
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("bert", "classification"), ("llama", "generation")])
+def test_what_is_cut_off_the_rows_is_known_without_an_actor(arch: str, kind: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path, arch, kind=kind)
+    config = load_config(path, [f"model.max_length={12 if arch == 'bert' else 28}"])
+    federation = load_data(config.data, config.task.kind, 0, tmp_path)
+    simulated = flower_sim.make(config, federation, tmp_path / "out", tmp_path, {}).truncation()
+    assert simulated == local.make(config, federation, tmp_path / "out", tmp_path, {}).truncation()
+    assert simulated.rows == sum(len(rows) for client in federation.clients for rows in client.splits.values())
+    assert 0 < simulated.cut < simulated.rows
+    assert simulated.tokens >= simulated.cut

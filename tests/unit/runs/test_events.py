@@ -20,6 +20,7 @@ from coterie.runs.events import (
     RoundDone,
     RoundStart,
     StartState,
+    Truncated,
     from_json,
 )
 
@@ -30,6 +31,7 @@ EVENTS: list[Event] = [
     Note("a text"),
     Note("a text", 3),
     StartState(describe={"notes": ["a"]}),
+    Truncated(40, 3, 120),
     RoundStart(1, ["a", "b"]),
     ClientDone(1, "a", ENTRY, None),
     ClientDone(1, "a", ClientRound(10), "its norm is too large"),

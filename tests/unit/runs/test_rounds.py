@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from coterie.cli.progress import Lines, Live, listener
+from coterie.data.tasks import Truncation
 from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
 from coterie.requests import Train, Trained
-from coterie.runs.events import ClientDone, Evaluated, read_events
+from coterie.runs.events import ClientDone, Evaluated, Note, RoundStart, Truncated, read_events
 from coterie.runs.rounds import Rounds, Runner
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target
@@ -39,6 +40,7 @@ class FakeEngine:
     number: int = 4
     rounds: list[list[str]] = field(default_factory=list)
     told: list[tuple[str, int]] = field(default_factory=list)
+    cut: Truncation = field(default_factory=Truncation)
 
     spec = BaseSpec((Target("q", 3, 2),))
 
@@ -68,6 +70,9 @@ class FakeEngine:
 
     def banks(self, method: Any, instructions: Any, rnd: int) -> Any:
         return iter(())
+
+    def truncation(self) -> Truncation:
+        return self.cut
 
     def restore(self, rnd: int) -> None:
         self.told.append(("restore", rnd))
@@ -279,3 +284,23 @@ def test_metrics_are_strict_json(tmp_path: Path) -> None:
     run(tmp_path, lambda c, rnd, reply: replace(reply, info={"loss": math.inf, "tokens": 1}))
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
     assert events(tmp_path, "round")[0]["clients"]["c0"]["loss"] is None
+
+
+def test_what_is_cut_off_the_rows_is_said_at_the_start_and_kept(tmp_path: Path) -> None:
+    _, _, heard = run(tmp_path)
+    assert not [event for event in heard if isinstance(event, Truncated | Note)]
+    engine = Compute(lambda c, r, reply: reply, cut=Truncation(40, 3, 120))
+    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    (tmp_path / "cut").mkdir()
+    heard.clear()
+    Runner(method, engine, Rounds(rounds=3, seed=0), tmp_path / "cut", heard.append).run()
+    said = [i for i, event in enumerate(heard) if isinstance(event, Note) and "3 of 40 rows" in event.text]
+    first = next(i for i, event in enumerate(heard) if isinstance(event, RoundStart))
+    assert len(said) == 1
+    assert said[0] < first
+    (line,) = events(tmp_path / "cut", "truncated")
+    assert line == {"event": "truncated", "rows": 40, "cut": 3, "tokens": 120}
+    read = read_events(tmp_path / "cut" / "metrics.jsonl")
+    summary = summarise(read, engine.clients, method="fedit", title="", task="classification", seed=0)
+    assert summary.truncated == Truncation(40, 3, 120)
+    assert summary.to_json()["truncated"] == {"rows": 40, "cut": 3, "tokens": 120}
