@@ -34,7 +34,9 @@ def without_times(value: Any) -> Any:
 
 
 def events(folder: Path) -> list[Any]:
+    """Without what is cut off the rows, which a server does not know."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["event"] != "truncated" and "max_length" not in line.get("text", "")]
     for line in lines:
         if "clients" in line:
             line["clients"] = dict(sorted(line["clients"].items()))
