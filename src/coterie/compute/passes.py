@@ -7,7 +7,7 @@ point. One client alone is the reference: its batches go through the model as th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -117,15 +117,18 @@ class Passes:
 
 @contextmanager
 def on_base(workplace: Workplace, layers: Sequence[BankLayers]) -> Iterator[Passes]:
-    """The clients' banks on the base for the length of a ``with`` block.
+    """The clients' banks on the base for the length of a ``with`` block; the last layer computes the first token alone
+    where results stay the same.
 
     Raises :class:`~coterie.nn.many.UnlikeError` for banks that cannot share a pass.
     """
-    model = workplace.base.model
-    if len(layers) == 1:
-        with attached_layers(model, layers[0]):
-            yield Passes(workplace, layers[0].now.rows)
-    else:
+    model, cut = workplace.base.model, workplace.base.first_token
+    spared = cut is not None and cut.spares(name for each in layers for name in each.layers)
+    with cut.only(model) if cut and spared else nullcontext():
+        if len(layers) == 1:
+            with attached_layers(model, layers[0]):
+                yield Passes(workplace, layers[0].now.rows)
+            return
         with attached_many(model, layers) as many:
             row_mask = many.now.row_mask
             row_mask.used = row_mask.used or any(each.now.rows.used for each in layers)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coterie.machine import devices
+from coterie.nn.first_token import FirstToken, first_token
 from coterie.nn.locate import MINILM, files_of, resolve
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model
 from coterie.nn.spec import describe, head_modules, longest
@@ -18,7 +19,10 @@ from coterie.types import BaseSpec, CoterieError, TaskKind
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model, its tokenizer, and what a method knows of it. ``path`` is where the files were read."""
+    """A frozen model, its tokenizer, and what a method knows of it. ``path`` is where the files were read.
+
+    ``first_token``: where the last layer may be computed for the first token alone; None: nowhere.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -26,6 +30,7 @@ class Base:
     path: str
     kind: TaskKind
     attention: str
+    first_token: FirstToken | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +90,9 @@ def load_base(
     if kind != "classification":
         _check_causal(model, path)
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
-    return Base(model, tokenizer, identified(describe(model, targets), path), path, kind, attention)
+    spec = identified(describe(model, targets), path)
+    cut = first_token(model) if kind == "classification" else None
+    return Base(model, tokenizer, spec, path, kind, attention, cut)
 
 
 def _use_checkpointing(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ def compile_frozen(base: Base) -> int:
     compiled once, for batches of any size. Results differ from those without in the last bits.
     """
     apart = {target.name for target in base.spec.targets} | {part.name.partition(".")[0] for part in base.spec.head}
+    apart |= {base.first_token.module} if base.first_token else set()  # a hook comes and goes there, too
     chosen = list(_untouched(base.model, "", apart))
     for module in chosen:
         module.compile(dynamic=True)
