@@ -7,22 +7,19 @@ import importlib.util
 import json
 import warnings
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import sites
 import tiny
 from coterie import __version__, codec, experiment
 from coterie.adapters.bundle import read_bundle
-from coterie.cli.progress import listener
-from coterie.comparison import compare
 from coterie.config.load import load_config
 from coterie.data.clients import load_data
 from coterie.data.rows import TextRow
@@ -374,28 +371,6 @@ def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any,
         assert other.get("usage") == event.get("usage")
     for key in ("best_round", "worst", "percentiles", "bytes", "describe"):
         assert getattr(turned.summary, key) == getattr(given.summary, key)
-
-
-# comparisons ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_comparison_is_a_run_per_method_and_seed_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
-    few, watch = ["run.rounds=1"], partial(listener, Console(quiet=True))
-    results = compare(path, out, methods=["fedit", "local"], seeds=[0, 5], overrides=few, watch=watch)
-    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["fedit-0", "fedit-5", "local-0", "local-5"]
-    for method, seed in (("fedit", 0), ("fedit", 5), ("local", 0), ("local", 5)):
-        summary = json.loads((out / f"{method}-{seed}" / "summary.json").read_text())
-        assert summary == results[method][seed].to_json()
-        assert (summary["method"], summary["seed"]) == (method, seed)
-    table = json.loads((out / "compare.json").read_text())
-    assert table["fedit"]["means"] == [results["fedit"][seed].mean["test"]["accuracy"] for seed in (0, 5)]
-    alone = run(path, tmp_path / "alone", *few, "method.name=local", "run.seed=5")
-    assert files_of(alone.out, "clients") == files_of(out / "local-5", "clients")
-
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "compare.json"}
-    assert compare(path, out, methods=["fedit", "local"], seeds=[0, 5], overrides=few, watch=watch) == results
-    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 # what is evaluated ---------------------------------------------------------------------------------------------------

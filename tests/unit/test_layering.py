@@ -38,7 +38,7 @@ LAYERS = (
     {"adapters"},
     {"nn", "data"},
     {"ops"},
-    {"codec", "files", "machine", "plugins", "units"},
+    {"codec", "files", "lifetime", "machine", "plugins", "units"},
     {"requests", "text"},
     {"types"},
 )

@@ -18,10 +18,11 @@ from rich.table import Table
 from coterie.cli.compare import show
 from coterie.cli.console import heading
 from coterie.cli.progress import listener
-from coterie.comparison import Results, clusters_of, compare_all, curves, table_of, title_of
-from coterie.files import write_json
+from coterie.comparison import title_of
+from coterie.comparison.figures import clusters_of, curves, record_of
+from coterie.comparison.record import write_record
+from coterie.comparison.study import Study, carry_out
 from coterie.methods.findings import Clusters
-from coterie.runs.events import plain
 from coterie.types import CoterieError
 from coterie.units import clock
 
@@ -57,25 +58,21 @@ def run_demo(folder: Path, console: Console) -> None:
     (folder / _MARK).touch()
     console.print(f"{', '.join(map(title_of, METHODS))} on eight organisations; loading the model", highlight=False)
     started = time.perf_counter()
-    results = compare_all(CONFIG, METHODS, [0], folder, Path.cwd(), partial(listener, console))
+    comparison = carry_out(Study(CONFIG, METHODS, (0,), folder, Path.cwd()), partial(listener, console))
     seconds = time.perf_counter() - started
+    if comparison.missing:
+        raise CoterieError(comparison.missing[0].reason)
+    results = comparison.results
     variant, clusters = clusters_of(results) or ("", None)
     if clusters:
         from coterie.report.plots import demo_picture  # imports matplotlib
 
         groups = {client: row.group for client, row in results[variant][0].clients.items()}
-        demo_picture(folder / "demo.png", clusters, groups, curves(folder, results))
+        demo_picture(folder / "demo.png", clusters, groups, curves(comparison))
         _show_clusters(console, variant, clusters)
-    write_json(folder / "demo.json", plain(_record(results, clusters, seconds)))
-    show(console, results, folder)
+    write_record(folder / "demo.json", record_of(comparison))
+    show(console, comparison, folder)
     console.print(f"picture: {folder / 'demo.png'}   ({clock(seconds)})", highlight=False, soft_wrap=True)
-
-
-def _record(results: Results, clusters: Clusters | None, seconds: float) -> dict[str, object]:
-    found = clusters.to_json() if clusters else {}
-    machine = next(iter(results.values()))[0].machine
-    kept: dict[str, object] = {name: found[name] for name in ("clusters", "silhouettes") if name in found}
-    return {"methods": table_of(results), "seconds": seconds, **kept, "machine": machine}
 
 
 def _show_clusters(console: Console, variant: str, clusters: Clusters) -> None:

@@ -54,6 +54,12 @@ def listener(console: Console, rounds: int, label: str = "") -> Iterator[Listene
         yield Live(Lines(console, rounds, label), progress, bar)
 
 
+@contextmanager
+def lines(console: Console, rounds: int, label: str = "") -> Iterator[Listener]:
+    """A listener that shows a run on ``console`` as lines: several runs may be shown at the same time."""
+    yield Lines(console, rounds, label)
+
+
 @dataclass
 class Lines:
     """A line per round and evaluation, with its loss, throughput and the time left."""

@@ -14,6 +14,16 @@ from coterie.types import CoterieError
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file; all runs share it")]
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder")]
+Methods = Annotated[
+    str,
+    typer.Option(help="methods, separated by commas, or all; fedamole:assignment=static sets an option of a method"),
+]
+Jobs = Annotated[int, typer.Option(min=1, help="runs at a time, each in a process of its own")]
+Tune = Annotated[
+    list[str] | None,
+    typer.Option(help="section.key=value1,value2: each method takes what is best on validation data; repeatable"),
+]
+Target = Annotated[float | None, typer.Option(help="count rounds to this mean; default 95% of the best method's")]
 Engine = Annotated[str | None, typer.Option(help="the same as --set engine.name=...: local or flower-sim")]
 
 
@@ -54,26 +64,38 @@ def run(
 
 def compare(
     config: ConfigFile,
-    methods: Annotated[
-        str, typer.Option(help="methods, separated by commas; fedamole:assignment=static sets an option of a method")
-    ] = "fedlease,fedit,local",
+    methods: Methods = "fedlease,fedit,local",
     seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
     overrides: Set = None,
     folder: Annotated[Path | None, typer.Option("--out", help="the folder of all runs; default runs/NAME")] = None,
+    jobs: Jobs = 1,
+    tune: Tune = None,
+    tune_seed: Annotated[int | None, typer.Option(min=0, help="the seed of tuning, which is not reported")] = None,
+    target: Target = None,
 ) -> None:
     """Run several methods on the same federation, and show them side by side. Run it again to continue."""
     from coterie import comparison
     from coterie.cli.compare import show
-    from coterie.cli.progress import listener
+    from coterie.cli.progress import lines, listener
 
     folder = folder or Path("runs") / config.stem
-    seed_numbers = [_seed(text) for text in seeds.split(",")]
-    watch = partial(listener, console.out)
     with resumable(folder, "continue with the same command"):
-        results = comparison.compare(
-            config, folder, methods=methods.split(","), seeds=seed_numbers, overrides=overrides or (), watch=watch
+        compared = comparison.compare(
+            config,
+            folder,
+            methods=methods.split(","),
+            seeds=[_seed(text) for text in seeds.split(",")],
+            overrides=overrides or (),
+            jobs=jobs,
+            tune=tune or (),
+            tune_with=tune_seed,
+            target=target,
+            watch=partial(listener if jobs == 1 else lines, console.out),
+            say=say,
         )
-    show(console.out, results, folder)
+    show(console.out, compared, folder, target)
+    if not compared.done or any(entry.why != "does not fit" for entry in compared.missing):
+        raise typer.Exit(1)
 
 
 def demo(

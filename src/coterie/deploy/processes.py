@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -12,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+from coterie.lifetime import end_with
 
 _NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")  # they open unguarded ports
 
@@ -43,15 +41,8 @@ def start(args: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.
             stdout=out,
             stderr=out,
             start_new_session=True,
-            preexec_fn=lambda: _die_with(parent),
+            preexec_fn=lambda: end_with(parent),
         )
-
-
-def _die_with(parent: int) -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:

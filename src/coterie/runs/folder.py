@@ -16,6 +16,10 @@ from coterie.runs.checkpoint import newest_round
 from coterie.types import CoterieError
 
 
+class FolderInUse(CoterieError):  # noqa: N818
+    """Another process is working there."""
+
+
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raises :class:`CoterieError` for a folder in use, or one without the run to resume."""
     if folder.exists() and not folder.is_dir():
@@ -69,14 +73,21 @@ def plain(config: Config) -> dict[str, dict[str, object]]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep others out of ``folder`` for the length of a ``with`` block: two runs there would undo each other.
 
-    Raises :class:`CoterieError` where another process uses it. The lock of a killed process is released.
+    Raises :class:`FolderInUse` where another process uses it. The lock of a killed process is released.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with lock_file(folder / ".lock", folder):
+        yield
+
+
+@contextmanager
+def lock_file(path: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock ``path`` for the length of a ``with`` block. Raises :class:`FolderInUse` of ``folder``."""
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
-            raise CoterieError(f"another process is using {folder}; wait for it or stop it") from fault
+            raise FolderInUse(f"another process is using {folder}; wait for it or stop it") from fault
         yield
 
 

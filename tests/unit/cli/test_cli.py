@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,8 @@ from coterie.cli import main as cli
 from coterie.cli import progress
 from coterie.cli.doctor import Check
 from coterie.cli.progress import Lines, Live, listener, show_summary
-from coterie.comparison import config_for, curves, table_of
+from coterie.comparison.jobs import Missing
+from coterie.comparison.tuning import Choice
 from coterie.config.describe import describe_config
 from coterie.methods.registry import methods
 from coterie.runs.events import (
@@ -41,8 +41,9 @@ from coterie.runs.events import (
     RoundDone,
     RoundStart,
 )
-from coterie.runs.summary import ClientSummary, Summary, Traffic, Worst
+from coterie.runs.summary import Worst
 from coterie.types import CoterieError
+from summaries import compared, scaled, summary, without_test
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +200,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on_where_that_can_be(
         raise KeyboardInterrupt
 
     path = sites.config(tmp_path)
-    for name in ("coterie.experiment.run", "coterie.comparison.run", "coterie.cli.doctor.examine"):
+    for name in ("coterie.experiment.run", "coterie.comparison.jobs.run", "coterie.cli.doctor.examine"):
         monkeypatch.setattr(name, interrupt)
     out = tmp_path / "out"
     run, both = ("run", str(path), "--out", str(out)), ("compare", str(path), "--out", str(tmp_path))
@@ -395,34 +396,6 @@ def test_elsewhere_than_on_a_terminal_there_is_no_bar() -> None:
 # summaries and comparisons -------------------------------------------------------------------------------------------
 
 
-def summary(**changes: Any) -> Summary:
-    def client(accuracy: float) -> ClientSummary:
-        return ClientSummary(num_train=7, group="g", test={"accuracy": accuracy, "loss": 2 - accuracy})
-
-    made = Summary(
-        title="FedIT", primary="accuracy", best_round=2, rounds=3, seconds=75.0,
-        clients={"north": client(0.25), "south": client(0.75)},
-        mean={"test": {"accuracy": 0.5, "loss": 1.5}}, worst=Worst("north", "accuracy", 0.25),
-        bytes=Traffic(2**20, 3 * 2**20), peak_memory_bytes=2**29,
-    )  # fmt: skip
-    return replace(made, **changes)
-
-
-def scaled(factor: float, **changes: Any) -> Summary:
-    """A summary whose accuracies are multiplied by ``factor``."""
-    clients = {
-        client: replace(row, test={"accuracy": row.test["accuracy"] * factor, "loss": 1.0})
-        for client, row in summary().clients.items()
-    }
-    worst = Worst("north", "accuracy", 0.25 * factor)
-    return summary(clients=clients, mean={"test": {"accuracy": 0.5 * factor, "loss": 1.0}}, worst=worst, **changes)
-
-
-def without_test() -> Summary:
-    clients = {client: replace(row, test={}) for client, row in summary().clients.items()}
-    return summary(clients=clients, mean={}, worst=None)
-
-
 def test_the_summary_of_a_run(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     show_summary(console, summary(describe={"clusters": {"north": 1}}), tmp_path)
@@ -436,22 +409,10 @@ def test_the_summary_of_a_run(tmp_path: Path) -> None:
     show_summary(console, without_test(), tmp_path)
 
 
-def test_a_comparison_adds_up_over_seeds() -> None:
-    made = table_of({"fedit": {0: summary(), 3: scaled(0.8)}, "local": {0: scaled(0.4)}})
-    assert made["fedit"].seeds == [0, 3]
-    assert made["fedit"].means == [0.5, pytest.approx(0.4)]
-    assert made["fedit"].mean == pytest.approx(0.45)
-    assert made["fedit"].std == pytest.approx(0.1 / math.sqrt(2))
-    assert made["fedit"].worst == pytest.approx(0.225)
-    assert made["fedit"].clients == {"north": pytest.approx(0.225), "south": pytest.approx(0.675)}
-    assert made["fedit"].bytes == 4 * 2**20
-    assert made["local"].std == 0.0
-
-
 def test_a_comparison_marks_the_best_of_every_row() -> None:
     console = terminal()
     results = {"fedlease": {0: scaled(0.8, describe={"clusters": {"north": 1, "south": 0}})}, "fedit": {0: summary()}}
-    comparison.show(console, results, Path("runs/x"))
+    comparison.show(console, compared(results), Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     bold = re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
     assert bold == ["0.250", "0.750", "0.500", "0.250"]
@@ -463,52 +424,40 @@ def test_a_comparison_marks_the_best_of_every_row() -> None:
         m: {0: summary(primary="loss", worst=Worst("north", "loss", loss))}
         for m, loss in (("fedit", 9.0), ("local", 8.0))
     }
-    comparison.show(console, by_loss, Path("runs/x"))
+    comparison.show(console, compared(by_loss), Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     assert "8.000" in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
     assert "9.000" not in re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
 
 
 def test_a_comparison_without_test_data_has_dashes() -> None:
-    made = table_of({"fedit": {0: without_test(), 1: without_test()}})
-    assert (made["fedit"].mean, made["fedit"].worst, made["fedit"].std) == (None, None, 0.0)
-    assert made["fedit"].clients == {"north": None, "south": None}
     console = terminal()
-    comparison.show(console, {"fedit": {0: without_test()}, "local": {0: summary()}}, Path("runs/x"))
+    comparison.show(console, compared({"fedit": {0: without_test()}, "local": {0: summary()}}), Path("runs/x"))
     assert ["north", "-", "0.250"] in [line.split() for line in shown_on(console).splitlines()]
 
 
-def test_curves_are_means_over_seeds_by_round(tmp_path: Path) -> None:
-    for seed, values in {0: (0.1, 0.3), 5: (0.3, 0.5)}.items():
-        events: list[dict[str, Any]] = [{"event": "round", "round": 1}]
-        events += [{"event": "evaluation", "round": r, "mean": {"test": {"accuracy": v}}} for r, v in enumerate(values)]
-        events += [{"event": "evaluation", "round": 9, "mean": {}}]
-        folder = tmp_path / f"fedit-{seed}"
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    found = curves(tmp_path, {"fedit": {0: summary(), 5: summary()}})
-    assert found == {"FedIT": [(0, pytest.approx(0.2)), (1, pytest.approx(0.4))]}
+def test_a_comparison_says_what_has_no_result_and_what_was_tuned() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    lost = Missing("fedit", 0, ("train.learning_rate=0.1",), "failed", "it [diverged]")
+    choice = Choice(("train.learning_rate=0.2",), 1000, {}, ("train.learning_rate",))
+    made = compared({"local": {0: summary(), 1: summary()}}, choices={"local": choice}, missing=[lost])
+    comparison.show(console, made, Path("runs/x"))
+    text = shown_on(console)
+    assert "Local: tuned to train.learning_rate=0.2, at the edge of the grid: train.learning_rate" in text
+    assert "no result: fedit train.learning_rate=0.1 seed 0: failed: it [diverged]" in text
+    console = Console(file=io.StringIO(), width=200)
+    comparison.show(console, compared({}, missing=[lost]), Path("runs/x"))
+    assert len(shown_on(console).splitlines()) == 1
 
 
-def test_a_method_of_a_comparison_takes_its_own_settings_alone() -> None:
-    raw: dict[str, Any] = {
-        "data": {"folder": "x"}, "run": {"rounds": 4, "seed": 9},
-        "method": {"name": "fedlease", "max_experts": 3}, "methods": {"fedit": {}},
-    }  # fmt: skip
-    fedlease = config_for(raw, "fedlease", 2)
-    assert (fedlease.method["name"], fedlease.method["max_experts"], fedlease.run.seed) == ("fedlease", 3, 2)
-    assert config_for(raw, "local", 2).method == {"name": "local"}
-    assert config_for(raw, "local", 2).run.rounds == 4
-    several = {"data": {"folder": "x"}, "methods": {"fedlease": {"linkage": "single"}}}
-    assert config_for(several, "fedlease", 0).method["linkage"] == "single"
-    assert config_for(several, "fedit", 0).method == {"name": "fedit"}
-    for wrong, message in (
-        ({"methods": {"fedleaze": {}}}, "unknown method 'fedleaze'"),
-        ({"methods": {"fedlease": {"linkag": "single"}}}, r"unknown key 'linkag'; did you mean 'linkage'"),
-        ({"method": "fedlease"}, "method = 'fedlease' in the config: method must be a section"),
-        ({"methods": {"fedlease": 3}}, "fedlease = 3 in the config: fedlease must be a section"),
-    ):
-        with pytest.raises(CoterieError, match=message):
-            config_for({"data": {"folder": "x"}, **wrong}, "fedlease", 0)
-    with pytest.raises(CoterieError, match="unknown method 'nothing'"):
-        config_for(raw, "nothing", 0)
+@pytest.mark.parametrize(
+    ("missing", "code"), [((), 0), (("does not fit",), 0), (("failed",), 1), (("does not fit", "in use"), 1)]
+)
+def test_the_exit_code_says_whether_every_run_has_a_result(
+    coterie_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[Any, ...], code: int
+) -> None:
+    lost = [Missing("fedit", 0, (), why, "reason") for why in missing]
+    monkeypatch.setattr("coterie.comparison.compare", lambda *a, **k: compared({"local": {0: summary()}}, missing=lost))
+    assert coterie_command("compare", "x.toml", "--out", str(tmp_path))[0] == code
+    monkeypatch.setattr("coterie.comparison.compare", lambda *a, **k: compared({}, missing=lost))
+    assert coterie_command("compare", "x.toml", "--out", str(tmp_path))[0] == 1

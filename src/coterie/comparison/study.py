@@ -1,0 +1,188 @@
+"""A whole comparison: settings are tuned, runs are carried out, and what there is is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from coterie.comparison.collect import update
+from coterie.comparison.figures import Comparison
+from coterie.comparison.jobs import Ended, Job, Missing, Watch, finished, run_here, silent
+from coterie.comparison.processes import run_apart
+from coterie.comparison.tuning import Choice, Grid, choose, grid_of, tune_seed
+from coterie.comparison.variants import ALL, Point, config_for, variants_of
+from coterie.config.load import Raw, load_raw, override
+from coterie.types import CoterieError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to compare: ``variants`` with ``seeds`` on the federation of ``raw``, each run in a folder below ``folder``.
+
+    Relative paths in ``raw`` start at ``root``. ``jobs`` processes work at a time; with 1 the runs are in this process.
+    ``choosing`` says that the variants are all methods, of which some may not fit the task. ``target`` is a mean that
+    rounds are counted to.
+    """
+
+    raw: Raw
+    variants: Sequence[str]
+    seeds: Sequence[int]
+    folder: Path
+    root: Path
+    jobs: int = 1
+    grid: Grid = field(default_factory=lambda: Grid({}))
+    tune_with: int | None = None
+    target: float | None = None
+    choosing: bool = False
+
+
+def compare(
+    config: Path | str,
+    out: Path | str,
+    *,
+    methods: Sequence[str] = ("fedlease", "fedit", "local"),
+    seeds: Sequence[int] = (0,),
+    overrides: Sequence[str] = (),
+    jobs: int = 1,
+    tune: Sequence[str] = (),
+    tune_with: int | None = None,
+    target: float | None = None,
+    watch: Watch = silent,
+    say: Say = lambda text: None,
+) -> Comparison:
+    """Run every one of ``methods`` with every seed on the federation of a TOML file, each in a folder below ``out``.
+
+    ``all`` stands for every registered method that fits the task. A run that has finished is reused, one that was cut
+    short continues, one that fails does not stop the others. ``jobs`` runs are carried out at a time. ``tune`` lists
+    settings with the values to try, as ``train.learning_rate=1e-3,2e-3``: each method takes what is best on validation
+    data with the seed ``tune_with``. Writes ``compare.json``. Raises :class:`CoterieError` for settings that cannot
+    work.
+    """
+    path = Path(config)
+    study = Study(
+        override(load_raw(path), overrides),
+        variants_of(methods),
+        tuple(dict.fromkeys(seeds)),
+        Path(out),
+        path.parent,
+        jobs,
+        grid_of(tune),
+        tune_with,
+        target,
+        choosing=ALL in {name.strip() for name in methods},
+    )
+    return carry_out(study, watch, say)
+
+
+def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None) -> Comparison:
+    """The comparison, with the runs that are there already. Writes ``compare.json`` after every run."""
+    choices, missing = _tune(study, watch, say) if study.grid.values else ({}, [])
+    tuned_out = {entry.variant for entry in missing}
+    points = {v: choices[v].settings if v in choices else () for v in study.variants if v not in tuned_out}
+    jobs, unfit = _jobs(study, ((v, s, point) for s in study.seeds for v, point in points.items()))
+    missing += unfit
+    for ended in _ended(study, jobs, watch, say):
+        missing += [ended.missing] if ended.missing else []
+        _update(study, jobs, choices, missing)
+    return _update(study, jobs, choices, missing)
+
+
+def _update(study: Study, jobs: Sequence[Job], choices: Mapping[str, Choice], missing: Sequence[Missing]) -> Comparison:
+    return update(study.raw, study.folder, study.root, jobs, choices, missing, study.target)
+
+
+def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list[Missing]]:
+    """What each variant takes from the grid, and the variants without a choice, with the reason."""
+    seed = tune_seed(study.tune_with, study.seeds)
+    points = {variant: study.grid.points(variant) for variant in study.variants}
+    several = ((v, seed, point) for v, mine in points.items() for point in mine if len(mine) > 1)
+    jobs, faults = _jobs(study, several)
+    tried: dict[str, dict[Point, Ended]] = {}
+    for ended in _ended(study, jobs, watch, say):
+        _validation(ended)  # the first run shows whether there is any
+        tried.setdefault(ended.job.variant, {})[ended.job.point] = ended
+        faults += [ended.missing] if ended.missing else []
+    choices, missing = {}, []
+    for variant, mine in points.items():
+        choice = _choice(study.grid, seed, [tried.get(variant, {}).get(point) for point in mine], mine)
+        own = [fault for fault in faults if fault.variant == variant]
+        busy = [fault for fault in own if fault.why == "in use"]
+        if choice is None or busy:
+            missing.append((busy or own)[0])
+        elif choice.settings:
+            choices[variant] = choice
+            edge = f" ({', '.join(choice.at_edge)} at the edge of the grid)" if choice.at_edge else ""
+            say(f"{variant}: tuning chose {' '.join(choice.settings)}{edge}")
+    return choices, missing
+
+
+def _choice(grid: Grid, seed: int, ended: Sequence[Ended | None], points: Sequence[Point]) -> Choice | None:
+    if len(points) == 1:
+        return Choice(points[0], seed, {})
+    metric = next((e.summary.primary for e in ended if e and e.summary), "")
+    values = {point: _validation(e) if e else None for point, e in zip(points, ended, strict=True)}
+    return choose(grid, seed, metric, values)
+
+
+def _validation(ended: Ended) -> float | None:
+    if ended.summary is None:
+        return None
+    value = ended.summary.mean.get("validation", {}).get(ended.summary.primary)
+    if value is None:
+        raise CoterieError(
+            "--tune chooses on validation data, and there are none; give validation files, or set [data] "
+            "validation_fraction"
+        )
+    return value
+
+
+def _jobs(study: Study, wanted: Iterable[tuple[str, int, Point]]) -> tuple[list[Job], list[Missing]]:
+    """The runs to carry out, and those that the config does not fit: an error, unless all methods were requested."""
+    jobs: list[Job] = []
+    unfit: list[Missing] = []
+    for variant, seed, point in wanted:
+        try:
+            config = config_for(study.raw, variant, seed, point)
+        except CoterieError as fault:
+            if not study.choosing:
+                raise
+            unfit.append(Missing(variant, seed, point, "does not fit", str(fault)))
+            continue
+        jobs.append(Job(variant, seed, point, config, study.folder, study.root))
+    if unfit and not jobs:
+        raise CoterieError(unfit[0].reason)
+    return jobs, unfit
+
+
+def _ended(study: Study, jobs: Sequence[Job], watch: Watch, say: Say) -> Iterator[Ended]:
+    """Every job as it ends: first those that had finished before."""
+    had = {job.name: ended for job in jobs if (ended := finished(job)) is not None}
+    if reused := sum(ended.summary is not None for ended in had.values()):
+        say(f"{reused} of {len(jobs)} runs have finished already and are reused")
+    left = [job for job in jobs if job.name not in had]
+    running = run_here(left, watch) if study.jobs == 1 else run_apart(left, study.jobs, watch)
+    for ended in [*had.values()]:
+        yield _reported(study, ended, say)
+    for ended in running:
+        yield _reported(study, ended, say)
+
+
+def _reported(study: Study, ended: Ended, say: Say) -> Ended:
+    if ended.missing is None:
+        return ended
+    fault = ended.missing
+    if fault.why == "does not fit" and not study.choosing:
+        fault = replace(fault, why="failed")
+    say(f"{ended.job.label} {_SAID[fault.why]}: {fault.reason}")
+    return replace(ended, result=fault)
+
+
+_SAID: Mapping[str, str] = {
+    "failed": "failed",
+    "does not fit": "is left out",
+    "in use": "is skipped",
+    "other config": "is not reused",
+}
