@@ -242,7 +242,7 @@ def test_a_run_in_a_pipe_is_plain_lines(coterie_command: Command, tmp_path: Path
     code, text, errors = coterie_command("run", str(path), "--out", str(out), "--set", "run.rounds=2")
     assert (code, errors) == (0, "")
     assert "\x1b" not in text
-    lines = text.splitlines()
+    lines = [line for line in text.splitlines() if not line.startswith("note: ")]
     assert lines[0] == f"5 clients, 2 rounds, in {out}"
     assert re.fullmatch(r"round 1/2  loss \d\.\d{3}  [\d,]+ tokens/s", lines[1])
     assert re.match(r"round 1/2  test: accuracy \d\.\d{3} .*  validation: accuracy \d\.\d{3} ", lines[2])
