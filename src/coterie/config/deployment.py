@@ -25,7 +25,9 @@ class FederationSettings(Section):
     )
     port: int = Field(9092, ge=1, le=65535, description="port that the server listens on")
     keys: str = Field("keys", description="folder written by `coterie keys init`")
-    base: str = Field("", description="SHA-256 of the base that all sites must have; empty: that of the first site")
+    base: str = Field(
+        "", description="SHA-256 of the base, as `coterie site check` prints it; empty: computed from [model] path"
+    )
     max_rows: int = Field(
         10_000_000, ge=1, description="training rows that a site may report; one with more is refused"
     )

@@ -37,7 +37,8 @@ class Agreement:
     ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
     starts of the run's server, so that a site recognises a message of a server that is gone. ``closed`` is the reason
     why only ``sites`` can take part now that the run has begun; empty while it is open. ``deadline`` (seconds) is for
-    an answer, ``greeting`` (seconds) for a site that went away to come back. ``base`` is the SHA-256 of the base.
+    an answer, ``greeting`` (seconds) for a site that went away to come back. ``base`` is the SHA-256 of the base
+    (:func:`coterie.deploy.base_digest.base_digest`); empty: that of the first site.
     ``max_rows`` is the most training rows that a site may report: its weight in means goes by them.
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from coterie.data.clients import SAFE_ID
 from coterie.deploy.agreement import Agreement
+from coterie.deploy.base_digest import base_digest
 from coterie.engines.checks import plain_text, site_fault
 from coterie.types import BaseSpec, ClientId, ClientInfo
 
@@ -20,7 +21,7 @@ class Hello:
     info: ClientInfo
     spec: BaseSpec
     terms: str  # SHA-256 of the terms that it agreed to
-    base: str  # SHA-256 of the base's files
+    base: str  # SHA-256 of the base's files (files_digest)
     versions: Mapping[str, str | None]
 
 
@@ -96,12 +97,16 @@ def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:
 
 
 def _other_base(hello: Hello, agreed: str, others: Mapping[ClientId, Hello]) -> str | None:
-    bases = {agreed: ""} if agreed else {}
-    bases |= {h.base: f" as {c}" for c, h in sorted(others.items(), reverse=True)}
-    for wanted, whose in bases.items():
+    client, mine = hello.info.id, base_digest(hello.base, hello.spec)
+    if agreed and mine != agreed:
+        return (
+            f"{client} has another base ({mine[:12]}, not the run's {agreed[:12]}); use the same model files there and "
+            "restart `coterie join`; if all sites differ, correct the server's [model] path or [federation] base"
+        )
+    for wanted, whose in {h.base: c for c, h in sorted(others.items(), reverse=True)}.items():
         if hello.base != wanted:
             return (
-                f"{hello.info.id} has another base ({hello.base[:12]}, not {wanted[:12]}{whose}); use the same model "
+                f"{client} has another base ({hello.base[:12]}, not {wanted[:12]} as {whose}); use the same model "
                 "files at both, and restart `coterie join` where they were wrong"
             )
     if others and hello.spec != next(iter(others.values())).spec:

@@ -16,6 +16,7 @@ from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
 from coterie.deploy.agreement import Agreement, digest_of, terms_of
 from coterie.deploy.attempt import Attempt, read_attempt
+from coterie.deploy.base_digest import digest_here
 from coterie.deploy.events import Finished, Joined, ServerStarted, Stopped
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal
@@ -78,7 +79,8 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     config = check_config(raw)
     set_threads(config)
     method = config.make_method(root)
-    agreement = agreement_of(config, read_attempt(folder))
+    base = config.federation.base or digest_here(config, root, folder)
+    agreement = replace(agreement_of(config, read_attempt(folder)), base=base)
     begun = newest_round(folder / "checkpoints") is not None
     known = _read_known(folder) if begun else {}
     closed = method.newcomers or (_SHARED if config.task.head == "shared" else "")
@@ -128,7 +130,6 @@ def agreement_of(config: Config, attempt: Attempt) -> Agreement:
         keys=attempt.keys,
         deadline=settings.deadline,
         greeting=settings.greeting,
-        base=settings.base,
         max_rows=settings.max_rows,
     )
 

@@ -13,7 +13,7 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
 from coterie.deploy.agreement import config_at, terms_of
-from coterie.deploy.base_digest import base_digest
+from coterie.deploy.base_digest import base_digest, files_digest
 from coterie.deploy.policy import check_policy
 from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker
@@ -99,7 +99,7 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     try:
         with tempfile.TemporaryDirectory() as folder:
             workplace = workplaces(run, root, {})[0]
-            base = base_digest(resolve(run.model.path, root), Path(folder) / "base.json")
+            files = files_digest(resolve(run.model.path, root), Path(folder) / "base.json")
     except CoterieError as fault:
         yield Check("model", str(fault), False, "correct [model], or ask whoever runs the server which model it uses")
         return
@@ -110,4 +110,5 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
         yield Check("rows", str(fault), False, "correct the row, or [model]")
     if (cut := workplace.truncation()).cut:
         yield Check("length", str(cut))
-    yield Check("model", f"{len(workplace.base.spec.targets)} targets, SHA-256 {base}")
+    spec = workplace.base.spec
+    yield Check("model", f"{len(spec.targets)} targets, SHA-256 {base_digest(files, spec)} ([federation] base)")

@@ -14,7 +14,7 @@ from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import FederatedData
 from coterie.deploy.agreement import config_at, digest_of
-from coterie.deploy.base_digest import base_digest
+from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import Head, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import check_policy, guard_of
@@ -87,7 +87,7 @@ class Worker:
 
     def _hello(self, run: _Run, head: Head) -> Message:
         with private_model_faults():
-            base = base_digest(resolve(run.config.model.path, self.root), self.state / "base.json")
+            base = files_digest(resolve(run.config.model.path, self.root), self.state / "base.json")
         info, spec = run.client.info, run.client.workplace.base.spec
         return Message({}, codec.encode(Hello(info, spec, digest_of(head.terms), base, versions())))
 

@@ -11,7 +11,7 @@ from torch import nn
 from coterie.machine import devices
 from coterie.nn.first_token import FirstToken, first_token
 from coterie.nn.locate import MINILM, files_of, resolve
-from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model, outline
 from coterie.nn.spec import describe, head_modules, longest
 from coterie.nn.weights import identified
 from coterie.types import BaseSpec, CoterieError, TaskKind
@@ -93,6 +93,15 @@ def load_base(
     spec = identified(describe(model, targets), path)
     cut = first_token(model) if kind == "classification" else None
     return Base(model, tokenizer, spec, path, kind, attention, cut)
+
+
+def spec_at(name: str, kind: TaskKind, targets: tuple[str, ...] = ()) -> BaseSpec:
+    """The ``spec`` of the base that :func:`load_base` would load, without loading its weights.
+
+    Raises :class:`CoterieError` as :func:`load_base` does.
+    """
+    path = files_of(resolve(name))
+    return identified(describe(outline(path, kind), targets), path)
 
 
 def _use_checkpointing(model: PreTrainedModel) -> None:

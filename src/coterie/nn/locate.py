@@ -69,16 +69,19 @@ def files_of(path: str, root: Path | None = None, weights: bool = True) -> str:
 
 def weight_files(path: str) -> list[Path]:
     """The safetensors files of a base in its folder, or in the hub's cache; empty where there are none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            config = try_to_load_from_cache(path, "config.json")
-        except HFValidationError:
-            return []
-        if not isinstance(config, str):
-            return []
-        folder = Path(config).parent
-    return sorted(folder.glob("*.safetensors"))
+    folder = folder_here(path)
+    return sorted(folder.glob("*.safetensors")) if folder else []
+
+
+def folder_here(path: str) -> Path | None:
+    """The folder of a base's files on this machine: its own, or one in the hub's cache; None where there is neither."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        config = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _packaged_minilm() -> str | None:

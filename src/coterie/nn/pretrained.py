@@ -65,7 +65,7 @@ def load_model(
             config.num_labels = _PROBE_LABELS
         options: _Options = {"config": config, "dtype": dtype}
         if quantize != "none":
-            skip = head_modules(_on_meta(config)) if kind == "classification" else []
+            skip = head_modules(_on_meta(config, kind)) if kind == "classification" else []
             options["quantization_config"] = _quantization(quantize, dtype, skip)
             options["device_map"] = {"": device}
         model = _model(path, kind, options)
@@ -85,6 +85,15 @@ def bare_linears(path: str) -> dict[str, tuple[int, int]]:
         with torch.device("meta"):
             model: nn.Module = AutoModel.from_config(config)
     return {name: sizes for name, module in model.named_modules() if (sizes := linear_sizes(module)) is not None}
+
+
+def outline(path: str, kind: TaskKind) -> nn.Module:
+    """The model of the files at ``path`` as :func:`load_model` makes it, without its weights, which are not read."""
+    with _quiet(path):
+        config: PretrainedConfig = _loaded(AutoConfig.from_pretrained, path)
+        if kind == "classification":
+            config.num_labels = _PROBE_LABELS
+        return _on_meta(config, kind)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -119,10 +128,11 @@ def _model(path: str, kind: TaskKind, options: _Options) -> PreTrainedModel:
     return model
 
 
-def _on_meta(config: PretrainedConfig) -> nn.Module:
-    """The classification model of ``config`` without its weights."""
+def _on_meta(config: PretrainedConfig, kind: TaskKind) -> nn.Module:
+    """The model of ``config`` without its weights."""
+    auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
     with torch.device("meta"):
-        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+        model: nn.Module = auto.from_config(config)
     return model
 
 

@@ -19,6 +19,7 @@ import sites
 from coterie import codec
 from coterie.deploy import server
 from coterie.deploy.attempt import begin_attempt
+from coterie.deploy.base_digest import digest_here
 from coterie.deploy.events import Exchanged, Finished, Joined, Refused
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal, read_journal
@@ -55,7 +56,7 @@ def attempt(
     ``comes`` connects in round 1. ``lies``: what a site says of itself.
     """
     torch.set_num_threads(1)
-    federation = {"sites": listed, "at_least": 3, "wait": 5.0, "greeting": 0.0}
+    federation = {"sites": listed, "at_least": 3, "wait": 5.0, "greeting": 0.0, **changes.pop("federation", {})}
     config = flower_sites.server_config(folder / "run.toml", federation=federation, **changes)
     out = folder / "out"
     out.mkdir(exist_ok=True)
@@ -139,9 +140,46 @@ def test_a_first_hello_can_be_mended_before_the_run_begins(name: str, tmp_path: 
     attempt(tmp_path, FIRST, FIRST)
     assert who_took_part(tmp_path)[0] == {*FIRST}
     reasons = {e.reason for _, e in read_journal(tmp_path / "out") if isinstance(e, Refused)}
-    told = "has another base ({}, not wrong as mood-0); use the same model files at both, and restart `coterie join`"
-    assert all(told.split("{}")[1] in reason for reason in reasons)
-    assert len(reasons) == (2 if name == "base" else 0)
+    assert [reason.split(" (")[0] for reason in reasons] == (["mood-0 has another base"] if name == "base" else [])
+
+
+def wider(hello: Hello) -> Hello:
+    """The right files, and another description of them."""
+    first, *others = hello.spec.targets
+    return replace(hello, spec=replace(hello.spec, targets=(replace(first, d_in=first.d_in + 1), *others)))
+
+
+@pytest.mark.parametrize("lie", [wider, LIES["base"]])
+@pytest.mark.parametrize("pinned", [False, True], ids=["the server's base", "a pinned digest"])
+def test_a_first_site_with_a_false_base_keeps_no_honest_site_out(
+    pinned: bool, lie: Callable[[Hello], Hello], tmp_path: Path
+) -> None:
+    """``any site`` may come, and the liar is the first node: its word counts for nothing."""
+    sites.config(tmp_path, method="fedit")
+    honest, liar = FIRST[1:], FIRST[0]
+    federation: dict[str, Any] = {"at_least": 2, "sites": []}
+    changes: dict[str, Any] = {}
+    if pinned:
+        config = flower_sites.server_config(tmp_path / "run.toml")
+        federation["base"] = digest_here(config, tmp_path, tmp_path)
+        changes = {"model": {"path": "not-here"}}
+    attempt(
+        tmp_path,
+        [liar, *honest],
+        [],
+        lies=lambda client, hello: lie(hello) if client == liar else hello,
+        federation=federation,
+        **changes,
+    )
+    there, refused = who_took_part(tmp_path)
+    assert there == {*honest}
+    assert [reason.split(" (")[0] for reason in refused] == [f"{liar} has another base"]
+
+
+def test_a_server_without_the_base_and_without_its_digest_says_so(tmp_path: Path) -> None:
+    sites.config(tmp_path, method="fedit")
+    with pytest.raises(CoterieError, match=r"this machine does not have the base 'not-here'.*\[federation\] base"):
+        attempt(tmp_path, FIRST, FIRST, model={"path": "not-here"})
 
 
 def test_what_a_site_said_holds_once_the_run_has_begun(tmp_path: Path) -> None:

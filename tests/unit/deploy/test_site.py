@@ -24,7 +24,7 @@ from coterie import codec
 from coterie.config.deployment import Policy
 from coterie.config.load import load_site
 from coterie.deploy.agreement import digest_of, federation_config, terms_of
-from coterie.deploy.base_digest import base_digest
+from coterie.deploy.base_digest import files_digest
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import without_usage
 from coterie.deploy.site_check import check as check_site
@@ -183,14 +183,14 @@ def test_steps_are_counted_as_training_takes_them() -> None:
 def test_the_digest_of_a_base_is_that_of_its_files(tmp_path: Path) -> None:
     sites.config(tmp_path)
     book, model = tmp_path / "book.json", tmp_path / "model"
-    first = base_digest(str(model), book)
-    assert base_digest(str(model), book) == first == base_digest(str(model), tmp_path / "other.json")
+    first = files_digest(str(model), book)
+    assert files_digest(str(model), book) == first == files_digest(str(model), tmp_path / "other.json")
     weights = model / "model.safetensors"
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(bytes(blob))
     os.utime(weights, ns=(1, 1))
-    assert base_digest(str(model), book) != first
+    assert files_digest(str(model), book) != first
 
 
 # what is logged ------------------------------------------------------------------------------------------------------
