@@ -24,7 +24,7 @@ class Choice:
     settings: Point
     seed: int
     tried: Mapping[str, float | None]
-    at_edge: Sequence[str] = ()
+    at_edge: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Grid:
         }
         return [tuple(point) for point in itertools.product(*([f"{key}={v}" for v in own[key]] for key in own))]
 
-    def at_edge(self, point: Point) -> list[str]:
+    def at_edge(self, point: Point) -> tuple[str, ...]:
         """The keys whose value in ``point`` is the lowest or highest of several numbers."""
         found = []
         for setting in point:
@@ -51,7 +51,7 @@ class Grid:
             numbers = sorted(n for v in self.values[key] if (n := _number(v)) is not None)
             if len(numbers) > 1 and _number(value) in (numbers[0], numbers[-1]):
                 found.append(key)
-        return found
+        return tuple(found)
 
 
 def grid_of(texts: Sequence[str]) -> Grid:

@@ -46,17 +46,17 @@ def test_the_best_validation_mean_is_chosen_and_the_edge_of_the_grid_reported() 
     )  # fmt: skip
     made = choose(grid, 7, "accuracy", values)
     assert made is not None
-    assert (made.settings, made.at_edge) == (first, ["train.learning_rate"])  # of equals the first
+    assert (made.settings, made.at_edge) == (first, ("train.learning_rate",))  # of equals the first
     made = choose(grid, 7, "accuracy", {**values, best: 0.2, first: None})
     assert made is not None
-    assert (made.settings, made.seed, made.at_edge) == (best, 7, [])
+    assert (made.settings, made.seed, made.at_edge) == (best, 7, ())
     assert made.tried["train.learning_rate=2e-3 lora.targets=value train.epochs=2"] == 0.2
     assert made.tried["train.learning_rate=1e-3 lora.targets=query train.epochs=2"] is None
     made = choose(grid, 7, "loss", {**values, best: 0.2})
     assert made is not None
     assert made.settings == first
     assert choose(grid, 7, "loss", dict.fromkeys(values)) is None
-    assert Grid({"a.b": ("4e-3", "1e-3")}).at_edge(("a.b=4e-3",)) == ["a.b"]
+    assert Grid({"a.b": ("4e-3", "1e-3")}).at_edge(("a.b=4e-3",)) == ("a.b",)
 
 
 def test_the_seed_of_tuning_is_not_a_reported_one() -> None:
