@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from coterie.runs.events import Event
 
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: CA, server certificate, a key pair per site.")
-site = typer.Typer(no_args_is_help=True, help="Check a site's own file, and list its keys.")
+site = typer.Typer(no_args_is_help=True, help="Check a site's own file, list its keys, write its experts.")
 
 Insecure = Annotated[
     bool,
@@ -104,6 +104,17 @@ def check_site(
     marks = {True: "[green]ok[/]", False: "[red]no[/]"}
     show_checks([(marks[result.ok], result.name, result.value, result.fix) for result in results])
     raise typer.Exit(int(not all(result.ok for result in results)))
+
+
+@site.command("export")
+def export_site(
+    path: SiteFile,
+    run: Annotated[str, typer.Option(help="the run's folder in [site] state; by default the latest")] = "",
+) -> None:
+    """Write this site's own experts, as the end of a run does: for a run that ended early, or a disk that was full."""
+    from coterie.deploy.site_export import export
+
+    say(f"{export(path, run)}: the experts of this site")
 
 
 @site.command("config")

@@ -7,12 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from coterie.lifetime import end_with
 
+PRIVATE = 0o077  # the umask of a site's and a server's processes: files are 0600, folders 0700, also if made again
 _NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")  # they open unguarded ports
 
 
@@ -27,6 +28,16 @@ def flower_environment(home: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     return {**{name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}, **ours}
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Within a ``with`` block, whatever this process and those that it starts make is for their user alone."""
+    old = os.umask(PRIVATE)
+    try:
+        yield
+    finally:
+        os.umask(old)
 
 
 def start(args: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -13,6 +13,7 @@ from coterie.deploy.attempt import begin_attempt
 from coterie.deploy.events import Finished, Stopped
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
+from coterie.deploy.processes import private_files
 from coterie.deploy.superlink import SuperLink, check_server_keys
 from coterie.files import write_json
 from coterie.runs.events import CheckpointSaved, Listener, Note
@@ -52,6 +53,7 @@ def serve(
     folder.chmod(0o700)  # every site's tensors pass through it
     link = SuperLink((folder / _HOME).resolve(), settings.host, settings.port, keys, superlink)
     with ExitStack() as stack:
+        stack.enter_context(private_files())
         stack.enter_context(lock_folder(folder / _HOME))
         if settings.metrics_port:
             stack.enter_context(exporter(folder, settings.metrics_port))

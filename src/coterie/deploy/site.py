@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,9 @@ from pathlib import Path
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import load_site
 from coterie.deploy.keys import check_private
-from coterie.deploy.processes import flower_environment, free_port, start, stop
+from coterie.deploy.processes import flower_environment, free_port, private_files, start, stop
 from coterie.machine import Check
-from coterie.runs.folder import lock_folder
+from coterie.runs.folder import lock_folder, lock_in
 from coterie.types import CoterieError
 
 log = logging.getLogger("coterie.site")
@@ -75,6 +75,20 @@ def join(path: Path, insecure: bool = False) -> None:
     site, root = load(path)
     _raise_first(key_checks(site, root, insecure))
     state = (root / site.site.state).resolve()
+    # The path of a socket has at most about 100 characters, so it is not in the state folder.
+    with private_files(), tempfile.TemporaryDirectory(prefix="coterie-") as temporary:
+        while True:
+            children = [_worker(path, state, Path(temporary)), _supernode(site, root, state, Path(temporary), insecure)]
+            take_part(state, children)
+            log.warning(
+                "%s was deleted while this site was running; it is made again, empty. What the site kept of its runs "
+                "is lost: it starts afresh with its next message",
+                state,
+            )
+
+
+def take_part(state: Path, children: Sequence[Child]) -> None:
+    """Keep ``children`` running until the folder ``state``, or the lock in it, is deleted."""
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     state.chmod(0o700)
     with ExitStack() as stack:
@@ -82,12 +96,10 @@ def join(path: Path, insecure: bool = False) -> None:
             stack.enter_context(lock_folder(state))
         except CoterieError as fault:
             raise CoterieError(f"{fault} (two sites on one machine need a [site] state each)") from fault
-        # The path of a socket has at most about 100 characters, so it is not in the state folder.
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coterie-")))
-        children = [_worker(path, state, temporary), _supernode(site, root, state, temporary, insecure)]
         for child in children:
             stack.callback(child.end)
-        while True:
+        held = lock_in(state)
+        while lock_in(state) == held:
             for child in children:
                 child.keep()
             time.sleep(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -38,6 +39,16 @@ def public_text(fault: Exception) -> str:
         return str(fault)
     log.warning("%s at %s", type(fault).__name__, _where(fault))
     return fault.public
+
+
+def disk_text(fault: OSError) -> str:
+    """The text about a file of this site that could not be read or written: a full disk, or what the system says."""
+    log.error("%s (%s) at %s", fault.strerror or type(fault).__name__, fault.filename or "no file named", _where(fault))
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the site's disk is full: free some space there"
+    return (
+        f"the site cannot read or write one of its files ({fault.strerror or type(fault).__name__}): see site.log there"
+    )
 
 
 def write_log(folder: Path) -> None:

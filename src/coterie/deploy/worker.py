@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,20 +19,21 @@ from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import Head, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import check_policy, guard_of
-from coterie.deploy.site_log import log, private_model_faults, public_text
+from coterie.deploy.received import received_file
+from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
 from coterie.experiment import set_threads
-from coterie.files import read_json, write_json
+from coterie.files import read_json, write_atomic, write_json
 from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
 from coterie.methods.base import Method
 from coterie.nn.locate import resolve
-from coterie.types import CoterieError, DataError
+from coterie.types import Bank, CoterieError, DataError, Json
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A run that this site takes part in, and the folder of its personal state."""
 
     config: Config
@@ -47,7 +49,8 @@ class Worker:
     site: SiteSettings
     root: Path
     cache: dict[str, object] = field(default_factory=dict)
-    runs: dict[str, _Run] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    unsaved: dict[Path, bytes] = field(default_factory=dict)  # what a full disk did not take
 
     @property
     def state(self) -> Path:
@@ -60,6 +63,8 @@ class Worker:
             reply = self._answer(message)
         except (CoterieError, codec.CodecError) as fault:
             reply = Message({"error": public_text(fault)})
+        except OSError as fault:  # of its own files: those of the base and of the rows have their own errors
+            reply = Message({"error": disk_text(fault)})
         seconds = time.perf_counter() - started
         kind, rnd = message.head.get("kind"), message.head.get("round")
         log.info(
@@ -73,6 +78,16 @@ class Worker:
         )
         return Message({**reply.head, "seconds": seconds}, reply.body)
 
+    def catch_up(self) -> None:
+        """Keep the server's last instruction, if a full disk has prevented it so far."""
+        for path, blob in list(self.unsaved.items()):
+            try:
+                write_atomic(path, blob)
+            except OSError as fault:
+                disk_text(fault)
+            else:
+                del self.unsaved[path]
+
     def _answer(self, message: Message) -> Message:
         head = read_head(message.head)
         run = self._open(head)
@@ -81,17 +96,20 @@ class Worker:
         if head.client != self.site.site.id:
             raise CoterieError(f"this is {self.site.site.id}, the message is for {head.client}")
         answers = {"train": self._train, "evaluate": self._evaluate, "query.bank": self._bank}
+        if head.kind != "train":
+            self.unsaved = received_file(run.folder, head, message.body)
+            self.catch_up()
         return answers[head.kind](run, head, message.body)
 
     # one answer per kind ----------------------------------------------------------------------------------------------
 
-    def _hello(self, run: _Run, head: Head) -> Message:
+    def _hello(self, run: Run, head: Head) -> Message:
         with private_model_faults():
             base = files_digest(resolve(run.config.model.path, self.root), self.state / "base.json")
         info, spec = run.client.info, run.client.workplace.base.spec
         return Message({}, codec.encode(Hello(info, spec, digest_of(head.terms), base, versions())))
 
-    def _train(self, run: _Run, head: Head, body: bytes) -> Message:
+    def _train(self, run: Run, head: Head, body: bytes) -> Message:
         if not 1 <= head.rnd <= self.site.policy.max_rounds:
             raise CoterieError(
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
@@ -99,29 +117,37 @@ class Worker:
         outcome = train_client(run.client, run.method, body, head.rnd)
         return Message({"error": outcome.error} if outcome.error else {}, outcome.blob)
 
-    def _evaluate(self, run: _Run, head: Head, body: bytes) -> Message:
+    def _evaluate(self, run: Run, head: Head, body: bytes) -> Message:
         if not self.site.policy.upload_metrics:
             raise CoterieError("this site sends no metrics ([policy] upload_metrics)")
         usage = head.usage and self.site.policy.upload_usage
         return Message({}, evaluate_client(run.client, run.method, body, head.rnd, head.splits, usage).blob)
 
-    def _bank(self, run: _Run, head: Head, body: bytes) -> Message:
+    def _bank(self, run: Run, head: Head, body: bytes) -> Message:
         """Write this site's own experts to its own disk; send them only if the policy says so."""
-        bank, about = client_bank(run.client, run.method, body, head.rnd), run.client.info
+        try:
+            bank = self.export(run, body, head.rnd)
+        except OSError as fault:
+            raise CoterieError(f"{disk_text(fault)}; `coterie site export` there writes the bundle later") from fault
+        return Message({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
+
+    def export(self, run: Run, body: bytes, rnd: int) -> Bank:
+        """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""
+        bank, about = client_bank(run.client, run.method, body, rnd), run.client.info
         base, task = resolve(run.config.model.path, self.root), run.config.task.kind
-        info = {"client": about.id, "labels": about.labels, "method": run.method.name, "round": head.rnd}
+        info = {"client": about.id, "labels": about.labels, "method": run.method.name, "round": rnd}
         transposed = any(target.transposed for target in run.client.workplace.base.spec.targets)
         info |= {"base": base, "task": task}
         write_bundle(run.folder / "export", bank, info, fan_in_fan_out=transposed)
-        return Message({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
+        return bank
 
     # runs -------------------------------------------------------------------------------------------------------------
 
-    def _open(self, head: Head) -> _Run:
+    def _open(self, head: Head) -> Run:
         """The run of a message, with the personal state that the server's attempt starts from."""
         key = f"{head.run} {digest_of(head.terms)}"
         if key not in self.runs:
-            self.runs = {key: self._load(head)}  # only this run: another run's rows are not kept
+            self.runs = {key: self.load(head.run, head.terms)}  # only this run: another run's rows are not kept
         run = self.runs[key]
         path = run.folder / "attempt.json"
         last = read_json(path, "delete the folder of the run at this site") if path.exists() else 0
@@ -133,13 +159,14 @@ class Worker:
         run.client.states.prune(head.keep)
         return run
 
-    def _load(self, head: Head) -> _Run:
-        config = config_at(self.site, head.terms)
+    def load(self, name: str, terms: Mapping[str, Json]) -> Run:
+        """The run of that name with these terms of the server. Raises :class:`CoterieError` for what is not agreed."""
+        config = config_at(self.site, terms)
         method = config.make_method(self.root)
         check_policy(self.site.policy, config, method)
         set_threads(config)
         federation = self.federation(config)
-        folder = self.state / head.run
+        folder = self.state / name
         with private_model_faults():
             workplace = workplaces(config, self.root, self.cache)[0]
         while len(self.cache) > 1:  # the base of an earlier run with other terms
@@ -147,7 +174,7 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (rows,) = federation.clients
         guard = guard_of(self.site.policy, method, public_text)
-        return _Run(config, method, LocalClient(workplace, rows, ClientStates.of(config, folder), guard), folder)
+        return Run(config, method, LocalClient(workplace, rows, ClientStates.of(config, folder), guard), folder)
 
     def federation(self, config: Config) -> FederatedData:
         """This site's rows. Raises :class:`DataError`; its text may quote them, for ``site check`` alone."""

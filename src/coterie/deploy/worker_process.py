@@ -8,16 +8,19 @@ import socket
 from pathlib import Path
 
 from coterie.config.load import load_site
+from coterie.deploy.processes import PRIVATE
 from coterie.deploy.site_log import log, write_log
 from coterie.deploy.worker import Worker
 from coterie.flower.local_socket import listening, receive, send, user_of
 from coterie.flower.message import BrokenMessageError
 
+_IDLE_SECONDS = 30.0  # without a message before the worker tries again to write what a full disk did not take
 _SECONDS = 60.0  # in which a message has to arrive once its sender is connected
 
 
 def work(site_file: str, socket_path: str) -> None:
     """Answer messages until this process is ended. Nothing is loaded before the first one."""
+    os.umask(PRIVATE)
     worker = Worker(load_site(Path(site_file)), Path(site_file).resolve().parent)
     worker.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_log(worker.state)
@@ -27,9 +30,14 @@ def work(site_file: str, socket_path: str) -> None:
 def serve_forever(worker: Worker, path: Path) -> None:
     """Answer every connection of this user to the socket at ``path``, one after another."""
     with listening(path) as listener:
+        listener.settimeout(_IDLE_SECONDS)
         log.info("ready, process %d", os.getpid())
         while True:
-            link, _ = listener.accept()
+            try:
+                link, _ = listener.accept()
+            except TimeoutError:
+                worker.catch_up()
+                continue
             with link:
                 _serve_one(worker, link)
 

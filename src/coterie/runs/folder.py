@@ -20,6 +20,9 @@ class FolderInUse(CoterieError):  # noqa: N818
     """Another process is working there."""
 
 
+_LOCK = ".lock"
+
+
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raises :class:`CoterieError` for a folder in use, or one without the run to resume."""
     if folder.exists() and not folder.is_dir():
@@ -76,7 +79,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises :class:`FolderInUse` where another process uses it. The lock of a killed process is released.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_file(folder / ".lock", folder):
+    with lock_file(folder / _LOCK, folder):
         yield
 
 
@@ -89,6 +92,14 @@ def lock_file(path: Path, folder: Path) -> Iterator[None]:
         except BlockingIOError as fault:
             raise FolderInUse(f"another process is using {folder}; wait for it or stop it") from fault
         yield
+
+
+def lock_in(folder: Path) -> int | None:
+    """Which file the lock of ``folder`` is, by its number on the disk; None where there is none."""
+    try:
+        return (folder / _LOCK).stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

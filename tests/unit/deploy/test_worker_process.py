@@ -35,6 +35,9 @@ def answering(worker: Any, path: Path) -> threading.Thread:
 
 
 class Echo:
+    def catch_up(self) -> None:
+        """Nothing is left to write."""
+
     def answer(self, message: Message) -> Message:
         return Message({"heard": message.head}, message.body)
 
