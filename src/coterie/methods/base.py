@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol
 from typing_extensions import TypeVar
 
 from coterie.methods.findings import Finding
-from coterie.methods.parts import start_head
+from coterie.methods.parts import lora_of, start_head, with_head
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.requests import (
     Answer,
@@ -132,9 +132,13 @@ class Method(ABC, Generic[S]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         """The client's half of a round: yields requests, returns a :class:`ClientResult`."""
 
-    @abstractmethod
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        """The client's bank, from what it received and what it kept."""
+        """The client's bank, from what it received and what it kept.
+
+        By default the A and B that it received beside those that it kept, with its head, and no router.
+        """
+        tensors = with_head({**lora_of(personal.tensors), **lora_of(ins.tensors)}, ins, personal)
+        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def choose(self, ins: Instruction, me: ClientInfo, personal: Personal) -> BankProgram:
         """A program that returns the bank that the client evaluates with and exports, where it uses what it receives.

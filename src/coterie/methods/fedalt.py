@@ -33,7 +33,6 @@ from coterie.methods.parts import (
     router_of,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
     start_router,
@@ -74,7 +73,7 @@ class FedALT(Method[FedALTState]):
         return FedALTState(base, tuple(sorted(c.id for c in clients)), heads=heads)
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        head = start_head(base, self.plan, me) if self.plan.head == "personal" else {}
+        head = super().begin(base, me).tensors
         return Personal({**start_lora(base, self.plan), **start_router(base, self.plan, 2), **head})
 
     def configure(self, state: FedALTState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:

@@ -39,7 +39,6 @@ from coterie.methods.parts import (
     router_of,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
     weights_of,
@@ -124,8 +123,7 @@ class FedDPA(Method[FedDPAState]):
     # client ----------------------------------------------------------------------------------------------------------
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        head = start_head(base, self.plan, me) if self.plan.head == "personal" else {}
-        return Personal({**start_lora(base, self.plan, LOCAL), **head})
+        return Personal({**start_lora(base, self.plan, LOCAL), **super().begin(base, me).tensors})
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         head_is = LOCAL if self.plan.head == "personal" else GLOBAL

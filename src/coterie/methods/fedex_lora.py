@@ -18,8 +18,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
-
 from coterie.methods.base import Method
 from coterie.methods.findings import AggregationError, Finding, Values
 from coterie.methods.parts import (
@@ -33,16 +31,13 @@ from coterie.methods.parts import (
     start_heads,
     start_lora,
     weights_of,
-    with_head,
 )
-from coterie.methods.plan import MethodSettings
-from coterie.methods.products import as_lora, folded, largest_rank, products_of, summed
+from coterie.methods.products import FoldingSettings, as_lora, folded, largest_rank, products_of, summed
 from coterie.ops.lowrank import stacked
 from coterie.ops.mean import mean, relative_error
 from coterie.requests import ClientProgram, Train
 from coterie.types import (
     FOLDED,
-    Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
@@ -51,14 +46,6 @@ from coterie.types import (
     Reply,
     Tensors,
 )
-
-
-class FedExLoRASettings(MethodSettings):
-    """FedEx-LoRA's settings."""
-
-    folded_rank: int = Field(
-        0, ge=0, description="largest rank of what was folded into the base, the rest cut off by SVD; 0: all of it"
-    )
 
 
 @dataclass(frozen=True)
@@ -78,13 +65,13 @@ class FedExLoRAState:
 class FedExLoRA(Method[FedExLoRAState]):
     """A <- sum p_i A_i, B <- sum p_i B_i, R <- R + sum p_i (B_i - B)(A_i - A)."""
 
-    settings: FedExLoRASettings
+    settings: FoldingSettings
 
     name = "fedex_lora"
     title = "FedEx-LoRA"
     paper = "arXiv 2410.09432 (ACL 2025)"
     summary = "averages A and B, and folds the residual mean(BA) - mean(B) mean(A) into the base"
-    Settings = FedExLoRASettings
+    Settings = FoldingSettings
     State = FedExLoRAState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedExLoRAState:
@@ -115,10 +102,6 @@ class FedExLoRA(Method[FedExLoRAState]):
             heads=mean_heads(state.heads, replies, weight),
             error=relative_error(mean_error(loras, share)),
         )
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head(lora_of(ins.tensors), ins, personal)
-        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FedExLoRAState) -> Mapping[str, Tensors]:
         lora, old = products_of(state.lora), products_of(state.folded)

@@ -21,11 +21,10 @@ from coterie.methods.parts import (
     start_heads,
     start_lora,
     weights_of,
-    with_head,
 )
 from coterie.ops.mean import mean, relative_error
 from coterie.requests import ClientProgram, Train
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Personal, Reply, Tensors
+from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Personal, Reply, Tensors
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,6 @@ class FedIT(Method[FedITState]):
             heads=mean_heads(state.heads, replies, weight),
             error=relative_error(mean_error(uploads, list(weight.values()))),
         )
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head(lora_of(ins.tensors), ins, personal)
-        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FedITState) -> Mapping[str, Tensors]:
         return {"global": state.lora}

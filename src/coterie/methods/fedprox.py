@@ -25,7 +25,7 @@ from coterie.methods.findings import Finding
 from coterie.methods.parts import Shapes, lora_of, settle
 from coterie.methods.plan import MethodSettings
 from coterie.requests import ClientProgram, Proximal, Train
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Personal, Reply, Tensors
+from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Personal, Reply, Tensors
 
 
 class FedProxSettings(MethodSettings):
@@ -64,9 +64,6 @@ class FedProx(Method[FedITState]):
 
     def aggregate(self, state: FedITState, replies: Mapping[ClientId, Reply], rnd: int) -> FedITState:
         return self._fedit.aggregate(state, replies, rnd)
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        return self._fedit.bank(ins, me, personal)
 
     def experts(self, state: FedITState) -> Mapping[str, Tensors]:
         return self._fedit.experts(state)

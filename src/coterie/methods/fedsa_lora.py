@@ -23,15 +23,13 @@ from coterie.methods.parts import (
     part_of,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
     weights_of,
-    with_head,
 )
 from coterie.ops.mean import mean
 from coterie.requests import ClientProgram, Train
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
+from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class FedSALoRA(Method[FedSALoRAState]):
         return FedSALoRAState(a, start_heads(base, self.plan, clients))
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        head = start_head(base, self.plan, me) if self.plan.head == "personal" else {}
-        return Personal({**part_of(start_lora(base, self.plan), Part.B), **head})
+        return Personal({**part_of(start_lora(base, self.plan), Part.B), **super().begin(base, me).tensors})
 
     def configure(
         self, state: FedSALoRAState, clients: Sequence[ClientInfo], rnd: int
@@ -78,10 +75,6 @@ class FedSALoRA(Method[FedSALoRAState]):
         weight = weights_of(replies)
         a = mean([lora_of(replies[c].tensors) for c in weight], list(weight.values()))
         return FedSALoRAState(a, mean_heads(state.heads, replies, weight))
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head({**lora_of(ins.tensors), **part_of(personal.tensors, Part.B)}, ins, personal)
-        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FedSALoRAState) -> Mapping[str, Tensors]:
         return {}  # there is no B to go with A; each client's LoRA is in its bundle

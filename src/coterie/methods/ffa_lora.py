@@ -24,15 +24,13 @@ from coterie.methods.parts import (
     part_of,
     settle,
     shapes_of,
-    start_head,
     start_heads,
     start_lora,
     weights_of,
-    with_head,
 )
 from coterie.ops.mean import mean
 from coterie.requests import ClientProgram, Train
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
+from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ class FFALoRA(Method[FFALoRAState]):
         return FFALoRAState(part_of(lora, Part.A), part_of(lora, Part.B), start_heads(base, self.plan, clients))
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        head = start_head(base, self.plan, me) if self.plan.head == "personal" else {}
-        return Personal({**part_of(start_lora(base, self.plan), Part.A), **head})
+        return Personal({**part_of(start_lora(base, self.plan), Part.A), **super().begin(base, me).tensors})
 
     def configure(self, state: FFALoRAState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         return {c.id: Instruction({**state.b, **state.heads.of(c.id)}) for c in clients}
@@ -77,10 +74,6 @@ class FFALoRA(Method[FFALoRAState]):
         weight = weights_of(replies)
         b = mean([lora_of(replies[c].tensors) for c in weight], list(weight.values()))
         return FFALoRAState(state.a, b, mean_heads(state.heads, replies, weight))
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head({**part_of(personal.tensors, Part.A), **lora_of(ins.tensors)}, ins, personal)
-        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FFALoRAState) -> Mapping[str, Tensors]:
         return {"global": {**state.a, **state.b}}

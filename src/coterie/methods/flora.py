@@ -20,8 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pydantic import Field
-
 from coterie.methods.base import Method
 from coterie.methods.findings import Finding, Values
 from coterie.methods.parts import (
@@ -35,15 +33,12 @@ from coterie.methods.parts import (
     start_heads,
     start_lora,
     weights_of,
-    with_head,
 )
-from coterie.methods.plan import MethodSettings
-from coterie.methods.products import folded, largest_rank, summed
+from coterie.methods.products import FoldingSettings, folded, largest_rank, summed
 from coterie.methods.ranks import Ranks, on_server, rank_of, rescaled, start_ranks
 from coterie.requests import ClientProgram, Train
 from coterie.types import (
     FOLDED,
-    Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
@@ -53,14 +48,6 @@ from coterie.types import (
     Target,
     Tensors,
 )
-
-
-class FLoRASettings(MethodSettings):
-    """FLoRA's settings."""
-
-    folded_rank: int = Field(
-        0, ge=0, description="largest rank of what was folded into the base, the rest cut off by SVD; 0: all of it"
-    )
 
 
 @dataclass(frozen=True)
@@ -77,14 +64,14 @@ class FLoRAState:
 class FLoRA(Method[FLoRAState]):
     """R <- R + sum p_i s_i B_i A_i; every round starts from a fresh LoRA."""
 
-    settings: FLoRASettings
+    settings: FoldingSettings
 
     name = "flora"
     title = "FLoRA"
     paper = "arXiv 2409.05976 (NeurIPS 2024)"
     summary = "stacks all clients' A and B, an exact sum, and folds it into the base each round"
     mixed_ranks = True
-    Settings = FLoRASettings
+    Settings = FoldingSettings
     State = FLoRAState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FLoRAState:
@@ -119,10 +106,6 @@ class FLoRA(Method[FLoRAState]):
             folded=folded(state.folded, stack, self.settings.folded_rank),
             heads=mean_heads(state.heads, replies, weight),
         )
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head(lora_of(ins.tensors), ins, personal)
-        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: FLoRAState) -> Mapping[str, Tensors]:
         return {"global": lora_of(state.folded, FOLDED, new=0)} if state.folded else {}

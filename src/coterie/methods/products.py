@@ -8,10 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from pydantic import Field
 from torch import Tensor
 
+from coterie.methods.plan import MethodSettings
 from coterie.ops.lowrank import Product, compact, norm, stacked, truncated
 from coterie.types import FOLDED, Key, Part, Tensors
+
+
+class FoldingSettings(MethodSettings):
+    """The settings of a method that folds products into the base."""
+
+    folded_rank: int = Field(
+        0, ge=0, description="largest rank of what was folded into the base, the rest cut off by SVD; 0: all of it"
+    )
 
 
 def products_of(lora: Tensors) -> dict[str, Product]:

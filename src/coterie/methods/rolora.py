@@ -27,11 +27,10 @@ from coterie.methods.parts import (
     start_heads,
     start_lora,
     weights_of,
-    with_head,
 )
 from coterie.ops.mean import mean
 from coterie.requests import ClientProgram, Train
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
+from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,6 @@ class RoLoRA(Method[RoLoRAState]):
         weight = weights_of(replies)
         new = mean([lora_of(replies[c].tensors) for c in weight], list(weight.values()))
         return RoLoRAState({**state.lora, **new}, mean_heads(state.heads, replies, weight))
-
-    def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        tensors = with_head(lora_of(ins.tensors), ins, personal)
-        return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def experts(self, state: RoLoRAState) -> Mapping[str, Tensors]:
         return {"global": state.lora}

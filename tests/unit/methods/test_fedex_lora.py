@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.methods.fedex_lora import FedExLoRA, FedExLoRASettings
+from coterie.methods.fedex_lora import FedExLoRA
 from coterie.methods.fedit import FedIT
 from coterie.methods.findings import AggregationError, Values, find
 from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.products import FoldingSettings
 from coterie.requests import Train
 from coterie.types import FOLDED, ClientInfo, Part, Reply
 from halves import BASE, Play, mean_of_products, products, still
 
 
 def make(head: Any = "personal", folded_rank: int = 0) -> FedExLoRA:
-    return FedExLoRA(FedExLoRASettings(folded_rank=folded_rank), Plan(rank=2, alpha=4, head=head))
+    return FedExLoRA(FoldingSettings(folded_rank=folded_rank), Plan(rank=2, alpha=4, head=head))
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from coterie import codec
 from coterie.methods.findings import Values
-from coterie.methods.flora import FLoRA, FLoRASettings
+from coterie.methods.flora import FLoRA
 from coterie.methods.parts import start_lora
 from coterie.methods.plan import Plan
+from coterie.methods.products import FoldingSettings
 from coterie.requests import Train
 from coterie.types import FOLDED, ClientInfo, Key, Part, Reply
 from halves import BASE, CLIENTS, Play, mean_of_products, products, still
 
 
 def make(ranks: Any = (), head: Any = "personal", folded_rank: int = 0) -> FLoRA:
-    return FLoRA(FLoRASettings(folded_rank=folded_rank), Plan(rank=2, ranks=ranks, alpha=4, head=head))
+    return FLoRA(FoldingSettings(folded_rank=folded_rank), Plan(rank=2, ranks=ranks, alpha=4, head=head))
 
 
 def scales(play: Play) -> dict[str, float]:
