@@ -40,7 +40,7 @@ test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
 	$(PYTEST) -n 0 -m ray tests/parity/test_flower_ray.py
 
 # LOWEST=torch==2.13.0 spares the download of the oldest torch, which on Linux is several GB with its CUDA.
-test-lowest:  ## the unit tests with the oldest dependencies that pyproject.toml allows, in .venv-lowest
+test-lowest:  ## unit, property and parity tests with the oldest dependencies that pyproject.toml allows, in .venv-lowest
 	@$(MAKE) --no-print-directory .venv-lowest/bin/python
 	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
 		-e '.[$(EXTRAS)]' $(LOWEST)
@@ -60,7 +60,7 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy, strict on src
 	$(BIN)/mypy
 
-format: $(STAMP)  ## let ruff mend what it can
+format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

@@ -5,8 +5,8 @@
     summary = coterie.run("triage.toml", "runs/triage")
     north = coterie.load("runs/triage", client="north")
 
-Besides what a run needs, it names what a method is written with: :class:`Method`, what travels, and the requests.
-Everything is imported when it is first used: ``import coterie`` itself is quick.
+It also has what a method is written with: :class:`Method`, the types that travel, and the requests. Each name is
+imported when it is first used, so ``import coterie`` itself is quick.
 """
 
 from __future__ import annotations

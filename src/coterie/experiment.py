@@ -25,7 +25,7 @@ from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
 from coterie.runs.folder import check_folder, claim, explain_full_disk, lock_folder
-from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
 
@@ -150,10 +150,10 @@ def set_threads(config: Config) -> None:
     torch.set_num_threads(config.engine.threads or default_threads())
 
 
-def rounds_of(config: Config) -> Rounds:
+def rounds_of(config: Config) -> RoundSettings:
     """The settings of the rounds in ``config``."""
     run = config.run
-    return Rounds(
+    return RoundSettings(
         run.rounds,
         run.seed,
         run.cohort,

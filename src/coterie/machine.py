@@ -31,7 +31,7 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 
 @dataclass(frozen=True)
 class Check:
-    """One line of ``coterie doctor`` or ``coterie site check``: what there is, whether it will do, and the fix."""
+    """One line of ``coterie doctor`` or ``coterie site check``: what was found, whether it is enough, and the fix."""
 
     name: str
     value: str
@@ -136,7 +136,7 @@ def release_memory() -> None:
 
 
 def releasing_memory(items: Iterable[T]) -> Iterator[T]:
-    """``items``, with a :func:`release_memory` in between now and then: each takes some 50 ms."""
+    """``items``, with an occasional :func:`release_memory` in between, which takes about 50 ms."""
     released = time.monotonic()
     for item in items:
         yield item

@@ -1,7 +1,7 @@
-"""What a client program may ask for, and what it is answered: training, scores, observations.
+"""The requests of a client program and their answers: training, scores, observations.
 
-A client program is a generator that yields requests and is sent their answers. Nothing here computes:
-:mod:`coterie.compute` answers.
+A client program is a generator that yields requests and receives the answers. Nothing is computed here:
+:mod:`coterie.compute` does that.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Trained:
     """The trained tensors (those of ``trainable``, no others), the mean loss per label, and counts.
 
     A label is an example in classification, and a token of the completion or of the right candidate otherwise. The loss
-    is the task's alone; ``balance`` is the mean over the steps of the load-balance loss before its weight, 0 without.
+    is the task's alone; ``balance`` is the mean over the steps of the load-balance loss before its weight, 0 without
+    such a loss.
     """
 
     tensors: Tensors

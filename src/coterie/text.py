@@ -9,15 +9,15 @@ import unicodedata
 from coterie.types import Json
 
 _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of surrogate pairs, separators of lines
-_TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # they turn the direction of the text around them
+_TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # they change the direction of the text around them
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _ESCAPED_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # the only way in which JSON that is UTF-8 can have one
 
 
 def parse_json(text: str | bytes) -> Json:
-    """The value that ``text`` is the JSON of.
+    """The value of the JSON in ``text``.
 
-    Raises :class:`ValueError` whatever is wrong with it, also where a text in it holds half of a surrogate pair.
+    Raises :class:`ValueError` for any fault, including half of a surrogate pair in a text.
     """
     try:
         value = json.loads(text)
@@ -42,7 +42,7 @@ def reason_of(fault: ValueError | RecursionError) -> str:
 def check_pairs(text: str) -> None:
     """Raise :class:`ValueError` if ``text`` holds half of a surrogate pair, which can be neither shown nor written."""
     if half := _HALF_PAIR.search(text):
-        raise ValueError(f"a text in it has the character U+{ord(half[0]):04X}, which is only half of one; remove it")
+        raise ValueError(f"a text in it has the character U+{ord(half[0]):04X}, half of a surrogate pair; remove it")
 
 
 def name_fault(name: str, allowed: str = "") -> str | None:

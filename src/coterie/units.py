@@ -6,7 +6,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB")
 
 
 def size(value: float) -> str:
-    """Bytes with three digits or so: ``999 B``, ``1.5 KiB``, ``300 MiB``, ``5120 GiB``."""
+    """Bytes with about three digits: ``999 B``, ``1.5 KiB``, ``300 MiB``, ``5120 GiB``."""
     for unit in _UNITS:
         if value < 1024 or unit == _UNITS[-1]:
             break

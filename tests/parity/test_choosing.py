@@ -17,7 +17,7 @@ import sites
 from coterie import codec
 from coterie.data.clients import load_data
 from coterie.engines import local
-from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.rounds import RoundSettings, Runner
 from coterie.types import Part
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
@@ -89,7 +89,7 @@ def after_two_rounds(engine: Any, config: Any, folder: Path) -> tuple[dict[str, 
     """Every client's bank and scores."""
     folder.mkdir(exist_ok=True)
     method = flower_sites.method_of(config)
-    state = Runner(method, engine, Rounds(2, 0), folder).run()
+    state = Runner(method, engine, RoundSettings(2, 0), folder).run()
     instructions = method.configure(state, engine.clients, 3)
     scores = {c: dict(of.scores) for c, of in engine.evaluate(method, instructions, 2, ("test",))}
     return dict(engine.banks(method, instructions, 2)), scores

@@ -16,7 +16,7 @@ from coterie import codec
 from coterie.data.clients import load_data
 from coterie.engines import local
 from coterie.methods.registry import methods
-from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.rounds import RoundSettings, Runner
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 TIMES = ("seconds", "peak_memory_bytes")
@@ -62,7 +62,7 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(name: str, head: st
     method, states = flower_sites.method_of(config), {}
     for place, engine in (("here", reference), ("there", remote)):
         (tmp_path / place).mkdir(exist_ok=True)
-        runner = Runner(method, engine, Rounds(3, 0), tmp_path / place)
+        runner = Runner(method, engine, RoundSettings(3, 0), tmp_path / place)
         states[place] = runner.run()
     assert codec.encode(states["here"]) == codec.encode(states["there"])
     assert events(tmp_path / "here") == events(tmp_path / "there")

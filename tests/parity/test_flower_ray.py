@@ -26,7 +26,7 @@ from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
 from coterie.flower.simulation import SimulatedTransport, simulation
 from coterie.methods.registry import method_named, methods
-from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.rounds import RoundSettings, Runner
 from coterie.types import CoterieError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -121,7 +121,7 @@ def every_file_is_the_local_engines(name: str, tmp_path: Path, ray: SimulatedTra
         for place, engine in engines(config, tmp_path, ray).items():
             folder = tmp_path / place
             folder.mkdir(exist_ok=True)
-            state = Runner(method, engine, Rounds(rounds, 0), folder).run()
+            state = Runner(method, engine, RoundSettings(rounds, 0), folder).run()
             banks[place] = dict(engine.banks(method, method.configure(state, engine.clients, 4), 3))
     here, there = (left(tmp_path / place) for place in ("here", "there"))
     assert len(here) >= 3

@@ -227,7 +227,7 @@ def test_one_dataset_more_leaves_the_others_as_they_were() -> None:
         ("by_data", {}, {}, "by_dataset, dirichlet, iid, natural, pathological, quantity_skew"),
         ("dirichlet", {}, {"clients": 2}, "needs data.partition.alpha"),
         ("dirichlet", {}, {}, "needs data.partition.clients and data.partition.alpha"),
-        ("iid", {}, {"clients": 2, "alpha": 1.0}, "iid has no alpha; it takes clients"),
+        ("iid", {}, {"clients": 2, "alpha": 1.0}, "iid does not use alpha; it uses clients"),
         ("iid", {"train": 30}, {"clients": 3}, "need 90, but there are 80; lower data.train_rows"),
         ("iid", {"test": 90}, {"clients": 1}, "need 90, but there are 80; lower data.test_rows"),
         ("iid", {}, {"clients": 81}, "81 client\\(s\\) with 1 train row\\(s\\) each need 81, but there are 80"),

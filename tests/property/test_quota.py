@@ -101,7 +101,7 @@ def test_without_any_importance_all_count_alike() -> None:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_budget_below_the_floors_is_refused(rule: Rule) -> None:
-    with pytest.raises(ValueError, match="floors that add up to 4"):
+    with pytest.raises(ValueError, match="below the sum of the floors, 4"):
         rule([1.0, 1.0], [5, 5], 3, 2)
     if rule is not uniform:
         with pytest.raises(ValueError, match="numbers >= 0"):

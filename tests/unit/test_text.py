@@ -15,7 +15,7 @@ from coterie.text import name_fault, parse_json, printable
         ('{"a": ', r"line 1, column 7"),
         ("[" * 100_000, "nested too deep"),
         ("1" * 4301, "thousands of digits"),
-        ('"big\\ud800"', r"U\+D800, which is only half of one"),
+        ('"big\\ud800"', r"U\+D800, half of a surrogate pair"),
         ('{"\\udfff": 1}', r"U\+DFFF"),
         ('["\\uDBFF\\uD800"]', r"U\+DBFF"),
         (b'"\xff"', "utf-8"),

@@ -134,7 +134,7 @@ def put_back(tensors: Tensors, ranks: Mapping[Key, int]) -> dict[Key, Tensor]:
     }
 
 
-def fit(pool: Pool, modules: Iterable[str]) -> dict[str, str]:
+def match_modules(pool: Pool, modules: Iterable[str]) -> dict[str, str]:
     """The name in ``modules`` of each of the pool's modules: the only one that ends in the pool's name."""
     names = list(modules)
     matches = {m: [n for n in names if n == m or n.endswith(f".{m}")] for m in pool.modules}

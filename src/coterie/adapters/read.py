@@ -79,7 +79,7 @@ def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
     tensors: dict[Key, Tensor] = {}
     first = 0
     for name, folder in read.items():
-        fitted = _fitted(name, folder, sizes, path)
+        fitted = _under_base_names(name, folder, sizes, path)
         ranks = {module: a.shape[0] for (module, part), a in fitted.items() if part is Part.A}
         record = Adapter(
             name, first, max(ranks.values()), ranks, folder.source, folder.sha256, folder.base, folder.licence,
@@ -231,7 +231,7 @@ def _licence(folder: Path) -> str | None:
     return found[1].strip("'\"") if found else None
 
 
-def _fitted(
+def _under_base_names(
     name: str, adapter: AdapterFolder, sizes: Mapping[str, tuple[int, int]], path: str
 ) -> dict[tuple[str, Part], Tensor]:
     """The adapter's tensors under the bare base's names. Raises where a module is missing there or has another size."""

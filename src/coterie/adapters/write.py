@@ -35,8 +35,8 @@ def write_adapter(
     """Write one expert as a PEFT adapter: ``y = W0 x + s B A x``, s = alpha / rank.
 
     ``tensors`` holds one A [r, d_in] and one B [d_out, r] per module; a module whose r is not ``rank`` keeps the same
-    s. ``head`` goes into ``modules_to_save``: load it on a model with as many labels. ``fan_in_fan_out`` is for
-    targets that are GPT-2's ``Conv1D`` (``Target.transposed``). Everything is written in float32.
+    s. ``head`` goes into ``modules_to_save``: load it on a model with the same number of labels. ``fan_in_fan_out`` is
+    for targets that are GPT-2's ``Conv1D`` (``Target.transposed``). Everything is written in float32.
     Raises :class:`ValueError` for tensors that are not one expert, and for a head on a model that has none.
     """
     ranks = ranks_of(tensors)
@@ -52,7 +52,10 @@ def write_adapter(
 
 
 def _scales(ranks: Mapping[str, int], rank: int, alpha: float) -> dict[str, object]:
-    """PEFT's settings of the experts. What is left out has PEFT's defaults; writing them would take PEFT's import."""
+    """PEFT's settings of the experts.
+
+    Those left out keep PEFT's defaults: writing them would require importing PEFT.
+    """
     other = {_exactly(name): r for name, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
@@ -85,7 +88,7 @@ def ranks_of(tensors: Tensors) -> dict[str, int]:
             raise ValueError(f"{name}: an adapter holds one A and one B of one expert, not {', '.join(map(str, keys))}")
         a, b = (tensors[key] for key in keys)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(f"{name}: A {list(a.shape)} and B {list(b.shape)} make no product B A")
+            raise ValueError(f"{name}: A {list(a.shape)} and B {list(b.shape)} have no product B A")
     return {name: tensors[keys[0]].shape[0] for name, keys in modules.items()}
 
 

@@ -25,7 +25,7 @@ from coterie.types import ClientResult, CoterieError
 
 W = TypeVar("W")
 R = TypeVar("R")
-FAULTS = (CoterieError, torch.OutOfMemoryError)  # a client's own; anything else is a fault of Coterie
+FAULTS = (CoterieError, torch.OutOfMemoryError)  # faults of a single client; anything else is a bug in Coterie
 ClientRequest = tuple[LocalCompute, Request]
 Note = Callable[[str], None]
 
@@ -35,7 +35,7 @@ def drive_together(
 ) -> list[ClientResult | Exception]:
     """Run the programs to their ends in step. Returns what each returns, or the fault that ended it.
 
-    ``note`` is called with what the user should know. A fault that is no client's is raised, after the programs'
+    ``note`` is called with what the user should know. Any other fault is raised, after the programs'
     ``finally`` blocks.
     """
     results: dict[int, ClientResult | Exception] = {}
@@ -77,7 +77,7 @@ def _halving(requests: list[ClientRequest], note: Note) -> list[Answer | Excepti
         return [_alone(each, note) for each in requests]
     except torch.OutOfMemoryError:
         pass  # continue below, where the traceback no longer keeps the tensors
-    requests = [_fewer_rows(each) for each in requests]  # each of half as many clients would get twice as many
+    requests = [_fewer_rows(each) for each in requests]  # else half as many clients would each get twice as many rows
     half = -(-len(requests) // 2)
     note(f"out of memory with {len(requests)} clients in a batch; continuing with {half}")
     if torch.cuda.is_available():
@@ -132,7 +132,7 @@ def train_together(requests: Sequence[tuple[LocalCompute, Train]]) -> list[Train
 
 
 def score_together(requests: Sequence[tuple[LocalCompute, Score]]) -> list[list[Scored] | CoterieError]:
-    """What :meth:`LocalCompute.score` returns or raises, for each: first bank by first bank, then the second ones."""
+    """What :meth:`LocalCompute.score` returns or raises, for each: all first banks together, then all second ones."""
     scores: list[list[Scored]] = [[] for _ in requests]
     faults: dict[int, CoterieError] = {}
     for number in range(max(len(request.banks) for _, request in requests)):

@@ -34,7 +34,7 @@ class LocalCompute:
         return self.keep(request, trained)
 
     def keep(self, request: Train, trained: Trained) -> Trained:
-        """Remember the bank that training left, of several heads the client's own."""
+        """Remember the trained bank; if it has several heads, with the client's own head only."""
         tensors = {**request.bank.tensors, **trained.tensors}
         if request.rows_of:
             tensors = one_head(tensors, request.rows_of[self.client.info.id])

@@ -79,13 +79,13 @@ def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
 
 
 def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The devices that ``[engine] device`` means. Raises :class:`CoterieError` for a GPU that is named twice."""
+    """The devices that ``[engine] device`` names. Raises :class:`CoterieError` for a GPU that is named twice."""
     if setting == "auto":
         return ("cuda" if torch.cuda.is_available() else "cpu",)
     if setting == "cuda:all":
         return tuple(name for name in devices() if name.startswith("cuda")) or (
             "cuda",
-        )  # an error later, where there is none
+        )  # raises an error later if there is none
     if isinstance(setting, str):
         return (setting,)
     twice = [name for name, count in Counter(setting).items() if count > 1 and name != "cpu"]

@@ -71,7 +71,7 @@ class Observation:
     def batches(self, clients: int = 1) -> Iterator[Batch]:
         """Batches on the CPU for passes that ``clients`` clients share.
 
-        Where padding counts, what is observed depends on the batches: they are those of one client alone.
+        If padding counts, the statistics depend on the batches. They are then those of one client alone.
         """
         size = self.workplace.rows_of_each(1 if self.request.padding else clients)
         return in_order(self.workplace.task, self.examples, size)

@@ -44,7 +44,7 @@ class Optimisers:
         return Optimisers({pace: _optimizer(pace, trained, fused) for pace, trained in parameters.items() if trained})
 
     def step(self, steps: Mapping[Pace, int]) -> None:
-        """Take a step for each of these paces, given the number of the step that it is at, from 0."""
+        """Take one step for each pace in ``steps``, which has the number of that step, from 0."""
         for pace, number in steps.items():
             if optimizer := self.by_pace.get(pace):
                 for group in optimizer.param_groups:

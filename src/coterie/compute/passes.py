@@ -28,8 +28,9 @@ from coterie.nn.rows import RowMask
 class Joined:
     """The batches of the clients ``active`` as one: ``inputs`` [c*rows, tokens], on the device.
 
-    Each client has as many rows as the largest batch (copies fill it up) of as many tokens as the longest. ``parts``
-    are the clients' own batches; ``real`` [c, rows, tokens] marks their tokens, ``own`` their padding too (None: all).
+    Each client has as many rows as the largest batch (smaller ones are filled up with copies), of as many tokens as the
+    longest row. ``parts`` are the clients' own batches; ``real`` [c, rows, tokens] marks their tokens, ``own`` their
+    padding too (None: all).
     """
 
     active: Sequence[int]
@@ -42,7 +43,7 @@ class Joined:
 
     @property
     def prompt(self) -> Tensor:
-        """[c*rows, tokens]: as :attr:`Batch.prompt`, and 0 in rows and tokens that fill up."""
+        """[c*rows, tokens]: as :attr:`Batch.prompt`, and 0 in the rows and tokens that were added."""
         if self.own is None:
             return self.parts[0].prompt
         marks = torch.zeros_like(self.own)
@@ -63,7 +64,8 @@ class Joined:
 class Passes:
     """Passes through the base of ``workplace`` with clients' banks on it.
 
-    ``row_mask`` has the tokens that stand for their rows. ``many``: whose rows a pass holds; None: those of one client.
+    ``row_mask`` has the tokens that stand for their rows. ``many`` says which clients' rows a pass holds; None: one
+    client's.
     """
 
     workplace: Workplace
@@ -94,7 +96,7 @@ class Passes:
         return Joined(active, inputs, [batch.to(device) for batch in batches], rows, tokens, real, own)
 
     def in_step(self, streams: Sequence[Iterator[Batch]]) -> Iterator[Joined]:
-        """The first batches of all clients' streams, then the second ones of those that have more."""
+        """The first batches of all clients' streams, then the second batches of those that have one, and so on."""
         for batches in zip_longest(*streams):
             active = [i for i, batch in enumerate(batches) if batch is not None]
             yield self.join(active, [batch for batch in batches if batch is not None])
@@ -136,7 +138,7 @@ def on_base(workplace: Workplace, layers: Sequence[BankLayers]) -> Iterator[Pass
 
 
 def logits_of(workplace: Workplace, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The model's logits with whatever is attached. Raises :class:`StoppedError` where the workplace is to stop."""
+    """The model's logits with whatever is attached. Raises :class:`StoppedError` once the workplace is stopped."""
     if workplace.stop.is_set():
         raise StoppedError
     with workplace.autocast():

@@ -29,7 +29,7 @@ class Penalties:
         """Raises :class:`CoterieError` for a proximal term on a tensor that does not train."""
         keys = sorted(request.proximal.keys) if request.proximal else []
         if fixed := [str(key) for key in keys if key not in parameters]:
-            raise CoterieError(f"{', '.join(fixed)}: the proximal term is for tensors that train, and these do not")
+            raise CoterieError(f"the proximal term is only for tensors that train; {', '.join(fixed)} do not")
         pulled = [(parameters[key], parameters[key].detach().clone()) for key in keys]
         pairs = {key: key._replace(part=Part.B) for key in sorted(parameters) if key.part is Part.A}
         both = [(parameters[b], parameters[a]) for a, b in pairs.items() if b in parameters]

@@ -46,7 +46,7 @@ def score(scorings: Sequence[Scoring]) -> list[Scored]:
 
 
 def _texts(passes: Passes, scorings: Sequence[Scoring]) -> list[list[str] | None]:
-    """The completions of each client that has them scored, else None."""
+    """The completions of each client, or None if they are not scored."""
     if not any(scoring.generates for scoring in scorings):
         return [None] * len(scorings)
     texts = completions(passes, [scoring.prompts if scoring.generates else [] for scoring in scorings])
@@ -98,12 +98,12 @@ class Scoring:
         return in_order(self.task, self.examples, size)
 
     def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
-        """The next pass is of this batch, whose real tokens ``mask`` marks in the pass."""
+        """Prepare for a pass of this batch, in which ``mask`` marks its real tokens."""
         if self.collector:
             self.collector.begin_pass(mask, batch.mask.sum())
 
     def add(self, batch: Batch, logits: Tensor) -> None:
-        """Count the logits of a batch; nothing here waits for the device."""
+        """Add the losses and predictions of a batch; nothing here waits for the device."""
         self.losses.append(self.task.loss(logits, batch))
         self.count += batch.count
         if self.task.kind == "classification":
@@ -113,7 +113,7 @@ class Scoring:
     def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores, with the metrics of generated ``texts`` if there are any."""
         total = 0.0
-        for loss_of_batch in torch.stack(self.losses).tolist():  # sum() rounds otherwise from Python 3.12 on
+        for loss_of_batch in torch.stack(self.losses).tolist():  # sum() rounds differently from Python 3.12 on
             total += loss_of_batch
         loss = total / self.count
         metrics = {} if texts is None else text_metrics([row.completion for row in self.prompts], texts)
@@ -140,7 +140,7 @@ class ChoiceScoring(Scoring):
             yield self.task.collate([candidate(self.examples[i], j) for i, j in self.order[start : start + size]])
 
     def begin_pass(self, batch: Batch, mask: Tensor | None) -> None:
-        """The next pass is of this batch; the tokens of right candidates count in the usage of the experts."""
+        """Prepare for a pass of this batch; only tokens of right candidates count in the usage of the experts."""
         if self.collector:
             rows = self.order[self.passed : self.passed + len(batch.labels)]
             right = torch.tensor([j == self.examples[i].label for i, j in rows], device=batch.mask.device)

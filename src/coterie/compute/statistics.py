@@ -1,4 +1,4 @@
-"""Collects the statistics of a bank's forward passes, whatever the passes are for: observing, or scoring besides."""
+"""Collects the statistics of a bank's forward passes, during observation or during scoring."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Collector:
         self.now.rows.used = self.now.rows.used or self.now.directions is not None
 
     def begin_pass(self, mask: Tensor | None, tokens: Tensor | int) -> None:
-        """The next pass: of its tokens those that ``mask`` [b, t] marks count (None: all), so many as ``tokens``."""
+        """Prepare for a pass: ``mask`` [b, t] marks the tokens that count (None: all), ``tokens`` is their number."""
         self.now.mask = mask
         self.tokens = self.tokens + tokens
 
     def result(self) -> Observed:
-        """The means over the tokens that each module saw. From here on nothing is collected."""
+        """The means over the tokens that each module saw. This ends the collection."""
         now = self.now
         sums, usage, seen = now.embeddings or {}, now.usage or {}, now.seen
         embeddings = {key: (value / seen[key.module]).float().cpu() for key, value in sorted(sums.items())}

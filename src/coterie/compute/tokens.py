@@ -69,7 +69,7 @@ class Packed:
 
 @dataclass
 class TokenCache(MutableMapping[Split, list[Example]]):
-    """The examples of many splits, at most ``limit`` bytes of them: those that were used last."""
+    """The examples of many splits: the most recently used, at most ``limit`` bytes."""
 
     limit: int = LIMIT
     packed: OrderedDict[Split, Packed] = field(default_factory=OrderedDict)
@@ -91,7 +91,7 @@ class TokenCache(MutableMapping[Split, list[Example]]):
         self.nbytes -= self.packed.pop(key).nbytes
 
     def __iter__(self) -> Iterator[Split]:
-        return iter(list(self.packed))  # a copy: to read a split moves it
+        return iter(list(self.packed))  # a copy, because reading a split moves it
 
     def __len__(self) -> int:
         return len(self.packed)

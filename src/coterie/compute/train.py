@@ -1,7 +1,7 @@
 """Answers ``Train``: the steps of a round, for one client alone or for many in the same passes.
 
-:func:`train_steps` is the whole loop. What is each client's own (its batches, random streams, loss, clipping and
-checks) is its :class:`Training`.
+:func:`train_steps` is the whole loop. What belongs to one client (its batches, random streams, loss, clipping and
+checks) is in its :class:`Training`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Training:
 
     @property
     def pace(self) -> Pace:
-        """Clients of one pace, begun together, have the same learning rate at every step."""
+        """What the learning rate depends on: clients with the same pace have the same rate at every step."""
         return Pace(self.request.optim, self.rnd, len(self.steps))
 
     @property
@@ -126,7 +126,7 @@ class Training:
         return micro
 
     def begin_pass(self, number: int, mask: Tensor | None) -> None:
-        """Prepare the pass of that micro-batch of the step. ``mask`` [b, t] marks its real tokens; None: all count."""
+        """Prepare for a pass of micro-batch ``number``. ``mask`` [b, t] marks its real tokens; None: all count."""
         request = self.request
         in_round = self.step * request.optim.accumulate + number
         purpose = self.rnd, self.client.info.id, request.purpose, "dropout", in_round
@@ -206,6 +206,6 @@ class Training:
 
 
 def _means(losses: Sequence[Tensor], counts: Sequence[int]) -> tuple[float, float]:
-    """The mean over all labels seen of the steps' means over ``counts`` labels; the mean over steps of the balance."""
+    """The mean task loss over all labels (step i has ``counts[i]``), and the mean balance loss over steps."""
     task, balance = torch.stack(list(losses)).cpu().double().unbind(1)
     return float((task * torch.tensor(counts)).sum()) / sum(counts), float(balance.mean())

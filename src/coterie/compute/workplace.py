@@ -48,7 +48,7 @@ class Workplace:
         return self.base.device
 
     def current(self) -> AbstractContextManager[object]:
-        """Makes the device the thread's own, for kernels that ask for no other."""
+        """Makes the device the thread's current one, for kernels that do not name a device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -56,7 +56,7 @@ class Workplace:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def rows_of_each(self, clients: int) -> int:
-        """The rows of each client in an evaluation pass that so many share."""
+        """The number of each client's rows in an evaluation pass that ``clients`` clients share."""
         return -(-self.eval_batch_size // clients)
 
     def examples(self, client: ClientData, split: str) -> list[Example]:
@@ -85,7 +85,7 @@ class Workplace:
                 self.examples(client, split)
 
     def lengths(self, client: ClientData, split: str) -> Sequence[int]:
-        """The tokens of each row of a split, remembered when the rows themselves are given up; none without rows.
+        """The tokens of each row of a split, kept when the tokens themselves are dropped; empty without rows.
 
         Raises as the task does for a row that it cannot encode.
         """

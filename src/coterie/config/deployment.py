@@ -11,7 +11,7 @@ from coterie.types import Json, Part, Section
 class FederationSettings(Section):
     """How the server of ``coterie serve`` works with its sites. ``coterie run`` does not read it."""
 
-    sites: tuple[str, ...] = Field((), description="ids of the sites that may take part; empty: any that connects")
+    sites: tuple[str, ...] = Field((), description="ids of the sites that may take part; empty: any site that connects")
     at_least: int = Field(0, ge=0, description="sites needed to begin once `wait` is over; 0: all of `sites`")
     wait: float = Field(600.0, gt=0, description="seconds to wait for the sites before the first round")
     deadline: float = Field(3600.0, gt=0, description="seconds that a site has to answer a message")

@@ -101,7 +101,7 @@ def override(raw: Raw, overrides: Sequence[str]) -> dict[str, object]:
             raise CoterieError(f"--set {text!r} is not of the form section.key=value")
         *sections, key = path.strip().split(".")
         if len(sections) > _DEEPEST:
-            raise CoterieError(f"--set {text[:40]!r}...: no setting is inside so many sections")
+            raise CoterieError(f"--set {text[:40]!r}...: no setting is nested that deeply")
         inner = result
         for section in sections:
             below = inner.setdefault(section, {})

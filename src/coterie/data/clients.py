@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from coterie.data.files import Table, read_table
+from coterie.data.files import RowTable, read_table
 from coterie.data.manifest import client_entry
 from coterie.data.parse import listing, parse
 from coterie.data.rows import SPLITS, ClientData, FederatedData, client_data
@@ -40,7 +40,9 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
     return FederatedData(tuple(client for client, _ in clients), manifest)
 
 
-def _own_files(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> list[tuple[ClientData, list[Table]]]:
+def _own_files(
+    settings: DataSettings, kind: TaskKind, seed: int, root: Path
+) -> list[tuple[ClientData, list[RowTable]]]:
     """Clients with files of their own, each with its tables."""
     _check_ids([files.id for files in settings.clients])
     given = [(files, _tables(files, root)) for files in settings.clients] or _client_folders(settings, root)

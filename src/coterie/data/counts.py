@@ -112,7 +112,7 @@ def divided(left: Ints, holds: Ints) -> Ints:
 def apportion(wish: NDArray[np.float64], left: Ints, size: int) -> Ints:
     """``size`` rows over the classes [k], as near to the proportions ``wish`` as the rows that are ``left`` allow.
 
-    By largest remainder. What a class is short of comes from the others in ``wish``, and then from any.
+    By largest remainder. Rows that a class lacks come from the other classes in ``wish``, then from any class.
     ``left`` must hold ``size`` rows.
     """
     counts = np.zeros_like(left)
@@ -128,7 +128,7 @@ def apportion(wish: NDArray[np.float64], left: Ints, size: int) -> Ints:
     return counts
 
 
-def deal(clients: int, labels: int, each: int, numbers: np.random.Generator) -> Ints:
+def assign_labels(clients: int, labels: int, each: int, numbers: np.random.Generator) -> Ints:
     """Which client holds which label [c, k], 0 or 1: each takes the labels with the fewest holders, ties at random."""
     holds = np.zeros((clients, labels), np.int64)
     for c in range(clients):

@@ -20,8 +20,8 @@ Record = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows as read: column name to value, where they came from, and the SHA-256 of that.
+class RowTable:
+    """Rows as read (column name to value), their source, and the source's SHA-256.
 
     ``lines`` holds the line of each record in a text file (1 is the first), or nothing.
     """
@@ -41,12 +41,12 @@ class Table:
         return list(dict.fromkeys(name for record in self.records for name in record))
 
 
-def table_of(source: str, records: Sequence[Record]) -> Table:
+def table_of(source: str, records: Sequence[Record]) -> RowTable:
     """A table of records that come from no file; its hash is that of their JSON."""
     text = "\n".join(json.dumps(record, sort_keys=True, default=str) for record in records)
     for row, record in enumerate(records):
         _check_text(record, f"{source}, row {row + 1}")
-    return Table(source, records, hashlib.sha256(text.encode()).hexdigest())
+    return RowTable(source, records, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _check_text(record: Record, where: str) -> None:
@@ -56,7 +56,7 @@ def _check_text(record: Record, where: str) -> None:
         raise DataError(f"{where}: {fault}") from fault
 
 
-def read_table(path: Path, split: str = "train") -> Table:
+def read_table(path: Path, split: str = "train") -> RowTable:
     """The rows of a split's file.
 
     Raises :class:`DataError` for a missing file, an unknown ending, a file that cannot be read, and one without rows.
@@ -71,7 +71,7 @@ def read_table(path: Path, split: str = "train") -> Table:
     if not records:
         more = ", or leave the file out" if split != "train" else ""
         raise DataError(f"{path}: no rows; add some{more}")
-    return Table(str(path), records, hashlib.sha256(content).hexdigest(), lines)
+    return RowTable(str(path), records, hashlib.sha256(content).hexdigest(), lines)
 
 
 def _text(path: Path, content: bytes) -> str:

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from coterie.data.files import Table
+from coterie.data.files import RowTable
 from coterie.data.rows import ClientData, label_of
 from coterie.data.sources import Dataset
 
 
-def client_entry(client: ClientData, tables: Sequence[Table], root: Path) -> dict[str, object]:
-    """What the manifest says of one client, whose rows come from ``tables``."""
+def client_entry(client: ClientData, tables: Sequence[RowTable], root: Path) -> dict[str, object]:
+    """The manifest's entry for one client, whose rows come from ``tables``."""
     info = client.info
     counts = {split: Counter(map(label_of, rows)) for split, rows in client.splits.items()}
     return {
@@ -29,7 +29,7 @@ def client_entry(client: ClientData, tables: Sequence[Table], root: Path) -> dic
 
 
 def dataset_entry(dataset: Dataset, root: Path) -> dict[str, object]:
-    """What the manifest says of a dataset that was split over clients."""
+    """The manifest's entry for a dataset that was split over clients."""
     return {
         "rows": {split: len(table.records) for split, table in dataset.tables.items()},
         "files": _files(dataset.tables.values(), root),
@@ -37,8 +37,8 @@ def dataset_entry(dataset: Dataset, root: Path) -> dict[str, object]:
     }
 
 
-def _files(tables: Iterable[Table], root: Path) -> dict[str, str]:
-    """Where the rows came from, relative to the config's folder, and the SHA-256 of that."""
+def _files(tables: Iterable[RowTable], root: Path) -> dict[str, str]:
+    """The sources of the rows, relative to the config's folder, each with its SHA-256."""
     return {
         os.path.relpath(table.source, root.resolve()) if os.path.isabs(table.source) else table.source: table.sha256
         for table in tables

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from coterie.data.files import Table
+from coterie.data.files import RowTable
 from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
@@ -19,7 +19,7 @@ LONGEST_TEXT = 1_000_000  # characters: beyond what any base reads, and minutes 
 
 
 def parse(
-    tables: Mapping[str, Table], columns: Columns, kind: TaskKind, labels: Sequence[str] | None
+    tables: Mapping[str, RowTable], columns: Columns, kind: TaskKind, labels: Sequence[str] | None
 ) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...] | None]:
     """The rows of each table, in its order, and the label names (None for generation).
 
@@ -48,13 +48,13 @@ def parse(
     return {split: tuple(_label_rows(table, columns, names)) for split, table in tables.items()}, names
 
 
-def found_labels(tables: Iterable[Table], columns: Columns) -> tuple[str, ...]:
+def found_labels(tables: Iterable[RowTable], columns: Columns) -> tuple[str, ...]:
     """The names of the labels that occur, sorted: as numbers if they all are, else as text."""
     names = {_label(value, table.where(row)) for table in tables for row, value in _column(table, columns, "label")}
     return tuple(sorted(names, key=int if all(map(_is_integer, names)) else str))
 
 
-def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str, ...]:
+def _trained_labels(tables: Mapping[str, RowTable], columns: Columns) -> tuple[str, ...]:
     """The labels of the training rows. One that occurs only in another split is refused: most are spelling mistakes."""
     names = found_labels([tables["train"]], columns)
     _check_spelling(names, tables["train"], columns)
@@ -68,7 +68,7 @@ def _trained_labels(tables: Mapping[str, Table], columns: Columns) -> tuple[str,
     return names
 
 
-def _check_spelling(names: Sequence[str], table: Table, columns: Columns) -> None:
+def _check_spelling(names: Sequence[str], table: RowTable, columns: Columns) -> None:
     """Raises :class:`DataError` for names that differ in capital letters or white space alone: slips, in most files."""
     first: dict[str, str] = {}
     for name in names:
@@ -91,14 +91,14 @@ def listing(names: Sequence[str], most: int = 12) -> str:
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
 
 
-def _text_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[TextRow]:
+def _text_rows(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable[TextRow]:
     pairs = _pairs(table, columns)
     texts = _column(table, columns, "text")
     for (row, text), label, pair in zip(texts, _labels(table, columns, names), pairs, strict=True):
         yield TextRow(_string(text, table.where(row), columns.text), label, pair)
 
 
-def _labels(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[int]:
+def _labels(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable[int]:
     """The index of each row's label in ``names``."""
     index = {name: i for i, name in enumerate(names)}
     if not any(map(_is_integer, names)):
@@ -110,20 +110,20 @@ def _labels(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[in
         yield index[label]
 
 
-def _prompt_rows(table: Table, columns: Columns) -> Iterable[PromptRow]:
+def _prompt_rows(table: RowTable, columns: Columns) -> Iterable[PromptRow]:
     prompts, completions = _prompts(table, columns), _column(table, columns, "completion")
     for prompt, (row, completion) in zip(prompts, completions, strict=True):
         yield PromptRow(prompt, _string(completion, table.where(row), columns.completion))
 
 
-def _label_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:
+def _label_rows(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:
     """Rows whose candidates are the label names, with a space before each unless the prompt ends in one."""
     apart, spaced = tuple(names), tuple(f" {name}" for name in names)
     for prompt, label in zip(_prompts(table, columns), _labels(table, columns, names), strict=True):
         yield ChoiceRow(prompt, apart if prompt[-1].isspace() else spaced, label)
 
 
-def _choice_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:
+def _choice_rows(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:
     """Rows with candidates of their own."""
     prompts, candidates = _prompts(table, columns), _column(table, columns, CHOICES)
     for prompt, (row, given), (_, value) in zip(prompts, candidates, _column(table, columns, "label"), strict=True):
@@ -131,7 +131,7 @@ def _choice_rows(table: Table, columns: Columns, names: Sequence[str]) -> Iterab
         yield ChoiceRow(prompt, choices, _answer(value, choices, names, table.where(row)))
 
 
-def _has_choices(tables: Iterable[Table], columns: Columns) -> bool:
+def _has_choices(tables: Iterable[RowTable], columns: Columns) -> bool:
     """Whether rows have candidates of their own: if one has, all must."""
     return columns.choices is not None or any(record.get(CHOICES) for table in tables for record in table.records)
 
@@ -147,7 +147,7 @@ def _candidates(value: object, where: str, column: str) -> tuple[str, ...]:
         if not isinstance(choice, str):
             raise DataError(f"{where}: {column}[{i}] is {choice!r}, not text")
         if not choice.strip():
-            raise DataError(f"{where}: {column}[{i}] is empty; every candidate has a text")
+            raise DataError(f"{where}: {column}[{i}] is empty; every candidate must have text")
         _bounded(choice, where, f"{column}[{i}]")
     if len(value) < 2:
         raise DataError(f"{where}: {column} holds {len(value)} candidate(s); give two or more")
@@ -194,7 +194,7 @@ def _check_template(columns: Columns, kind: TaskKind) -> None:
         raise DataError(f"data.columns.template has {{{answer}}}, which puts the answer into the prompt; leave it out")
 
 
-def _prompts(table: Table, columns: Columns) -> list[str]:
+def _prompts(table: RowTable, columns: Columns) -> list[str]:
     """The prompts: from their column, or from other columns through the template."""
     if columns.template is None:
         return [_string(value, table.where(row), columns.prompt) for row, value in _column(table, columns, "prompt")]
@@ -207,7 +207,7 @@ def _prompts(table: Table, columns: Columns) -> list[str]:
     return [fill(columns.template, dict(zip(names, values, strict=True))) for values in zip(*filled, strict=True)]
 
 
-def _column(table: Table, columns: Columns, role: str) -> Iterable[tuple[int, object]]:
+def _column(table: RowTable, columns: Columns, role: str) -> Iterable[tuple[int, object]]:
     """Row number and value of the column that plays ``role``. Raises for an unknown column, an empty value."""
     name = getattr(columns, role) or role
     if name not in table.columns:
@@ -217,7 +217,7 @@ def _column(table: Table, columns: Columns, role: str) -> Iterable[tuple[int, ob
     return _values(table, name)
 
 
-def _values(table: Table, name: str) -> Iterable[tuple[int, object]]:
+def _values(table: RowTable, name: str) -> Iterable[tuple[int, object]]:
     """Row number and value of the column ``name``. Raises for an empty value."""
     for row, record in enumerate(table.records):
         value = record.get(name)
@@ -226,7 +226,7 @@ def _values(table: Table, name: str) -> Iterable[tuple[int, object]]:
         yield row, value
 
 
-def _pairs(table: Table, columns: Columns) -> Sequence[str | None]:
+def _pairs(table: RowTable, columns: Columns) -> Sequence[str | None]:
     """The second sentences; None for all rows where none has one and no column is set for them."""
     name = columns.text_pair or TEXT_PAIR
     if columns.text_pair is None and not any(record.get(name) for record in table.records):

@@ -22,9 +22,9 @@ from coterie.data.counts import (
     Ints,
     PerClient,
     apportion,
+    assign_labels,
     classes_of,
     client_sizes,
-    deal,
     divided,
     even_over_held,
     per_class,
@@ -121,7 +121,7 @@ def iid(rows: RowIndex, per_client: PerClient, seed: int, *, clients: int) -> li
 
 
 def quantity_skew(rows: RowIndex, per_client: PerClient, seed: int, *, clients: int, alpha: float) -> list[Share]:
-    """Training rows of client c: 1 + its part, by p ~ Dir(alpha), of all others. ``train_rows`` is the mean.
+    """Training rows of client c: 1, and a share p_c of the others, p ~ Dir(alpha). ``train_rows`` is the mean.
 
     Validation and test rows are the same number for every client, so that all are measured with the same precision.
     """
@@ -169,7 +169,7 @@ def pathological(
         raise CoterieError(
             f"data.partition.labels_per_client is {labels_per_client}, but there are {len(classes.names)} labels"
         )
-    holds = deal(clients, len(classes.names), labels_per_client, _numbers(seed, "pathological"))
+    holds = assign_labels(clients, len(classes.names), labels_per_client, _numbers(seed, "pathological"))
     counts = {
         split: even_over_held(classes, split, holds, per_client[split])
         if per_client.get(split)
@@ -189,7 +189,10 @@ def partitioners() -> dict[str, Callable[..., list[Share]]]:
 def partition(
     rows: RowIndex, name: str, per_client: PerClient, seed: int, options: Mapping[str, object]
 ) -> list[Share]:
-    """The shares that partitioner ``name`` makes. Raises :class:`CoterieError`: unknown name or option, few rows."""
+    """The shares that partitioner ``name`` makes.
+
+    Raises :class:`CoterieError` for an unknown name, a wrong option, and too few rows.
+    """
     known = partitioners()
     if name not in known:
         raise CoterieError(f"unknown partition {name!r}; data.partition.name is one of {', '.join(known)}")
@@ -200,7 +203,7 @@ def partition(
         raise CoterieError(f"the partition {name} needs {' and '.join(missing)}")
     unused = [option for option in options if option not in takes]
     if unused:
-        raise CoterieError(f"the partition {name} has no {' or '.join(unused)}; it takes {', '.join(takes)}")
+        raise CoterieError(f"the partition {name} does not use {' or '.join(unused)}; it uses {', '.join(takes)}")
     return known[name](rows, per_client, seed, **options)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coterie.data import sources
-from coterie.data.files import Record, Table
+from coterie.data.files import Record, RowTable
 from coterie.data.manifest import dataset_entry
 from coterie.data.parse import parse
 from coterie.data.partition import RowIndex, Share, partition
@@ -37,7 +37,7 @@ Pooled = Mapping[str, Sequence[_Example]]  # by split, the rows of all datasets
 
 def split_datasets(
     datasets: Sequence[tuple[DatasetEntry, Dataset]], settings: DataSettings, kind: TaskKind, seed: int, root: Path
-) -> tuple[list[tuple[ClientData, list[Table]]], dict[str, object]]:
+) -> tuple[list[tuple[ClientData, list[RowTable]]], dict[str, object]]:
     """The clients that share the datasets, each with the tables its rows come from, and the manifest's part on them."""
     how = settings.partition
     pooled: dict[str, list[_Example]] = {split: [] for split in SPLITS}
@@ -68,7 +68,7 @@ def load_datasets(settings: DataSettings, root: Path) -> list[tuple[DatasetEntry
         entry = DatasetEntry(source=given) if isinstance(given, str) else given
         datasets = sources.load(entry.source, root, entry.columns or settings.columns)
         if entry.name and len(datasets) > 1:
-            raise DataError(f"{entry.source!r} is {len(datasets)} datasets; to name them, list them one by one")
+            raise DataError(f"{entry.source!r} stands for {len(datasets)} datasets; to name them, list them one by one")
         loaded += [(entry, replace(dataset, name=entry.name or dataset.name)) for dataset in datasets]
     twice = [name for name, count in Counter(dataset.name for _, dataset in loaded).items() if count > 1]
     if twice:
@@ -108,7 +108,7 @@ def _client_of(share: Share, pooled: Pooled, own_labels: bool) -> tuple[ClientDa
     rows = {split: tuple(example.row for example in each) for split, each in examples.items()}
     if len(spaces) > 1 and any(isinstance(row, TextRow) for each in rows.values() for row in each):
         raise DataError(
-            f"client {share.id} would mix datasets of different labels ({', '.join(spaces.values())}); "
+            f"client {share.id} would mix datasets with different labels ({', '.join(spaces.values())}); "
             "set data.partition.name to by_dataset"
         )
     names = next(iter(spaces)) if len(spaces) == 1 else None  # rows of multiple choice bring their candidates along
@@ -125,12 +125,12 @@ def _client_of(share: Share, pooled: Pooled, own_labels: bool) -> tuple[ClientDa
 def _reindexed(
     rows: Mapping[str, Sequence[Row]], names: Sequence[str], client: str
 ) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...]]:
-    """The rows with labels (and candidates) counted over the names that occur, in the order they had."""
+    """The rows with labels (and candidates) renumbered over the names that occur, in their original order."""
     occur = sorted({label for each in rows.values() for row in each if (label := label_of(row)) is not None})
     index = {label: i for i, label in enumerate(occur)}
     if len(occur) < 2 and any(isinstance(row, ChoiceRow) for each in rows.values() for row in each):
         raise DataError(
-            f"client {client} has rows of only one label, {names[occur[0]]}, nothing to choose between; leave "
+            f"client {client} has rows of only one label, {names[occur[0]]}, so there is nothing to learn; leave "
             "data.partition.own_labels out"
         )
 

@@ -47,8 +47,6 @@ def choose(split: str, rows: Sequence[Row], settings: DataSettings, seed: int, c
     """``data.<split>_rows`` of the client's rows, at random."""
     wanted = rows_per_client(settings)[split]
     if wanted > len(rows):
-        raise DataError(
-            f"client {client} has {len(rows)} {split} rows, and data.{split}_rows is {wanted}; lower it to that"
-        )
+        raise DataError(f"client {client} has {len(rows)} {split} rows, and data.{split}_rows is {wanted}; lower it")
     order = np.random.default_rng(stream_seed(seed, "choose", client, split)).permutation(len(rows))
     return tuple(rows[i] for i in np.sort(order[: wanted or len(rows)]))

@@ -107,7 +107,7 @@ class Batch:
 
     @property
     def prompt(self) -> Tensor:
-        """[b, t]: 1 for the tokens that the model is given: all of a row to classify, the prompt of one to complete."""
+        """[b, t]: 1 for the tokens that the model is given: the whole row in classification, else the prompt."""
         return self.mask if self.labels.ndim == 1 else self.mask * (self.labels == IGNORE)
 
     def to(self, device: torch.device) -> Batch:
@@ -244,7 +244,7 @@ class MultipleChoice:
         return Generation(self.tokenizer, self.max_length)
 
     def _completion_ids(self, choice: str) -> tuple[int, ...]:
-        """The tokens of a candidate, kept: most rows share their candidates."""
+        """The tokens of a candidate, cached because most rows share their candidates."""
         if choice not in self._known:
             self._known[choice] = self._after.completion_ids(choice)
         return self._known[choice]

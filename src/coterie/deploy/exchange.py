@@ -21,7 +21,7 @@ _RETRY = 5.0  # seconds before a message that Flower itself answered is sent aga
 
 @dataclass(frozen=True)
 class Arrival:
-    """What came of one site's message: its answer, or the reason why there is none; seconds since it was sent."""
+    """The outcome of one site's message: its answer, or the reason why there is none; seconds since it was sent."""
 
     client: ClientId
     answer: Message | str
@@ -138,7 +138,7 @@ class Exchange:
             self.lost[sent.client] = _Lost(now, now, "the site came back as another node")
 
     def _given_up(self) -> list[ClientId]:
-        """The sites that were away for too long. One that was given up before, and has not come back, gets no wait."""
+        """The sites that were away for too long. Those given up before get no second wait."""
         now = self.sites.clock()
         away = set() if self.sites.asking else self.earlier.away
         late = [c for c, lost in self.lost.items() if c in away or now - lost.since > self.sites.agreement.greeting]

@@ -55,7 +55,7 @@ def _malformed(hello: Hello) -> str | None:
     if not SAFE_ID.fullmatch(hello.base):
         return f"{client} reports a base hash that is not a SHA-256"
     if fault := site_fault(hello.info, hello.spec):
-        return f"{client} reports facts that do not fit together: {fault}"
+        return f"{client} reports inconsistent facts: {fault}"
     return None
 
 
@@ -65,7 +65,7 @@ def _not_invited(client: ClientId, agreement: Agreement, key: str) -> str | None
     if agreement.sites and client not in agreement.sites:
         return f"{client} is not among [federation] sites"
     if agreement.keys and agreement.keys.get(key) != client:
-        return f"the node calls itself {client}, but its key belongs to {agreement.keys.get(key, 'nobody known')}"
+        return f"the node calls itself {client}, but its key belongs to {agreement.keys.get(key, 'an unknown site')}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""``coterie serve``: starts a SuperLink and the run in it, and restarts what dies, which continues where it was."""
+"""``coterie serve``: starts a SuperLink and the run in it, and restarts either if it dies; the run then continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coterie.runs.folder import check_folder, lock_folder, plain, read_config
 from coterie.runs.summary import SUMMARY, Summary, read_summary
 from coterie.types import CoterieError
 
-_POLL = 0.5  # seconds between looks into the journal
+_POLL = 0.5  # seconds between reads of the journal
 _STATUS_PAUSE = 15.0  # seconds between two status requests to Flower, each of which takes a process
 _HOME = "flower"
 

@@ -27,7 +27,7 @@ _RETRY = 30.0  # seconds before a node that was refused gets another request
 class Sites:
     """``known`` are the sites that ever introduced themselves, ``nodes`` the node of each site that is connected.
 
-    ``note`` hears who came, who came back, and who was refused and why.
+    ``note`` is called when a site joins, comes back or is refused.
     """
 
     transport: Transport
@@ -52,7 +52,7 @@ class Sites:
 
     @property
     def asking(self) -> bool:
-        """Whether a recent request to introduce itself is not yet answered by some node."""
+        """Whether some node has not yet answered a recent request to introduce itself."""
         since = self.clock() - self.agreement.greeting
         return any(self._greeted.get(node, -math.inf) >= since for node in self._greetings.values())
 
@@ -116,7 +116,7 @@ class Sites:
                 arrived.setdefault(ticket, answer)
             elif not self._stray:
                 self._stray = True
-                self.note(Note("a message arrived that answers none of the server's; all such are dropped"))
+                self.note(Note("a message arrived that answers no request of the server; such messages are dropped"))
         return list(arrived.items())
 
     def _forget_all_but(self, nodes: Mapping[int, str]) -> None:
@@ -145,7 +145,7 @@ class Sites:
         back = client in self.known
         self.known[client] = hello
         before = self.nodes.get(client)
-        if before is not None:  # Flower has not missed it yet, or two nodes have one id: the latest is the site
+        if before is not None:  # Flower still lists the old node, or two nodes use one id: the newest counts
             same = [before, *(n for n, by in self._replaced.items() if by == before)]
             self._replaced |= dict.fromkeys(same, node)
         self.nodes[client] = node

@@ -68,8 +68,8 @@ class Engine(Protocol):
     ) -> Stream[Delivery]:
         """Every client's delivery for round ``rnd``.
 
-        ``limits`` are the bytes that their encoded replies may have: an engine whose clients are on machines of others
-        takes no larger ones.
+        ``limits`` are the bytes that their encoded replies may have: an engine whose clients run on other
+        organisations' machines rejects larger replies.
         """
         ...
 

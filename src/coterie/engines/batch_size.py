@@ -48,8 +48,10 @@ class AutoSize:
         weight: float,
         request: Callable[[], Train | None],
     ) -> Size | None:
-        """The size for a round whose largest client has ``weight`` and asks for ``request`` (None: no client asks for
-        anything); None: as before."""
+        """The new size for a round whose largest client has ``weight``; None if the size stays as it was.
+
+        ``request`` returns the request of that client, or None if no client has one.
+        """
         if self.now and weight <= _GROWN * self.weight:
             return None
         asked = request()
@@ -63,7 +65,7 @@ class AutoSize:
 
 
 def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim) -> Train:
-    """What a client that runs ``program`` trains first; of one whose first request is another, all of ``bank``."""
+    """The first request of ``program`` if it is to train, else a request to train all of ``bank``."""
     with closing(program):
         try:
             request = next(program)
@@ -104,7 +106,7 @@ def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Trai
 
 def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> int:
     """How many clients' steps of ``rows`` rows and ``tokens`` tokens fit into the free memory; at least 1."""
-    free = _free(workplace.device)  # before the first step, because what that leaves in memory counts in both
+    free = _free(workplace.device)  # before the first step, because both peaks include what that step leaves in memory
     try:
         one, two = (_peak(workplace, request, rows, tokens, clients) for clients in (1, 2))
     except torch.OutOfMemoryError:
@@ -121,7 +123,7 @@ def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients:
         workplace.cache[client.info.id, "train"] = [example] * rows
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1, "batch_size": rows})
     once = replace(request, optim=optim, hold_out=None)
-    machine.release_memory()  # else the step's tensors would go unseen into memory that glibc keeps
+    machine.release_memory()  # else the step could reuse memory that glibc keeps, and not be measured
     before = _used(workplace.device, reset=True)
     try:
         train_together([(LocalCompute(workplace, client, 1), once) for client in made])

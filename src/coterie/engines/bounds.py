@@ -16,7 +16,7 @@ from coterie.types import ClientId, Key, Part, Reply, Tensors
 
 FEWEST = 3
 _MOST_STEPS = 3.0  # times as large an update as the median's, at most, for having trained longer
-_INFO_BYTES = 2**21  # for what a reply says beside its tensors
+_INFO_BYTES = 2**21  # for a reply's info, beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
 _FLOAT_BYTES = 4
 
@@ -24,7 +24,7 @@ Sizes = Mapping[Part, float]  # root mean square of an update, by the part of it
 
 
 def reply_limit(expected: Mapping[Key, tuple[int, ...]]) -> int:
-    """The bytes that an encoded reply with the ``expected`` shapes (all float32) has at most."""
+    """The largest size, in bytes, of an encoded reply with the ``expected`` shapes (all float32)."""
     tensors = sum(_FLOAT_BYTES * math.prod(shape) for shape in expected.values())
     names = sum(_KEY_BYTES + 4 * len(str(key).encode()) for key in expected)
     return tensors + names + _INFO_BYTES

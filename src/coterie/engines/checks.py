@@ -137,7 +137,7 @@ def bank_fault(bank: Bank, spec: BaseSpec, labels: Sequence[str] | None) -> str 
     shapes = {p.name: p.shape_for(len(labels or ())) for p in spec.head}
     sizes = {t.name: (t.d_in, t.d_out) for t in spec.targets}
     for key, value in bank.tensors.items():
-        shape = shapes.get(key.module) if key.part is Part.HEAD else _fits(key, value, sizes.get(key.module))
+        shape = shapes.get(key.module) if key.part is Part.HEAD else _expected_shape(key, value, sizes.get(key.module))
         if shape is None:
             return f"the base has no {shown(str(key))}"
         if fault := _tensor_fault(key, value, shape):
@@ -153,7 +153,7 @@ def bank_fault(bank: Bank, spec: BaseSpec, labels: Sequence[str] | None) -> str 
     return f"its gate {fault}" if fault else None
 
 
-def _fits(key: Key, value: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...] | None:
+def _expected_shape(key: Key, value: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...] | None:
     """The shape that the tensor of an expert or a router should have: one side is free."""
     if sizes is None or key.part is Part.EMBEDDING or value.ndim != 2 or not value.numel():
         return None

@@ -156,7 +156,7 @@ def encoded_reply(client: LocalClient, result: ClientResult) -> bytes:
 
 
 def saves_of(client: LocalClient, compute: LocalCompute, result: ClientResult) -> list[Callable[[], None]]:
-    """What writes the states that the client keeps after the round of ``compute``."""
+    """Functions that write the states that the client keeps after the round of ``compute``."""
     saves: list[Callable[[], None]] = [partial(client.states.personal.save, client.id, compute.rnd, result.personal)]
     if client.states.trained and compute.trained:
         saves.append(partial(client.states.trained.save, client.id, compute.rnd, compute.trained))
@@ -191,7 +191,7 @@ def evaluations(
 
 
 def joined(notes: list[str]) -> str | None:
-    """The notes as one text, each once; they are taken out of the list."""
+    """The notes as one text, without repeats; empties the list."""
     taken = [notes.pop(0) for _ in range(len(notes))]  # another thread may add a note meanwhile
     return "; ".join(dict.fromkeys(taken)) or None
 

@@ -18,7 +18,7 @@ class EncodedOnce:
     """
 
     def __init__(self, instructions: Mapping[ClientId, Instruction]) -> None:
-        self._all = dict(instructions)  # while these are here, no other tensor has the id of one of theirs
+        self._all = dict(instructions)  # kept, so that no other tensor gets the id of one of theirs
         self._left = Counter(map(_name, self._all.values()))
         self._encoded: dict[str, bytes] = {}
 

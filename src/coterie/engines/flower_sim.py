@@ -1,6 +1,6 @@
 """Flower's simulation runtime: every client a SuperNode, their messages answered by Ray's actors (:mod:`.actor`).
 
-For several processes, GPUs or machines. The run folder is the local engine's, and so are the bits, with the same
+For several processes, GPUs or machines. The run folder is the same as the local engine's, bit for bit with the same
 number of threads. With several machines the folder has to be on a file system that all of them share.
 """
 

@@ -82,7 +82,7 @@ def cost(group: Sequence[Load]) -> float:
     total = 0.0
     for start, stop in pairwise(
         sorted({0} | {load.passes for load in group})
-    ):  # in between, the same clients take part
+    ):  # the same clients take part in all passes of this range
         active = [load for load in group if load.passes > start]
         tokens = len(active) * max(load.rows for load in active) * max(load.tokens for load in active)
         total += (stop - start) * (tokens + PASS)
@@ -114,5 +114,5 @@ def _mean_longest(lengths: Sequence[int], size: int) -> float:
 
 
 def _about(number: int) -> int:
-    """The same number for all that differ by no more than about a fourth."""
+    """A bucket: the same for numbers that differ by up to about a fourth."""
     return round(math.log(number, 1.25)) if number else 0

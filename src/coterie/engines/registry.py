@@ -1,4 +1,4 @@
-"""Finds the engine that a config names, and imports that one alone.
+"""Finds the engine that a config names, and imports only that one.
 
 The engine ``flower-sim`` is the module ``coterie.engines.flower_sim``, or the module that an installed package names in
 its entry-point group ``coterie.engines``. It defines ``make``, and lists in ``NEEDS`` what it needs

@@ -85,7 +85,7 @@ class PersonalStore:
     folder: Path
 
     def load(self, client: ClientId, until: int) -> Personal | None:
-        """As :meth:`RoundStore.load`; without ``kept`` where its file is gone."""
+        """As :meth:`RoundStore.load`; without ``kept`` if that file is missing."""
         state = self._rounds.load(client, until)
         if state is None or state.kept is None:
             return state

@@ -49,7 +49,7 @@ class Together:
     """Runs groups of ``size`` clients, or of as many as ``auto`` decides, on all ``workplaces``.
 
     ``optim`` is how most clients train: their cost is estimated from it. ``notes`` are what the user should know;
-    the next delivery takes them along.
+    the next delivery carries them.
     """
 
     workplaces: tuple[Workplace, ...]

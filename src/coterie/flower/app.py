@@ -36,7 +36,7 @@ UNREADABLE = (
     ProtobufError,
 )
 _WORKER_PAUSE = 1.0  # seconds between attempts to reach a worker that is being started again
-_WORKER_DEATHS = 3  # with the same message: another cause may have ended it the first times
+_WORKER_DEATHS = 3  # with the same message: the first deaths may have another cause
 
 
 # the server ----------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def read(message: FlowerMessage, limit: int | None = None) -> Message | str:
     except BrokenMessageError as fault:
         return _broken(str(fault))
     if limit is not None and len(content.body) > limit:
-        return _broken(f"it has more than the {limit} bytes that it may have")
+        return _broken(f"it is larger than the {limit} bytes allowed")
     return content
 
 
@@ -136,7 +136,7 @@ def client_app_of(answer: Answer) -> ClientApp:
 def answer_of_worker(message: Message, context: Context, left: float) -> Message:
     """The worker's answer. Tries again while there is time: a worker that died is being started again.
 
-    A message that the worker dies of is handed over three times.
+    If the worker dies, the message is handed over again, three times in all.
     """
     deaths, path = 0, str(context.node_config.get("socket", ""))
     end = time.monotonic() + min(left, float(message.head.get("patience", left)))
@@ -152,7 +152,7 @@ def answer_of_worker(message: Message, context: Context, left: float) -> Message
         except OSError as fault:
             deaths += isinstance(fault, WorkerDiedError)
             if deaths == _WORKER_DEATHS:
-                return Message({"error": "the site's worker died of this message; see site.log there"})
+                return Message({"error": "the site's worker died while handling this message; see site.log there"})
             if time.monotonic() + _WORKER_PAUSE > end:
                 return Message({"error": f"the site's worker cannot be reached ({fault.strerror or fault})"})
             time.sleep(_WORKER_PAUSE)

@@ -69,8 +69,8 @@ def supernode_command() -> None:
     """Flower's ``flower-supernode``, which for a while after an answer looks for the next message more often.
 
     Flower looks every three seconds, so a site's next message waits about two seconds at the server; at half a second
-    all the time, fifty sites would keep a SuperLink busy. If this Flower looks different inside, it is left as it is:
-    only time depends on it.
+    all the time, fifty sites would keep a SuperLink busy. If this Flower's internals differ, they stay as they are:
+    only speed depends on this.
     """
     from flwr.supernode import start_client_internal as runtime
     from flwr.supernode.cli import flower_supernode

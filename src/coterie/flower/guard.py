@@ -1,4 +1,4 @@
-"""Bounds what Flower pulls of a reply, while it pulls it: what a node sent may be of any size.
+"""Limits the size of a reply while Flower pulls it: a node may send anything.
 
 A message of ours is a handful of objects: one array, its chunks, and a few small ones that name each other. Flower puts
 together whatever objects say; an array that names one chunk a million times would fill the memory.
@@ -42,7 +42,7 @@ class PullGuard:
             self._kinds.add(kind)
         largest = (_CHUNK if kind == b"ArrayChunk" else MAX_HEAD) + _OVERHEAD
         if twice or self._left < 0 or len(content) > largest or (kind == b"Array" and self._repeats(content)):
-            raise TooLargeError(f"it has more than the {self.limit} bytes that it may have")
+            raise TooLargeError(f"it is larger than the {self.limit} bytes allowed")
 
     def _repeats(self, content: bytes) -> bool:
         """Whether an array names more chunks than the limit has."""

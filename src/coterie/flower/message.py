@@ -54,7 +54,7 @@ class Transport(Protocol):
 
 
 def head_of(text: str) -> dict[str, Any]:
-    """The head that ``text`` is the JSON of. Raises :class:`BrokenMessageError`."""
+    """The head in the JSON of ``text``. Raises :class:`BrokenMessageError`."""
     try:
         head = json.loads(text)
     except (ValueError, RecursionError) as fault:

@@ -55,12 +55,12 @@ class Method(ABC, Generic[S]):
     A method is a frozen dataclass that subclasses this one for its defaults, and for nothing else: what methods share
     are functions (:mod:`coterie.methods.parts`). ``Settings`` are the keys of ``[method]``, ``State`` is ``S``.
 
-    ``evaluates``: what a client is meant to use, the bank that the server sends after averaging ("received") or the
-    one that it trained last itself ("trained"); ``[run] evaluate`` overrides it. ``newcomers``: why no client can join
+    ``evaluates``: what a client is meant to use, the bank that the server sends after averaging ("received") or the one
+    that it trained last itself ("trained"); ``[run] evaluate`` overrides it. ``newcomers``: why no client can join
     after the start, "" if any can. ``mixed_ranks``: whether clients may have different ranks (``[lora] ranks``).
-    ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do.
-    ``usage``: what a reply's ``info`` calls numbers on how the client's rows use the experts; a site may keep these to
-    itself, and the server has to work without them.
+    ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do. ``usage``:
+    the names, in a reply's ``info``, of numbers that say how the client's rows use the experts. A site may keep these
+    to itself, so the server has to work without them.
     """
 
     settings: Any
@@ -103,7 +103,7 @@ class Method(ABC, Generic[S]):
     def expects_info(self, state: S, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
         """The numbers in a valid reply's ``info``, beside the loss, tokens and steps of its training.
 
-        :meth:`aggregate` may rely on what is declared here. Other keys may be there. Nothing by default.
+        :meth:`aggregate` may rely on what is declared here. Other keys are allowed. Nothing by default.
         """
         return {}
 
@@ -141,9 +141,10 @@ class Method(ABC, Generic[S]):
         return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
     def choose(self, ins: Instruction, me: ClientInfo, personal: Personal) -> BankProgram:
-        """A program that returns the bank that the client evaluates with and exports, where it uses what it receives.
+        """A program that returns the bank to evaluate with and to export, if that is not the one trained last.
 
-        By default :meth:`bank` at once. A method whose clients choose among banks yields a :class:`Score` first.
+        By default, it returns :meth:`bank` without any request. A method whose clients choose among banks yields a
+        :class:`Score` first.
         """
         return returning(self.bank(ins, me, personal))
 

@@ -3,8 +3,9 @@
     A, B, heads <- training on the union of all rows, each row through the head of its own label space
 
 One client, the first by id, trains for all: its request names everyone's rows (``Train.rows_of``), which only a
-simulation can answer. A micro-batch has rows of one label space; their order is random. A round passes over every row
-as often as a round of any other method does, in as many times the steps, and starts the optimiser anew.
+simulation can answer. A micro-batch has rows of one label space; their order is random. As with any other method, a
+round passes over every row ``[train] epochs`` times, or takes as many steps as all clients together, with a new
+optimiser.
 
 Ours: there is no paper. The heads belong to label spaces (clients with the same labels in the same order), whatever
 ``[task] head`` says; what clients are sent is what they evaluate with.
@@ -84,7 +85,7 @@ class Centralised(Method[CentralisedState]):
     ) -> Mapping[ClientId, Instruction]:
         if missing := sorted(state.spaces.keys() - {client.id for client in clients}):
             raise CoterieError(
-                f"centralised trains on the rows of all clients, and round {rnd} is without {missing[0]}; "
+                f"centralised needs the rows of all clients, but {missing[0]} is not in round {rnd};  "
                 "set [run] cohort = 1"
             )
         return {c.id: self._instruction(state, c.id) for c in clients}
@@ -115,7 +116,7 @@ class Centralised(Method[CentralisedState]):
         return [Notes([NOTE])]
 
     def _instruction(self, state: CentralisedState, client: ClientId) -> Instruction:
-        """The LoRA, all heads, which one the client has; for the client that trains, whose rows go through which."""
+        """The LoRA, all heads and the client's head; for the client that trains, everyone's heads."""
         rows_of = {"rows_of": dict(state.spaces)} if client == _trains(state) else {}
         return Instruction(state.tensors, {"head": state.spaces[client], **rows_of})
 

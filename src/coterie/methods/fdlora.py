@@ -66,7 +66,7 @@ class FDLoRASettings(MethodSettings):
     """FDLoRA's settings."""
 
     sync: int = Field(
-        10, ge=0, description="the personal LoRA becomes the trained global one every so many rounds; 0: never"
+        10, ge=0, description="the trained global LoRA replaces the personal one every this many rounds; 0: never"
     )
     outer_rate: float = Field(1.0, gt=0, description="eta: the server's step along the mean change; 1: averaging")
     outer_momentum: float = Field(0.0, ge=0, lt=1, description="mu: the server's momentum (Nesterov)")

@@ -108,7 +108,7 @@ class FedALT(Method[FedALTState]):
         return Bank(tensors, GateSpec("softmax"), scaling, dropout)
 
     def experts(self, state: FedALTState) -> Mapping[str, Tensors]:
-        """The mean of all clients' LoRAs: the rest of the world of a client that comes to them."""
+        """The mean of all clients' LoRAs: the rest of the world for a client that joins them."""
         return {"everyone": _mean([state.loras[c] for c in sorted(state.loras)])} if state.loras else {}
 
     def describe(self, state: FedALTState) -> Sequence[Finding]:

@@ -11,11 +11,11 @@
    picks ``clients_per_expert`` clients so that the sum of prob over the picks is largest and every client gets a
    number of experts within bounds (:mod:`coterie.ops.assign`). Round 1 starts from the same problem on random scores.
 
-Differs from the published code (commit 41ebf75), whose ways ``examples/fedamole-published.toml`` restores: all experts
-share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither in the
-load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on validation
-data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's. The
-code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
+Differs from the published code (commit 41ebf75), whose behaviour ``examples/fedamole-published.toml`` restores: all
+experts share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither
+in the load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on
+validation data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's.
+The code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
 Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
 the others' token embeddings; an expert whose holders all missed a round is unchanged.
 """
@@ -86,7 +86,7 @@ class FedAMoLESettings(MethodSettings):
     top_k: int = Field(2, ge=1, description="experts per token, besides the shared one")
     assignment: Literal["dynamic", "static", "random", "homogeneous"] = Field(
         "dynamic",
-        description="experts choose again each round; once, at random; at random each round; or like dynamic, with the "
+        description="experts choose each round; at random, once; at random, each round; or like dynamic, with the  "
         "same number of experts for every client",
     )
     balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")

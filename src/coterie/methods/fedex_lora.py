@@ -52,7 +52,7 @@ from coterie.types import (
 class FedExLoRAState:
     """The mean A and B; R, the expert that stands for what was added to the base; the shared heads if there are any.
 
-    ``error`` is what averaging A and B apart would have lost in the last round, and what R gained.
+    ``error`` is what averaging A and B separately would have lost in the last round: what R gained.
     """
 
     lora: Tensors

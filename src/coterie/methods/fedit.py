@@ -1,4 +1,4 @@
-"""FedIT (arXiv 2305.05644): one LoRA for all clients; A and B are averaged apart, weighted by examples.
+"""FedIT (arXiv 2305.05644): one LoRA for all clients; A and B are averaged separately, weighted by examples.
 
 This is federated averaging (FedAvg) of a LoRA.
 """

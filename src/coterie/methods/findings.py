@@ -175,7 +175,7 @@ def find(findings: Iterable[Finding], kind: type[F]) -> F | None:
 
 
 def read(kind: type[F], described: Mapping[str, object]) -> F | None:
-    """The finding of a ``kind`` in ``describe``; None where it is not there or has another shape."""
+    """The finding of a ``kind`` in ``describe``; None if it is missing or has another shape."""
     try:
         found: F = _adapter(kind).validate_python(described)
     except ValidationError:

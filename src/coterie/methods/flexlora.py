@@ -9,7 +9,7 @@ keeps its leading part, as many ranks as the largest client has.
 
 Differs from the published code (branch FlexLoRA of alibaba/FederatedScope, commit 1cb1ab7): it forms the full W and its
 full decomposition, and fixes alpha = 16. Its clients draw different A at the start; here they have the first rows of
-one A. It halves the learning rate after 15 rounds, which is ``[train]``'s business here.
+one A. It halves the learning rate after 15 rounds, which is a setting of ``[train]`` here.
 Ours: where a round's clients have fewer ranks in all than the largest client, the missing rows of V^T are the previous
 A's directions with B = 0, so that they can learn.
 """

@@ -63,7 +63,7 @@ class HetLoRASettings(MethodSettings):
     """HetLoRA's settings."""
 
     prune: float = Field(
-        0.99, gt=0, le=1, description="part of its ranks that a client keeps whose last ranks shrink; 1: no pruning"
+        0.99, gt=0, le=1, description="share of its ranks that a client keeps if its last ranks shrink; 1: no pruning"
     )
     penalty: float = Field(0.01, ge=0, description="weight of the last ranks' norm in the loss, where ranks are pruned")
     weighting: Literal["norm", "examples"] = Field(
@@ -142,7 +142,7 @@ class HetLoRA(Method[HetLoRAState]):
         return at_client(state.lora, self.plan, state.ranks.of(client))
 
     def _kept(self, rank: int) -> int:
-        """How many of ``rank`` ranks are not the last ones."""
+        """How many of ``rank`` ranks remain after pruning."""
         return max(1, int(self.settings.prune * rank))
 
     def _pruned(self, state: HetLoRAState, client: ClientId, lora: Tensors) -> Tensors:

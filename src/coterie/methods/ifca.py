@@ -54,7 +54,7 @@ NOTE = (
 class IFCASettings(MethodSettings):
     """IFCA's settings."""
 
-    clusters: int = Field(4, ge=1, description="K: LoRAs, of which each client takes the one with the least loss")
+    clusters: int = Field(4, ge=1, description="K: LoRAs; each client trains the one with the lowest loss")
     examples: int = Field(0, ge=0, description="training rows that a client compares them on; 0: all")
 
 
@@ -144,7 +144,7 @@ class IFCA(Method[IFCAState]):
         return banks[k]
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        """That of the LoRA which the client took last."""
+        """The bank of the LoRA that the client chose last."""
         return self._candidates(ins, personal)[personal.info.get("cluster", 0)]
 
     @property

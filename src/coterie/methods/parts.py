@@ -203,7 +203,7 @@ def weights_of(
 
 
 def mean_error(replies: Sequence[Tensors], weights: Sequence[float]) -> list[tuple[float, float]]:
-    """What averaging A and B apart loses, per module (:func:`~coterie.ops.mean.aggregation_error`).
+    """What averaging A and B separately loses, per module (:func:`~coterie.ops.mean.aggregation_error`).
 
     Each of ``replies`` holds one expert.
     """

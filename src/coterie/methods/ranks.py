@@ -36,8 +36,8 @@ class Ranks:
 def start_ranks(plan: Plan, clients: Sequence[ClientInfo]) -> Ranks:
     """The ranks of ``clients`` by ``[lora] ranks``: by name, or a list that is repeated over the sorted names.
 
-    A client without a name in the mapping has the plan's rank. One that joins later has it too, or the largest rank of
-    the others if that is smaller. Raises :class:`CoterieError` for the name of no client.
+    A client that the mapping does not name has the plan's rank. A client that joins later has it too, or the largest
+    rank of the others if that is smaller. Raises :class:`CoterieError` for a name that is not a client's.
     """
     names, rule = sorted(client.id for client in clients), plan.ranks
     if isinstance(rule, Mapping):

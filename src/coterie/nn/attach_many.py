@@ -17,7 +17,7 @@ from coterie.nn.many import ManyLayer, ManyPass
 
 @dataclass
 class AttachedMany:
-    """Many clients' banks on a model. ``clients`` hold each one's own parameters and pass; ``now`` says whose turn."""
+    """Many clients' banks on a model, each with its parameters and pass; ``now`` says which ones a pass is for."""
 
     clients: Sequence[BankLayers]
     now: ManyPass
@@ -25,10 +25,10 @@ class AttachedMany:
 
 @contextmanager
 def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[AttachedMany]:
-    """Put the banks on the model for the length of a ``with`` block. They have one dropout, kind of masks and dtype.
+    """Put the banks on the model for the length of a ``with`` block.
 
-    Raises :class:`UnlikeError` where they have not, and :class:`CoterieError` for a model that carries a bank already,
-    before anything changes.
+    Raises :class:`UnlikeError` if they differ in dropout, kind of masks or dtype, and :class:`CoterieError` for a model
+    that carries a bank already, before anything changes.
     """
     now = ManyPass()
     names = sorted({name for client in clients for name in client.layers})

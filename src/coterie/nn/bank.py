@@ -24,8 +24,8 @@ from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.ops.streams import stream
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Key, Part
 
-SPARSE_FROM = 256  # experts of a matrix from which the sum over the active ones alone was faster (bench/gather.py)
-KEPT_PART = 10  # of A_cat x a bank keeps one part in this of the size of x, to the next multiple of 8
+SPARSE_FROM = 256  # from this many experts, summing only the active ones was faster (bench/gather.py)
+KEPT_PART = 10  # A_cat x is kept up to 1/KEPT_PART of the size of x, rounded up to a multiple of 8
 
 
 @dataclass
@@ -33,13 +33,17 @@ class Pass:
     """What the layers of one attached bank share during a forward pass.
 
     ``training`` turns dropout on; its mask is a function of ``seed`` and the module's name alone, so that gradient
-    checkpointing draws it again. ``mask`` [b, t] marks the tokens that count (None: all) in what is collected:
-    ``usage`` by module, [2, e] of sums over tokens, the experts' weights and how many tokens use them; ``embeddings``
-    sums over tokens of A_e x and of R x; ``directions`` sums over rows of what a gate by row routes by, and the number
-    of rows; ``balance`` the load-balance loss of every module. None: not collected. ``rows``: what such a gate counts.
-    ``seen`` counts the tokens behind usage and embeddings by module: a model may run a module several times a pass.
-    ``head`` is the number of the head that the pass goes through, of a bank with several.
-    ``probe`` gets every layer and its gate weights [n, e], and returns those that the layer continues with.
+    checkpointing draws it again. ``mask`` [b, t] marks the tokens that count in the statistics; None: all.
+
+    The statistics; None means that one is not collected:
+    ``usage``, by module: sums over tokens [2, e], of each expert's weight and of the tokens that use it;
+    ``embeddings``: sums over tokens of A_e x and of R x;
+    ``directions``: sums over rows of what a gate by row routes by, and the number of rows;
+    ``balance``: the load-balance loss of every module;
+    ``seen``: the tokens behind usage and embeddings by module, because a model may run a module several times a pass.
+
+    ``rows`` marks the tokens that a gate by row averages. ``head`` is the number of the head in use, if the bank has
+    several. ``probe`` receives every layer with its gate weights [n, e], and returns the weights to continue with.
     """
 
     training: bool = False
@@ -182,11 +186,11 @@ class BankLayer:
         return result
 
     def _again(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """x and the last rows of A, whose product the backward pass makes again; None: it is kept whole.
+        """x and the last rows of A, whose product the backward pass computes again; None: the product is kept.
 
-        x is kept anyway for the gradients of A and of the router; beside it, with many experts, A_cat x would be a
-        good part of it. With 16 experts of rank 8 at d 768 the layer so keeps 5% less for 3% of the time. Not with
-        dropout, where x~ would have to be made again too.
+        x is kept anyway, for the gradients of A and of the router. With many experts, A_cat x would add much to it.
+        With 16 experts of rank 8 at d = 768, computing it again saves 5% of the memory and costs 3% of the time. This
+        is not done with dropout, where x~ would have to be computed again too.
         """
         rank, keeps = self.columns.shape[0], padded(x.shape[-1] // KEPT_PART)
         dropping, by_output = self.now.training and self.dropout > 0, routes_by_output(self.gate)
@@ -195,7 +199,7 @@ class BankLayer:
         return x.detach(), self.rows[keeps:rank].to(x.dtype)
 
     def _few_active(self, y: Tensor) -> bool:
-        """Whether so few of so many frozen rank-1 experts are active that to touch these alone is faster."""
+        """Whether so few of the frozen rank-1 experts are active that it is faster to compute only those."""
         k, experts = self.options.get("k", 0) if self.gate == "top_k" else 0, len(self.experts)
         alike = len(self.columns) == experts and not self.column_spans and not self.has_shared
         measured = y.device.type == "cpu" and y.dtype == torch.float32
@@ -208,9 +212,9 @@ class BankLayer:
         return y + functional.embedding_bag(picks, columns, per_sample_weights=weights, mode="sum").reshape(y.shape)
 
     def _keep(self, x: Tensor, *expert: int) -> Tensor:
-        """Which numbers of x dropout keeps, [n, i], each with odds 1 - p to the nearest 1/65536.
+        """Which numbers of x dropout keeps, [n, i], each with probability 1 - p, to the nearest 1/65536.
 
-        Four numbers share a draw of 64 bits: on a CPU that takes a quarter of ``bernoulli_``'s time, measured.
+        Four numbers share a draw of 64 bits. Measured on a CPU, this takes a quarter of ``bernoulli_``'s time.
         """
         generator = stream(self.now.seed, self.module, *expert)
         if x.device.type != "cpu":

@@ -56,7 +56,7 @@ class Base:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens, prompt and completion together, that the model takes; None: nothing limits them."""
+        """The most tokens that the model accepts, prompt and completion together; None: no limit."""
         return longest(self.model)
 
 
@@ -75,9 +75,9 @@ def load_base(
 
     ``root`` is where a relative folder of that name would be. Dropout of the base is turned off: the only noise in
     training is the bank's own dropout, whose stream is known.
-    Raises :class:`CoterieError` for a name that the hub does not know, a folder that holds no model or part of one,
-    targets that match nothing, a model that is not a decoder where one is needed, a device that this machine does not
-    have, and gradient checkpointing with a model that does not support it.
+    Raises :class:`CoterieError` for a name that the hub does not know, a folder that holds no model or only part of
+    one, targets that match nothing, a model that is not a decoder where one is needed, a device that this machine does
+    not have, and gradient checkpointing with a model that does not support it.
     """
     path = resolve(name)
     if Path(path).is_dir() and name != MINILM and not Path(name).expanduser().is_absolute():
@@ -108,7 +108,7 @@ def _use_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise CoterieError(f"{type(model).__name__} does not support gradient_checkpointing; leave it out of [model]")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers checkpoints in training mode alone; there is no dropout left that this turns on
+    model.train()  # transformers checkpoints only in training mode; no dropout is left to turn on
 
 
 def _check_causal(model: nn.Module, path: str) -> None:

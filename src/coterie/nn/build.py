@@ -42,7 +42,7 @@ def build_layers(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) ->
         raise CoterieError(f"cannot train {', '.join(sorted(map(str, unknown)))}: the bank has no such tensor")
     gate_named(bank.gate.name)  # raises for an unknown gate
     if not 0 <= bank.dropout < 1:
-        raise CoterieError(f"dropout is {bank.dropout}; it is at least 0 and less than 1")
+        raise CoterieError(f"dropout is {bank.dropout}; it must be at least 0 and less than 1")
     now = Pass()
     layers = {name: _layer(model, bank, name, wanted, now) for name in _modules(bank.tensors)}
     by_number = _heads(model, bank.tensors, wanted)
@@ -64,7 +64,7 @@ def _modules(tensors: Tensors) -> list[str]:
     lone = [key for key in tensors if key.part is Part.B and key._replace(part=Part.A) not in tensors]
     lone += [key for key in tensors if key.part is Part.ROUTER and key.module not in adapted]
     if lone:
-        raise CoterieError(f"the bank has {', '.join(sorted(map(str, lone)))}, and no A that goes with it")
+        raise CoterieError(f"the bank has {', '.join(sorted(map(str, lone)))}, but no matching A")
     return sorted(adapted)
 
 
@@ -106,7 +106,7 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:
-    """A copy of the matrices under each other, and rows of zeros up to a good number of them."""
+    """A copy of the matrices under each other, with rows of zeros up to a :func:`padded` number."""
     count = sum(len(matrix) for matrix in matrices)
     return torch.cat([*matrices, matrices[0].new_zeros(padded(count) - count, matrices[0].shape[1])])
 
@@ -163,14 +163,14 @@ def _split(key: Key) -> tuple[str, str]:
 
 
 class Switch(nn.Module):
-    """Several heads in the place of one; a pass goes through the one that ``now`` names."""
+    """Several heads in place of one; ``now`` says which one a pass goes through."""
 
     def __init__(self, heads: Mapping[int, nn.Module], now: Pass) -> None:
         super().__init__()
         self.heads, self.now = dict(heads), now  # a plain dict: the copies are no part of the model
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """What the head of the pass returns."""
+        """The output of the head that the pass goes through."""
         result: Tensor = self.heads[self.now.head](*args, **kwargs)
         return result
 

@@ -8,10 +8,10 @@ from coterie.nn.base import Base
 
 
 def compile_frozen(base: Base) -> int:
-    """Compile every largest module that holds no target and no head; returns how many.
+    """Compile the largest modules that hold neither a target nor a head; return how many there are.
 
     Banks are hooks on the targets and change from client to client; what lies between them never does, so it is
-    compiled once, for batches of any size. Results differ from those without in the last bits.
+    compiled once, for batches of any size. Results differ from uncompiled ones in the last bits.
     """
     apart = {target.name for target in base.spec.targets} | {part.name.partition(".")[0] for part in base.spec.head}
     apart |= {base.first_token.module} if base.first_token else set()  # a hook comes and goes there, too
@@ -22,7 +22,7 @@ def compile_frozen(base: Base) -> int:
 
 
 def _untouched(module: nn.Module, name: str, apart: set[str]) -> list[nn.Module]:
-    """The largest modules with parameters under ``module`` that are none of ``apart`` and hold none."""
+    """The largest modules with parameters under ``module`` that neither are one of ``apart`` nor contain one."""
     if next(module.parameters(), None) is None or name in apart:
         return []
     if name and not any(inner.startswith(f"{name}.") for inner in apart):

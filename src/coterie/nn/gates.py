@@ -49,7 +49,7 @@ def scored(scores: Scores) -> Callable[[G], G]:
 
 
 def by_output(gate: G) -> G:
-    """Mark a gate that depends on z = A x: of x before dropout, while the output takes A x~."""
+    """Mark a gate that depends on z = A x, where x is before dropout; the output uses A x~."""
     _BY_OUTPUT.add(gate.__name__)
     return gate
 
@@ -99,9 +99,9 @@ def top_k(p: Tensor | None, z: Tensor | None, *, k: int, scale: str = "one") -> 
     """
     p = _routed(p)
     if k < 1:
-        raise ValueError(f"k is {k}; it is at least 1")
+        raise ValueError(f"k is {k}; it must be at least 1")
     if scale not in ("one", "active"):
-        raise ValueError(f"scale is {scale!r}; it is 'one' or 'active'")
+        raise ValueError(f"scale is {scale!r}; it must be 'one' or 'active'")
     active = min(k, p.shape[-1])
     g = _top_softmax(p, active, tuple(range(p.shape[-1])), p.shape[-1])
     return g * active if scale == "active" else g
@@ -150,12 +150,12 @@ def similarity(p: Tensor | None, z: Tensor | None, *, scale: float) -> Tensor:
 def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, counted: Tensor | None) -> Tensor:
     """n * sum_e mean_t(p_te) f_e of one module (2411.19128, section 4.2), p_t the softmax of the gate's scores.
 
-    f_e is the share of the picks (g > 0) that go to expert e, without a gradient; ``counted`` [n] marks the tokens
-    that count, None all of them. Shapes as for gates, the shared expert left out. 1 where all are alike.
-    Raises :class:`ValueError` for a gate without scores.
+    f_e is the share of the picks (g > 0) that go to expert e, without a gradient; ``counted`` [n] marks the tokens that
+    count, None all of them. Shapes as for gates, the shared expert left out. The loss is 1 if all experts are used
+    alike. Raises :class:`ValueError` for a gate without scores.
     """
     if gate not in _SCORES:
-        raise ValueError(f"the gate {gate!r} has no load-balance loss; those that have are {', '.join(_SCORES)}")
+        raise ValueError(f"the gate {gate!r} has no load-balance loss; the gates with one are {', '.join(_SCORES)}")
     s = _SCORES[gate](p, z)
     probability = s.to(torch.promote_types(s.dtype, torch.float32)).softmax(dim=-1)
     picks = (g.detach() > 0).to(probability.dtype)
@@ -168,12 +168,12 @@ def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, count
 
 
 def routes_by_output(gate: str) -> bool:
-    """Whether a gate is marked so."""
+    """Whether a gate is marked with :func:`by_output`."""
     return gate in _BY_OUTPUT
 
 
 def routes_by_row(gate: str) -> bool:
-    """Whether a gate is marked so."""
+    """Whether a gate is marked with :func:`by_row`."""
     return gate in _BY_ROW
 
 
@@ -211,7 +211,7 @@ def _top_softmax(p: Tensor, k: int, serves: tuple[int, ...], experts: int) -> Te
     return result
 
 
-@cache  # to make it anew would wait for the device
+@cache  # cached, because creating it again would wait for the device
 def _slots(serves: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be kept for a later backward
         return torch.tensor(serves, device=device)

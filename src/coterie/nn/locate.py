@@ -14,7 +14,7 @@ from coterie.types import CoterieError
 MINILM = "minilm"  # the alias of the packaged encoder
 _MINILM_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 _SECONDS = 10.0  # to wait for the hub's answer
-# The hub's own HTTP error has that of its client's library as a base: requests, httpx or httpx2, by version.
+# The hub's HTTP error derives from that of its HTTP library: requests, httpx or httpx2, depending on its version.
 _BASES = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
 _HTTP_FAULTS: tuple[type[Exception], ...] = (OSError, *_BASES)
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")

@@ -3,7 +3,7 @@
     y_c = W0 x_c + s_c B_c ( gate_c(x_c) * (A_c x~_c) )      for client c's rows x_c, in two batched matrix products
 
 One forward hook per module for all clients, as :mod:`coterie.nn.bank` has for one. Every client has the same number of
-rows in a batch (what it lacks is filled up), so x [c*b, t, i] is seen as [c, b*t, i]. Matrices are stacked to
+rows in a batch (padded if it has fewer), so x [c*b, t, i] is seen as [c, b*t, i]. Matrices are stacked to
 [c, K, i] and [c, R, o], with rows of zeros where a client has fewer experts; the trainable tensors are Parameters that
 share this storage. Batched products are 1.1x (float32) to 10x (bfloat16) as fast on a CPU as a loop over clients.
 """
@@ -28,15 +28,15 @@ from coterie.types import CoterieError, Part
 
 
 class UnlikeError(Exception):
-    """Banks that cannot share a batch; one at a time they can be used."""
+    """Banks that cannot share a batch; each of them can still be used alone."""
 
 
 @dataclass
 class ManyPass:
-    """Whose rows a forward pass holds, and how. Set it with :meth:`choose` before every pass.
+    """Which clients' rows a forward pass holds, and in what shape. Set it with :meth:`choose` before every pass.
 
-    ``active`` names the clients by number; each has ``rows`` rows of ``tokens`` tokens, of which the first of ``own``
-    (rows, tokens) are its own batch and the rest fills up. ``widths`` are the sizes of the heads' outputs in the pass,
+    ``active`` names the clients by number; each has ``rows`` rows of ``tokens`` tokens, of which the first ``own``
+    (rows, tokens) are its batch and the rest is padding. ``widths`` are the sizes of the heads' outputs in the pass,
     ``row_mask`` has the tokens that gates by row count.
     """
 
@@ -51,10 +51,10 @@ class ManyPass:
     def choose(
         self, active: Sequence[int], rows: int, tokens: int, own: Sequence[tuple[int, int]], device: torch.device
     ) -> None:
-        """The next pass is of these clients' rows, one client after the other."""
+        """Set the next pass: it holds these clients' rows, one client after another."""
         if tuple(active) != self.active:
             self.active = tuple(active)
-            first = self.active == tuple(range(len(active)))  # a slice of the stacks is a view, an index a copy
+            first = self.active == tuple(range(len(active)))  # a slice gives a view of the stacks, an index a copy
             self.pick = slice(len(active)) if first else torch.tensor(self.active, device=device)
         self.rows, self.tokens, self.own, self.widths = rows, tokens, tuple(own), []
 
@@ -224,9 +224,9 @@ class ManyLayer:
         return result
 
     def _keep(self, x: Tensor, place: int | None = None) -> Tensor:
-        """Which numbers of x [c, n, i] dropout keeps: for each client the mask that it draws alone, in its rows.
+        """Which numbers of x [c, n, i] dropout keeps: for each client the mask that it would draw alone.
 
-        ``place``: for the client's expert of that place.
+        ``place``: the position of the client's expert that the mask is for.
         """
         keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
         per_row = x.shape[1] // self.now.rows  # 1 for a module that takes no tokens
@@ -241,7 +241,7 @@ class ManyLayer:
         return keep
 
     def _weights(self, p: Tensor | None, routed: Tensor | None) -> Tensor | None:
-        """g [c, n, e] of all active clients, 1 for those without a gate; None where none has one. They collect, too."""
+        """g [c, n, e] of all active clients, 1 for those without a gate; None if none has. Collects statistics too."""
         groups, back = self._groups()
         found = [self._weights_of(group, p, routed) for group in groups]
         like = next((g for g in found if g is not None), None)
@@ -276,7 +276,7 @@ class ManyLayer:
         return None if g is None else g.view(len(mine), -1, g.shape[-1])
 
     def _groups(self) -> tuple[list[Group], Tensor | None]:
-        """The active clients by gate and ranks, and where each one's place is in the order of the groups."""
+        """The active clients grouped by gate and ranks, and each client's position in the order of the groups."""
         key = "groups", self.now.active
         if key not in self._views:
             found: dict[object, list[int]] = {}
@@ -322,7 +322,7 @@ def _routes_by(gate: str) -> tuple[bool, bool]:
 
 
 def _kind(layer: BankLayer | None) -> tuple[object, ...] | None:
-    """What layers have in common that the same gate serves."""
+    """What layers must have in common to share a gate."""
     if layer is None:
         return None
     options = json.dumps(layer.options, sort_keys=True)

@@ -19,7 +19,7 @@ Piece = tuple[int, int, int]  # of a stack: the client's place, from row, to row
 
 @dataclass(frozen=True)
 class Picked:
-    """Which of a product's columns [c, n, k] each client trains. ``index`` [c, m] picks them, None: ``span`` does."""
+    """Which of a product's columns [c, n, k] each client trains. ``index`` [c, m] picks them; None: ``span`` does."""
 
     parameters: tuple[nn.Parameter, ...]
     pieces: tuple[Piece, ...]
@@ -28,7 +28,7 @@ class Picked:
 
     @staticmethod
     def of(chosen: Sequence[tuple[int, int, int, nn.Parameter]], clients: int, device: torch.device) -> Picked:
-        """From (client, from, to, parameter). One span for all where that takes in no more than twice what is asked."""
+        """From (client, from, to, parameter). One span for all if it covers at most twice the rows needed."""
         parameters = tuple(parameter for *_, parameter in chosen)
         if not chosen:
             return Picked((), (), None, (0, 0))

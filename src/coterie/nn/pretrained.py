@@ -35,8 +35,8 @@ from coterie.types import CoterieError, TaskKind
 
 T = TypeVar("T")
 Quantize = Literal["none", "nf4", "int8"]
-_PROBE_LABELS = 7  # a number of labels that equals no real size; replaced for every client
-_OPTIONAL = ("pooler",)  # parts of a base that some checkpoints lack; drawn from a fixed stream then, and frozen
+_PROBE_LABELS = 7  # a number of labels that differs from all sizes in the model; replaced for every client
+_OPTIONAL = ("pooler",)  # parts that some checkpoints lack; they are then drawn from a fixed stream and frozen
 
 
 class _Options(TypedDict):
@@ -171,7 +171,7 @@ def _differentiable(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def _quiet(path: str) -> Iterator[None]:
-    """Without transformers' warnings of a head that the base does not have, and for a folder without progress bars."""
+    """Hide transformers' warnings about a missing head and, for a local folder, its progress bars."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     if Path(path).is_dir():  # a download shows its progress

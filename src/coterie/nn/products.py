@@ -73,8 +73,8 @@ class Project(torch.autograd.Function):
 
     Shapes: x [..., i] of n rows, W [>= R + s, i], keep [n, i] or None, h [n, R], p [n, s] or None where s = 0;
     sizes = (R, s).
-    Keeps x and keep (a byte each), not x~. h and p are tensors of their own: the rest of the layer keeps h for its
-    backward, and nobody keeps p.
+    Keeps x and keep (a byte each), not x~. h and p are separate tensors: the rest of the layer keeps h for its
+    backward, and nothing keeps p.
     """
 
     @staticmethod
@@ -138,10 +138,10 @@ class Add(torch.autograd.Function):
     """y + s (g * h) C, written over y; gradients for y, h, g and for the trained spans of C's rows.
 
     Shapes: y [..., o], h [n, R], g [n, e] or None, C [R, o]. Keeps h and g, not their product: that is made again, and
-    so are the last columns of h where ``again`` = (x [..., i], rows of A [< R, i]) is given.
-    y is written past autograd, which need not know (no one computes with the base's output again): told of it, it
-    would copy the gradient of a y that is a view, and refuse the y of a quantised Linear. The version counter is
-    shared, so a base that kept y for its own backward would raise an error, not go wrong.
+    so are the last columns of h where ``again`` = (x [..., i], rows of A [< R, i]) is given. y is overwritten without
+    autograd's knowledge. This is safe, because nothing else uses the base's output. If autograd knew, it would copy the
+    gradient of a y that is a view, and reject the y of a quantised Linear. The version counter is shared, so a base
+    that kept y for its own backward would raise an error and not give wrong results.
     """
 
     @staticmethod
@@ -184,7 +184,7 @@ _NONE_5 = (None,) * 5
 
 
 def _product(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
-    """left right, of that shape; not a view, so that autograd adds the next gradient to this one in its place."""
+    """left @ right in ``shape``; not a view, so that autograd can add the next gradient in place."""
     result = left.new_empty(shape)
     torch.mm(left, right, out=result.view(-1, shape[-1]))
     return result

@@ -22,8 +22,8 @@ _SMALL = 1e-12
 class RowMask:
     """Which tokens stand for their rows in a forward pass.
 
-    ``attention`` [b, T] is what the model was called with last (None: without); ``prompt`` [b, t] marks the tokens
-    that stand for their row where those are not all that attention marks. ``used``: whether anything asks for it.
+    ``attention`` [b, T] is the mask of the model's last call; None: it had none. ``prompt`` [b, t] marks the tokens
+    that stand for their row, if they are fewer than attention marks. ``used``: whether anything needs the mask.
     """
 
     attention: Tensor | None = None
@@ -47,7 +47,7 @@ class RowMask:
 
 @dataclass
 class RowScores:
-    """The scores by row of one module. ``last`` [b, s] holds on for the tokens that generation adds to the rows."""
+    """The scores by row of one module. ``last`` [b, s] is reused for the tokens that generation adds to the rows."""
 
     last: Tensor | None = None
 

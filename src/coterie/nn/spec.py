@@ -10,7 +10,7 @@ from torch import nn
 from coterie.nn.targets import DEFAULT_TARGETS
 from coterie.types import BaseSpec, CoterieError, HeadParameter, Target
 
-_POSITIONS = re.compile(r"wpe|(embed_)?pos(ition)?s?(_emb\w*)?")  # names of tables; 2-d and relative ones have others
+_POSITIONS = re.compile(r"wpe|(embed_)?pos(ition)?s?(_emb\w*)?")  # names of tables, not of 2-d or relative ones
 
 
 def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
@@ -61,7 +61,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def longest(model: nn.Module) -> int | None:
-    """The most tokens that the model's positions are for. None where nothing limits them, as with relative positions.
+    """The most tokens that the model has positions for; None if there is no limit, as with relative positions.
 
     A table of positions may have rows that no token gets (RoBERTa: 514 rows for 512 tokens). Rotary positions have no
     end, but were trained up to the number in the config.
@@ -75,7 +75,7 @@ def longest(model: nn.Module) -> int | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
         and _POSITIONS.fullmatch(name.rsplit(".", 1)[-1])
-        and module.num_embeddings >= stated  # a table of an image's patches is smaller
+        and module.num_embeddings >= stated  # leaves out tables for the patches of an image, which are smaller
     ]
     return min([stated, *tables]) if tables or any(map(_is_rotary, model.modules())) else None
 
@@ -126,7 +126,7 @@ def _unused_rows(table: nn.Embedding) -> int:
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    """Whether it holds the frequencies of rotary positions, and not of those that stretch with the text."""
+    """Whether the module holds the frequencies of rotary positions, unless they scale with the text's length."""
     buffers = [name for name, _ in module.named_buffers(recurse=False)]
     rotary = any(name.endswith(("inv_freq", "embed_positions")) for name in buffers)  # the latter in GPT-J
     return rotary and getattr(module, "rope_type", None) != "dynamic"

@@ -14,15 +14,16 @@ from safetensors import SafetensorError, safe_open
 from coterie.nn.locate import weight_files
 from coterie.types import BaseSpec, CoterieError
 
-_ROWS = 8  # of every weight: training, or merging a LoRA, changes all rows, and these are read at once
+_ROWS = 8  # rows read of every weight: training, or merging a LoRA, changes all rows, so the first few are enough
 _WEIGHT = ".weight"
 
 
 def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
     """By module: 16 digits of a SHA-256 over its weight's shape and first rows, in the base's safetensors files.
 
-    A module may have a prefix more or less than in the files, as in a model with a head. One whose weight is not found,
-    or found twice, is left out: so are all where the files are of another format, or not on this machine.
+    A module's name may have a prefix that the files do not have, or lack one that they have, as in a model with a head.
+    A module whose weight is missing or occurs twice is left out. So are all modules if the files have another format or
+    are not on this machine.
     Raises :class:`CoterieError` for a damaged file.
     """
     found: dict[str, str] = {}

@@ -21,21 +21,23 @@ from coterie.types import CoterieError
 
 Array = NDArray[np.float64]
 
-# HiGHS takes a reduced cost within 1e-7 of zero for settled: with peaked scores the sum then misses its optimum by up
-# to 1e-5, and equal scores can take twenty times the steps. 1e-10 is the finest it allows; scaled gains make it 1e-13.
+# By default, HiGHS treats a reduced cost below 1e-7 as zero. With peaked scores, the sum then misses its optimum by up
+# to 1e-5, and equal scores can take twenty times the steps. 1e-10 is the least it allows; scaling the gains makes that
+# 1e-13.
 _TOLERANCE = 1e-10
 _SCALE = 1e3
 _INTEGRAL = 1e-6
-# HiGHS works without the interpreter's lock, but scipy then reads its answer under it, column by column: two threads
-# gain 1.3 to 1.9 times at 300 x 100, nothing below. Each starts helpers of HiGHS's own, as many as half the cores.
+# HiGHS releases the interpreter's lock, but scipy reads the result column by column while holding it. So two threads
+# are 1.3 to 1.9 times as fast at 300 x 100, and no faster below. Each also starts HiGHS's own threads, one for every
+# two cores.
 _WORTH_THREADS = 20_000
 _MOST_THREADS = 4
-_SEARCH = 100_000  # how far from a number that cannot be its replacement is looked for
+_SEARCH = 100_000  # how far from an infeasible number to search for a feasible one
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many clients an expert picks, and how many experts of a module a client gets: the same, if homogeneous."""
+    """How many clients an expert picks, and how many of a module's experts a client gets (homogeneous: all alike)."""
 
     clients_per_expert: int
     min_experts: int
@@ -45,10 +47,10 @@ class Limits:
 
 
 def check(num_experts: int, num_clients: int, limits: Limits) -> None:
-    """Raise :class:`CoterieError`, with the number to change and what to, where no assignment meets ``limits``.
+    """Raise :class:`CoterieError` if no assignment meets ``limits``; it says which number to change, and to what.
 
-    One exists if and only if an expert has enough clients to pick from and E * clients_per_expert lies between
-    N * min_experts and N * max_experts (homogeneous: and N divides it): go round the clients, as :func:`_in_turn`.
+    An assignment exists if and only if an expert has enough clients to pick from and E * clients_per_expert lies
+    between N * min_experts and N * max_experts (homogeneous: and N divides it): :func:`_in_turn` makes one.
     """
     if fault := _fault(num_experts, num_clients, limits):
         fixes = ", or ".join(_fixes(num_experts, num_clients, limits))
@@ -59,9 +61,9 @@ def assign(affinity: ArrayLike, limits: Limits, *, threads: int | None = None) -
     """z = argmax sum(affinity * z) for each module, within ``limits``; affinity and z [m, E, N].
 
     z in {0, 1}, every row sums to ``clients_per_expert``, every column to ``min_experts`` .. ``max_experts``. The
-    matrix of these sums is a bipartite graph's, totally unimodular: the corners of the relaxed problem, of which the
-    simplex method returns one, are whole. Among equal optima it is always the same, whatever the number of
-    ``threads`` (by default the cores, 4 at most, where there is enough to do).
+    matrix of these sums is the incidence matrix of a bipartite graph, so it is totally unimodular: every vertex of the
+    relaxed problem is integral, and the simplex method returns a vertex. Among equal optima it is always the same,
+    whatever the number of ``threads`` (by default the cores, 4 at most, where there is enough to do).
     Raises as :func:`check` does; :class:`ValueError` for an affinity of another shape or that is not finite;
     :class:`RuntimeError` where what HiGHS returned is no assignment within ``limits``.
     """
@@ -83,12 +85,12 @@ def assign(affinity: ArrayLike, limits: Limits, *, threads: int | None = None) -
 def _assign_one(scores: Array, limits: Limits, sums: Any) -> NDArray[np.bool_]:
     """z [E, N] of one module."""
     (experts, clients), picks = scores.shape, limits.clients_per_expert
-    # A number taken away from a whole row changes nothing, as the row has so many picks in any case. With this one
-    # HiGHS starts from what each expert would pick alone and repairs the columns: 1.4 to 1.8 times as fast.
+    # Subtracting a number from a whole row changes nothing, because the number of picks in a row is fixed. With this
+    # number, HiGHS starts from what each expert would pick alone and fixes the columns: 1.4 to 1.8 times as fast.
     ranked = np.sort(scores, axis=1)[:, ::-1]
     gain = scores - (ranked[:, picks - 1] / 2 + ranked[:, min(picks, clients - 1)] / 2)[:, None]
     largest = np.abs(gain).max()
-    if largest == 0:  # nobody prefers anybody: all are optimal, and HiGHS is slow to see it
+    if largest == 0:  # all scores are equal: every assignment is optimal, and HiGHS is slow to find one
         return _in_turn(experts, clients, picks)
     least, most = _bounds(experts, clients, limits)
     bounds: Any = np.repeat([[0.0, 1.0], [least, most]], [scores.size, clients], axis=0)

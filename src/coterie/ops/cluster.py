@@ -39,9 +39,10 @@ class Clustering:
 def distances(features: Sequence[Sequence[Tensor]]) -> Array:
     """d(i, j) = mean over modules l of 1 - cos(v_il, v_jl), v the flattened ``features[i][l]``; [N, N], zero diagonal.
 
-    A vector of zeros has cosine 0 with everything, other zeros too: distance 1. The mean of the cosines is one Gram
-    matrix, of the concatenated unit-normalised vectors; it is summed up module by module, so that beside the input no
-    more than one module of every client is held. Raises :class:`ValueError` where clients differ in modules or sizes.
+    A zero vector has cosine 0, so distance 1, to every vector, even to another zero vector. The mean of the cosines is
+    one Gram matrix, of the concatenated unit-normalised vectors; it is summed up module by module, so that beside the
+    input no more than one module of every client is held. Raises :class:`ValueError` where clients differ in modules or
+    sizes.
     """
     return _mean_distance(features, _cosines)
 
@@ -68,7 +69,7 @@ def lora_distances(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]],
 def silhouettes(d: Array, ks: Iterable[int], linkage: Linkage = "average") -> dict[int, float]:
     """The mean silhouette of the tree of ``d`` [N, N] cut into k clusters, for each of ``ks``.
 
-    The member of a cluster of one counts 0, as in Rousseeuw's paper; k = 1 and k = N have no silhouette and get -1.
+    A client alone in its cluster counts as 0, as in Rousseeuw's paper; k = 1 and k = N have no silhouette and get -1.
     """
     return _silhouettes(d, _cuts(d, list(ks), linkage))
 
@@ -89,7 +90,7 @@ def cluster(
         raise ValueError(f"distances of shape {d.shape}, {min_clusters} to {max_clusters} clusters")
     if min_clusters > clients:
         raise CoterieError(
-            f"{clients} clients cannot form {min_clusters} clusters or more; set fewer clusters, or take more clients"
+            f"{clients} clients cannot form {min_clusters} or more clusters; set fewer clusters, or add clients"
         )
     ks = list(range(max(2, min_clusters), min(max_clusters, clients - 1) + 1))
     cuts = _cuts(d, [*ks, min_clusters], linkage)

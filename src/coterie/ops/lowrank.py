@@ -34,7 +34,7 @@ def decomposed(product: Product) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncated(product: Product, rank: int) -> Product:
-    """The nearest product of at most ``rank``: B = U S [d_out, rank], A = V^T [rank, d_in], zeros where it has less.
+    """The nearest product of at most ``rank``: B = U S [d_out, rank], A = V^T [rank, d_in], padded with zeros.
 
     In the factors' own dtype. Raises :class:`ValueError` for a rank below 1.
     """
@@ -64,6 +64,6 @@ def norm(product: Product) -> float:
 def _plain(matrix: Tensor) -> Tensor:
     """A copy in float64 whose strides depend on its shape alone.
 
-    A matrix of one column may have the strides of a row, and its products then other last bits.
+    A matrix of one column may have the strides of a row; its products then differ in the last bits.
     """
     return matrix.double().clone(memory_format=torch.contiguous_format)

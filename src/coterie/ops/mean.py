@@ -1,4 +1,4 @@
-"""Weighted means of keyed tensors, and what averaging A and B apart from each other costs."""
+"""Weighted means of keyed tensors, and the error of averaging A and B separately."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def better(metric: str, value: float, than: float) -> bool:
 
 
 def worst_client(metric: str, by_client: Mapping[ClientId, Metrics]) -> tuple[ClientId, float] | None:
-    """The client with the worst value; of equals the first by name."""
+    """The client with the worst value; on a tie, the first by name."""
     values = [(c, by_client[c][metric]) for c in sorted(by_client) if metric in by_client[c]]
     worst = None
     for client, value in values:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 def proportional(importance: Sequence[float], sizes: Sequence[int], budget: int, floor: int) -> list[int]:
     """The floor, and the rest of the budget in proportion to importance, rounded by the largest remainder.
 
-    What a matrix cannot take because it has no more experts goes to the others, in proportion again. A matrix of no
-    importance keeps its floor unless all others are full; if none has any, all count alike.
+    What a matrix cannot take because it has no more experts goes to the others, in proportion again. A matrix of
+    importance 0 keeps its floor unless all others are full; if all are 0, all count alike.
     """
     quotas, rest = _floors(importance, sizes, budget, floor)
     weight = _scaled(importance)
@@ -45,7 +45,7 @@ def greedy(importance: Sequence[float], sizes: Sequence[int], budget: int, floor
     """One expert at a time to the matrix that gains most: max of sum_m I_m (1 + 1/2 + ... + 1/K_m).
 
     The K-th expert of matrix m is worth I_m / K: each is worth less than the one before, so that taking the best one
-    each time is optimal. Without importance left to gain, the smallest quota grows.
+    each time is optimal. Once no importance is left to gain, the smallest quota grows.
     """
     quotas, rest = _floors(importance, sizes, budget, floor)
     heap = [_offer(importance[m], quotas[m], m) for m in range(len(sizes)) if quotas[m] < sizes[m]]
@@ -59,7 +59,7 @@ def greedy(importance: Sequence[float], sizes: Sequence[int], budget: int, floor
 
 
 def uniform(importance: Sequence[float], sizes: Sequence[int], budget: int, floor: int) -> list[int]:
-    """As many for every matrix as its size allows, whatever the importances: EEQA turned off."""
+    """The same quota for every matrix, as far as its size allows, whatever its importance: EEQA turned off."""
     return greedy([0.0] * len(sizes), sizes, budget, floor)
 
 
@@ -73,11 +73,11 @@ def _offer(importance: float, quota: int, m: int) -> tuple[float, int, int]:
 def _floors(importance: Sequence[float], sizes: Sequence[int], budget: int, floor: int) -> tuple[list[int], int]:
     """Every matrix's floor, and what is left of the budget."""
     if len(importance) != len(sizes) or not all(math.isfinite(i) and i >= 0 for i in importance):
-        raise ValueError(f"importances {list(importance)} for {len(sizes)} matrices; they are numbers >= 0, one each")
+        raise ValueError(f"importances {list(importance)} for {len(sizes)} matrices; give one number >= 0 for each")
     quotas = [min(floor, n) for n in sizes]
     rest = min(budget, sum(sizes)) - sum(quotas)
     if rest < 0:
-        raise ValueError(f"a budget of {budget} active experts, and floors that add up to {sum(quotas)}")
+        raise ValueError(f"a budget of {budget} active experts is below the sum of the floors, {sum(quotas)}")
     return quotas, rest
 
 

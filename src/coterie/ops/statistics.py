@@ -1,4 +1,4 @@
-"""How sure a comparison of two methods is: intervals and tests over clients and seeds, paired throughout.
+"""How certain a comparison of two methods is: paired intervals and tests over clients and seeds.
 
 A table of differences d [s, c] holds, for each seed and client, the metric of one method less that of another.
 """
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 def bootstrap_interval(values: Array, confidence: float = 0.95, seed: int = 0) -> Interval:
     """A percentile interval of the mean of ``values`` [s, c]: clients are drawn with replacement within each seed.
 
-    Seeds are few and are not drawn: the interval says how much the mean depends on which clients there are.
+    Seeds are few and are not resampled: the interval says how much the mean depends on the choice of clients.
     Raises :class:`ValueError` for an empty table and for values that are not finite.
     """
     table = _table(values)
@@ -50,7 +50,7 @@ def seed_interval(means: Sequence[float], confidence: float = 0.95) -> Interval 
 def sign_flip_p(differences: Array, seed: int = 0) -> float:
     """The two-sided p-value of a permutation test that two methods are alike, from ``differences`` [s, c].
 
-    Each client's mean difference over the seeds keeps or changes its sign, all clients on their own. Every sign
+    Each client's mean difference over the seeds keeps or changes its sign, independently of the others. Every sign
     pattern is tried for up to 13 clients; above that, 10,000 are drawn. With n clients no p-value is below 2^(1-n).
     Raises as :func:`bootstrap_interval`.
     """
@@ -60,7 +60,7 @@ def sign_flip_p(differences: Array, seed: int = 0) -> float:
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=DRAWS,  # of up to 13 clients all patterns, which are fewer
+        n_resamples=DRAWS,  # for up to 13 clients, all patterns: they are fewer
         rng=np.random.default_rng(seed),
     )
     return min(1.0, float(found.pvalue))

@@ -17,7 +17,7 @@ def stream_seed(seed: int, *purpose: str | int) -> int:
 def stream(seed: int, *purpose: str | int) -> Generator:
     """A CPU generator at the start of the stream ``(seed, *purpose)``.
 
-    torch's CPU generator keeps 32 bits of its seed: two of a run's n streams are the same with odds n^2 / 2^33.
+    torch's CPU generator keeps 32 bits of its seed: some two of n streams are equal with probability n^2 / 2^33.
     """
     return torch.Generator().manual_seed(stream_seed(seed, *purpose))
 

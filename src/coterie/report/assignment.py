@@ -68,7 +68,7 @@ def _pictures(past: History) -> Iterator[Picture]:
         figure = plots.held_together(shares, past.clients, past.groups)
         note = f"Over all modules, in round {last}."
         if 1 < len(set(past.groups)) < len(past.groups):
-            note += " Frames: the group that a client's data are from, which the method does not know."
+            note += " Frames: the group that a client's data come from; the method does not know it."
         yield Picture("experts-together", "Which clients share experts", figure, note)
     yield from _by_round(past)
 
@@ -89,12 +89,12 @@ def _by_round(past: History) -> Iterator[Picture]:
     if len(past.agreement) > 1 and past.chance is not None and past.comparable:
         level = ("chance", past.chance)
         figure = plots.lines_by_round({"same group": [*past.agreement.items()]}, label="pairs of holders", level=level)
-        note = "Of every two clients that hold the same expert, how many are of the same group."
+        note = "Of all pairs of clients that hold the same expert, the share in the same group."
         yield Picture("assignment-agreement", "Do clients of a group share experts?", figure, note)
     if len(past.changed) > 1 and any(past.changed.values()):
         curve = [(rnd, count / max(past.pairs[rnd], 1)) for rnd, count in past.changed.items()]
         figure = plots.lines_by_round({"new": curve}, label="pairs of expert and client")
-        note = "The share of pairs that the round before did not have."
+        note = "The share of pairs that are new in the round."
         yield Picture("assignment-changes", "How much each round re-assigns", figure, note)
 
 
@@ -111,6 +111,6 @@ def _figures(past: History, pool: ExpertPool | None) -> Table:
             ("newly assigned", f"{changed:,} of {pairs:,} pairs of expert and client ({share}), in round {last}")
         )
     if last in past.agreement and past.comparable:
-        same = f"{past.agreement[last]:.1%} of two holders of an expert are of the same group"
-        rows.append(("agreement with the groups", f"{same}, {past.chance:.1%} of any two clients"))
+        same = f"{past.agreement[last]:.1%} of pairs of clients with a common expert are in the same group"
+        rows.append(("agreement with the groups", f"{same}, {past.chance:.1%} of all pairs of clients"))
     return Table("Assignment", ["", ""], rows)

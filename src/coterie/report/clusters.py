@@ -16,11 +16,11 @@ def show(found: Clusters, run: Run) -> Iterator[Picture]:
     """The distances between the clients, and the silhouettes of the numbers of clusters that were tried."""
     groups = {client: row.group for client, row in run.clients.items()}
     if len(found.order) == len(found.distances) > 1:
-        note = "Near clients stand out; frames are clusters."
+        note = "Clients that are close to each other stand out; frames are clusters."
         if any(groups.values()):
-            note += " Squares: the group that a client's data are from, which the method does not know."
+            note += " Squares: the group that a client's data come from; the method does not know it."
         figure = plots.client_distances(found, groups)
         yield Picture("client-distances", "Distances between clients", figure, note)
     if found.silhouettes:
-        note = "Higher: clusters that are further apart."
+        note = "Higher values: clusters that are further apart."
         yield Picture("silhouettes", "How many clusters", plots.silhouettes(found), note)

@@ -25,8 +25,8 @@ class History:
 
     ``groups`` [c] are the clients' groups, as far as they are known.
     ``times`` [m, c, e] counts the rounds in which a client held an expert, up to the last. ``pairs`` is the number of
-    pairs by round, ``changed`` how many of them the round before did not have, ``agreement`` what
-    :func:`agreement` says; ``chance`` is what it would be if holders were drawn without regard to groups.
+    pairs by round, ``changed`` how many of them the round before did not have, ``agreement`` the result of
+    :func:`agreement`; ``chance`` is its value if holders were drawn regardless of groups.
     """
 
     modules: Sequence[str]
@@ -53,7 +53,7 @@ class History:
 
 
 def by_round(after: Mapping[int, Assignment], rounds: Sequence[int]) -> dict[int, Assignment]:
-    """The assignment that each of ``rounds`` trained with, and the one that the next round will, where that is known.
+    """The assignment that each of ``rounds`` trained with and, if known, the one of the next round.
 
     ``after`` has the assignment after every round, and after 0 that of the first.
     """
@@ -96,7 +96,7 @@ def history(
 def held_table(
     assignment: Assignment, modules: Sequence[str], clients: Sequence[ClientId], experts: Sequence[int]
 ) -> Held:
-    """Who holds what: [m, c, e] of truth values."""
+    """Whether each client holds each expert: booleans [m, c, e]."""
     columns = {e: i for i, e in enumerate(experts)}
     held = np.zeros((len(modules), len(clients), len(experts)), dtype=bool)
     for m, module in enumerate(modules):
@@ -129,7 +129,7 @@ def chance_of(groups: Sequence[str | None]) -> float | None:
 
 
 def together(held: Held) -> Shares:
-    """The share of (module, expert) that two clients both hold, of those that either does: [c, c], NaN for none."""
+    """Of the (module, expert) pairs that either of two clients holds, the share that both hold: [c, c], NaN if none."""
     flat = held.transpose(1, 0, 2).reshape(held.shape[1], -1).astype(np.float32)
     both = (flat @ flat.T).astype(float)
     either = both.diagonal()[:, None] + both.diagonal() - both
@@ -137,7 +137,7 @@ def together(held: Held) -> Shares:
 
 
 def neighbours(held: Held) -> list[int]:
-    """The columns of ``held`` [c, e], those with holders far up first, so that experts of the same holders are near."""
+    """The columns of ``held`` [c, e], ordered so that experts with the same holders are adjacent."""
     holders = held.sum(0)
     rows = np.arange(len(held)) @ held
     middle = np.where(holders > 0, rows / np.maximum(holders, 1), len(held))

@@ -9,7 +9,7 @@ _LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 
 
 def short_names(modules: Sequence[str]) -> dict[str, str]:
-    """Each module's numbers and the end of its path, as short as tells them apart: ``3.query``, ``3.output.dense``."""
+    """Each module's numbers and the end of its path, kept short but unique: ``3.query``, ``3.output.dense``."""
     paths = {module: module.split(".") for module in modules}
     kept = dict.fromkeys(paths, 1)
     while True:

@@ -64,14 +64,14 @@ def write_report(folder: Path, pictures: bool = False, summary: Summary | None =
 
 
 def _shown(finding: Finding, run: Run) -> Iterator[Picture | Table]:
-    """What is shown of ``finding``: nothing of a type that no module shows."""
+    """The pictures and tables of ``finding``; none if no module shows its type."""
     show_one = _modules().get(type(finding))
     return show_one(finding, run) if show_one else iter(())
 
 
 @cache
 def _modules() -> dict[type[Finding], Show]:
-    """What shows each type of finding: ``show`` of the modules of this package that define ``FINDING``."""
+    """The function that shows each type of finding: ``show`` of the modules of this package that define ``FINDING``."""
     modules = [importlib.import_module(f"{report.__name__}.{m.name}") for m in pkgutil.iter_modules(report.__path__)]
     return {module.FINDING: module.show for module in modules if hasattr(module, "FINDING")}
 

@@ -66,7 +66,7 @@ def _by_matrix(quotas: Quotas, matrices: Mapping[str, tuple[str, str]]) -> dict[
 
 
 def _lines(after: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
-    """A curve of every name, with a point for each round that measured anew."""
+    """A curve for every name, with a point for each round in which it was measured again."""
     found: dict[str, list[tuple[int, float]]] = {}
     before: Mapping[str, float] = {}
     for rnd, values in sorted(after.items()):

@@ -1,4 +1,4 @@
-"""Reads what a run folder holds, and adds up what a report shows of it: of a run that has not finished too."""
+"""Reads a run folder and computes what a report shows, also for a run that has not finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coterie.runs.events import METRICS, Evaluated, Note, RoundDone, Scores, Sta
 from coterie.runs.summary import SUMMARY, ClientSummary, Summary, Traffic, read_summary
 from coterie.types import ClientId, CoterieError
 
-SITES = "sites.json"  # what a federation of sites adds up to
+SITES = "sites.json"  # the totals of a real federation
 _SPLITS = ("test", "validation")
 F = TypeVar("F", bound=Finding)
 
@@ -39,7 +39,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, read once. Of a round that was logged twice (a killed run, resumed) the last counts."""
+    """The content of a run folder, read once. If a round was logged twice, after a resume, the last counts."""
 
     name: str
     summary: Summary | None = None
@@ -72,12 +72,12 @@ class Run:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """What the method found, at the end of what there is."""
+        """What the method found, after the last round that was logged."""
         said = [*self._described().values(), self.summary.describe if self.summary else {}]
         return findings.from_json({name: value for part in said for name, value in part.items()})
 
     def history(self, kind: type[F]) -> dict[int, F]:
-        """The finding of a ``kind`` after every round from which on there is one; 0 is before the first round."""
+        """The finding of a ``kind`` after each round, from the first that has one; 0 is before the first round."""
         said: dict[str, object] = {}
         found: dict[int, F] = {}
         now: F | None = None
@@ -234,7 +234,7 @@ def _mapping(path: Path) -> dict[str, object]:
         return {}
     found = read_json(path)
     if not isinstance(found, dict):
-        raise CoterieError(f"{path} holds a {type(found).__name__} where a run has a mapping; is it a run's folder?")
+        raise CoterieError(f"{path} holds a {type(found).__name__} instead of an object; is this a run's folder?")
     return found
 
 

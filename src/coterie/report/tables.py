@@ -25,12 +25,12 @@ class Table:
 
 
 def words(name: str) -> str:
-    """A name in JSON as readers know it."""
+    """A name from JSON, as readers see it."""
     return _WORDS.get(name, name.replace("_", " "))
 
 
 def show(value: object, name: str = "") -> str:
-    """A value as text for readers; ``name`` tells its unit. What is missing or no number is ``-``."""
+    """A value as text for readers; ``name`` determines its unit. A missing value, or NaN, is ``-``."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
     if isinstance(value, bool):

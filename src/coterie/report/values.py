@@ -1,4 +1,4 @@
-"""Shows what a method says of its state that no other finding holds, as tables."""
+"""Shows, as tables, what a method reports about its state beyond the other findings."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def load_newest(
     note: Callable[[str], None],
     lacks: Callable[[Checkpoint[S]], str | None] = lambda saved: None,
 ) -> Checkpoint[S] | None:
-    """The newest checkpoint that is whole and ``lacks`` nothing; says in ``note`` which are not, and deletes those.
+    """The newest checkpoint that is whole and ``lacks`` nothing; deletes the others, and reports each through ``note``.
 
     None where there is no checkpoint at all. Raises :class:`CoterieError`, and deletes nothing, where no checkpoint
     can be used, and where a whole one was written by another version.
@@ -99,7 +99,7 @@ def _read(path: Path, state: type[S]) -> Checkpoint[S]:
 
 
 class _Header(Section):
-    """What stands before the state."""
+    """The header of the file, before the state."""
 
     rnd: int
     metrics_bytes: int

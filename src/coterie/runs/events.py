@@ -195,7 +195,7 @@ class RoundDone(Event):
 
 @dataclass(frozen=True)
 class ClientEvaluated(Event):
-    """One client of ``of`` was evaluated."""
+    """One client was evaluated; ``of`` is the number of clients."""
 
     event = "evaluated"
 

@@ -51,7 +51,7 @@ S = TypeVar("S")  # the method's state
 
 
 @dataclass(frozen=True)
-class Rounds:
+class RoundSettings:
     """The settings of the rounds; see the config section ``[run]``."""
 
     rounds: int
@@ -71,7 +71,7 @@ class Runner(Generic[S]):
 
     method: Method[S]
     engine: Engine
-    rounds: Rounds
+    settings: RoundSettings
     folder: Path
     listen: Listener = lambda event: None
     _capped: set[ClientId] = field(default_factory=set)  # noted already
@@ -84,7 +84,7 @@ class Runner(Generic[S]):
         """
         start = self._restore()
         state = start.state
-        for rnd in range(start.rnd + 1, self.rounds.rounds + 1):
+        for rnd in range(start.rnd + 1, self.settings.rounds + 1):
             state = self._round(state, rnd)
         return state
 
@@ -177,7 +177,7 @@ class Runner(Generic[S]):
                     sizes[client] = self._update_sizes(delivery.reply, instructions[client], infos[client])
                 self.listen(ClientDone(rnd, client, entries[client], fault))
         steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
-        for client, fault in large_updates(sizes, steps, self.rounds.update_bound).items():
+        for client, fault in large_updates(sizes, steps, self.settings.update_bound).items():
             failed[client], entries[client] = fault, replace(entries[client], said={})
             del replies[client]
         return replies, entries, failed
@@ -190,19 +190,19 @@ class Runner(Generic[S]):
     def _cohort(self, rnd: int) -> list[ClientInfo]:
         """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
         clients = sorted(self.engine.clients, key=lambda client: client.id)
-        size = max(1, round(self.rounds.cohort * len(clients)))
-        chosen = torch.randperm(len(clients), generator=stream(self.rounds.seed, rnd, "cohort"))[:size]
+        size = max(1, round(self.settings.cohort * len(clients)))
+        chosen = torch.randperm(len(clients), generator=stream(self.settings.seed, rnd, "cohort"))[:size]
         return [clients[i] for i in sorted(chosen.tolist())]
 
     def _fault(self, state: S, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
         if reply is None:
             return "no reply"
         expected, info = self.method.expects(state, client, rnd), self.method.expects_info(state, client, rnd)
-        return fault_of(reply, expected, self.rounds.norm_bound, client.num_train, info)
+        return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info)
 
     def _with_shares(self, replies: Mapping[ClientId, Reply], rnd: int) -> dict[ClientId, Reply]:
         """``replies`` with the training examples that each counts for."""
-        examples = capped_examples(replies, self.rounds.max_share)
+        examples = capped_examples(replies, self.settings.max_share)
         total = sum(reply.num_examples for reply in replies.values())
         for client in [c for c in replies if examples[c] < replies[c].num_examples and c not in self._capped]:
             self._capped.add(client)
@@ -216,7 +216,7 @@ class Runner(Generic[S]):
     def _check_quorum(
         self, replies: Mapping[ClientId, Reply], cohort: Sequence[ClientInfo], failed: Mapping[ClientId, str], rnd: int
     ) -> None:
-        needed = max(1, math.ceil(self.rounds.quorum * len(cohort)))
+        needed = max(1, math.ceil(self.settings.quorum * len(cohort)))
         if len(replies) < needed:
             reasons = "; ".join(named(client, reason) for client, reason in list(failed.items())[:3])
             raise CoterieError(
@@ -225,11 +225,11 @@ class Runner(Generic[S]):
             )
 
     def _evaluate(self, state: S, rnd: int) -> None:
-        if rnd % self.rounds.evaluate_every and rnd != self.rounds.rounds:
+        if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:
             return
         started = time.perf_counter()
         instructions = self.method.configure(state, self.engine.clients, rnd + 1)
-        last = rnd == self.rounds.rounds
+        last = rnd == self.settings.rounds
         scores: dict[ClientId, Evaluation] = {}
         asked = self.engine.evaluate(self.method, instructions, rnd, ("validation", "test"), usage=last)
         with closing(asked) as evaluations:
@@ -248,13 +248,13 @@ class Runner(Generic[S]):
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
         made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.state_rounds(rnd))
-        checkpoints.save(self.folder / "checkpoints", made, self.rounds.keep_checkpoints)
+        checkpoints.save(self.folder / "checkpoints", made, self.settings.keep_checkpoints)
         self._prune(rnd)
         self.listen(CheckpointSaved(rnd))
         return made
 
     def _prune(self, rnd: int) -> None:
-        self.engine.prune(rnd - self.rounds.keep_checkpoints + 1)
+        self.engine.prune(rnd - self.settings.keep_checkpoints + 1)
 
     def _note(self, notes: Sequence[str], rnd: int) -> None:
         for text in notes:
@@ -272,6 +272,6 @@ def named(client: ClientId, fault: str) -> str:
 
 
 def _entry(delivery: Delivery, fault: str | None) -> ClientRound:
-    """A client's entry in the record, without what a reply reports that is not used."""
+    """A client's entry in the record, without the statistics of an unused reply."""
     said = dict(delivery.reply.info) if delivery.reply and fault is None else {}
     return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, said)

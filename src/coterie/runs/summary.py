@@ -189,7 +189,7 @@ def summarise(
 
 
 def _over_clients(summary: Summary, scores: Mapping[ClientId, Scores]) -> Summary:
-    """``summary`` with what its clients add up to; ``scores`` are those of the best round."""
+    """``summary`` with its figures over all clients; ``scores`` are those of the best round."""
     rows, primary = summary.clients.values(), summary.primary
     splits = sorted({split for by_split in scores.values() for split in by_split})
     tests = {client: row.test for client, row in summary.clients.items() if row.test}

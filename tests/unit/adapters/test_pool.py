@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 import tiny
-from coterie.adapters.pool import POOL_FILE, cut, fit, name_of, put_back, read_pool, write_pool
+from coterie.adapters.pool import POOL_FILE, cut, match_modules, name_of, put_back, read_pool, write_pool
 from coterie.adapters.read import build_pool, read_adapter
 from coterie.adapters.write import write_adapter
 from coterie.cli.main import app
@@ -86,7 +86,7 @@ def test_cut_into_rank_one_experts_it_has_the_effect_that_peft_gives_it(case: st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = PeftModel.from_pretrained(tiny.model(arch, KIND[arch]), str(folder)).double()
-    names = fit(pool, [name for name, _ in model.named_modules()])
+    names = match_modules(pool, [name for name, _ in model.named_modules()])
     bank = Bank({key._replace(module=names[key.module]): value.double() for key, value in experts.items()})
     plain, expected = out_of(model), out_of(theirs)
     with attached(model, bank):

@@ -81,5 +81,5 @@ def test_what_does_not_train_cannot_be_pulled() -> None:
     bank = plain_bank(workplace)
     of_b = frozenset(key for key in bank.tensors if key.part is Part.B)
     request = Train(bank, of_b, sgd(1), proximal=Proximal(MU, frozenset(lora_of(bank.tensors))))
-    with pytest.raises(CoterieError, match="the proximal term is for tensors that train"):
+    with pytest.raises(CoterieError, match="the proximal term is only for tensors that train"):
         LocalCompute(workplace, client_of(workplace), 1).train(request)

@@ -276,7 +276,7 @@ CLIENT = {"id": "a", "train": "a.jsonl"}
         ({"datasets": ["cats"], "partition": {"name": "iid"}}, "needs data.partition.clients"),
         (
             {"datasets": ["cats", "dogs"], "partition": {"name": "iid", "clients": 2}},
-            "would mix datasets of different labels",
+            "would mix datasets with different labels",
         ),
         ({"datasets": ["cats"], "train_rows": 41}, "need 41 of 'cats', but there are 40; lower data.train_rows"),
     ],

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from coterie.data.files import Table, read_table, table_of
+from coterie.data.files import RowTable, read_table, table_of
 from coterie.data.parse import LONGEST_TEXT, parse
 from coterie.data.rows import PromptRow, Row, TextRow
 from coterie.data.settings import Columns
@@ -39,7 +39,7 @@ def rows(
 def test_the_three_types_hold_the_same(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", RECORDS)
     write(tmp_path / "a.csv", 'text,label\n"a stone, wet",old\n\n"she said ""no""\nand left",new\n')
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.RowTable.from_pylist(RECORDS), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         table = read_table(tmp_path / name)
         assert table.records == RECORDS
@@ -66,7 +66,7 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
         ("a.jsonl", '\n["x"]\n', "a.jsonl:2: a row is a JSON object"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl:2: not UTF-8"),
         ("a.jsonl", "\n\n", "a.jsonl: no rows; add some$"),
-        ("a.jsonl", '{"text": "x"}\n{"text": "big\\ud800"}', "a.jsonl:2: .*U.D800, which is only half of one; remove"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "big\\ud800"}', "a.jsonl:2: .*U.D800, half of a surrogate pair; remove"),
         ("a.csv", "text,label\n", "a.csv: no rows"),
         ("a.csv", "text,label\nx,y\nred, green,blue\n", "a.csv:3: 3 fields for 2 columns"),
         ("a.csv", 'text,label\nx,y\n"z,y\n', "a.csv:3: not a line of CSV"),
@@ -208,7 +208,7 @@ def test_a_bad_row_says_where(
 
 
 def test_many_labels_are_not_all_listed() -> None:
-    table = Table("t", [{"text": "a", "label": "x"}], "")
+    table = RowTable("t", [{"text": "a", "label": "x"}], "")
     with pytest.raises(CoterieError, match=r"label 10, label 11, \.\.\. \(150 in all\)"):
         parse({"train": table}, Columns(), "classification", [f"label {i}" for i in range(150)])
 

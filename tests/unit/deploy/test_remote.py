@@ -30,7 +30,7 @@ from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
 from coterie.requests import ExpertUse, Observed
 from coterie.runs.events import Event, Note
-from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.rounds import RoundSettings, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Part, Target
 from grid import InProcessGrid
 from spoiled import SPOILED
@@ -54,7 +54,8 @@ def fedit(tmp_path: Path) -> tuple[Path, dict[str, Worker]]:
 
 def run(engine: RemoteEngine, config: Any, folder: Path, **rounds: Any) -> Any:
     folder.mkdir(exist_ok=True)
-    return Runner(flower_sites.method_of(config), engine, Rounds(**{"rounds": 3, "seed": 0, **rounds}), folder).run()
+    settings = RoundSettings(**{"rounds": 3, "seed": 0, **rounds})
+    return Runner(flower_sites.method_of(config), engine, settings, folder).run()
 
 
 def rounds_in(folder: Path) -> list[Any]:
@@ -184,7 +185,7 @@ def test_an_answer_to_no_message_of_the_server_is_dropped(kind: str, fedit: tupl
         assert len(done) == there
         assert [c for c in done if done[c].error is None] == [c for c in CLIENTS if c != VICTIM]
     assert [e.text for e in heard if isinstance(e, Note)] == [
-        "a message arrived that answers none of the server's; all such are dropped"
+        "a message arrived that answers no request of the server; such messages are dropped"
     ]
 
 
@@ -466,7 +467,7 @@ def test_an_answer_with_more_bytes_than_it_may_have_is_not_decoded(
         "evaluate": [e.failed for e in heard if isinstance(e, Exchanged) and e.failed],
     }[kind]
     assert len(reasons) == 1
-    assert str(reasons[0]).startswith("the reply cannot be read: it has more than the ")
+    assert str(reasons[0]).startswith("the reply cannot be read: it is larger than the ")
 
 
 def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_path: Path) -> None:
@@ -485,7 +486,7 @@ def test_who_does_not_fit_is_refused(fedit: tuple[Path, dict[str, Worker]], tmp_
     assert {r.partition(" reports ")[2] for r in reasons(max_rows=11)} == {
         "12 training rows, more than 11 ([federation] max_rows)"
     }
-    assert any("key belongs to nobody known" in r for r in reasons(keys={"digest": "mood-0"}))
+    assert any("key belongs to an unknown site" in r for r in reasons(keys={"digest": "mood-0"}))
     staff[VICTIM] = flower_sites.workers(tmp_path, [VICTIM], policy={"methods": ["fedlease"]})[VICTIM]
     assert reasons() == {"this site does not run fedit, only fedlease ([policy] methods)"}
 

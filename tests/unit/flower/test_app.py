@@ -41,5 +41,5 @@ def test_a_message_that_kills_the_worker_is_handed_over_three_times(
     monkeypatch.setattr(app, "_WORKER_PAUSE", 0.0)
     context = Context(1, 11, {"socket": str(path)}, RecordDict(), {})
     answer = app.answer_of_worker(Message({"patience": 60}, b"poison"), context, 60.0)
-    assert answer.head["error"] == "the site's worker died of this message; see site.log there"
+    assert answer.head["error"] == "the site's worker died while handling this message; see site.log there"
     assert len(handed) == 3

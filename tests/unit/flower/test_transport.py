@@ -68,7 +68,7 @@ def test_a_body_of_the_limit_is_received(size: int) -> None:
 def test_a_body_beyond_the_limit_is_not_even_pulled() -> None:
     store = Store()
     store.answer("large", Message({}, random.Random(0).randbytes(12 * CHUNK)))
-    assert error_of(store, "large", 10**6).endswith("it has more than the 1000000 bytes that it may have")
+    assert error_of(store, "large", 10**6).endswith("it is larger than the 1000000 bytes allowed")
     assert store.pulled < 8 * CHUNK  # those that were under way
 
 

@@ -72,7 +72,7 @@ def test_where_the_client_that_trains_fails_the_state_stays() -> None:
 def test_the_user_reads_what_it_is_and_a_part_of_the_clients_is_refused() -> None:
     over = play()
     assert find(over.method.describe(over.state), Notes) == Notes([NOTE])
-    with pytest.raises(CoterieError, match=r"round 2 is without client-1; set \[run\] cohort = 1"):
+    with pytest.raises(CoterieError, match=r"client-1 is not in round 2; set \[run\] cohort = 1"):
         over.method.configure(over.state, CLIENTS[:1], 2)
 
 

@@ -52,7 +52,7 @@ def test_a_finished_run_shows_its_assignment(tmp_path: Path) -> None:
     assert page.tags["svg"] == 8
     for expected in ("mode dynamic", "experts in a module's pool 7", "per module mean 2.0, 2 to 2",
                      "in total mean 12.0, 12 to 12",
-                     "0 of 72 pairs of expert and client (0%), in round 4", "100.0% of two holders", "40.0% of any two",
+                     "0 of 72 pairs of expert and client (0%), in round 4", "100.0% of pairs", "40.0% of all pairs",
                      "3 of 6 modules.", "held in round 4", "0.query", "10.value",
                      "Frames: the group", "The shared expert, which every token uses"):  # fmt: skip
         assert expected in page.text, expected
@@ -67,7 +67,7 @@ def test_a_run_under_way_shows_what_the_next_round_holds(tmp_path: Path) -> None
     page = Page(write_report(run, pictures=True))
     assert pictures(run) == ALWAYS | {"assignment-changes", "assignment-agreement"}
     assert "held in round 3" in page.text
-    assert "100.0% of two holders" in page.text, "the groups are in the manifest"
+    assert "100.0% of pairs" in page.text, "the groups are in the manifest"
     begun = made(tmp_path / "begun", events(0))
     assert "held in round 1" in Page(write_report(begun, pictures=True)).text
     assert pictures(begun) == ALWAYS - {"metric-by-round", "loss-by-round"}

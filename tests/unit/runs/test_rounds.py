@@ -24,7 +24,7 @@ from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
 from coterie.requests import Train, Trained
 from coterie.runs.events import ClientDone, Evaluated, Note, RoundStart, Truncated, read_events
-from coterie.runs.rounds import Rounds, Runner
+from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target
 
@@ -93,7 +93,7 @@ def run(folder: Path, spoil: Spoil = lambda c, r, reply: reply, **rounds: Any) -
     engine, heard = Compute(spoil), []
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
     folder.mkdir(exist_ok=True)
-    runner = Runner(method, engine, Rounds(**{"rounds": 3, "seed": 0, **rounds}), folder, heard.append)
+    runner = Runner(method, engine, RoundSettings(**{"rounds": 3, "seed": 0, **rounds}), folder, heard.append)
     return runner.run(), engine, heard
 
 
@@ -232,7 +232,7 @@ def test_the_cohort_does_not_depend_on_the_order_of_the_clients(tmp_path: Path) 
     turned = Turned()
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
     (tmp_path / "turned").mkdir()
-    Runner(method, turned, Rounds(10, 0, cohort=0.5), tmp_path / "turned").run()
+    Runner(method, turned, RoundSettings(10, 0, cohort=0.5), tmp_path / "turned").run()
     assert [sorted(cohort) for cohort in turned.rounds] == [sorted(cohort) for cohort in engine.rounds]
 
 
@@ -246,7 +246,7 @@ def test_half_of_five_is_three(tmp_path: Path) -> None:
     engine = Compute(lambda c, rnd, reply: reply if c in ("c0", "c1") else None, number=5)
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
     with pytest.raises(CoterieError, match="2 of 5 clients replied, but the quorum is 3"):
-        Runner(method, engine, Rounds(3, 0), tmp_path).run()
+        Runner(method, engine, RoundSettings(3, 0), tmp_path).run()
 
 
 def test_what_a_reply_says_stands_under_no_name_of_the_runners(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_what_is_cut_off_the_rows_is_said_at_the_start_and_kept(tmp_path: Path) 
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
     (tmp_path / "cut").mkdir()
     heard.clear()
-    Runner(method, engine, Rounds(rounds=3, seed=0), tmp_path / "cut", heard.append).run()
+    Runner(method, engine, RoundSettings(rounds=3, seed=0), tmp_path / "cut", heard.append).run()
     said = [i for i, event in enumerate(heard) if isinstance(event, Note) and "3 of 40 rows" in event.text]
     first = next(i for i, event in enumerate(heard) if isinstance(event, RoundStart))
     assert len(said) == 1

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from coterie import plugins
-from coterie.data.files import Table
+from coterie.data.files import RowTable
 from coterie.data.settings import Columns
 from coterie.plugins import check_new, installed
 from coterie.types import CoterieError
@@ -37,7 +37,7 @@ class Dataset:
     """
 
     name: str
-    tables: Mapping[str, Table]
+    tables: Mapping[str, RowTable]
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie.data.files import READERS, Table, read_table
+from coterie.data.files import READERS, RowTable, read_table
 from coterie.data.rows import SPLITS
 from coterie.data.settings import Columns
 from coterie.data.sources import Dataset, usages
@@ -19,16 +19,19 @@ USAGE = "PATH: a folder with train.jsonl, .csv or .parquet, maybe validation, te
 
 
 def load(rest: str, root: Path, columns: Columns) -> tuple[Dataset, ...]:
-    """The dataset in the folder ``rest``. Raises :class:`DataError`: no such folder, no or doubled split files."""
+    """The dataset in the folder ``rest``.
+
+    Raises :class:`DataError` for a missing folder, and for missing or duplicate split files.
+    """
     return (read_folder((root / rest).resolve()),)
 
 
 def read_folder(path: Path) -> Dataset:
-    """The dataset of one folder, called as the folder is."""
+    """The dataset in a folder, named after the folder."""
     if not path.is_dir():
         ways = "; ".join(usages())
         raise DataError(f"{path}: no such folder. A dataset is one of {ways}")
-    tables: dict[str, Table] = {}
+    tables: dict[str, RowTable] = {}
     for file in sorted(path.iterdir()):
         if file.stem in SPLITS and file.stem in tables:
             other = Path(tables[file.stem].source).name

@@ -8,7 +8,7 @@
    y = W0 x + s sum_e g_e B_e A_e x, with g from the M largest of 2M-1 slots (:func:`coterie.nn.gates.slot_top_k`).
 
 Differs from the paper: slots are ordered experts first, own last (a permutation of the router's rows).
-Differs from the published code (commit cf18cd6), whose ways ``examples/fedlease-published.toml`` restores: experts
+Differs from the published code (commit cf18cd6), whose behaviour ``examples/fedlease-published.toml`` restores: experts
 start as the cluster means (there, each client from its own warm-up LoRA, the other experts at B = 0:
 ``expert_start = "own"``); the head is trained (there, frozen at its random start: ``head = "frozen"``); all clients
 start from one A by the run's seed (there, by an accident of random state).

@@ -50,7 +50,7 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
     if settings.warmup_rounds >= plan.rounds:
         raise CoterieError(
             f"[method] warmup_rounds = {settings.warmup_rounds} leaves no round for the experts; "
-            f"set rounds above it (now {plan.rounds})"
+            f"raise [run] rounds above it (now {plan.rounds})"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from coterie.adapters.pool import Pool, fit, name_of
+from coterie.adapters.pool import Pool, match_modules, name_of
 from coterie.methods.base import Method
 from coterie.methods.findings import Adapter, Finding, Notes, Quotas
 from coterie.methods.parts import (
@@ -190,7 +190,7 @@ class SmartFed(Method[SmartFedState]):
             frozen = sent.frozen
             about = {**personal.info, "pool": ins.info["pool"]}
             personal = Personal(personal.tensors, about, Kept(name_of(frozen), frozen))
-        elif self._lacks_pool(ins, personal):  # what was sent goes back untrained, and the server leaves it out
+        elif self._lacks_pool(ins, personal):  # it returns the tensors untrained, and the server ignores them
             return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, sent.trainable(bank), self.plan.optim)
@@ -230,7 +230,7 @@ class SmartFed(Method[SmartFedState]):
             )
         if s.floor > s.active:
             raise CoterieError(
-                f"[method] floor = {s.floor} is above active = {s.active}, the budget that floors are part of; lower it"
+                f"[method] floor = {s.floor} is above active = {s.active}, the mean over matrices; lower it"
             )
 
     def _quotas(self, state: SmartFedState, rule: str) -> dict[str, int]:
@@ -254,7 +254,7 @@ class SmartFed(Method[SmartFedState]):
         """Drop the adapters that the gates hardly use, with their rows of the routers. At least one stays."""
         pool, whole, below = self._pool(state.pool), self._whole, self.settings.drop_below
         active = [a for a in pool.adapters if a.name not in state.dropped]
-        modules = fit(pool, [key.module for key in state.routers])
+        modules = match_modules(pool, [key.module for key in state.routers])
         starving = starved(active, modules, state.use, below, whole)
         dropped = [name for name in starving if name not in self.settings.train_experts][: len(active) - 1]
         left = [a for a in active if a.name not in dropped]
@@ -262,7 +262,7 @@ class SmartFed(Method[SmartFedState]):
         return replace(state, routers=routers, dropped=(*state.dropped, *dropped)) if dropped else state
 
     def _frozen(self, pool: Pool, routers: Iterable[Key]) -> dict[Key, Tensor]:
-        names = fit(pool, [key.module for key in routers])
+        names = match_modules(pool, [key.module for key in routers])
         return named_for(pool, names, [a for a in pool.adapters if a.name not in self.settings.train_experts])
 
     # steps of the client -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from coterie.adapters.pool import Adapter, Pool, cut, fit, put_back, read_pool
+from coterie.adapters.pool import Adapter, Pool, cut, match_modules, put_back, read_pool
 from coterie.methods.parts import lora_of
 from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Tensors
 
@@ -33,7 +33,7 @@ def pool_in(folder: str, name: str | None = None) -> Pool:
 def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
     """The target of each of the pool's modules. Raises :class:`CoterieError` if the pool does not fit the run."""
     sizes = {t.name: (t.d_in, t.d_out) for t in base.targets}
-    names = fit(pool, sizes)
+    names = match_modules(pool, sizes)
     if lost := [m for m in pool.modules if m not in names]:
         leaves = sorted({m.rsplit(".", 1)[-1] for m in pool.modules})
         raise CoterieError(

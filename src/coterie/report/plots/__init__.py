@@ -1,7 +1,7 @@
 """The pictures of a run, a comparison and the demo. Plain data in, a matplotlib Figure out; no pyplot, no display.
 
-Colours are told apart by readers with any colour vision, and never carry a meaning alone: lines are labelled, cells
-that fit hold their number. A file per group of pictures; ``style`` holds what they share.
+Readers with any colour vision can tell the colours apart, and no meaning depends on colour alone: lines are labelled,
+and cells show their number if it fits. A file per group of pictures; ``style`` holds what they share.
 """
 
 from coterie.report.plots.assignment import Panel, assigned_experts, held_experts, held_together, used_experts

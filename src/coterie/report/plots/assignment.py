@@ -1,4 +1,4 @@
-"""An assignment of a pool's experts, other ones in every module: who holds and who uses what, and who shares it."""
+"""Pictures of an assignment, where every module has its own experts: which client holds, uses and shares which."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def used_experts(usage: Mapping[str, Mapping[str, Panel]], clients: Sequence[str
 
 @styled
 def held_experts(counts: NDArray[np.int_], modules: Sequence[str], clients: Sequence[str], groups: Groups) -> Figure:
-    """Clients x modules: how many experts a client holds [clients, modules], and from how many to how many it does."""
+    """Clients x modules: how many experts a client holds [clients, modules], and the range over modules."""
     n, high = len(clients), _row_height(len(clients))
     left, right = _margins(clients, groups)
     ranges = n <= NAMED_ROWS
@@ -184,7 +184,7 @@ def _grid(
 def _draw(
     ax: Axes, panel: Panel, cell: Size, limits: tuple[float, float], text: Callable[[float], str]
 ) -> ScalarMappable:
-    """The values as cells, or as marks where cells would be too small to see and few hold anything."""
+    """The values as cells, or as marks if cells would be too small to see and most are empty."""
     held = np.isfinite(panel.values)
     past = None if panel.past is None else np.where(panel.past & ~held, 1.0, np.nan)
     if min(cell) < 2.2 * _POINT and held.mean() < 0.3:

@@ -102,9 +102,9 @@ def _name_curves(ax: Axes, ends: Mapping[str, _End]) -> None:
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
-    """``values`` moved as little as keeps every two of them ``gap`` apart, in the same order."""
+    """``values`` in the same order, moved as little as possible so that any two are at least ``gap`` apart."""
     order = sorted(range(len(values)), key=lambda i: values[i])
-    blocks: list[tuple[float, list[int]]] = []  # (middle, members): labels that touch move as one
+    blocks: list[tuple[float, list[int]]] = []  # (middle, members): labels that touch are moved together
     for i in order:
         blocks.append((values[i], [i]))
         while len(blocks) > 1 and _touch(blocks[-2], blocks[-1], gap):

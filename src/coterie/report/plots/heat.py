@@ -1,4 +1,4 @@
-"""Heat maps: cells with or without gaps, names of rows, what is known of the groups of rows."""
+"""Heat maps: cells with or without gaps, names of rows, and groups of rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLUES = LinearSegmentedColormap.from_list("coterie", _SHADES).with_extremes(bad=
 EMPTY = ("#8b949e", 0.09)
 # For tables most of whose cells are empty: the least value stands out from them.
 SPARSE = LinearSegmentedColormap.from_list("sparse", ["#b4d1e6", *_SHADES[2:]]).with_extremes(bad=EMPTY)
-NEAR = BLUES.reversed()  # what is near stands out
+NEAR = BLUES.reversed()  # small distances stand out
 NAMED_ROWS = 40  # rows up to which cells stand apart and every client is named
 
 
@@ -102,7 +102,7 @@ def cut(text: str, most: int) -> str:
 
 
 def blocks(groups: Sequence[str | None]) -> list[tuple[str | None, int, int]]:
-    """``(group, first row, rows)`` of every run of rows of the same group; nothing where it is one, or one per row."""
+    """``(group, first row, rows)`` of every run of rows of the same group; empty if there is one, or one per row."""
     found, start = [], 0
     for group, members in groupby(groups):
         size = len(list(members))
@@ -129,7 +129,7 @@ def write_cells(ax: Axes, table: Cells, texts: Sequence[Sequence[str]], strong: 
             text = ax.text(
                 column + 0.5, row + 0.5, texts[row][column], ha="center", va="center", fontsize=7, color=colour
             )
-            text.set_in_layout(False)  # it is inside its cell; to measure a thousand takes seconds
+            text.set_in_layout(False)  # the text is inside its cell; measuring a thousand texts takes seconds
 
 
 def colour_bar(ax: Axes, image: ScalarMappable, label: str, below: float) -> Colorbar:

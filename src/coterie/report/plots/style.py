@@ -89,7 +89,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def png(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG, with nothing in it that changes from day to day."""
+    """Write the figure as a PNG, without a date or anything else that changes between runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, metadata={"Software": None})
 
@@ -102,7 +102,7 @@ def svg(figure: Figure, name: str) -> str:
     """
     out = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter that our font has not: the page's font will draw it
+        warnings.filterwarnings("ignore", "Glyph")  # a character that our font does not have: the page's font draws it
         figure.savefig(
             out, format="svg", dpi=192, transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
@@ -112,7 +112,7 @@ def svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=xlink:href="#)', f"{own}-", text)
     text = re.sub(r"font(-family)?: [^;\"]*'[^;\"]*", _page_font, text)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)  # it would rule the page
-    narrowest = f'style="min-width: {0.95 * 72 * figure.get_figwidth():.0f}px"'  # below that the text is too small
+    narrowest = f'style="min-width: {0.95 * 72 * figure.get_figwidth():.0f}px"'  # below it, text is too small
     for colour, variable in _PAGE_COLOURS.items():
         text = text.replace(colour, variable)
     return text.replace(
