@@ -24,10 +24,23 @@ from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
-from coterie.runs.folder import check_folder, claim, explain_full_disk, lock_folder
+from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
+from coterie.types import CoterieError
+
+# What drawing and writing a page raises, beside the faults of this package.
+_REPORT_FAULTS = (
+    CoterieError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ def run(
     check_folder(folder, config, resume)
     if resume and (folder / SUMMARY).exists():
         listen(Note(f"{folder} is finished; nothing to do"))
+        if not (folder / REPORT).exists():  # the run was stopped before it, or it failed
+            _report(folder, listen)
         return read_summary(folder / SUMMARY)
     opened = open_run(config, folder, root or Path.cwd(), cache if cache is not None else {})
     with closing(opened.engine):
@@ -81,7 +96,7 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> 
             listen = both(listen, tensorboard(folder))
         listen(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
         state = Runner(opened.method, opened.engine, rounds_of(config), folder, listen).run()
-        return finish(opened, state, folder)
+        return finish(opened, state, folder, listen)
 
 
 def both(first: Listener, second: Listener) -> Listener:
@@ -105,12 +120,11 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
     return Opened(config, method, engine, federation, root)
 
 
-def finish(opened: Opened, state: object, folder: Path) -> Summary:
+def finish(opened: Opened, state: object, folder: Path, listen: Listener) -> Summary:
     """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
     from coterie.adapters.bundle import write_bundle
     from coterie.adapters.write import write_adapter
     from coterie.nn.locate import resolve
-    from coterie.report.page import write_report  # imports matplotlib
 
     config, method, engine = opened.config, opened.method, opened.engine
     base = resolve(config.model.path, opened.root)
@@ -140,9 +154,20 @@ def finish(opened: Opened, state: object, folder: Path) -> Summary:
         task=config.task.kind,
         seed=config.run.seed,
     )
-    write_report(folder, summary=summary)
-    write_json(folder / SUMMARY, summary.to_json())  # last: a run with a summary is finished
+    write_json(folder / SUMMARY, summary.to_json())  # a run with a summary is finished
+    _report(folder, listen)
     return summary
+
+
+def _report(folder: Path, listen: Listener) -> None:
+    """Write the report. A report that fails, whatever in the data it fails on, costs the run nothing but the page."""
+    from coterie.report.page import write_report  # imports matplotlib
+
+    try:
+        write_report(folder)
+    except _REPORT_FAULTS as fault:
+        text = f"the report could not be written ({type(fault).__name__}: {fault}); {SUMMARY} has the results"
+        listen(Note(f"{text}. Once the cause is fixed: coterie report {folder}"))
 
 
 def set_threads(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ from coterie.methods.registry import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.runs.checkpoint import load_newest
+from coterie.runs.events import Event, Note
 from coterie.runs.summary import ALL_MODULES, Summary, read_summary
 from coterie.types import Bank, Key, Part
 
@@ -371,6 +373,25 @@ def test_results_do_not_depend_on_the_order_of_the_clients(name: str, done: Any,
         assert other.get("usage") == event.get("usage")
     for key in ("best_round", "worst", "percentiles", "bytes", "describe"):
         assert getattr(turned.summary, key) == getattr(given.summary, key)
+
+
+def test_a_report_that_fails_costs_the_run_nothing_but_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise UnicodeEncodeError("utf-8", "big\ud800", 3, 4, "surrogates not allowed")
+
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    heard: list[Event] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("coterie.report.page.write_report", fail)
+        summary = experiment.run(load_config(path), out, root=tmp_path, listen=heard.append)
+    assert read_summary(out / "summary.json") == summary
+    (note,) = [event.text for event in heard if isinstance(event, Note)]
+    assert re.match(r"the report could not be written \(UnicodeEncodeError: .*coterie report ", note)
+    assert not (out / "report.html").exists()
+    assert experiment.run(load_config(path), out, root=tmp_path, resume=True) == summary
+    assert (out / "report.html").exists(), "a finished run without a report is given one"
 
 
 # what is evaluated ---------------------------------------------------------------------------------------------------

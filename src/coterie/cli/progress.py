@@ -30,6 +30,7 @@ from coterie.runs.events import (
     RoundStart,
     Scores,
 )
+from coterie.runs.folder import REPORT
 from coterie.runs.rounds import named
 from coterie.runs.summary import Summary
 from coterie.units import clock, size
@@ -158,7 +159,7 @@ def show_summary(console: Console, summary: Summary, folder: Path) -> None:
         f"{size(summary.bytes.down)} down, peak memory {size(summary.peak_memory_bytes)}",
         highlight=False,
     )
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
 
 
 def _loss(value: float | None) -> str:

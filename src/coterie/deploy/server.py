@@ -103,7 +103,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
     state = Runner(method, engine, rounds_of(config), folder, journal).run()
     write_sites(folder)
-    summary = finish(Opened(config, method, engine, FederatedData((), {}), root), state, folder)
+    summary = finish(Opened(config, method, engine, FederatedData((), {}), root), state, folder, journal)
     journal(Finished())
     return summary
 

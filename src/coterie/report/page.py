@@ -25,9 +25,9 @@ from coterie.report.read import Run, read_run
 from coterie.report.results import result_pictures
 from coterie.report.tables import PERCENT, Table, show, tables, words
 from coterie.report.usage import usage_pictures
+from coterie.runs.folder import REPORT
 from coterie.runs.summary import Summary
 
-REPORT_FILE = "report.html"
 PICTURE_FOLDER = "pictures"
 
 Show = Callable[[Finding, Run], Iterator[Picture | Table]]
@@ -59,8 +59,8 @@ def write_report(folder: Path, pictures: bool = False, summary: Summary | None =
             machine=_machine(run),
         )
     )
-    write_atomic(folder / REPORT_FILE, page.encode())
-    return folder / REPORT_FILE
+    write_atomic(folder / REPORT, page.encode())
+    return folder / REPORT
 
 
 def _shown(finding: Finding, run: Run) -> Iterator[Picture | Table]:

@@ -15,6 +15,8 @@ from coterie.files import read_json, remove_parts, write_json
 from coterie.runs.checkpoint import newest_round
 from coterie.types import CoterieError
 
+REPORT = "report.html"
+
 
 class FolderInUse(CoterieError):  # noqa: N818
     """Another process is working there."""
