@@ -104,5 +104,5 @@ def test_a_budget_below_the_floors_is_refused(rule: Rule) -> None:
     with pytest.raises(ValueError, match="below the sum of the floors, 4"):
         rule([1.0, 1.0], [5, 5], 3, 2)
     if rule is not uniform:
-        with pytest.raises(ValueError, match="numbers >= 0"):
+        with pytest.raises(ValueError, match="number >= 0 for each"):
             rule([1.0, float("nan")], [5, 5], 8, 2)

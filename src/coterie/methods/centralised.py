@@ -85,7 +85,7 @@ class Centralised(Method[CentralisedState]):
     ) -> Mapping[ClientId, Instruction]:
         if missing := sorted(state.spaces.keys() - {client.id for client in clients}):
             raise CoterieError(
-                f"centralised needs the rows of all clients, but {missing[0]} is not in round {rnd};  "
+                f"centralised needs the rows of all clients, but {missing[0]} is not in round {rnd}; "
                 "set [run] cohort = 1"
             )
         return {c.id: self._instruction(state, c.id) for c in clients}

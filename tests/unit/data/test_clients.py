@@ -272,7 +272,7 @@ CLIENT = {"id": "a", "train": "a.jsonl"}
         ({"folder": "odd"}, "'no good' is not a valid folder name"),
         ({"datasets": ["cats", "./cats"]}, "two datasets are called 'cats'"),
         ({"datasets": ["cats", {"source": "cats", "name": "c"}]}, "cats/.*jsonl is given twice"),
-        ({"datasets": [{"source": "demo", "name": "d"}]}, "'demo' is 4 datasets"),
+        ({"datasets": [{"source": "demo", "name": "d"}]}, "'demo' stands for 4 datasets"),
         ({"datasets": ["cats"], "partition": {"name": "iid"}}, "needs data.partition.clients"),
         (
             {"datasets": ["cats", "dogs"], "partition": {"name": "iid", "clients": 2}},

@@ -46,7 +46,7 @@ def test_the_three_types_of_file_hold_the_same(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", RECORDS)
     lines = [f"{r['prompt']},{quoted(json.dumps(r['choices']))},{r['label']}" for r in RECORDS]
     (tmp_path / "a.csv").write_text("prompt,choices,label\n" + "\n".join(lines))
-    pyarrow.parquet.write_table(pyarrow.RowTable.from_pylist(RECORDS), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         found, names = parse({"train": read_table(tmp_path / name)}, Columns(), "multiple_choice", None)
         assert found == {"train": ROWS}, name

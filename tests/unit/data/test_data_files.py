@@ -39,7 +39,7 @@ def rows(
 def test_the_three_types_hold_the_same(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", RECORDS)
     write(tmp_path / "a.csv", 'text,label\n"a stone, wet",old\n\n"she said ""no""\nand left",new\n')
-    pyarrow.parquet.write_table(pyarrow.RowTable.from_pylist(RECORDS), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         table = read_table(tmp_path / name)
         assert table.records == RECORDS
