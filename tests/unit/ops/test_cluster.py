@@ -183,7 +183,7 @@ def test_more_clusters_than_clients() -> None:
     _, b = loras(3)
     with pytest.raises(CoterieError, match="3 clients cannot form 4 or more clusters"):
         cluster(distances(b), 6, min_clusters=4)
-    with pytest.raises(CoterieError, match="1 clients cannot form 2 clusters or more"):
+    with pytest.raises(CoterieError, match="1 clients cannot form 2 or more clusters"):
         cluster(np.zeros((1, 1)), 6)
 
 
