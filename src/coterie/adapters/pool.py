@@ -11,20 +11,24 @@ Experts are numbered over the whole pool: an adapter of rank r has the r numbers
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from statistics import median_low
 
 import torch
 from torch import Tensor
 
 from coterie.codec import CodecError, decode, encode
 from coterie.files import write_atomic
+from coterie.ops.mean import squared_norm
 from coterie.types import CoterieError, Key, Part, PrivateError, Tensors
 
 POOL_FILE = "pool.safetensors"
 _FORMAT = 2
+_LARGE = 10.0  # times the others' median
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,28 @@ def _read(path: Path, changed: int) -> Pool:
     if pool.name != name_of(pool.tensors):
         raise PrivateError(f"{path} does not match its SHA-256; build the pool again")
     return pool
+
+
+def norms(pool: Pool) -> dict[str, float]:
+    """How much each adapter changes the base: the root mean square, over its modules, of ||B A|| (Frobenius)."""
+    of_pool: dict[str, float] = {}
+    for adapter in pool.adapters:
+        pairs = [
+            [pool.tensors[Key(m, adapter.first, part)].double() for part in (Part.B, Part.A)] for m in adapter.ranks
+        ]
+        of_pool[adapter.name] = (sum(squared_norm(b, a) for b, a in pairs) / len(pairs)) ** 0.5
+    return of_pool
+
+
+def out_of_line(of_pool: Mapping[str, float]) -> dict[str, float]:
+    """The adapters whose norm is more than 10 times the median of the others', and how many times as large it is."""
+    found = {}
+    for name, norm in of_pool.items():
+        others = [other for each, other in of_pool.items() if each != name]
+        middle = median_low(others) if others else norm
+        if norm > _LARGE * middle:
+            found[name] = norm / middle if middle else math.inf
+    return found
 
 
 def cut(tensors: Tensors) -> dict[Key, Tensor]:

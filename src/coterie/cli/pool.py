@@ -42,17 +42,26 @@ def build(
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> None:
     """Show what is in a pool, and where it came from."""
-    from coterie.adapters.pool import read_pool
+    from coterie.adapters.pool import norms, out_of_line, read_pool
 
     pool = read_pool(folder)
+    of_pool = norms(pool)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("adapter", "rank", "experts", "matrices", "licence", "base", "source", "sha256", "left out"):
+    for column in ("adapter", "rank", "experts", "norm", "matrices", "licence", "base", "source", "sha256", "left out"):
         table.add_column(column, overflow="fold", no_wrap=column == "adapter")
     for adapter in pool.adapters:
         ranks = sorted(set(adapter.ranks.values()))
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         numbers = f"{adapter.experts.start}-{adapter.experts.stop - 1}"
-        cells = [adapter.name, rank, numbers, str(len(adapter.ranks)), adapter.licence or "not given", adapter.base]
+        cells = [
+            adapter.name,
+            rank,
+            numbers,
+            f"{of_pool[adapter.name]:.3g}",
+            str(len(adapter.ranks)),
+            adapter.licence or "not given",
+            adapter.base,
+        ]
         cells += [adapter.source, adapter.sha256[:12], ", ".join(adapter.left_out) or "-"]
         table.add_row(*map(escape, cells))
     console.out.print(table)
@@ -64,5 +73,10 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
         f"base {pool.base}",
         f"a run checks the base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
         f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {total}, sent to a client once",
+    ]
+    lines += [
+        f"note: {name} is out of line: its norm (of B A, over its matrices) is {times:.3g} times the others' median. "
+        "Routing cannot make up for that: check where it comes from, or build the pool without it"
+        for name, times in out_of_line(of_pool).items()
     ]
     console.out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

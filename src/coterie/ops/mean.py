@@ -53,8 +53,8 @@ def aggregation_error(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequenc
     b_mean = sum((w * t.double() for w, t in zip(share, b, strict=True)), torch.zeros(()))
     left = torch.cat([w * t.double() for w, t in zip(share, b, strict=True)], dim=1)
     right = torch.cat([t.double() for t in a], dim=0)
-    of_mean = _squared_norm(left, right)
-    of_difference = _squared_norm(torch.cat([left, -b_mean], dim=1), torch.cat([right, a_mean], dim=0))
+    of_mean = squared_norm(left, right)
+    of_difference = squared_norm(torch.cat([left, -b_mean], dim=1), torch.cat([right, a_mean], dim=0))
     return of_difference, of_mean
 
 
@@ -64,6 +64,6 @@ def relative_error(pairs: Sequence[tuple[float, float]]) -> float:
     return (sum(difference for difference, _ in pairs) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def _squared_norm(left: Tensor, right: Tensor) -> float:
+def squared_norm(left: Tensor, right: Tensor) -> float:
     """``||left @ right||^2`` for left [o, n] and right [n, i], as tr((left^T left)(right right^T))."""
     return max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0)

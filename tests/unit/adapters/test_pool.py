@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from coterie.adapters.pool import POOL_FILE, cut, match_modules, name_of, put_back, read_pool, write_pool
+from coterie.adapters.pool import (
+    POOL_FILE,
+    cut,
+    match_modules,
+    name_of,
+    norms,
+    out_of_line,
+    put_back,
+    read_pool,
+    write_pool,
+)
 from coterie.adapters.read import build_pool, read_adapter
 from coterie.adapters.write import write_adapter
 from coterie.cli.main import app
@@ -223,3 +235,31 @@ def test_the_commands_build_and_show_and_a_damaged_pool_is_told(tmp_path: Path) 
         read_pool(place)
     with pytest.raises(CoterieError, match="coterie pool build"):
         read_pool(tmp_path)
+
+
+def louder(folder: Path, times: float) -> Path:
+    """The adapter with its B multiplied."""
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: value * times if "lora_B" in name else value for name, value in load_file(path).items()}
+    save_file(tensors, path)
+    return folder
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_an_adapter_that_is_out_of_line_is_named(others: int, tmp_path: Path) -> None:
+    """Fifty times another's B is named; three times is not."""
+    plain = [adapter(tmp_path, "llama", f"plain{i}", seed=i) for i in range(others)]
+    loud, firm = (adapter(tmp_path, "llama", name, seed=7) for name in ("loud", "firm"))
+    pool = build_pool([str(path) for path in [*plain, louder(firm, 3)]])
+    assert out_of_line(norms(pool)) == {}
+    a, b = (pool.tensors[Key(pool.modules[0], 0, part)] for part in (Part.A, Part.B))
+    one_matrix = replace(pool.adapters[0], ranks={pool.modules[0]: 4})
+    assert norms(replace(pool, adapters=(one_matrix,)))["plain0"] == pytest.approx(float((b @ a).norm()), rel=1e-5)
+
+    run, place = CliRunner(), str(tmp_path / "pool")
+    command = ["pool", "build", place, *map(str, plain), str(louder(loud, 50))]
+    built = run.invoke(app, command, catch_exceptions=False).output
+    (note,) = [line for line in built.splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: loud is out of line: its norm (of B A, over its matrices) is ")
+    assert 35 < float(note.split(" is ")[2].split(" times")[0]) < 70
+    assert run.invoke(app, ["pool", "show", place], catch_exceptions=False).output == built
