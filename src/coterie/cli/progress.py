@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from coterie.cli.console import heading
-from coterie.methods.findings import Clusters, find
+from coterie.methods.findings import Clusters, find, read
 from coterie.runs.events import (
     CheckpointSaved,
     ClientDone,
@@ -83,6 +83,8 @@ class Lines:
                 self.began = time.perf_counter()
             case RoundDone():
                 self._say(self._round(event))
+                if choice := _choice(event):
+                    self._say(choice)
             case Evaluated():
                 self._say(f"round {event.round}/{self.rounds}  {_means(event.mean)}")
             case CheckpointSaved() if event.round:
@@ -160,6 +162,12 @@ def show_summary(console: Console, summary: Summary, folder: Path) -> None:
         highlight=False,
     )
     console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
+
+
+def _choice(event: RoundDone) -> str:
+    """How many clusters there are from this round on, if the round formed them by their silhouettes."""
+    clusters = read(Clusters, event.describe)
+    return clusters.choice if clusters else ""
 
 
 def _loss(value: float | None) -> str:

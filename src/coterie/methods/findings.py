@@ -7,6 +7,7 @@ chooses its pictures by the type of a finding: any method that finds :class:`Clu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -17,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from coterie.types import ClientId, Number
 
 Count = Annotated[int, Field(ge=0)]
+CLOSE_CHOICE = 0.02  # silhouettes that differ by less can change places with the seed
 
 
 class Finding(Protocol):
@@ -34,18 +36,45 @@ class Clusters:
     """Clients in clusters: ``members`` has the number of each client's cluster.
 
     ``silhouettes`` has the mean silhouette, -1 to 1, of every number of clusters that was tried. ``distances`` [n, n]
-    are those between the clients in ``order``.
+    are those between the clients in ``order``, whose tree has this ``linkage``.
     """
 
     members: Annotated[Mapping[ClientId, int], Field(alias="clusters", min_length=1)]
     silhouettes: Mapping[int, Number] = field(default_factory=dict)
     order: Sequence[ClientId] = ()
     distances: Sequence[Sequence[Number]] = ()
+    linkage: str = "average"
 
     @property
     def number(self) -> int:
         """How many clusters there are."""
         return len(set(self.members.values()))
+
+    @property
+    def margin(self) -> float | None:
+        """The silhouette of the chosen number less the best other one; None where fewer than two were compared."""
+        scores = self._scores
+        others = [score for k, score in scores.items() if k != self.number]
+        return scores[self.number] - max(others) if self.number in scores and others else None
+
+    @property
+    def choice(self) -> str:
+        """How the number of clusters was chosen, and how sure that is; empty where nothing was tried."""
+        scores, chosen = self._scores, f"{self.number} cluster{'s' * (self.number != 1)}"
+        ranked = sorted((k for k in scores if k != self.number), key=lambda k: (-scores[k], k))
+        if not ranked:
+            return f"{chosen}: silhouette {scores[self.number]:.3f}" if scores else ""
+        best = f"{scores[ranked[0]]:.3f} with {ranked[0]}"
+        if self.margin is None:
+            return f"{chosen}; the best silhouette is {best}"
+        text = f"{chosen}: silhouette {scores[self.number]:.3f}; the next best is {best}"
+        if self.margin >= CLOSE_CHOICE:
+            return text
+        return f"{text}. That is a close choice (margin {self.margin:.3f}): another seed may change it"
+
+    @property
+    def _scores(self) -> dict[int, float]:
+        return {k: score for k, score in self.silhouettes.items() if math.isfinite(score)}
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -53,6 +82,7 @@ class Clusters:
             "silhouettes": {str(k): score for k, score in self.silhouettes.items()},
             "order": list(self.order),
             "distances": [list(row) for row in self.distances],
+            "linkage": self.linkage,
         }
 
 

@@ -66,6 +66,12 @@ def lora_distances(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]],
             return product_distances(a, b)
 
 
+def merges(d: Array, linkage: Linkage = "average") -> Array:
+    """The tree of ``d`` [N, N] as its N - 1 merges [N - 1, 4], as :func:`scipy.cluster.hierarchy.linkage` has it."""
+    tree: Array = tree_of(squareform(np.asarray(d, dtype=np.float64), checks=False), method=linkage)
+    return tree
+
+
 def silhouettes(d: Array, ks: Iterable[int], linkage: Linkage = "average") -> dict[int, float]:
     """The mean silhouette of the tree of ``d`` [N, N] cut into k clusters, for each of ``ks``.
 
@@ -157,7 +163,7 @@ def _cuts(d: Array, ks: list[int], linkage: Linkage) -> dict[int, NDArray[np.int
     clients = d.shape[0]
     if clients == 1:
         return {k: np.ones(1, np.int32) for k in ks}
-    tree = tree_of(squareform(d, checks=False), method=linkage)
+    tree = merges(d, linkage)
     order = np.arange(clients - 1, dtype=np.float64)  # cut by the order of the merges: heights may be equal
     return {
         k: fcluster(tree, k, "maxclust_monocrit", monocrit=order) if k < clients else np.arange(clients, dtype=np.int32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from coterie.methods.findings import Clusters
 from coterie.report import plots
 from coterie.report.plots import Picture
@@ -21,6 +23,9 @@ def show(found: Clusters, run: Run) -> Iterator[Picture]:
             note += " Squares: the group that a client's data come from; the method does not know it."
         figure = plots.client_distances(found, groups)
         yield Picture("client-distances", "Distances between clients", figure, note)
+        if np.isfinite(np.array(found.distances, dtype=float)).all():
+            note = "Clients that are joined further left are closer to each other."
+            yield Picture("dendrogram", "The tree of the clients", plots.dendrogram(found, groups), note)
     if found.silhouettes:
-        note = "Higher values: clusters that are further apart."
+        note = f"{found.choice}. " * bool(found.choice) + "A higher silhouette: clusters that are further apart."
         yield Picture("silhouettes", "How many clusters", plots.silhouettes(found), note)

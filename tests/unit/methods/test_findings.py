@@ -34,12 +34,31 @@ QUOTAS = Quotas({"sst2": Adapter(0, 3)}, {"m": 3}, {"m": 2}, {"m": 0.1}, ["a"], 
 def test_the_names_in_json_are_those_of_a_summary() -> None:
     described = to_json(FINDINGS)
     assert list(described) == [
-        "clusters", "silhouettes", "order", "distances", "assignment", "pool", "aggregation_error", "notes",
-        "temperature",
+        "clusters", "silhouettes", "order", "distances", "linkage", "assignment", "pool", "aggregation_error",
+        "notes", "temperature",
     ]  # fmt: skip
     assert described["silhouettes"] == {"2": 0.5}
     assert described["pool"] == {"experts": 7, "mode": "dynamic"}
     assert to_json([QUOTAS])["adapters"] == {"sst2": [0, 3]}
+
+
+@pytest.mark.parametrize(
+    ("number", "silhouettes", "margin", "choice"),
+    [
+        (3, {}, None, ""),
+        (2, {2: 0.5}, None, "2 clusters: silhouette 0.500"),
+        (2, {2: 0.5, 3: 0.25, 4: math.nan}, 0.25, "2 clusters: silhouette 0.500; the next best is 0.250 with 3"),
+        (3, {2: 0.171, 3: 0.172, 4: 0.171}, 0.001, "3 clusters: silhouette 0.172; the next best is 0.171 with 2. "
+         "That is a close choice (margin 0.001): another seed may change it"),
+        (1, {2: 0.01, 3: 0.02}, None, "1 cluster; the best silhouette is 0.020 with 3"),
+    ],
+)  # fmt: skip
+def test_clusters_say_how_sure_their_number_is(
+    number: int, silhouettes: dict[int, float], margin: float | None, choice: str
+) -> None:
+    clusters = Clusters({f"client-{i}": i for i in range(number)}, silhouettes)
+    assert clusters.margin == (None if margin is None else pytest.approx(margin))
+    assert clusters.choice == choice
 
 
 @pytest.mark.parametrize("findings", [FINDINGS, (QUOTAS,), ()])

@@ -24,7 +24,8 @@ DISTANCES = [[0.0, 0.3, 0.31, 0.8], [0.3, 0.0, 0.29, 0.9], [0.31, 0.29, 0.0, 0.8
 DESCRIBE = {"phase": "experts", "clusters": CLUSTERS, "order": list(CLIENTS), "distances": DISTANCES,
             "silhouettes": {"2": 0.41, "3": 0.2}, "aggregation_error": 0.125}  # fmt: skip
 FOUND = Clusters(CLUSTERS, {2: 0.41, 3: 0.2}, CLIENTS, DISTANCES)
-PICTURES = {"metric-by-round", "loss-by-round", "client-distances", "silhouettes", "expert-usage", "aggregation-error"}
+PICTURES = {"metric-by-round", "loss-by-round", "client-distances", "dendrogram", "silhouettes", "expert-usage",
+            "aggregation-error"}  # fmt: skip
 PNG_MAGIC = b"\x89PNG\r\n"
 
 
@@ -347,9 +348,21 @@ def test_usage_shows_every_expert_of_every_client():
 def test_silhouettes_mark_the_chosen_number():
     figure = plots.silhouettes(Clusters({"a": 0, "b": 1, "c": 2}, {2: 0.1, 10: math.nan, 3: -0.2}))
     drawn(figure)
-    assert texts(figure) == ["0.10", "-0.20", "-"]
+    assert texts(figure) == ["0.100", "-0.200", "-"]
     colours = [patch.get_facecolor() for patch in figure.axes[0].patches]
     assert colours[1] != colours[0] == colours[2]
+
+
+def test_a_dendrogram_is_cut_where_the_clusters_are():
+    figure = plots.dendrogram(FOUND, {"north-1": "north"})
+    drawn(figure)
+    ax = figure.axes[0]
+    merged = sorted(max(line.get_xdata()) for line in ax.lines[:-1])
+    (cut,) = set(ax.lines[-1].get_xdata())
+    assert len(merged) == len(CLIENTS) - 1
+    assert sum(height > cut for height in merged) == FOUND.number - 1
+    assert {label.get_text() for label in ax.get_yticklabels()} == {"north-1  (north)", *CLIENTS} - {"north-1"}
+    assert len(plots.dendrogram(Clusters({"a": 0, "b": 0}, {}, ["a", "b"], [[0, 1], [1, 0]])).axes[0].lines) == 1
 
 
 def test_the_demo_picture_is_one_png_with_two_panels(tmp_path):

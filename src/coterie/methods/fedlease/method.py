@@ -125,7 +125,7 @@ class FedLEASE(Method[FedLEASEState]):
         if state.allocation is None:
             return [Values({"phase": "warm-up"})]
         a = state.allocation
-        clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist())
+        clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist(), self.settings.linkage)
         return [Values({"phase": "experts"}), clusters, AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from scipy.cluster import hierarchy
 
 from coterie.methods.findings import Clusters
+from coterie.ops.cluster import Linkage, merges
 from coterie.report.plots.curves import Curve, draw_curves
 from coterie.report.plots.heat import NAMED_ROWS, NEAR, group_strip, heat_map, limits_of, name_rows
 from coterie.report.plots.style import INK, LINE, MUTED, PALETTE, png, styled
@@ -39,7 +42,7 @@ def silhouettes(clusters: Clusters) -> Figure:
     ax = figure.subplots()
     drawn = [0.0 if math.isnan(v) else v for v in values]
     bars = ax.bar(ks, drawn, width=0.62, color=[PALETTE[0] if k == chosen else LINE for k in ks])
-    ax.bar_label(bars, labels=["-" if math.isnan(v) else f"{v:.2f}" for v in values], padding=2, fontsize=8)
+    ax.bar_label(bars, labels=["-" if math.isnan(v) else f"{v:.3f}" for v in values], padding=2, fontsize=8)
     ax.axhline(0, color=MUTED, linewidth=0.8)
     ax.set_xticks(ks)
     ax.set_xlabel("number of clusters")
@@ -49,6 +52,41 @@ def silhouettes(clusters: Clusters) -> Figure:
     ax.set_yticks([])
     ax.tick_params(length=0)
     return figure
+
+
+@styled
+def dendrogram(clusters: Clusters, groups: Mapping[str, str | None] | None = None) -> Figure:
+    """The tree of the clients: each merge at the distance of what it joins, and the cut that leaves the clusters.
+
+    Needs two clients or more, and distances that are numbers.
+    """
+    clients, known = clusters.order, groups or {}
+    tree = merges(np.array(clusters.distances, dtype=float), cast(Linkage, clusters.linkage))
+    drawn = hierarchy.dendrogram(tree, no_plot=True)
+    leaves = drawn["leaves"] or ()
+    figure = Figure(figsize=(6.4, max(1.8, min(0.9 + 0.2 * len(clients), 9.0))), layout="constrained")
+    ax = figure.subplots()
+    cut = _cut(tree[:, 2].tolist(), clusters.number)
+    for heights, rows in zip(drawn["dcoord"], drawn["icoord"], strict=True):
+        ax.plot(heights, rows, color=INK if cut is None or max(heights) <= cut else MUTED, linewidth=1.3)
+    if cut is not None:
+        ax.axvline(cut, color=PALETTE[0], linewidth=1.1, linestyle=(0, (4, 3)))
+        ax.annotate(f"{clusters.number} clusters", (cut, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
+                    textcoords="offset points", color=PALETTE[0], fontsize=8, annotation_clip=False)  # fmt: skip
+    named = [f"{clients[i]}  ({known[clients[i]]})" if known.get(clients[i]) else clients[i] for i in leaves]
+    ax.set_yticks([5 + 10 * i for i in range(len(named))], named if len(named) <= NAMED_ROWS else [""] * len(named))
+    ax.set_xlim(left=0)
+    ax.set_xlabel(f"distance ({clusters.linkage} linkage)")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    return figure
+
+
+def _cut(heights: Sequence[float], number: int) -> float | None:
+    """A height between the merges that leave ``number`` clusters and the next one; None where the tree is not cut."""
+    if not 1 < number <= len(heights):
+        return None
+    return float(heights[-number] + heights[-number + 1]) / 2
 
 
 @styled
