@@ -1,8 +1,8 @@
-"""The table that ``coterie compare`` and ``coterie demo`` end with."""
+"""The tables that ``coterie compare`` and ``coterie demo`` end with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -11,17 +11,19 @@ from rich.table import Table
 
 from coterie.cli.console import heading
 from coterie.comparison.figures import Comparison, record_of
-from coterie.comparison.record import Figures, Record
-from coterie.units import size
+from coterie.comparison.page import LATEX, MARKDOWN, PAGE
+from coterie.comparison.record import RECORD, Figures, Record
+from coterie.comparison.tables import Cell, Grid, brief, by_client, notes
+
+_COLUMNS = 6  # methods up to which a terminal has room for a column each
 
 
 def show(console: Console, comparison: Comparison, folder: Path, target: float | None = None) -> None:
-    """The tables: a row per client, a column per method, the best in bold; then means, worst clients and bytes.
-
-    After them, which runs have no result, and the reason.
-    """
+    """The tables, where the files are, and which runs have no result, with the reason."""
     if comparison.done:
         show_record(console, record_of(comparison, target))
+        for path in (folder / name for name in (PAGE, MARKDOWN, LATEX, RECORD)):
+            console.print(f"{'page' if path.name == PAGE else 'tables'}: {path}", highlight=False, soft_wrap=True)
         console.print(f"each run has a report.html; see {folder}", highlight=False, soft_wrap=True)
     for entry in comparison.missing:
         what = f"{entry.variant} {' '.join([*entry.settings, ''])}seed {entry.seed}"
@@ -30,32 +32,34 @@ def show(console: Console, comparison: Comparison, folder: Path, target: float |
 
 
 def show_record(console: Console, record: Record) -> None:
-    """The tables of a record."""
-    rows = record.variants
-    members = next(iter(record.clusters.values()), {})
-    heading(console, f"Test {record.primary} at the round that validation chose")
+    """A row per method; where they are few, before it a row per client. The best of each is in bold."""
+    if len(record.variants) <= _COLUMNS:
+        members = next(iter(record.clusters.values()), {})
+        table = by_client(record)
+        cluster = ["cluster"] if members else []
+        rows = [[row[0], *(Cell(str(members.get(row[0].text, ""))) for _ in cluster), *row[1:]] for row in table.rows]
+        _show_grid(console, Grid(table.title, [table.head[0], *cluster, *table.head[1:]], rows))
+    _show_grid(console, brief(record))
+    for note in notes(record):
+        console.print(note, highlight=False, markup=False)
+    _say_unlike(console, record.variants)
+
+
+def _show_grid(console: Console, grid: Grid) -> None:
+    heading(console, grid.title)
     table = Table(box=None, header_style="bold")
-    table.add_column("client")
-    for column in (*(["cluster"] if members else []), *(row.title for row in rows.values())):
-        table.add_column(column, justify="right")
-    for client in dict.fromkeys(client for row in rows.values() for client in row.clients):
-        cluster = [str(members.get(client, "-"))] if members else []
-        table.add_row(escape(client), *cluster, *_best([r.clients.get(client) for r in rows.values()], record.primary))
-    table.add_section()
-    space = [""] if members else []
-    table.add_row("mean", *space, *_best([row.mean for row in rows.values()], record.primary))
-    if any(len(row.seeds) > 1 for row in rows.values()):
-        table.add_row("spread over seeds", *space, *(f"{row.std:.3f}" for row in rows.values()))
-    table.add_row("worst client", *space, *_best([row.worst for row in rows.values()], record.primary))
-    table.add_row("sent", *space, *(size(row.bytes) for row in rows.values()))
+    for i, name in enumerate(grid.head):
+        table.add_column(escape(name), justify="right" if i else "left", no_wrap=not i)
+    for row in grid.rows:
+        table.add_row(*(f"[bold]{escape(cell.text)}[/]" if cell.best else escape(cell.text) for cell in row))
     console.print(table)
-    _say_unlike(console, rows)
 
 
 def _say_unlike(console: Console, rows: Mapping[str, Figures]) -> None:
     """Say where variants are not compared under the same conditions."""
     if len({row.evaluated for row in rows.values()}) > 1:
-        mixed = "; ".join(f"{row.title}: {row.evaluated}" for row in rows.values())
+        titles = {way: [row.title for row in rows.values() if row.evaluated == way] for way in ("received", "trained")}
+        mixed = "; ".join(f"{way}: {', '.join(of)}" for way, of in titles.items())
         console.print(
             f"the methods are evaluated differently ({mixed}): received is what the server sends, trained is what a "
             "client trained last; --set run.evaluate=trained (or received) evaluates all the same way",
@@ -65,14 +69,3 @@ def _say_unlike(console: Console, rows: Mapping[str, Figures]) -> None:
     if len({tuple(row.seeds) for row in rows.values()}) > 1:
         seeds = "; ".join(f"{row.title}: {', '.join(map(str, row.seeds))}" for row in rows.values())
         console.print(f"the methods have different seeds ({seeds})", highlight=False, markup=False)
-    for row in rows.values():
-        if row.tuned:
-            edge = f", at the edge of the grid: {', '.join(row.tuned.at_edge)}" if row.tuned.at_edge else ""
-            text = f"{row.title}: tuned to {', '.join(row.tuned.settings)}{edge}"
-            console.print(text, highlight=False, markup=False)
-
-
-def _best(values: Sequence[float | None], metric: str) -> list[str]:
-    known = [value for value in values if value is not None]
-    best = (min if metric == "loss" else max)(known, default=None)
-    return ["-" if value is None else f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}" for value in values]

@@ -13,7 +13,7 @@ from coterie.cli.console import Out, Resume, Set, default_folder, resumable, say
 from coterie.types import CoterieError
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file; all runs share it")]
-RunFolder = Annotated[Path, typer.Argument(help="a run's folder")]
+RunFolder = Annotated[Path, typer.Argument(help="the folder of a run or a comparison")]
 Methods = Annotated[
     str,
     typer.Option(help="methods, separated by commas, or all; fedamole:assignment=static sets an option of a method"),
@@ -113,11 +113,16 @@ def report(
     folder: RunFolder,
     pictures: Annotated[bool, typer.Option("--pictures", help="also write each picture as a PNG")] = False,
 ) -> None:
-    """Write the report of a run again, whether it has finished or not."""
+    """Write the report of a run again, whether it has finished or not, or the page of a comparison."""
+    from coterie.comparison.page import write_page
+    from coterie.comparison.record import RECORD
     from coterie.deploy.journal import JOURNAL
     from coterie.report.page import write_report
     from coterie.runs.folder import read_config
 
+    if (folder / RECORD).exists():
+        say(f"page: {write_page(folder, pictures)}")
+        return
     read_config(folder)
     if (folder / JOURNAL).exists():
         from coterie.deploy.status import write_sites

@@ -58,8 +58,8 @@ def compare(
     ``all`` stands for every registered method that fits the task. A run that has finished is reused, one that was cut
     short continues, one that fails does not stop the others. ``jobs`` runs are carried out at a time. ``tune`` lists
     settings with the values to try, as ``train.learning_rate=1e-3,2e-3``: each method takes what is best on validation
-    data with the seed ``tune_with``. Writes ``compare.json``. Raises :class:`CoterieError` for settings that cannot
-    work.
+    data with the seed ``tune_with``. Writes ``compare.json``, and ``compare.html`` with its tables. Raises
+    :class:`CoterieError` for settings that cannot work.
     """
     path = Path(config)
     study = Study(
@@ -78,7 +78,10 @@ def compare(
 
 
 def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None) -> Comparison:
-    """The comparison, with the runs that are there already. Writes ``compare.json`` after every run."""
+    """The comparison, with the runs that are there already.
+
+    Writes ``compare.json`` after every run, and at the end the page and the tables.
+    """
     choices, missing = _tune(study, watch, say) if study.grid.values else ({}, [])
     tuned_out = {entry.variant for entry in missing}
     points = {v: choices[v].settings if v in choices else () for v in study.variants if v not in tuned_out}
@@ -87,7 +90,12 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
     for ended in _ended(study, jobs, watch, say):
         missing += [ended.missing] if ended.missing else []
         _update(study, jobs, choices, missing)
-    return _update(study, jobs, choices, missing)
+    comparison = _update(study, jobs, choices, missing)
+    if comparison.done:
+        from coterie.comparison.page import write_page  # imports matplotlib
+
+        write_page(study.folder)
+    return comparison
 
 
 def _update(study: Study, jobs: Sequence[Job], choices: Mapping[str, Choice], missing: Sequence[Missing]) -> Comparison:

@@ -47,7 +47,7 @@ def write_report(folder: Path, pictures: bool = False, summary: Summary | None =
         for picture in [*results, *method]:
             plots.png(picture.figure, folder / PICTURE_FOLDER / f"{picture.name}.png")
     page = (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(
             run=run,
@@ -82,7 +82,8 @@ def _machine(run: Run) -> list[Table]:
     return [*tables(run.summary.versions, "Versions"), *tables(run.summary.machine or {}, "Machine")]
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """What renders the pages: templates of this package, and filters that make values readable."""
     env = Environment(
         loader=PackageLoader("coterie.report"),
         autoescape=True,

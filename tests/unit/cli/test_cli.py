@@ -416,10 +416,10 @@ def test_a_comparison_marks_the_best_of_every_row() -> None:
     comparison.show(console, compared(results), Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     bold = re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
-    assert bold == ["0.250", "0.750", "0.500", "0.250"]
+    assert bold == ["25.0", "75.0", "50.0", "50.0", "25.0"]  # three rows of clients and their mean, two columns
     rows = [line.split() for line in shown_on(console).splitlines()]
-    assert ["north", "1", "0.200", "0.250"] in rows
-    assert ["sent", "4.0", "MiB", "4.0", "MiB"] in rows
+    assert ["north", "1", "20.0", "25.0"] in rows
+    assert ["FedIT", "50.0", "25.0", "-", "+10.0", "0.500", "-", "4.0", "MiB"] in rows
     console = terminal()
     by_loss = {
         m: {0: summary(primary="loss", worst=Worst("north", "loss", loss))}
@@ -434,7 +434,7 @@ def test_a_comparison_marks_the_best_of_every_row() -> None:
 def test_a_comparison_without_test_data_has_dashes() -> None:
     console = terminal()
     comparison.show(console, compared({"fedit": {0: without_test()}, "local": {0: summary()}}), Path("runs/x"))
-    assert ["north", "-", "0.250"] in [line.split() for line in shown_on(console).splitlines()]
+    assert ["north", "-", "25.0"] in [line.split() for line in shown_on(console).splitlines()]
 
 
 def test_a_comparison_says_what_has_no_result_and_what_was_tuned() -> None:
@@ -444,7 +444,9 @@ def test_a_comparison_says_what_has_no_result_and_what_was_tuned() -> None:
     made = compared({"local": {0: summary(), 1: summary()}}, choices={"local": choice}, missing=[lost])
     comparison.show(console, made, Path("runs/x"))
     text = shown_on(console)
-    assert "Local: tuned to train.learning_rate=0.2, at the edge of the grid: train.learning_rate" in text
+    assert "train.learning_rate is at the edge of what was tried" in text
+    assert re.search(r"^ Local .* 0\.2 ?$", text, re.MULTILINE)
+    assert "page: runs/x/compare.html" in text
     assert "no result: fedit train.learning_rate=0.1 seed 0: failed: it [diverged]" in text
     console = Console(file=io.StringIO(), width=200)
     comparison.show(console, compared({}, missing=[lost]), Path("runs/x"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Literal
 
@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from coterie.report.plots.style import MUTED, PALETTE, number, styled
 
-_Dash = Literal["-", "--", ":"] | tuple[float, tuple[float, ...]]
-_DASHES: tuple[_Dash, ...] = ("-", "--", ":")
-_End = tuple[int, float, str, _Dash]  # of a curve: round, value, colour, dashes
+Dash = Literal["-", "--", ":"] | tuple[float, tuple[float, ...]]
+_DASHES: tuple[Dash, ...] = ("-", "--", ":")
+End = tuple[float, float, str, Dash]  # of a curve: where it ends, value, colour, dashes
 Curve = Sequence[tuple[int, float]]
 _DIRECT_LABELS = 6  # curves up to which each is labelled at its end
 
@@ -54,9 +54,8 @@ def draw_curves(
     for curve in faint.values():
         rounds, values = _finite(curve)
         ax.plot(rounds, values, color=MUTED, alpha=0.35, linewidth=0.9, zorder=1)
-    looks = cycle([(colour, dash) for dash in _DASHES for colour in PALETTE])
-    ends: dict[str, _End] = {}
-    for (name, curve), (colour, dash) in zip(curves.items(), looks, strict=False):
+    ends: dict[str, End] = {}
+    for (name, curve), (colour, dash) in zip(curves.items(), looks(), strict=False):
         rounds, values = _finite(curve)
         ax.plot(rounds, values, color=colour, linestyle=dash, linewidth=2.0, marker="o", markersize=3.5, zorder=3)
         if values:
@@ -66,18 +65,24 @@ def draw_curves(
         span, dashes = (min(seen, default=0), max(seen, default=1)), (0, (4, 3))
         ax.plot(span, [level[1]] * 2, color=MUTED, linewidth=1.4, linestyle=dashes, zorder=2)
         ends[level[0]] = (span[1], level[1], MUTED, dashes)
-    _frame(ax, label, percent)
+    ax.set_xlabel("round")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    frame(ax, label, percent)
     if mark is not None:
         ax.axvline(mark, color=MUTED, linewidth=1.0, linestyle=(0, (2, 3)), zorder=0)
         ax.annotate(f"best: {mark}", (mark, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
                     textcoords="offset points", ha="center", fontsize=8, color=MUTED)  # fmt: skip
-    _name_curves(ax, ends)
+    name_curves(ax, ends)
 
 
-def _frame(ax: Axes, label: str, percent: bool) -> None:
-    ax.set_xlabel("round")
+def looks() -> Iterator[tuple[str, Dash]]:
+    """Colours and dashes that tell curves apart, without end."""
+    return cycle([(colour, dash) for dash in _DASHES for colour in PALETTE])
+
+
+def frame(ax: Axes, label: str, percent: bool) -> None:
+    """What the axes of curves have: a name, a grid, per cent where the values are shares."""
     ax.set_ylabel(label)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if percent:
         low, high = ax.get_ylim()
         ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # no half per cent
@@ -88,7 +93,8 @@ def _frame(ax: Axes, label: str, percent: bool) -> None:
     ax.tick_params(length=0)
 
 
-def _name_curves(ax: Axes, ends: Mapping[str, _End]) -> None:
+def name_curves(ax: Axes, ends: Mapping[str, End]) -> None:
+    """Name the curves: at their ends, or in a legend where they are many."""
     if len(ends) > _DIRECT_LABELS:
         handles = [Line2D([], [], color=c, linestyle=d, linewidth=2, label=name) for name, (_, _, c, d) in ends.items()]
         ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8)
