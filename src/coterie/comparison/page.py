@@ -16,10 +16,11 @@ from coterie.comparison.tables import by_client, latex, markdown, notes, number,
 from coterie.files import write_atomic
 from coterie.ops.metrics import better
 from coterie.report import plots
-from coterie.report.page import PICTURE_FOLDER, REPORT_FILE, environment
+from coterie.report.page import PICTURE_FOLDER, environment
 from coterie.report.plots import Picture
 from coterie.report.plots.comparison import against_bytes, bands_by_round, gains, wins_and_losses
 from coterie.report.tables import PERCENT, Table, tables, words
+from coterie.runs.folder import REPORT
 from coterie.types import CoterieError
 
 PAGE, MARKDOWN, LATEX = "compare.html", "compare.md", "compare.tex"
@@ -50,7 +51,7 @@ def write_page(folder: Path, with_pictures: bool = False) -> Path:
             by_client=by_client(record),
             notes=notes(record),
             pictures=pictures,
-            report_file=REPORT_FILE,
+            report_file=REPORT,
             tuning=_tuning(record),
             made=[*tables(record.versions, "Versions"), *tables(record.machine or {}, "Machine"), *_commit(record)],
         )
