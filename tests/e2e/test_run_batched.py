@@ -45,6 +45,7 @@ def test_a_run_is_the_same_within_rounding_however_many_clients_share_a_pass(
     monkeypatch.setattr(batched, "train_together", seen)
     monkeypatch.setattr(sizing, "train_together", seen)
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 500})
+    monkeypatch.setattr(sizing, "PASS_TOKENS", {"float32": 1e6})  # else uneven rows would gain too little
     cache: dict[str, Any] = {}
     found = {}
     for size in ("1", "3", "'auto'"):
@@ -52,8 +53,8 @@ def test_a_run_is_the_same_within_rounding_however_many_clients_share_a_pass(
         folder = tmp_path / f"run {size}"
         run(load_config(path, changes), folder, root=tmp_path, cache=cache)
         found[size] = losses(folder)
-        expected = {"1": [], "3": [3, 2, 3, 2], "'auto'": [1, 2, 5, 1, 2, 5]}
-        assert sizes == expected[size], "auto tries 1 and 2, and again when there are experts"
+        expected = {"1": [], "3": [3, 2, 3, 2], "'auto'": [2, 5, 5]}
+        assert sizes == expected[size], "auto tries two once, and knows from that that experts fit"
         sizes.clear()
     assert len(cache) == 1, "one base for all"
     assert all(len(of) == 5 for of in found.values())
@@ -61,7 +62,7 @@ def test_a_run_is_the_same_within_rounding_however_many_clients_share_a_pass(
         assert found[size].keys() == found["1"].keys()
         assert max(abs(found[size][c] - loss) for c, loss in found["1"].items()) < 1e-3
     notes = [event["text"] for event in events(tmp_path / "run 'auto'") if event["event"] == "note"]
-    assert notes == ["5 clients share a forward pass: at most 64"]
+    assert [note for note in notes if "forward pass" in note] == ["5 clients share a forward pass: at most 64"]
 
 
 def test_when_memory_runs_out_the_run_goes_on_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

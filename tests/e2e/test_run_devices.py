@@ -15,6 +15,7 @@ from coterie.compute import batched, loading
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import device_names
 from coterie.config.load import load_config
+from coterie.engines import batch_size as sizing
 from coterie.experiment import run
 from coterie.nn.base import load_base
 from coterie.nn.compiled import compile_frozen
@@ -79,6 +80,8 @@ def test_auto_takes_part_of_the_clients_on_each_device(tmp_path: Path, monkeypat
     sizes: list[int] = []
     real = batched.train_together
     monkeypatch.setattr(batched, "train_together", lambda asked: sizes.append(len(asked)) or real(asked))
+    monkeypatch.setattr(sizing, "ENOUGH", {"float32": 500})
+    monkeypatch.setattr(sizing, "PASS_TOKENS", {"float32": 1e6})
     changes = ["engine.device=['cpu', 'cpu']", "engine.clients_per_batch='auto'", "run.rounds=1"]
     run(load_config(sites.config(tmp_path, method="fedit"), changes), tmp_path / "run", root=tmp_path)
     assert sorted(sizes) == [2, 3]

@@ -146,7 +146,7 @@ class EngineSettings(Section):
     clients_per_batch: int | Literal["auto"] = Field(
         1,
         description="clients that share a forward pass; 1: one after another, the reference; auto: the number that is "
-        "fastest and fits in memory, as measured; a resumed run measures again",
+        "estimated to be fastest, padding included, and fits in memory as measured; a resumed run decides again",
     )
     compile: bool = Field(
         False, description="torch.compile the modules between the adapters; needs a compiler, and changes the last bits"

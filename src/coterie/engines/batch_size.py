@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,8 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Example
+from coterie.engines.gain import LEAST, PASS_TOKENS, batch_lengths, best_gain
+from coterie.engines.grouping import Load, training_load
 from coterie.requests import ClientProgram, Optim, Train
 from coterie.types import Bank, ClientInfo, CoterieError
 
@@ -28,18 +30,21 @@ _GROWN = 1.1  # measure again once the largest adapter is this many times as lar
 
 @dataclass(frozen=True)
 class Size:
-    """The number of clients, and why."""
+    """The number of clients, why, and the bytes that each takes in a pass where they were measured."""
 
     clients: int
     reason: str
+    each: float = 0.0
 
 
 @dataclass
 class AutoSize:
-    """``clients_per_batch = "auto"``: ``now`` is what was decided last, for adapters of at most ``weight`` bytes."""
+    """``clients_per_batch = "auto"``: ``now`` is what was decided last, for a largest client of ``weight`` bytes whose
+    bank is ``bank`` bytes."""
 
     now: Size | None = None
     weight: float = 0.0
+    bank: float = 0.0
 
     def decide(
         self,
@@ -57,11 +62,19 @@ class AutoSize:
         asked = request()
         if asked is None:
             return None
-        before, self.weight = self.now, weight
-        self.now = min(
-            (best_size(workplace, clients, asked) for workplace in workplaces), key=lambda size: size.clients
-        )
-        return self.now if before is None or self.now.clients != before.clients else None
+        before, bank = self.now, sum(tensor.nbytes for tensor in asked.bank.tensors.values())
+        if before is None or not self._still_fits(before, workplaces, bank):
+            found = [best_size(workplace, clients, asked) for workplace in workplaces]
+            self.now, self.bank = min(found, key=lambda size: size.clients), bank
+        self.weight = weight
+        return self.now if before is None or (self.now and self.now.clients != before.clients) else None
+
+    def _still_fits(self, size: Size, workplaces: Sequence[Workplace], bank: float) -> bool:
+        """Whether as many clients fit if all that each takes grew as its bank did, which is more than it does. What
+        passes gain does not depend on the bank, so nothing else need be decided again."""
+        grown = size.clients * size.each * bank / max(self.bank, 1)
+        free = min(_free(workplace.device) for workplace in workplaces)
+        return size.clients == 1 or 0 < grown <= SHARE * free
 
 
 def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim) -> Train:
@@ -78,41 +91,56 @@ def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim
 
 
 def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Train) -> Size:
-    """The number that is fast and fits, by the measured memory of a step of ``request`` with one client and with two.
-
-    A step is as large as that of the client with the largest batch.
+    """The number that is fast, padding included, and fits, by the measured memory of a step of ``request`` with two
+    clients. A step is as large as that of the client with the largest batch.
     """
-    batch, lengths = request.optim.batch_size, []
-    for client in clients:
+    batch, lengths = request.optim.batch_size, dict[int, Sequence[int]]()
+    for number, client in enumerate(clients):
         try:
-            lengths.append(workplace.lengths(client, "train"))
+            lengths[number] = workplace.lengths(client, "train")
         except CoterieError:  # a row that cannot be encoded fails its client later
             continue
-    lengths = [each for each in lengths if each]
+    lengths = {number: each for number, each in lengths.items() if each}
     if len(lengths) < 2:
         return Size(1, "there is one client")
-    most, reason = min(MOST, len(lengths)), f"at most {MOST}"
+    size = Size(min(MOST, len(lengths)), f"at most {MOST}")
     if workplace.device.type == "cpu":
-        tokens = [statistics.fmean(each) * min(batch, len(each)) for each in lengths]
-        pays = max(1, round(ENOUGH[workplace.precision] / statistics.fmean(tokens)))
-        if pays < most:
-            most, reason = pays, f"{ENOUGH[workplace.precision]} tokens a step keep this processor busy"
-    if most == 1:
-        return Size(1, reason)
-    rows, longest = max(((min(batch, len(each)), max(each)) for each in lengths), key=lambda of: of[0] * of[1])
-    fits = _fits(workplace, request, rows, longest)
-    return Size(most, reason) if most <= fits else Size(fits, f"no more fit in {SHARE:.0%} of the free memory")
+        load = training_load(workplace, request.optim)
+        size = _worthwhile(size, [load(i, clients[i]) for i in lengths], lengths, batch, workplace.precision)
+    if size.clients == 1:
+        return size
+    rows, longest = max(((min(batch, len(of)), max(of)) for of in lengths.values()), key=lambda of: of[0] * of[1])
+    fits, each = _fits(workplace, request, rows, longest)
+    if size.clients <= fits:
+        return replace(size, each=each)
+    return Size(fits, f"no more fit in {SHARE:.0%} of the free memory", each)
 
 
-def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> int:
-    """How many clients' steps of ``rows`` rows and ``tokens`` tokens fit into the free memory; at least 1."""
-    free = _free(workplace.device)  # before the first step, because both peaks include what that step leaves in memory
+def _worthwhile(
+    size: Size, loads: Sequence[Load], lengths: Mapping[int, Sequence[int]], batch: int, precision: str
+) -> Size:
+    """The number up to ``size`` that gains most on a processor; one where shared passes would gain too little."""
+    pays = max(1, round(ENOUGH[precision] / statistics.fmean(load.rows * load.tokens for load in loads)))
+    if pays < size.clients:
+        size = Size(pays, f"{ENOUGH[precision]} tokens a step keep this processor busy")
+    if size.clients == 1:
+        return size
+    found = {number: batch_lengths(of, batch) for number, of in lengths.items()}
+    best, gain = best_gain(loads, found, size.clients, PASS_TOKENS[precision])
+    if gain < LEAST:
+        return Size(1, f"with rows padded to a common length, shared passes would be {gain:.2f} times as fast")
+    return size if best == size.clients else Size(best, "more would pad more than they gain")
+
+
+def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> tuple[int, float]:
+    """How many clients' steps of ``rows`` rows and ``tokens`` tokens fit into the free memory, at least 1; and the
+    bytes of each. Half of what two take is a little more than one takes: some of it is shared."""
+    free = _free(workplace.device)  # before the step, because what it leaves in memory counts too
     try:
-        one, two = (_peak(workplace, request, rows, tokens, clients) for clients in (1, 2))
+        each = max(_peak(workplace, request, rows, tokens, 2) / 2, 1)
     except torch.OutOfMemoryError:
-        return 1
-    each = max(two - one, 1)
-    return max(1, 1 + int((SHARE * free - one) / each))
+        return 1, 0.0
+    return max(1, int(SHARE * free / each)), each
 
 
 def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients: int) -> int:

@@ -144,7 +144,8 @@ class Together:
         heaviest = sorted(clients, key=weight, reverse=True)
         rows = [client.data for client in clients]
         if size := self.auto.decide(self.workplaces, rows, weight(heaviest[0]), request):
-            self.notes.append(f"{size.clients} clients share a forward pass: {size.reason}")
+            number = f"{size.clients} clients share a" if size.clients > 1 else "each client has its own"
+            self.notes.append(f"{number} forward pass: {size.reason}")
         return self.clients_per_batch
 
     def _grouped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -30,25 +31,41 @@ def size(optim: Optim, precision: str = "float32") -> Size:
 
 
 def test_as_many_clients_as_bring_a_step_to_enough_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "_fits", lambda *_: 100)
+    monkeypatch.setattr(sizing, "_fits", lambda *_: (100, 1.0))
+    monkeypatch.setattr(sizing, "PASS_TOKENS", {"float32": 1e9, "bfloat16": 1e9})
     workplace = make_workplace()
-    rows = workplace.examples(client_of(workplace), "train")
-    each = 2 * sum(len(row.ids) for row in rows) / len(rows)  # a batch of two
-    for clients in (1, 2, 3):
+    lengths = sorted(workplace.lengths(client_of(workplace), "train"), reverse=True)
+    each = 2 * sum(lengths[::2]) / 4  # a batch of two, as long as its longer row
+    for clients, chosen in ((1, 1), (2, 2), (3, 2), (4, 4)):  # three and one take as many passes as two and two
         monkeypatch.setattr(sizing, "ENOUGH", {"float32": clients * each, "bfloat16": 1})
-        assert size(Optim(batch_size=2)).clients == clients
+        assert size(Optim(batch_size=2)).clients == chosen
         assert size(Optim(batch_size=2), "bfloat16").clients == 1
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
-    assert size(Optim(batch_size=2)) == Size(4, "at most 64")
+    assert size(Optim(batch_size=2)) == Size(4, "at most 64", 1.0)
 
 
-def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_passes_are_shared_where_padding_costs_more_than_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_peak", lambda *_: pytest.fail("nothing is to be measured"))
     monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
-    monkeypatch.setattr(sizing, "_peak", lambda workplace, request, rows, tokens, clients: 100 + 50 * clients)
-    for free, clients in ((0, 1), (249, 1), (251, 2), (313, 3), (10_000, 4)):
+    found = size(Optim(batch_size=2))
+    assert found.clients == 1
+    assert re.fullmatch(r"with rows padded .* would be 1\.0\d times as fast", found.reason)
+
+
+@pytest.fixture
+def gaining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are worth sharing, however many clients there are."""
+    monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
+    monkeypatch.setattr(sizing, "PASS_TOKENS", {"float32": 1e9})
+
+
+@pytest.mark.usefixtures("gaining")
+def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_peak", lambda workplace, request, rows, tokens, clients: 50 * clients)
+    for free, clients in ((0, 1), (124, 1), (126, 2), (188, 3), (10_000, 4)):
         monkeypatch.setattr(sizing, "_free", lambda device, free=free: free)
         assert size(Optim()).clients == clients
-    assert size(Optim()).reason == "at most 64"
+    assert size(Optim()) == Size(4, "at most 64", 50.0)
 
     def short(*_: Any) -> int:
         raise torch.OutOfMemoryError
@@ -57,8 +74,8 @@ def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) 
     assert size(Optim()) == Size(1, "no more fit in 80% of the free memory")
 
 
-def test_a_step_is_really_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "ENOUGH", {"float32": 1e9})
+@pytest.mark.usefixtures("gaining")
+def test_a_step_is_really_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[list[tuple[int, set[int]]]] = []
     real = sizing.train_together
 
@@ -73,7 +90,7 @@ def test_a_step_is_really_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = max(workplace.lengths(client_of(workplace), "train"))
     for batch, rows in ((3, 3), (100, 8)):
         assert size(Optim(batch_size=batch, epochs=7, accumulate=2)).clients == 4
-        assert steps == [[(rows, {longest})], [(rows, {longest})] * 2], "as large as the largest real batch"
+        assert steps == [[(rows, {longest})] * 2], "as large as the largest real batch"
         steps.clear()
 
 
@@ -88,22 +105,38 @@ def test_a_larger_adapter_takes_more_memory() -> None:
     assert peaks[1] > peaks[0] + 2 * 3 * 4 * sum(t.d_in + t.d_out for t in workplace.base.spec.targets) * 3998
 
 
-def test_it_is_decided_anew_when_adapters_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_decided_anew_when_adapters_no_longer_surely_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four clients of 50 bytes with a bank of rank 1; 80% of 1,000 bytes are enough for four times as much."""
+    workplace, measured = make_workplace(), list[int]()
+    banks = {rank: asked(workplace, Optim(), rank) for rank in (1, 2, 4, 16)}
+
+    def found(workplace: Workplace, clients: Any, request: Train) -> Size:
+        measured.append(next(rank for rank, one in banks.items() if one is request))
+        return Size(2 if request is banks[16] else 4, "measured", 50.0)
+
+    monkeypatch.setattr(sizing, "best_size", found)
+    monkeypatch.setattr(sizing, "_free", lambda device: 1000)
+    auto = AutoSize()
+    decided = [
+        auto.decide([workplace], [], float(rank), lambda rank=rank: banks[rank]) for rank in (1, 1, 2, 16, 4, 16)
+    ]
+    assert decided == [Size(4, "measured", 50.0), None, None, Size(2, "measured", 50.0), None, None]
+    assert measured == [1, 16]
+    assert (auto.now, auto.weight) == (Size(2, "measured", 50.0), 16.0)
+
+
+def test_where_clients_take_turns_nothing_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     workplace = make_workplace()
-    sizes = {100.0: 8, 105.0: 7, 300.0: 8, 900.0: 2}
-    monkeypatch.setattr(sizing, "best_size", lambda workplace, clients, request: Size(sizes[request], "measured"))
-    auto, told = AutoSize(), []
-    for weight in (100.0, 105.0, 90.0, 300.0, 100.0, 900.0):
-        told.append(auto.decide([workplace], [], weight, lambda weight=weight: weight))
-    assert told == [Size(8, "measured"), None, None, None, None, Size(2, "measured")]
-    assert (auto.now, auto.weight) == (Size(2, "measured"), 900.0)
+    monkeypatch.setattr(sizing, "best_size", lambda *_: pytest.fail("not to be decided again"))
+    auto = AutoSize(Size(1, "padding"), 1.0, 1.0)
+    assert auto.decide([workplace], [], 9.0, lambda: asked(workplace, Optim())) is None
+    assert auto.weight == 9.0
 
 
 def test_the_device_with_the_least_room_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "best_size", lambda workplace, clients, request: Size(workplace.seed, "measured"))
-    assert AutoSize().decide([make_workplace(seed=5), make_workplace(seed=3)], [], 1.0, lambda: 1.0) == Size(
-        3, "measured"
-    )
+    places = [make_workplace(seed=5), make_workplace(seed=3)]
+    assert AutoSize().decide(places, [], 1.0, lambda: asked(places[0], Optim())) == Size(3, "measured")
 
 
 def test_the_first_request_of_a_program_is_what_is_measured() -> None:
