@@ -53,6 +53,22 @@ SPOILED: dict[str, tuple[Callable[[Message], Message], str]] = {
     ),
     "a loss of text": (lambda p: saying(p, loss="x"), "the reply's loss is 'x'"),
     "a loss beyond floats": (lambda p: saying(p, loss=10**400), "a number that is too large"),
+    "a loss below zero": (
+        lambda p: saying(p, loss=-1e15),
+        "the reply's loss is -1000000000000000.0, not a number from 0",
+    ),
+    "a loss without sense": (
+        lambda p: saying(p, loss=1e14),
+        "the reply's loss is 100000000000000.0, not a number from",
+    ),
+    "a loss below everything": (lambda p: saying(p, loss=float("-inf")), "the reply's loss is -inf"),
+    "a balance below zero": (lambda p: saying(p, balance=-1e14), "the reply's balance is -100000000000000.0, not"),
+    "tokens without sense": (lambda p: saying(p, tokens=10**14), "number of tokens is 100000000000000, not an integer"),
+    "half a token": (lambda p: saying(p, tokens=0.5), "number of tokens is 0.5, not an integer from 0 to"),
+    "steps without sense": (
+        lambda p: saying(p, steps=10**6),
+        "number of steps is 1000000, not an integer from 0 to 30",
+    ),
     "tokens of text": (lambda p: saying(p, tokens="y"), "number of tokens is 'y'"),
     "tokens without end": (lambda p: saying(p, tokens=float("inf")), "number of tokens is inf"),
     "steps of a list": (lambda p: saying(p, steps=[1]), "number of steps is a list"),

@@ -29,7 +29,7 @@ class FederationSettings(Section):
         "", description="SHA-256 of the base, as `coterie site check` prints it; empty: computed from [model] path"
     )
     max_rows: int = Field(
-        10_000_000, ge=1, description="training rows that a site may report; one with more is refused"
+        10_000_000, ge=1, description="rows of a split that a site may report; one with more is refused"
     )
     restarts: int = Field(5, ge=0, description="restarts in a row, with no new checkpoint, before the server gives up")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics on 127.0.0.1; 0: none")

@@ -16,6 +16,7 @@ from coterie.engines.checks import is_number, plain_text
 from coterie.flower.message import Message
 from coterie.types import ClientId
 
+_CLOCKS = 60.0  # seconds by which a site's clock may differ from the server's over one message
 _RETRY = 5.0  # seconds before a message that Flower itself answered is sent again
 
 
@@ -149,7 +150,7 @@ class Exchange:
         seconds, at_site = self.sites.clock() - sent.at, None
         if isinstance(answer, Message):
             reported = answer.head.get("seconds")
-            at_site = reported if is_number(reported) else None
+            at_site = reported if is_number(reported, high=seconds + _CLOCKS) else None
             answer = error_in(answer) or answer
         if isinstance(answer, str):
             answer = plain_text(answer)

@@ -84,9 +84,10 @@ def _other_terms(hello: Hello, agreement: Agreement) -> str | None:
 
 
 def _too_many_rows(info: ClientInfo, most: int) -> str | None:
-    if info.num_train <= most:
-        return None
-    return f"{info.id} reports {info.num_train} training rows, more than {most} ([federation] max_rows)"
+    for split, rows in (("training", info.num_train), ("validation", info.num_validation), ("test", info.num_test)):
+        if rows > most:
+            return f"{info.id} reports {rows} {split} rows, more than {most} ([federation] max_rows)"
+    return None
 
 
 def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:

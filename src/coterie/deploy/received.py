@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie import codec
 from coterie.deploy.head import Head
+from coterie.text import parse_json
 from coterie.types import CoterieError, Instruction, Json
 
-_FILE = "received.safetensors"
+_FILE = "received"
 
 
 @dataclass(frozen=True)
 class Received:
-    """The instruction that makes the site's bank after round ``rnd``, and the terms of the run."""
+    """The encoded instruction that makes the site's bank after round ``rnd``, and the terms of the run."""
 
-    instruction: Instruction
+    body: bytes
     rnd: int
     terms: Mapping[str, Json]
 
 
 def received_file(folder: Path, head: Head, body: bytes) -> dict[Path, bytes]:
-    """The file in the run's ``folder`` that keeps the instruction in ``body``, and its content."""
-    return {folder / _FILE: codec.encode(Received(codec.decode(Instruction, body), head.rnd, head.terms))}
+    """The file in the run's ``folder`` that keeps the instruction in ``body``, and its content: JSON, then the body."""
+    about = json.dumps({"round": head.rnd, "terms": dict(head.terms)})
+    return {folder / _FILE: about.encode() + b"\n" + body}
 
 
 def newest_received(state: Path, run: str = "") -> tuple[str, Received]:
@@ -39,7 +42,10 @@ def newest_received(state: Path, run: str = "") -> tuple[str, Received]:
             f"{state} has no instruction of {what}; the server sends one with each evaluation and at the end: join the "
             "run, or check [site] state"
         )
+    about, _, body = files[-1].read_bytes().partition(b"\n")
     try:
-        return files[-1].parent.name, codec.decode(Received, files[-1].read_bytes())
-    except codec.CodecError as fault:
+        codec.decode(Instruction, body)
+        head = parse_json(about.decode())
+        return files[-1].parent.name, Received(body, head["round"], head["terms"])
+    except (ValueError, KeyError, TypeError) as fault:  # of JSON, UTF-8 or the codec
         raise CoterieError(f"{files[-1]} is damaged ({fault}); join the run to receive it again") from fault

@@ -68,9 +68,10 @@ class RemoteEngine:
         """The scores of the clients that answer."""
         details: dict[str, Json] = {"splits": list(splits), "usage": usage}
         modules = {target.name for target in self.spec.targets}
+        rows = {c.id: c.num_train + c.num_validation + c.num_test for c in self.clients}
 
         def fault(client: ClientId, evaluation: Evaluation) -> str | None:
-            return evaluation_fault(evaluation, splits, modules)
+            return evaluation_fault(evaluation, splits, modules, rows[client])
 
         limits = dict.fromkeys(instructions, EVALUATION)
         for client, found in self._values(Evaluation, "evaluate", instructions, rnd, details, limits, fault):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie import codec
 from coterie.deploy.received import newest_received
 from coterie.deploy.site import load
 from coterie.deploy.worker import Worker
@@ -28,5 +27,5 @@ def export(path: Path, run: str = "") -> Path:
                 f"{opened.folder} has the state of round {newest[client.id]}, but no longer that of round {rnd}: "
                 "the server evaluated that one last; join the run until its next evaluation"
             )
-    worker.export(opened, codec.encode(received.instruction), rnd)
+    worker.export(opened, received.body, rnd)
     return opened.folder / "export"

@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 
 from coterie.engines.base import Evaluation
-from coterie.requests import Observed
+from coterie.requests import Observed, Optim
 from coterie.text import name_fault
 from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Range, Reply
 
 DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
 MOST = 1e15  # for any number that a client reports
+_LOSS = 1e9  # training that diverges reports infinity or NaN instead
+_TRAININGS = 10  # that a method may request in one round
+_ROW_TOKENS = 2**20
+_WEIGHT = 1e6  # of a gate
 _ROWS = 2**53  # beyond this a float cannot count single rows
 _SIZE = 2**24  # for a side of a matrix
 _TEXT = 500
 _ITEMS = 100_000  # numbers, texts and names in one piece of JSON
 _DEPTH = 8
 _FRACTIONS = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
-_RANGES = {**dict.fromkeys(_FRACTIONS, (0.0, 1.0)), "matthews": (-1.0, 1.0), "loss": (0.0, MOST)}
+_RANGES = {**dict.fromkeys(_FRACTIONS, (0.0, 1.0)), "matthews": (-1.0, 1.0), "loss": (0.0, _LOSS)}
 _METRICS = 20  # in one split
 
 
@@ -35,9 +39,14 @@ def fault_of(
     norm_bound: float,
     num_train: int,
     info: Mapping[str, Range] | None = None,
+    optim: Optim | None = None,
 ) -> str | None:
-    """Why ``reply`` must be left out, or None if it is good. ``info``: the numbers that its ``info`` must hold."""
-    fault = _fault_of(reply, expected, norm_bound, num_train) or _info_fault(reply.info, info or {})
+    """Why ``reply`` must be left out, or None if it is good. ``info``: the numbers that its ``info`` must hold.
+
+    ``optim`` bounds the steps and tokens that the reply may report.
+    """
+    fault = _fault_of(reply, expected, norm_bound, num_train)
+    fault = fault or _statistics_fault(reply.info, num_train, optim) or _info_fault(reply.info, info or {})
     return fault and plain_text(fault)  # it may name keys, which the client wrote
 
 
@@ -54,7 +63,7 @@ def _fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound:
         return f"the reply's norm {norm:.3g} is above the bound {norm_bound:g} ([run] norm_bound)"
     if not 1 <= reply.num_examples <= num_train:
         return f"the reply claims {shown(reply.num_examples)} training examples; the client has {num_train}"
-    return _statistics_fault(reply.info)
+    return None
 
 
 def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None:
@@ -67,15 +76,19 @@ def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None
     return None
 
 
-def _statistics_fault(info: Mapping[str, Json]) -> str | None:
-    """Why the statistics beside a reply's tensors are refused. A loss may be infinite or NaN: training can diverge."""
+def _statistics_fault(info: Mapping[str, Json], num_train: int, optim: Optim | None) -> str | None:
+    """Why the statistics beside a reply's tensors are refused. A loss may be infinity or NaN: training can diverge."""
     if fault := json_fault(info):
         return f"the reply's JSON {fault}"
-    for name in ("tokens", "steps"):
-        if name in info and not is_number(info[name]):
-            return f"the reply's number of {name} is {shown(info[name])}"
-    if "loss" in info and not is_number(info["loss"], -MOST) and not _is_infinite(info["loss"]):
-        return f"the reply's loss is {shown(info['loss'])}"
+    steps = _TRAININGS * optim.steps_on(num_train) if optim else MOST
+    tokens = steps * optim.batch_size * optim.accumulate * _ROW_TOKENS if optim else MOST
+    for name, most in (("steps", steps), ("tokens", tokens)):
+        if name in info and not (isinstance(info[name], int) and is_number(info[name], high=most)):
+            return f"the reply's number of {name} is {shown(info[name])}, not an integer from 0 to {most:.3g}"
+    for name in ("loss", "balance"):
+        value = info.get(name, 0.0)
+        if not is_number(value, high=_LOSS) and not (_is_infinite(value) and value != -math.inf):
+            return f"the reply's {name} is {shown(value)}, not a number from 0 to {_LOSS:g}"
     return None
 
 
@@ -100,8 +113,13 @@ def _info_fault(info: Mapping[str, Json], wanted: Mapping[str, Range]) -> str | 
     return None
 
 
-def evaluation_fault(evaluation: Evaluation, splits: Collection[str], modules: Collection[str]) -> str | None:
-    """Why a site's ``evaluation`` of the requested ``splits`` must be left out, or None; ``modules``: the base's."""
+def evaluation_fault(
+    evaluation: Evaluation, splits: Collection[str], modules: Collection[str], rows: int
+) -> str | None:
+    """Why a site's ``evaluation`` of the requested ``splits`` must be left out, or None.
+
+    ``modules`` are the base's, ``rows`` is the number of the site's rows.
+    """
     for split, metrics in evaluation.scores.items():
         if split not in splits:
             return f"it scores {shown(split)}, which was not requested"
@@ -113,20 +131,22 @@ def evaluation_fault(evaluation: Evaluation, splits: Collection[str], modules: C
                 return f"its {split} {shown(name)} is {shown(value)}"
             if not (name.isidentifier() and name.isascii() and len(name) <= 50):
                 return f"{shown(name)} is not a valid name of a metric"
-    return _usage_fault(evaluation.observed, modules) if evaluation.observed else None
+    return _usage_fault(evaluation.observed, modules, rows) if evaluation.observed else None
 
 
-def _usage_fault(observed: Observed, modules: Collection[str]) -> str | None:
+def _usage_fault(observed: Observed, modules: Collection[str], rows: int) -> str | None:
     if observed.embeddings or observed.directions or observed.importance:
         return "it holds embeddings or importance, which were not requested"
-    if not is_number(observed.tokens, high=_ROWS):
-        return f"its usage is over {shown(observed.tokens)} tokens"
+    if not is_number(observed.tokens, high=rows * _ROW_TOKENS):
+        return f"its usage is over {shown(observed.tokens)} tokens of {rows} rows"
     for module, row in observed.usage.items():
         if module not in modules:
             return f"it reports the usage of {shown(module)}, which the base does not have"
         if not len(row.weight) == len(row.share) == len(row.expert):
             return f"its usage of {module} does not give each expert's weight, share and number"
-        good = all(is_number(value) for value in row.weight) and all(is_number(v, 0, 1.001) for v in row.share)
+        good = all(is_number(value, high=_WEIGHT) for value in row.weight) and all(
+            is_number(v, 0, 1.001) for v in row.share
+        )
         if not good or not row.expert or not all(type(e) is int and -2 <= e < _SIZE for e in row.expert):
             return f"its usage of {module} has numbers out of range"
     return None

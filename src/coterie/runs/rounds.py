@@ -198,7 +198,8 @@ class Runner(Generic[S]):
         if reply is None:
             return "no reply"
         expected, info = self.method.expects(state, client, rnd), self.method.expects_info(state, client, rnd)
-        return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info)
+        optim = self.method.plan.optim
+        return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim)
 
     def _with_shares(self, replies: Mapping[ClientId, Reply], rnd: int) -> dict[ClientId, Reply]:
         """``replies`` with the training examples that each counts for."""

@@ -496,6 +496,7 @@ NO_SITE: dict[str, tuple[Callable[[Hello], Hello], str]] = {
     "a path": (lambda h: with_info(h, id="../../evil"), "'../../evil' is not a valid folder name"),
     "a quote": (lambda h: with_info(h, id='evil"x'), "is not a valid folder name"),
     "rows": (lambda h: with_info(h, num_train=10**400), "numbers of rows are out of range"),
+    "test rows": (lambda h: with_info(h, num_test=10**14), "reports 100000000000000 test rows, more than 10000000"),
     "fewer than none": (lambda h: with_info(h, num_test=-1), "numbers of rows are out of range"),
     "labels": (lambda h: with_info(h, labels=tuple(map(str, range(20_000)))), "too many labels"),
     "a label": (lambda h: with_info(h, labels=("a", LONG)), "too long"),
@@ -548,6 +549,11 @@ def with_usage(module: str, **row: Any) -> Callable[[Evaluation], Evaluation]:
 
 NO_SCORES: dict[str, Callable[[Evaluation], Evaluation]] = {
     "a loss that is none": with_metric("loss", float("nan")),
+    "a loss without sense": with_metric("loss", 1e14),
+    "an accuracy that is none": with_metric("accuracy", float("nan")),
+    "a macro F1 below 0": with_metric("macro_f1", -0.1),
+    "more tokens than the rows have": lambda e: replace(e, observed=Observed({}, 10**14)),
+    "a weight without sense": with_usage(TARGET, weight=[1e14]),
     "a loss below 0": with_metric("loss", -1e300),
     "a loss beyond floats": with_metric("loss", 10**400),
     "more than all": with_metric("accuracy", 1.01),
@@ -633,7 +639,7 @@ def test_a_bank_that_cannot_be_is_not_taken(fedit: tuple[Path, dict[str, Worker]
         assert reason in found, name
 
 
-@pytest.mark.parametrize("seconds", [10**400, -1, float("nan"), True, "1"])
+@pytest.mark.parametrize("seconds", [10**400, 1e14, -1, float("nan"), True, "1"])
 def test_seconds_that_cannot_be_are_none(seconds: Any, fedit: tuple[Path, dict[str, Worker]]) -> None:
     path, staff = fedit
     config, heard = flower_sites.server_config(path), list[Event]()

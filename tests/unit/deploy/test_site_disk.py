@@ -140,6 +140,10 @@ def test_an_export_of_a_round_whose_state_is_gone_is_refused(
         assert "error" not in worker.answer(message(config, "train", ins, rnd, keep=rnd - 1)).head
     with pytest.raises(CoterieError, match=r"has the state of round 3, but no longer that of round 1: .*join the run"):
         export(tmp_path / "site.toml", "run")
+    received = tmp_path / "states" / CLIENT / "run" / "received"
+    received.write_bytes(received.read_bytes()[:-1])
+    with pytest.raises(CoterieError, match=r"received is damaged .*join the run to receive it again"):
+        export(tmp_path / "site.toml")
     with pytest.raises(CoterieError, match="no instruction of the run other"):
         export(tmp_path / "site.toml", "other")
 
