@@ -23,7 +23,7 @@ from coterie.report import plots
 from coterie.report.plots import Picture
 from coterie.report.read import Run, read_run
 from coterie.report.results import result_pictures
-from coterie.report.tables import PERCENT, Table, show, tables, words
+from coterie.report.tables import PERCENT, Table, label, show, tables, words
 from coterie.report.usage import usage_pictures
 from coterie.runs.folder import REPORT
 from coterie.runs.summary import Summary
@@ -91,6 +91,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"show": show, "words": words, "svg": lambda drawn: Markup(plots.svg(drawn.figure, drawn.name))}
+    env.filters |= {"show": show, "words": words, "label": label}
+    env.filters["svg"] = lambda drawn: Markup(plots.svg(drawn.figure, drawn.name))
     env.tests["percent"] = PERCENT.__contains__
     return env

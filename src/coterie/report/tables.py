@@ -29,6 +29,12 @@ def words(name: str) -> str:
     return _WORDS.get(name, name.replace("_", " "))
 
 
+def label(path: str) -> str:
+    """A path of names from JSON, as readers see it: ``unused.train`` is ``unused: train``."""
+    first, dot, rest = path.partition(".")
+    return f"{words(first)}: {rest}" if dot else words(first)
+
+
 def show(value: object, name: str = "") -> str:
     """A value as text for readers; ``name`` determines its unit. A missing value, or NaN, is ``-``."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

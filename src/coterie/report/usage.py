@@ -13,7 +13,7 @@ from coterie.methods.findings import Assignment, Clusters, find
 from coterie.report import plots
 from coterie.report.assignment import held_panel, history_of
 from coterie.report.history import History
-from coterie.report.modules import how_many, short_names, shown_modules
+from coterie.report.modules import how_many, layers_and_matrices, short_names, shown_modules
 from coterie.report.plots import Panel, Picture, natural
 from coterie.report.read import Run
 from coterie.requests import Usage
@@ -33,9 +33,29 @@ def usage_pictures(run: Run) -> Iterator[Picture]:
         note = "Framed: the expert of the client's own cluster." if members else ""
         figure = plots.expert_usage(whole, members)
         yield Picture("expert-usage", "Which client uses which expert", figure, note)
+        if active := experts_by_layer((run.last.usage if run.last else None) or {}, list(run.clients)):
+            note = "The mean number of experts that a token uses, over the matrices of a layer."
+            yield Picture("experts-by-layer", "Experts in use by layer", plots.experts_by_layer(active), note)
     by_module = {client: of for client, of in run.usage.items() if ALL_MODULES not in of}
     if by_module:
         yield from _by_module(by_module, run)
+
+
+def experts_by_layer(usage: Mapping[ClientId, Usage], clients: Sequence[ClientId]) -> dict[ClientId, dict[str, float]]:
+    """By client and layer, how many experts a token uses: the sum of the experts' shares, a mean over matrices.
+
+    Nothing where the layers are not known.
+    """
+    matrices = layers_and_matrices(module for of in usage.values() for module in of)
+    active: dict[ClientId, dict[str, float]] = {}
+    for client in (client for client in clients if client in usage):
+        sums: dict[str, list[float]] = {}
+        for module, use in usage[client].items():
+            if use.share:
+                sums.setdefault(matrices[module][0], []).append(sum(use.share))
+        active[client] = {layer: sum(of) / len(of) for layer, of in sums.items()}
+    layers = {layer for of in active.values() for layer in of}
+    return active if len(layers) > 1 else {}
 
 
 def _by_module(usage: Mapping[ClientId, Usage], run: Run) -> Iterator[Picture]:

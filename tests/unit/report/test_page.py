@@ -214,8 +214,8 @@ def test_what_a_later_method_says_of_its_state_becomes_tables(tmp_path):
         "budget": {"total": 64, "floor": {"query": 2}},
     }
     page = Page(write_report(make_run(tmp_path / "later", events(1, describe=state))))
-    for expected in ("temperature 0.25", "Assignment query value north-1 3 4 south-1 5 6", "budget.total 64",
-                     "budget.floor.query 2", "0 7 8 1 9 10"):  # fmt: skip
+    for expected in ("temperature 0.25", "Assignment query value north-1 3 4 south-1 5 6", "budget: total 64",
+                     "budget: floor.query 2", "0 7 8 1 9 10"):  # fmt: skip
         assert expected.lower() in page.text.lower(), expected
 
 

@@ -7,7 +7,7 @@ and cells show their number if it fits. A file per group of pictures; ``style`` 
 from coterie.report.plots.assignment import Panel, assigned_experts, held_experts, held_together, used_experts
 from coterie.report.plots.clusters import client_distances, demo_picture, dendrogram, silhouettes
 from coterie.report.plots.curves import Curve, lines_by_round
-from coterie.report.plots.experts import expert_usage
+from coterie.report.plots.experts import expert_usage, experts_by_layer
 from coterie.report.plots.quotas import adapter_use, quota_map
 from coterie.report.plots.style import INK, LINE, MUTED, PALETTE, SURFACE, Picture, natural, png, svg
 
@@ -26,6 +26,7 @@ __all__ = [
     "demo_picture",
     "dendrogram",
     "expert_usage",
+    "experts_by_layer",
     "held_experts",
     "held_together",
     "lines_by_round",

@@ -75,7 +75,8 @@ def dendrogram(clusters: Clusters, groups: Mapping[str, str | None] | None = Non
                     textcoords="offset points", color=PALETTE[0], fontsize=8, annotation_clip=False)  # fmt: skip
     named = [f"{clients[i]}  ({known[clients[i]]})" if known.get(clients[i]) else clients[i] for i in leaves]
     ax.set_yticks([5 + 10 * i for i in range(len(named))], named if len(named) <= NAMED_ROWS else [""] * len(named))
-    ax.set_xlim(left=0)
+    low, high = float(tree[0, 2]), float(tree[-1, 2])
+    ax.set_xlim(left=max(0.0, low - 0.6 * max(high - low, 0.1 * high)))
     ax.set_xlabel(f"distance ({clusters.linkage} linkage)")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)

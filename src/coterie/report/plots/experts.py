@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from coterie.report.plots.heat import BLUES, NAMED_ROWS, heat_map, name_rows
-from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, Cells, natural, styled
+from coterie.report.plots.heat import BLUES, NAMED_ROWS, heat_map, limits_of, name_rows, write_cells
+from coterie.report.plots.style import ON_PALE, ON_STRONG, PALETTE, Cells, natural, number, styled
 from coterie.requests import ExpertUse
 
 
@@ -34,6 +34,27 @@ def expert_usage(usage: Mapping[str, ExpertUse], own: Mapping[str, int] | None =
             table[row, : len(values)] = values
         _usage_panel(ax, table, clients, own or {})
         ax.set_title(title)
+    return figure
+
+
+@styled
+def experts_by_layer(active: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Clients x layers: ``active`` [client][layer] is the mean number of experts that a token uses there."""
+    clients = list(active)
+    layers = sorted({layer for of in active.values() for layer in of}, key=natural)
+    table = np.array([[number(active[client].get(layer)) for layer in layers] for client in clients])
+    width = min(1.6 + 0.42 * len(layers), 8.0)
+    figure = Figure(figsize=(max(width, 3.6), min(1.2 + 0.23 * len(clients), 8.0)), layout="constrained")
+    ax = figure.subplots()
+    low, high = limits_of(table)
+    heat_map(ax, table, (low, high), BLUES)
+    if len(clients) <= NAMED_ROWS and len(layers) <= 24:
+        texts = [[f"{value:.1f}" if math.isfinite(value) else "" for value in row] for row in table]
+        write_cells(ax, table, texts, (low + high) / 2)
+    name_rows(ax, clients)
+    named = range(0, len(layers), math.ceil(len(layers) / 16))
+    ax.set_xticks([i + 0.5 for i in named], [layers[i] for i in named])
+    ax.set_xlabel("layer")
     return figure
 
 
