@@ -237,6 +237,39 @@ def test_tuning_needs_validation_rows(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["local-train.epochs-1-1000"]
 
 
+def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    call = partial(compare, path, out, overrides=FEW)
+    before = call(methods=["fedit", "local"])
+    said: list[str] = []
+    call(methods=["fedit", "local"], cross=True, say=said.append)
+    assert [text for text in said if text.startswith("fedit-0: every client's model")]
+    summary = before.results["local"][0]
+    table = json.loads((out / "local-0" / "cross.json").read_text())
+    alike = {"mood-0": ["mood-0", "mood-1"], "size-0": ["size-0", "size-1"], "place-0": ["place-0"]}
+    assert {of: sorted(on) for of, on in table["metrics"].items()} == {
+        client: alike[f"{client[:-1]}0"] for client in summary.clients
+    }
+    for client, row in summary.clients.items():  # one round: the best is the last
+        for name, value in row.test.items():
+            assert table["metrics"][client][client][name] == pytest.approx(value, abs=1e-6)
+    figures = record(out)["variants"]["local"]
+    pairs = [("mood-0", "mood-1"), ("mood-1", "mood-0"), ("size-0", "size-1"), ("size-1", "size-0")]
+    values = [table["metrics"][of][on]["accuracy"] for of, on in pairs]
+    assert figures["beyond"] == figures["runs"][0]["beyond"] == pytest.approx(sum(values) / 4)
+    assert "on others' rows" in (out / "compare.md").read_text()
+    at = (out / "local-0" / "cross.json").stat().st_mtime_ns
+    call(methods=["local"], cross=True)
+    assert (out / "local-0" / "cross.json").stat().st_mtime_ns == at
+
+    (out / "local-0" / "cross.json").unlink()
+    (out / "local-0" / "clients" / "mood-0" / "bundle.safetensors").unlink()
+    said.clear()
+    call(methods=["local"], cross=True, say=said.append)
+    assert [text for text in said if "not evaluated on other clients' rows: no bundle.safetensors" in text]
+    assert record(out)["variants"]["local"]["beyond"] is None
+
+
 def program(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)

@@ -24,6 +24,9 @@ Tune = Annotated[
     typer.Option(help="section.key=value1,value2: each method takes what is best on validation data; repeatable"),
 ]
 Target = Annotated[float | None, typer.Option(help="count rounds to this mean; default 95% of the best method's")]
+Cross = Annotated[
+    bool, typer.Option("--cross", help="also score each client's model on other clients' rows with the same labels")
+]
 Engine = Annotated[str | None, typer.Option(help="the same as --set engine.name=...: local or flower-sim")]
 
 
@@ -72,6 +75,7 @@ def compare(
     tune: Tune = None,
     tune_seed: Annotated[int | None, typer.Option(min=0, help="the seed of tuning, which is not reported")] = None,
     target: Target = None,
+    cross: Cross = False,
 ) -> None:
     """Run several methods on the same federation, and show them side by side. Run it again to continue."""
     from coterie import comparison
@@ -90,6 +94,7 @@ def compare(
             tune=tune or (),
             tune_with=tune_seed,
             target=target,
+            cross=cross,
             watch=partial(listener if jobs == 1 else lines, console.out),
             say=say,
         )

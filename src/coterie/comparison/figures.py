@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from coterie.comparison.commit import commit
+from coterie.comparison.cross import read_cross
 from coterie.comparison.jobs import Missing
 from coterie.comparison.paired import against_best, table_of
 from coterie.comparison.record import Figures, Reached, Record, RunFigures
@@ -147,12 +148,16 @@ def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: floa
         clients={client: _mean([run.clients.get(client) for run in runs]) for client in first.clients},
         groups={client: row.group for client, row in first.clients.items()},
         runs=runs,
+        home=_mean([run.home for run in runs]),
+        beyond=_mean([run.beyond for run in runs]),
     )
 
 
 def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
     summary = run.summary
     worst = summary.worst
+    cross = read_cross(run.folder)
+    home, beyond = (cross.means(summary.primary) if cross else None) or (None, None)
     tail = "p90" if better(summary.primary, 0.0, 1.0) else "p10"
     return RunFigures(
         seed=seed,
@@ -169,6 +174,8 @@ def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
         bytes_down=summary.bytes.down,
         seconds=summary.seconds,
         target=_reached(run, split, target) if target is not None else None,
+        home=home,
+        beyond=beyond,
     )
 
 

@@ -35,7 +35,9 @@ class Reached:
 class RunFigures:
     """One run: a variant with a seed. ``folder`` is below that of the comparison; ``seconds`` as in its summary.
 
-    ``p10`` is the 10th percentile over the clients (of a loss, the 90th): nine in ten clients are better.
+    ``p10`` is the 10th percentile over the clients (of a loss, the 90th): nine in ten clients are better. ``beyond`` is
+    the mean of the clients' models on other clients' rows with the same labels, ``home`` that on their own, both after
+    the last round (:mod:`.cross`).
     """
 
     seed: int
@@ -52,6 +54,8 @@ class RunFigures:
     bytes_down: int
     seconds: float
     target: Reached | None = None
+    home: float | None = None
+    beyond: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Figures:
     clients: Mapping[ClientId, float | None]
     groups: Mapping[ClientId, str | None]
     runs: Sequence[RunFigures]
+    home: float | None = None
+    beyond: float | None = None
     tuned: Choice | None = None
     against: Against | None = None
 

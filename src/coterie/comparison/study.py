@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coterie.comparison.collect import update
+from coterie.comparison.cross import evaluate_cross, read_cross
 from coterie.comparison.figures import Comparison
 from coterie.comparison.jobs import Ended, Job, Missing, Watch, finished, run_here, silent
 from coterie.comparison.processes import run_apart
@@ -24,7 +25,7 @@ class Study:
 
     Relative paths in ``raw`` start at ``root``. ``jobs`` processes work at a time; with 1 the runs are in this process.
     ``choosing`` says that the variants are all methods, of which some may not fit the task. ``target`` is a mean that
-    rounds are counted to.
+    rounds are counted to. With ``cross`` every client's model is also scored on other clients' test rows.
     """
 
     raw: Raw
@@ -37,6 +38,7 @@ class Study:
     tune_with: int | None = None
     target: float | None = None
     choosing: bool = False
+    cross: bool = False
 
 
 def compare(
@@ -50,6 +52,7 @@ def compare(
     tune: Sequence[str] = (),
     tune_with: int | None = None,
     target: float | None = None,
+    cross: bool = False,
     watch: Watch = silent,
     say: Say = lambda text: None,
 ) -> Comparison:
@@ -58,7 +61,8 @@ def compare(
     ``all`` stands for every registered method that fits the task. A run that has finished is reused, one that was cut
     short continues, one that fails does not stop the others. ``jobs`` runs are carried out at a time. ``tune`` lists
     settings with the values to try, as ``train.learning_rate=1e-3,2e-3``: each method takes what is best on validation
-    data with the seed ``tune_with``. Writes ``compare.json``, and ``compare.html`` with its tables. Raises
+    data with the seed ``tune_with``. With ``cross`` every client's model is also scored on the test rows of other
+    clients with the same labels. Writes ``compare.json``, and ``compare.html`` with its tables. Raises
     :class:`CoterieError` for settings that cannot work.
     """
     path = Path(config)
@@ -73,6 +77,7 @@ def compare(
         tune_with,
         target,
         choosing=ALL in {name.strip() for name in methods},
+        cross=cross,
     )
     return carry_out(study, watch, say)
 
@@ -91,6 +96,8 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
         missing += [ended.missing] if ended.missing else []
         _update(study, jobs, choices, missing)
     comparison = _update(study, jobs, choices, missing)
+    if study.cross and _cross(comparison, say):
+        comparison = _update(study, jobs, choices, missing)
     if comparison.done:
         from coterie.comparison.page import write_page  # imports matplotlib
 
@@ -100,6 +107,20 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
 
 def _update(study: Study, jobs: Sequence[Job], choices: Mapping[str, Choice], missing: Sequence[Missing]) -> Comparison:
     return update(study.raw, study.folder, study.root, jobs, choices, missing, study.target)
+
+
+def _cross(comparison: Comparison, say: Say) -> bool:
+    """Score the models of every run on other clients' rows, where that is still to do. Whether there was anything."""
+    cache: dict[str, object] = {}
+    runs = [run for by_seed in comparison.done.values() for run in by_seed.values()]
+    left = [run for run in runs if read_cross(run.folder) is None]
+    for run in left:
+        say(f"{run.folder.name}: every client's model on other clients' rows")
+        try:
+            evaluate_cross(run.folder, cache)
+        except CoterieError as fault:
+            say(f"{run.folder.name}: not evaluated on other clients' rows: {fault}")
+    return bool(left)
 
 
 def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list[Missing]]:

@@ -52,6 +52,8 @@ def overview(record: Record) -> Grid:
         ("bytes", _costs([row.bytes for row in rows], size)),
         ("time", _costs([row.seconds for row in rows], duration)),
     ]
+    if any(row.beyond is not None for row in rows):
+        columns.append(("on others' rows", _best([row.beyond for row in rows], metric)))
     if any(row.tuned for row in rows):
         columns.append(("tuned to", [Cell(", ".join(settings_of(row)) or MISSING) for row in rows]))
     title = f"Test {words(metric)} at the round that validation chose, {_seeds(record)}"
@@ -105,6 +107,11 @@ def notes(record: Record) -> list[str]:
         said.append(
             "Against the best other: the paired difference and its 95% bootstrap interval over clients; p of a "
             "permutation test over clients, adjusted for all methods (Holm). Which is best goes by validation data."
+        )
+    if any(row.beyond is not None for row in record.variants.values()):
+        said.append(
+            "On others' rows: the mean of the clients' models on the test rows of other clients with the same labels, "
+            "after the last round."
         )
     edges: dict[str, list[str]] = {}
     for row in record.variants.values():

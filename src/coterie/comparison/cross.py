@@ -1,0 +1,98 @@
+"""Evaluation beyond home: every client's model on the test rows of every client with the same labels.
+
+The models are those in the run's bundles, which are of the last round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from coterie.adapters.bundle import read_bundle
+from coterie.compute.client import LocalCompute
+from coterie.compute.loading import workplaces
+from coterie.config.load import check_config
+from coterie.data.clients import load_data
+from coterie.data.rows import ClientData
+from coterie.experiment import set_threads
+from coterie.files import read_json, write_json
+from coterie.ops.metrics import Metrics
+from coterie.requests import Score
+from coterie.runs.events import plain
+from coterie.runs.folder import read_config
+from coterie.types import ClientId, CoterieError, Number
+
+CROSS = "cross.json"
+
+
+@dataclass(frozen=True)
+class Cross:
+    """The metrics of the model of one client (first key) on the test rows of another (second key), after ``round``."""
+
+    round: int
+    metrics: Mapping[ClientId, Mapping[ClientId, Mapping[str, Number]]]
+
+    def means(self, metric: str) -> tuple[float, float] | None:
+        """The mean of the models at home and that on others' rows, of the clients that have others with their labels.
+
+        Every client counts once, whatever the number of others. None where there are no such clients.
+        """
+        by_client = {
+            client: (on[client][metric], float(np.mean([of[metric] for other, of in on.items() if other != client])))
+            for client, on in self.metrics.items()
+            if client in on and len(on) > 1
+        }
+        if not by_client:
+            return None
+        home, beyond = np.mean(list(by_client.values()), axis=0)
+        return float(home), float(beyond)
+
+
+_CROSS = TypeAdapter(Cross)
+
+
+def read_cross(folder: Path) -> Cross | None:
+    """What :func:`evaluate_cross` wrote in a run's folder; None where it has not."""
+    path = folder / CROSS
+    if not path.is_file():
+        return None
+    try:
+        return _CROSS.validate_python(read_json(path, "remove it, and compare with --cross again"))
+    except ValidationError as fault:
+        raise CoterieError(f"{path} is damaged; remove it, and compare with --cross again") from fault
+
+
+def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
+    """Score every client's bundle of the finished run in ``folder``, write ``cross.json`` there and return it.
+
+    ``cache`` keeps the base for further runs. Raises :class:`CoterieError` for data that are not the run's, and for a
+    bundle that is missing or damaged.
+    """
+    raw, root = read_config(folder)
+    config = check_config(raw)
+    set_threads(config)
+    federation = load_data(config.data, config.task.kind, config.run.seed, root)
+    if json.loads(json.dumps(federation.manifest)) != read_json(folder / "manifest.json"):
+        raise CoterieError(f"the data are not those of {folder} (see manifest.json); restore them")
+    workplace = workplaces(config, root, cache)[0]
+    tested = [client for client in federation.clients if client.info.num_test]
+    banks = {client.info.id: read_bundle(folder / "clients" / client.info.id)[0] for client in federation.clients}
+    found: dict[ClientId, dict[ClientId, Metrics]] = {client: {} for client in banks}
+    for on in tested:
+        of = _alike(on, federation.clients)
+        scores = LocalCompute(workplace, on, config.run.rounds).score(Score([banks[c] for c in of], split="test"))
+        for client, scored in zip(of, scores, strict=True):
+            found[client][on.info.id] = {**scored.metrics, "loss": scored.loss}
+    cross = Cross(config.run.rounds, found)
+    write_json(folder / CROSS, plain(cross))
+    return cross
+
+
+def _alike(on: ClientData, clients: tuple[ClientData, ...]) -> list[ClientId]:
+    """The clients that have the same labels."""
+    return [client.info.id for client in clients if client.info.labels == on.info.labels]
