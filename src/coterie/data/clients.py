@@ -72,7 +72,8 @@ def _client_folders(settings: DataSettings, root: Path) -> list[tuple[ClientFile
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
         raise DataError(f"{path}: no folders; data.folder holds one folder per client, with a file train.jsonl in it")
-    return [(ClientFiles(id=folder.name, train=""), read_folder(folder)) for folder in folders]
+    datasets = [read_folder(folder) for folder in folders]
+    return [(ClientFiles(id=data.name, train="", group=data.group), data) for data in datasets]
 
 
 def _check_ids(ids: Sequence[str]) -> None:

@@ -51,12 +51,14 @@ def test_a_folder_of_clients(tmp_path: Path) -> None:
             table(tmp_path / "clients" / name / f"{split}.jsonl", rows, labels)
     (tmp_path / "clients" / ".hidden").mkdir()
     (tmp_path / "clients" / "README").write_text("not a client")
+    (tmp_path / "clients" / "b" / "info.json").write_text('{"group": "letters"}')
     federation = load(tmp_path, folder="clients")
     infos = [client.info for client in federation.clients]
     assert [(i.id, i.labels, i.num_train, i.num_validation, i.num_test) for i in infos] == [
         ("a", ("2", "10"), 8, 4, 6),
         ("b", ("x", "y"), 8, 4, 6),
     ]
+    assert [info.group for info in infos] == [None, "letters"]
     assert federation.clients[1].splits["train"][1] == TextRow(f"{tmp_path}/clients/b/train.jsonl 1", 1)
 
 

@@ -75,6 +75,7 @@ def test_a_folder_need_not_name_its_labels(tmp_path: Path, info: Any) -> None:
         (None, {"train_txt": "a"}, "train.txt: unknown file type"),
         ("{", {"train_jsonl": ROW}, "info.json: not a JSON object"),
         ("[]", {"train_jsonl": ROW}, "info.json: not a JSON object"),
+        ({"group": 3}, {"train_jsonl": ROW}, "info.json: group is 3, not a name"),
         ({"labels": "cat"}, {"train_jsonl": ROW}, "info.json: labels is 'cat', not a list of names"),
     ],
 )

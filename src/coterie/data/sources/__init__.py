@@ -33,13 +33,15 @@ GROUP = "coterie.sources"
 class Dataset:
     """A dataset as its source has it: a table per split ("train", and "validation" and "test" if there are any).
 
-    ``labels`` are the label names in order, if the source knows them; ``notes`` go into the manifest.
+    ``labels`` are the label names in order and ``group`` is the rows' domain, if the source knows them; ``notes`` go
+    into the manifest.
     """
 
     name: str
     tables: Mapping[str, RowTable]
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    group: str | None = None
 
 
 @cache

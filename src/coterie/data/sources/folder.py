@@ -1,6 +1,7 @@
 """A folder with the files train, validation and test (.jsonl, .csv or .parquet), and maybe an info.json.
 
-``info.json`` may give ``"labels"``: the label names in order, or null. Its other keys are for people.
+``info.json`` may give ``"labels"``, the label names in order, and ``"group"``, the domain of the rows. Either may be
+null, and other keys are for people.
 """
 
 from __future__ import annotations
@@ -42,16 +43,21 @@ def read_folder(path: Path) -> Dataset:
             raise DataError(f"{file}: the name is not that of a split; call the file one of {', '.join(SPLITS)}")
     if "train" not in tables:
         raise DataError(f"{path}: no file of training rows; it is called train{' or train'.join(READERS)}")
-    return Dataset(path.name, tables, _labels(path / "info.json"))
+    labels, group = _info(path / "info.json")
+    return Dataset(path.name, tables, labels, group=group)
 
 
-def _labels(file: Path) -> tuple[str, ...] | None:
+def _info(file: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    """The labels and the group in an ``info.json``; None for what it does not give."""
     if not file.exists():
-        return None
+        return None, None
     try:
-        labels = parse_json(file.read_text(encoding="utf-8")).get("labels")
+        info = parse_json(file.read_text(encoding="utf-8"))
+        labels, group = info.get("labels"), info.get("group")
     except (ValueError, AttributeError) as fault:
         raise DataError(f"{file}: not a JSON object such as {{'labels': ['no', 'yes']}}: {fault}") from fault
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
         raise DataError(f"{file}: labels is {labels!r}, not a list of names or null")
-    return None if labels is None else tuple(labels)
+    if group is not None and not (isinstance(group, str) and group.strip()):
+        raise DataError(f"{file}: group is {group!r}, not a name or null")
+    return None if labels is None else tuple(labels), group
