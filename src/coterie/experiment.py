@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from coterie.adapters.about import About
 from coterie.config.load import load_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
@@ -23,10 +25,11 @@ from coterie.engines.registry import engine_named
 from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
+from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
 from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder
 from coterie.runs.rounds import RoundSettings, Runner
-from coterie.runs.summary import SUMMARY, Summary, read_summary, summarise
+from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
 from coterie.types import CoterieError
 
@@ -95,8 +98,8 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> 
         if config.run.tensorboard:
             listen = both(listen, tensorboard(folder))
         listen(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
-        state = Runner(opened.method, opened.engine, rounds_of(config), folder, listen).run()
-        return finish(opened, state, folder, listen)
+        runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listen)
+        return finish(opened, runner.exported(runner.run()), folder, listen)
 
 
 def both(first: Listener, second: Listener) -> Listener:
@@ -120,31 +123,13 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
     return Opened(config, method, engine, federation, root)
 
 
-def finish(opened: Opened, state: object, folder: Path, listen: Listener) -> Summary:
-    """Write the final experts, the clients' bundles, ``summary.json`` and the report; return the summary."""
-    from coterie.adapters.bundle import write_bundle
-    from coterie.adapters.write import write_adapter
-    from coterie.nn.locate import resolve
+def finish(opened: Opened, exported: Checkpoint[object], folder: Path, listen: Listener) -> Summary:
+    """Write the experts and the clients' bundles of the round ``exported``, ``summary.json`` and the report.
+
+    Returns the summary.
+    """
 
     config, method, engine = opened.config, opened.method, opened.engine
-    base = resolve(config.model.path, opened.root)
-    transposed = any(target.transposed for target in engine.spec.targets)
-    for name, tensors in method.experts(state).items():
-        write_adapter(
-            folder / "experts" / name,
-            tensors,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            base=base,
-            kind=config.task.kind,
-            fan_in_fan_out=transposed,
-        )
-    infos = {client.id: client for client in engine.clients}
-    rnd = config.run.rounds
-    for client, bank in engine.banks(method, method.configure(state, engine.clients, rnd + 1), rnd):
-        info = {"client": client, "labels": infos[client].labels, "method": method.name, "round": rnd}
-        info |= {"base": base, "task": config.task.kind}
-        write_bundle(folder / "clients" / client, bank, info, fan_in_fan_out=transposed)
     summary = summarise(
         read_events(folder / METRICS),
         engine.clients,
@@ -153,7 +138,11 @@ def finish(opened: Opened, state: object, folder: Path, listen: Listener) -> Sum
         evaluated=config.evaluated,
         task=config.task.kind,
         seed=config.run.seed,
+        exported_round=exported.rnd,
     )
+    as_set = config.run.export == "last" or exported.rnd == summary.best_round
+    about = about_export(config, opened.root, exported.rnd, config.run.export if as_set else "last")
+    _export(opened, exported, about, folder)
     write_json(folder / SUMMARY, summary.to_json())  # a run with a summary is finished
     _report(folder, listen)
     return summary
@@ -168,6 +157,36 @@ def _report(folder: Path, listen: Listener) -> None:
     except _REPORT_FAULTS as fault:
         text = f"the report could not be written ({type(fault).__name__}: {fault}); {SUMMARY} has the results"
         listen(Note(f"{text}. Once the cause is fixed: coterie report {folder}"))
+
+
+def about_export(config: Config, root: Path, rnd: int, export: Literal["best", "last"]) -> About:
+    """What a reader must know of what is exported of round ``rnd``."""
+    from coterie.nn.locate import resolve
+
+    base = resolve(config.model.path, root)
+    return About(config.method_name, rnd, export, config.task.kind, base, max_length=config.model.max_length)
+
+
+def _export(opened: Opened, exported: Checkpoint[object], about: About, folder: Path) -> None:
+    from coterie.adapters.bundle import write_bundle
+    from coterie.adapters.write import write_adapter
+
+    config, method, engine = opened.config, opened.method, opened.engine
+    transposed = any(target.transposed for target in engine.spec.targets)
+    for name, tensors in method.experts(exported.state).items():
+        write_adapter(
+            folder / "experts" / name,
+            tensors,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            about=about,
+            fan_in_fan_out=transposed,
+        )
+    infos = {client.id: client for client in engine.clients}
+    instructions = method.configure(exported.state, engine.clients, exported.rnd + 1)
+    for client, bank in engine.banks(method, instructions, exported.rnd):
+        own = replace(about, client=client, labels=infos[client].labels)
+        write_bundle(folder / "clients" / client, bank, own, fan_in_fan_out=transposed)
 
 
 def set_threads(config: Config) -> None:
@@ -188,4 +207,6 @@ def rounds_of(config: Config) -> RoundSettings:
         run.max_share,
         run.evaluate_every,
         run.keep_checkpoints,
+        run.export,
+        PRIMARY[config.task.kind],
     )

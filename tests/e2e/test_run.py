@@ -80,7 +80,7 @@ class Done:
 
 def configured(folder: Path, name: str) -> Path:
     ways = RUNS[name]
-    path = sites.config(folder, ways["arch"], method=ways["method"])
+    path = sites.config(folder, ways["arch"], method=ways["method"], run='export = "last"')
     text = path.read_text().replace("[lora]", f"{ways.get('task', '')}\n[lora]")
     path.write_text(text)
     return path
@@ -266,16 +266,16 @@ def test_a_bundle_gives_the_accuracy_of_the_last_round(name: str, done: Any) -> 
     seen = set()
     for client in federation.clients:
         bank, info = read_bundle(made.out / "clients" / client.info.id)
-        assert (info["client"], info["method"], info["round"]) == (client.info.id, RUNS[name]["method"], 3)
-        assert tuple(info["labels"]) == client.info.labels
-        base = load_base(info["base"], info["task"])
+        assert (info.client, info.method, info.round) == (client.info.id, RUNS[name]["method"], 3)
+        assert tuple(info.labels) == client.info.labels
+        base = load_base(info.base, info.task)
         rows = [row for row in client.splits["test"] if isinstance(row, TextRow)]
         with attached(base.model, bank):
             right = []
             for row in rows:
                 tokens = base.tokenizer(row.text, truncation=True, max_length=32, return_tensors="pt")
                 found = logits(base.model, dict(tokens))
-                assert found.shape == (1, len(info["labels"]))
+                assert found.shape == (1, len(info.labels))
                 right.append(int(found.argmax()) == row.label)
         assert sum(right) / len(rows) == last[client.info.id]["test"]["accuracy"]
         seen.add(sum(right))
@@ -287,8 +287,8 @@ def test_a_plain_lora_has_a_peft_adapter_beside_its_bundle(name: str, done: Any)
     made = done(name)
     for client in CLIENTS:
         bank, info = read_bundle(made.out / "clients" / client)
-        labels = {"num_labels": len(info["labels"])} if info["labels"] else {}
-        base = auto(name).from_pretrained(info["base"], **labels).eval()
+        labels = {"num_labels": len(info.labels)} if info.labels else {}
+        base = auto(name).from_pretrained(info.base, **labels).eval()
         with attached(base, bank):
             ours = logits(base, inputs_for(base))
         adapter = made.out / "clients" / client / "adapter"

@@ -62,7 +62,7 @@ def test_a_federation_learns_which_candidate_is_right(tmp_path: Path) -> None:
     assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     assert PeftModel.from_pretrained(base, str(adapter)).active_adapters == ["default"]
     _, info = read_bundle(tmp_path / "out" / "clients" / "north")
-    assert (info["task"], info["labels"]) == ("multiple_choice", ["big", "small", "tiny"])
+    assert (info.task, info.labels) == ("multiple_choice", ("big", "small", "tiny"))
 
 
 def test_files_of_labels_and_a_template_are_the_same_as_files_of_candidates(tmp_path: Path) -> None:

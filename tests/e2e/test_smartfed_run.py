@@ -60,7 +60,7 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
     usage = next(e for e in events if "usage" in e)["usage"]
     assert len(usage) == 5
     bank, info = read_bundle(next((out / "clients").iterdir()))
-    assert info["method"] == "smartfed"
+    assert info.method == "smartfed"
     assert {key.part for key in bank.tensors} >= {Part.A, Part.B, Part.ROUTER}
     assert [p.name for p in (out / "experts").iterdir()] == ["fresh"]
     assert build_pool([str(out / "experts" / "fresh")]).adapters[0].rank == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from coterie.adapters.about import About
 from coterie.nn.spec import describe
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Bank, GateSpec, Key, Part, Target
@@ -31,6 +33,7 @@ DECODERS = ("llama", "qwen2", "gpt2")
 ARCHITECTURES = (*ENCODERS, *DECODERS)
 VOCABULARY = 300
 HIDDEN = 32
+_ABOUT = About("fedit", 3, "last", "classification", "a/base")
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -118,6 +121,11 @@ def folder(
     model(arch, kind, seed=seed, **overrides).save_pretrained(path)
     tokenizer(texts, chat=chat, token_types=arch == "bert").save_pretrained(path)
     return path
+
+
+def about(**changes: Any) -> About:
+    """What is said of an export."""
+    return replace(_ABOUT, **changes)
 
 
 def batch(

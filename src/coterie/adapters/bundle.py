@@ -6,38 +6,34 @@ adapter is written beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from coterie.adapters.about import About
 from coterie.codec import CodecError, decode, encode
 from coterie.files import write_atomic
-from coterie.types import Bank, CoterieError, Json, Key, Part
+from coterie.types import Bank, CoterieError, Key, Part
 
 BUNDLE_FILE = "bundle.safetensors"
 ADAPTER_FOLDER = "adapter"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """One client's bank and what a reader must know of it: labels, base, client, method, round."""
+    """One client's bank and what a reader must know of it."""
 
     bank: Bank
-    info: Mapping[str, Json]
+    about: About
     format: int = _FORMAT
 
 
-def write_bundle(folder: Path, bank: Bank, info: Mapping[str, Json], *, fan_in_fan_out: bool = False) -> None:
-    """Write ``bank`` and ``info`` to ``folder``, and a PEFT adapter beside it where the gate is ``constant``.
-
-    Of ``info``, the adapter's config takes ``base`` (path or hub name) and ``task`` (classification by default).
-    """
-    write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, info)))
+def write_bundle(folder: Path, bank: Bank, about: About, *, fan_in_fan_out: bool = False) -> None:
+    """Write ``bank`` and ``about`` to ``folder``, and a PEFT adapter beside it where the gate is ``constant``."""
+    write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, about)))
     expert = _one_lora(bank) if bank.gate.name == "constant" else {}
     if not expert:
         return
@@ -49,15 +45,17 @@ def write_bundle(folder: Path, bank: Bank, info: Mapping[str, Json], *, fan_in_f
         expert,
         rank=rank,
         alpha=bank.scaling * rank,
-        base=info.get("base", ""),
-        kind=info.get("task", "classification"),
+        about=about,
         head={key: value for key, value in bank.tensors.items() if key.part is Part.HEAD},
         fan_in_fan_out=fan_in_fan_out,
     )
 
 
-def read_bundle(folder: Path) -> tuple[Bank, dict[str, Any]]:
-    """The bank and the info that :func:`write_bundle` wrote. Raises :class:`CoterieError` where there are none."""
+def read_bundle(folder: Path) -> tuple[Bank, About]:
+    """The bank and the :class:`About` that :func:`write_bundle` wrote.
+
+    Raises :class:`CoterieError` where there are none.
+    """
     path = Path(folder) / BUNDLE_FILE
     try:
         bundle = decode(Bundle, path.read_bytes())
@@ -69,7 +67,7 @@ def read_bundle(folder: Path) -> tuple[Bank, dict[str, Any]]:
         raise CoterieError(
             f"{path} has format {bundle.format}, this Coterie reads {_FORMAT}; use the version that wrote it"
         )
-    return bundle.bank, dict(bundle.info)
+    return bundle.bank, bundle.about
 
 
 def _one_lora(bank: Bank) -> dict[Key, Tensor]:

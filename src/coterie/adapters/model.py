@@ -41,20 +41,19 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing or that the
     bundle does not fit.
     """
-    bank, info = read_bundle(_bundle_folder(Path(folder), client))
-    task: TaskKind = info["task"]
-    loaded = load_base(base or info["base"], task, device=device)
+    bank, about = read_bundle(_bundle_folder(Path(folder), client))
+    loaded = load_base(base or about.base, about.task, device=device)
     attach(loaded.model, bank)
     loaded.model.eval()
-    labels = tuple(info["labels"]) if info["labels"] is not None else None
+    labels = about.labels
     config = loaded.model.config
-    if task == "classification" and labels:
+    if about.task == "classification" and labels:
         config.id2label = dict(enumerate(labels))  # the number of labels follows from it
         config.label2id = {label: i for i, label in enumerate(labels)}
     if loaded.longest is not None:
         loaded.tokenizer.model_max_length = loaded.longest
     return ClientModel(
-        loaded.model, loaded.tokenizer, labels, task, info["client"], info["method"], info["round"], bank
+        loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank
     )
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor, float32
 
+from coterie.adapters.about import About, write_about
 from coterie.files import write_atomic, write_json
-from coterie.types import Key, Part, TaskKind, Tensors
+from coterie.types import Key, Part, Tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model"  # where a PeftModel keeps the base model
@@ -27,8 +28,7 @@ def write_adapter(
     *,
     rank: int,
     alpha: float,
-    base: str,
-    kind: TaskKind,
+    about: About,
     head: Tensors | None = None,
     fan_in_fan_out: bool = False,
 ) -> None:
@@ -36,19 +36,21 @@ def write_adapter(
 
     ``tensors`` holds one A [r, d_in] and one B [d_out, r] per module; a module whose r is not ``rank`` keeps the same
     s. ``head`` goes into ``modules_to_save``: load it on a model with the same number of labels. ``fan_in_fan_out`` is
-    for targets that are GPT-2's ``Conv1D`` (``Target.transposed``). Everything is written in float32.
+    for targets that are GPT-2's ``Conv1D`` (``Target.transposed``). Everything is written in float32. ``about`` goes
+    into a file beside it.
     Raises :class:`ValueError` for tensors that are not one expert, and for a head on a model that has none.
     """
     ranks = ranks_of(tensors)
-    if head and kind != "classification":
-        raise ValueError(f"a model for {kind.replace('_', ' ')} has no classification head to write")
+    if head and about.task != "classification":
+        raise ValueError(f"a model for {about.task.replace('_', ' ')} has no classification head to write")
     named = {f"{_PREFIX}.{key.module}.{_PARTS[key.part]}.weight": value for key, value in tensors.items()}
     named |= {f"{_PREFIX}.{key.module}": value for key, value in (head or {}).items()}
     weights = save({name: _plain(value) for name, value in named.items()}, metadata={"format": "pt"})
     write_atomic(folder / WEIGHTS_FILE, weights)
-    task = "CAUSAL_LM" if kind != "classification" else "SEQ_CLS" if head else None
-    where = {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out, "task_type": task}
+    task = "CAUSAL_LM" if about.task != "classification" else "SEQ_CLS" if head else None
+    where = {"base_model_name_or_path": about.base, "fan_in_fan_out": fan_in_fan_out, "task_type": task}
     write_json(folder / CONFIG_FILE, _scales(ranks, rank, alpha) | where | {"modules_to_save": _modules_to_save(head)})
+    write_about(folder, about)
 
 
 def _scales(ranks: Mapping[str, int], rank: int, alpha: float) -> dict[str, object]:

@@ -161,6 +161,8 @@ def show_summary(console: Console, summary: Summary, folder: Path) -> None:
         f"{size(summary.bytes.down)} down, peak memory {size(summary.peak_memory_bytes)}",
         highlight=False,
     )
+    if summary.exported_round is not None:
+        console.print(f"experts and bundles: round {summary.exported_round}", highlight=False)
     console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
 
 

@@ -102,6 +102,10 @@ class RunSettings(Section):
         description="what clients evaluate and export: what they receive from the server, or what they trained last, "
         "before the server averages it; auto: the method's own choice",
     )
+    export: Literal["best", "last"] = Field(
+        "best",
+        description="which round's experts and clients' banks are exported: best, the one that validation chose; last",
+    )
     eval_batch_size: int | Literal["auto"] = Field(
         "auto", description="examples (or candidates) per forward pass in evaluation; auto: 16 on a CPU, 64 on a GPU"
     )

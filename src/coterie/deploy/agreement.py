@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coterie import __version__
@@ -22,7 +22,7 @@ from coterie.types import ClientId, CoterieError, Json
 
 _SENT = {
     "model": ("dtype", "quantize", "max_length", "gradient_checkpointing"),
-    "run": ("rounds", "seed", "evaluate", "eval_batch_size"),
+    "run": ("rounds", "seed", "evaluate", "export", "eval_batch_size"),
     "engine": ("precision",),
 }
 _SENT_WHOLE = ("task", "lora", "train", "method")
@@ -69,13 +69,16 @@ class Agreement:
         *,
         since: int = 0,
         keep: int = 0,
+        also: Sequence[int] = (),
     ) -> Message:
         """A message of this run; ``details`` is what only messages of its kind have in their head.
 
-        ``since`` is the round whose state this attempt starts from, ``keep`` the oldest round that is still needed.
+        ``since`` is the round whose state this attempt starts from, ``keep`` the oldest round that is still needed,
+        beside the rounds ``also``.
         """
         head: dict[str, Json] = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
-        head |= {"since": since, "keep": keep, "patience": self.deadline, "terms": dict(self.terms), **(details or {})}
+        head |= {"since": since, "keep": keep, "also": list(also)}
+        head |= {"patience": self.deadline, "terms": dict(self.terms), **(details or {})}
         return Message(head, body)
 
 

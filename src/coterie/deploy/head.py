@@ -18,8 +18,10 @@ _TYPES: dict[str, type] = {
     "attempt": int,
     "since": int,
     "keep": int,
+    "also": list,
     "terms": dict,
 }
+_MOST = 1000  # rounds in a list
 _MAX = 10**6  # a site's files of states have six digits
 
 
@@ -34,6 +36,7 @@ class Head:
     attempt: int
     since: int
     keep: int
+    also: tuple[int, ...]
     terms: Mapping[str, Json]
     splits: tuple[str, ...] = ()
     usage: bool = False
@@ -53,5 +56,9 @@ def read_head(head: Mapping[str, Json]) -> Head:
         raise CoterieError(f"the message's splits are not among {', '.join(SPLITS)}")
     if not SAFE_ID.fullmatch(head["run"]):
         raise CoterieError("the message's run is not a valid folder name")
-    values = {name: head[name] for name in _TYPES if name != "round"}
-    return Head(**values, rnd=head["round"], splits=tuple(splits), usage=bool(head.get("usage")))
+    if len(head["also"]) > _MOST or not all(type(rnd) is int and 0 <= rnd < _MAX for rnd in head["also"]):
+        raise CoterieError(f"the message's also is not a list of at most {_MOST} rounds")
+    values = {name: head[name] for name in _TYPES if name not in ("round", "also")}
+    return Head(
+        **values, rnd=head["round"], also=tuple(head["also"]), splits=tuple(splits), usage=bool(head.get("usage"))
+    )

@@ -7,7 +7,7 @@ left out of the round with the reason, and an answer that comes later is dropped
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -29,11 +29,15 @@ T = TypeVar("T")
 
 @dataclass
 class RemoteEngine:
-    """See the module. ``since`` and ``keep``: the round that this attempt starts from, and the oldest it needs."""
+    """See the module. ``since`` is the round that this attempt starts from, ``keep`` the oldest that it needs.
+
+    It needs the rounds ``also`` too.
+    """
 
     sites: Sites
     since: int = 0
     keep: int = 0
+    also: tuple[int, ...] = ()
     _earlier: Unanswered = field(default_factory=Unanswered)
 
     @property
@@ -100,9 +104,9 @@ class RemoteEngine:
         """Nothing for the server to check: each site keeps its own state."""
         return {}
 
-    def prune(self, rnd: int) -> None:
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
         """Note in the next messages which states no checkpoint needs any more."""
-        self.keep = max(0, rnd)
+        self.keep, self.also = max(0, rnd), tuple(sorted(also))
 
     def close(self) -> None:
         """Do nothing: whoever started the sites ends them."""
@@ -115,9 +119,11 @@ class RemoteEngine:
         details: Mapping[str, Json],
         limits: Mapping[ClientId, int],
     ) -> Iterator[Arrival]:
-        encoded, rounds = EncodedOnce(instructions), {"since": self.since, "keep": self.keep}
+        encoded = EncodedOnce(instructions)
         messages = {
-            c: self.sites.agreement.message(kind, c, rnd, details, encoded.take(c), **rounds)
+            c: self.sites.agreement.message(
+                kind, c, rnd, details, encoded.take(c), since=self.since, keep=self.keep, also=self.also
+            )
             for c in sorted(instructions)
         }
         yield from Exchange(self.sites, kind, rnd, messages, limits, self._earlier)

@@ -101,9 +101,10 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     _write_known(folder, sites.known, config)
     method.init(engine.spec, engine.clients)
     journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
-    state = Runner(method, engine, rounds_of(config), folder, journal).run()
+    runner = Runner(method, engine, rounds_of(config), folder, journal)
+    exported = runner.exported(runner.run())
     write_sites(folder)
-    summary = finish(Opened(config, method, engine, FederatedData((), {}), root), state, folder, journal)
+    summary = finish(Opened(config, method, engine, FederatedData((), {}), root), exported, folder, journal)
     journal(Finished())
     return summary
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coterie import codec
@@ -23,7 +23,7 @@ from coterie.deploy.received import received_file
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
-from coterie.experiment import set_threads
+from coterie.experiment import about_export, set_threads
 from coterie.files import read_json, write_atomic, write_json
 from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
@@ -133,12 +133,11 @@ class Worker:
 
     def export(self, run: Run, body: bytes, rnd: int) -> Bank:
         """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""
-        bank, about = client_bank(run.client, run.method, body, rnd), run.client.info
-        base, task = resolve(run.config.model.path, self.root), run.config.task.kind
-        info = {"client": about.id, "labels": about.labels, "method": run.method.name, "round": rnd}
+        bank, me = client_bank(run.client, run.method, body, rnd), run.client.info
+        about = about_export(run.config, self.root, rnd, run.config.run.export)
         transposed = any(target.transposed for target in run.client.workplace.base.spec.targets)
-        info |= {"base": base, "task": task}
-        write_bundle(run.folder / "export", bank, info, fan_in_fan_out=transposed)
+        own = replace(about, client=me.id, labels=me.labels)
+        write_bundle(run.folder / "export", bank, own, fan_in_fan_out=transposed)
         return bank
 
     # runs -------------------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ class Worker:
         if head.attempt > last and head.kind != "query.hello":  # before that a server has not read its checkpoint
             run.client.states.restore(head.since)
             write_json(path, head.attempt)
-        run.client.states.prune(head.keep)
+        run.client.states.prune(head.keep, head.also)
         return run
 
     def load(self, name: str, terms: Mapping[str, Json]) -> Run:

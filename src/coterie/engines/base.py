@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -92,7 +92,9 @@ class Engine(Protocol):
 
     def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]: ...
 
-    def prune(self, rnd: int) -> None: ...
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+        """Delete the clients' states that neither rounds from ``rnd`` on need nor the rounds ``also``."""
+        ...
 
     def close(self) -> None:
         """End the processes that the engine started."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -162,10 +162,10 @@ class FlowerSimEngine:
         """The round that each client's state is of, after round ``rnd``."""
         return {store.folder.name: store.state_rounds(rnd) for store in self._stores()}
 
-    def prune(self, rnd: int) -> None:
-        """Delete the personal states that only rounds before ``rnd`` need."""
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+        """Delete the personal states that only rounds before ``rnd`` need, and none of the rounds ``also``."""
         for store in self._stores():
-            store.prune(rnd)
+            store.prune(rnd, also)
 
     def close(self) -> None:
         """End Ray and all processes that it started."""

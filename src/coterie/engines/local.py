@@ -6,7 +6,7 @@ forward pass, or names several devices, :mod:`.together` runs the clients instea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,9 @@ class LocalEngine:
         """From which round each client's state is, after round ``rnd``."""
         return self.states.state_rounds(rnd)
 
-    def prune(self, rnd: int) -> None:
-        """Delete the clients' states that only rounds before ``rnd`` need."""
-        self.states.prune(rnd)
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+        """Delete the clients' states that only rounds before ``rnd`` need, and none of the rounds ``also``."""
+        self.states.prune(rnd, also)
 
     def close(self) -> None:
         """Do nothing: everything is in this process."""

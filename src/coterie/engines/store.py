@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,11 +58,12 @@ class RoundStore(Generic[T]):
             for later in (r for r in self._rounds(client) if r > rnd):
                 self._path(client, later).unlink()
 
-    def prune(self, rnd: int) -> None:
-        """Delete the versions that no checkpoint from round ``rnd`` on needs."""
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+        """Delete the versions that no checkpoint from round ``rnd`` on needs, nor any of the rounds ``also``."""
         for client in self._clients():
-            needed = max((r for r in self._rounds(client) if r <= rnd), default=0)
-            for old in (r for r in self._rounds(client) if r < needed):
+            rounds = self._rounds(client)
+            needed = {max((r for r in rounds if r <= of), default=0) for of in (rnd, *also)}
+            for old in (r for r in rounds if r <= rnd and r not in needed):
                 self._path(client, old).unlink()
 
     def _clients(self) -> list[ClientId]:
@@ -114,9 +116,9 @@ class PersonalStore:
         """As :meth:`RoundStore.forget_after`. What is kept unchanged stays: it is the same in every round."""
         self._rounds.forget_after(rnd)
 
-    def prune(self, rnd: int) -> None:
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
         """As :meth:`RoundStore.prune`."""
-        self._rounds.prune(rnd)
+        self._rounds.prune(rnd, also)
 
     @property
     def _rounds(self) -> RoundStore[Personal]:
@@ -151,11 +153,11 @@ class ClientStates:
         trained = {"trained": self.trained.state_rounds(rnd)} if self.trained else {}
         return {"personal": self.personal.state_rounds(rnd), **trained}
 
-    def prune(self, rnd: int) -> None:
-        """Delete the states that only rounds before ``rnd`` need."""
-        self.personal.prune(rnd)
+    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+        """Delete the states that only rounds before ``rnd`` need, and none of the rounds ``also``."""
+        self.personal.prune(rnd, also)
         if self.trained:
-            self.trained.prune(rnd)
+            self.trained.prune(rnd, also)
 
 
 @lru_cache(maxsize=2)  # in memory, too, a simulation's clients share what is kept

@@ -70,6 +70,11 @@ class Run:
         """The round that the results are of, where that is known."""
         return self.summary.best_round if self.summary else None
 
+    @property
+    def exported(self) -> int | None:
+        """The round of the experts and bundles, where that is known."""
+        return self.summary.exported_round if self.summary else None
+
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """What the method found, after the last round that was logged."""

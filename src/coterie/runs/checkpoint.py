@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -37,15 +37,29 @@ class Checkpoint(Generic[S]):
     held: Mapping[str, Mapping[ClientId, int]] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint[S], keep: int) -> Path:
-    """Write the checkpoint atomically, then delete all but the newest ``keep``. Raises :class:`OSError`."""
+def save(folder: Path, checkpoint: Checkpoint[S], keep: int, also: Collection[int] = ()) -> Path:
+    """Write the checkpoint atomically, then delete all but the newest ``keep`` and those of the rounds ``also``.
+
+    Raises :class:`OSError`.
+    """
     info = {"rnd": checkpoint.rnd, "metrics_bytes": checkpoint.metrics_bytes, "held": checkpoint.held}
     body = json.dumps(info).encode() + b"\n" + codec.encode(checkpoint.state)
-    path = folder / f"{checkpoint.rnd:06d}.ckpt"
+    path = _path(folder, checkpoint.rnd)
     write_atomic(path, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     for old in _newest_first(folder)[keep:]:
-        old.unlink()
+        if int(old.stem) not in also:
+            old.unlink()
     return path
+
+
+def load(folder: Path, rnd: int, state: type[S]) -> Checkpoint[S]:
+    """The checkpoint of round ``rnd``. Raises :class:`CorruptCheckpointError` where it is gone or damaged."""
+    try:
+        return _read(_path(folder, rnd), state)
+    except FileNotFoundError as fault:
+        raise CorruptCheckpointError("there is none") from fault
+    except codec.CodecError as fault:
+        raise CorruptCheckpointError(str(fault)) from fault
 
 
 def load_newest(
@@ -117,6 +131,10 @@ def newest_round(folder: Path) -> int | None:
     """The round of the newest checkpoint file, None where there is none."""
     found = _newest_first(folder)
     return int(found[0].stem) if found else None
+
+
+def _path(folder: Path, rnd: int) -> Path:
+    return folder / f"{rnd:06d}.ckpt"
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -44,7 +44,9 @@ from coterie.runs.events import (
     RoundStart,
     StartState,
     Truncated,
+    read_events,
 )
+from coterie.runs.summary import best_round
 from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Reply
 
 S = TypeVar("S")  # the method's state
@@ -63,6 +65,8 @@ class RoundSettings:
     max_share: float = 0.5
     evaluate_every: int = 1
     keep_checkpoints: int = 2
+    export: Literal["best", "last"] = "best"
+    primary: str = "accuracy"  # the metric that chooses the best round
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Runner(Generic[S]):
     folder: Path
     listen: Listener = lambda event: None
     _capped: set[ClientId] = field(default_factory=set)  # noted already
+    _evaluated: list[Evaluated] = field(default_factory=list)  # so far
 
     def run(self) -> S:
         """Do all remaining rounds; returns the final state.
@@ -87,6 +92,29 @@ class Runner(Generic[S]):
         for rnd in range(start.rnd + 1, self.settings.rounds + 1):
             state = self._round(state, rnd)
         return state
+
+    def exported(self, state: S) -> Checkpoint[S]:
+        """The round to export after :meth:`run`, which returned ``state``: the one that validation chose, or the last.
+
+        The last one too where the checkpoint of the chosen one, or a client's state of it, is lost; a note says so.
+        """
+        last = Checkpoint(self.settings.rounds, state, self.metrics.stat().st_size)
+        chosen = self._chosen(last.rnd)
+        if chosen is None or chosen == last.rnd:
+            return last
+        try:
+            saved = checkpoints.load(self.folder / "checkpoints", chosen, self.method.State)
+            if lacking := self._lacks(saved):
+                raise checkpoints.CorruptCheckpointError(lacking)
+        except checkpoints.CorruptCheckpointError as fault:
+            self._note([f"round {chosen}, the best, cannot be exported ({fault}); the last round is"], last.rnd)
+            return last
+        return saved
+
+    def _chosen(self, rnd: int) -> int | None:
+        """The round to export if the run ended after round ``rnd``; None where that is the last whatever comes."""
+        evaluated = [event for event in self._evaluated if event.round <= rnd]
+        return best_round(evaluated, self.settings.primary) if evaluated and self.settings.export == "best" else None
 
     def _restore(self) -> Checkpoint[S]:
         """The newest whole checkpoint, with the metrics and the personal states as they were; or the start."""
@@ -104,6 +132,7 @@ class Runner(Generic[S]):
             self._say_what_is_cut()
             return self._commit(state, 0)
         os.truncate(self.metrics, saved.metrics_bytes)
+        self._evaluated = [event for event in read_events(self.metrics) if isinstance(event, Evaluated)]
         self.engine.restore(saved.rnd)
         self._prune(saved.rnd)  # the run may have been killed between a commit and this
         self._note(notes, saved.rnd)
@@ -242,20 +271,26 @@ class Runner(Generic[S]):
         mean = {s: mean_metrics({c: e.scores[s] for c, e in scores.items() if s in e.scores}) for s in splits}
         usage = {c: e.observed.usage for c, e in scores.items() if e.observed} if last else None
         clients = {client: evaluation.scores for client, evaluation in scores.items()}
-        self._log(Evaluated(rnd, clients, mean, usage, time.perf_counter() - started))
+        self._evaluated.append(Evaluated(rnd, clients, mean, usage, time.perf_counter() - started))
+        self._log(self._evaluated[-1])
 
     def _commit(self, state: S, rnd: int) -> Checkpoint[S]:
         """Everything of round ``rnd`` is on the disk once this returns."""
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
         made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.state_rounds(rnd))
-        checkpoints.save(self.folder / "checkpoints", made, self.settings.keep_checkpoints)
+        checkpoints.save(self.folder / "checkpoints", made, self.settings.keep_checkpoints, self._chosen_among(rnd))
         self._prune(rnd)
         self.listen(CheckpointSaved(rnd))
         return made
 
     def _prune(self, rnd: int) -> None:
-        self.engine.prune(rnd - self.settings.keep_checkpoints + 1)
+        self.engine.prune(rnd - self.settings.keep_checkpoints + 1, self._chosen_among(rnd))
+
+    def _chosen_among(self, rnd: int) -> set[int]:
+        """The rounds to export if the run went on from any of the checkpoints that are kept after round ``rnd``."""
+        kept = range(rnd - self.settings.keep_checkpoints + 1, rnd + 1)
+        return {chosen for of in kept if (chosen := self._chosen(of)) is not None}
 
     def _note(self, notes: Sequence[str], rnd: int) -> None:
         for text in notes:

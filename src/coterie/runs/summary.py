@@ -78,6 +78,7 @@ class Summary:
     """The results of a run, as in ``summary.json``. Seconds leave out work that a crash undid.
 
     ``evaluated`` says which model was measured: the one that a client receives, or the one that it trained last.
+    ``best_round`` is the round of the metrics, ``exported_round`` that of the experts and the clients' bundles.
     ``describe`` has the findings by their names in JSON, :attr:`findings` has them as types. ``usage`` is each
     client's use of its experts in the last round, by module or under :data:`ALL_MODULES`.
     """
@@ -90,6 +91,7 @@ class Summary:
     seed: int | None = None
     rounds: int = 0
     best_round: int | None = None
+    exported_round: int | None = None
     primary: str = "loss"
     clients: Mapping[ClientId, ClientSummary] = field(default_factory=dict)
     mean: Scores = field(default_factory=dict)
@@ -158,6 +160,7 @@ def summarise(
     task: str,
     seed: int,
     evaluated: str = "received",
+    exported_round: int | None = None,
 ) -> Summary:
     """The summary of a run that had these ``events``."""
     rounds = [event for event in events if isinstance(event, RoundDone)]
@@ -175,6 +178,7 @@ def summarise(
         seed=seed,
         rounds=len(rounds),
         best_round=best,
+        exported_round=exported_round,
         primary=PRIMARY[task],
         clients={c.id: _client(c, scores.get(c.id, {}), rounds) for c in clients},
         truncated=lengths[-1] if lengths else None,

@@ -20,6 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import tiny
 from coterie.adapters.bundle import BUNDLE_FILE, Bundle, read_bundle, write_bundle
 from coterie.adapters.write import write_adapter
 from coterie.codec import encode
@@ -99,13 +100,14 @@ def test_peft_gives_the_logits_of_our_layer(tmp_path, architecture, dtype, atol)
     assert len(names) >= 2
     conv = any(target.transposed for target in describe(model).targets)
     assert conv == (architecture == "gpt2")
-    write_adapter(tmp_path, expert, rank=4, alpha=6.0, base="a/base", kind=kind, fan_in_fan_out=conv)
+    write_adapter(tmp_path, expert, rank=4, alpha=6.0, about=tiny.about(task=kind), fan_in_fan_out=conv)
     expected = ours(model, Bank(expert, scaling=1.5))
     assert (expected - logits(model)).abs().max() > 0.02, "the expert must change something"
     torch.testing.assert_close(through_peft(model, tmp_path), expected, atol=atol, rtol=atol)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(names)
     assert config["base_model_name_or_path"] == "a/base"
+    assert json.loads((tmp_path / "coterie.json").read_text())["round"] == 3
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
@@ -113,7 +115,7 @@ def test_the_head_is_loaded_by_peft(tmp_path, architecture):
     model = model_of(architecture)
     expert, head = expert_for(model, rank=2), head_for(model, LABELS)
     assert len(head) == (2 if architecture == "bert" else 4)
-    write_adapter(tmp_path, expert, rank=2, alpha=2.0, base="", kind="classification", head=head)
+    write_adapter(tmp_path, expert, rank=2, alpha=2.0, about=tiny.about(), head=head)
     expected = ours(model, Bank({**expert, **head}, scaling=1.0))
     without = ours(model, Bank(expert, scaling=1.0))
     assert (expected - without).abs().max() > 0.1
@@ -123,7 +125,7 @@ def test_the_head_is_loaded_by_peft(tmp_path, architecture):
 def test_ranks_may_differ_between_modules(tmp_path):
     model = model_of("bert")
     expert = expert_for(model, rank=4, ranks={"layer.1.attention.self.query": 2})
-    write_adapter(tmp_path, expert, rank=4, alpha=8.0, base="", kind="classification")
+    write_adapter(tmp_path, expert, rank=4, alpha=8.0, about=tiny.about())
     expected = ours(model, Bank(expert, scaling=2.0))
     torch.testing.assert_close(through_peft(model, tmp_path), expected, atol=1e-12, rtol=1e-12)
 
@@ -131,7 +133,7 @@ def test_ranks_may_differ_between_modules(tmp_path):
 def test_an_adapter_is_the_same_bytes_each_time_and_float32(tmp_path):
     expert = {key: value.bfloat16() for key, value in expert_for(model_of("bert"), rank=2).items()}
     for folder in ("one", "two"):
-        write_adapter(tmp_path / folder, expert, rank=2, alpha=2.0, base="", kind="classification")
+        write_adapter(tmp_path / folder, expert, rank=2, alpha=2.0, about=tiny.about())
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     model = model_of("bert")
@@ -147,11 +149,11 @@ def test_what_is_no_expert_is_refused(tmp_path):
     crossed = {**expert, Key(name, 0, Part.A): torch.zeros(3, WIDTH)}
     for tensors, reason in ((two, "one A and one B"), (half, "one A and one B"), (crossed, "no product"), ({}, "no")):
         with pytest.raises(ValueError, match=reason):
-            write_adapter(tmp_path / "x", tensors, rank=2, alpha=2.0, base="", kind="classification")
+            write_adapter(tmp_path / "x", tensors, rank=2, alpha=2.0, about=tiny.about())
     head = head_for(model_of("bert"), LABELS)
     for kind in ("generation", "multiple_choice"):
         with pytest.raises(ValueError, match="no classification head"):
-            write_adapter(tmp_path / "x", expert, rank=2, alpha=2.0, base="", kind=kind, head=head)
+            write_adapter(tmp_path / "x", expert, rank=2, alpha=2.0, about=tiny.about(task=kind), head=head)
     assert not (tmp_path / "x").exists()
 
 
@@ -168,7 +170,7 @@ def mixture(model: nn.Module, dtype: torch.dtype) -> Bank:
 def test_a_bundle_comes_back_bit_for_bit_and_attaches(tmp_path, dtype):
     model = model_of("bert")
     bank = mixture(model, dtype)
-    info = {"labels": ["a", "b", "c", "d", "e"], "base": "a/base", "client": "north", "method": "fedlease", "round": 3}
+    info = tiny.about(labels=("a", "b", "c", "d", "e"), client="north", method="fedlease", round=7, export="best")
     write_bundle(tmp_path / "north", bank, info)
     again, found = read_bundle(tmp_path / "north")
     assert found == info
@@ -188,7 +190,7 @@ def test_a_bundle_comes_back_bit_for_bit_and_attaches(tmp_path, dtype):
 def test_a_bundle_of_a_plain_lora_has_an_adapter_beside_it(tmp_path, number):
     model = model_of("bert")
     bank = Bank({**expert_for(model, 4, number), **head_for(model, LABELS)}, scaling=0.3)
-    write_bundle(tmp_path, bank, {"base": "a/base", "task": "classification"})
+    write_bundle(tmp_path, bank, tiny.about())
     expected = ours(model, read_bundle(tmp_path)[0])
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), expected, atol=1e-12, rtol=1e-12)
 
@@ -200,7 +202,7 @@ def test_a_bundle_of_a_sum_of_loras_has_one_adapter_for_all(tmp_path):
     first = min(key.module for key in parts)
     tensors = {key: value for key, value in parts.items() if (key.module, key.expert) != (first, FOLDED)}
     bank = Bank({**tensors, **head_for(model, LABELS)}, scaling=0.3)
-    write_bundle(tmp_path, bank, {"base": "a/base", "task": "classification"})
+    write_bundle(tmp_path, bank, tiny.about())
     expected = ours(model, read_bundle(tmp_path)[0])
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), expected, atol=1e-12, rtol=1e-12)
 
@@ -209,7 +211,7 @@ def test_a_bundle_of_a_sum_of_loras_has_one_adapter_for_all(tmp_path):
 def test_the_bundle_of_a_causal_model_has_a_causal_adapter(tmp_path, kind):
     model = model_of("gpt2")
     bank = Bank(expert_for(model, 2), scaling=2.0)
-    write_bundle(tmp_path, bank, {"base": "a/base", "task": kind}, fan_in_fan_out=True)
+    write_bundle(tmp_path, bank, tiny.about(task=kind), fan_in_fan_out=True)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), ours(model, bank), atol=1e-12, rtol=1e-12)
 
@@ -218,13 +220,13 @@ def test_a_folder_without_a_good_bundle_is_an_error_that_says_where(tmp_path):
     with pytest.raises(CoterieError, match=r"no bundle.safetensors in .*missing"):
         read_bundle(tmp_path / "missing")
     bank = Bank(expert_for(model_of("bert"), 2))
-    write_bundle(tmp_path, bank, {})
+    write_bundle(tmp_path, bank, tiny.about())
     path = tmp_path / BUNDLE_FILE
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not safetensors at all", encode(bank)):
         path.write_bytes(damaged)
         with pytest.raises(CoterieError, match="damaged or was not written by Coterie"):
             read_bundle(tmp_path)
-    path.write_bytes(encode(Bundle(bank, {}, format=99)))
+    path.write_bytes(encode(Bundle(bank, tiny.about(), format=99)))
     with pytest.raises(CoterieError, match="has format 99"):
         read_bundle(tmp_path)

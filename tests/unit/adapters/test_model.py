@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def export(folder: Path, arch: str = "bert", **info: Any) -> tuple[Path, Bank]:
     experts = tiny.bank(tiny.targets(made), experts=3, gate="slot_top_k", options={"own": 1})
     head = tiny.head(made, len(LABELS)) if task == "classification" else {}
     bank = Bank({**experts.tensors, **head}, experts.gate, experts.scaling)
-    about = {"base": str(base), "task": task, "method": "fedlease", "round": 3, "labels": LABELS if head else None}
+    about = tiny.about(base=str(base), task=task, method="fedlease", labels=LABELS if head else None)
     for client in ("north", "south"):
-        write_bundle(folder / "run" / "clients" / client, bank, {**about, "client": client, **info})
+        write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client, **info))
     return folder / "run", bank
 
 

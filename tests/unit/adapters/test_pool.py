@@ -152,7 +152,7 @@ def test_what_coterie_exports_goes_in(tmp_path: Path) -> None:
         key._replace(expert=0): value
         for key, value in tiny.bank(tiny.targets(tiny.model("llama", "generation"))).tensors.items()
     }
-    write_adapter(tmp_path / "global", tensors, rank=4, alpha=8, base=str(path), kind="generation")
+    write_adapter(tmp_path / "global", tensors, rank=4, alpha=8, about=tiny.about(base=str(path), task="generation"))
     pool = build_pool([str(tmp_path / "global")])
     names = {module: f"model.{module}" for module in pool.modules}
     for (module, _, part), value in pool.tensors.items():

@@ -1,0 +1,40 @@
+"""What a reader must know of an export: its base, its round, its labels. It is in a bundle, and beside an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from coterie.files import write_json
+from coterie.types import TaskKind
+
+ABOUT_FILE = "coterie.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """Where an export came from, and what it takes to use it.
+
+    ``round`` is the round that it is of, and ``export`` says which that is: the one that validation chose ("best"), or
+    the last ("last"). ``base`` is the base's name (on the hub, the alias ``minilm``, or that of its folder),
+    ``base_path`` its folder on the machine that wrote this, ``base_sha256`` a digest of its weights
+    (:func:`coterie.nn.weights.fingerprint`), "" if unknown. ``max_length`` is in tokens. ``client`` and ``labels``, in
+    the order of the logits, are those of a client's bank.
+    """
+
+    method: str
+    round: int
+    export: Literal["best", "last"]
+    task: TaskKind
+    base: str
+    base_path: str = ""
+    base_sha256: str = ""
+    max_length: int = 128
+    client: str = ""
+    labels: tuple[str, ...] | None = None
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Write ``about`` to ``folder``, beside an adapter."""
+    write_json(folder / ABOUT_FILE, asdict(about))
