@@ -59,7 +59,16 @@ def _one_thread() -> None:
 
 
 def message(config: Config, kind: str, body: bytes = b"", rnd: int = 1, keep: int = 0) -> Message:
-    head = {"kind": kind, "client": CLIENT, "round": rnd, "run": "run", "attempt": 1, "since": 0, "keep": keep}
+    head = {
+        "kind": kind,
+        "client": CLIENT,
+        "round": rnd,
+        "run": "run",
+        "attempt": 1,
+        "since": 0,
+        "keep": keep,
+        "also": [],
+    }
     return Message({**head, "terms": terms_of(config), "patience": 60, "splits": ["test"]}, body)
 
 
@@ -126,7 +135,7 @@ def test_an_export_that_a_full_disk_prevented_is_written_later(
     assert "error" not in worker.answer(message(config, "query.bank", ins)).head
     expected, about = read_bundle(later)
     assert info == about
-    assert info["round"] == 1
+    assert info.round == 1
     assert codec.encode(bank) == codec.encode(expected)
 
 

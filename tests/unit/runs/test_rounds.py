@@ -80,7 +80,7 @@ class FakeEngine:
     def state_rounds(self, rnd: int) -> dict[str, Any]:
         return {}
 
-    def prune(self, rnd: int) -> None:
+    def prune(self, rnd: int, also: Any = ()) -> None:
         self.told.append(("prune", rnd))
 
 
