@@ -8,6 +8,7 @@ import unicodedata
 
 from coterie.types import Json
 
+TEXT = 500  # characters of a text that others wrote
 _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of surrogate pairs, separators of lines
 _TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # they change the direction of the text around them
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -66,3 +67,8 @@ def _is_hidden(character: str) -> bool:
 def _escaped(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def plain_text(text: str, most: int = TEXT) -> str:
+    """``text`` cut to ``most`` characters, with a space for each that is not printable (ESC, say)."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])

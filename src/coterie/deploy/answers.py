@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from coterie import codec
-from coterie.engines.checks import plain_text
 from coterie.flower.message import Message
+from coterie.text import plain_text
 
 T = TypeVar("T")
 Outcome = tuple[T, None] | tuple[None, str]  # a value, or the reason why there is none

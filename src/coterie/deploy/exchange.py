@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from coterie.deploy.answers import error_in
 from coterie.deploy.events import Exchanged, Late
 from coterie.deploy.sites import Sites
-from coterie.engines.checks import is_number, plain_text
+from coterie.engines.checks import is_number
 from coterie.flower.message import Message
+from coterie.text import plain_text
 from coterie.types import ClientId
 
 _CLOCKS = 60.0  # seconds by which a site's clock may differ from the server's over one message

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from coterie.data.clients import SAFE_ID
 from coterie.deploy.agreement import Agreement
 from coterie.deploy.base_digest import base_digest
-from coterie.engines.checks import plain_text, site_fault
+from coterie.engines.checks import site_fault
+from coterie.text import plain_text
 from coterie.types import BaseSpec, ClientId, ClientInfo
 
 _MAX_VERSIONS = 50

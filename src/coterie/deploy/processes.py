@@ -14,7 +14,11 @@ from pathlib import Path
 from coterie.lifetime import end_with
 
 PRIVATE = 0o077  # the umask of a site's and a server's processes: files are 0600, folders 0700, also if made again
-_NOT_PASSED_ON = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")  # they open unguarded ports
+_NOT_PASSED_ON = (  # they open unguarded ports, or let a remote request say that it is local
+    "FLWR_INTERNAL_GRPC_CONTROL_API",
+    "FLWR_INTERNAL_GRPC_FLEET_API",
+    "FORWARDED_ALLOW_IPS",
+)
 
 
 def flower_environment(home: Path) -> dict[str, str]:

@@ -18,10 +18,11 @@ from coterie.deploy.exchange import Arrival, Exchange, Unanswered
 from coterie.deploy.limits import EVALUATION, bank_limit
 from coterie.deploy.sites import Sites
 from coterie.engines.base import Delivery, Evaluation, Stream
-from coterie.engines.checks import bank_fault, evaluation_fault, plain_text
+from coterie.engines.checks import bank_fault, evaluation_fault
 from coterie.engines.encode_once import EncodedOnce
 from coterie.flower.message import Message
 from coterie.methods.base import Method
+from coterie.text import plain_text
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
 
 T = TypeVar("T")

@@ -127,8 +127,10 @@ class Supervisor:
 
     def _watch(self, run: str, reader: Reader) -> str | None:
         """As :meth:`_attempt`, of a Flower run that was submitted."""
-        checked = time.monotonic()
+        checked, journal = time.monotonic(), Journal(self.folder / JOURNAL)
         while True:
+            for refused in self.link.refused():
+                journal(refused)
             if self._pass_on(reader):
                 return None
             if not self.link.alive():

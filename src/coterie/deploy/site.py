@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import load_site
 from coterie.deploy.keys import check_private
 from coterie.deploy.processes import flower_environment, free_port, private_files, start, stop
+from coterie.deploy.site_log import logging_to
 from coterie.machine import Check
 from coterie.runs.folder import lock_folder, lock_in
+from coterie.text import plain_text
 from coterie.types import CoterieError
 
 log = logging.getLogger("coterie.site")
@@ -27,6 +29,8 @@ _CLIENTAPP = "#!{python}\nfrom coterie.flower.commands import clientapp_command\
 _SUPERNODE = "from coterie.flower.commands import supernode_command; supernode_command()"
 _WORKER = "import sys; from coterie.deploy.worker_process import work; work(sys.argv[1], sys.argv[2])"
 _SOCKET = "worker"
+_KEY_REFUSED = "[code: 2004]"  # Flower's, of a SuperNode that could not be activated
+_LOG_BYTES = 200_000
 # Seconds before a process that died is started again. For about a minute Flower refuses a second SuperNode with a key.
 _BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)
 _CALM = 300.0  # seconds that a process has to run for its earlier failures to be forgotten
@@ -45,7 +49,9 @@ class Child:
     args: list[str]
     env: dict[str, str]
     log: Path
+    explain: Callable[[str], str] = lambda text: ""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _log_at: int = 0  # bytes of the log when it was started
     started: float = 0.0
     failures: int = 0
 
@@ -57,12 +63,22 @@ class Child:
             if time.monotonic() - self.started > _CALM:
                 self.failures = 0
             self.failures += 1
-            log.warning("%s ended with %s; starting it again", self.name, self.process.returncode)
+            log.warning("%s ended with %s%s; starting it again", self.name, self.process.returncode, self._why())
             stop(self.process)
             self.process = None
         if time.monotonic() - self.started >= _BACKOFF[min(self.failures, len(_BACKOFF) - 1)]:
+            self._log_at = self.log.stat().st_size if self.log.exists() else 0
             self.process = start(self.args, self.env, self.log)
             self.started = time.monotonic()
+
+    def _why(self) -> str:
+        """What it has written to its log says of why it ended."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as file:
+            file.seek(self._log_at)
+            reason = self.explain(file.read(_LOG_BYTES).decode("utf-8", "replace"))
+        return f": {reason}" if reason else ""
 
     def end(self) -> None:
         if self.process is not None:
@@ -96,6 +112,7 @@ def take_part(state: Path, children: Sequence[Child]) -> None:
             stack.enter_context(lock_folder(state))
         except CoterieError as fault:
             raise CoterieError(f"{fault} (two sites on one machine need a [site] state each)") from fault
+        stack.enter_context(logging_to(state))
         for child in children:
             stack.callback(child.end)
         held = lock_in(state)
@@ -124,7 +141,19 @@ def _supernode(site: SiteSettings, root: Path, state: Path, temporary: Path, ins
     else:
         args += ["--root-certificates", str((root / site.site.ca).resolve())]
         args += ["--auth-supernode-private-key", str((root / site.site.key).resolve())]
-    return Child("supernode", args, env, state / "supernode.log")
+    return Child("supernode", args, env, state / "supernode.log", why_a_supernode_ended)
+
+
+def why_a_supernode_ended(text: str) -> str:
+    """Why, in what it wrote: the server refuses its key, or what Flower says after its exit code; empty if nothing."""
+    if _KEY_REFUSED in text:
+        return (
+            "the server refuses this site's key. Either it is not registered there, and whoever runs the server adds "
+            "it with `coterie keys add`; or another process uses it, which after a crash ends within about a minute"
+        )
+    _, exit_code, after = text.partition("Exit Code:")
+    lines = [plain_text(line.strip()) for line in after.splitlines()[1:3]] if exit_code else []
+    return " ".join(line for line in lines if line)
 
 
 def key_checks(site: SiteSettings, root: Path, insecure: bool) -> Iterator[Check]:

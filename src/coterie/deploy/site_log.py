@@ -8,13 +8,14 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging.handlers import RotatingFileHandler
+from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
 from types import TracebackType
 
 from coterie.types import CoterieError, PrivateError
 
 log = logging.getLogger("coterie.site")
+_FILE, _FORMAT = "site.log", "%(asctime)s %(levelname)s %(message)s"
 _MAX_BYTES, _FILES = 5_000_000, 3
 
 
@@ -51,10 +52,25 @@ def disk_text(fault: OSError) -> str:
     )
 
 
+@contextmanager
+def logging_to(folder: Path) -> Iterator[None]:
+    """Within a ``with`` block, log to the terminal and to ``site.log`` in ``folder``, beside the worker."""
+    file, terminal = WatchedFileHandler(folder / _FILE), logging.StreamHandler()
+    file.setFormatter(logging.Formatter(_FORMAT))
+    for handler in (file, terminal):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, terminal):
+            log.removeHandler(handler)
+            handler.close()
+
+
 def write_log(folder: Path) -> None:
     """Log to ``site.log`` in ``folder`` from now on, including why this process dies."""
-    handler = RotatingFileHandler(folder / "site.log", maxBytes=_MAX_BYTES, backupCount=_FILES)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = RotatingFileHandler(folder / _FILE, maxBytes=_MAX_BYTES, backupCount=_FILES)
+    handler.setFormatter(logging.Formatter(_FORMAT))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     sys.excepthook = log_without_text

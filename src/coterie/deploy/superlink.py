@@ -9,12 +9,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coterie.deploy.events import Refused
 from coterie.deploy.keys import key_digest, known_sites
 from coterie.deploy.processes import flower_environment, start, stop, tail
 from coterie.files import read_json, write_atomic
+from coterie.flower.refused import RefusedKeys
 from coterie.types import ClientId, CoterieError, Json
 
 _START_SECONDS = 60.0
@@ -62,6 +65,12 @@ class SuperLink:
     keys: Path | None
     address: str | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _refused: RefusedKeys = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._refused = RefusedKeys(self.home)
+        for _ in self._refused.new():
+            pass  # of an earlier start
 
     @property
     def log(self) -> Path:
@@ -145,6 +154,19 @@ class SuperLink:
                 done[digest] = self._flwr("supernode", "register", str(path), _NAME).get("node-id")
             write_atomic(book, json.dumps(done).encode())
         return {digest: path.stem for digest, path in wanted.items()}
+
+    def refused(self) -> Iterator[Refused]:
+        """The nodes that it refused for their key since the last call, if it is ours."""
+        sites = {} if self.keys is None else {key_digest(path): name for name, path in known_sites(self.keys).items()}
+        for found in self._refused.new():
+            if found.known:
+                reason = (
+                    f"the key of {sites.get(found.key, 'a registered site')} is in use by another node; one that takes "
+                    "its place, after a crash, is let in within about a minute"
+                )
+            else:
+                reason = "its key is registered for no site; add it with `coterie keys add`, and start the server again"
+            yield Refused(f"with the key {found.key[:12]}", reason)
 
     def submit(self, folder: Path) -> str:
         """Submit a Flower run that continues the run in ``folder``; returns its id."""

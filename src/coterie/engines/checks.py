@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.engines.base import Evaluation
 from coterie.requests import Observed, Optim
-from coterie.text import name_fault
+from coterie.text import TEXT, name_fault, plain_text
 from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Range, Reply
 
 DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
@@ -25,7 +25,6 @@ _ROW_TOKENS = 2**20
 _WEIGHT = 1e6  # of a gate
 _ROWS = 2**53  # beyond this a float cannot count single rows
 _SIZE = 2**24  # for a side of a matrix
-_TEXT = 500
 _ITEMS = 100_000  # numbers, texts and names in one piece of JSON
 _DEPTH = 8
 _FRACTIONS = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
@@ -186,7 +185,7 @@ def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
         return "its numbers of rows are out of range"
     texts = [*(info.labels or ()), *([info.group] if info.group else []), *(t.name for t in spec.targets)]
     texts += [*(t.weights for t in spec.targets), *(p.name for p in spec.head)]
-    if len(texts) > _ITEMS or len(info.labels or ()) > 10_000 or any(len(text) > _TEXT for text in texts):
+    if len(texts) > _ITEMS or len(info.labels or ()) > 10_000 or any(len(text) > TEXT for text in texts):
         return "it has too many labels or targets, or names that are too long"
     if any(name_fault(text, "\n\t") for text in texts):
         return "it has names with characters that cannot be shown"
@@ -210,7 +209,7 @@ def json_fault(value: Json) -> str | None:
         elif isinstance(item, (list, tuple)):
             todo += [(part, depth + 1) for part in item]
         elif isinstance(item, str):
-            if len(item) > _TEXT:
+            if len(item) > TEXT:
                 return "has a text that is too long"
         elif not (item is None or isinstance(item, bool) or is_number(item, -MOST) or _is_infinite(item)):
             return f"holds {shown(item)}"
@@ -227,11 +226,6 @@ def is_number(value: Json, low: float = 0.0, high: float = MOST) -> bool:
 
 def _is_infinite(value: Json) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def plain_text(text: str, most: int = _TEXT) -> str:
-    """``text`` cut to ``most`` characters, with a space for each that is not printable (ESC, say)."""
-    return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 def shown(value: Json) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from coterie.flower.app import client_app
+from coterie.flower.refused import RefusedKey, RefusedKeys
 
 _FOR_SITES = ("/v1/fleet/", "/health")
 _EAGER = 120.0  # seconds after an answer during which a SuperNode looks for the next message more often
@@ -27,7 +31,26 @@ def superlink_command() -> None:
 
     others = extensions.get_middleware
     extensions.get_middleware = lambda: (Middleware(LocalOnly), *others())
+    _note_refused_keys(RefusedKeys(Path(os.environ["FLWR_HOME"])))
     flower_superlink()
+
+
+def _note_refused_keys(book: RefusedKeys) -> None:
+    """Let Flower note in ``book`` whom it refuses for its key: the server's run never hears of these nodes."""
+    from flwr.supercore.error import FlowerError
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    activate = fleet_handlers.activate_node
+
+    def activate_node(request: Any, state: Any) -> Any:
+        try:
+            return activate(request, state)
+        except FlowerError:
+            known = state.get_node_id_by_public_key(request.public_key) is not None
+            book.add(RefusedKey(hashlib.sha256(request.public_key).hexdigest(), known))
+            raise
+
+    fleet_handlers.activate_node = activate_node
 
 
 @dataclass(frozen=True)

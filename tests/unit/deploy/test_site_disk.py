@@ -218,3 +218,36 @@ def test_a_worker_makes_its_folders_again_for_its_user_alone(
     finally:
         process.kill()
         process.wait()
+
+
+# why a process of the site ended -------------------------------------------------------------------------------------
+
+REFUSED = """INFO:     Uvicorn running on http://127.0.0.1:35387 (Press CTRL+C to quit)
+\x1b[91mERROR \x1b[0m:     Exit Code: 305
+Failed to initialize the connection to the SuperLink.
+[code: 2004] Failed to activate SuperNode.
+The SuperNode could not establish a connection to the SuperLink.
+"""
+
+
+def test_a_site_says_that_the_server_refuses_its_key(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On the terminal and in site.log, from what Flower wrote since the process was started."""
+    state = tmp_path / "state"
+    args = [sys.executable, "-c", "import sys; print(sys.argv[1]); sys.exit(1)", REFUSED]
+    child = site.Child("supernode", args, dict(os.environ), state / "supernode.log", site.why_a_supernode_ended)
+    part = threading.Thread(target=site.take_part, args=(state, [child]))
+    part.start()
+    until(lambda: child.failures, "it did not end")
+    shutil.copy(state / "site.log", tmp_path / "site.log")
+    shutil.rmtree(state)
+    part.join(30)
+    line = "supernode ended with 1: the server refuses this site's key. Either it is not registered there, and whoever "
+    assert line in (tmp_path / "site.log").read_text()
+    assert line in capfd.readouterr().err
+
+
+def test_otherwise_it_says_what_flower_said() -> None:
+    assert site.why_a_supernode_ended(REFUSED.replace("2004", "9")) == (
+        "Failed to initialize the connection to the SuperLink. [code: 9] Failed to activate SuperNode."
+    )
+    assert site.why_a_supernode_ended("Killed\n") == ""

@@ -16,11 +16,14 @@ import flower_sites
 import sites
 from coterie.deploy import superlink
 from coterie.deploy.events import Finished
-from coterie.deploy.journal import JOURNAL, Journal, Reader
+from coterie.deploy.journal import JOURNAL, Journal, Reader, read_journal
+from coterie.deploy.keys import init_keys, key_digest
 from coterie.deploy.processes import flower_environment
 from coterie.deploy.serve import Supervisor, serve
+from coterie.deploy.status import status_of
 from coterie.deploy.superlink import SuperLink
-from coterie.runs.events import CheckpointSaved, RoundDone
+from coterie.flower.refused import RefusedKey, RefusedKeys
+from coterie.runs.events import CheckpointSaved, Event, RoundDone
 from coterie.types import CoterieError
 
 
@@ -124,8 +127,33 @@ def test_the_servers_run_folder_is_its_users_alone(tmp_path: Path, monkeypatch: 
 def test_flower_opens_no_second_port_whatever_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor lets a request from elsewhere say that it comes from this machine, which may do everything."""
     for name in ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
     made = flower_environment(tmp_path)
-    assert not [name for name in made if name.startswith("FLWR_INTERNAL_GRPC")]
+    assert not [name for name in made if name.startswith(("FLWR_INTERNAL_GRPC", "FORWARDED"))]
     assert made["FLWR_HOME"] == str(tmp_path)
+
+
+def test_who_is_refused_for_a_key_is_named_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run never hears of these nodes: the SuperLink's process notes them, and `coterie serve` passes it on."""
+    init_keys(tmp_path / "keys", ["north"], ["127.0.0.1"])
+    (tmp_path / "flower").mkdir()
+    book = RefusedKeys(tmp_path / "flower")
+    book.add(RefusedKey("earlier", False))
+    link = SuperLink(tmp_path / "flower", "127.0.0.1", 1, tmp_path / "keys")
+    book.add(RefusedKey(key_digest(tmp_path / "keys" / "sites" / "north.pub"), True))
+    book.add(RefusedKey("e24c476b935a9f21", False))
+    monkeypatch.setattr(SuperLink, "alive", lambda self: False)
+    heard: list[Event] = []
+    assert Supervisor(link, tmp_path, 0, heard.append)._watch("7", Reader(tmp_path / JOURNAL)) == "the SuperLink died"
+    notes = status_of(read_journal(tmp_path)).notes
+    north = key_digest(tmp_path / "keys" / "sites" / "north.pub")[:12]
+    assert notes == [
+        f"node with the key {north} was refused: the key of north is in use by another node; one that takes its place, "
+        "after a crash, is let in within about a minute",
+        "node with the key e24c476b935a was refused: its key is registered for no site; add it with `coterie keys "
+        "add`, and start the server again",
+    ]
+    assert len(heard) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +15,7 @@ pytest.importorskip("flwr")
 
 from coterie.flower import commands
 from coterie.flower.commands import LocalOnly
+from coterie.flower.refused import RefusedKey, RefusedKeys
 
 
 def test_the_superlink_answers_other_machines_for_sites_alone() -> None:
@@ -70,3 +73,33 @@ def test_a_supernode_that_is_another_one_inside_keeps_its_own_pace(monkeypatch: 
     monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
     commands.supernode_command()
     assert ran == [time]
+
+
+def test_a_superlink_notes_whom_it_refuses_for_its_key_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's own state and handlers: a key that is not registered, and one that another node uses."""
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+    from flwr.supercore.error import FlowerError
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    monkeypatch.setattr(fleet_handlers, "activate_node", fleet_handlers.activate_node)
+    commands._note_refused_keys(RefusedKeys(tmp_path))
+    reader = RefusedKeys(tmp_path)
+    assert list(reader.new()) == []
+    state = InMemoryLinkState(cast(Any, SimpleNamespace()), ObjectStoreFactory().store())
+    state.create_node("id", "name", b"ours", 0)
+
+    def activate(key: bytes) -> None:
+        fleet_handlers.activate_node(ActivateNodeRequest(public_key=key, heartbeat_interval=30), state)
+
+    activate(b"ours")
+    for _ in range(3):
+        for key in (b"ours", b"a stranger's"):
+            with pytest.raises(FlowerError):
+                activate(key)
+    digests = [hashlib.sha256(key).hexdigest() for key in (b"ours", b"a stranger's")]
+    assert list(reader.new()) == [RefusedKey(digests[0], True), RefusedKey(digests[1], False)]
+    assert list(reader.new()) == []
