@@ -270,6 +270,25 @@ def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path)
     assert record(out)["variants"]["local"]["beyond"] is None
 
 
+def test_the_controls_of_fedlease_run_side_by_side(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="fedlease"), tmp_path / "out"
+    settings = ("allocation=random", "distance=A", "distance=BA", "start=own", "routing=dense", "routing=own",
+                "routing=top_k:top_k=1", "routing=top_k:top_k=2")  # fmt: skip
+    variants = ["fedlease:experts=2", *(f"fedlease:experts=2:{setting}" for setting in settings)]
+    made = compare(path, out, methods=variants, overrides=["run.rounds=2"])
+    assert made.missing == []
+    assert list(made.done) == variants
+    sent = {v: runs[0].summary.bytes for v, runs in made.done.items()}
+    assert sent["fedlease:experts=2:routing=own"].down < 0.6 * sent["fedlease:experts=2"].down  # one expert of two
+    kept = out / "fedlease-experts-2-routing-own-0" / "clients" / "mood-0" / "adapter" / "adapter_config.json"
+    assert kept.exists()  # a plain LoRA
+    several = ["run.rounds=2", "engine.clients_per_batch=5"]
+    together = compare(path, tmp_path / "together", methods=[variants[6]], overrides=several)
+    for client, row in made.results[variants[6]][0].clients.items():
+        found = together.results[variants[6]][0].clients[client]
+        assert found.test["loss"] == pytest.approx(row.test["loss"], rel=1e-3)
+
+
 def program(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)

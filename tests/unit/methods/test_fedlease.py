@@ -194,6 +194,24 @@ def test_routings(routing: str, slots: int, gate: str) -> None:
     assert bank.tensors[Key("q", -1, Part.ROUTER)].shape == (slots, 6)
 
 
+@pytest.mark.parametrize("router", ["cluster", "personal"])
+@pytest.mark.parametrize("start", ["cluster_mean", "own"])
+def test_without_a_router_a_client_uses_and_receives_its_clusters_expert_alone(router: str, start: str) -> None:
+    method, state = make(routing="own", router=router, expert_start=start)
+    state, personal = run(method, state, 4)
+    assert groups_of(state) == TRUTH
+    assert state.allocation is not None
+    own = state.allocation.clusters["c2"]
+    lora = {Key(m, own, p) for m in "qv" for p in (Part.A, Part.B)}
+    ins = method.configure(state, [INFO["c2"]], 5)["c2"]
+    assert set(ins.tensors) == lora
+    bank = method.bank(ins, INFO["c2"], personal["c2"])
+    assert bank.gate.name == "constant"
+    assert {key for key in bank.tensors if key.part is not Part.HEAD} == lora
+    assert set(method.expects(state, INFO["c2"], 5)) == lora
+    assert {key for key in method._trainable(bank, own) if key.part is not Part.HEAD} == lora
+
+
 def test_a_late_client_warms_up_and_joins_the_nearest_cluster() -> None:
     method, state = make()
     present = {c.id for c in CLIENTS} - {"b2"}
@@ -289,6 +307,16 @@ def test_everyone_starts_from_the_same_a_and_heads_of_the_same_size() -> None:
     starts = [method.begin(BASE, c).tensors for c in CLIENTS]
     assert all(s[key].equal(starts[0][key]) for s in starts for key in starts[0])
     assert all(not starts[0][Key(m, 0, Part.B)].any() for m in "qv")
+
+
+def test_as_a_control_clients_start_from_different_a() -> None:
+    method, _ = make(start="own")
+    starts = [method.begin(BASE, c).tensors for c in CLIENTS]
+    key, head = Key("q", 0, Part.A), Key("score.weight", -1, Part.HEAD)
+    assert not any(starts[i][key].equal(starts[j][key]) for i in range(9) for j in range(i))
+    assert starts[0][key].equal(method.begin(BASE, CLIENTS[0]).tensors[key])
+    assert starts[0][head].equal(starts[1][head])
+    assert not any(s[Key("q", 0, Part.B)].any() for s in starts)
 
 
 def test_too_few_clients_are_told_a_number_that_works() -> None:

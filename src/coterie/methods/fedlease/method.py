@@ -131,7 +131,8 @@ class FedLEASE(Method[FedLEASEState]):
     # client ------------------------------------------------------------------------------------------------------
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        return Personal({**start_lora(base, self.plan), **start_head(base, self.plan, me)})
+        purpose = (me.id,) if self.settings.start == "own" else ()
+        return Personal({**start_lora(base, self.plan, 0, *purpose), **start_head(base, self.plan, me)})
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
@@ -148,7 +149,7 @@ class FedLEASE(Method[FedLEASEState]):
         if ins.info["phase"] == "warm-up":
             return Bank(with_head(lora_of(personal.tensors), ins, personal), scaling=scaling, dropout=dropout)
         own = int(ins.info["own"])
-        mine = router_of(personal.tensors) or self._router(ins)
+        mine = {} if self.settings.routing == "own" else router_of(personal.tensors) or self._router(ins)
         if self.settings.expert_start == "own":
             mine |= lora_of(personal.tensors, 0, new=own)
         return Bank(with_head({**ins.tensors, **mine}, ins, personal), self._gate(own), scaling, dropout)
@@ -166,14 +167,16 @@ class FedLEASE(Method[FedLEASEState]):
         if own is None:
             return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.warmup_rounds})
         router = state.routers[own] if self.settings.router == "cluster" else {}
-        return Instruction({**state.experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
+        experts = lora_of(state.experts, own) if self.settings.routing == "own" else state.experts
+        return Instruction({**experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
 
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Cluster the clients that sent a warm-up LoRA, and start an expert, a router and heads for each cluster."""
         warm = {c: lora_of(r.tensors) for c, r in replies.items()}
         allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
         number = allocated.num_experts
-        router = start_router(state.base, self.plan, self._slots(number))
+        routed = self.settings.routing != "own"
+        router = start_router(state.base, self.plan, self._slots(number)) if routed else {}
         state = replace(
             state,
             allocation=allocated,
@@ -248,6 +251,8 @@ class FedLEASE(Method[FedLEASEState]):
                 return GateSpec("top_k", {"k": self.settings.top_k})
             case "dense":
                 return GateSpec("softmax")
+            case "own":
+                return GateSpec("constant")
 
     def _trainable(self, bank: Bank, own: int) -> frozenset[Key]:
         parts = (Part.ROUTER, Part.HEAD) if self.settings.head == "trained" else (Part.ROUTER,)

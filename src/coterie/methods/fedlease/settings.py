@@ -31,8 +31,13 @@ class FedLEASESettings(MethodSettings):
     expert_start: Literal["cluster_mean", "own"] = Field(
         "cluster_mean", description="experts start as the cluster's mean, or each client from its own warm-up LoRA"
     )
-    routing: Literal["adaptive", "top_k", "dense"] = Field(
-        "adaptive", description="adaptive top-M over 2M-1 slots, or plain top-k or softmax over M (controls)"
+    start: Literal["common", "own"] = Field(
+        "common", description="own: clients draw different A to start from (a control)"
+    )
+    routing: Literal["adaptive", "top_k", "dense", "own"] = Field(
+        "adaptive",
+        description="adaptive top-M over 2M-1 slots; controls: plain top-k or softmax over M, or own: the cluster's "
+        "expert alone, without a router",
     )
     top_k: int = Field(2, ge=1, description='experts per token with routing = "top_k"')
     weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of the means inside a cluster")
