@@ -98,7 +98,7 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> 
         if config.run.tensorboard:
             listen = both(listen, tensorboard(folder))
         listen(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
-        runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listen)
+        runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listen, opened.federation.notes)
         return finish(opened, runner.exported(runner.run()), folder, listen)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from coterie.data.settings import ClientFiles, Columns, DataSettings
@@ -73,6 +75,9 @@ class SiteData(Section):
     train_rows: int = Field(0, ge=0, description="training rows to use; 0: all")
     validation_rows: int = Field(0, ge=0, description="validation rows to use; 0: all")
     test_rows: int = Field(0, ge=0, description="test rows to use; 0: all")
+    duplicates: Literal["warn", "refuse"] = Field(
+        "warn", description="rows of test or validation that are training rows too: count them, or refuse the data"
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training rows to use without a file")
     test_fraction: float = Field(0.2, ge=0, lt=1, description="share of the training rows to use without a file")
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from coterie.data.duplicates import Counts, duplicates_of, duplicates_text, totals
 from coterie.data.files import RowTable, read_table
 from coterie.data.manifest import client_entry
 from coterie.data.parse import listing, parse
@@ -36,8 +37,13 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
     _check_names([client.info for client, _ in clients], kind)
     _check_labels([client.info for client, _ in clients], kind)
     entries = {client.info.id: client_entry(client, tables, root) for client, tables in clients}
+    twice = duplicates_of([client for client, _ in clients])
+    _check_duplicates(twice, settings)
+    if twice:
+        about = {**about, "duplicates": {"in all": totals(twice), **twice}}
     manifest = {"kind": kind, "seed": seed, **about, "clients": entries}
-    return FederatedData(tuple(client for client, _ in clients), manifest)
+    notes = (f"{duplicates_text(twice)}; manifest.json has the numbers",) if twice else ()
+    return FederatedData(tuple(client for client, _ in clients), manifest, notes)
 
 
 def _own_files(
@@ -108,6 +114,11 @@ def _check_labels(clients: Sequence[ClientInfo], kind: TaskKind) -> None:
             )
 
 
+def _check_duplicates(counts: Counts, settings: DataSettings) -> None:
+    if counts and settings.duplicates == "refuse":
+        raise DataError(f'{duplicates_text(counts)}; remove them, or set data.duplicates = "warn"')
+
+
 def _check_files(datasets: Iterable[Dataset]) -> None:
     """Raises :class:`DataError` where two splits, or two clients' training rows, are the same file or a copy of it.
 
@@ -117,7 +128,7 @@ def _check_files(datasets: Iterable[Dataset]) -> None:
     for split, table in (item for dataset in datasets for item in dataset.tables.items()):
         other, source = seen.setdefault(table.sha256, (split, table.source))
         if source is not table.source and (split != other or split == "train"):
-            what = "is given twice" if source == table.source else f"contains the same rows as {source}"
+            what = "is given twice" if source == table.source else f"is a copy of {source}"
             raise DataError(
                 f"{table.source} {what}; use different rows for each split, and for training at each client"
             )

@@ -72,7 +72,11 @@ def client_data(
 
 @dataclass(frozen=True)
 class FederatedData:
-    """The clients in a fixed order, and the manifest: who got how many of what, from which files."""
+    """The clients in a fixed order, and the manifest: who got how many of what, from which files.
+
+    ``notes``: what the user should know of the rows.
+    """
 
     clients: tuple[ClientData, ...]
     manifest: Mapping[str, object]
+    notes: tuple[str, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from coterie.data.template import pieces
@@ -119,6 +121,11 @@ class DataSettings(Section):
     train_rows: int = Field(default=0, ge=0, description="training rows per client; 0: all")
     validation_rows: int = Field(default=0, ge=0, description="validation rows per client; 0: all")
     test_rows: int = Field(default=0, ge=0, description="test rows per client; 0: all")
+    duplicates: Literal["warn", "refuse"] = Field(
+        default="warn",
+        description="rows of test or validation that are training rows too, of the same client or of another: count "
+        "them and warn, or refuse the data",
+    )
     validation_fraction: float = Field(
         default=0.1,
         ge=0,

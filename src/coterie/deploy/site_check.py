@@ -93,6 +93,8 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     (client,) = federation.clients
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in client.splits.items())
     yield Check("data", f"{counts} rows; labels {', '.join(client.info.labels or ()) or 'none'}")
+    for note in federation.notes:
+        yield Check("duplicates", note)
     steps, bound = run.train.steps_on(client.info.num_train), site.policy.max_steps
     fix = "" if steps <= bound else "raise [policy] max_steps"
     yield Check("steps per round", f"{steps} of {bound}", steps <= bound, fix)

@@ -78,6 +78,7 @@ class Runner(Generic[S]):
     settings: RoundSettings
     folder: Path
     listen: Listener = lambda event: None
+    notes: Sequence[str] = ()  # what the user should know before the first round
     _capped: set[ClientId] = field(default_factory=set)  # noted already
     _evaluated: list[Evaluated] = field(default_factory=list)  # so far
 
@@ -127,7 +128,7 @@ class Runner(Generic[S]):
             self.engine.restore(0)
             found = self.method.describe(state)
             said = find(found, Notes)
-            self._note([*notes, *(said.texts if said else ())], 0)
+            self._note([*notes, *self.notes, *(said.texts if said else ())], 0)
             self._log(StartState(describe=to_json(found)))
             self._say_what_is_cut()
             return self._commit(state, 0)

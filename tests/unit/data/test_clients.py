@@ -237,7 +237,7 @@ def test_a_copy_of_the_training_rows_is_no_test_split(tmp_path: Path, link: bool
     folder = tmp_path / "all" / "a"
     train, copy = table(folder / "train.jsonl", 6), folder / "test.jsonl"
     copy.symlink_to(train) if link else copy.write_bytes(train.read_bytes())
-    with pytest.raises(CoterieError, match=r"train.jsonl contains the same rows as .*test.jsonl; use different rows"):
+    with pytest.raises(CoterieError, match=r"train.jsonl is a copy of .*test.jsonl; use different rows"):
         load(tmp_path, folder="all")
 
 
@@ -247,7 +247,7 @@ def test_clients_may_be_tested_on_the_same_rows_and_not_trained(tmp_path: Path) 
         (tmp_path / "all" / client / "test.jsonl").write_text('{"text": "common", "label": "no"}\n')
     assert [client.info.num_test for client in load(tmp_path, folder="all").clients] == [1, 1]
     (tmp_path / "all/b/train.jsonl").write_bytes((tmp_path / "all/a/train.jsonl").read_bytes())
-    with pytest.raises(CoterieError, match=r"b/train.jsonl contains the same rows as .*a/train.jsonl"):
+    with pytest.raises(CoterieError, match=r"b/train.jsonl is a copy of .*a/train.jsonl"):
         load(tmp_path, folder="all")
 
 
@@ -355,3 +355,56 @@ def test_clients_with_one_of_a_datasets_labels_have_no_label_space_of_their_own(
     assert load(pets, datasets=["cats"], partition=how).clients[0].info.labels == ("no", "yes")
     with pytest.raises(DataError, match="has only the label"):
         load(pets, datasets=["cats"], partition={**how, "own_labels": True})
+
+
+# duplicates ----------------------------------------------------------------------------------------------------------
+
+
+def texts_in(path: Path, texts: list[str], **columns: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"text": text, "label": ["no", "yes"][i % 2], **columns} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rows_to_measure_on_that_are_elsewhere_too_are_counted(tmp_path: Path) -> None:
+    for client, splits in {
+        "a": {"train": ["1", "2", "3", "3"], "validation": ["4", "5", "1"], "test": ["3", "3", "4", "8", "9"]},
+        "b": {"train": ["6", "7", "8"], "validation": ["10", "11"], "test": ["12", "8", "8 "]},
+        "c": {"train": ["20", "21"], "validation": ["22", "23"], "test": ["24", "25"]},
+    }.items():
+        for split, own in splits.items():
+            texts_in(tmp_path / "clients" / client / f"{split}.jsonl", own)
+    found = load(tmp_path, folder="clients")
+    assert found.manifest["duplicates"] == {
+        "in all": {"test in others' train": 1, "test in train": 3, "test in validation": 1, "validation in train": 1},
+        "a": {"test in others' train": 1, "test in train": 2, "test in validation": 1, "validation in train": 1},
+        "b": {"test in train": 1},
+    }
+    (note,) = found.notes
+    assert "1 test in others' train, 3 test in train, 1 test in validation, 1 validation in train (at a, b)" in note
+    with pytest.raises(DataError, match=r"3 test in train, .* \(at a, b\); remove them, or set data.duplicates"):
+        load(tmp_path, folder="clients", duplicates="refuse")
+
+
+@pytest.mark.parametrize("column", ["text_pair", "other"])
+def test_a_row_is_the_same_where_all_that_a_model_reads_is(column: str, tmp_path: Path) -> None:
+    for split, value in (("train", "x"), ("validation", "y"), ("test", "z")):
+        texts_in(tmp_path / "a" / f"{split}.jsonl", [f"{i}" for i in range(4)], **{column: value})
+    same = load(tmp_path, folder=".").manifest.get("duplicates", {})
+    assert bool(same) == (column == "other")
+
+
+def test_data_without_duplicates_have_no_word_of_them(pets: Path) -> None:
+    found = load(pets, datasets=["cats", "dogs"], duplicates="refuse")
+    assert "duplicates" not in found.manifest
+    assert found.notes == ()
+
+
+def test_prompts_with_another_completion_are_other_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "say", "completion": f" {i}"} for i in range(6)]
+    for split, own in (("train", rows[:3]), ("validation", rows[3:4]), ("test", rows[2:])):
+        path = tmp_path / "a" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in own))
+    found = load(tmp_path, "generation", folder=".").manifest["duplicates"]
+    assert found == {key: {"test in train": 1, "test in validation": 1} for key in ("in all", "a")}

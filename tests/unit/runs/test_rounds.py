@@ -304,3 +304,11 @@ def test_what_is_cut_off_the_rows_is_said_at_the_start_and_kept(tmp_path: Path) 
     summary = summarise(read, engine.clients, method="fedit", title="", task="classification", seed=0)
     assert summary.truncated == Truncation(40, 3, 120)
     assert summary.to_json()["truncated"] == {"rows": 40, "cut": 3, "tokens": 120}
+
+
+def test_what_the_user_should_know_of_the_rows_is_said_once_and_kept(tmp_path: Path) -> None:
+    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    engine = Compute(lambda c, r, reply: reply)
+    for rounds in (2, 3):
+        Runner(method, engine, RoundSettings(rounds, 0), tmp_path, notes=["3 test in train"]).run()
+    assert [line["text"] for line in events(tmp_path, "note")] == ["3 test in train"]
