@@ -130,25 +130,37 @@ class Score:
 
     ``examples`` is the most examples to use, the same for all banks, drawn by the run's seed; 0: all. With ``usage``,
     the passes that score also collect how the tokens use the experts: in multiple choice, those of right candidates.
+    ``samples`` is how many generated texts to return with the scores.
     """
 
     banks: Sequence[Bank]
     split: str = "train"
     examples: int = 0
     usage: bool = False
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated text: the row's prompt, its completion in the data, and the model's."""
+
+    prompt: str
+    completion: str
+    generated: str
 
 
 @dataclass(frozen=True)
 class Scored:
     """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate.
 
-    ``observed`` holds the usage of the experts, where it was requested.
+    ``observed`` holds the usage of the experts, and ``samples`` generated texts, where they were requested.
     """
 
     loss: float
     metrics: Mapping[str, float]
     examples: int
     observed: Observed | None = None
+    samples: Sequence[Sample] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from coterie.methods.registry import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.runs.checkpoint import load_newest
-from coterie.runs.events import Event, Note
+from coterie.runs.events import Evaluated, Event, Note, read_events
 from coterie.runs.summary import ALL_MODULES, Summary, read_summary
 from coterie.types import Bank, Key, Part
 
@@ -392,6 +393,18 @@ def test_a_report_that_fails_costs_the_run_nothing_but_the_page(
     assert not (out / "report.html").exists()
     assert experiment.run(load_config(path), out, root=tmp_path, resume=True) == summary
     assert (out / "report.html").exists(), "a finished run without a report is given one"
+
+
+def test_a_generation_run_shows_samples_of_its_texts(tmp_path: Path) -> None:
+    path = sites.config(tmp_path, "llama", method="fedit")
+    few = ["task.generate=true", "task.max_new_tokens=4", "run.rounds=2", "run.evaluate_every=1"]
+    summary = experiment.run(load_config(path, few), tmp_path / "out", root=tmp_path)
+    first, last = [e for e in read_events(tmp_path / "out" / "metrics.jsonl") if isinstance(e, Evaluated)]
+    assert not first.samples
+    assert set(last.samples) == set(summary.clients)
+    assert {len(samples) for samples in last.samples.values()} == {3}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert all(escape(sample.prompt) in page for samples in last.samples.values() for sample in samples)
 
 
 # what is evaluated ---------------------------------------------------------------------------------------------------

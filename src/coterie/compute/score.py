@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from coterie.data.rows import ClientData, PromptRow
 from coterie.data.tasks import Batch, Example, Generation, Task, candidate, completion_losses
 from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.metrics import classification_metrics, perplexity, text_metrics
-from coterie.requests import Score, Scored
+from coterie.requests import Sample, Score, Scored
 from coterie.types import Bank
 
 
@@ -121,7 +122,9 @@ class Scoring:
             metrics |= classification_metrics(torch.cat(self.truth).tolist(), torch.cat(self.predicted).tolist())
         else:
             metrics["perplexity"] = perplexity(loss)
-        return Scored(loss, metrics, len(self.examples))
+        pairs = zip(self.prompts, texts or (), strict=False)
+        samples = [Sample(row.prompt, row.completion, text) for row, text in islice(pairs, self.request.samples)]
+        return Scored(loss, metrics, len(self.examples), samples=samples)
 
 
 @dataclass

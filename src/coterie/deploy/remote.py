@@ -81,7 +81,10 @@ class RemoteEngine:
         limits = dict.fromkeys(instructions, EVALUATION)
         for client, found in self._values(Evaluation, "evaluate", instructions, rnd, details, limits, fault):
             observed = found.observed if usage else None
-            yield client, replace(found, observed=observed, note=plain_text(found.note) if found.note else None)
+            yield (
+                client,
+                replace(found, observed=observed, samples=(), note=plain_text(found.note) if found.note else None),
+            )
 
     def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
         """The banks of the clients whose site sends them; every site writes its own bank to its disk."""

@@ -68,7 +68,7 @@ def _train(run: _Run, message: Message) -> Message:
 def _evaluate(run: _Run, message: Message) -> Message:
     head = message.head
     client = run.clients[head["client"]]
-    outcome = evaluate_client(client, run.method, message.body, head["round"], head["splits"], head["usage"])
+    outcome = evaluate_client(client, run.method, message.body, head["round"], head["splits"], head["usage"], True)
     return Message({"note": outcome.note}, outcome.blob)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from coterie.data.tasks import Truncation
 from coterie.methods.base import Method
-from coterie.requests import Observed
+from coterie.requests import Observed, Sample
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Reply
 
 T = TypeVar("T")
@@ -30,16 +30,20 @@ class Delivery:
     note: str | None = None
 
 
+SAMPLES = 3  # generated texts of a client that a simulation keeps for its report
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A client's metrics by split, ``loss`` among them, and on request how its tokens use the experts.
 
-    ``note``: what the user should know.
+    ``note``: what the user should know. ``samples``: generated texts, in simulations only; a site never sends them.
     """
 
     scores: Mapping[str, Mapping[str, float]]
     observed: Observed | None = None
     note: str | None = None
+    samples: Sequence[Sample] = ()
 
 
 @dataclass(frozen=True)

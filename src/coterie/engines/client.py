@@ -19,10 +19,10 @@ from coterie.compute.batched import FAULTS, ClientRequest, Note, answer_all
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
-from coterie.engines.base import Delivery, Evaluation
+from coterie.engines.base import SAMPLES, Delivery, Evaluation
 from coterie.engines.store import ClientStates
 from coterie.methods.base import Compute, Method, drive, returning
-from coterie.requests import Answer, BankProgram, Observe, Observed, Score, Scored
+from coterie.requests import Answer, BankProgram, Observe, Observed, Sample, Score, Scored
 from coterie.types import Bank, ClientId, ClientInfo, ClientResult, CoterieError, Instruction, Personal, Reply
 
 
@@ -106,16 +106,24 @@ def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> 
 
 
 def evaluate_client(
-    client: LocalClient, method: Method, blob: bytes, rnd: int, splits: Sequence[str], usage: bool = False
+    client: LocalClient,
+    method: Method,
+    blob: bytes,
+    rnd: int,
+    splits: Sequence[str],
+    usage: bool = False,
+    texts: bool = False,
 ) -> Outcome:
     """The encoded :class:`Evaluation` of a client with the bank that it has after round ``rnd``.
+
+    ``texts``: with ``usage``, return some rows' generated texts too, which only a simulation may.
 
     Raises as :func:`train_client`, and :class:`CoterieError` for a client that cannot be evaluated.
     """
     notes: list[str] = []
     bank = client_bank(client, method, blob, rnd)
     compute = LocalCompute(client.workplace, client.data, rnd)
-    (evaluation,) = evaluations([compute], [bank], splits, usage, notes.append)
+    (evaluation,) = evaluations([compute], [bank], splits, usage, notes.append, texts)
     return Outcome(codec.encode(evaluation), note=joined(notes))
 
 
@@ -171,23 +179,33 @@ def failed(client: LocalClient, fault: Exception, seconds: float) -> Outcome:
 
 
 def evaluations(
-    computes: Sequence[LocalCompute], banks: Sequence[Bank], splits: Sequence[str], usage: bool, note: Note
+    computes: Sequence[LocalCompute],
+    banks: Sequence[Bank],
+    splits: Sequence[str],
+    usage: bool,
+    note: Note,
+    texts: bool = False,
 ) -> list[Evaluation]:
     """The evaluation of each client with its bank. Raises the first client's fault."""
     scores: list[dict[str, Mapping[str, float]]] = [{} for _ in computes]
     observed: dict[int, Observed] = {}
+    samples: dict[int, Sequence[Sample]] = {}
+    wanted = SAMPLES if usage and texts else 0
     observe_on = [_observed_split(compute.client) if usage else None for compute in computes]
     for split in splits:
         having = [i for i, compute in enumerate(computes) if compute.client.splits.get(split)]
-        requests = [(computes[i], Score([banks[i]], split, usage=split == observe_on[i])) for i in having]
+        requests = [
+            (computes[i], Score([banks[i]], split, usage=split == observe_on[i], samples=wanted)) for i in having
+        ]
         for i, answer in zip(having, _answers(requests, note), strict=True):
             (scored,) = cast(list[Scored], answer)
             scores[i][split] = {**scored.metrics, "loss": scored.loss}
             observed |= {i: scored.observed} if scored.observed else {}
+            samples |= {i: scored.samples} if scored.samples else {}
     left = [(i, split) for i, split in enumerate(observe_on) if split and i not in observed]
     answers = _answers([(computes[i], Observe(banks[i], split)) for i, split in left], note)
     observed |= {i: cast(Observed, answer) for (i, _), answer in zip(left, answers, strict=True)}
-    return [Evaluation(metrics, observed.get(i)) for i, metrics in enumerate(scores)]
+    return [Evaluation(metrics, observed.get(i), samples=samples.get(i, ())) for i, metrics in enumerate(scores)]
 
 
 def joined(notes: list[str]) -> str | None:

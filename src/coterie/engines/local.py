@@ -91,7 +91,7 @@ class LocalEngine:
             yield from self.together.evaluate(clients, method, encoded, rnd, splits, usage)
             return
         for client in releasing_memory(clients):
-            outcome = evaluate_client(client, method, encoded.take(client.id), rnd, splits, usage)
+            outcome = evaluate_client(client, method, encoded.take(client.id), rnd, splits, usage, texts=True)
             yield client.id, outcome.evaluation()
 
     def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:

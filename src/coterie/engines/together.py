@@ -110,7 +110,7 @@ class Together:
         def work(workplace: Workplace, number: int) -> list[tuple[ClientId, Evaluation]]:
             computes = [LocalCompute(workplace, client.data, rnd) for client in groups[number]]
             banks = [drive(program, compute) for program, compute in zip(disk.take(number), computes, strict=True)]
-            made = evaluations(computes, banks, splits, usage, self.notes.append)
+            made = evaluations(computes, banks, splits, usage, self.notes.append, texts=True)
             return [(client.id, of) for client, of in zip(groups[number], made, strict=True)]
 
         with disk_thread(plan, fetch) as disk, closing(self._each(plan, work)) as done:

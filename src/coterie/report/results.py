@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from coterie.report import plots
 from coterie.report.plots import Picture
 from coterie.report.read import Run
-from coterie.report.tables import PERCENT, words
+from coterie.report.tables import PERCENT, Table, words
 
 
 def result_pictures(run: Run) -> Iterator[Picture]:
@@ -28,3 +28,14 @@ def result_pictures(run: Run) -> Iterator[Picture]:
     if run.losses:
         figure = plots.lines_by_round({"training": [*run.losses.items()]}, label="mean loss", percent=False)
         yield Picture("loss-by-round", "Training loss by round", figure, "Mean over the clients that replied.")
+
+
+def sample_tables(run: Run) -> list[Table]:
+    """Some generated texts of each client in the last evaluation, beside the completions in the data."""
+    samples = (run.last.samples if run.last else None) or {}
+    rows = [
+        (client, sample.prompt, sample.completion, sample.generated)
+        for client in run.clients
+        for sample in samples.get(client, ())
+    ]
+    return [Table("Samples", ["client", "prompt", "completion", "generated"], rows)] if rows else []

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie.ops.metrics import Metrics
-from coterie.requests import Usage
+from coterie.requests import Sample, Usage
 from coterie.types import ClientId, CoterieError
 
 METRICS = "metrics.jsonl"
@@ -206,7 +206,10 @@ class ClientEvaluated(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The metrics after a round: of each client by split, and their mean. ``usage`` is known in the last round."""
+    """The metrics after a round: of each client by split, and their mean.
+
+    ``usage``, and ``samples`` of generated text, are known in the last round.
+    """
 
     event = "evaluation"
 
@@ -215,6 +218,7 @@ class Evaluated(Event):
     mean: Scores = field(default_factory=dict)
     usage: Mapping[ClientId, Usage] | None = None
     seconds: float = 0.0
+    samples: Mapping[ClientId, Sequence[Sample]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

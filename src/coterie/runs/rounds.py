@@ -272,7 +272,8 @@ class Runner(Generic[S]):
         mean = {s: mean_metrics({c: e.scores[s] for c, e in scores.items() if s in e.scores}) for s in splits}
         usage = {c: e.observed.usage for c, e in scores.items() if e.observed} if last else None
         clients = {client: evaluation.scores for client, evaluation in scores.items()}
-        self._evaluated.append(Evaluated(rnd, clients, mean, usage, time.perf_counter() - started))
+        samples = {client: evaluation.samples for client, evaluation in scores.items() if evaluation.samples}
+        self._evaluated.append(Evaluated(rnd, clients, mean, usage, time.perf_counter() - started, samples))
         self._log(self._evaluated[-1])
 
     def _commit(self, state: S, rnd: int) -> Checkpoint[S]:

@@ -28,7 +28,7 @@ from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.nn.rows import RowMask
 from coterie.ops.streams import stream
-from coterie.requests import Observe, Optim, Score, Train, Trained
+from coterie.requests import Observe, Optim, Sample, Score, Train, Trained
 from coterie.types import Bank, ClientInfo, CoterieError, Key, Part
 from workplaces import TEXTS, TOKENIZER, client_of, equal_bits, largest_difference, make_workplace, plain_bank, train
 
@@ -438,6 +438,12 @@ def test_generated_text_is_greedy_whatever_the_batch(arch: str, checkpointing: b
             patch.setattr(score, "text_metrics", keep)
             (scored,) = LocalCompute(workplace, client, 1).score(Score([bank], "test"))
             LocalCompute(workplace, client, 1).score(Score([bank], "validation"))
+            (shown,) = LocalCompute(workplace, client, 1).score(Score([bank], "test", samples=1))
+        assert scored.samples == []
+        row = client.splits["test"][0]
+        assert isinstance(row, PromptRow)
+        assert shown.samples == [Sample(row.prompt, row.completion, TOKENIZER.decode(expected[0]))]
+        del texts[len(expected) :]
         assert texts == [TOKENIZER.decode(ids) for ids in expected], "and only the test split is generated"
         assert scored.metrics["exact_match"] == 0.25
     assert workplace.base.model.training == checkpointing

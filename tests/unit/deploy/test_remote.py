@@ -28,7 +28,7 @@ from coterie.deploy.worker import Worker
 from coterie.engines.base import Evaluation
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
-from coterie.requests import ExpertUse, Observed
+from coterie.requests import ExpertUse, Observed, Sample
 from coterie.runs.events import Event, Note
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.types import Bank, CoterieError, GateSpec, Key, Part, Target
@@ -584,7 +584,8 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
         if node != NODE or message.metadata.message_type != "evaluate":
             return message
         turn = int(message.metadata.group_id) - 1
-        return message if turn >= len(NO_SCORES) else with_answer(message, Evaluation, [*NO_SCORES.values()][turn])
+        changes = [*NO_SCORES.values(), lambda e: replace(e, samples=(Sample("a row", "its answer", "a text"),))]
+        return with_answer(message, Evaluation, changes[turn])
 
     engine = flower_sites.engine_over(config, staff, spoil=spoil, note=heard.append)
     engine.sites.gather(4, 10)
@@ -599,6 +600,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_with_a_note(
     ]
     good = dict(engine.evaluate(method, instructions, len(NO_SCORES) + 1, ("validation", "test"), usage=True))
     assert sorted(good) == CLIENTS
+    assert {tuple(evaluation.samples) for evaluation in good.values()} == {()}, "no text of a site's rows is wanted"
 
 
 NO_BANKS: dict[str, tuple[Callable[[Bank], Bank], str]] = {
