@@ -180,27 +180,30 @@ def ratios(times: Times) -> dict[str, Any]:
 
 def whole(place: Place, last: int, most: int, repeats: int) -> dict[str, Any]:
     """Seconds of a whole run, the base's load, clustering, evaluations and all; imports apart."""
-    found: dict[str, list[float]] = {}
+    wall: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     clusters: dict[str, int] = {}
     for repeat in range(repeats):
         for way in [*OURS, "published"][:: 1 if repeat % 2 == 0 else -1]:
             folder = place.folder / f"whole-{way}-{repeat}"
             config = place.config({"max_experts": most}, {"rounds": last}, way)
-            began = time.perf_counter()
+            began, work = time.perf_counter(), time.process_time()
             if way == "published":
                 published = published_run(replace(place, cache={}), folder, config, most)
                 clusters[way], seconds = published.experts, published.seconds
             else:
                 summary = run(config, folder, root=place.folder)
                 clusters[way] = len({*summary.describe["clusters"].values()})
-            found.setdefault(way, []).append(time.perf_counter() - began)
-    over = {way: statistics.median(p / o for p, o in zip(found["published"], found[way], strict=True)) for way in OURS}
-    medians_of = {way: statistics.median(values) for way, values in found.items()}
+            wall.setdefault(way, []).append(time.perf_counter() - began)
+            cpu.setdefault(way, []).append(time.process_time() - work)
+    times = Times(wall, cpu)
     return {
         "rounds": last,
-        "seconds": medians_of,
+        "seconds": {way: times.median(way) for way in wall},
+        "processor_seconds": {way: statistics.median(values) for way, values in cpu.items()},
         "clusters": clusters,
-        "published_over": over,
+        "published_over": {way: times.ratio("published", way) for way in OURS},
+        "published_over_cpu": {way: times.cpu_ratio("published", way) for way in OURS},
         "published_phases": seconds,
     }
 
@@ -244,7 +247,10 @@ def main() -> None:
         show(found)
         run = whole(place, options.rounds, min(8, size.clients - 1), options.whole_repeats) if options.rounds else None
         if run:
-            table(f"a whole run of {run['rounds']} rounds, seconds", [run["seconds"], run["published_over"]])
+            table(
+                f"a whole run of {run['rounds']} rounds, seconds",
+                [run["seconds"], run["published_over"], run["published_over_cpu"]],
+            )
         about = {"device": options.device, "model": options.model, "precision": options.precision, "apart": apart}
         results = {
             **about,
