@@ -1,4 +1,4 @@
-"""The display of a run: a live line on a terminal, plain lines elsewhere, and the table at its end."""
+"""The display of a run: live bars on a terminal, plain lines elsewhere, and the table at its end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from coterie.cli.console import heading
+from coterie.cli.position import Position
 from coterie.methods.findings import Clusters, find, read
 from coterie.runs.events import (
     CheckpointSaved,
     ClientDone,
     ClientEvaluated,
+    ClientSteps,
     Evaluated,
     Event,
     Listener,
@@ -35,12 +37,15 @@ from coterie.runs.rounds import named
 from coterie.runs.summary import Summary
 from coterie.units import clock, size
 
+_EVERY = 30.0  # seconds
+
 
 @contextmanager
 def listener(console: Console, rounds: int, label: str = "") -> Iterator[Listener]:
-    """A listener that shows a run on ``console``: live on a terminal, a line per round elsewhere."""
+    """A listener that shows a run on ``console``: live on a terminal; elsewhere lines, at least every half minute as
+    long as clients move on."""
     if not console.is_terminal:
-        yield Lines(console, rounds, label)
+        yield Lines(console, rounds, label, every=_EVERY)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -63,15 +68,23 @@ def lines(console: Console, rounds: int, label: str = "") -> Iterator[Listener]:
 
 @dataclass
 class Lines:
-    """A line per round and evaluation, with its loss, throughput and the time left."""
+    """A line per round and evaluation, with its loss, throughput and the time left.
+
+    Where nothing was said for ``every`` seconds, a line says where the round is.
+    """
 
     console: Console
     rounds: int
     label: str = ""
     done: list[float] = field(default_factory=list)
     began: float = 0.0
+    every: float = math.inf
+    last: float = field(default_factory=lambda: time.perf_counter())
+    position: Position = field(default_factory=Position)
 
     def __call__(self, event: Event) -> None:
+        if self.position(event) and time.perf_counter() - self.last >= self.every:
+            self._say(f"round {self.position.round}/{self.rounds}  {self.position}")
         match event:
             case Ready():
                 self._say(f"{event.clients} clients, {event.rounds} rounds, in {event.folder}")
@@ -103,13 +116,15 @@ class Lines:
         return text + "".join(f"\n  left out {named(client, reason)}" for client, reason in event.failed.items())
 
     def _say(self, text: str) -> None:
+        self.last = time.perf_counter()
         prefix = f"{self.label}: " if self.label else ""
         self.console.print(escape(prefix + text), highlight=False, soft_wrap=True)
 
 
 @dataclass
 class Live:
-    """The same lines above a live bar that names the client at work."""
+    """The same lines above two live bars: of the rounds, which names the client at work, and of the clients and steps
+    within the round."""
 
     lines: Lines
     progress: Progress
@@ -117,8 +132,12 @@ class Live:
     todo: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.within = self.progress.add_task("", total=None, visible=False, now="", left="")
+
     def __call__(self, event: Event) -> None:
         self.lines(event)
+        self._move(event)
         match event:
             case RoundStart():
                 self.todo, self.losses = list(event.clients), []
@@ -131,6 +150,18 @@ class Live:
                 left = self.lines.left(event.round)
                 text = f"{clock(left)} left" if left else ""
                 self.progress.update(self.bar, completed=event.round, left=text)
+
+    def _move(self, event: Event) -> None:
+        """Move the bar of the round."""
+        position = self.lines.position
+        if isinstance(event, (RoundStart, ClientSteps, ClientDone, ClientEvaluated)):
+            step = escape(position.step)
+            self.progress.update(
+                self.within, description=f"  {position.doing}", total=position.clients, completed=position.share,
+                now=step, visible=True,
+            )  # fmt: skip
+        elif isinstance(event, CheckpointSaved):
+            self.progress.update(self.within, visible=False)
 
     def _client(self, event: ClientDone) -> None:
         self.todo.remove(event.client)

@@ -17,7 +17,7 @@ from coterie.compute.micro_batches import MicroBatch, examples_by_head, micro_ba
 from coterie.compute.optimisers import Optimisers, Pace
 from coterie.compute.passes import Passes, on_base
 from coterie.compute.penalties import Penalties
-from coterie.compute.workplace import Workplace
+from coterie.compute.workplace import Steps, Workplace
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Batch, Example
 from coterie.nn.build import BankLayers, build_layers
@@ -66,6 +66,12 @@ def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
         optimisers.step({trainings[i].pace: trainings[i].step for i in going})
         for i in going:
             trainings[i].end_step()
+        passes.workplace.report(_steps([trainings[i] for i in going]))
+
+
+def _steps(trainings: Sequence[Training]) -> Steps:
+    names = tuple(training.client.info.id for training in trainings)
+    return Steps(names, max(t.step for t in trainings), max(len(t.steps) for t in trainings))
 
 
 @dataclass

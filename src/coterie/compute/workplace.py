@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -20,6 +20,19 @@ from coterie.types import ClientId, CoterieError
 
 class StoppedError(Exception):
     """Another thread has stopped this one."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Clients that train together have taken ``taken`` of their ``of`` optimiser steps."""
+
+    clients: tuple[ClientId, ...]
+    taken: int
+    of: int
+
+
+def _ignore(steps: Steps) -> None:
+    """Do nothing."""
 
 
 @dataclass
@@ -42,6 +55,7 @@ class Workplace:
     tokenising: threading.RLock = field(default_factory=threading.RLock)
     stop: threading.Event = field(default_factory=threading.Event)
     all_clients: Mapping[ClientId, ClientData] = field(default_factory=dict)
+    report: Callable[[Steps], None] = _ignore
 
     @property
     def device(self) -> torch.device:

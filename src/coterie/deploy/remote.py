@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from coterie.compute.workplace import Steps
 from coterie.data.tasks import Truncation
 from coterie.deploy.answers import Outcome, decoded
 from coterie.deploy.events import Unreadable
@@ -99,6 +100,9 @@ class RemoteEngine:
     def truncation(self) -> Truncation:
         """Nothing that the server knows: `coterie site check` says it at each site."""
         return Truncation()
+
+    def watch(self, report: Callable[[Steps], None]) -> None:
+        """Do nothing: clients train at their sites, whose logs say how far they are."""
 
     def restore(self, rnd: int) -> None:
         """Note in every message that the site has to go back to its state after round ``rnd``, which it does once."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from coterie.compute.workplace import Steps
 from coterie.data.tasks import Truncation
 from coterie.methods.base import Method
 from coterie.requests import Observed, Sample
@@ -87,6 +88,11 @@ class Engine(Protocol):
     ) -> Stream[Evaluation]: ...
 
     def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
+
+    def watch(self, report: Callable[[Steps], None]) -> None:
+        """Call ``report`` after every optimiser step from now on, from whatever thread took it; nothing where clients
+        train in other processes."""
+        ...
 
     def truncation(self) -> Truncation:
         """What ``[model] max_length`` cuts off the rows of all clients; nothing where they are on others' machines."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from coterie import codec
 from coterie.compute.loading import truncation_of
+from coterie.compute.workplace import Steps
 from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import FederatedData
 from coterie.data.tasks import Truncation
@@ -152,6 +153,9 @@ class FlowerSimEngine:
         """Every client's bank after round ``rnd``, for export."""
         for client, _, message in self._exchange("query.bank", instructions, rnd, {}):
             yield client, codec.decode(Bank, message.body)
+
+    def watch(self, report: Callable[[Steps], None]) -> None:
+        """Do nothing: clients train in Ray's processes."""
 
     def restore(self, rnd: int) -> None:
         """Go back to the personal states after round ``rnd``."""

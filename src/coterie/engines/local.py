@@ -6,12 +6,12 @@ forward pass, or names several devices, :mod:`.together` runs the clients instea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.compute.loading import simulated_workplaces
-from coterie.compute.workplace import Workplace
+from coterie.compute.workplace import Steps, Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
 from coterie.data.tasks import Truncation
@@ -99,6 +99,11 @@ class LocalEngine:
         clients, encoded = self._taking_part(instructions), EncodedOnce(instructions)
         for client in clients:
             yield client.id, client_bank(client, method, encoded.take(client.id), rnd)
+
+    def watch(self, report: Callable[[Steps], None]) -> None:
+        """Call ``report`` after every optimiser step from now on; with several devices, from a thread for each."""
+        for workplace in self.together.workplaces if self.together else (self.workplace,):
+            workplace.report = report
 
     def truncation(self) -> Truncation:
         """What ``[model] max_length`` cuts off the rows of all clients, which are tokenised for it."""

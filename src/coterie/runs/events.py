@@ -148,6 +148,18 @@ _ClientRound = Annotated[ClientRound, BeforeValidator(_fields_of_entry)]
 
 
 @dataclass(frozen=True)
+class ClientSteps(Event):
+    """Clients that train together have taken ``taken`` of their ``of`` optimiser steps. Kept nowhere."""
+
+    event = "steps"
+
+    round: int
+    clients: Sequence[ClientId]
+    taken: int
+    of: int
+
+
+@dataclass(frozen=True)
 class ClientDone(Event):
     """A client's reply came, or failed for the reason in ``failed``."""
 
@@ -252,6 +264,7 @@ RUN = kinds(
     StartState,
     Truncated,
     RoundStart,
+    ClientSteps,
     ClientDone,
     RoundDone,
     ClientEvaluated,

@@ -35,6 +35,7 @@ from coterie.runs.events import (
     ClientDone,
     ClientEvaluated,
     ClientRound,
+    ClientSteps,
     Evaluated,
     Event,
     Listener,
@@ -174,6 +175,7 @@ class Runner(Generic[S]):
         started = time.perf_counter()
         cohort = self._cohort(rnd)
         self.listen(RoundStart(rnd, [client.id for client in cohort]))
+        self.engine.watch(lambda steps: self.listen(ClientSteps(rnd, list(steps.clients), steps.taken, steps.of)))
         replies, entries, failed = self._train(state, cohort, rnd)
         self._check_quorum(replies, cohort, failed, rnd)
         before = to_json(self.method.describe(state))

@@ -33,6 +33,7 @@ from coterie.runs.events import (
     ClientDone,
     ClientEvaluated,
     ClientRound,
+    ClientSteps,
     Evaluated,
     Listener,
     Note,
@@ -387,6 +388,65 @@ def test_a_live_display_names_round_client_loss_throughput_and_time_left(at: Clo
     text = shown_on(console)
     assert re.search(r"local .*━.* 1/3 evaluating north .*0:00:\d\d 3:00 left", text)
     assert "local: round 2/3  loss 0.250" in text
+
+
+def test_a_second_bar_moves_with_clients_and_steps(at: Clock) -> None:
+    console = terminal(width=120)
+    with listener(console, 3) as live:
+        assert isinstance(live, Live)
+        within = live.progress.tasks[1]
+        assert not within.visible
+        live(RoundStart(1, ["north", "south", "west"]))
+        seen = []
+        for event in (
+            ClientSteps(1, ["north"], 1, 4),
+            ClientDone(1, "north", entry(1.0), None),
+            ClientSteps(1, ["south", "w[e]st"], 3, 4),
+            ClientDone(1, "south", entry(1.0), None),
+            ClientDone(1, "west", entry(1.0), None),
+            ClientEvaluated(1, "north", 3),
+            ClientEvaluated(1, "south", 3),
+        ):
+            live(event)
+            seen.append((within.description, within.completed, within.total, within.fields["now"]))
+        assert within.visible
+        live.progress.refresh()
+        live(CheckpointSaved(1))
+        assert not within.visible
+    assert seen == [
+        ("  training", 0.25, 3, "north at step 1/4"),
+        ("  training", 1, 3, ""),
+        ("  training", 2.5, 3, "south and 1 more at step 3/4"),
+        ("  training", 2, 3, ""),
+        ("  training", 3, 3, ""),
+        ("  evaluating", 1, 3, ""),
+        ("  evaluating", 2, 3, ""),
+    ]
+    assert re.search(r"  evaluating .*━.* 2/3", shown_on(console))
+
+
+def test_elsewhere_a_line_now_and_then_says_where_the_round_is(at: Clock) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    with listener(console, 3, "fedit") as listen:
+        listen(RoundStart(2, ["n[o]rth", "south"]))
+        for step in range(1, 8):
+            at.now += 10.0
+            listen(ClientSteps(2, ["n[o]rth"], step, 8))
+        listen(ClientDone(2, "n[o]rth", entry(1.0), None))
+        at.now += 30.0
+        listen(ClientDone(2, "south", entry(1.0), None))
+        at.now += 40.0
+        listen(RoundDone(2, {"n[o]rth": entry(1.0)}, {}, 100.0))
+        for client in ("n[o]rth", "south"):
+            at.now += 29.0
+            listen(ClientEvaluated(2, client, 2))
+    assert shown_on(console).splitlines() == [
+        "fedit: round 2/3  training, 0 of 2 clients done, n[o]rth at step 3/8",
+        "fedit: round 2/3  training, 0 of 2 clients done, n[o]rth at step 6/8",
+        "fedit: round 2/3  training, 2 of 2 clients done",
+        "fedit: round 2/3  loss 1.000  1 tokens/s",
+        "fedit: round 2/3  evaluating, 2 of 2 clients done",
+    ]
 
 
 def test_elsewhere_than_on_a_terminal_there_is_no_bar() -> None:

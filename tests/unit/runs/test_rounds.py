@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from coterie.cli.progress import Lines, Live, listener
+from coterie.compute.workplace import Steps
 from coterie.data.tasks import Truncation
 from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
 from coterie.requests import Train, Trained
-from coterie.runs.events import ClientDone, Evaluated, Note, RoundStart, Truncated, read_events
+from coterie.runs.events import ClientDone, ClientSteps, Evaluated, Note, RoundStart, Truncated, read_events
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target
@@ -41,6 +42,7 @@ class FakeEngine:
     rounds: list[list[str]] = field(default_factory=list)
     told: list[tuple[str, int]] = field(default_factory=list)
     cut: Truncation = field(default_factory=Truncation)
+    report: Callable[[Steps], None] = lambda steps: None
 
     spec = BaseSpec((Target("q", 3, 2),))
 
@@ -54,6 +56,7 @@ class FakeEngine:
         self.rounds.append(list(instructions))
         for info in self.clients:
             if info.id in instructions:
+                self.report(Steps((info.id,), 1, 2))
                 program = method.client(instructions[info.id], info, method.begin(self.spec, info))
                 reply = self.spoil(info.id, rnd, drive(program, self).reply)
                 if isinstance(reply, Reply):
@@ -70,6 +73,9 @@ class FakeEngine:
 
     def banks(self, method: Any, instructions: Any, rnd: int) -> Any:
         return iter(())
+
+    def watch(self, report: Callable[[Steps], None]) -> None:
+        self.report = report
 
     def truncation(self) -> Truncation:
         return self.cut
@@ -312,3 +318,13 @@ def test_what_the_user_should_know_of_the_rows_is_said_once_and_kept(tmp_path: P
     for rounds in (2, 3):
         Runner(method, engine, RoundSettings(rounds, 0), tmp_path, notes=["3 test in train"]).run()
     assert [line["text"] for line in events(tmp_path, "note")] == ["3 test in train"]
+
+
+def test_steps_are_heard_as_they_are_taken_and_kept_nowhere(tmp_path: Path) -> None:
+    _, _, heard = run(tmp_path)
+    assert [event for event in heard if isinstance(event, ClientSteps)] == [
+        ClientSteps(rnd, [f"c{i}"], 1, 2) for rnd in (1, 2, 3) for i in range(4)
+    ]
+    kinds = [type(event) for event in heard]
+    assert kinds[kinds.index(ClientSteps) + 1] is ClientDone
+    assert events(tmp_path, "steps") == []
