@@ -90,7 +90,7 @@ def terms_of(config: Config) -> dict[str, Json]:
     return {"coterie": __version__, **terms}
 
 
-def digest_of(terms: Mapping[str, Json]) -> str:
+def digest_of(terms: Mapping[str, object]) -> str:
     """SHA-256 of the terms, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 

@@ -49,7 +49,7 @@ def answer(message: Message, *_: object) -> Message:
         return Message({"fault": str(fault)})
 
 
-def digest(manifest: Json) -> str:
+def digest(manifest: object) -> str:
     """SHA-256 of a federation's manifest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 

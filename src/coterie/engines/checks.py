@@ -15,7 +15,7 @@ from torch import Tensor
 from coterie.engines.base import Evaluation
 from coterie.requests import Observed, Optim
 from coterie.text import TEXT, name_fault, plain_text
-from coterie.types import Bank, BaseSpec, ClientInfo, Json, Key, Part, Range, Reply
+from coterie.types import Bank, BaseSpec, ClientInfo, Key, Part, Range, Reply
 
 DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
 MOST = 1e15  # for any number that a client reports
@@ -75,7 +75,7 @@ def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None
     return None
 
 
-def _statistics_fault(info: Mapping[str, Json], num_train: int, optim: Optim | None) -> str | None:
+def _statistics_fault(info: Mapping[str, object], num_train: int, optim: Optim | None) -> str | None:
     """Why the statistics beside a reply's tensors are refused. A loss may be infinity or NaN: training can diverge."""
     if fault := json_fault(info):
         return f"the reply's JSON {fault}"
@@ -91,7 +91,7 @@ def _statistics_fault(info: Mapping[str, Json], num_train: int, optim: Optim | N
     return None
 
 
-def _info_fault(info: Mapping[str, Json], wanted: Mapping[str, Range]) -> str | None:
+def _info_fault(info: Mapping[str, object], wanted: Mapping[str, Range]) -> str | None:
     """Why the numbers that a method wants in ``info`` are refused."""
     for name, of in wanted.items():
         if name not in info:
@@ -196,7 +196,7 @@ def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
     return None
 
 
-def json_fault(value: Json) -> str | None:
+def json_fault(value: object) -> str | None:
     """Why ``value`` is not accepted as JSON: wrong types, too many values, too deep, or too large."""
     todo, seen = [(value, 0)], 0
     while todo:
@@ -216,7 +216,7 @@ def json_fault(value: Json) -> str | None:
     return None
 
 
-def is_number(value: Json, low: float = 0.0, high: float = MOST) -> bool:
+def is_number(value: object, low: float = 0.0, high: float = MOST) -> bool:
     """Whether ``value`` is a number from ``low`` to ``high``, and no bool.
 
     An integer of JSON may be larger than any float: :func:`math.isfinite` raises for it, comparing does not.
@@ -224,11 +224,11 @@ def is_number(value: Json, low: float = 0.0, high: float = MOST) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_infinite(value: Json) -> bool:
+def _is_infinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def shown(value: Json) -> str:
+def shown(value: object) -> str:
     """A client's value as an error quotes it. An integer may have more digits than Python prints."""
     if isinstance(value, bool):
         return str(value).lower()
