@@ -22,6 +22,7 @@ from coterie.machine import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+DATA = (HERE.parent / "examples" / "data", HERE.parents[1] / "shared" / "data")
 
 
 def arguments(
@@ -36,6 +37,15 @@ def arguments(
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
+
+
+def datasets(chosen: Path | None = None) -> Path:
+    """The folder of the public datasets: ``chosen``, or the first of ``DATA`` that is there."""
+    for folder in DATA if chosen is None else (chosen,):
+        if folder.is_dir():
+            return folder
+    tried = " and no ".join(map(str, DATA)) if chosen is None else str(chosen)
+    raise SystemExit(f"no datasets: there is no {tried}; run `python examples/fetch_data.py` to download them")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ again``, eight clients with 24 rows each of the job that one module does. ``pois
 sst2's turned round and twice as strong; ``noise``: one with sst2's A and a random B, four times as strong. Test
 accuracy by round, bytes, the adapters' shares of the gates.
 
-    python bench/reuse/run.py --data ../shared/data --seeds 0,1   # goes on where it was stopped; runs lie in runs/reuse
+    python examples/fetch_data.py             # once
+    python bench/reuse/run.py --seeds 0,1     # goes on where it was stopped; runs lie in runs/reuse
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _harness import RESULTS, measured_on, table
+from _harness import RESULTS, datasets, measured_on, table
 
 from coterie.adapters.pool import POOL_FILE, write_pool
 from coterie.adapters.read import CONFIG_FILE, WEIGHTS_FILE, build_pool
@@ -186,7 +187,7 @@ def show(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the datasets")
+    parser.add_argument("--data", type=Path, help="folder of the datasets (default: examples/data or ../shared/data)")
     parser.add_argument("--work", type=Path, default=Path("runs/reuse"), help="modules, pools and runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them")
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    work, data, cache = options.work.resolve(), options.data.resolve(), dict[str, Any]()
+    work, data, cache = options.work.resolve(), datasets(options.data).resolve(), dict[str, Any]()
     pools = make_pools(work, make_modules(work, data, cache))
     rows, found = targets(data), []
     seeds = list(map(int, options.seeds.split(",")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -44,3 +45,19 @@ def test_recorded_results_are_not_a_quick_runs(name: str) -> None:
     found = json.loads((BENCH / "results" / f"{name}.json").read_text())
     assert found["quick"] is False
     assert found["targets"]
+
+
+def test_the_public_datasets_are_named_or_the_script_that_downloads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    harness = importlib.import_module("_harness")
+    monkeypatch.setattr(harness, "DATA", (tmp_path / "examples", tmp_path / "shared"))
+    with pytest.raises(SystemExit, match=r"run `python examples/fetch_data.py` to download them"):
+        harness.datasets()
+    (tmp_path / "shared").mkdir()
+    assert harness.datasets() == tmp_path / "shared"
+    (tmp_path / "examples").mkdir()
+    assert harness.datasets() == tmp_path / "examples"
+    with pytest.raises(SystemExit, match=r"there is no .*elsewhere"):
+        harness.datasets(tmp_path / "elsewhere")

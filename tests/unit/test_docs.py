@@ -44,7 +44,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 FENCE = re.compile(r"^```(\w*) ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 PATH = re.compile(r"`((?:src|tests|docs|examples|bench)/[\w./-]*)`")
-DATASETS = ROOT.parent / "shared" / "data"
+DATASETS = next(filter(Path.is_dir, (ROOT / "examples" / "data", ROOT.parent / "shared" / "data")), None)
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +120,23 @@ def test_the_check_finds_a_fault() -> None:
         check({"data": {"folder": "x"}, "methods": {"fedlease": {"warm_rounds": 1}}})
 
 
-@pytest.mark.skipif(not DATASETS.is_dir(), reason="the public datasets are not beside this checkout")
-@pytest.mark.parametrize("path", [p for p in EXAMPLES if "shared/data" in p.read_text("utf-8")], ids=lambda p: p.name)
+PUBLIC = [path for path in EXAMPLES if '"data/' in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda p: p.name)
+def test_an_example_names_the_script_that_makes_its_data(path: Path) -> None:
+    (command,) = re.findall(r"^# The data: python (examples/\S+) (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    script, names = command
+    assert (ROOT / script).is_file()
+    assert load_raw(path)["data"]["datasets"] == [f"data/{name}" for name in names.split()]
+
+
+@pytest.mark.skipif(DATASETS is None, reason="no public datasets; examples/fetch_data.py downloads them")
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda p: p.name)
 def test_an_example_gets_the_rows_it_asks_for(path: Path) -> None:
+    assert DATASETS is not None
     raw = load_raw(path)
+    raw["data"]["datasets"] = [str(DATASETS / Path(name).name) for name in raw["data"]["datasets"]]
     config = check_config({key: raw[key] for key in ("data", "task") if key in raw})
     data = config.data
     clients = load_data(data, config.task.kind, 0, path.parent).clients
@@ -314,6 +327,8 @@ def test_commands_on_a_page_exist(block: Block) -> None:
             command.make_parser(click.Context(command)).parse_args(words[2:])
         elif words[:1] == ["make"]:
             assert words[1] in targets, line
+        elif words[:1] == ["python"]:
+            assert (ROOT / words[1]).is_file(), line
         else:
             assert not words or words[:2] == ["pip", "install"], line
         seen += bool(words)
