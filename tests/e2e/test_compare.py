@@ -18,7 +18,7 @@ from rich.console import Console
 import sites
 from coterie import experiment
 from coterie.cli.progress import listener
-from coterie.comparison import Comparison, compare, jobs, processes
+from coterie.comparison import Comparison, compare, jobs, page, processes
 from coterie.config.load import load_config
 from coterie.methods.fedit import FedIT
 from coterie.methods.registry import methods
@@ -270,6 +270,7 @@ def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path)
     assert record(out)["variants"]["local"]["beyond"] is None
 
 
+@pytest.mark.slow
 def test_the_controls_of_fedlease_run_side_by_side(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="fedlease"), tmp_path / "out"
     settings = ("allocation=random", "distance=A", "distance=BA", "start=own", "routing=dense", "routing=own",
@@ -287,6 +288,22 @@ def test_the_controls_of_fedlease_run_side_by_side(tmp_path: Path) -> None:
     for client, row in made.results[variants[6]][0].clients.items():
         found = together.results[variants[6]][0].clients[client]
         assert found.test["loss"] == pytest.approx(row.test["loss"], rel=1e-3)
+
+
+def test_a_page_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(record: Any) -> Any:
+        raise ValueError("no ink")
+
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "overview", broken)
+        made = compare(path, out, methods=["local"], overrides=FEW, say=said.append)
+    assert list(made.results) == ["local"]
+    assert said[-1].startswith("the page could not be written (ValueError: no ink)")
+    assert not (out / "compare.html").exists()
+    compare(path, out, methods=["local"], overrides=FEW)
+    assert (out / "compare.html").exists()
 
 
 def program(path: Path, text: str) -> str:

@@ -1,6 +1,6 @@
 """Evaluation beyond home: every client's model on the test rows of every client with the same labels.
 
-The models are those in the run's bundles, which are of the last round.
+The models are those in the run's bundles: of the round that validation chose, or as ``[run] export`` says.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from coterie.ops.metrics import Metrics
 from coterie.requests import Score
 from coterie.runs.events import plain
 from coterie.runs.folder import read_config
+from coterie.runs.summary import SUMMARY, read_summary
 from coterie.types import ClientId, CoterieError, Number
 
 CROSS = "cross.json"
@@ -32,9 +33,12 @@ CROSS = "cross.json"
 
 @dataclass(frozen=True)
 class Cross:
-    """The metrics of the model of one client (first key) on the test rows of another (second key), after ``round``."""
+    """The metrics of the model of one client (first key) on the test rows of another (second key), after ``round``.
 
-    round: int
+    ``round`` is None where the run is older than the record of what it exported.
+    """
+
+    round: int | None
     metrics: Mapping[ClientId, Mapping[ClientId, Mapping[str, Number]]]
 
     def means(self, metric: str) -> tuple[float, float] | None:
@@ -88,7 +92,7 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
         scores = LocalCompute(workplace, on, config.run.rounds).score(Score([banks[c] for c in of], split="test"))
         for client, scored in zip(of, scores, strict=True):
             found[client][on.info.id] = {**scored.metrics, "loss": scored.loss}
-    cross = Cross(config.run.rounds, found)
+    cross = Cross(read_summary(folder / SUMMARY).exported_round, found)
     write_json(folder / CROSS, plain(cross))
     return cross
 

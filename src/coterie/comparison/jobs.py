@@ -24,7 +24,7 @@ Watch = Callable[[int, str], AbstractContextManager[Listener]]  # makes a run's 
 Why = Literal["failed", "does not fit", "in use", "other config"]
 
 # What a method with a bug can raise, and a device without memory: the other runs of a long comparison go on.
-_FAULTS = (
+FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, CoterieError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError),
 )
@@ -80,10 +80,11 @@ class Missing:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job and its result: a summary, or why there is none."""
+    """A job and its result: a summary, or why there is none. ``reused``: the run had finished before."""
 
     job: Job
     result: Summary | Missing
+    reused: bool = False
 
     @property
     def summary(self) -> Summary | None:
@@ -105,7 +106,7 @@ def finished(job: Job) -> Ended | None:
         return None
     try:
         check_folder(job.folder, job.config, resume=True)
-        return Ended(job, read_summary(job.folder / SUMMARY))
+        return Ended(job, read_summary(job.folder / SUMMARY), reused=True)
     except CoterieError as fault:
         return missed(job, "other config", str(fault))
 
@@ -137,7 +138,7 @@ def _run_here(job: Job, watch: Watch, cache: dict[str, object]) -> Ended:
         return missed(job, "in use", str(fault))
     except CoterieError as fault:
         return failed(job, str(fault))
-    except _FAULTS as fault:
+    except FAULTS as fault:
         job.log.write_text(traceback.format_exc(), encoding="utf-8")
         return missed(job, "failed", f"{type(fault).__name__}: {fault} (see {job.log})")
 

@@ -36,8 +36,8 @@ class RunFigures:
     """One run: a variant with a seed. ``folder`` is below that of the comparison; ``seconds`` as in its summary.
 
     ``p10`` is the 10th percentile over the clients (of a loss, the 90th): nine in ten clients are better. ``beyond`` is
-    the mean of the clients' models on other clients' rows with the same labels, ``home`` that on their own, both after
-    the last round (:mod:`.cross`).
+    the mean of the clients' models on other clients' rows with the same labels, ``home`` that on their own, both of
+    the exported round (:mod:`.cross`).
     """
 
     seed: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from coterie.comparison.collect import update
 from coterie.comparison.cross import evaluate_cross, read_cross
 from coterie.comparison.figures import Comparison
-from coterie.comparison.jobs import Ended, Job, Missing, Watch, finished, run_here, silent
+from coterie.comparison.jobs import FAULTS, Ended, Job, Missing, Watch, finished, run_here, silent
 from coterie.comparison.processes import run_apart
 from coterie.comparison.tuning import Choice, Grid, choose, grid_of, tune_seed
 from coterie.comparison.variants import ALL, Point, config_for, variants_of
@@ -94,15 +94,25 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
     missing += unfit
     for ended in _ended(study, jobs, watch, say):
         missing += [ended.missing] if ended.missing else []
-        _update(study, jobs, choices, missing)
+        if not ended.reused:
+            _update(study, jobs, choices, missing)
     comparison = _update(study, jobs, choices, missing)
     if study.cross and _cross(comparison, say):
         comparison = _update(study, jobs, choices, missing)
     if comparison.done:
-        from coterie.comparison.page import write_page  # imports matplotlib
-
-        write_page(study.folder)
+        _page(study.folder, say)
     return comparison
+
+
+def _page(folder: Path, say: Say) -> None:
+    """Write the page. One that fails costs the comparison nothing else."""
+    from coterie.comparison.page import write_page  # imports matplotlib
+
+    try:
+        write_page(folder)
+    except FAULTS as fault:
+        text = f"the page could not be written ({type(fault).__name__}: {fault}); compare.json has the figures"
+        say(f"{text}. Once the cause is fixed: coterie report {folder}")
 
 
 def _update(study: Study, jobs: Sequence[Job], choices: Mapping[str, Choice], missing: Sequence[Missing]) -> Comparison:

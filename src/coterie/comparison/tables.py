@@ -110,8 +110,8 @@ def notes(record: Record) -> list[str]:
         )
     if any(row.beyond is not None for row in record.variants.values()):
         said.append(
-            "On others' rows: the mean of the clients' models on the test rows of other clients with the same labels, "
-            "after the last round."
+            "On others' rows: the mean of the clients' exported models on the test rows of other clients with the same "
+            "labels."
         )
     edges: dict[str, list[str]] = {}
     for row in record.variants.values():
