@@ -23,7 +23,8 @@ import coterie.files
 import sites
 from coterie import experiment
 from coterie.config.load import load_config
-from coterie.runs.events import Event, Note, Resumed
+from coterie.methods.registry import methods
+from coterie.runs.events import Event, Note, Resumed, RoundStart
 from coterie.runs.folder import lock_folder
 from coterie.types import CoterieError
 
@@ -106,6 +107,23 @@ def test_killed_at_random_moments_ends_with_the_same_bits(name: str, tmp_path: P
             return
         out = tmp_path / f"killed-{attempt}"
     pytest.fail("no run was killed twice")
+
+
+@pytest.mark.parametrize("method", sorted(methods().keys() - {"smartfed", *(case[0] for case in CASES.values())}))
+def test_a_run_that_stops_in_its_last_round_goes_on_with_every_method(method: str, tmp_path: Path) -> None:
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundStart) and event.round == 3:
+            raise Stop
+
+    path = sites.config(tmp_path, method=method)
+    run(path, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(path, tmp_path / "parts", listen=stop)
+    run(path, tmp_path / "parts", resume=True)
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
 def test_killed_before_every_write_ends_with_the_same_bits(tmp_path: Path) -> None:
