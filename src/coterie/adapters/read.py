@@ -21,7 +21,7 @@ from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
 from coterie.nn.locate import resolve
 from coterie.nn.pretrained import bare_linears
 from coterie.nn.weights import digests, endings
-from coterie.text import parse_json
+from coterie.text import name_fault, parse_json
 from coterie.types import CoterieError, Json, Key, Part
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -72,6 +72,8 @@ def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
         raise CoterieError("a pool needs at least one adapter; give folders after --adapters")
     if twice := sorted({name for name, _ in named if [n for n, _ in named].count(name) > 1}):
         raise CoterieError(f"two adapters are named {twice[0]!r}; give them other names with NAME=FOLDER")
+    if fault := next((fault for name, _ in named if (fault := name_fault(name))), None):
+        raise CoterieError(f"an adapter's name {fault}; give it another with NAME=FOLDER")
     read = {name: read_adapter(folder) for name, folder in named}
     path = resolve(base or _common_base(read))
     sizes = bare_linears(path)

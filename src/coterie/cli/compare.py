@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from coterie.cli.console import heading
+from coterie.cli.plain import escape
 from coterie.comparison.figures import Comparison, record_of
 from coterie.comparison.page import LATEX, MARKDOWN, PAGE
 from coterie.comparison.record import RECORD, Figures, Record

@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+
+from coterie.cli.plain import escape
+from coterie.text import printable
 
 out = Console(emoji=False)  # used as ``console.out``, so that a test can replace it in one place
 
@@ -50,7 +52,7 @@ def default_folder(name: str, method: object, seed: int) -> Path:
 
 def say(text: str) -> None:
     """Print ``text`` as it is: no markup, no colours, no line breaks."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def heading(console: Console, text: str) -> None:

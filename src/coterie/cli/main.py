@@ -13,11 +13,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import click
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from coterie.cli import about, federation, pool, runs
 from coterie.cli.console import Interrupted
-from coterie.text import printable
+from coterie.cli.plain import escape
 from coterie.types import CoterieError
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -45,7 +44,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as fault:
-        errors.print(f"[bold red]error:[/] {escape(printable(str(fault)))}")
+        errors.print(f"[bold red]error:[/] {escape(str(fault))}")
         sys.exit(_USER_ERROR)
     except OSError as fault:
         errors.print(f"[bold red]error:[/] {escape(f'{fault.filename}: {fault.strerror}')}")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from coterie.cli import console
+from coterie.cli.plain import escape
 from coterie.units import size
 
 app = typer.Typer(no_args_is_help=True, help="Pools of existing LoRA adapters, for SmartFed.")

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from coterie.cli.console import heading
+from coterie.cli.plain import escape
 from coterie.cli.position import Position
 from coterie.methods.findings import Clusters, find, read
 from coterie.runs.events import (

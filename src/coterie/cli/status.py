@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from coterie.cli.plain import escape
 from coterie.deploy.status import Status, spans
 from coterie.units import clock, size
 
@@ -30,6 +30,6 @@ def show(console: Console, status: Status) -> None:
     console.print(table)
     for client, site in sorted(status.sites.items()):
         for kind, rnd, reason in site.failures[-5:]:
-            console.print(f"{client}, {kind} of round {rnd}: {reason}", markup=False, highlight=False, soft_wrap=True)
+            console.print(escape(f"{client}, {kind} of round {rnd}: {reason}"), highlight=False, soft_wrap=True)
     for text in status.notes[-5:]:
-        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(escape(f"note: {text}"), highlight=False, soft_wrap=True)

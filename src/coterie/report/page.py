@@ -27,6 +27,7 @@ from coterie.report.tables import PERCENT, Table, label, show, tables, words
 from coterie.report.usage import usage_pictures
 from coterie.runs.folder import REPORT
 from coterie.runs.summary import Summary
+from coterie.text import printable
 
 PICTURE_FOLDER = "pictures"
 
@@ -83,11 +84,17 @@ def _machine(run: Run) -> list[Table]:
     return [*tables(run.summary.versions, "Versions"), *tables(run.summary.machine or {}, "Machine")]
 
 
+def _visible(value: object) -> object:
+    """Text without characters that would hide, or turn the direction of, what is around them."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def environment() -> Environment:
     """What renders the pages: templates of this package, and filters that make values readable."""
     env = Environment(
         loader=PackageLoader("coterie.report"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

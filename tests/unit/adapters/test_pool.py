@@ -210,6 +210,8 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
         build_pool([str(good), str(other)])
     assert len(build_pool([str(good), str(other)], str(tmp_path / "llama")).adapters) == 2
     assert len(build_pool([str(good)]).weights) == 6, "the base's weights are recorded"
+    with pytest.raises(CoterieError, match=r"an adapter's name '\\x1b\[2J' has the character U\+001B.*NAME=FOLDER"):
+        build_pool([f"\x1b[2J={good}"])
     with pytest.raises(CoterieError, match="two adapters are named 'a'"):
         build_pool([str(good), str(good)])
 

@@ -80,6 +80,13 @@ def test_a_client_that_claims_everything_counts_for_half() -> None:
     assert capped_examples({"a": reply(1), "c": reply(99)}, 0.5) == {"a": 1, "c": 99}  # of two, either may be right
 
 
+def test_a_reply_of_very_many_keys_is_beyond_its_limit() -> None:
+    """They are counted before they are decoded: 200,000 keys take a gigabyte."""
+    expected = {Key(f"layer.{i}.query", 0, part): (8, 384) for i in range(12) for part in (Part.A, Part.B)}
+    many = {Key("m", i, Part.A): torch.zeros(1, 1) for i in range(200_000)}
+    assert len(codec.encode(Reply(many, 1))) > 4 * reply_limit(expected)
+
+
 def test_a_reply_fits_its_limit() -> None:
     tensors = {
         Key("a.long.name." * 20 + str(i), i, part): torch.zeros(7, 5) for i in range(50) for part in (Part.A, Part.B)

@@ -133,6 +133,17 @@ def test_any_text_is_shown_as_it_is_and_never_runs(tmp_path):
         assert name in page.text
 
 
+def test_no_text_hides_or_turns_what_is_around_it(tmp_path):
+    """A folder of an older version may hold names that are refused today."""
+    lines = events(2)
+    lines[0]["failed"] = {"south-1": "\x1b[2Jits loss is \u202enan"}
+    lines.append({"event": "note", "round": 2, "text": "all \x1b[8mgone"})
+    source = Page(write_report(make_run(tmp_path / "x", lines, None, manifest={"\u202eb": {"a": "\x1b]0;x"}}))).source
+    assert "\x1b" not in source
+    assert "\u202e" not in source
+    assert "its loss is \\u202enan" in source
+
+
 def test_a_run_without_a_summary_says_so_and_shows_what_there_is(tmp_path):
     lines = events(2)
     lines[2]["failed"] = {"south-1": "its loss is nan"}
