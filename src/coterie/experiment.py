@@ -31,7 +31,7 @@ from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, 
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
-from coterie.types import CoterieError
+from coterie.types import BaseSpec, CoterieError, Part, Tensors
 
 # What drawing and writing a page raises, beside the faults of this package.
 _REPORT_FAULTS = (
@@ -161,10 +161,18 @@ def _report(folder: Path, listen: Listener) -> None:
 
 def about_export(config: Config, root: Path, rnd: int, export: Literal["best", "last"]) -> About:
     """What a reader must know of what is exported of round ``rnd``."""
-    from coterie.nn.locate import resolve
+    from coterie.nn.locate import folder_of, shared_name
 
-    base = resolve(config.model.path, root)
-    return About(config.method_name, rnd, export, config.task.kind, base, max_length=config.model.max_length)
+    name, here = (find(config.model.path, root) for find in (shared_name, folder_of))
+    return About(config.method_name, rnd, export, config.task.kind, name, here, max_length=config.model.max_length)
+
+
+def about_base(about: About, spec: BaseSpec, tensors: Tensors) -> About:
+    """``about`` with the digest of the base's weights where ``tensors`` adapt them."""
+    from coterie.nn.weights import fingerprint
+
+    modules = {key.module for key in tensors if key.part is Part.A}
+    return replace(about, base_sha256=fingerprint({t.name: t.weights for t in spec.targets}, modules))
 
 
 def _export(opened: Opened, exported: Checkpoint[object], about: About, folder: Path) -> None:
@@ -179,13 +187,13 @@ def _export(opened: Opened, exported: Checkpoint[object], about: About, folder: 
             tensors,
             rank=config.lora.rank,
             alpha=config.lora.alpha,
-            about=about,
+            about=about_base(about, engine.spec, tensors),
             fan_in_fan_out=transposed,
         )
     infos = {client.id: client for client in engine.clients}
     instructions = method.configure(exported.state, engine.clients, exported.rnd + 1)
     for client, bank in engine.banks(method, instructions, exported.rnd):
-        own = replace(about, client=client, labels=infos[client].labels)
+        own = replace(about_base(about, engine.spec, bank.tensors), client=client, labels=infos[client].labels)
         write_bundle(folder / "clients" / client, bank, own, fan_in_fan_out=transposed)
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import coterie
 import flower_sites
 import sites
 from coterie import experiment
@@ -58,7 +61,7 @@ def evaluated(out: Path, rnd: int) -> Any:
 def scores(folder: Path, client: ClientData) -> tuple[float, float]:
     """Mean loss and accuracy of a bundle on the client's test rows."""
     bank, about = read_bundle(folder)
-    base = load_base(about.base, about.task)
+    base = load_base(about.base_path, about.task)
     losses, right = [], 0
     with torch.no_grad(), attached(base.model, bank):
         for row in client.splits["test"]:
@@ -196,3 +199,38 @@ def test_sites_export_the_round_that_the_server_names(method: str, tmp_path: Pat
             out / "clients" / client / "bundle.safetensors"
         ).read_bytes()
         assert read_bundle(site)[1].round == BEST
+
+
+def test_exports_hold_no_path_but_the_one_beside_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = sites.config(tmp_path / "one", method="fedit"), tmp_path / "one" / "out"
+    run(path, out, "run.rounds=1")
+    for adapter in ("experts/global", "clients/mood-0/adapter"):
+        config = json.loads((out / adapter / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "model"
+        about = json.loads((out / adapter / "coterie.json").read_text())
+        assert (about["base"], about["base_path"]) == ("model", str(tmp_path / "one" / "model"))
+        assert len(about["base_sha256"]) == 64
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = tmp_path / "two"
+    with pytest.raises(CoterieError, match="no base 'model' here"):
+        coterie.load(moved / "out", "mood-0")
+    assert coterie.load(moved / "out", "mood-0", base=str(moved / "model")).labels == ("bad", "good")
+
+
+def test_peft_needs_an_adapter_and_the_file_beside_it_and_no_more(tmp_path: Path, chosen: None) -> None:
+    path, out = sites.config(tmp_path, method="fedit"), tmp_path / "out"
+    found = run(path, out)
+    for client in load_data(load_config(path).data, "classification", 0, tmp_path).clients:
+        adapter = out / "clients" / client.info.id / "adapter"
+        about = json.loads((adapter / "coterie.json").read_text())
+        base = AutoModelForSequenceClassification.from_pretrained(about["base_path"], num_labels=len(about["labels"]))
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(about["base_path"])
+        right = 0
+        for row in client.splits["test"]:
+            assert isinstance(row, TextRow)
+            cut = tokenizer(row.text, truncation=True, max_length=about["max_length"], return_tensors="pt")
+            with torch.no_grad():
+                said = about["labels"][int(model(**cut).logits.argmax())]
+            right += client.info.labels is not None and said == client.info.labels[row.label]
+        assert right / len(client.splits["test"]) == found.clients[client.info.id].test["accuracy"]

@@ -269,7 +269,7 @@ def test_a_bundle_gives_the_accuracy_of_the_last_round(name: str, done: Any) -> 
         bank, info = read_bundle(made.out / "clients" / client.info.id)
         assert (info.client, info.method, info.round) == (client.info.id, RUNS[name]["method"], 3)
         assert tuple(info.labels) == client.info.labels
-        base = load_base(info.base, info.task)
+        base = load_base(info.base_path, info.task)
         rows = [row for row in client.splits["test"] if isinstance(row, TextRow)]
         with attached(base.model, bank):
             right = []
@@ -289,7 +289,7 @@ def test_a_plain_lora_has_a_peft_adapter_beside_its_bundle(name: str, done: Any)
     for client in CLIENTS:
         bank, info = read_bundle(made.out / "clients" / client)
         labels = {"num_labels": len(info.labels)} if info.labels else {}
-        base = auto(name).from_pretrained(info.base, **labels).eval()
+        base = auto(name).from_pretrained(info.base_path, **labels).eval()
         with attached(base, bank):
             ours = logits(base, inputs_for(base))
         adapter = made.out / "clients" / client / "adapter"

@@ -16,6 +16,7 @@ import click
 import pytest
 import torch
 import typer
+from transformers import pipeline
 
 import coterie
 import coterie.methods
@@ -93,9 +94,9 @@ def check(raw: dict[str, Any]) -> None:
     if "methods" not in raw:
         check_config(raw)
         return
-    assert "method" not in raw
+    check_config(raw)
     for method in methods():
-        config_for(raw, method, 0)
+        config_for({name: section for name, section in raw.items() if name != "method"}, method, 0)
 
 
 def test_there_are_pages_and_examples() -> None:
@@ -157,7 +158,9 @@ SMALLER = {
 }
 
 
-def test_the_readme_from_files_to_a_loaded_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_from_files_to_a_loaded_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = ROOT / "README.md"
     (config,) = [block.text for block in blocks("toml") if block.page == readme]
     for large, small in SMALLER.items():
@@ -169,11 +172,17 @@ def test_the_readme_from_files_to_a_loaded_expert(tmp_path: Path, monkeypatch: p
         next(places).rename(tmp_path / "clients" / name)
     (tmp_path / "triage.toml").write_text(config + '[engine]\nthreads = 1\ndevice = "cpu"\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    app(["run", "triage.toml"], standalone_mode=False)
+    app(["run", "triage.toml", "--set", "run.export=last"], standalone_mode=False)
+    app(["run", "triage.toml", "--set", "method.name=fedit"], standalone_mode=False)
     runnable = [block for block in blocks("python", "run") if block.page == readme]
     assert len(runnable) >= 3
     for block in runnable:
+        capsys.readouterr()
         exec(compile(block.text, str(block), "exec"), {})
+        if "PeftModel" in block.text:
+            north = coterie.load("runs/triage-fedit-0", client="north")
+            classify = pipeline("text-classification", model=north.model, tokenizer=north.tokenizer)
+            assert capsys.readouterr().out == f"{classify('the printer on floor two smokes')[0]['label']}\n"
     kept = {path.relative_to(tmp_path).parts[2] for path in tmp_path.glob("runs/triage-fedlease-0/*")}
     page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `([\w.]+)", page, re.MULTILINE))

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from coterie.files import write_json
-from coterie.types import TaskKind
+from pydantic import TypeAdapter, ValidationError
+
+from coterie.files import read_json, write_json
+from coterie.types import CoterieError, TaskKind
 
 ABOUT_FILE = "coterie.json"
 
@@ -35,6 +37,29 @@ class About:
     labels: tuple[str, ...] | None = None
 
 
+def read_about(folder: Path) -> About | None:
+    """What is said of the adapter in ``folder``; None where there is no such file.
+
+    Raises :class:`CoterieError` for one that is damaged.
+    """
+    path = folder / ABOUT_FILE
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    try:
+        return _ABOUT.validate_python(found)
+    except ValidationError as fault:
+        raise CoterieError(f"{path} is not what Coterie wrote: {fault.errors()[0]['msg']}; delete it") from fault
+
+
+def is_here(about: About) -> bool:
+    """Whether the base is still in its folder on this machine."""
+    return bool(about.base_path) and Path(about.base_path).is_dir()
+
+
 def write_about(folder: Path, about: About) -> None:
     """Write ``about`` to ``folder``, beside an adapter."""
     write_json(folder / ABOUT_FILE, asdict(about))
+
+
+_ABOUT = TypeAdapter(About)

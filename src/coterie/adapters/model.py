@@ -7,11 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
+from coterie.adapters.about import About, is_here
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
 from coterie.nn.attach import attach
-from coterie.nn.base import load_base
+from coterie.nn.base import Base, load_base
+from coterie.nn.locate import hub_name
 from coterie.nn.pretrained import PreTrainedTokenizerBase
-from coterie.types import Bank, CoterieError, TaskKind
+from coterie.nn.weights import digests, fingerprint
+from coterie.types import Bank, CoterieError, Part, TaskKind
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,12 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
 
     ``client`` names the client of a run; a folder that holds a bundle itself needs none. ``base`` is the base's folder
     or hub name, by default the one that the bundle names.
-    Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing or that the
-    bundle does not fit.
+    A text to classify is cut where evaluation cut it, in a pipeline with ``truncation=True``.
+    Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing, that has
+    other weights, or that the bundle does not fit.
     """
     bank, about = read_bundle(_bundle_folder(Path(folder), client))
-    loaded = load_base(base or about.base, about.task, device=device)
+    loaded = base_of(bank, about, base, device=device)
     attach(loaded.model, bank)
     loaded.model.eval()
     labels = about.labels
@@ -50,11 +54,35 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     if about.task == "classification" and labels:
         config.id2label = dict(enumerate(labels))  # the number of labels follows from it
         config.label2id = {label: i for i, label in enumerate(labels)}
-    if loaded.longest is not None:
-        loaded.tokenizer.model_max_length = loaded.longest
+    limits = [loaded.longest, about.max_length if about.task == "classification" else None]
+    if known := [limit for limit in limits if limit is not None]:
+        loaded.tokenizer.model_max_length = min(known)
     return ClientModel(
         loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank
     )
+
+
+def base_of(bank: Bank, about: About, base: str | None = None, *, device: str = "cpu") -> Base:
+    """The base of a bundle: ``base``, or the folder or the name that the bundle has.
+
+    Raises :class:`CoterieError` where it is not here or has other weights than the base that the bank was trained on.
+    """
+    path = base or (about.base_path if is_here(about) else hub_name(about.base))
+    try:
+        loaded = load_base(path, about.task, device=device)
+    except CoterieError as fault:
+        if base:
+            raise
+        was = f", which was in {about.base_path} where it was exported" if about.base_path else ""
+        raise CoterieError(f"no base {about.base!r} here{was}: give its folder as base=... ({fault})") from fault
+    modules = {key.module for key in bank.tensors if key.part is Part.A}
+    here = fingerprint(digests(loaded.path, modules), modules)
+    if here and about.base_sha256 and here != about.base_sha256:
+        raise CoterieError(
+            f"{loaded.path} has other weights than the base that the bundle was trained on, {about.base!r} (SHA-256 "
+            f"{about.base_sha256[:12]}, not {here[:12]}); give the folder of that base as base=..."
+        )
+    return loaded
 
 
 def _bundle_folder(folder: Path, client: str | None) -> Path:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from coterie.adapters.about import is_here, read_about
 from coterie.adapters.pool import Adapter, Pool, name_of
 from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
 from coterie.nn.locate import resolve
@@ -119,7 +120,9 @@ def read_adapter(folder: Path) -> AdapterFolder:
         raise CoterieError(f"{folder} holds no LoRA: {WEIGHTS_FILE} has neither lora_A nor lora_B")
     left_out = _left_out(folder, config, other)
     digest = hashlib.sha256(blob).hexdigest()
-    base = str(config.get("base_model_name_or_path") or "")
+    about = read_about(folder)
+    here = about.base_path if about and is_here(about) else ""
+    base = here or (about.base if about else str(config.get("base_model_name_or_path") or ""))
     return AdapterFolder(tensors, base, str(folder.resolve()), digest, _licence(folder), left_out)
 
 

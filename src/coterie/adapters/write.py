@@ -15,6 +15,7 @@ from torch import Tensor, float32
 
 from coterie.adapters.about import About, write_about
 from coterie.files import write_atomic, write_json
+from coterie.nn.locate import hub_name
 from coterie.types import Key, Part, Tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +49,7 @@ def write_adapter(
     weights = save({name: _plain(value) for name, value in named.items()}, metadata={"format": "pt"})
     write_atomic(folder / WEIGHTS_FILE, weights)
     task = "CAUSAL_LM" if about.task != "classification" else "SEQ_CLS" if head else None
-    where = {"base_model_name_or_path": about.base, "fan_in_fan_out": fan_in_fan_out, "task_type": task}
+    where = {"base_model_name_or_path": hub_name(about.base), "fan_in_fan_out": fan_in_fan_out, "task_type": task}
     write_json(folder / CONFIG_FILE, _scales(ranks, rank, alpha) | where | {"modules_to_save": _modules_to_save(head)})
     write_about(folder, about)
 

@@ -23,7 +23,7 @@ from coterie.deploy.received import received_file
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
-from coterie.experiment import about_export, set_threads
+from coterie.experiment import about_base, about_export, set_threads
 from coterie.files import read_json, write_atomic, write_json
 from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
@@ -135,8 +135,9 @@ class Worker:
         """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""
         bank, me = client_bank(run.client, run.method, body, rnd), run.client.info
         about = about_export(run.config, self.root, rnd, run.config.run.export)
-        transposed = any(target.transposed for target in run.client.workplace.base.spec.targets)
-        own = replace(about, client=me.id, labels=me.labels)
+        spec = run.client.workplace.base.spec
+        transposed = any(target.transposed for target in spec.targets)
+        own = replace(about_base(about, spec, bank.tensors), client=me.id, labels=me.labels)
         write_bundle(run.folder / "export", bank, own, fan_in_fan_out=transposed)
         return bank
 

@@ -39,6 +39,25 @@ def resolve(name: str, root: Path | None = None) -> str:
     return name
 
 
+def shared_name(name: str, root: Path | None = None) -> str:
+    """What others call a base: ``minilm``, its name on the hub, or the name of its folder."""
+    is_folder = folder_of(name, root) or Path(name).is_absolute() or name.startswith((".", "~"))
+    return Path(name).expanduser().resolve().name if is_folder and name != MINILM else name
+
+
+def folder_of(name: str, root: Path | None = None) -> str:
+    """The absolute path of a base's folder on this machine, "" where it has none."""
+    if name == MINILM:
+        return _packaged_minilm() or ""
+    folder = ((root or Path.cwd()) / Path(name).expanduser()).resolve()
+    return str(folder) if (folder / "config.json").is_file() else ""
+
+
+def hub_name(name: str) -> str:
+    """``name`` as other libraries take it."""
+    return _MINILM_ON_HUB if name == MINILM else name
+
+
 def files_of(path: str, root: Path | None = None, weights: bool = True) -> str:
     """The folder of a base's files, or its hub name where they must be downloaded first.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,14 @@ def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
         if len(places) == 1:
             found[module] = _digest(*places.pop())
     return found
+
+
+def fingerprint(found: Mapping[str, str], modules: Iterable[str]) -> str:
+    """SHA-256 over the digests (:func:`digests`) of these ``modules``, "" where one of them is not known."""
+    named = sorted({*modules})
+    if not named or not all(found.get(module) for module in named):
+        return ""
+    return hashlib.sha256("".join(f"{module} {found[module]}\n" for module in named).encode()).hexdigest()
 
 
 def identified(spec: BaseSpec, path: str) -> BaseSpec:

@@ -15,7 +15,9 @@ import tiny
 from coterie.adapters.bundle import write_bundle
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
-from coterie.types import Bank, CoterieError
+from coterie.nn.locate import folder_of, hub_name, shared_name
+from coterie.nn.weights import digests, fingerprint
+from coterie.types import Bank, CoterieError, Part
 
 torch.set_num_threads(1)
 LABELS = ("calm", "urgent", "spam", "praise", "other")
@@ -30,7 +32,7 @@ def export(folder: Path, arch: str = "bert", **info: Any) -> tuple[Path, Bank]:
     experts = tiny.bank(tiny.targets(made), experts=3, gate="slot_top_k", options={"own": 1})
     head = tiny.head(made, len(LABELS)) if task == "classification" else {}
     bank = Bank({**experts.tensors, **head}, experts.gate, experts.scaling)
-    about = tiny.about(base=str(base), task=task, method="fedlease", labels=LABELS if head else None)
+    about = tiny.about(base="model", base_path=str(base), task=task, method="fedlease", labels=LABELS if head else None)
     for client in ("north", "south"):
         write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client, **info))
     return folder / "run", bank
@@ -72,8 +74,8 @@ def test_a_generators_model_writes_text(tmp_path: Path) -> None:
 
 
 def test_a_bundles_own_folder_needs_no_client_and_a_base_may_be_elsewhere(tmp_path: Path) -> None:
-    run, _ = export(tmp_path, base="/nowhere/model")
-    with pytest.raises(CoterieError, match="no model folder at /nowhere/model"):
+    run, _ = export(tmp_path, base_path="/nowhere/model")
+    with pytest.raises(CoterieError, match=r"no base 'model' here, which was in /nowhere/model .*base=\.\.\."):
         coterie.load(run / "clients" / "south")
     south = coterie.load(str(run / "clients" / "south"), base=str(tmp_path / "model"))
     assert south.client == "south"
@@ -87,3 +89,44 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         coterie.load(run, client="nroth")
     with pytest.raises(CoterieError, match=r"no bundle\.safetensors in .*elsewhere or in a client's folder"):
         coterie.load(tmp_path / "elsewhere", client="north")
+
+
+def test_a_base_with_other_weights_is_refused(tmp_path: Path) -> None:
+    run, bank = export(tmp_path)
+    modules = {key.module for key in bank.tensors if key.part is Part.A}
+    right = fingerprint(digests(str(tmp_path / "model"), modules), modules)
+    assert len(right) == 64
+    run, _ = export(tmp_path, base_sha256=right)
+    assert coterie.load(run, "north").round == 3
+    other = tiny.folder(tmp_path / "other", "bert", seed=5)
+    with pytest.raises(CoterieError, match=r"other has other weights than the base .*'model'.*base=\.\.\."):
+        coterie.load(run, "north", base=str(other))
+
+
+def test_a_digest_is_unknown_where_that_of_a_module_is() -> None:
+    assert fingerprint({"a": "1", "b": "2"}, ["b", "a"]) == fingerprint({"b": "2", "a": "1", "c": "3"}, ["a", "b"])
+    assert fingerprint({"a": "1"}, ["a"]) != fingerprint({"b": "1"}, ["b"])
+    assert fingerprint({"a": "1", "b": ""}, ["a", "b"]) == fingerprint({"a": "1"}, ["b"]) == fingerprint({}, []) == ""
+
+
+def test_a_long_text_is_cut_where_evaluation_cut_it(tmp_path: Path) -> None:
+    north = coterie.load(export(tmp_path, max_length=9)[0], "north")
+    assert north.tokenizer("word " * 500, truncation=True)["input_ids"][-1] == north.tokenizer.sep_token_id
+    assert len(north.tokenizer("word " * 500, truncation=True)["input_ids"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "folder"),
+    [
+        ("model", "model", "model"),
+        ("{here}/model", "model", "model"),
+        ("org/base", "org/base", ""),
+        ("/no/base", "base", ""),
+    ],
+)
+def test_others_know_a_base_by_its_name(path: str, name: str, folder: str, tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "model", "bert")
+    path = path.format(here=tmp_path)
+    assert shared_name(path, tmp_path) == name
+    assert folder_of(path, tmp_path) == (str(tmp_path / folder) if folder else "")
+    assert (shared_name("minilm"), hub_name("minilm")) == ("minilm", "sentence-transformers/all-MiniLM-L6-v2")
