@@ -328,12 +328,28 @@ def test_a_process_that_is_killed_is_a_failed_run(tmp_path: Path, monkeypatch: p
 def test_ctrl_c_interrupts_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     event = '{"event": "ready", "clients": 1, "rounds": 1}'
-    text = f"trap 'touch {tmp_path}/interrupted; exit 130' INT; echo '{event}'; cat > /dev/null; sleep 60 & wait"
+    text = f"trap 'touch {tmp_path}/interrupted; exit 130' INT; echo '{event}'; cat > /dev/null; sleep 60 > /dev/null & wait"
     monkeypatch.setattr(sys, "executable", program(tmp_path / "python", text))
     ready = threading.Event()
     monkeypatch.setattr(processes, "as_completed", lambda waiting: interrupted(ready))
     with pytest.raises(KeyboardInterrupt):
         compare(path, out, methods=["local"], overrides=FEW, jobs=2, watch=lambda rounds, label: setting(ready))
+    assert (tmp_path / "interrupted").exists()
+
+
+def test_what_stops_the_comparison_stops_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run fails while another is at work, and to say so is interrupted."""
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    at_work = f"trap 'touch {tmp_path}/interrupted; exit 130' INT; touch {tmp_path}/ready; sleep 60 > /dev/null & wait"
+    failing = f"until [ -e {tmp_path}/ready ]; do sleep 0.05; done; exit 7"
+    text = f"if grep -q fedit; then {failing}; fi; {at_work}"
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", text))
+
+    def stop(said: str) -> None:
+        raise KeyboardInterrupt(said)
+
+    with pytest.raises(KeyboardInterrupt, match="fedit seed 0 failed"):
+        compare(path, out, methods=["fedit", "local"], overrides=FEW, jobs=2, say=stop)
     assert (tmp_path / "interrupted").exists()
 
 

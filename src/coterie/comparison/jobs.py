@@ -6,7 +6,7 @@ A run that fails is reported and does not stop the others.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def finished(job: Job) -> Ended | None:
         return missed(job, "other config", str(fault))
 
 
-def run_here(jobs: Sequence[Job], watch: Watch) -> Iterator[Ended]:
+def run_here(jobs: Sequence[Job], watch: Watch) -> Generator[Ended, None, None]:
     """Run ``jobs`` one after another in this process. They share what is loaded."""
     cache: dict[str, object] = {}
     for job in jobs:

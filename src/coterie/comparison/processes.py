@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from threading import Lock
@@ -25,7 +25,7 @@ from coterie.runs.summary import SUMMARY, read_summary
 _PATIENCE = 30.0  # seconds that an interrupted run has to end, before it is killed
 
 
-def run_apart(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[Ended]:
+def run_apart(jobs: Sequence[Job], processes: int, watch: Watch) -> Generator[Ended, None, None]:
     """Run ``jobs``, ``processes`` at a time, and yield each as it ends.
 
     The processes share the cores, unless OMP_NUM_THREADS or the config sets the threads of each. Listeners are called

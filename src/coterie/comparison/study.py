@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -92,10 +93,11 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
     points = {v: choices[v].settings if v in choices else () for v in study.variants if v not in tuned_out}
     jobs, unfit = _jobs(study, ((v, s, point) for s in study.seeds for v, point in points.items()))
     missing += unfit
-    for ended in _ended(study, jobs, watch, say):
-        missing += [ended.missing] if ended.missing else []
-        if not ended.reused:
-            _update(study, jobs, choices, missing)
+    with closing(_ended(study, jobs, watch, say)) as all_ended:
+        for ended in all_ended:
+            missing += [ended.missing] if ended.missing else []
+            if not ended.reused:
+                _update(study, jobs, choices, missing)
     comparison = _update(study, jobs, choices, missing)
     if study.cross and _cross(comparison, say):
         comparison = _update(study, jobs, choices, missing)
@@ -140,10 +142,11 @@ def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list
     several = ((v, seed, point) for v, mine in points.items() for point in mine if len(mine) > 1)
     jobs, faults = _jobs(study, several)
     tried: dict[str, dict[Point, Ended]] = {}
-    for ended in _ended(study, jobs, watch, say):
-        _validation(ended)  # the first run shows whether there is any
-        tried.setdefault(ended.job.variant, {})[ended.job.point] = ended
-        faults += [ended.missing] if ended.missing else []
+    with closing(_ended(study, jobs, watch, say)) as all_ended:
+        for ended in all_ended:
+            _validation(ended)  # the first run shows whether there is any
+            tried.setdefault(ended.job.variant, {})[ended.job.point] = ended
+            faults += [ended.missing] if ended.missing else []
     choices, missing = {}, []
     for variant, mine in points.items():
         choice = _choice(study.grid, seed, [tried.get(variant, {}).get(point) for point in mine], mine)
@@ -196,17 +199,18 @@ def _jobs(study: Study, wanted: Iterable[tuple[str, int, Point]]) -> tuple[list[
     return jobs, unfit
 
 
-def _ended(study: Study, jobs: Sequence[Job], watch: Watch, say: Say) -> Iterator[Ended]:
-    """Every job as it ends: first those that had finished before."""
+def _ended(study: Study, jobs: Sequence[Job], watch: Watch, say: Say) -> Generator[Ended, None, None]:
+    """Every job as it ends: first those that had finished before. Closing it stops what is at work."""
     had = {job.name: ended for job in jobs if (ended := finished(job)) is not None}
     if reused := sum(ended.summary is not None for ended in had.values()):
         say(f"{reused} of {len(jobs)} runs have finished already and are reused")
     left = [job for job in jobs if job.name not in had]
+    for ended in had.values():
+        yield _reported(study, ended, say)
     running = run_here(left, watch) if study.jobs == 1 else run_apart(left, study.jobs, watch)
-    for ended in [*had.values()]:
-        yield _reported(study, ended, say)
-    for ended in running:
-        yield _reported(study, ended, say)
+    with closing(running):
+        for ended in running:
+            yield _reported(study, ended, say)
 
 
 def _reported(study: Study, ended: Ended, say: Say) -> Ended:
