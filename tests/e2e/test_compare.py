@@ -328,8 +328,8 @@ def test_a_process_that_is_killed_is_a_failed_run(tmp_path: Path, monkeypatch: p
 def test_ctrl_c_interrupts_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     event = '{"event": "ready", "clients": 1, "rounds": 1}'
-    text = f"trap 'touch {tmp_path}/interrupted; exit 130' INT; echo '{event}'; cat > /dev/null; sleep 60 > /dev/null & wait"
-    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", text))
+    text = f"trap 'touch {tmp_path}/interrupted; exit 130' INT; echo '{event}'; cat > /dev/null"
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", f"{text}; sleep 60 > /dev/null & wait"))
     ready = threading.Event()
     monkeypatch.setattr(processes, "as_completed", lambda waiting: interrupted(ready))
     with pytest.raises(KeyboardInterrupt):
