@@ -54,13 +54,27 @@ def check_config(raw: Raw) -> Config:
     """
     several, named = section_of(raw, "methods"), section_of(raw, "method")
     for name in several:
+        _check_owner(name, section_of(several, name), f"methods.{name}")
         checked(method_named(name).Settings, section_of(several, name), f"methods.{name}")
     chosen = method_name(raw)
+    _check_owner(chosen, named, "method")
     rest = {name: value for name, value in raw.items() if name != "methods"}
     config = checked(Config, {**rest, "method": {**section_of(several, chosen), **named, "name": chosen}}, "")
     _check_ranks(config)
     resolved = config.method_settings().model_dump(mode="json")
     return config.model_copy(update={"method": {"name": chosen, **resolved}})
+
+
+def _check_owner(method: str, settings: Mapping[str, object], where: str) -> None:
+    """Raises :class:`CoterieError` for a setting in the section ``where`` that only other methods have."""
+    for key in settings.keys() - {"name"} - method_named(method).Settings.model_fields.keys():
+        owners = [name for name, kind in methods().items() if key in kind.Settings.model_fields]
+        if owners:
+            others = f"[methods.{owners[0]}]" if len(owners) == 1 else "the [methods.NAME] of the method it is for"
+            raise CoterieError(
+                f"[{where}] {key!r} is a setting of {', '.join(owners)}, and not of {method}; move it to {others}, "
+                "where it applies to that method alone"
+            )
 
 
 def _check_ranks(config: Config) -> None:

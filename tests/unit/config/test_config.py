@@ -297,3 +297,18 @@ def test_a_file_and_its_overrides_make_a_config(tmp_path: Path) -> None:
     assert (plan.dropout, plan.rounds, plan.optim) == (config.lora.dropout, config.run.rounds, config.train)
     own: Any = config.method_settings()
     assert (own.max_experts, own.linkage, own.warmup_rounds) == (3, "single", 5)
+
+
+def test_a_setting_of_another_method_says_where_it_belongs(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[data]\nfolder = "x"\n[method]\nname = "fedlease"\nwarmup_rounds = 2\n')
+    message = r"\[method\] 'warmup_rounds' is a setting of fedlease, and not of fedit; move it to \[methods\.fedlease\]"
+    with pytest.raises(CoterieError, match=message):
+        load_config(path, ["method.name=fedit"])
+    path.write_text('[data]\nfolder = "x"\n[method]\nname = "fedlease"\n[methods.fedlease]\nwarmup_rounds = 2\n')
+    assert load_config(path).method["warmup_rounds"] == 2
+    assert load_config(path, ["method.name=fedit"]).method == {"name": "fedit"}
+    with pytest.raises(CoterieError, match=r"\[methods\.fedit\] 'assignment' is a setting of .*fedamole"):
+        check_config({"data": {"folder": "x"}, "methods": {"fedit": {"assignment": "static"}}})
+    with pytest.raises(CoterieError, match=r"\[method\] unknown key 'warm_rounds'; did you mean 'warmup_rounds'"):
+        check_config({"data": {"folder": "x"}, "method": {"name": "fedlease", "warm_rounds": 2}})
