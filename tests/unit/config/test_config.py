@@ -135,7 +135,7 @@ WRONG = {  # what is wrong: (the config, what the error says)
     ),
     "of another method": (
         {**DATA, "method": {"name": "local", "linkage": "single"}},
-        r"^\[method\] unknown key 'linkage'; the keys are none$",
+        r"^\[method\] 'linkage' is a setting of fedlease, and not of local; move it to \[methods\.fedlease\], ",
     ),
     "nothing is near": ({**DATA, "lora": {"zzz": 1}}, r"^\[lora\] unknown key 'zzz'; the keys are rank, ranks, alpha"),
     "type": ({**DATA, "run": {"rounds": "ten"}}, r"^\[run\] rounds: .*integer.* \(found 'ten'\)$"),
