@@ -9,6 +9,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from coterie.files import read_json
+from coterie.nn.packaged import check_packaged
 from coterie.types import CoterieError
 
 MINILM = "minilm"  # the alias of the packaged encoder
@@ -65,6 +66,8 @@ def files_of(path: str, root: Path | None = None, weights: bool = True) -> str:
     than the config is needed. Raises :class:`CoterieError` that says what was tried.
     """
     if Path(path).is_dir():
+        if path == _packaged_minilm():
+            check_packaged(Path(path))
         return path
     folder = f"there is no folder {(root or Path.cwd()).resolve() / path}"
     tried = f"{folder}, no model {path!r} in the hub's cache"
