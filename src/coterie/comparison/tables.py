@@ -128,7 +128,8 @@ def number(value: float | None, metric: str) -> str:
     """A metric's value: in per cent, without the sign, where the metric is a share."""
     if value is None:
         return MISSING
-    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.3f}"
+    text = f"{100 * value:.1f}" if metric in PERCENT else f"{value:.3f}"
+    return text if float(text) else text.removeprefix("-")
 
 
 def tail_of(metric: str) -> int:
@@ -174,7 +175,7 @@ def settings_of(row: Figures) -> Sequence[str]:
 def signed(value: float, metric: str) -> str:
     """A difference of a metric, with its sign."""
     text = number(value, metric)
-    return text if text.startswith("-") else f"+{text}"
+    return text if text.startswith("-") or not float(text) else f"+{text}"
 
 
 def _seeds(record: Record) -> str:

@@ -15,7 +15,7 @@ from coterie.comparison.figures import record_of
 from coterie.comparison.jobs import Missing
 from coterie.comparison.page import comparison_pictures, write_page
 from coterie.comparison.record import Record, write_record
-from coterie.comparison.tables import brief, by_client, latex, markdown, overview
+from coterie.comparison.tables import brief, by_client, latex, markdown, overview, signed
 from coterie.comparison.tuning import Choice
 from coterie.report import plots
 from coterie.types import CoterieError
@@ -108,8 +108,8 @@ def test_the_tables(tmp_path: Path) -> None:
     best, fedit = cells["IFCA, clusters 2"], cells["FedIT"]
     assert (best["accuracy, %"].best, fedit["accuracy, %"].best) == (True, False)
     assert re.fullmatch(r"50\.2 ± 2\.1", fedit["accuracy, %"].text)
-    assert fedit["against the best other"].text == "-6.7 [-13.3, +0.0] to IFCA, clusters 2"
-    assert best["against the best other"].text == "+3.3 [+0.0, +6.7] to Local"
+    assert fedit["against the best other"].text == "-6.7 [-13.3, 0.0] to IFCA, clusters 2"
+    assert best["against the best other"].text == "+3.3 [0.0, +6.7] to Local"
     assert (fedit["worst client"].text, best["worst client"].text) == ("20.0", "40.0")
     assert fedit["tuned to"].text == "train.learning_rate=2e-3"
     assert best["tuned to"].text == "-"
@@ -117,6 +117,13 @@ def test_the_tables(tmp_path: Path) -> None:
     short = brief(record)
     assert short.head[-1] == "learning_rate"
     assert [row[-1].text for row in short.rows] == ["2e-3", "-", "-"]
+
+
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    assert [signed(value, "accuracy") for value in (0.0, -1e-17, -0.0004, 0.0006, -0.02)] == [
+        "0.0", "0.0", "0.0", "+0.1", "-2.0",
+    ]  # fmt: skip
+    assert signed(-0.0001, "loss") == "0.000"
 
 
 def test_markdown_and_latex_hold_the_same_cells(tmp_path: Path) -> None:
