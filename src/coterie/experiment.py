@@ -27,6 +27,7 @@ from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
+from coterie.runs.extend import extend, rounds_before
 from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
@@ -78,7 +79,8 @@ def run(
         root = Path(config).parent if root is None else root
         config = load_config(Path(config))
     check_folder(folder, config, resume)
-    if resume and (folder / SUMMARY).exists():
+    before = rounds_before(folder, config) if resume else None
+    if resume and before is None and (folder / SUMMARY).exists():
         listen(Note(f"{folder} is finished; nothing to do"))
         if not (folder / REPORT).exists():  # the run was stopped before it, or it failed
             _report(folder, listen)
@@ -87,14 +89,16 @@ def run(
     with closing(opened.engine):
         opened.method.init(opened.engine.spec, opened.engine.clients)
         reset_peak_memory()
-        return _carry_out(opened, folder, resume, listen)
+        return _carry_out(opened, folder, resume, listen, before)
 
 
-def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener) -> Summary:
-    """Take the folder, run the rounds, finish."""
+def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener, before: int | None) -> Summary:
+    """Take the folder, run the rounds, finish. ``before``: the rounds that the run has so far, where it gets more."""
     config = opened.config
     with lock_folder(folder), explain_full_disk(folder):
         claim(folder, config, opened.root, opened.federation.manifest, resume)
+        if before is not None:
+            extend(folder, config, before, opened.method.State)
         if config.run.tensorboard:
             listen = both(listen, tensorboard(folder))
         listen(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))

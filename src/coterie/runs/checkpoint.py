@@ -127,6 +127,13 @@ def _header(line: bytes) -> _Header:
         raise CorruptCheckpointError("its header is wrong") from fault
 
 
+def forget_after(folder: Path, rnd: int) -> None:
+    """Delete the checkpoints of rounds after ``rnd``."""
+    for path in _newest_first(folder):
+        if int(path.stem) > rnd:
+            path.unlink()
+
+
 def newest_round(folder: Path) -> int | None:
     """The round of the newest checkpoint file, None where there is none."""
     found = _newest_first(folder)

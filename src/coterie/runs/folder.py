@@ -26,7 +26,10 @@ _LOCK = ".lock"
 
 
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raises :class:`CoterieError` for a folder in use, or one without the run to resume."""
+    """Raises :class:`CoterieError` for a folder in use, or one without the run to resume.
+
+    The run to resume has the same config, or fewer rounds.
+    """
     if folder.exists() and not folder.is_dir():
         raise CoterieError(f"{folder} is a file; name a folder with --out")
     exists = (folder / "config.json").exists()
@@ -38,7 +41,16 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
     if not exists:
         raise CoterieError(f"there is no run to resume in {folder}; start it without --resume")
     old, _ = read_config(folder)
-    if changed := differences(plain(check_config(old)), plain(config)):  # newer keys have their defaults
+    before = plain(check_config(old))  # keys that are new since have their defaults
+    changed = differences(before, plain(config))
+    if changed == ["run.rounds"]:
+        if config.run.rounds > check_config(old).run.rounds:
+            return  # more rounds: see runs/extend.py
+        raise CoterieError(
+            f"{folder} is a run of {check_config(old).run.rounds} rounds, and a run can have more but not fewer; "
+            "give a higher run.rounds, or start a new run with --out"
+        )
+    if changed:
         raise CoterieError(
             f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
             "or start a new run with --out"
