@@ -209,7 +209,9 @@ def _ended(study: Study, jobs: Sequence[Job], watch: Watch, say: Say) -> Generat
         yield _reported(study, ended, say)
     running = run_here(left, watch) if study.jobs == 1 else run_apart(left, study.jobs, watch)
     with closing(running):
-        for ended in running:
+        for number, ended in enumerate(running, start=len(had) + 1):
+            if ended.summary:
+                say(f"{ended.job.label} has finished ({number} of {len(jobs)} runs)")
             yield _reported(study, ended, say)
 
 
