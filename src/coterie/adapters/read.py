@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -21,6 +20,7 @@ from coterie.adapters.pool import Adapter, Pool, name_of
 from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
 from coterie.nn.locate import resolve
 from coterie.nn.pretrained import bare_linears
+from coterie.nn.quiet import quiet_bitsandbytes
 from coterie.nn.weights import digests, endings
 from coterie.text import name_fault, parse_json
 from coterie.types import CoterieError, Json, Key, Part
@@ -218,6 +218,9 @@ def _left_out(folder: Path, config: Mapping[str, Json], other: Sequence[str]) ->
 
 def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> float:
     """The adapter's scale on a module: alpha / r, or alpha / sqrt(r) with rslora; the patterns override r and alpha."""
+    quiet_bitsandbytes()  # which peft imports
+    from peft.utils.other import get_pattern_key
+
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     stated = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from coterie.cli.plain import escape
+from coterie.cli.plain import escape, one_line
 from coterie.text import printable
 
 out = Console(emoji=False)  # used as ``console.out``, so that a test can replace it in one place
@@ -53,6 +55,21 @@ def default_folder(name: str, method: object, seed: int) -> Path:
 def say(text: str) -> None:
     """Print ``text`` as it is: no markup, no colours, no line breaks."""
     out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def prose(text: str) -> None:
+    """Print ``text`` with line breaks between words only: a name or a path that is longer than a line stays whole."""
+    say(textwrap.fill(printable(text), out.width, break_long_words=False, break_on_hyphens=False))
+
+
+def show_aligned(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print ``rows`` under ``columns`` in their full width, also on a narrower terminal. The first column is text."""
+    lines = [columns, *(tuple(map(one_line, row)) for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for number, row in enumerate(lines):
+        padded = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + padded[0], *(space + cell for cell, space in zip(row[1:], padded[1:], strict=True))]
+        out.print("  ".join(cells), style=None if number else "bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def heading(console: Console, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
@@ -36,7 +35,6 @@ federation.register(app)
 def main() -> None:
     """The console command: a user's error is a line or two with exit code 2, Ctrl-C exits with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that nothing here uses
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
         code = app(standalone_mode=False)

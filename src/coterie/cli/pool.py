@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from coterie.cli import console
-from coterie.cli.plain import escape
+from coterie.cli.plain import one_line
 from coterie.units import size
+
+if TYPE_CHECKING:
+    from coterie.adapters.pool import Adapter
 
 app = typer.Typer(no_args_is_help=True, help="Pools of existing LoRA adapters, for SmartFed.")
 
@@ -35,8 +38,9 @@ def build(
     show(folder)
     for adapter in pool.adapters:
         if base and adapter.base not in ("", base, pool.base):
-            text = f"note: {adapter.name} names the base {adapter.base}; make sure that it was trained on {pool.base}"
-            console.out.print(escape(text), highlight=False, soft_wrap=True)
+            console.prose(
+                f"note: {adapter.name} names the base {adapter.base}; make sure that it was trained on {pool.base}"
+            )
 
 
 @app.command()
@@ -46,37 +50,48 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
 
     pool = read_pool(folder)
     of_pool = norms(pool)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("adapter", "rank", "experts", "norm", "matrices", "licence", "base", "source", "sha256", "left out"):
-        table.add_column(column, overflow="fold", no_wrap=column == "adapter")
+    console.show_aligned(
+        ("adapter", "rank", "experts", "norm", "matrices"),
+        [
+            (
+                adapter.name,
+                _span(adapter.ranks.values()),
+                _span(adapter.experts),
+                f"{of_pool[adapter.name]:.3g}",
+                str(len(adapter.ranks)),
+            )
+            for adapter in pool.adapters
+        ],
+    )
     for adapter in pool.adapters:
-        ranks = sorted(set(adapter.ranks.values()))
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        numbers = f"{adapter.experts.start}-{adapter.experts.stop - 1}"
-        cells = [
-            adapter.name,
-            rank,
-            numbers,
-            f"{of_pool[adapter.name]:.3g}",
-            str(len(adapter.ranks)),
-            adapter.licence or "not given",
-            adapter.base,
-        ]
-        cells += [adapter.source, adapter.sha256[:12], ", ".join(adapter.left_out) or "-"]
-        table.add_row(*map(escape, cells))
-    console.out.print(table)
-    sizes = sorted({pool.size(module) for module in pool.modules})
-    rank_one = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        console.say(_origin(adapter))
     total = size(sum(value.nbytes for value in pool.tensors.values()))
+    experts = _span((pool.size(module) for module in pool.modules), " to ")
+    console.say(f"\npool {pool.name}\n{one_line(f'base {pool.base}')}")
+    console.prose(f"a run checks the base's weights on {len(pool.weights)} of {len(pool.modules)} matrices")
+    console.prose(f"{len(pool.modules)} matrices with {experts} experts of rank 1 each; {total}, sent to a client once")
+    for name, times in out_of_line(of_pool).items():
+        console.prose(
+            f"note: {name} is out of line: its norm (of B A, over its matrices) is {times:.3g} times the others' "
+            "median. Routing cannot make up for that: check where it comes from, or build the pool without it"
+        )
+
+
+def _origin(adapter: Adapter) -> str:
+    """Where an adapter came from, a line for each fact: paths stay whole on a narrow terminal."""
     lines = [
-        f"pool {pool.name}",
-        f"base {pool.base}",
-        f"a run checks the base's weights on {len(pool.weights)} of {len(pool.modules)} matrices",
-        f"{len(pool.modules)} matrices with {rank_one} experts of rank 1 each; {total}, sent to a client once",
+        adapter.name,
+        f"  licence   {adapter.licence or 'not given'}",
+        f"  base      {adapter.base or 'not given'}",
+        f"  source    {adapter.source}",
+        f"  sha256    {adapter.sha256[:12]}",
     ]
-    lines += [
-        f"note: {name} is out of line: its norm (of B A, over its matrices) is {times:.3g} times the others' median. "
-        "Routing cannot make up for that: check where it comes from, or build the pool without it"
-        for name, times in out_of_line(of_pool).items()
-    ]
-    console.out.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)
+    lines += [f"  left out  {', '.join(adapter.left_out)}"] if adapter.left_out else []
+    return "\n" + "\n".join(map(one_line, lines))
+
+
+def _span(numbers: Iterable[int], to: str = "-") -> str:
+    """The smallest and the largest number, or the only one."""
+    found = list(numbers)
+    low, high = min(found), max(found)
+    return str(low) if low == high else f"{low}{to}{high}"

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from coterie.nn.locate import files_of
+from coterie.nn.quiet import quiet_bitsandbytes
 from coterie.nn.spec import head_modules, linear_sizes
 from coterie.types import CoterieError, TaskKind
 
@@ -149,6 +150,7 @@ def _disable_dropout(thing: object) -> None:
 
 def _quantization(kind: str, dtype: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
     """transformers' settings to quantise every Linear except the output layer and those inside the modules ``skip``."""
+    quiet_bitsandbytes()
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CoterieError(f"quantize = {kind!r} needs bitsandbytes: pip install bitsandbytes")
     keep = {"llm_int8_skip_modules": skip} if skip else {}
