@@ -33,7 +33,7 @@ from coterie.runs.events import (
     Scores,
 )
 from coterie.runs.folder import REPORT
-from coterie.runs.rounds import named
+from coterie.runs.health import named
 from coterie.runs.summary import Summary
 from coterie.units import clock, size
 

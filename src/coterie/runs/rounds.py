@@ -47,6 +47,7 @@ from coterie.runs.events import (
     Truncated,
     read_events,
 )
+from coterie.runs.health import loss_note, quorum_fault
 from coterie.runs.summary import best_round
 from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Reply
 
@@ -177,7 +178,10 @@ class Runner(Generic[S]):
         self.listen(RoundStart(rnd, [client.id for client in cohort]))
         self.engine.watch(lambda steps: self.listen(ClientSteps(rnd, list(steps.clients), steps.taken, steps.of)))
         replies, entries, failed = self._train(state, cohort, rnd)
-        self._check_quorum(replies, cohort, failed, rnd)
+        needed = max(1, math.ceil(self.settings.quorum * len(cohort)))
+        if fault := quorum_fault(rnd, len(replies), len(cohort), failed, needed):
+            self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, {}, peak_memory()))
+            raise CoterieError(fault)
         before = to_json(self.method.describe(state))
         state = self.method.aggregate(state, self._with_shares(replies, rnd), rnd)
         after = to_json(self.method.describe(state))
@@ -246,17 +250,6 @@ class Runner(Generic[S]):
             self._note([text], rnd)
         return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}
 
-    def _check_quorum(
-        self, replies: Mapping[ClientId, Reply], cohort: Sequence[ClientInfo], failed: Mapping[ClientId, str], rnd: int
-    ) -> None:
-        needed = max(1, math.ceil(self.settings.quorum * len(cohort)))
-        if len(replies) < needed:
-            reasons = "; ".join(named(client, reason) for client, reason in list(failed.items())[:3])
-            raise CoterieError(
-                f"round {rnd}: {len(replies)} of {len(cohort)} clients replied, but the quorum is {needed} "
-                f"([run] quorum). {reasons}"
-            )
-
     def _evaluate(self, state: S, rnd: int) -> None:
         if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:
             return
@@ -277,6 +270,7 @@ class Runner(Generic[S]):
         samples = {client: evaluation.samples for client, evaluation in scores.items() if evaluation.samples}
         self._evaluated.append(Evaluated(rnd, clients, mean, usage, time.perf_counter() - started, samples))
         self._log(self._evaluated[-1])
+        self._note([text] if (text := loss_note(self._evaluated)) else [], rnd)
 
     def _commit(self, state: S, rnd: int) -> Checkpoint[S]:
         """Everything of round ``rnd`` is on the disk once this returns."""
@@ -304,11 +298,6 @@ class Runner(Generic[S]):
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event.to_json(), allow_nan=False) + "\n")
         self.listen(event)
-
-
-def named(client: ClientId, fault: str) -> str:
-    """``fault`` with the name of its client before it, once."""
-    return fault if fault.startswith(f"client {client}") else f"{client}: {fault}"
 
 
 def _entry(delivery: Delivery, fault: str | None) -> ClientRound:

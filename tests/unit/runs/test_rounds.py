@@ -25,6 +25,7 @@ from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
 from coterie.requests import Train, Trained
 from coterie.runs.events import ClientDone, ClientSteps, Evaluated, Note, RoundStart, Truncated, read_events
+from coterie.runs.health import loss_note
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target
@@ -160,7 +161,8 @@ def test_an_update_out_of_line_is_left_out_once_all_have_come(tmp_path: Path) ->
 
 def test_an_update_out_of_line_counts_against_the_quorum(tmp_path: Path) -> None:
     with pytest.raises(
-        CoterieError, match=r"round 1: 3 of 4 clients replied, but the quorum is 4.*c3: the update of A is"
+        CoterieError,
+        match=r"round 1: 3 of 4 clients sent a usable reply, .* is 4.*c3: the update of A is",
     ):
         run(tmp_path, lambda c, rnd, reply: with_tensor(reply, lambda t: t - 51) if c == "c3" else reply, quorum=1.0)
 
@@ -183,7 +185,7 @@ def test_below_the_quorum_the_run_stops_and_the_checkpoint_stands(tmp_path: Path
     def spoil(client: str, rnd: int, reply: Reply) -> Reply | None:
         return None if rnd == 3 and client != "c0" else reply
 
-    with pytest.raises(CoterieError, match=r"round 3: 1 of 4 clients replied, but the quorum is 2.*c1: no reply"):
+    with pytest.raises(CoterieError, match=r"round 3: 1 of 4 clients sent a usable reply, .* is 2.*c1: no reply"):
         run(tmp_path, spoil)
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["000001.ckpt", "000002.ckpt"]
     state, engine, _ = run(tmp_path)
@@ -251,7 +253,7 @@ def test_a_resumed_run_gives_up_what_its_last_commit_had_no_time_to(tmp_path: Pa
 def test_half_of_five_is_three(tmp_path: Path) -> None:
     engine = Compute(lambda c, rnd, reply: reply if c in ("c0", "c1") else None, number=5)
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
-    with pytest.raises(CoterieError, match="2 of 5 clients replied, but the quorum is 3"):
+    with pytest.raises(CoterieError, match="2 of 5 clients sent a usable reply, but the quorum is 3"):
         Runner(method, engine, RoundSettings(3, 0), tmp_path).run()
 
 
@@ -328,3 +330,36 @@ def test_steps_are_heard_as_they_are_taken_and_kept_nowhere(tmp_path: Path) -> N
     kinds = [type(event) for event in heard]
     assert kinds[kinds.index(ClientSteps) + 1] is ClientDone
     assert events(tmp_path, "steps") == []
+
+
+def test_a_run_that_diverges_is_not_blamed_on_the_replies(tmp_path: Path) -> None:
+    def spoil(client: str, rnd: int, reply: Reply) -> Reply | str:
+        return f"client {client}: the loss is not finite at step 3 of round {rnd}" if rnd == 2 else reply
+
+    with pytest.raises(CoterieError, match=r"round 2: training diverged at 4 of 4 clients.*learning_rate.*step 3"):
+        run(tmp_path, spoil)
+    stopped = events(tmp_path, "round")[-1]
+    assert (stopped["round"], len(stopped["failed"]), len(stopped["clients"])) == (2, 4, 4)
+    assert "not finite" in stopped["failed"]["c0"]
+    run(tmp_path)  # once the cause is gone
+    assert [line["round"] for line in events(tmp_path, "round")] == [1, 2, 3]
+
+
+def test_a_round_that_too_few_replies_stop_is_in_the_metrics(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match=r"round 1: 0 of 4 clients sent a usable reply.*c0: no reply"):
+        run(tmp_path, lambda client, rnd, reply: None)
+    (line,) = events(tmp_path, "round")
+    assert line["failed"] == dict.fromkeys(["c0", "c1", "c2", "c3"], "no reply")
+
+
+@pytest.mark.parametrize("loss", [28_289.0, math.nan, math.inf])
+def test_a_loss_that_no_guess_could_have_is_a_warning_once(loss: float) -> None:
+    rounds = [
+        Evaluated(rnd, {"a": {"test": {"loss": 0.7}}, "b": {"test": {"loss": value}, "validation": {"loss": 1.0}}})
+        for rnd, value in enumerate([12.0, loss, loss], start=1)
+    ]
+    assert loss_note(rounds[:1]) is None
+    text = loss_note(rounds[:2])
+    assert text is not None
+    assert "round 2 has losses that are worse than any guess (b test " in text
+    assert loss_note(rounds) is None
