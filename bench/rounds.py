@@ -222,7 +222,7 @@ def published_run(place: Place, folder: Path, config: Config, most: int) -> Publ
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a client in a round, of 8 rows each")
-    parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--experts", type=int, nargs="*", default=[4, 8, 16], help="of the rounds; none: no rounds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="of the whole run; 0: none")
     parser.add_argument("--whole-repeats", type=int, default=1)
@@ -242,9 +242,10 @@ def main() -> None:
         folder = Path(name)
         size = Size(options.clients, **rows, device=options.device, model=path_of(options.model, folder))
         place = Place(folder, made_clients(folder, size), size, options.precision, {})
-        apart = check(place, options.experts[0])
+        apart = check(place, (options.experts or [4])[0])
         found = [rounds(place, experts, options.repeats) for experts in options.experts]
-        show(found)
+        if found:
+            show(found)
         run = whole(place, options.rounds, min(8, size.clients - 1), options.whole_repeats) if options.rounds else None
         if run:
             table(
