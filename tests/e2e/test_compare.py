@@ -19,6 +19,7 @@ import sites
 from coterie import experiment
 from coterie.cli.progress import listener
 from coterie.comparison import Comparison, compare, jobs, page, processes
+from coterie.comparison.cross import read_cross
 from coterie.config.load import load_config
 from coterie.methods.fedit import FedIT
 from coterie.methods.registry import methods
@@ -290,6 +291,22 @@ def test_the_controls_of_fedlease_run_side_by_side(tmp_path: Path) -> None:
     for client, row in made.results[variants[6]][0].clients.items():
         found = together.results[variants[6]][0].clients[client]
         assert found.test["loss"] == pytest.approx(row.test["loss"], rel=1e-3)
+
+
+def test_more_rounds_continue_the_runs_that_are_named(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    compare(path, out, methods=["fedit", "local"], overrides=FEW, cross=True)
+    before = read_cross(out / "local-0")
+    more = ["run.rounds=2"]
+    made = compare(path, out, methods=["local"], overrides=more)
+    assert list(made.done) == ["local"]
+    assert made.results["local"][0].rounds == 2
+    why, reason = reasons(made)["fedit", 0]
+    assert why == "other config"
+    assert "fewer rounds" in reason
+    assert (before is None, read_cross(out / "local-0")) == (False, None)  # that of the shorter run
+    both = compare(path, out, methods=["fedit"], overrides=more, jobs=1)
+    assert (set(both.done), both.missing) == ({"fedit", "local"}, [])
 
 
 def test_a_page_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

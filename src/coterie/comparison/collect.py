@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coterie.comparison.figures import Comparison, Done, record_of
-from coterie.comparison.jobs import Job, Missing, finished
+from coterie.comparison.jobs import Job, Missing, finished, missed
 from coterie.comparison.record import RECORD, Record, read_record, write_record
 from coterie.comparison.tuning import Choice
 from coterie.comparison.variants import Point, config_for
 from coterie.config.load import Raw
+from coterie.runs.summary import SUMMARY
 from coterie.types import CoterieError
 
 
@@ -57,6 +58,8 @@ def collect(
     done: dict[str, dict[int, Done]] = {}
     for job in [*jobs, *(job for job in earlier if job.name not in names)]:
         ended = finished(job)
+        if ended is None and job.name not in names and (job.folder / SUMMARY).exists():
+            ended = missed(job, "other config", "it has had fewer rounds; name its method and seed to continue it")
         if ended and ended.summary:
             done.setdefault(job.variant, {})[job.seed] = Done(job.folder, ended.summary)
         elif ended and ended.missing:

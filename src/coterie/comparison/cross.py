@@ -5,6 +5,7 @@ The models are those in the run's bundles: of the round that validation chose, o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,10 +36,12 @@ CROSS = "cross.json"
 class Cross:
     """The metrics of the model of one client (first key) on the test rows of another (second key), after ``round``.
 
-    ``round`` is None where the run is older than the record of what it exported.
+    ``round`` is None where the run is older than the record of what it exported. ``summary`` is the SHA-256 of the
+    run's ``summary.json``: a run that was given more rounds has another.
     """
 
     round: int | None
+    summary: str
     metrics: Mapping[ClientId, Mapping[ClientId, Mapping[str, Number]]]
 
     def means(self, metric: str) -> tuple[float, float] | None:
@@ -61,14 +64,15 @@ _CROSS = TypeAdapter(Cross)
 
 
 def read_cross(folder: Path) -> Cross | None:
-    """What :func:`evaluate_cross` wrote in a run's folder; None where it has not."""
+    """What :func:`evaluate_cross` wrote in a run's folder; None where it has not, or the run has changed since."""
     path = folder / CROSS
     if not path.is_file():
         return None
     try:
-        return _CROSS.validate_python(read_json(path, "remove it, and compare with --cross again"))
+        cross = _CROSS.validate_python(read_json(path, "remove it, and compare with --cross again"))
     except ValidationError as fault:
         raise CoterieError(f"{path} is damaged; remove it, and compare with --cross again") from fault
+    return cross if cross.summary == _digest(folder) else None
 
 
 def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
@@ -92,9 +96,13 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
         scores = LocalCompute(workplace, on, config.run.rounds).score(Score([banks[c] for c in of], split="test"))
         for client, scored in zip(of, scores, strict=True):
             found[client][on.info.id] = {**scored.metrics, "loss": scored.loss}
-    cross = Cross(read_summary(folder / SUMMARY).exported_round, found)
+    cross = Cross(read_summary(folder / SUMMARY).exported_round, _digest(folder), found)
     write_json(folder / CROSS, plain(cross))
     return cross
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / SUMMARY).read_bytes()).hexdigest()
 
 
 def _alike(on: ClientData, clients: tuple[ClientData, ...]) -> list[ClientId]:

@@ -16,6 +16,7 @@ from coterie.comparison.variants import Point, folder_of
 from coterie.config.sections import Config
 from coterie.experiment import run
 from coterie.runs.events import Listener
+from coterie.runs.extend import rounds_before
 from coterie.runs.folder import FolderInUse, check_folder, lock_file
 from coterie.runs.summary import SUMMARY, Summary, read_summary
 from coterie.types import CoterieError
@@ -101,11 +102,16 @@ def missed(job: Job, why: Why, reason: str) -> Ended:
 
 
 def finished(job: Job) -> Ended | None:
-    """The result of a job whose run has finished; None where it has not. A run with another config is no result."""
+    """The result of a job whose run has finished; None where it has not, or has had fewer rounds and can go on.
+
+    A run with another config is no result.
+    """
     if not (job.folder / SUMMARY).exists():
         return None
     try:
         check_folder(job.folder, job.config, resume=True)
+        if rounds_before(job.folder, job.config) is not None:
+            return None
         return Ended(job, read_summary(job.folder / SUMMARY), reused=True)
     except CoterieError as fault:
         return missed(job, "other config", str(fault))
