@@ -7,6 +7,8 @@ WORKERS ?= 2
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
 # More for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu for the CPU build of torch.
 PIP_FLAGS ?=
+# constraints-hashed.txt: check the SHA-256 of every package but torch (Python 3.11 on Linux).
+HASHED ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -96,5 +98,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "making $(VENV) with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear $(VENV); }
 	@echo "installing Coterie and what it needs into $(VENV): about a minute, or the time of the downloads"
+	@test -z "$(HASHED)" || $(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps --require-hashes -r $(HASHED)
 	@$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
