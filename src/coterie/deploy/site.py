@@ -149,7 +149,7 @@ def why_a_supernode_ended(text: str) -> str:
     if _KEY_REFUSED in text:
         return (
             "the server refuses this site's key. Either it is not registered there, and whoever runs the server adds "
-            "it with `coterie keys add`; or another process uses it, which after a crash ends within about a minute"
+            "it with `coterie keys add`; or another process uses it, which after a crash ends within about 60 s"
         )
     _, exit_code, after = text.partition("Exit Code:")
     lines = [plain_text(line.strip()) for line in after.splitlines()[1:3]] if exit_code else []
