@@ -34,8 +34,11 @@ def run(path: Path, out: Path, *changes: str) -> Summary:
 
 
 def evaluations(out: Path) -> list[dict[str, Any]]:
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{**event, "seconds": 0} for event in events if event["event"] == "evaluation"]
+    return [{**event, "seconds": 0} for event in events(out) if event["event"] == "evaluation"]
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_federation_learns_which_candidate_is_right(tmp_path: Path) -> None:
@@ -95,3 +98,17 @@ def test_candidates_that_differ_from_row_to_row(method: str, tmp_path: Path) -> 
     summary = run(path, tmp_path / "out")
     assert {row.labels for row in summary.clients.values()} == {None}
     assert summary.mean["test"].keys() == {"accuracy", "loss"}
+
+
+@pytest.mark.parametrize("together", ["1", "2"])
+def test_a_row_that_cannot_be_encoded_fails_its_client_alone(together: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path, "gpt2", method="fedit", kind="multiple_choice")
+    row = {"prompt": "one", "choices": [f" {'great ' * 40}one", f" {'great ' * 40}two"], "label": 0}
+    with (tmp_path / "clients" / "size-0" / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    run(path, tmp_path / "out", "run.rounds=1", f"engine.clients_per_batch={together}")
+    (done,) = (event for event in events(tmp_path / "out") if event["event"] == "round")
+    assert list(done["failed"]) == ["size-0"]
+    assert "two candidates have the same tokens" in done["failed"]["size-0"]
+    (cut,) = (event for event in events(tmp_path / "out") if event["event"] == "truncated")
+    assert cut["rows"] == 4 * (12 + 6 + 6), "the rows of the four other clients"

@@ -11,8 +11,8 @@ import torch
 
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
-from coterie.data.rows import FederatedData
-from coterie.data.tasks import Task, Truncation, make_task
+from coterie.data.rows import ClientData, FederatedData
+from coterie.data.tasks import Task, Truncation, make_task, truncation_of_all
 from coterie.machine import devices, native_bfloat16
 from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
@@ -66,10 +66,16 @@ def simulated_workplaces(
 
 
 def truncation_of(config: Config, federation: FederatedData, root: Path) -> Truncation:
-    """What ``[model] max_length`` cuts off the rows of all clients, in a process that has no base."""
+    """What ``[model] max_length`` cuts off the rows of all clients, in a process that has no base.
+
+    As :func:`~coterie.data.tasks.truncation_of_all`.
+    """
     task = _task(config, load_tokenizer(files_of(resolve(config.model.path, root), root, weights=False)))
-    splits = (rows for client in federation.clients for rows in client.splits.values())
-    return sum((Truncation.of([task.encode(row) for row in rows]) for rows in splits), Truncation())
+
+    def of(client: ClientData, split: str) -> Truncation:
+        return Truncation.of([task.encode(row) for row in client.splits[split]])
+
+    return truncation_of_all(federation.clients, of)
 
 
 def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:

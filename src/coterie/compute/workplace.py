@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ import torch
 
 from coterie.compute.tokens import Split, TokenCache
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example, Task, Truncation
+from coterie.data.tasks import Example, Task, Truncation, truncation_of_all
 from coterie.nn.base import Base
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut
@@ -86,11 +86,14 @@ class Workplace:
             self.truncations[key] = Truncation.of(made)
             return made
 
-    def truncation(self, client: ClientId | None = None) -> Truncation:
-        """What was cut off all rows that were tokenised so far, or off those of one client."""
+    def truncation(self, clients: Iterable[ClientData]) -> Truncation:
+        """What is cut off all rows of ``clients``, which are tokenised for it; as :func:`truncation_of_all`."""
         with self.tokenising:
-            mine = (cut for (of, _), cut in self.truncations.items() if client in (None, of))
-            return sum(mine, Truncation())
+            return truncation_of_all(clients, self._truncation)
+
+    def _truncation(self, client: ClientData, split: str) -> Truncation:
+        self.prepare(client, split)
+        return self.truncations[client.info.id, split]
 
     def prepare(self, client: ClientData, split: str) -> None:
         """Have the rows of a split tokenised for :meth:`examples`; raises as that does."""

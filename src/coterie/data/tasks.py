@@ -7,7 +7,8 @@ tokens of the completion or of the right candidate), so that the caller divides 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.data.parse import listing
-from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
-from coterie.types import DataError, TaskKind
+from coterie.data.rows import ChoiceRow, ClientData, PromptRow, Row, TextRow
+from coterie.types import CoterieError, DataError, TaskKind
 
 IGNORE = -100  # the label of a token that does not count
 
@@ -91,6 +92,18 @@ class Truncation:
             f"{self.cut:,} of {self.rows:,} rows are longer than [model] max_length and lose {self.tokens:,} tokens "
             "together"
         )
+
+
+def truncation_of_all(clients: Iterable[ClientData], of: Callable[[ClientData, str], Truncation]) -> Truncation:
+    """The sum of ``of(client, split)`` over all splits with rows.
+
+    A client with a row that cannot be encoded is left out: it fails in its round, with the reason.
+    """
+    total = Truncation()
+    for client in clients:
+        with suppress(CoterieError):
+            total += sum((of(client, split) for split, rows in client.splits.items() if rows), Truncation())
+    return total
 
 
 @dataclass(frozen=True)

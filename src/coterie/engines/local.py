@@ -107,10 +107,7 @@ class LocalEngine:
 
     def truncation(self) -> Truncation:
         """What ``[model] max_length`` cuts off the rows of all clients, which are tokenised for it."""
-        for client in self.federation.clients:
-            for split in (split for split, rows in client.splits.items() if rows):
-                self.workplace.prepare(client, split)
-        return self.workplace.truncation()
+        return self.workplace.truncation(self.federation.clients)
 
     def restore(self, rnd: int) -> None:
         """Go back to the clients' states after round ``rnd``."""
