@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from coterie.data.duplicates import Counts, duplicates_of, duplicates_text, totals
 from coterie.data.files import RowTable, read_table
 from coterie.data.manifest import client_entry
-from coterie.data.parse import listing, parse
+from coterie.data.parse import folded, listing, parse
 from coterie.data.rows import SPLITS, ClientData, FederatedData, client_data
 from coterie.data.settings import ClientFiles, DataSettings
 from coterie.data.simulated import load_datasets, split_datasets
@@ -31,11 +31,14 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
         datasets = load_datasets(settings, root)
         _check_files(dataset for _, dataset in datasets)
         clients, about = split_datasets(datasets, settings, kind, seed, root)
+        listed = [name for entry, dataset in datasets for name in entry.labels or dataset.labels or ()]
     else:
-        clients, about = _own_files(settings, kind, seed, root), {}
+        clients, listed = _own_files(settings, kind, seed, root)
+        about = {}
     _check_ids([client.info.id for client, _ in clients])
     _check_names([client.info for client, _ in clients], kind)
     _check_labels([client.info for client, _ in clients], kind)
+    _check_spelling([client.info for client, _ in clients], kind, {*listed, *(settings.labels or ())})
     entries = {client.info.id: client_entry(client, tables, root) for client, tables in clients}
     twice = duplicates_of([client for client, _ in clients])
     _check_duplicates(twice, settings)
@@ -48,8 +51,8 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
 
 def _own_files(
     settings: DataSettings, kind: TaskKind, seed: int, root: Path
-) -> list[tuple[ClientData, list[RowTable]]]:
-    """Clients with files of their own, each with its tables."""
+) -> tuple[list[tuple[ClientData, list[RowTable]]], list[str]]:
+    """Clients with files of their own, each with its tables; and the labels that single clients list."""
     _check_ids([files.id for files in settings.clients])
     given = [(files, _tables(files, root)) for files in settings.clients] or _client_folders(settings, root)
     _check_files(dataset for _, dataset in given)
@@ -60,7 +63,7 @@ def _own_files(
         splits = complete(rows, settings, seed, f"client {files.id}")
         chosen = {split: choose(split, splits[split], settings, seed, files.id) for split in SPLITS}
         clients.append((client_data(files.id, files.group, chosen, names), list(dataset.tables.values())))
-    return clients
+    return clients, [name for files, dataset in given for name in files.labels or dataset.labels or ()]
 
 
 def _tables(files: ClientFiles, root: Path) -> Dataset:
@@ -112,6 +115,23 @@ def _check_labels(clients: Sequence[ClientInfo], kind: TaskKind) -> None:
                 f"client {client.id} has only the label {listing(client.labels or ())}, so there is nothing to tell "
                 "apart; list all labels in data.labels, or leave the client out"
             )
+
+
+def _check_spelling(clients: Sequence[ClientInfo], kind: TaskKind, listed: Collection[str]) -> None:
+    """Raises :class:`DataError` where two clients spell a label differently, unless both spellings are ``listed``.
+
+    Otherwise what is one label would be two, without a word. Candidates of multiple choice are text, not names.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for client in clients if kind == "classification" else ():
+        for name in client.labels or ():
+            other, spelling = first.setdefault(folded(name), (client.id, name))
+            if spelling != name and not {name, spelling} <= {*listed}:
+                raise DataError(
+                    f"client {client.id}: the label {name!r} differs from client {other}'s {spelling!r} only in "
+                    "capital letters or spaces; correct one, or, if they are different labels, list each in the "
+                    "labels of its client or dataset"
+                )
 
 
 def _check_duplicates(counts: Counts, settings: DataSettings) -> None:

@@ -72,7 +72,7 @@ def _check_spelling(names: Sequence[str], table: RowTable, columns: Columns) -> 
     """Raises :class:`DataError` for names that differ in capital letters or white space alone: slips, in most files."""
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(_folded(name), name)
+        other = first.setdefault(folded(name), name)
         if other != name:
             rows = (row for row, value in _column(table, columns, "label") if _label(value, "") == name)
             raise DataError(
@@ -81,7 +81,8 @@ def _check_spelling(names: Sequence[str], table: RowTable, columns: Columns) -> 
             )
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """``name`` without its differences in capital letters, white space and forms of a character."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 

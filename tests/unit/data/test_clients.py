@@ -408,3 +408,29 @@ def test_prompts_with_another_completion_are_other_rows(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in own))
     found = load(tmp_path, "generation", folder=".").manifest["duplicates"]
     assert found == {key: {"test in train": 1, "test in validation": 1} for key in ("in all", "a")}
+
+
+def spelled(folder: Path, labels: tuple[str, str]) -> None:
+    rows = [{"text": f"{folder.name} {i}", "label": labels[i % 2]} for i in range(20)]
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("other", [("NO", "yes"), ("n o", "y"), ("no", "YES")])
+@pytest.mark.parametrize("kind", ["folder", "datasets"])
+def test_clients_that_spell_a_label_differently_are_refused(kind: str, other: tuple[str, str], tmp_path: Path) -> None:
+    spelled(tmp_path / "all" / "a", ("no", "yes") if " " not in other[0] else ("n  o", "y"))
+    spelled(tmp_path / "all" / "b", other)
+    settings: dict[str, Any] = {"folder": "all"} if kind == "folder" else {"datasets": ["all/a", "all/b"]}
+    with pytest.raises(DataError, match=r"client b.*: the label '.*' differs from client a.*'s '.*' only in capital"):
+        load(tmp_path, **settings)
+    for name in "ab":  # both listed: they are different labels
+        labels = sorted({json.loads(x)["label"] for x in (tmp_path / "all" / name / "train.jsonl").open()})
+        (tmp_path / "all" / name / "info.json").write_text(json.dumps({"labels": labels}))
+    assert len({client.info.labels for client in load(tmp_path, **settings).clients}) == 2
+
+
+def test_a_client_may_list_two_spellings_of_its_own(tmp_path: Path) -> None:
+    spelled(tmp_path / "all" / "a", ("no", "NO"))
+    (client,) = load(tmp_path, folder="all", labels=["no", "NO"]).clients
+    assert client.info.labels == ("no", "NO")
