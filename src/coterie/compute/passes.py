@@ -125,8 +125,8 @@ def on_base(workplace: Workplace, layers: Sequence[BankLayers]) -> Iterator[Pass
     Raises :class:`~coterie.nn.many.UnlikeError` for banks that cannot share a pass.
     """
     model, cut = workplace.base.model, workplace.base.first_token
-    spared = cut is not None and cut.spares(name for each in layers for name in each.layers)
-    with cut.only(model) if cut and spared else nullcontext():
+    targets = {name for each in layers for name in each.layers}
+    with cut.only(model) if cut and cut.keeps_all_tokens(targets) else nullcontext():
         if len(layers) == 1:
             with attached_layers(model, layers[0]):
                 yield Passes(workplace, layers[0].now.rows)

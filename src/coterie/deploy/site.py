@@ -30,7 +30,7 @@ _SUPERNODE = "from coterie.flower.commands import supernode_command; supernode_c
 _WORKER = "import sys; from coterie.deploy.worker_process import work; work(sys.argv[1], sys.argv[2])"
 _SOCKET = "worker"
 _KEY_REFUSED = "[code: 2004]"  # Flower's, of a SuperNode that could not be activated
-_LOG_BYTES = 200_000
+_LOG_BYTES = 200_000  # of the end of a log, where the reason is
 # Seconds before a process that died is started again. For about a minute Flower refuses a second SuperNode with a key.
 _BACKOFF = (0.0, 1.0, 5.0, *(10.0,) * 9, 60.0)
 _CALM = 300.0  # seconds that a process has to run for its earlier failures to be forgotten
@@ -76,8 +76,8 @@ class Child:
         if not self.log.exists():
             return ""
         with self.log.open("rb") as file:
-            file.seek(self._log_at)
-            reason = self.explain(file.read(_LOG_BYTES).decode("utf-8", "replace"))
+            file.seek(max(self._log_at, file.seek(0, os.SEEK_END) - _LOG_BYTES))
+            reason = self.explain(file.read().decode("utf-8", "replace"))
         return f": {reason}" if reason else ""
 
     def end(self) -> None:

@@ -86,7 +86,7 @@ class FedAMoLESettings(MethodSettings):
     top_k: int = Field(2, ge=1, description="experts per token, besides the shared one")
     assignment: Literal["dynamic", "static", "random", "homogeneous"] = Field(
         "dynamic",
-        description="experts choose each round; at random, once; at random, each round; or like dynamic, with the  "
+        description="experts choose each round; at random, once; at random, each round; or like dynamic, with the "
         "same number of experts for every client",
     )
     balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -89,12 +89,16 @@ def release(model: nn.Module) -> None:
 
 def _put_on(model: nn.Module, built: BankLayers) -> Attached:
     claim(model)
-    before = {name: model.get_submodule(name) for name in built.heads}
-    handles = [
-        model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in built.layers.items()
-    ]
-    if any(routes_by_row(layer.gate) for layer in built.layers.values()):
-        handles.append(built.now.rows.follow(model))
-    for name, head in built.heads.items():
-        model.set_submodule(name, head)
-    return Attached(model, built.parameters, built.now, handles, before)
+    made = Attached(model, built.parameters, built.now, [], {})
+    with ExitStack() as stack:
+        stack.callback(made.detach)  # unless all of it is on
+        for name, layer in built.layers.items():
+            made.handles.append(model.get_submodule(name).register_forward_hook(layer, with_kwargs=True))
+        if any(routes_by_row(layer.gate) for layer in built.layers.values()):
+            made.handles.append(built.now.rows.follow(model))
+        for name, head in built.heads.items():
+            before = model.get_submodule(name)
+            model.set_submodule(name, head)
+            made.heads[name] = before
+        stack.pop_all()
+    return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,21 +35,17 @@ def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[A
     layers = {name: ManyLayer([client.layers.get(name) for client in clients], now) for name in names}
     heads = {name: model.get_submodule(name) for name in sorted({name for client in clients for name in client.heads})}
     claim(model)
-    handles = [
-        model.get_submodule(name).register_forward_hook(layer, with_kwargs=True) for name, layer in layers.items()
-    ]
-    if any(layer.by_row for layer in layers.values()):
-        handles.append(now.row_mask.follow(model))
-    for name, head in heads.items():
-        model.set_submodule(name, ManyHead([client.heads.get(name, head) for client in clients], now))
-    try:
-        yield AttachedMany(clients, now)
-    finally:
-        release(model)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        stack.callback(release, model)
+        for name, layer in layers.items():
+            handle = model.get_submodule(name).register_forward_hook(layer, with_kwargs=True)
+            stack.callback(handle.remove)
+        if any(layer.by_row for layer in layers.values()):
+            stack.callback(now.row_mask.follow(model).remove)
         for name, head in heads.items():
-            model.set_submodule(name, head)
+            model.set_submodule(name, ManyHead([client.heads.get(name, head) for client in clients], now))
+            stack.callback(model.set_submodule, name, head)
+        yield AttachedMany(clients, now)
 
 
 class ManyHead(nn.Module):

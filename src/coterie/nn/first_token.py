@@ -33,7 +33,7 @@ class FirstToken:
     module: str
     layer: str
 
-    def spares(self, targets: Iterable[str]) -> bool:
+    def keeps_all_tokens(self, targets: Iterable[str]) -> bool:
         """Whether all ``targets`` still see all tokens.
 
         One behind the cut would see fewer: its dropout would draw other masks, and its use of experts and load-balance

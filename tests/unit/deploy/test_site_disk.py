@@ -246,6 +246,17 @@ def test_a_site_says_that_the_server_refuses_its_key(tmp_path: Path, capfd: pyte
     assert line in capfd.readouterr().err
 
 
+def test_the_reason_is_at_the_end_of_a_long_log(tmp_path: Path) -> None:
+    path = tmp_path / "supernode.log"
+    path.write_text(REFUSED.replace("2004", "8"))  # of an earlier process
+    child = site.Child("supernode", [], {}, path, site.why_a_supernode_ended, _log_at=path.stat().st_size)
+    with path.open("a") as file:
+        file.write("a line of the log\n" * 20_000 + REFUSED.replace("2004", "9"))
+    assert child._why().endswith("[code: 9] Failed to activate SuperNode.")
+    path.write_text(path.read_text()[: child._log_at])
+    assert child._why() == "", "nothing was written since"
+
+
 def test_otherwise_it_says_what_flower_said() -> None:
     assert site.why_a_supernode_ended(REFUSED.replace("2004", "9")) == (
         "Failed to initialize the connection to the SuperLink. [code: 9] Failed to activate SuperNode."

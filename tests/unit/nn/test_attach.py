@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import tiny
-from coterie.nn.attach import Attached, attach, attached
+from coterie.nn.attach import Attached, attach, attached, attached_layers
 from coterie.nn.attach_many import attached_many
 from coterie.nn.build import build_layers
 from coterie.nn.spec import describe, linear_sizes
@@ -388,3 +388,27 @@ def test_a_bank_that_does_not_fit_leaves_the_model_free() -> None:
     with attached(made, fedlease(made)) as handle:
         assert handle.on
     assert not handle.on
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_failure_half_way_leaves_the_model_as_it_was(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny.model("bert")
+    before, hooked = logits(made), hooks(made)
+    head = {Key("classifier.weight", NO_EXPERT, Part.HEAD): torch.zeros(2, 32)}
+    head |= {Key("classifier.bias", NO_EXPERT, Part.HEAD): torch.zeros(2)}
+    banks = [build_layers(made, Bank({**fedlease(made).tensors, **head}, gate=fedlease(made).gate)) for _ in range(2)]
+
+    def fail(name: str, module: nn.Module) -> None:
+        raise AttributeError(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(made, "set_submodule", fail)
+        with (
+            pytest.raises(AttributeError, match="classifier"),
+            attached_many(made, banks) if many else attached_layers(made, banks[0]),
+        ):
+            pass
+    assert hooks(made) == hooked
+    assert torch.equal(logits(made), before)
+    with attached_many(made, banks) if many else attached_layers(made, banks[0]):
+        assert hooks(made) > hooked

@@ -85,10 +85,10 @@ def test_a_head_that_reads_the_second_token_is_left_alone() -> None:
 
 def test_targets_behind_the_cut_keep_all_tokens() -> None:
     cut = CUTS["bert"]
-    assert cut.spares(["bert.encoder.layer.1.attention.self.query", "bert.encoder.layer.0.output.dense"])
-    assert cut.spares(["bert.encoder.layer.10.output.dense"])
+    assert cut.keeps_all_tokens(["bert.encoder.layer.1.attention.self.query", "bert.encoder.layer.0.output.dense"])
+    assert cut.keeps_all_tokens(["bert.encoder.layer.10.output.dense"])
     for name in ("attention.output.dense", "intermediate.dense", "output.dense"):
-        assert not cut.spares(["bert.encoder.layer.0.attention.self.query", f"bert.encoder.layer.1.{name}"])
+        assert not cut.keeps_all_tokens(["bert.encoder.layer.0.attention.self.query", f"bert.encoder.layer.1.{name}"])
 
 
 @pytest.mark.parametrize(("targets", "longer"), [((), False), (("query", "intermediate.dense"), True)])
