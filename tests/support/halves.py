@@ -122,6 +122,10 @@ class Play:
             info = self.method.expects_info(self.state, me, self.rnd)
             assert fault_of(result.reply, expected, 1e4, me.num_train, info) is None
             replies[client] = codec.decode(Reply, codec.encode(result.reply))
+            start = self.method.started_from(BASE, self.state, me, sent, replies[client])
+            for key, value in replies[client].tensors.items():
+                assert start[key].shape == value.shape
+                assert train is not still or torch.equal(start[key], value), f"{key} did not start there"
             self.personal[client] = codec.decode(Personal, codec.encode(result.personal))
         state = self.method.aggregate(self.state, replies, self.rnd)
         turned = self.method.aggregate(self.state, dict(reversed(list(replies.items()))), self.rnd)

@@ -91,7 +91,7 @@ class RunSettings(Section):
     quorum: float = Field(0.5, ge=0, le=1, description="share of the cohort that must reply, or the run stops")
     norm_bound: float = Field(1e4, gt=0, description="replies whose tensors have a larger norm are left out")
     update_bound: float = Field(
-        10.0, gt=0, description="replies whose update is more times as large as the round's median are left out"
+        10.0, gt=0, description="replies whose update exceeds this many times the round's median are left out"
     )
     max_share: float = Field(
         0.5, gt=0, le=1, description="largest share of a round's training examples that one client counts for"

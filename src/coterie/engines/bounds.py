@@ -12,10 +12,11 @@ from statistics import median
 
 from torch import Tensor
 
+from coterie.ops.mean import share_limit
 from coterie.types import ClientId, Key, Part, Reply, Tensors
 
 FEWEST = 3
-_MOST_STEPS = 3.0  # times as large an update as the median's, at most, for having trained longer
+_MOST_STEPS = 200.0  # times as large an update, at most, for more steps: rows are claimed
 _INFO_BYTES = 2**21  # for a reply's info, beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
 _FLOAT_BYTES = 4
@@ -53,7 +54,8 @@ def _squared_update(key: Key, tensor: Tensor, start: Tensors) -> float:
 def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int], bound: float) -> dict[ClientId, str]:
     """Why clients are left out whose update is more than ``bound`` times the round's median, in any part.
 
-    Who took more ``steps`` than the median client may have a larger update: by the root of their ratio, up to 3.
+    A client that takes more ``steps`` than the median client may move further, by their ratio: an adaptive optimiser
+    moves a number about as far in each step. The ratio counts up to 200, because a client's rows are what it claims.
     """
     faults: dict[ClientId, str] = {}
     for part in Part:
@@ -63,7 +65,7 @@ def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int]
             continue
         usual = median(steps[client] for client in having)
         for client, size in having.items():
-            longer = min(max(math.sqrt(steps[client] / usual), 1.0), _MOST_STEPS)
+            longer = min(max(steps[client] / usual, 1.0), _MOST_STEPS)
             if size > bound * longer * middle:
                 faults[client] = (
                     f"the update of {part.value} is {size / middle:.3g} times the round's median, more than "
@@ -80,10 +82,5 @@ def capped_examples(replies: Mapping[ClientId, Reply], share: float) -> dict[Cli
     examples = {client: reply.num_examples for client, reply in replies.items()}
     if len(examples) < FEWEST:
         return examples
-    rest, limit = sum(examples.values()), math.inf
-    for larger, number in enumerate(sorted(examples.values(), reverse=True)):
-        limit = share * rest / (1 - share * larger) if share * larger < 1 else min(examples.values())
-        if number <= limit:
-            break
-        rest -= number
+    limit = share_limit(list(examples.values()), share)
     return {client: min(number, max(1, math.floor(limit))) for client, number in examples.items()}

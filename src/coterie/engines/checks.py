@@ -39,13 +39,15 @@ def fault_of(
     num_train: int,
     info: Mapping[str, Range] | None = None,
     optim: Optim | None = None,
+    rows: Sequence[int] = (),
 ) -> str | None:
     """Why ``reply`` must be left out, or None if it is good. ``info``: the numbers that its ``info`` must hold.
 
-    ``optim`` bounds the steps and tokens that the reply may report.
+    ``optim`` bounds the steps and tokens that the reply may report, for training on ``rows`` rows of one client or of
+    several; by default on the client's own.
     """
     fault = _fault_of(reply, expected, norm_bound, num_train)
-    fault = fault or _statistics_fault(reply.info, num_train, optim) or _info_fault(reply.info, info or {})
+    fault = fault or _statistics_fault(reply.info, rows or (num_train,), optim) or _info_fault(reply.info, info or {})
     return fault and plain_text(fault)  # it may name keys, which the client wrote
 
 
@@ -75,11 +77,11 @@ def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None
     return None
 
 
-def _statistics_fault(info: Mapping[str, object], num_train: int, optim: Optim | None) -> str | None:
+def _statistics_fault(info: Mapping[str, object], rows: Sequence[int], optim: Optim | None) -> str | None:
     """Why the statistics beside a reply's tensors are refused. A loss may be infinity or NaN: training can diverge."""
     if fault := json_fault(info):
         return f"the reply's JSON {fault}"
-    steps = _TRAININGS * optim.steps_on(num_train) if optim else MOST
+    steps = _TRAININGS * sum(map(optim.steps_on, rows)) if optim else MOST
     tokens = steps * optim.batch_size * optim.accumulate * _ROW_TOKENS if optim else MOST
     for name, most in (("steps", steps), ("tokens", tokens)):
         if name in info and not (isinstance(info[name], int) and is_number(info[name], high=most)):

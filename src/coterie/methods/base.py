@@ -107,6 +107,14 @@ class Method(ABC, Generic[S]):
         """
         return {}
 
+    def started_from(self, base: BaseSpec, state: S, me: ClientInfo, ins: Instruction, reply: Reply) -> Tensors:
+        """What the tensors of ``reply`` were before the client trained them: the server measures the update from these.
+
+        By default those that it received, and for others those that :meth:`begin` gives it.
+        """
+        own = {} if reply.tensors.keys() <= ins.tensors.keys() else self.begin(base, me).tensors
+        return {**own, **ins.tensors}
+
     @abstractmethod
     def aggregate(self, state: S, replies: Mapping[ClientId, Reply], rnd: int) -> S:
         """The state after round ``rnd``, from the replies that came and passed the checks."""

@@ -103,7 +103,9 @@ class Centralised(Method[CentralisedState]):
 
     def aggregate(self, state: CentralisedState, replies: Mapping[ClientId, Reply], rnd: int) -> CentralisedState:
         trains = _trains(state)
-        return replace(state, tensors=replies[trains].tensors) if trains in replies else state
+        if trains not in replies:
+            raise CoterieError(f"round {rnd}: {trains}, which trains on all clients' rows, sent no valid reply")
+        return replace(state, tensors=replies[trains].tensors)
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         tensors = one_head(ins.tensors, ins.info["head"])

@@ -26,6 +26,7 @@ from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
     Shapes,
+    head_of,
     lora_of,
     lora_shapes,
     mean_error,
@@ -88,6 +89,11 @@ class FedALT(Method[FedALTState]):
 
     def expects(self, state: FedALTState, me: ClientInfo, rnd: int) -> Shapes:
         return lora_shapes(state.base, self.plan) | shapes_of(state.heads.of(me.id))
+
+    def started_from(
+        self, base: BaseSpec, state: FedALTState, me: ClientInfo, ins: Instruction, reply: Reply
+    ) -> Tensors:
+        return {**self.begin(base, me).tensors, **state.loras.get(me.id, {}), **head_of(ins.tensors)}
 
     def aggregate(self, state: FedALTState, replies: Mapping[ClientId, Reply], rnd: int) -> FedALTState:
         loras = {**state.loras, **{c: lora_of(replies[c].tensors) for c in sorted(replies)}}

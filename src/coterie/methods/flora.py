@@ -97,6 +97,11 @@ class FLoRA(Method[FLoRAState]):
         lora = lora_shapes(state.base, replace(self.plan, rank=state.ranks.of(me.id)))
         return lora | shapes_of(state.heads.of(me.id))
 
+    def started_from(
+        self, base: BaseSpec, state: FLoRAState, me: ClientInfo, ins: Instruction, reply: Reply
+    ) -> Tensors:
+        return {**ins.tensors, **self._fresh(ins, self.begin(base, me))}
+
     def aggregate(self, state: FLoRAState, replies: Mapping[ClientId, Reply], rnd: int) -> FLoRAState:
         weight = weights_of(replies)
         loras = [on_server(lora_of(replies[c].tensors), self.plan) for c in weight]

@@ -10,13 +10,15 @@
 Differs from the paper: it has no scale alpha / r; here clients of different ranks have different scales, and what is
 padded, averaged and truncated is on one scale. Whether a client prunes depends only on what it was sent and what it
 sends, so the server decides it, with the same result. Ranks that no client of a round has keep their values; padding
-would set them to zero. Heads, which the paper does not have, weigh by rows.
+would set them to zero. Of three clients or more none weighs more than half. Heads, which the paper does not have,
+weigh by rows.
 No code of the authors was at hand: the defaults gamma = 0.99 and lambda = 0.01 are not verified. FlexLoRA's published
 code has a ``heterolora.py`` that pads, weighs by rows and does not prune: ``weighting = "examples"`` and ``prune = 1``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -43,7 +45,7 @@ from coterie.methods.parts import (
 from coterie.methods.plan import MethodSettings
 from coterie.methods.products import products_of, total_norm
 from coterie.methods.ranks import Ranks, at_client, first_ranks, on_server, padded_to, rank_of, start_ranks
-from coterie.ops.mean import mean, relative_error
+from coterie.ops.mean import mean, relative_error, share_limit
 from coterie.requests import ClientProgram, LastRanks, Train
 from coterie.types import (
     Bank,
@@ -57,6 +59,8 @@ from coterie.types import (
     Reply,
     Tensors,
 )
+
+_LARGEST_SHARE = 0.5  # of a mean, for one client of three or more, however large its product is
 
 
 class HetLoRASettings(MethodSettings):
@@ -156,7 +160,10 @@ class HetLoRA(Method[HetLoRAState]):
         if self.settings.weighting == "examples":
             return list(weights_of(replies).values())
         norms = [total_norm(products_of(lora)) for lora in loras.values()]
-        return norms if sum(norms) else [1.0] * len(norms)
+        if not sum(norms):
+            return [1.0] * len(norms)
+        limit = share_limit(norms, _LARGEST_SHARE) if len(norms) > 2 else math.inf
+        return [min(norm, limit) for norm in norms]
 
 
 def _last_norm(lora: Tensors, kept: int) -> float:

@@ -102,6 +102,10 @@ class IFCA(Method[IFCAState]):
     def expects_info(self, state: IFCAState, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
         return {"cluster": Range(high=self.settings.clusters - 1, whole=True)}
 
+    def started_from(self, base: BaseSpec, state: IFCAState, me: ClientInfo, ins: Instruction, reply: Reply) -> Tensors:
+        k = int(reply.info["cluster"])
+        return {**lora_of(ins.tensors, k, new=0), **one_head(head_of(ins.tensors), k)}
+
     def aggregate(self, state: IFCAState, replies: Mapping[ClientId, Reply], rnd: int) -> IFCAState:
         weight, took = weights_of(replies), {c: int(replies[c].info["cluster"]) for c in sorted(replies)}
         loras, errors = dict(state.loras), []

@@ -25,6 +25,20 @@ def mean(values: Sequence[Mapping[K, Tensor]], weights: Sequence[float]) -> dict
     return {key: _weighted([value[key] for value in values], share, str(key)) for key in keys}
 
 
+def share_limit(weights: Sequence[float], share: float) -> float:
+    """The limit on ``weights`` at which none of them has more than ``share`` of their sum.
+
+    Where ``share`` is less than an equal one, the smallest weight: all become equal. Needs one weight or more.
+    """
+    rest, limit = sum(weights), math.inf
+    for larger, weight in enumerate(sorted(weights, reverse=True)):
+        limit = share * rest / (1 - share * larger) if share * larger < 1 else min(weights)
+        if weight <= limit:
+            break
+        rest -= weight
+    return limit
+
+
 def _shares(count: int, weights: Sequence[float]) -> list[float]:
     total = float(sum(weights))
     if not count or count != len(weights) or not 0 < total < math.inf or min(weights) < 0:

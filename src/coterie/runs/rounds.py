@@ -49,7 +49,7 @@ from coterie.runs.events import (
 )
 from coterie.runs.health import loss_note, quorum_fault
 from coterie.runs.summary import best_round
-from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Reply
+from coterie.types import ClientId, ClientInfo, CoterieError, Reply
 
 S = TypeVar("S")  # the method's state
 
@@ -81,7 +81,7 @@ class Runner(Generic[S]):
     folder: Path
     listen: Listener = lambda event: None
     notes: Sequence[str] = ()  # what the user should know before the first round
-    _capped: set[ClientId] = field(default_factory=set)  # noted already
+    _noted: list[str] = field(default_factory=list)  # so far
     _evaluated: list[Evaluated] = field(default_factory=list)  # so far
 
     def run(self) -> S:
@@ -135,7 +135,9 @@ class Runner(Generic[S]):
             self._say_what_is_cut()
             return self._commit(state, 0)
         os.truncate(self.metrics, saved.metrics_bytes)
-        self._evaluated = [event for event in read_events(self.metrics) if isinstance(event, Evaluated)]
+        events = read_events(self.metrics)
+        self._evaluated = [event for event in events if isinstance(event, Evaluated)]
+        self._noted = [event.text for event in events if isinstance(event, Note)]
         self.engine.restore(saved.rnd)
         self._prune(saved.rnd)  # the run may have been killed between a commit and this
         self._note(notes, saved.rnd)
@@ -210,18 +212,16 @@ class Runner(Generic[S]):
                     failed[client] = fault
                 elif delivery.reply is not None:
                     replies[client] = delivery.reply
-                    sizes[client] = self._update_sizes(delivery.reply, instructions[client], infos[client])
+                    start = self.method.started_from(
+                        self.engine.spec, state, infos[client], instructions[client], delivery.reply
+                    )
+                    sizes[client] = update_sizes(delivery.reply, start)
                 self.listen(ClientDone(rnd, client, entries[client], fault))
         steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
         for client, fault in large_updates(sizes, steps, self.settings.update_bound).items():
             failed[client], entries[client] = fault, replace(entries[client], said={})
             del replies[client]
         return replies, entries, failed
-
-    def _update_sizes(self, reply: Reply, sent: Instruction, client: ClientInfo) -> Sizes:
-        """How large the client's update is. A LoRA that it did not receive started from what the seed gives."""
-        own = {} if reply.tensors.keys() <= sent.tensors.keys() else self.method.begin(self.engine.spec, client).tensors
-        return update_sizes(reply, {**own, **sent.tensors})
 
     def _cohort(self, rnd: int) -> list[ClientInfo]:
         """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
@@ -234,20 +234,19 @@ class Runner(Generic[S]):
         if reply is None:
             return "no reply"
         expected, info = self.method.expects(state, client, rnd), self.method.expects_info(state, client, rnd)
-        optim = self.method.plan.optim
-        return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim)
+        optim, together = self.method.plan.optim, self.engine.clients if self.method.needs_all_rows else [client]
+        rows = [each.num_train for each in together]  # of every client that it trains on
+        return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim, rows)
 
     def _with_shares(self, replies: Mapping[ClientId, Reply], rnd: int) -> dict[ClientId, Reply]:
         """``replies`` with the training examples that each counts for."""
         examples = capped_examples(replies, self.settings.max_share)
         total = sum(reply.num_examples for reply in replies.values())
-        for client in [c for c in replies if examples[c] < replies[c].num_examples and c not in self._capped]:
-            self._capped.add(client)
-            has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
-            text = (
-                f"{client} has {has:.0%} of the round's training examples and counts for {counts:.0%} ([run] max_share)"
-            )
-            self._note([text], rnd)
+        for client in [c for c in replies if examples[c] < replies[c].num_examples]:
+            subject = f"{client} has more than its share of the training examples"
+            if not any(text.startswith(subject) for text in self._noted):
+                has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
+                self._note([f"{subject}: {has:.0%} of the round's, counted as {counts:.0%} ([run] max_share)"], rnd)
         return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}
 
     def _evaluate(self, state: S, rnd: int) -> None:
@@ -292,6 +291,7 @@ class Runner(Generic[S]):
 
     def _note(self, notes: Sequence[str], rnd: int) -> None:
         for text in notes:
+            self._noted.append(text)
             self._log(Note(text, rnd))
 
     def _log(self, event: Event) -> None:

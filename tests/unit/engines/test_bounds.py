@@ -55,7 +55,7 @@ def test_where_most_do_not_move_nobody_is_out_of_line() -> None:
     assert large_updates(sizes, ONE_STEP, 10) == {}
 
 
-@pytest.mark.parametrize(("steps", "allowed"), [(1, 10), (4, 20), (9, 30), (10**12, 30)])
+@pytest.mark.parametrize(("steps", "allowed"), [(1, 10), (4, 40), (90, 900), (10**12, 2000)])
 def test_who_trains_longer_may_move_further_but_not_for_ever(steps: int, allowed: float) -> None:
     for size, left_out in ((0.99 * allowed, False), (1.01 * allowed, True)):
         sizes = {"a": {Part.A: 1.0}, "b": {Part.A: 1.0}, "c": {Part.A: size}}

@@ -14,12 +14,15 @@ import short_runs
 import sites
 from coterie.compute.client import LocalCompute
 from coterie.compute.train import Training
+from coterie.config.load import load_config
 from coterie.data.rows import ClientData
+from coterie.experiment import run
 from coterie.methods.centralised import NOTE, Centralised
 from coterie.methods.findings import Notes, find
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.nn.attach import attached
 from coterie.requests import Optim, Train
+from coterie.runs.events import Event, RoundDone
 from coterie.types import NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
 from halves import CLIENTS, Play
 from workplaces import equal_bits, largest_difference
@@ -62,11 +65,24 @@ def test_everyone_is_sent_the_lora_and_has_the_head_of_its_label_space() -> None
     assert {key.part for key in over.method.experts(over.state)["centralised"]} == {Part.A, Part.B}
 
 
-def test_where_the_client_that_trains_fails_the_state_stays() -> None:
+def test_a_round_in_which_the_client_that_trains_fails_is_an_error() -> None:
     over = play()
     replies = over.round()
-    after = over.method.aggregate(over.state, {c: r for c, r in replies.items() if c != "client-0"}, 2)
-    assert equal_bits(after.tensors, over.state.tensors)
+    with pytest.raises(CoterieError, match="round 2: client-0, which trains on all clients' rows, sent no valid reply"):
+        over.method.aggregate(over.state, {c: r for c, r in replies.items() if c != "client-0"}, 2)
+
+
+def test_more_than_ten_clients_train(tmp_path: Path) -> None:
+    path = sites.config(tmp_path, method="centralised")
+    for i in range(12):
+        for split in ("train", "validation", "test"):
+            rows = sites.classification_rows("mood", 16, f"{split} {i}")
+            sites.write_rows(tmp_path / "many" / f"mood-{i:02d}" / f"{split}.jsonl", rows)
+    config = load_config(path, ['data.folder="many"', "run.rounds=1"])
+    heard: list[Event] = []
+    run(config, tmp_path / "out", root=tmp_path, listen=heard.append)
+    (done,) = [event for event in heard if isinstance(event, RoundDone)]
+    assert not done.failed
 
 
 def test_the_user_reads_what_it_is_and_a_part_of_the_clients_is_refused() -> None:

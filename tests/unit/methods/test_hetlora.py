@@ -11,6 +11,7 @@ from torch import Tensor
 from coterie.methods.fedit import FedIT
 from coterie.methods.findings import AggregationError, Values, find
 from coterie.methods.hetlora import HetLoRA, HetLoRASettings
+from coterie.methods.parts import lora_of
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.ops.mean import mean
 from coterie.requests import LastRanks, Train, Trained
@@ -51,6 +52,17 @@ def test_with_one_rank_it_is_the_mean_weighted_by_norms() -> None:
     loras = [{key: reply.tensors[key] for key in KEYS} for reply in replies.values()]
     for key, value in mean(loras, norms).items():
         torch.testing.assert_close(play.state.lora[key], value)
+
+
+def test_no_client_of_three_weighs_more_than_half_however_large_its_product_is() -> None:
+    play = Play(make())
+    replies = play.round(still)
+    lora = {c: lora_of(r.tensors) for c, r in replies.items()}
+    ones = {c: {key: torch.ones_like(value) for key, value in of.items()} for c, of in lora.items()}
+    first = next(iter(ones))
+    ones[first] = {key: value * 100 for key, value in ones[first].items()}
+    weights = play.method._weights(ones, replies)
+    assert max(weights) / sum(weights) == pytest.approx(0.5)
 
 
 def test_padded_means_on_one_scale_and_the_first_ranks_back() -> None:
