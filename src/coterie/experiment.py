@@ -11,7 +11,6 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -32,7 +31,7 @@ from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, 
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
 from coterie.runs.tracking import check_tensorboard, tensorboard
-from coterie.types import BaseSpec, CoterieError, Part, Tensors
+from coterie.types import Bank, BaseSpec, ClientInfo, CoterieError, ExportedAs, Part, Tensors
 
 # What drawing and writing a page raises, beside the faults of this package.
 _REPORT_FAULTS = (
@@ -163,7 +162,7 @@ def _report(folder: Path, listen: Listener) -> None:
         listen(Note(f"{text}. Once the cause is fixed: coterie report {folder}"))
 
 
-def about_export(config: Config, root: Path, rnd: int, export: Literal["best", "last"]) -> About:
+def about_export(config: Config, root: Path, rnd: int, export: ExportedAs) -> About:
     """What a reader must know of what is exported of round ``rnd``."""
     from coterie.nn.locate import folder_of, shared_name
 
@@ -180,11 +179,9 @@ def about_base(about: About, spec: BaseSpec, tensors: Tensors) -> About:
 
 
 def _export(opened: Opened, exported: Checkpoint[object], about: About, folder: Path) -> None:
-    from coterie.adapters.bundle import write_bundle
     from coterie.adapters.write import write_adapter
 
     config, method, engine = opened.config, opened.method, opened.engine
-    transposed = any(target.transposed for target in engine.spec.targets)
     for name, tensors in method.experts(exported.state).items():
         write_adapter(
             folder / "experts" / name,
@@ -192,13 +189,24 @@ def _export(opened: Opened, exported: Checkpoint[object], about: About, folder: 
             rank=config.lora.rank,
             alpha=config.lora.alpha,
             about=about_base(about, engine.spec, tensors),
-            fan_in_fan_out=transposed,
+            fan_in_fan_out=_transposed(engine.spec),
         )
     infos = {client.id: client for client in engine.clients}
     instructions = method.configure(exported.state, engine.clients, exported.rnd + 1)
-    for client, bank in engine.banks(method, instructions, exported.rnd):
-        own = replace(about_base(about, engine.spec, bank.tensors), client=client, labels=infos[client].labels)
-        write_bundle(folder / "clients" / client, bank, own, fan_in_fan_out=transposed)
+    for client, bank in engine.banks(method, instructions, exported.rnd, about.export):
+        write_own(folder / "clients" / client, bank, about, engine.spec, infos[client])
+
+
+def write_own(folder: Path, bank: Bank, about: About, spec: BaseSpec, client: ClientInfo) -> None:
+    """Write the bundle of a client: its ``bank``, with what ``about`` and the client say of it."""
+    from coterie.adapters.bundle import write_bundle
+
+    own = replace(about_base(about, spec, bank.tensors), client=client.id, labels=client.labels)
+    write_bundle(folder, bank, own, fan_in_fan_out=_transposed(spec))
+
+
+def _transposed(spec: BaseSpec) -> bool:
+    return any(target.transposed for target in spec.targets)
 
 
 def set_threads(config: Config) -> None:

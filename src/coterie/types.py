@@ -17,6 +17,7 @@ from torch import Tensor
 
 ClientId = str
 TaskKind = Literal["classification", "generation", "multiple_choice"]
+ExportedAs = Literal["best", "last"]  # which round an export is of: the one that validation chose, or the last
 Json = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 

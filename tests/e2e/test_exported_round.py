@@ -23,7 +23,7 @@ from coterie.data.clients import load_data
 from coterie.data.rows import ClientData, TextRow
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
-from coterie.runs import rounds, summary
+from coterie.runs import checkpoint, rounds, summary
 from coterie.runs.events import CheckpointSaved, Evaluated, Event, Note
 from coterie.types import CoterieError
 
@@ -170,8 +170,11 @@ def test_where_the_best_round_is_lost_the_last_one_is_exported_and_said(
     assert [e.text for e in heard if isinstance(e, Note) and "round 2, the best, cannot be exported" in e.text]
 
 
-@pytest.mark.parametrize("method", ["fedsa_lora", "fedamole"])
-def test_sites_export_the_round_that_the_server_names(method: str, tmp_path: Path, chosen: None) -> None:
+@pytest.mark.parametrize(("method", "lost"), [("fedsa_lora", False), ("fedsa_lora", True), ("fedamole", False)])
+def test_sites_export_the_round_that_the_server_names(
+    method: str, lost: bool, tmp_path: Path, chosen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best round, or the last one where the checkpoint of the best one is lost."""
     pytest.importorskip("flwr")
     from coterie.deploy import server
     from coterie.deploy.attempt import begin_attempt
@@ -181,6 +184,11 @@ def test_sites_export_the_round_that_the_server_names(method: str, tmp_path: Pat
     from coterie.runs.folder import plain
     from grid import InProcessGrid
 
+    def corrupt(*args: Any) -> Any:
+        raise checkpoint.CorruptCheckpointError("damaged")
+
+    if lost:
+        monkeypatch.setattr(checkpoint, "load", corrupt)
     clients = ["mood-0", "place-0", "size-0"]
     path, out = sites.config(tmp_path, method=method), tmp_path / "served"
     changes: dict[str, Any] = {"run": {"rounds": ROUNDS}}
@@ -195,10 +203,11 @@ def test_sites_export_the_round_that_the_server_names(method: str, tmp_path: Pat
     assert exports(out) == exports(tmp_path / "alone")
     for client in clients:
         (site,) = staff[client].state.glob("*/export")
+        about = read_bundle(site)[1]
+        assert (about.round, about.export) == ((ROUNDS, "last") if lost else (BEST, "best"))
         assert (site / "bundle.safetensors").read_bytes() == (
             out / "clients" / client / "bundle.safetensors"
         ).read_bytes()
-        assert read_bundle(site)[1].round == BEST
 
 
 def test_exports_hold_no_path_but_the_one_beside_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.files import read_json, write_json
-from coterie.types import CoterieError, TaskKind
+from coterie.types import CoterieError, ExportedAs, TaskKind
 
 ABOUT_FILE = "coterie.json"
 
@@ -27,7 +26,7 @@ class About:
 
     method: str
     round: int
-    export: Literal["best", "last"]
+    export: ExportedAs
     task: TaskKind
     base: str
     base_path: str = ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coterie.data.clients import SAFE_ID
 from coterie.data.rows import SPLITS
 from coterie.flower.message import KINDS
-from coterie.types import ClientId, CoterieError, Json
+from coterie.types import ClientId, CoterieError, ExportedAs, Json
 
 _TYPES: dict[str, type] = {
     "kind": str,
@@ -27,7 +27,8 @@ _MAX = 10**6  # a site's files of states have six digits
 
 @dataclass(frozen=True)
 class Head:
-    """See :meth:`coterie.deploy.agreement.Agreement.message`. ``splits`` and ``usage`` are for evaluation."""
+    """See :meth:`coterie.deploy.agreement.Agreement.message`. ``splits`` and ``usage`` are for evaluation,
+    ``export`` for the bank that the site writes."""
 
     kind: str
     client: ClientId
@@ -40,11 +41,12 @@ class Head:
     terms: Mapping[str, Json]
     splits: tuple[str, ...] = ()
     usage: bool = False
+    export: ExportedAs = "last"
 
 
 def read_head(head: Mapping[str, Json]) -> Head:
     """The head of a message. Raises :class:`CoterieError` if it is not valid."""
-    kind, splits = head.get("kind"), head.get("splits", [])
+    kind, splits, export = head.get("kind"), head.get("splits", []), head.get("export", "last")
     if kind not in KINDS:
         raise CoterieError(f"this site does not know the kind {str(kind)[:80]!r}; install the same version of coterie")
     for name, wanted in _TYPES.items():
@@ -54,11 +56,18 @@ def read_head(head: Mapping[str, Json]) -> Head:
             raise CoterieError(f"the message's {name} is {head[name]}; it must be at least 0 and below {_MAX}")
     if not isinstance(splits, list) or not all(split in SPLITS for split in splits):
         raise CoterieError(f"the message's splits are not among {', '.join(SPLITS)}")
+    if export not in ("best", "last"):
+        raise CoterieError("the message's export is neither best nor last")
     if not SAFE_ID.fullmatch(head["run"]):
         raise CoterieError("the message's run is not a valid folder name")
     if len(head["also"]) > _MOST or not all(type(rnd) is int and 0 <= rnd < _MAX for rnd in head["also"]):
         raise CoterieError(f"the message's also is not a list of at most {_MOST} rounds")
     values = {name: head[name] for name in _TYPES if name not in ("round", "also")}
     return Head(
-        **values, rnd=head["round"], also=tuple(head["also"]), splits=tuple(splits), usage=bool(head.get("usage"))
+        **values,
+        rnd=head["round"],
+        also=tuple(head["also"]),
+        splits=tuple(splits),
+        usage=bool(head.get("usage")),
+        export=export,
     )

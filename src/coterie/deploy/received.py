@@ -10,23 +10,25 @@ from pathlib import Path
 from coterie import codec
 from coterie.deploy.head import Head
 from coterie.text import parse_json
-from coterie.types import CoterieError, Instruction, Json
+from coterie.types import CoterieError, ExportedAs, Instruction, Json
 
 _FILE = "received"
 
 
 @dataclass(frozen=True)
 class Received:
-    """The encoded instruction that makes the site's bank after round ``rnd``, and the terms of the run."""
+    """The encoded instruction that makes the site's bank after round ``rnd``, the terms of the run, and what the server
+    says of that round."""
 
     body: bytes
     rnd: int
     terms: Mapping[str, Json]
+    export: ExportedAs
 
 
 def received_file(folder: Path, head: Head, body: bytes) -> dict[Path, bytes]:
     """The file in the run's ``folder`` that keeps the instruction in ``body``, and its content: JSON, then the body."""
-    about = json.dumps({"round": head.rnd, "terms": dict(head.terms)})
+    about = json.dumps({"round": head.rnd, "terms": dict(head.terms), "export": head.export})
     return {folder / _FILE: about.encode() + b"\n" + body}
 
 
@@ -46,6 +48,6 @@ def newest_received(state: Path, run: str = "") -> tuple[str, Received]:
     try:
         codec.decode(Instruction, body)
         head = parse_json(about.decode())
-        return files[-1].parent.name, Received(body, head["round"], head["terms"])
+        return files[-1].parent.name, Received(body, head["round"], head["terms"], head["export"])
     except (ValueError, KeyError, TypeError) as fault:  # of JSON, UTF-8 or the codec
         raise CoterieError(f"{files[-1]} is damaged ({fault}); join the run to receive it again") from fault

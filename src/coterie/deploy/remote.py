@@ -24,7 +24,7 @@ from coterie.engines.encode_once import EncodedOnce
 from coterie.flower.message import Message
 from coterie.methods.base import Method
 from coterie.text import plain_text
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Json, Reply
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ExportedAs, Instruction, Json, Reply
 
 T = TypeVar("T")
 
@@ -87,7 +87,9 @@ class RemoteEngine:
                 replace(found, observed=observed, samples=(), note=plain_text(found.note) if found.note else None),
             )
 
-    def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
+    def banks(
+        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int, export: ExportedAs = "last"
+    ) -> Stream[Bank]:
         """The banks of the clients whose site sends them; every site writes its own bank to its disk."""
         spec, labels = self.spec, {client.id: client.labels or () for client in self.clients}
 
@@ -95,7 +97,7 @@ class RemoteEngine:
             return bank_fault(bank, spec, labels[client])
 
         limits = {c: bank_limit(spec, len(labels[c]), method.max_rank, ins) for c, ins in instructions.items()}
-        yield from self._values(Bank, "query.bank", instructions, rnd, {}, limits, fault)
+        yield from self._values(Bank, "query.bank", instructions, rnd, {"export": export}, limits, fault)
 
     def truncation(self) -> Truncation:
         """Nothing that the server knows: `coterie site check` says it at each site."""

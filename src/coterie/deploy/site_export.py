@@ -27,5 +27,5 @@ def export(path: Path, run: str = "") -> Path:
                 f"{opened.folder} has the state of round {newest[client.id]}, but no longer that of round {rnd}: "
                 "the server evaluated that one last; join the run until its next evaluation"
             )
-    worker.export(opened, received.body, rnd)
+    worker.export(opened, received.body, rnd, received.export)
     return opened.folder / "export"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie import codec
-from coterie.adapters.bundle import write_bundle
 from coterie.compute.loading import workplaces
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import Config
@@ -23,13 +22,13 @@ from coterie.deploy.received import received_file
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
-from coterie.experiment import about_base, about_export, set_threads
+from coterie.experiment import about_export, set_threads, write_own
 from coterie.files import read_json, write_atomic, write_json
 from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
 from coterie.methods.base import Method
 from coterie.nn.locate import resolve
-from coterie.types import Bank, CoterieError, DataError, Json
+from coterie.types import Bank, CoterieError, DataError, ExportedAs, Json
 
 
 @dataclass(frozen=True)
@@ -126,19 +125,16 @@ class Worker:
     def _bank(self, run: Run, head: Head, body: bytes) -> Message:
         """Write this site's own experts to its own disk; send them only if the policy says so."""
         try:
-            bank = self.export(run, body, head.rnd)
+            bank = self.export(run, body, head.rnd, head.export)
         except OSError as fault:
             raise CoterieError(f"{disk_text(fault)}; `coterie site export` there writes the bundle later") from fault
         return Message({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
 
-    def export(self, run: Run, body: bytes, rnd: int) -> Bank:
+    def export(self, run: Run, body: bytes, rnd: int, export: ExportedAs) -> Bank:
         """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""
-        bank, me = client_bank(run.client, run.method, body, rnd), run.client.info
-        about = about_export(run.config, self.root, rnd, run.config.run.export)
-        spec = run.client.workplace.base.spec
-        transposed = any(target.transposed for target in spec.targets)
-        own = replace(about_base(about, spec, bank.tensors), client=me.id, labels=me.labels)
-        write_bundle(run.folder / "export", bank, own, fan_in_fan_out=transposed)
+        bank = client_bank(run.client, run.method, body, rnd)
+        about = about_export(run.config, self.root, rnd, export)
+        write_own(run.folder / "export", bank, about, run.client.workplace.base.spec, run.client.info)
         return bank
 
     # runs -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from coterie.compute.workplace import Steps
 from coterie.data.tasks import Truncation
 from coterie.methods.base import Method
 from coterie.requests import Observed, Sample
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction, Reply
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ExportedAs, Instruction, Reply
 
 T = TypeVar("T")
 Stream = Generator[tuple[ClientId, T], None, None]  # one by one; closing it drops what is not done
@@ -87,7 +87,15 @@ class Engine(Protocol):
         usage: bool = False,
     ) -> Stream[Evaluation]: ...
 
-    def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]: ...
+    def banks(
+        self,
+        method: Method,
+        instructions: Mapping[ClientId, Instruction],
+        rnd: int,
+        export: ExportedAs = "last",
+    ) -> Stream[Bank]:
+        """Every client's bank after round ``rnd``. Sites write their own to their disks, as what ``export`` says."""
+        ...
 
     def watch(self, report: Callable[[Steps], None]) -> None:
         """Call ``report`` after every optimiser step from now on, from whatever thread took it; nothing where clients

@@ -30,7 +30,7 @@ from coterie.engines.store import PersonalStore, RoundStore
 from coterie.flower.message import Message, Transport
 from coterie.machine import cpu_cores
 from coterie.methods.base import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, Instruction, Json
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, ExportedAs, Instruction, Json
 
 NEEDS = Needs(("flwr", "ray"), "pip install 'flwr[simulation]==1.41.0'")
 _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
@@ -148,7 +148,7 @@ class FlowerSimEngine:
             yield client, Outcome(message.body, **message.head).evaluation()
 
     def banks(
-        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int
+        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int, export: ExportedAs = "last"
     ) -> Iterator[tuple[ClientId, Bank]]:
         """Every client's bank after round ``rnd``, for export."""
         for client, _, message in self._exchange("query.bank", instructions, rnd, {}):

@@ -23,7 +23,7 @@ from coterie.engines.store import ClientStates
 from coterie.engines.together import Together
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method
-from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, Instruction
+from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ExportedAs, Instruction
 
 
 def make(config: Config, federation: FederatedData, folder: Path, root: Path, cache: dict[str, object]) -> LocalEngine:
@@ -94,7 +94,9 @@ class LocalEngine:
             outcome = evaluate_client(client, method, encoded.take(client.id), rnd, splits, usage, texts=True)
             yield client.id, outcome.evaluation()
 
-    def banks(self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int) -> Stream[Bank]:
+    def banks(
+        self, method: Method, instructions: Mapping[ClientId, Instruction], rnd: int, export: ExportedAs = "last"
+    ) -> Stream[Bank]:
         """Every client's bank after round ``rnd``, for export."""
         clients, encoded = self._taking_part(instructions), EncodedOnce(instructions)
         for client in clients:

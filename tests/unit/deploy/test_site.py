@@ -146,6 +146,7 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "large": ({"kind": "query.bank", "round": 10**9}, "below 1000000"),
     "splits": ({"kind": "evaluate", "splits": 3}, "splits are not among train, validation, test"),
     "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are not among train, validation, test"),
+    "export": ({"kind": "query.bank", "export": "worst"}, "export is neither best nor last"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
     "terms": ({"terms": {}}, "not the terms of a Coterie server"),
 }
