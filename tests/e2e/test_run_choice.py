@@ -17,6 +17,7 @@ from coterie import experiment
 from coterie.adapters.bundle import read_bundle
 from coterie.config.load import load_config
 from coterie.runs.summary import Summary
+from coterie.types import DataError
 
 MORE = [  # enough to learn which label goes with which word
     "lora.rank=8", "lora.targets=['q_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']", "lora.dropout=0.0",
@@ -111,4 +112,13 @@ def test_a_row_that_cannot_be_encoded_fails_its_client_alone(together: str, tmp_
     assert list(done["failed"]) == ["size-0"]
     assert "two candidates have the same tokens" in done["failed"]["size-0"]
     (cut,) = (event for event in events(tmp_path / "out") if event["event"] == "truncated")
-    assert cut["rows"] == 4 * (12 + 6 + 6), "the rows of the four other clients"
+    assert cut["rows"] == 4 * 12 + 5 * (6 + 6), "all but the client's training rows"
+
+
+def test_a_test_row_that_cannot_be_encoded_stops_the_run_before_it_trains(tmp_path: Path) -> None:
+    path = sites.config(tmp_path, "gpt2", method="fedit", kind="multiple_choice")
+    row = {"prompt": "one", "choices": [f" {'great ' * 40}one", f" {'great ' * 40}two"], "label": 0}
+    sites.write_rows(tmp_path / "clients" / "size-0" / "test.jsonl", [row])
+    with pytest.raises(DataError, match="client size-0, a test row: two candidates have the same tokens"):
+        run(path, tmp_path / "out", "run.rounds=1")
+    assert not [event for event in events(tmp_path / "out") if event["event"] == "round"]

@@ -8,7 +8,6 @@ tokens of the completion or of the right candidate), so that the caller divides 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -97,12 +96,17 @@ class Truncation:
 def truncation_of_all(clients: Iterable[ClientData], of: Callable[[ClientData, str], Truncation]) -> Truncation:
     """The sum of ``of(client, split)`` over all splits with rows.
 
-    A client with a row that cannot be encoded is left out: it fails in its round, with the reason.
+    Training rows of which one cannot be encoded are left out: they fail their client in its round, with the reason.
+    Raises :class:`DataError` for such a row of another split, which would stop the run at its first evaluation.
     """
     total = Truncation()
     for client in clients:
-        with suppress(CoterieError):
-            total += sum((of(client, split) for split, rows in client.splits.items() if rows), Truncation())
+        for split in (split for split, rows in client.splits.items() if rows):
+            try:
+                total += of(client, split)
+            except CoterieError as fault:
+                if split != "train":
+                    raise DataError(f"client {client.info.id}, a {split} row: {fault}") from fault
     return total
 
 

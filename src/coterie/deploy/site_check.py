@@ -110,7 +110,8 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
             workplace.prepare(client, split)
     except CoterieError as fault:
         yield Check("rows", str(fault), False, "correct the row, or [model]")
-    if (cut := workplace.truncation([client])).cut:
-        yield Check("length", str(cut))
+    else:
+        if (cut := workplace.truncation([client])).cut:
+            yield Check("length", str(cut))
     spec = workplace.base.spec
     yield Check("model", f"{len(spec.targets)} targets, SHA-256 {base_digest(files, spec)} ([federation] base)")

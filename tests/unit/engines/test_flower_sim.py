@@ -150,14 +150,17 @@ def test_what_is_cut_off_the_rows_is_known_without_an_actor(arch: str, kind: str
     assert simulated.tokens >= simulated.cut
 
 
-def test_a_client_whose_rows_cannot_be_encoded_is_left_out_of_what_is_cut(tmp_path: Path) -> None:
+def test_training_rows_that_cannot_be_encoded_are_left_out_of_what_is_cut(tmp_path: Path) -> None:
     path = sites.config(tmp_path, "gpt2", kind="multiple_choice")
     row = {"prompt": "one", "choices": [f" {'great ' * 40}one", f" {'great ' * 40}two"], "label": 0}
-    sites.write_rows(tmp_path / "clients" / "mood-0" / "test.jsonl", [row])
+    sites.write_rows(tmp_path / "clients" / "mood-0" / "train.jsonl", [row, row])
     config = load_config(path)
     federation = load_data(config.data, config.task.kind, 0, tmp_path)
     others = sum(
-        len(rows) for client in federation.clients if client.info.id != "mood-0" for rows in client.splits.values()
+        len(rows)
+        for client in federation.clients
+        for split, rows in client.splits.items()
+        if (client.info.id, split) != ("mood-0", "train")
     )
     for engine in (flower_sim, local):
         assert engine.make(config, federation, tmp_path / "out", tmp_path, {}).truncation().rows == others
