@@ -44,9 +44,9 @@ def read_about(folder: Path) -> About | None:
     path = folder / ABOUT_FILE
     if not path.is_file():
         return None
-    found = read_json(path)
+    content = read_json(path)
     try:
-        return _ABOUT.validate_python(found)
+        return _ABOUT.validate_python(content)
     except ValidationError as fault:
         raise CoterieError(f"{path} is not what Coterie wrote: {fault.errors()[0]['msg']}; delete it") from fault
 

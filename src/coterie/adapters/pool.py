@@ -130,13 +130,13 @@ def norms(pool: Pool) -> dict[str, float]:
 
 def out_of_line(of_pool: Mapping[str, float]) -> dict[str, float]:
     """The adapters whose norm is more than 10 times the median of the others', and how many times as large it is."""
-    found = {}
+    factors = {}
     for name, norm in of_pool.items():
         others = [other for each, other in of_pool.items() if each != name]
         middle = median_low(others) if others else norm
         if norm > _LARGE * middle:
-            found[name] = norm / middle if middle else math.inf
-    return found
+            factors[name] = norm / middle if middle else math.inf
+    return factors
 
 
 def cut(tensors: Tensors) -> dict[Key, Tensor]:
@@ -164,4 +164,4 @@ def match_modules(pool: Pool, modules: Iterable[str]) -> dict[str, str]:
     """The name in ``modules`` of each of the pool's modules: the only one that ends in the pool's name."""
     names = list(modules)
     matches = {m: [n for n in names if n == m or n.endswith(f".{m}")] for m in pool.modules}
-    return {m: found[0] for m, found in matches.items() if len(found) == 1}
+    return {m: same[0] for m, same in matches.items() if len(same) == 1}

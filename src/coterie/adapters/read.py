@@ -235,8 +235,8 @@ def _licence(folder: Path) -> str | None:
     if not card.is_file():
         return None
     head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^licen[sc]e:\s*(\S.*?)\s*$", head[1], re.MULTILINE) if head else None
-    return found[1].strip("'\"") if found else None
+    match = re.search(r"^licen[sc]e:\s*(\S.*?)\s*$", head[1], re.MULTILINE) if head else None
+    return match[1].strip("'\"") if match else None
 
 
 def _under_base_names(

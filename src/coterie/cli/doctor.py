@@ -46,21 +46,21 @@ def examine(folder: Path | None = None) -> list[Check]:
 
 
 def _package(name: str) -> Check:
-    found = version(name)
-    return Check(name, found or "not installed", found is not None, "" if found else f"pip install {name}")
+    installed = version(name)
+    return Check(name, installed or "not installed", installed is not None, "" if installed else f"pip install {name}")
 
 
 def _extra(requirement: str, purpose: str) -> Check:
     name = requirement.partition("==")[0]
-    found = version(name)
-    if found is not None:
-        return Check(name, found)
+    installed = version(name)
+    if installed is not None:
+        return Check(name, installed)
     return Check(name, f"not installed; only for {purpose}", False, f"pip install {requirement}")
 
 
 def _device() -> Check:
-    if found := gpus():
-        return Check("device", "; ".join(f"{gpu.name}, {size(gpu.memory)}" for gpu in found))
+    if devices := gpus():
+        return Check("device", "; ".join(f"{gpu.name}, {size(gpu.memory)}" for gpu in devices))
     cpu = f"{processor()}, {cpu_cores()} cores"
     if shutil.which("nvidia-smi") is None:
         return Check("device", f"{cpu}, no CUDA device")

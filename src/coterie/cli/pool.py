@@ -92,6 +92,6 @@ def _origin(adapter: Adapter) -> str:
 
 def _span(numbers: Iterable[int], to: str = "-") -> str:
     """The smallest and the largest number, or the only one."""
-    found = list(numbers)
-    low, high = min(found), max(found)
+    values = list(numbers)
+    low, high = min(values), max(values)
     return str(low) if low == high else f"{low}{to}{high}"

@@ -90,13 +90,13 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
     workplace = workplaces(config, root, cache)[0]
     tested = [client for client in federation.clients if client.info.num_test]
     banks = {client.info.id: read_bundle(folder / "clients" / client.info.id)[0] for client in federation.clients}
-    found: dict[ClientId, dict[ClientId, Metrics]] = {client: {} for client in banks}
+    by_client: dict[ClientId, dict[ClientId, Metrics]] = {client: {} for client in banks}
     for on in tested:
         of = _alike(on, federation.clients)
         scores = LocalCompute(workplace, on, config.run.rounds).score(Score([banks[c] for c in of], split="test"))
         for client, scored in zip(of, scores, strict=True):
-            found[client][on.info.id] = {**scored.metrics, "loss": scored.loss}
-    cross = Cross(read_summary(folder / SUMMARY).exported_round, _digest(folder), found)
+            by_client[client][on.info.id] = {**scored.metrics, "loss": scored.loss}
+    cross = Cross(read_summary(folder / SUMMARY).exported_round, _digest(folder), by_client)
     write_json(folder / CROSS, plain(cross))
     return cross
 

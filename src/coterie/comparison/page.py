@@ -98,13 +98,13 @@ def comparison_pictures(record: Record, folder: Path) -> Iterator[Picture]:
 
 def _curves(row: Figures, folder: Path, metric: str) -> dict[int, list[tuple[float, int]]]:
     """By round: the (test mean, bytes up to there) of every seed; only of rounds in which all seeds were evaluated."""
-    found: dict[int, list[tuple[float, int]]] = {}
+    by_round: dict[int, list[tuple[float, int]]] = {}
     for run in row.runs:
         spent = bytes_by_round(folder / run.folder)
         for event in evaluations(folder / run.folder):
             if (value := event.mean.get("test", {}).get(metric)) is not None:
-                found.setdefault(event.round, []).append((value, spent.get(event.round, 0)))
-    return {rnd: of for rnd, of in sorted(found.items()) if len(of) == len(row.runs)}
+                by_round.setdefault(event.round, []).append((value, spent.get(event.round, 0)))
+    return {rnd: of for rnd, of in sorted(by_round.items()) if len(of) == len(row.runs)}
 
 
 def _band(rnd: int, of: Sequence[tuple[float, int]]) -> tuple[int, float, float, float]:

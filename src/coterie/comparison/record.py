@@ -141,9 +141,9 @@ def read_record(path: Path) -> Record | None:
     """The record in ``path``; None where there is none, or one of another format."""
     if not path.is_file():
         return None
-    found = read_json(path, "remove it; the finished runs beside it are kept")
+    content = read_json(path, "remove it; the finished runs beside it are kept")
     try:
-        record = _RECORD.validate_python(found)
+        record = _RECORD.validate_python(content)
     except ValidationError:  # that of an older version
         return None
     return record if record.format == FORMAT else None

@@ -45,13 +45,13 @@ class Grid:
 
     def at_edge(self, point: Point) -> tuple[str, ...]:
         """The keys whose value in ``point`` is the lowest or highest of several numbers."""
-        found = []
+        keys = []
         for setting in point:
             key, _, value = setting.partition("=")
             numbers = sorted(n for v in self.values[key] if (n := _number(v)) is not None)
             if len(numbers) > 1 and _number(value) in (numbers[0], numbers[-1]):
-                found.append(key)
-        return tuple(found)
+                keys.append(key)
+        return tuple(keys)
 
 
 def grid_of(texts: Sequence[str]) -> Grid:

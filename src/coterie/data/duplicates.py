@@ -21,7 +21,7 @@ def duplicates_of(clients: Sequence[ClientData]) -> Counts:
     holders: Counter[object] = Counter()  # how many clients train on a row
     for client in clients:
         holders.update({_key(row) for row in client.splits["train"]})
-    found: dict[ClientId, dict[str, int]] = {}
+    by_client: dict[ClientId, dict[str, int]] = {}
     for client in clients:
         own = {split: {_key(row) for row in client.splits[split]} for split in SPLITS}
         counts: Counter[str] = Counter()
@@ -31,8 +31,8 @@ def duplicates_of(clients: Sequence[ClientData]) -> Counts:
                 counts[f"{split} in others' train"] += holders[key] > (key in own["train"])
                 counts["test in validation"] += split == "test" and key in own["validation"]
         if some := {kind: count for kind, count in sorted(counts.items()) if count}:
-            found[client.info.id] = some
-    return found
+            by_client[client.info.id] = some
+    return by_client
 
 
 def totals(counts: Counts) -> dict[str, int]:

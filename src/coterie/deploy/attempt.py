@@ -28,8 +28,8 @@ class Attempt:
 
 def read_attempt(folder: Path) -> Attempt:
     """The newest attempt of the run in ``folder``."""
-    found = read_json(folder / _FILE)
-    return Attempt(found["run"], found["attempt"], found["keys"])
+    saved = read_json(folder / _FILE)
+    return Attempt(saved["run"], saved["attempt"], saved["keys"])
 
 
 def begin_attempt(folder: Path, keys: Mapping[str, ClientId]) -> Attempt:

@@ -60,6 +60,6 @@ class Reader:
                 if not line.endswith(b"\n"):
                     return
                 self.at += len(line)
-                found = json.loads(line)
-                if (event := from_json(found, FEDERATION)) is not None:
-                    yield Entry(found["at"], event)
+                record = json.loads(line)
+                if (event := from_json(record, FEDERATION)) is not None:
+                    yield Entry(record["at"], event)

@@ -80,11 +80,11 @@ class RemoteEngine:
             return evaluation_fault(evaluation, splits, modules, rows[client])
 
         limits = dict.fromkeys(instructions, EVALUATION)
-        for client, found in self._values(Evaluation, "evaluate", instructions, rnd, details, limits, fault):
-            observed = found.observed if usage else None
+        for client, answer in self._values(Evaluation, "evaluate", instructions, rnd, details, limits, fault):
+            observed = answer.observed if usage else None
             yield (
                 client,
-                replace(found, observed=observed, samples=(), note=plain_text(found.note) if found.note else None),
+                replace(answer, observed=observed, samples=(), note=plain_text(answer.note) if answer.note else None),
             )
 
     def banks(

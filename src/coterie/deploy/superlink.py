@@ -158,15 +158,15 @@ class SuperLink:
     def refused(self) -> Iterator[Refused]:
         """The nodes that it refused for their key since the last call, if it is ours."""
         sites = {} if self.keys is None else {key_digest(path): name for name, path in known_sites(self.keys).items()}
-        for found in self._refused.new():
-            if found.known:
+        for refusal in self._refused.new():
+            if refusal.known:
                 reason = (
-                    f"the key of {sites.get(found.key, 'a registered site')} is in use by another node; one that takes "
-                    "its place, after a crash, is let in within about a minute"
+                    f"the key of {sites.get(refusal.key, 'a registered site')} is in use by another node; one that "
+                    "takes its place, after a crash, is let in within about a minute"
                 )
             else:
                 reason = "its key is registered for no site; add it with `coterie keys add`, and start the server again"
-            yield Refused(f"with the key {found.key[:12]}", reason)
+            yield Refused(f"with the key {refusal.key[:12]}", reason)
 
     def submit(self, folder: Path) -> str:
         """Submit a Flower run that continues the run in ``folder``; returns its id."""
@@ -207,10 +207,10 @@ def _json_in(output: str) -> dict[str, Json]:
     """The JSON object that ``output`` ends with, after anything that Flower prints first; empty if there is none."""
     start_at = output.find("{")
     try:
-        found: dict[str, Json] = json.loads(output[start_at:]) if start_at >= 0 else {}
+        parsed: dict[str, Json] = json.loads(output[start_at:]) if start_at >= 0 else {}
     except ValueError:
         return {}
-    return found
+    return parsed
 
 
 def check_server_keys(keys: Path) -> None:

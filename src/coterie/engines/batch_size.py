@@ -64,8 +64,8 @@ class AutoSize:
             return None
         before, bank = self.now, sum(tensor.nbytes for tensor in asked.bank.tensors.values())
         if before is None or not self._still_fits(before, workplaces, bank):
-            found = [best_size(workplace, clients, asked) for workplace in workplaces]
-            self.now, self.bank = min(found, key=lambda size: size.clients), bank
+            sizes = [best_size(workplace, clients, asked) for workplace in workplaces]
+            self.now, self.bank = min(sizes, key=lambda size: size.clients), bank
         self.weight = weight
         return self.now if before is None or (self.now and self.now.clients != before.clients) else None
 
@@ -125,8 +125,8 @@ def _worthwhile(
         size = Size(pays, f"{ENOUGH[precision]} tokens a step keep this processor busy")
     if size.clients == 1:
         return size
-    found = {number: batch_lengths(of, batch) for number, of in lengths.items()}
-    best, gain = best_gain(loads, found, size.clients, PASS_TOKENS[precision])
+    of_batches = {number: batch_lengths(of, batch) for number, of in lengths.items()}
+    best, gain = best_gain(loads, of_batches, size.clients, PASS_TOKENS[precision])
     if gain < LEAST:
         return Size(1, f"with rows padded to a common length, shared passes would be {gain:.2f} times as fast")
     return size if best == size.clients else Size(best, "more would pad more than they gain")

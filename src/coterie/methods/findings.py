@@ -193,10 +193,10 @@ def to_json(findings: Iterable[Finding]) -> dict[str, object]:
 
 def from_json(described: Mapping[str, object]) -> tuple[Finding, ...]:
     """The findings in ``describe``. Anything unknown, or of another shape, is in :class:`Values`."""
-    found = [finding for kind in _KINDS if (finding := read(kind, described)) is not None]
-    known = {name for finding in found for name in finding.to_json()}
+    typed = [finding for kind in _KINDS if (finding := read(kind, described)) is not None]
+    known = {name for finding in typed for name in finding.to_json()}
     rest = {name: value for name, value in described.items() if name not in known}
-    return (*found, Values(rest)) if rest else tuple(found)
+    return (*typed, Values(rest)) if rest else tuple(typed)
 
 
 def find(findings: Iterable[Finding], kind: type[F]) -> F | None:
@@ -207,10 +207,10 @@ def find(findings: Iterable[Finding], kind: type[F]) -> F | None:
 def read(kind: type[F], described: Mapping[str, object]) -> F | None:
     """The finding of a ``kind`` in ``describe``; None if it is missing or has another shape."""
     try:
-        found: F = _adapter(kind).validate_python(described)
+        finding: F = _adapter(kind).validate_python(described)
     except ValidationError:
         return None
-    return found
+    return finding
 
 
 @cache

@@ -44,10 +44,10 @@ def start_ranks(plan: Plan, clients: Sequence[ClientInfo]) -> Ranks:
         if unknown := sorted(rule.keys() - {*names}):
             near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)
             raise CoterieError(f"[lora] ranks: there is no client {unknown[0]!r}; did you mean {near[0]!r}?")
-        found = {name: rule.get(name, plan.rank) for name in names}
+        by_client = {name: rule.get(name, plan.rank) for name in names}
     else:
-        found = {name: (rule or (plan.rank,))[i % len(rule or (0,))] for i, name in enumerate(names)}
-    return Ranks(found, min([plan.rank, max(found.values(), default=plan.rank)]))
+        by_client = {name: (rule or (plan.rank,))[i % len(rule or (0,))] for i, name in enumerate(names)}
+    return Ranks(by_client, min([plan.rank, max(by_client.values(), default=plan.rank)]))
 
 
 def rank_of(lora: Tensors) -> int:

@@ -135,8 +135,8 @@ def _check_shapes(
     wrong = [key for key in rows if tensors[key].ndim != 2 or tensors[key].shape[1] != d_in]
     wrong += [key for i, key in enumerate(b) if tensors[key].shape != (d_out, tensors[a[i]].shape[0])]
     if wrong:
-        found = ", ".join(f"{key} {list(tensors[key].shape)}" for key in wrong)
-        raise CoterieError(f"{name} is a Linear of {d_in} to {d_out}; the bank has {found}")
+        shapes = ", ".join(f"{key} {list(tensors[key].shape)}" for key in wrong)
+        raise CoterieError(f"{name} is a Linear of {d_in} to {d_out}; the bank has {shapes}")
 
 
 def _check_gate(layer: BankLayer) -> None:

@@ -28,7 +28,7 @@ def _untouched(module: nn.Module, name: str, apart: set[str]) -> list[nn.Module]
     if name and not any(inner.startswith(f"{name}.") for inner in apart):
         return [module]
     return [
-        found
+        part
         for child_name, child in module.named_children()
-        for found in _untouched(child, f"{name}.{child_name}" if name else child_name, apart)
+        for part in _untouched(child, f"{name}.{child_name}" if name else child_name, apart)
     ]

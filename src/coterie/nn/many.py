@@ -175,8 +175,8 @@ class ManyLayer:
             mine = [self.scaling[c] for c in self.now.active]
             alike = len(set(mine)) == 1
             self._views[key] = mine[0] if alike else torch.tensor(mine, device=self.rows.device)[:, None, None]
-        found: float | Tensor = self._views[key]
-        return found
+        scaling: float | Tensor = self._views[key]
+        return scaling
 
     @property
     def _dropping(self) -> bool:
@@ -243,15 +243,15 @@ class ManyLayer:
     def _weights(self, p: Tensor | None, routed: Tensor | None) -> Tensor | None:
         """g [c, n, e] of all active clients, 1 for those without a gate; None if none has. Collects statistics too."""
         groups, back = self._groups()
-        found = [self._weights_of(group, p, routed) for group in groups]
-        like = next((g for g in found if g is not None), None)
+        of_groups = [self._weights_of(group, p, routed) for group in groups]
+        like = next((g for g in of_groups if g is not None), None)
         if like is None:
             return None
         full = [
             like.new_ones(len(group.places), like.shape[1], self.experts)
             if g is None
             else functional.pad(g, (0, self.experts - g.shape[-1]))
-            for group, g in zip(groups, found, strict=True)
+            for group, g in zip(groups, of_groups, strict=True)
         ]
         whole = full[0] if len(full) == 1 else torch.cat(full)
         return whole if back is None else whole.index_select(0, back)
@@ -279,13 +279,13 @@ class ManyLayer:
         """The active clients grouped by gate and ranks, and each client's position in the order of the groups."""
         key = "groups", self.now.active
         if key not in self._views:
-            found: dict[object, list[int]] = {}
+            by_kind: dict[object, list[int]] = {}
             for at, c in enumerate(self.now.active):
-                found.setdefault(_kind(self.layers[c]), []).append(at)
-            order = [at for places in found.values() for at in places]
+                by_kind.setdefault(_kind(self.layers[c]), []).append(at)
+            order = [at for places in by_kind.values() for at in places]
             straight, device = order == sorted(order), self.rows.device
-            alone = len(found) == 1
-            groups = [Group(tuple(at), None if alone else torch.tensor(at, device=device)) for at in found.values()]
+            alone = len(by_kind) == 1
+            groups = [Group(tuple(at), None if alone else torch.tensor(at, device=device)) for at in by_kind.values()]
             self._views[key] = groups, None if straight else torch.tensor(order).argsort().to(device)
         groups, back = self._views[key]
         return groups, back
@@ -302,8 +302,8 @@ class ManyLayer:
                 if start <= lo < stop
             ]
             self._views[key] = Picked.of(chosen, len(self.now.active), self.rows.device)
-        found: Picked = self._views[key]
-        return found
+        picked: Picked = self._views[key]
+        return picked
 
 
 @dataclass(frozen=True)

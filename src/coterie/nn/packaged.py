@@ -31,10 +31,10 @@ def check_packaged(folder: Path) -> None:
         if not file.is_file():
             raise CoterieError(f"{file} is missing; {_fix()}")
         with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != expected:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != expected:
             raise CoterieError(
-                f"{file} is not the file of {PACKAGE}: its SHA-256 is {found}, expected {expected}; {_fix()}"
+                f"{file} is not the file of {PACKAGE}: its SHA-256 is {digest}, expected {expected}; {_fix()}"
             )
 
 

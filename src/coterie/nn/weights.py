@@ -26,7 +26,7 @@ def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
     are not on this machine.
     Raises :class:`CoterieError` for a damaged file.
     """
-    found: dict[str, str] = {}
+    by_module: dict[str, str] = {}
     where: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for file in weight_files(path):
         for stored in _stored(file):
@@ -36,22 +36,22 @@ def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
         shorter = (place for ending in endings(module)[1:] for place in where[ending] if place[1] == ending)
         places = {*where[module], *shorter}
         if len(places) == 1:
-            found[module] = _digest(*places.pop())
-    return found
+            by_module[module] = _digest(*places.pop())
+    return by_module
 
 
-def fingerprint(found: Mapping[str, str], modules: Iterable[str]) -> str:
+def fingerprint(by_module: Mapping[str, str], modules: Iterable[str]) -> str:
     """SHA-256 over the digests (:func:`digests`) of these ``modules``, "" where one of them is not known."""
     named = sorted({*modules})
-    if not named or not all(found.get(module) for module in named):
+    if not named or not all(by_module.get(module) for module in named):
         return ""
-    return hashlib.sha256("".join(f"{module} {found[module]}\n" for module in named).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{module} {by_module[module]}\n" for module in named).encode()).hexdigest()
 
 
 def identified(spec: BaseSpec, path: str) -> BaseSpec:
     """``spec`` with a digest of each target's weights."""
-    found = digests(path, [target.name for target in spec.targets])
-    return replace(spec, targets=tuple(replace(t, weights=found.get(t.name, "")) for t in spec.targets))
+    by_module = digests(path, [target.name for target in spec.targets])
+    return replace(spec, targets=tuple(replace(t, weights=by_module.get(t.name, "")) for t in spec.targets))
 
 
 def endings(module: str) -> list[str]:

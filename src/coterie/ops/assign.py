@@ -94,7 +94,7 @@ def _assign_one(scores: Array, limits: Limits, sums: Any) -> NDArray[np.bool_]:
         return _in_turn(experts, clients, picks)
     least, most = _bounds(experts, clients, limits)
     bounds: Any = np.repeat([[0.0, 1.0], [least, most]], [scores.size, clients], axis=0)
-    found = linprog(
+    solution = linprog(
         np.concatenate([(-_SCALE * (gain / largest)).ravel(), np.zeros(clients)]),
         A_eq=sums,
         b_eq=np.repeat([float(picks), 0.0], [experts, clients]),
@@ -102,9 +102,9 @@ def _assign_one(scores: Array, limits: Limits, sums: Any) -> NDArray[np.bool_]:
         method="highs-ds",  # the dual simplex method, which ends on a corner
         options={"presolve": False, "dual_feasibility_tolerance": _TOLERANCE},
     )
-    if found.x is None or not found.success:
-        raise RuntimeError(f"HiGHS found no assignment of {experts} experts to {clients} clients: {found.message}")
-    share = found.x[: scores.size].reshape(experts, clients)
+    if solution.x is None or not solution.success:
+        raise RuntimeError(f"HiGHS found no assignment of {experts} experts to {clients} clients: {solution.message}")
+    share = solution.x[: scores.size].reshape(experts, clients)
     z: NDArray[np.bool_] = share > 0.5
     held = z.sum(axis=0)
     within = (z.sum(axis=1) == picks).all() and (held >= least).all() and (held <= most).all()

@@ -55,7 +55,7 @@ def sign_flip_p(differences: Array, seed: int = 0) -> float:
     Raises as :func:`bootstrap_interval`.
     """
     by_client = _table(differences).mean(axis=0)
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (by_client,),
         np.mean,
         permutation_type="samples",
@@ -63,7 +63,7 @@ def sign_flip_p(differences: Array, seed: int = 0) -> float:
         n_resamples=DRAWS,  # for up to 13 clients, all patterns: they are fewer
         rng=np.random.default_rng(seed),
     )
-    return min(1.0, float(found.pvalue))
+    return min(1.0, float(test.pvalue))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -24,22 +24,22 @@ _POOL = {
 }
 
 
-def show(found: Assignment, run: Run) -> Iterator[Picture | Table]:
+def show(assignment: Assignment, run: Run) -> Iterator[Picture | Table]:
     """The pictures of the assignment by round, and its figures."""
-    past = history_of(found, run)
+    past = history_of(assignment, run)
     if past is not None:
         yield from _pictures(past)
-        yield _figures(past, found.pool)
+        yield _figures(past, assignment.pool)
 
 
-def history_of(found: Assignment, run: Run) -> History | None:
+def history_of(now: Assignment, run: Run) -> History | None:
     """The assignment by round, clients by group and modules by name; None where nobody holds anything."""
-    rounds = by_round(run.history(Assignment), sorted(run.rounds)) or {_rounds(run): found}
+    rounds = by_round(run.history(Assignment), sorted(run.rounds)) or {_rounds(run): now}
     modules = {module for assignment in rounds.values() for module in assignment.experts}
     holders = {client for of in rounds.values() for by_client in of.experts.values() for client in by_client}
     groups = run.group_of
     clients = sorted(holders, key=lambda client: (natural(groups.get(client) or ""), natural(client)))
-    pool = found.pool.experts if found.pool else 0
+    pool = now.pool.experts if now.pool else 0
     past = history(rounds, clients, sorted(modules, key=natural), groups, pool)
     return past if past.held.size else None
 

@@ -16,20 +16,20 @@ from coterie.types import SHARED
 FINDING = Quotas
 
 
-def show(found: Quotas, run: Run) -> Iterator[Picture | Table]:
+def show(quotas: Quotas, run: Run) -> Iterator[Picture | Table]:
     """Quotas by layer and matrix, use by client, importance and use by round, and where the pool comes from."""
-    matrices = layers_and_matrices(found.sizes)
-    active, sizes = ({matrices[m]: n for m, n in of.items() if m in matrices} for of in (found.active, found.sizes))
+    matrices = layers_and_matrices(quotas.sizes)
+    active, sizes = ({matrices[m]: n for m, n in of.items() if m in matrices} for of in (quotas.active, quotas.sizes))
     note = "Experts that a token uses at a time, of those that the matrix has."
     yield Picture("quotas", "Where the active experts go", plots.quota_map(active, sizes), note)
     usage = sorted(run.usage.items(), key=lambda item: natural(item[0]))
-    use = {client: adapter_use(of, found.adapters) for client, of in usage}
+    use = {client: adapter_use(of, quotas.adapters) for client, of in usage}
     if any(use.values()):
         note = "Each adapter's share of the gates' weight on the client's test rows, over all matrices."
-        figure = plots.adapter_use(use, list(found.adapters))
+        figure = plots.adapter_use(use, list(quotas.adapters))
         yield Picture("adapter-use", "Which client uses which adapter", figure, note)
     yield from _by_round(run.history(Quotas), matrices)
-    yield Table("Pool of adapters", ["", ""], _rows(found))
+    yield Table("Pool of adapters", ["", ""], _rows(quotas))
 
 
 def adapter_use(usage: Usage, adapters: Mapping[str, Adapter]) -> dict[str, float]:
@@ -67,17 +67,17 @@ def _by_matrix(quotas: Quotas, matrices: Mapping[str, tuple[str, str]]) -> dict[
 
 def _lines(after: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
     """A curve for every name, with a point for each round in which it was measured again."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     before: Mapping[str, float] = {}
     for rnd, values in sorted(after.items()):
         if values != before:
             for name, value in values.items():
-                found.setdefault(name, []).append((rnd, value))
+                curves.setdefault(name, []).append((rnd, value))
         before = values
-    return dict(found)
+    return dict(curves)
 
 
-def _rows(found: Quotas) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [("adapters", list(found.adapters)), ("SHA-256", found.pool)]
-    rows.append(("importance measured by", list(found.measured_by)))
-    return [*rows, ("taken out of use", list(found.dropped))]
+def _rows(quotas: Quotas) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("adapters", list(quotas.adapters)), ("SHA-256", quotas.pool)]
+    rows.append(("importance measured by", list(quotas.measured_by)))
+    return [*rows, ("taken out of use", list(quotas.dropped))]

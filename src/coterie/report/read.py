@@ -84,15 +84,15 @@ class Run:
     def history(self, kind: type[F]) -> dict[int, F]:
         """The finding of a ``kind`` after each round, from the first that has one; 0 is before the first round."""
         said: dict[str, object] = {}
-        found: dict[int, F] = {}
+        after: dict[int, F] = {}
         now: F | None = None
         for rnd, describe in self._described().items():
             if describe:
                 said |= describe
                 now = findings.read(kind, said)
             if now is not None:
-                found[rnd] = now
-        return found
+                after[rnd] = now
+        return after
 
     def _described(self) -> dict[int, Mapping[str, object]]:
         """What every round added to the description of the method's state; 0 is before the first."""
@@ -165,11 +165,11 @@ class Run:
     @property
     def groups(self) -> dict[str, tuple[int, float]]:
         """The number of clients and their mean of the primary metric, on test data, by group."""
-        found: dict[str, list[float]] = {}
+        by_group: dict[str, list[float]] = {}
         for client in self.clients.values():
             if client.group is not None and (value := client.of.test.get(self.primary)) is not None:
-                found.setdefault(client.group, []).append(value)
-        return {group: (len(values), sum(values) / len(values)) for group, values in found.items()}
+                by_group.setdefault(client.group, []).append(value)
+        return {group: (len(values), sum(values) / len(values)) for group, values in by_group.items()}
 
     @property
     def percentiles(self) -> Metrics:

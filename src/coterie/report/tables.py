@@ -55,17 +55,17 @@ def show(value: object, name: str = "") -> str:
 def tables(value: Mapping[str, object], title: str) -> list[Table]:
     """A mapping as tables: one of its plain entries, one of each list or mapping of records inside it."""
     plain: list[tuple[str, object]] = []
-    found: list[Table] = []
+    inner: list[Table] = []
     for key, item in _flat(value):
         if records := _records(item):
             columns = list(dict.fromkeys(column for _, row in records for column in row))
-            found.append(Table(key, ["", *columns], [[n, *(row.get(c) for c in columns)] for n, row in records]))
+            inner.append(Table(key, ["", *columns], [[n, *(row.get(c) for c in columns)] for n, row in records]))
         elif matrix := _matrix(item):
             head = ["", *map(str, range(len(matrix[0])))]
-            found.append(Table(key, head, [[i, *row] for i, row in enumerate(matrix)]))
+            inner.append(Table(key, head, [[i, *row] for i, row in enumerate(matrix)]))
         else:
             plain.append((key, item))
-    return ([Table(title, ["", ""], plain)] if plain else []) + found
+    return ([Table(title, ["", ""], plain)] if plain else []) + inner
 
 
 def _flat(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:

@@ -59,8 +59,8 @@ def experts_by_layer(usage: Mapping[ClientId, Usage], clients: Sequence[ClientId
 
 
 def _by_module(usage: Mapping[ClientId, Usage], run: Run) -> Iterator[Picture]:
-    found = find(run.findings, Assignment)
-    past = history_of(found, run) if found else None
+    assignment = find(run.findings, Assignment)
+    past = history_of(assignment, run) if assignment else None
     modules = sorted({module for of in usage.values() for module in of}, key=natural)
     clients = [client for client in run.clients if client in usage]
     short, panels = short_names(modules), {}
@@ -80,12 +80,12 @@ def _panel(
     usage: Mapping[ClientId, Usage], module: str, clients: Sequence[ClientId], measure: Measure, past: History | None
 ) -> Panel:
     """The experts in the order of the picture of the assignment, where there is one."""
-    found = used(usage, module, clients, measure)
-    order = list(found)
+    by_expert = used(usage, module, clients, measure)
+    order = list(by_expert)
     if past and module in past.modules:
         rank = {expert: i for i, expert in enumerate(held_panel(past, module).experts)}
         order.sort(key=lambda expert: rank.get(expert, len(rank)))
-    return Panel(order, np.array([found[expert] for expert in order]).T)
+    return Panel(order, np.array([by_expert[expert] for expert in order]).T)
 
 
 def used(
@@ -95,11 +95,11 @@ def used(
 
     The shared expert, whose gate is always 1, is left out. Rows that do not number their experts count from 0.
     """
-    found: dict[int, list[float]] = {}
+    by_expert: dict[int, list[float]] = {}
     for row, client in enumerate(clients):
         use = usage.get(client, {}).get(module)
         values = (use.weight if measure == "weight" else use.share) if use else ()
         for expert, value in zip((use.expert if use else ()) or count(), values, strict=False):
             if expert >= 0:
-                found.setdefault(expert, [math.nan] * len(clients))[row] = value
-    return dict(sorted(found.items()))
+                by_expert.setdefault(expert, [math.nan] * len(clients))[row] = value
+    return dict(sorted(by_expert.items()))

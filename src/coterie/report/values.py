@@ -11,6 +11,6 @@ from coterie.report.tables import Table, tables
 FINDING = Values
 
 
-def show(found: Values, run: Run) -> Iterator[Table]:
+def show(values: Values, run: Run) -> Iterator[Table]:
     """A table of the plain values, and one of each list or mapping of records."""
-    yield from tables(found.values, "State after the last round")
+    yield from tables(values.values, "State after the last round")

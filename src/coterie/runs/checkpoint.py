@@ -77,8 +77,8 @@ def load_newest(
     faults: list[str] = []
     for path in _newest_first(folder):
         try:
-            found = _read(path, state)
-            if lacking := lacks(found):
+            checkpoint = _read(path, state)
+            if lacking := lacks(checkpoint):
                 raise CorruptCheckpointError(lacking)
         except CorruptCheckpointError as fault:
             unfit.append(path)
@@ -91,7 +91,7 @@ def load_newest(
         else:
             for path in unfit:
                 path.unlink()
-            return found
+            return checkpoint
     if faults:
         raise CoterieError(
             f"{faults[0]}, and neither can an earlier one; restore what is missing, or start a new run with --out"
@@ -136,8 +136,8 @@ def forget_after(folder: Path, rnd: int) -> None:
 
 def newest_round(folder: Path) -> int | None:
     """The round of the newest checkpoint file, None where there is none."""
-    found = _newest_first(folder)
-    return int(found[0].stem) if found else None
+    files = _newest_first(folder)
+    return int(files[0].stem) if files else None
 
 
 def _path(folder: Path, rnd: int) -> Path:

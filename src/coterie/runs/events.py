@@ -282,11 +282,11 @@ def from_json(line: Mapping[str, object], known: Kinds = RUN) -> Event | None:
     if kind is None:
         return None
     try:
-        found = kind.adapter.validate_python(kind.type.fields_in(line))
+        event = kind.adapter.validate_python(kind.type.fields_in(line))
     except ValidationError as fault:
         first = fault.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from fault
-    return found
+    return event
 
 
 def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) -> list[Event]:
@@ -299,7 +299,7 @@ def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) 
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            found = from_json(json.loads(line))
+            event = from_json(json.loads(line))
         except json.JSONDecodeError as fault:
             if number == len(lines):
                 note(f"The last line of {metrics.name} is incomplete and was left out.")
@@ -307,8 +307,8 @@ def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) 
             raise CoterieError(f"{metrics}, line {number} is not JSON: {fault}; repair or remove it") from fault
         except ValueError as fault:
             raise CoterieError(f"{metrics}, line {number} cannot be read: {fault}; repair or remove it") from fault
-        if found is not None:
-            events.append(found)
+        if event is not None:
+            events.append(event)
     return events
 
 

@@ -76,14 +76,14 @@ def read_config(folder: Path) -> tuple[dict[str, object], Path]:
     path = folder / "config.json"
     if not path.exists():
         raise CoterieError(f"there is no run in {folder}")
-    found = read_json(path)
-    return found["config"], Path(found["root"])
+    content = read_json(path)
+    return content["config"], Path(content["root"])
 
 
 def plain(config: Config) -> dict[str, dict[str, object]]:
     """The config as JSON: its sections, and the settings in each."""
-    found: dict[str, dict[str, object]] = json.loads(config.model_dump_json())
-    return found
+    content: dict[str, dict[str, object]] = json.loads(config.model_dump_json())
+    return content
 
 
 @contextmanager

@@ -59,4 +59,4 @@ def _absurd(event: Evaluated) -> list[tuple[ClientId, str, float]]:
         if "loss" in metrics
         for loss in [metrics["loss"]]
     ]
-    return sorted((found for found in losses if found[2] > _WORST_LOSS), key=lambda found: -found[2])
+    return sorted((entry for entry in losses if entry[2] > _WORST_LOSS), key=lambda entry: -entry[2])

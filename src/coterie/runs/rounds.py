@@ -145,11 +145,11 @@ class Runner(Generic[S]):
         return saved
 
     def _say_what_is_cut(self) -> None:
-        found = self.engine.truncation()
-        if found.rows:
-            self._log(Truncated(found.rows, found.cut, found.tokens))
-        if found.cut:
-            self._note([str(found)], 0)
+        truncation = self.engine.truncation()
+        if truncation.rows:
+            self._log(Truncated(truncation.rows, truncation.cut, truncation.tokens))
+        if truncation.cut:
+            self._note([str(truncation)], 0)
 
     def _check_new(self) -> None:
         """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""
@@ -159,12 +159,12 @@ class Runner(Generic[S]):
                 "or start a new run with --out"
             )
 
-    def _lacks(self, found: Checkpoint[S]) -> str | None:
+    def _lacks(self, checkpoint: Checkpoint[S]) -> str | None:
         """What a whole checkpoint needs but is missing from the run's folder, or None."""
-        if not self.metrics.exists() or self.metrics.stat().st_size < found.metrics_bytes:
+        if not self.metrics.exists() or self.metrics.stat().st_size < checkpoint.metrics_bytes:
             return f"{self.metrics.name} is shorter than it was"
-        here = self.engine.state_rounds(found.rnd)
-        for kind, then in found.held.items():
+        here = self.engine.state_rounds(checkpoint.rnd)
+        for kind, then in checkpoint.held.items():
             lost = sorted(client for client, rnd in then.items() if here.get(kind, {}).get(client) != rnd)
             if lost:
                 return f"the {kind} state of that round is missing for {len(lost)} client(s), including {lost[0]}"

@@ -64,13 +64,13 @@ class Traffic:
     down: int = 0
 
 
-def _fields_of_worst(found: Mapping[str, object]) -> dict[str, object] | None:
-    metrics = [name for name in found if name != "client"]
-    return {"client": found["client"], "metric": metrics[0], "value": found[metrics[0]]} if metrics else None
+def _fields_of_worst(line: Mapping[str, object]) -> dict[str, object] | None:
+    metrics = [name for name in line if name != "client"]
+    return {"client": line["client"], "metric": metrics[0], "value": line[metrics[0]]} if metrics else None
 
 
-def _fields_of_usage(found: Mapping[ClientId, Mapping[str, object]]) -> dict[ClientId, Mapping[str, object]]:
-    return {client: {ALL_MODULES: row} if "weight" in row else row for client, row in found.items()}
+def _fields_of_usage(usage: Mapping[ClientId, Mapping[str, object]]) -> dict[ClientId, Mapping[str, object]]:
+    return {client: {ALL_MODULES: row} if "weight" in row else row for client, row in usage.items()}
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def _mean_of(usage: Usage) -> dict[str, object] | None:
 
 def read_summary(path: Path) -> Summary:
     """The summary in ``path``. Raises :class:`CoterieError` for a file that is damaged or not a summary."""
-    found = read_json(path)
+    content = read_json(path)
     try:
-        return _SUMMARY.validate_python(found)
+        return _SUMMARY.validate_python(content)
     except ValidationError as fault:
         first = fault.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

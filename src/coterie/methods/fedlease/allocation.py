@@ -62,11 +62,11 @@ def allocate(
     d = distances([warm[c] for c in order], settings.distance)
     if settings.allocation == "learned":
         least = settings.experts or settings.min_experts
-        found = cluster(
+        clustering = cluster(
             d, settings.most, min_clusters=least, threshold=settings.one_cluster_below, linkage=settings.linkage
         )
-        clusters = dict(zip(order, map(int, found.labels), strict=True))
-        return Allocation(clusters, found.silhouettes, order, torch.from_numpy(d))
+        clusters = dict(zip(order, map(int, clustering.labels), strict=True))
+        return Allocation(clusters, clustering.silhouettes, order, torch.from_numpy(d))
     # A control needs no LoRA: clients that missed the warm-up get a cluster too.
     names = _shuffled(sorted(groups), settings.most, seed) if settings.allocation == "random" else groups
     numbers = {name: e for e, name in enumerate(dict.fromkeys(names[c] for c in sorted(groups)))}
