@@ -77,7 +77,7 @@ def test_when_memory_runs_out_the_run_goes_on_and_says_so(tmp_path: Path, monkey
     changes = ["engine.clients_per_batch=4", "run.rounds=1", "method.name=fedit"]
     run(load_config(sites.config(tmp_path, method="fedit"), changes), tmp_path / "run", root=tmp_path)
     notes = [event["text"] for event in events(tmp_path / "run") if event["event"] == "note"]
-    assert notes == ["out of memory with 4 clients in a batch; continuing with 2"]
+    assert [n for n in notes if "memory" in n] == ["out of memory with 4 clients in a batch; continuing with 2"]
     (trained,) = (event for event in events(tmp_path / "run") if event["event"] == "round")
     assert len(trained["clients"]) == 5
     assert trained["failed"] == {}
