@@ -77,7 +77,7 @@ def run_demo(folder: Path, console: Console) -> None:
 
 def _show_clusters(console: Console, variant: str, clusters: Clusters) -> None:
     """Show the clusters, and the silhouettes that their number was chosen by."""
-    text = ", ".join(f"{k}: {score:.2f}" for k, score in clusters.silhouettes.items())
+    text = ", ".join(f"{k}: {score:.3f}" for k, score in clusters.silhouettes.items())
     heading(console, f"{title_of(variant)} found {clusters.number} clusters (silhouettes {text})")
     table = Table(box=None, header_style="bold")
     table.add_column("expert")
