@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -344,6 +345,15 @@ def test_a_process_that_is_killed_is_a_failed_run(tmp_path: Path, monkeypatch: p
     assert made.done == {}
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Processes started here heed SIGINT, also where a shell in the background has made this one ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_interrupts_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     event = '{"event": "ready", "clients": 1, "rounds": 1}'
@@ -356,6 +366,7 @@ def test_ctrl_c_interrupts_the_processes(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "interrupted").exists()
 
 
+@pytest.mark.usefixtures("heeded")
 def test_what_stops_the_comparison_stops_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run fails while another is at work, and to say so is interrupted."""
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ TASK, END = TypeAdapter(Task), TypeAdapter(End)
 
 def main() -> None:
     """Carry out the task; exit with 130 when interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
     task = TASK.validate_json(sys.stdin.read())
     end_with(task.parent)
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
