@@ -19,6 +19,7 @@ if importlib.util.find_spec("ray") is None:  # not loaded here: it reads its env
 
 import pools
 import sites
+from coterie.compute.loading import truncation_of
 from coterie.config.load import load_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
@@ -93,7 +94,9 @@ def there(config: Config, root: Path, ray: SimulatedTransport) -> flower_sim.Flo
     head = flower_sim.head_of(config, federation, root / "there", root)
     start = partial(nullcontext, ray)
     clients = tuple(c.info for c in federation.clients)
-    return flower_sim.FlowerSimEngine(clients, head, root / "there", start)
+    return flower_sim.FlowerSimEngine(
+        clients, head, root / "there", start, partial(truncation_of, config, federation, root)
+    )
 
 
 def left(folder: Path) -> dict[str, Any]:
