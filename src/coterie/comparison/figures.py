@@ -87,22 +87,22 @@ def best_of(means: Mapping[str, float | None], metric: str) -> str | None:
 def clusters_of(results: Results) -> tuple[str, Clusters] | None:
     """The first variant that finds clusters of clients, and those of its first seed."""
     for variant, by_seed in results.items():
-        if found := find(next(iter(by_seed.values())).findings, Clusters):
-            return variant, found
+        if clusters := find(next(iter(by_seed.values())).findings, Clusters):
+            return variant, clusters
     return None
 
 
 def curves(comparison: Comparison) -> dict[str, list[tuple[int, float]]]:
     """By title: the mean test metric over clients and seeds, by round."""
-    found = {}
+    by_variant = {}
     for variant, runs in comparison.done.items():
         values: dict[int, list[float]] = {}
         for run in runs.values():
             for event in evaluations(run.folder):
                 if "test" in event.mean:
                     values.setdefault(event.round, []).append(event.mean["test"][run.summary.primary])
-        found[title_of(variant)] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
-    return found
+        by_variant[title_of(variant)] = [(rnd, float(np.mean(row))) for rnd, row in sorted(values.items())]
+    return by_variant
 
 
 def evaluations(folder: Path) -> list[Evaluated]:
@@ -114,11 +114,11 @@ def evaluations(folder: Path) -> list[Evaluated]:
 def bytes_by_round(folder: Path) -> dict[int, int]:
     """By round: the bytes that all clients of a run had sent and received up to then."""
     events = {event.round: event for event in read_events(folder / METRICS) if isinstance(event, RoundDone)}
-    total, found = 0, {}
+    total, by_round = 0, {}
     for rnd, event in sorted(events.items()):
         total += sum(entry.bytes_up + entry.bytes_down for entry in event.clients.values())
-        found[rnd] = total
-    return found
+        by_round[rnd] = total
+    return by_round
 
 
 def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: float | None) -> Figures:
@@ -198,8 +198,8 @@ def _target(best: float | None, metric: str) -> float | None:
 
 def _clusters(results: Results) -> dict[str, dict[ClientId, int]]:
     """The clusters of every variant that finds some, with its first seed."""
-    found = {v: find(next(iter(runs.values())).findings, Clusters) for v, runs in results.items()}
-    return {variant: dict(clusters.members) for variant, clusters in found.items() if clusters}
+    by_variant = {v: find(next(iter(runs.values())).findings, Clusters) for v, runs in results.items()}
+    return {variant: dict(clusters.members) for variant, clusters in by_variant.items() if clusters}
 
 
 def _of(summary: Summary, split: str) -> float | None:

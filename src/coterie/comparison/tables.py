@@ -100,16 +100,16 @@ def latex(record: Record) -> str:
 
 def notes(record: Record) -> list[str]:
     """What a reader of the tables has to know."""
-    said = []
+    texts = []
     if any(row.interval for row in record.variants.values()):
-        said.append("±: half of the 95% interval over seeds (Student's t).")
+        texts.append("±: half of the 95% interval over seeds (Student's t).")
     if any(row.against for row in record.variants.values()):
-        said.append(
+        texts.append(
             "Against the best other: the paired difference and its 95% bootstrap interval over clients; p of a "
             "permutation test over clients, adjusted for all methods (Holm). Which is best goes by validation data."
         )
     if any(row.beyond is not None for row in record.variants.values()):
-        said.append(
+        texts.append(
             "On others' rows: the mean of the clients' exported models on the test rows of other clients with the same "
             "labels."
         )
@@ -118,10 +118,10 @@ def notes(record: Record) -> list[str]:
         for key in row.tuned.at_edge if row.tuned else ():
             edges.setdefault(key, []).append(row.title)
     for key, titles in edges.items():
-        said.append(
+        texts.append(
             f"{key} is at the edge of what was tried, where a wider grid may have a better value: {', '.join(titles)}."
         )
-    return said
+    return texts
 
 
 def number(value: float | None, metric: str) -> str:

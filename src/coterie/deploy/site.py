@@ -115,8 +115,8 @@ def take_part(state: Path, children: Sequence[Child]) -> None:
         stack.enter_context(logging_to(state))
         for child in children:
             stack.callback(child.end)
-        held = lock_in(state)
-        while lock_in(state) == held:
+        lock = lock_in(state)
+        while lock_in(state) == lock:
             for child in children:
                 child.keep()
             time.sleep(0.5)

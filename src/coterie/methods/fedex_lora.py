@@ -94,7 +94,7 @@ class FedExLoRA(Method[FedExLoRAState]):
         weight = weights_of(replies)
         loras, share = [lora_of(replies[c].tensors) for c in weight], list(weight.values())
         lora = mean(loras, share)
-        apart = [{key: value - lora[key] for key, value in one.items()} for one in loras]
+        apart = [{key: value - lora[key] for key, value in upload.items()} for upload in loras]
         residual = summed(apart, [w / sum(share) for w in share])
         return FedExLoRAState(
             lora=lora,
@@ -105,7 +105,9 @@ class FedExLoRA(Method[FedExLoRAState]):
 
     def experts(self, state: FedExLoRAState) -> Mapping[str, Tensors]:
         lora, old = products_of(state.lora), products_of(state.folded)
-        whole = {module: stacked([one, old[module]], [1.0, 1.0]) for module, one in lora.items()} if old else lora
+        whole = (
+            {module: stacked([product, old[module]], [1.0, 1.0]) for module, product in lora.items()} if old else lora
+        )
         return {"global": as_lora(whole)}
 
     def describe(self, state: FedExLoRAState) -> Sequence[Finding]:

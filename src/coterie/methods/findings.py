@@ -184,10 +184,10 @@ def to_json(findings: Iterable[Finding]) -> dict[str, object]:
     """``describe``: the JSON of all ``findings``, by name. Raises :class:`TypeError` where two have the same name."""
     described: dict[str, object] = {}
     for finding in findings:
-        said = finding.to_json()
-        if twice := sorted(said.keys() & described.keys()):
+        fields = finding.to_json()
+        if twice := sorted(fields.keys() & described.keys()):
             raise TypeError(f"two findings are named {', '.join(map(repr, twice))}; each name may occur only once")
-        described |= said
+        described |= fields
     return described
 
 

@@ -120,7 +120,11 @@ class FlexLoRA(Method[FlexLoRAState]):
 def _lost(whole: Mapping[str, Product], kept: Mapping[str, Product]) -> float:
     """||whole - kept|| / ||whole||."""
     norm = total_norm(whole)
-    return total_norm({m: stacked([one, kept[m]], [1.0, -1.0]) for m, one in whole.items()}) / norm if norm else 0.0
+    return (
+        total_norm({m: stacked([product, kept[m]], [1.0, -1.0]) for m, product in whole.items()}) / norm
+        if norm
+        else 0.0
+    )
 
 
 METHOD = FlexLoRA

@@ -49,7 +49,10 @@ def folded(before: Tensors, addition: Mapping[str, Product], most: int) -> dict[
     """
     old = products_of(before)
     sums = {module: stacked([old[module], new], [1.0, 1.0]) if old else new for module, new in addition.items()}
-    cut = {module: truncated(one, most) if 0 < most < one[1].shape[0] else compact(one) for module, one in sums.items()}
+    cut = {
+        module: truncated(product, most) if 0 < most < product[1].shape[0] else compact(product)
+        for module, product in sums.items()
+    }
     return as_lora(cut, FOLDED)
 
 

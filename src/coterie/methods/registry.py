@@ -60,10 +60,10 @@ def faults_of(kind: Any, name: str) -> Iterator[str]:
         yield f"has the name {own!r}, which must be that of its file or entry point"
     for function, wanted in _functions().items():
         own_function = getattr(kind, function, None)
-        if inspect.isfunction(own_function) and (found := _parameters(own_function)) != wanted:
-            yield f"has {function}({', '.join(found)}), which must be {function}({', '.join(wanted)})"
-    if (found := list(inspect.signature(kind).parameters)) != ["settings", "plan"]:
-        yield f"is made from ({', '.join(found)}), which must be (settings, plan)"
+        if inspect.isfunction(own_function) and (actual := _parameters(own_function)) != wanted:
+            yield f"has {function}({', '.join(actual)}), which must be {function}({', '.join(wanted)})"
+    if (actual := list(inspect.signature(kind).parameters)) != ["settings", "plan"]:
+        yield f"is made from ({', '.join(actual)}), which must be (settings, plan)"
 
 
 def _missing_attributes(kind: type) -> Iterator[str]:

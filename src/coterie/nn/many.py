@@ -110,26 +110,26 @@ class ManyLayer:
         self.owner = torch.zeros(number, self.rank, dtype=torch.long, device=like.columns.device)
         self.pieces: list[list[tuple[int, int, nn.Parameter]]] = [[] for _ in self.layers]  # of rows, then of columns
         self.column_pieces: list[list[tuple[int, int, nn.Parameter]]] = [[] for _ in self.layers]
-        for c, one in enumerate(self.layers):
-            if one is None:
+        for c, layer in enumerate(self.layers):
+            if layer is None:
                 continue
-            rank = one.columns.shape[0]
-            self.rows[c, :rank] = one.rows[:rank]
-            self.rows[c, self.rank : self.rank + one.slots] = one.rows[rank : rank + one.slots]
-            self.columns[c, :rank] = one.columns
-            experts = torch.arange(len(one.experts)).repeat_interleave(torch.tensor(one.ranks.each))
+            rank = layer.columns.shape[0]
+            self.rows[c, :rank] = layer.rows[:rank]
+            self.rows[c, self.rank : self.rank + layer.slots] = layer.rows[rank : rank + layer.slots]
+            self.columns[c, :rank] = layer.columns
+            experts = torch.arange(len(layer.experts)).repeat_interleave(torch.tensor(layer.ranks.each))
             self.owner[c, :rank] = experts.to(self.owner.device)
-            self._share(c, one, rank)
-            one.rows, one.columns = self.rows[c], self.columns[c]  # the client's own storage is given up
+            self._share(c, layer, rank)
+            layer.rows, layer.columns = self.rows[c], self.columns[c]  # the client's own storage is given up
 
-    def _share(self, c: int, one: BankLayer, rank: int) -> None:
-        of_rows = [parameter for key, parameter in one.parameters.items() if key.part is not Part.B]
-        of_columns = [parameter for key, parameter in one.parameters.items() if key.part is Part.B]
-        for (lo, hi), parameter in zip(one.row_spans, of_rows, strict=True):
+    def _share(self, c: int, layer: BankLayer, rank: int) -> None:
+        of_rows = [parameter for key, parameter in layer.parameters.items() if key.part is not Part.B]
+        of_columns = [parameter for key, parameter in layer.parameters.items() if key.part is Part.B]
+        for (lo, hi), parameter in zip(layer.row_spans, of_rows, strict=True):
             shift = self.rank - rank if lo >= rank else 0
             parameter.data = self.rows[c, lo + shift : hi + shift]
             self.pieces[c].append((lo + shift, hi + shift, parameter))
-        for (lo, hi), parameter in zip(one.column_spans, of_columns, strict=True):
+        for (lo, hi), parameter in zip(layer.column_spans, of_columns, strict=True):
             parameter.data = self.columns[c, lo:hi].T
             self.column_pieces[c].append((lo, hi, parameter))
 
@@ -155,11 +155,11 @@ class ManyLayer:
     def _record_directions(self, x: Tensor) -> None:
         """Each client's directions of its own rows, where it collects them."""
         layers = [self.layers[c] for c in self.now.active]
-        if any(one is not None and one.now.directions is not None for one in layers):
+        if any(layer is not None and layer.now.directions is not None for layer in layers):
             of_clients = row_directions(x.detach(), self.now.row_mask).split(self.now.rows)
-            for one, (rows, _), directions in zip(layers, self.now.own, of_clients, strict=True):
-                if one is not None and one.now.directions is not None:
-                    one.record_directions(directions[:rows])
+            for layer, (rows, _), directions in zip(layers, self.now.own, of_clients, strict=True):
+                if layer is not None and layer.now.directions is not None:
+                    layer.record_directions(directions[:rows])
 
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
         columns = self.now.of(self.columns).to(y.dtype)
@@ -181,7 +181,7 @@ class ManyLayer:
     @property
     def _dropping(self) -> bool:
         mine = (self.layers[c] for c in self.now.active)
-        return self.dropout > 0 and any(one.now.training for one in mine if one is not None)
+        return self.dropout > 0 and any(layer.now.training for layer in mine if layer is not None)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """h = A x~ [c, n, R], A x (None: not computed) and p = R x [c, n, s]."""
@@ -231,12 +231,12 @@ class ManyLayer:
         keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
         per_row = x.shape[1] // self.now.rows  # 1 for a module that takes no tokens
         for at, (c, (rows, tokens)) in enumerate(zip(self.now.active, self.now.own, strict=True)):
-            one = self.layers[c]
-            if one is None or not one.now.training or (place is not None and place >= len(one.experts)):
+            layer = self.layers[c]
+            if layer is None or not layer.now.training or (place is not None and place >= len(layer.experts)):
                 continue
             kept = min(tokens, per_row)
-            expert = () if place is None else (one.experts[place],)
-            mask = one._keep(x.new_empty(rows * kept, x.shape[2]), *expert)
+            expert = () if place is None else (layer.experts[place],)
+            mask = layer._keep(x.new_empty(rows * kept, x.shape[2]), *expert)
             keep[at].view(self.now.rows, per_row, -1)[:rows, :kept] = mask.view(rows, kept, -1)
         return keep
 

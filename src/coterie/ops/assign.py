@@ -106,8 +106,8 @@ def _assign_one(scores: Array, limits: Limits, sums: Any) -> NDArray[np.bool_]:
         raise RuntimeError(f"HiGHS found no assignment of {experts} experts to {clients} clients: {solution.message}")
     share = solution.x[: scores.size].reshape(experts, clients)
     z: NDArray[np.bool_] = share > 0.5
-    held = z.sum(axis=0)
-    within = (z.sum(axis=1) == picks).all() and (held >= least).all() and (held <= most).all()
+    counts = z.sum(axis=0)
+    within = (z.sum(axis=1) == picks).all() and (counts >= least).all() and (counts <= most).all()
     if np.abs(share - z).max() > _INTEGRAL or not within:
         raise RuntimeError(f"HiGHS's assignment of {experts} experts to {clients} clients is not whole or not {limits}")
     return z

@@ -58,10 +58,10 @@ def by_round(after: Mapping[int, Assignment], rounds: Sequence[int]) -> dict[int
     ``after`` has the assignment after every round, and after 0 that of the first.
     """
     known = sorted(after)
-    found = {rnd: after[max(earlier)] for rnd in rounds if (earlier := [r for r in known if r < rnd])}
-    if known and after[known[-1]] != found.get(known[-1]):
-        found[known[-1] + 1] = after[known[-1]]
-    return found
+    in_round = {rnd: after[max(earlier)] for rnd in rounds if (earlier := [r for r in known if r < rnd])}
+    if known and after[known[-1]] != in_round.get(known[-1]):
+        in_round[known[-1] + 1] = after[known[-1]]
+    return in_round
 
 
 def history(

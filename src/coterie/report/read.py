@@ -78,18 +78,18 @@ class Run:
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """What the method found, after the last round that was logged."""
-        said = [*self._described().values(), self.summary.describe if self.summary else {}]
-        return findings.from_json({name: value for part in said for name, value in part.items()})
+        described = [*self._described().values(), self.summary.describe if self.summary else {}]
+        return findings.from_json({name: value for part in described for name, value in part.items()})
 
     def history(self, kind: type[F]) -> dict[int, F]:
         """The finding of a ``kind`` after each round, from the first that has one; 0 is before the first round."""
-        said: dict[str, object] = {}
+        described: dict[str, object] = {}
         after: dict[int, F] = {}
         now: F | None = None
         for rnd, describe in self._described().items():
             if describe:
-                said |= describe
-                now = findings.read(kind, said)
+                described |= describe
+                now = findings.read(kind, described)
             if now is not None:
                 after[rnd] = now
         return after
@@ -107,8 +107,8 @@ class Run:
     @property
     def usage(self) -> Mapping[ClientId, Usage]:
         """How each client's tokens use its experts: the summary's, else that of the last evaluation."""
-        said = [self.summary.usage if self.summary else {}, (self.last.usage if self.last else None) or {}]
-        return next((known for usage in said if (known := {c: of for c, of in usage.items() if of})), {})
+        known_by = [self.summary.usage if self.summary else {}, (self.last.usage if self.last else None) or {}]
+        return next((known for usage in known_by if (known := {c: of for c, of in usage.items() if of})), {})
 
     @property
     def mean(self) -> Scores:
@@ -237,10 +237,10 @@ def read_run(folder: Path, summary: Summary | None = None) -> Run:
 def _mapping(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise CoterieError(f"{path} holds a {type(found).__name__} instead of an object; is this a run's folder?")
-    return found
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CoterieError(f"{path} holds a {type(content).__name__} instead of an object; is this a run's folder?")
+    return content
 
 
 def _rows(of: ClientSummary) -> tuple[int, int, int]:

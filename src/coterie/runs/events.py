@@ -140,8 +140,8 @@ class ClientRound:
 def _fields_of_entry(line: Mapping[str, object]) -> dict[str, object]:
     """The fields of a :class:`ClientRound` in a line of JSON: names that are not its own are those of ``said``."""
     own = {of.name for of in fields(ClientRound)} - {"said"}
-    said = {name: value for name, value in line.items() if name not in own}
-    return {**{name: line[name] for name in own if name in line}, "said": said}
+    statistics = {name: value for name, value in line.items() if name not in own}
+    return {**{name: line[name] for name in own if name in line}, "said": statistics}
 
 
 _ClientRound = Annotated[ClientRound, BeforeValidator(_fields_of_entry)]

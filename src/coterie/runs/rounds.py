@@ -302,5 +302,5 @@ class Runner(Generic[S]):
 
 def _entry(delivery: Delivery, fault: str | None) -> ClientRound:
     """A client's entry in the record, without the statistics of an unused reply."""
-    said = dict(delivery.reply.info) if delivery.reply and fault is None else {}
-    return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, said)
+    statistics = dict(delivery.reply.info) if delivery.reply and fault is None else {}
+    return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, statistics)

@@ -36,8 +36,8 @@ def client_distances(clusters: Clusters, groups: Mapping[str, str | None] | None
 @styled
 def silhouettes(clusters: Clusters) -> Figure:
     """The silhouette of each number of clusters; the chosen one stands out."""
-    found, chosen = sorted(clusters.silhouettes.items()), clusters.number
-    ks, values = [k for k, _ in found], [v for _, v in found]
+    ranked, chosen = sorted(clusters.silhouettes.items()), clusters.number
+    ks, values = [k for k, _ in ranked], [v for _, v in ranked]
     figure = Figure(figsize=(min(2.2 + 0.45 * len(ks), 6.4), 2.5), layout="constrained")
     ax = figure.subplots()
     drawn = [0.0 if math.isnan(v) else v for v in values]

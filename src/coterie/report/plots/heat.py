@@ -103,12 +103,12 @@ def cut(text: str, most: int) -> str:
 
 def blocks(groups: Sequence[str | None]) -> list[tuple[str | None, int, int]]:
     """``(group, first row, rows)`` of every run of rows of the same group; empty if there is one, or one per row."""
-    found, start = [], 0
+    runs, start = [], 0
     for group, members in groupby(groups):
         size = len(list(members))
-        found.append((group, start, size))
+        runs.append((group, start, size))
         start += size
-    return found if 1 < len(found) < len(groups) else []
+    return runs if 1 < len(runs) < len(groups) else []
 
 
 def part_groups(ax: Axes, groups: Sequence[str | None], height: float, named: bool, shift: float = 6) -> None:

@@ -126,9 +126,9 @@ def natural(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _page_font(found: re.Match[str]) -> str:
-    size = re.search(r"[\d.]+px", found[0])
-    weight = "font-weight: bold; " if "bold" in found[0] or " 700 " in found[0] else ""
+def _page_font(match: re.Match[str]) -> str:
+    size = re.search(r"[\d.]+px", match[0])
+    weight = "font-weight: bold; " if "bold" in match[0] or " 700 " in match[0] else ""
     return f"{weight}font-size: {size[0]}; font-family: inherit" if size else "font-family: inherit"
 
 
