@@ -148,7 +148,7 @@ def worker_against_loading(
     settings = SiteSettings.model_validate_json(json.dumps(site))
     config = federation_config(server)
     head = {"kind": "train", "client": "north", "round": 1, "run": "bench", "attempt": 1, "since": 0, "keep": 0}
-    head |= {"also": [], "terms": terms_of(config)}
+    head |= {"kept_rounds": [], "terms": terms_of(config)}
     worker = Worker(settings, folder)
     worker.answer(Message({**head, "kind": "query.hello"}))
     method = method_named("fedlease")(config.method_settings(), config.plan())

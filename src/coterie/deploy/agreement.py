@@ -69,15 +69,15 @@ class Agreement:
         *,
         since: int = 0,
         keep: int = 0,
-        also: Sequence[int] = (),
+        kept_rounds: Sequence[int] = (),
     ) -> Message:
         """A message of this run; ``details`` is what only messages of its kind have in their head.
 
         ``since`` is the round whose state this attempt starts from, ``keep`` the oldest round that is still needed,
-        beside the rounds ``also``.
+        beside the rounds ``kept_rounds``.
         """
         head: dict[str, Json] = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
-        head |= {"since": since, "keep": keep, "also": list(also)}
+        head |= {"since": since, "keep": keep, "kept_rounds": list(kept_rounds)}
         head |= {"patience": self.deadline, "terms": dict(self.terms), **(details or {})}
         return Message(head, body)
 

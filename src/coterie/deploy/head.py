@@ -18,7 +18,7 @@ _TYPES: dict[str, type] = {
     "attempt": int,
     "since": int,
     "keep": int,
-    "also": list,
+    "kept_rounds": list,
     "terms": dict,
 }
 _MOST = 1000  # rounds in a list
@@ -37,7 +37,7 @@ class Head:
     attempt: int
     since: int
     keep: int
-    also: tuple[int, ...]
+    kept_rounds: tuple[int, ...]
     terms: Mapping[str, Json]
     splits: tuple[str, ...] = ()
     usage: bool = False
@@ -60,13 +60,13 @@ def read_head(head: Mapping[str, Json]) -> Head:
         raise CoterieError("the message's export is neither best nor last")
     if not SAFE_ID.fullmatch(head["run"]):
         raise CoterieError("the message's run is not a valid folder name")
-    if len(head["also"]) > _MOST or not all(type(rnd) is int and 0 <= rnd < _MAX for rnd in head["also"]):
-        raise CoterieError(f"the message's also is not a list of at most {_MOST} rounds")
-    values = {name: head[name] for name in _TYPES if name not in ("round", "also")}
+    if len(head["kept_rounds"]) > _MOST or not all(type(rnd) is int and 0 <= rnd < _MAX for rnd in head["kept_rounds"]):
+        raise CoterieError(f"the message's kept_rounds is not a list of at most {_MOST} rounds")
+    values = {name: head[name] for name in _TYPES if name not in ("round", "kept_rounds")}
     return Head(
         **values,
         rnd=head["round"],
-        also=tuple(head["also"]),
+        kept_rounds=tuple(head["kept_rounds"]),
         splits=tuple(splits),
         usage=bool(head.get("usage")),
         export=export,

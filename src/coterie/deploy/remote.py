@@ -33,13 +33,13 @@ T = TypeVar("T")
 class RemoteEngine:
     """See the module. ``since`` is the round that this attempt starts from, ``keep`` the oldest that it needs.
 
-    It needs the rounds ``also`` too.
+    It needs the rounds ``kept_rounds`` too.
     """
 
     sites: Sites
     since: int = 0
     keep: int = 0
-    also: tuple[int, ...] = ()
+    kept_rounds: tuple[int, ...] = ()
     _earlier: Unanswered = field(default_factory=Unanswered)
 
     @property
@@ -114,9 +114,9 @@ class RemoteEngine:
         """Nothing for the server to check: each site keeps its own state."""
         return {}
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
         """Note in the next messages which states no checkpoint needs any more."""
-        self.keep, self.also = max(0, rnd), tuple(sorted(also))
+        self.keep, self.kept_rounds = max(0, rnd), tuple(sorted(kept_rounds))
 
     def close(self) -> None:
         """Do nothing: whoever started the sites ends them."""
@@ -132,7 +132,7 @@ class RemoteEngine:
         encoded = EncodedOnce(instructions)
         messages = {
             c: self.sites.agreement.message(
-                kind, c, rnd, details, encoded.take(c), since=self.since, keep=self.keep, also=self.also
+                kind, c, rnd, details, encoded.take(c), since=self.since, keep=self.keep, kept_rounds=self.kept_rounds
             )
             for c in sorted(instructions)
         }

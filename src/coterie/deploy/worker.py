@@ -152,7 +152,7 @@ class Worker:
         if head.attempt > last and head.kind != "query.hello":  # before that a server has not read its checkpoint
             run.client.states.restore(head.since)
             write_json(path, head.attempt)
-        run.client.states.prune(head.keep, head.also)
+        run.client.states.prune(head.keep, head.kept_rounds)
         return run
 
     def load(self, name: str, terms: Mapping[str, Json]) -> Run:

@@ -110,8 +110,8 @@ class Engine(Protocol):
 
     def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]: ...
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
-        """Delete the clients' states that neither rounds from ``rnd`` on need nor the rounds ``also``."""
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
+        """Delete the clients' states that neither rounds from ``rnd`` on need nor the rounds ``kept_rounds``."""
         ...
 
     def close(self) -> None:

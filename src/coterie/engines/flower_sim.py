@@ -166,10 +166,10 @@ class FlowerSimEngine:
         """The round that each client's state is of, after round ``rnd``."""
         return {store.folder.name: store.state_rounds(rnd) for store in self._stores()}
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
-        """Delete the personal states that only rounds before ``rnd`` need, and none of the rounds ``also``."""
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
+        """Delete the personal states that only rounds before ``rnd`` need, and none of the rounds ``kept_rounds``."""
         for store in self._stores():
-            store.prune(rnd, also)
+            store.prune(rnd, kept_rounds)
 
     def close(self) -> None:
         """End Ray and all processes that it started."""

@@ -119,9 +119,9 @@ class LocalEngine:
         """From which round each client's state is, after round ``rnd``."""
         return self.states.state_rounds(rnd)
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
-        """Delete the clients' states that only rounds before ``rnd`` need, and none of the rounds ``also``."""
-        self.states.prune(rnd, also)
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
+        """Delete the clients' states that only rounds before ``rnd`` need, and none of the rounds ``kept_rounds``."""
+        self.states.prune(rnd, kept_rounds)
 
     def close(self) -> None:
         """Do nothing: everything is in this process."""

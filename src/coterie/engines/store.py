@@ -58,11 +58,11 @@ class RoundStore(Generic[T]):
             for later in (r for r in self._rounds(client) if r > rnd):
                 self._path(client, later).unlink()
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
-        """Delete the versions that no checkpoint from round ``rnd`` on needs, nor any of the rounds ``also``."""
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
+        """Delete the versions that no checkpoint from round ``rnd`` on needs, nor any of the rounds ``kept_rounds``."""
         for client in self._clients():
             rounds = self._rounds(client)
-            needed = {max((r for r in rounds if r <= of), default=0) for of in (rnd, *also)}
+            needed = {max((r for r in rounds if r <= of), default=0) for of in (rnd, *kept_rounds)}
             for old in (r for r in rounds if r <= rnd and r not in needed):
                 self._path(client, old).unlink()
 
@@ -116,9 +116,9 @@ class PersonalStore:
         """As :meth:`RoundStore.forget_after`. What is kept unchanged stays: it is the same in every round."""
         self._rounds.forget_after(rnd)
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
         """As :meth:`RoundStore.prune`."""
-        self._rounds.prune(rnd, also)
+        self._rounds.prune(rnd, kept_rounds)
 
     @property
     def _rounds(self) -> RoundStore[Personal]:
@@ -153,11 +153,11 @@ class ClientStates:
         trained = {"trained": self.trained.state_rounds(rnd)} if self.trained else {}
         return {"personal": self.personal.state_rounds(rnd), **trained}
 
-    def prune(self, rnd: int, also: Collection[int] = ()) -> None:
-        """Delete the states that only rounds before ``rnd`` need, and none of the rounds ``also``."""
-        self.personal.prune(rnd, also)
+    def prune(self, rnd: int, kept_rounds: Collection[int] = ()) -> None:
+        """Delete the states that only rounds before ``rnd`` need, and none of the rounds ``kept_rounds``."""
+        self.personal.prune(rnd, kept_rounds)
         if self.trained:
-            self.trained.prune(rnd, also)
+            self.trained.prune(rnd, kept_rounds)
 
 
 @lru_cache(maxsize=2)  # in memory, too, a simulation's clients share what is kept

@@ -37,8 +37,8 @@ class Checkpoint(Generic[S]):
     held: Mapping[str, Mapping[ClientId, int]] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint[S], keep: int, also: Collection[int] = ()) -> Path:
-    """Write the checkpoint atomically, then delete all but the newest ``keep`` and those of the rounds ``also``.
+def save(folder: Path, checkpoint: Checkpoint[S], keep: int, kept_rounds: Collection[int] = ()) -> Path:
+    """Write the checkpoint atomically, then delete all but the newest ``keep`` and those of the rounds ``kept_rounds``.
 
     Raises :class:`OSError`.
     """
@@ -47,7 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint[S], keep: int, also: Collection[in
     path = _path(folder, checkpoint.rnd)
     write_atomic(path, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     for old in _newest_first(folder)[keep:]:
-        if int(old.stem) not in also:
+        if int(old.stem) not in kept_rounds:
             old.unlink()
     return path
 

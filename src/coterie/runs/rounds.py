@@ -102,7 +102,7 @@ class Runner(Generic[S]):
         The last one too where the checkpoint of the chosen one, or a client's state of it, is lost; a note says so.
         """
         last = Checkpoint(self.settings.rounds, state, self.metrics.stat().st_size)
-        chosen = self._chosen(last.rnd)
+        chosen = self._round_to_export(last.rnd)
         if chosen is None or chosen == last.rnd:
             return last
         try:
@@ -114,7 +114,7 @@ class Runner(Generic[S]):
             return last
         return saved
 
-    def _chosen(self, rnd: int) -> int | None:
+    def _round_to_export(self, rnd: int) -> int | None:
         """The round to export if the run ended after round ``rnd``; None where that is the last whatever comes."""
         evaluated = [event for event in self._evaluated if event.round <= rnd]
         return best_round(evaluated, self.settings.primary) if evaluated and self.settings.export == "best" else None
@@ -276,18 +276,18 @@ class Runner(Generic[S]):
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
         made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.state_rounds(rnd))
-        checkpoints.save(self.folder / "checkpoints", made, self.settings.keep_checkpoints, self._chosen_among(rnd))
+        checkpoints.save(self.folder / "checkpoints", made, self.settings.keep_checkpoints, self._rounds_to_keep(rnd))
         self._prune(rnd)
         self.listen(CheckpointSaved(rnd))
         return made
 
     def _prune(self, rnd: int) -> None:
-        self.engine.prune(rnd - self.settings.keep_checkpoints + 1, self._chosen_among(rnd))
+        self.engine.prune(rnd - self.settings.keep_checkpoints + 1, self._rounds_to_keep(rnd))
 
-    def _chosen_among(self, rnd: int) -> set[int]:
+    def _rounds_to_keep(self, rnd: int) -> set[int]:
         """The rounds to export if the run went on from any of the checkpoints that are kept after round ``rnd``."""
         kept = range(rnd - self.settings.keep_checkpoints + 1, rnd + 1)
-        return {chosen for of in kept if (chosen := self._chosen(of)) is not None}
+        return {chosen for of in kept if (chosen := self._round_to_export(of)) is not None}
 
     def _note(self, notes: Sequence[str], rnd: int) -> None:
         for text in notes:

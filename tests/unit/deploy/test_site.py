@@ -46,7 +46,16 @@ def _one_thread() -> None:
 
 
 def head(config: Any, kind: str = "train", **changes: Any) -> dict[str, Any]:
-    made = {"kind": kind, "client": CLIENT, "round": 1, "run": "run", "attempt": 1, "since": 0, "keep": 0, "also": []}
+    made = {
+        "kind": kind,
+        "client": CLIENT,
+        "round": 1,
+        "run": "run",
+        "attempt": 1,
+        "since": 0,
+        "keep": 0,
+        "kept_rounds": [],
+    }
     return {**made, "terms": terms_of(config), "patience": 60, **changes}
 
 

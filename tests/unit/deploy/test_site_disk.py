@@ -67,7 +67,7 @@ def message(config: Config, kind: str, body: bytes = b"", rnd: int = 1, keep: in
         "attempt": 1,
         "since": 0,
         "keep": keep,
-        "also": [],
+        "kept_rounds": [],
     }
     return Message({**head, "terms": terms_of(config), "patience": 60, "splits": ["test"]}, body)
 

@@ -87,7 +87,7 @@ class FakeEngine:
     def state_rounds(self, rnd: int) -> dict[str, Any]:
         return {}
 
-    def prune(self, rnd: int, also: Any = ()) -> None:
+    def prune(self, rnd: int, kept_rounds: Any = ()) -> None:
         self.told.append(("prune", rnd))
 
 
