@@ -21,6 +21,7 @@ from coterie.requests import Optim, Train, Trained
 from coterie.types import Bank, ClientInfo
 
 LABELS = 3
+RATE = 0.05  # of sgd
 TOKENIZER = tiny.tokenizer()
 TEXTS = ["ab", "a longer text", "x", "some more words here", "two words", "abc abc abc", "q", "the end", "y z", "w"]
 
@@ -56,6 +57,14 @@ def plain_bank(workplace: Workplace, dropout: float = 0.0, **changes: Any) -> Ba
     made = tiny.bank(workplace.base.spec.targets, dropout=dropout, dtype=dtype, **changes)
     head = {key: value.to(dtype) for key, value in tiny.head(workplace.base.model, LABELS).items()}
     return Bank({**made.tensors, **head}, made.gate, made.scaling, dropout)
+
+
+def sgd(steps: int, accumulate: int = 1) -> Optim:
+    """Plain gradient descent, so that a step is -RATE * gradient."""
+    return Optim(
+        optimizer="sgd", learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0, steps=steps,
+        batch_size=8 // accumulate, accumulate=accumulate,
+    )  # fmt: skip
 
 
 def train(workplace: Workplace, bank: Bank, optim: Optim, rnd: int = 1, **of: Any) -> Trained:

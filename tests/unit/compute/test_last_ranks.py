@@ -8,19 +8,11 @@ import torch
 from coterie.compute import batched
 from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
-from coterie.requests import LastRanks, Optim, Train, Trained
+from coterie.requests import LastRanks, Train, Trained
 from coterie.types import Part
-from workplaces import client_of, equal_bits, largest_difference, make_workplace, plain_bank, train
+from workplaces import RATE, client_of, equal_bits, largest_difference, make_workplace, plain_bank, sgd, train
 
-RATE, WEIGHT = 0.05, 0.7
-
-
-def sgd(steps: int, accumulate: int = 1) -> Optim:
-    """Plain gradient descent, so that a step is -RATE * gradient."""
-    return Optim(
-        optimizer="sgd", learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0, steps=steps,
-        batch_size=8 // accumulate, accumulate=accumulate,
-    )  # fmt: skip
+WEIGHT = 0.7
 
 
 @pytest.fixture(autouse=True)

@@ -9,19 +9,11 @@ from coterie.compute import batched
 from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
 from coterie.methods.parts import lora_of
-from coterie.requests import Optim, Proximal, Train, Trained
+from coterie.requests import Proximal, Train, Trained
 from coterie.types import CoterieError, Part
-from workplaces import client_of, equal_bits, largest_difference, make_workplace, plain_bank, train
+from workplaces import RATE, client_of, equal_bits, largest_difference, make_workplace, plain_bank, sgd, train
 
-RATE, MU = 0.05, 3.0
-
-
-def sgd(steps: int, accumulate: int = 1) -> Optim:
-    """Plain gradient descent, so that a step is -RATE * gradient."""
-    return Optim(
-        optimizer="sgd", learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0, steps=steps,
-        batch_size=8 // accumulate, accumulate=accumulate,
-    )  # fmt: skip
+MU = 3.0
 
 
 @pytest.fixture(autouse=True)

@@ -372,6 +372,7 @@ def test_a_dendrogram_is_cut_where_the_clusters_are():
     (cut,) = set(ax.lines[-1].get_xdata())
     assert len(merged) == len(CLIENTS) - 1
     assert sum(height > cut for height in merged) == FOUND.number - 1
+    assert cut not in merged, "between two merges"
     assert {label.get_text() for label in ax.get_yticklabels()} == {"north-1  (north)", *CLIENTS} - {"north-1"}
     assert len(plots.dendrogram(Clusters({"a": 0, "b": 0}, {}, ["a", "b"], [[0, 1], [1, 0]])).axes[0].lines) == 1
 
