@@ -15,7 +15,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coterie.adapters.model import ClientModel, load
+    from coterie.adapters.model import ClientModel
+    from coterie.artifacts.load import load
     from coterie.comparison import compare
     from coterie.config.load import load_config
     from coterie.config.sections import Config
@@ -91,7 +92,8 @@ __all__ = [
     "run",
 ]
 _FROM = {
-    "adapters.model": ("ClientModel", "load"),
+    "adapters.model": ("ClientModel",),
+    "artifacts.load": ("load",),
     "comparison": ("compare",),
     "config.load": ("load_config",),
     "config.sections": ("Config",),

@@ -11,7 +11,7 @@ import pytest
 
 import coterie
 from coterie import comparison, experiment
-from coterie.adapters import model
+from coterie.artifacts import load as loading
 from coterie.methods.base import Method
 
 SOURCE = Path(coterie.__file__)
@@ -26,7 +26,7 @@ def test_import_coterie_imports_nothing_heavy() -> None:
 def test_every_public_name_is_what_it_says() -> None:
     assert coterie.run is experiment.run
     assert coterie.compare is comparison.compare
-    assert coterie.load is model.load
+    assert coterie.load is loading.load
     assert coterie.Method is Method
     for name in coterie.__all__:
         assert getattr(coterie, name) is not None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import nn
 
 from coterie.adapters.about import About, is_here
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
+from coterie.data.settings import Columns
+from coterie.data.tasks import make_task
+from coterie.inference.answers import Answer, Rejected
+from coterie.inference.predict import Predictor, located
 from coterie.nn.attach import attach
 from coterie.nn.base import Base, load_base
 from coterie.nn.locate import hub_name
-from coterie.nn.pretrained import PreTrainedTokenizerBase
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase
+from coterie.nn.rows import RowMask
 from coterie.nn.weights import digests, fingerprint
-from coterie.types import Bank, CoterieError, Part, TaskKind
+from coterie.types import Bank, CoterieError, DataError, Part, TaskKind
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,11 @@ class ClientModel:
 
     ``model`` is a transformers model in evaluation mode, and works in ``transformers.pipeline`` together with
     ``tokenizer``. ``labels`` are the client's label names in the order of the logits, None where there are none.
-    ``bank`` is what was put on the base.
+    ``bank`` is what was put on the base. ``max_length`` is where the run cut its rows, in tokens. ``columns`` and
+    ``max_new_tokens`` are what :meth:`predict` reads of a row, and how much it writes, unless it is given others.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...] | None
     task: TaskKind
@@ -34,6 +39,33 @@ class ClientModel:
     method: str
     round: int
     bank: Bank
+    max_length: int = 128
+    row_mask: RowMask = field(default_factory=RowMask, repr=False)
+    columns: Columns = field(default_factory=Columns)
+    max_new_tokens: int = 64
+
+    def predict(
+        self, rows: Iterable[Mapping[str, object]], *, columns: Columns | None = None, batch_size: int | None = None
+    ) -> list[Answer]:
+        """An answer for every row, in their order: a label with probabilities, a text, or a choice with scores.
+
+        A row maps columns to values as in a file of the run: ``{"text": "..."}``. A label in it is not read. Raises
+        :class:`DataError` for the first row that cannot be answered, with its number; :meth:`predictor` goes on.
+        """
+        answers = []
+        for _, answer in self.predictor(columns=columns, batch_size=batch_size).answers(located(rows)):
+            if isinstance(answer, Rejected):
+                raise DataError(answer.reason)
+            answers.append(answer)
+        return answers
+
+    def predictor(
+        self, *, columns: Columns | None = None, batch_size: int | None = None, max_new_tokens: int | None = None
+    ) -> Predictor:
+        """What answers rows one window after the other, for more rows than fit in memory."""
+        task = make_task(self.task, self.tokenizer, self.max_length, max_new_tokens or self.max_new_tokens)
+        size = batch_size or (16 if self.model.device.type == "cpu" else 64)
+        return Predictor(self.model, task, self.labels, columns or self.columns, size, self.row_mask)
 
 
 def load(folder: Path | str, client: str | None = None, *, base: str | None = None, device: str = "cpu") -> ClientModel:
@@ -47,7 +79,7 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     """
     bank, about = read_bundle(_bundle_folder(Path(folder), client))
     loaded = base_of(bank, about, base, device=device)
-    attach(loaded.model, bank)
+    carried = attach(loaded.model, bank)
     loaded.model.eval()
     labels = about.labels
     config = loaded.model.config
@@ -58,8 +90,9 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     if known := [limit for limit in limits if limit is not None]:
         loaded.tokenizer.model_max_length = min(known)
     return ClientModel(
-        loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank
-    )
+        loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank,
+        about.max_length, carried.now.rows,
+    )  # fmt: skip
 
 
 def base_of(bank: Bank, about: About, base: str | None = None, *, device: str = "cpu") -> Base:

@@ -13,7 +13,7 @@ import click
 import typer
 from rich.console import Console
 
-from coterie.cli import about, federation, pool, runs
+from coterie.cli import about, federation, pool, runs, use
 from coterie.cli.console import Interrupted
 from coterie.cli.plain import escape
 from coterie.types import CoterieError
@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Federated fine-tuning of Hugging Face language models with mixtures of LoRA experts.",
 )
 runs.register(app)
+use.register(app)
 about.register(app)
 app.add_typer(pool.app, name="pool")
 federation.register(app)

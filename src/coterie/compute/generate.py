@@ -10,6 +10,7 @@ from coterie.compute.passes import Passes
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import PromptRow
 from coterie.data.tasks import Batch, Generation
+from coterie.inference.generate import new_tokens, texts_of
 
 
 def completions(passes: Passes, prompts: Sequence[Sequence[PromptRow]]) -> list[list[str]]:
@@ -38,19 +39,7 @@ def _collated(workplace: Workplace, task: Generation, rows: Sequence[PromptRow])
 
 def _complete(workplace: Workplace, task: Generation, inputs: Mapping[str, Tensor]) -> list[str]:
     """Completions of prompts that are padded on the left [b, t]."""
-    pad = task.tokenizer.pad_token_id
-    model = workplace.base.model
-    ends = _ends(model.generation_config.eos_token_id, task.tokenizer.eos_token_id)
     with workplace.autocast():
-        out = model.generate(
-            **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends
-        )
-    new = out[:, inputs["input_ids"].shape[1] :]
+        tokens = new_tokens(workplace.base.model, task, inputs)
     with workplace.tokenising:
-        return list(task.tokenizer.batch_decode(new, skip_special_tokens=True))
-
-
-def _ends(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int] | None:
-    """The tokens that end a text: the model's own, and the tokenizer's, which training puts after a completion."""
-    own = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({end for end in (*own, of_tokenizer) if end is not None}) or None
+        return texts_of(task, tokens)

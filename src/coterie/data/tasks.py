@@ -215,10 +215,16 @@ class Generation:
 
     def collate_prompts(self, rows: Sequence[PromptRow]) -> Mapping[str, Tensor]:
         """Prompts padded on the left, for generation."""
-        room = max(1, self.max_length - 1)
-        return _pad(
-            [Example(tuple(self.prompt_ids(row)[-room:])) for row in rows], self.tokenizer.pad_token_id, left=True
-        )
+        return self.pad_prompts([self.encode_prompt(row) for row in rows])
+
+    def encode_prompt(self, row: Row) -> Example:
+        """The tokens of the row's prompt alone, the last ``max_length`` - 1 of them."""
+        assert isinstance(row, PromptRow)
+        return Example(tuple(self.prompt_ids(row)[-max(1, self.max_length - 1) :]))
+
+    def pad_prompts(self, prompts: Sequence[Example]) -> Mapping[str, Tensor]:
+        """Encoded prompts padded on the left [b, t]."""
+        return _pad(prompts, self.tokenizer.pad_token_id, left=True)
 
 
 @dataclass(frozen=True)

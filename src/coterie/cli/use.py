@@ -1,0 +1,112 @@
+"""The commands that use what a run leaves: ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TextColumn, TimeElapsedColumn
+
+from coterie.text import printable
+from coterie.types import CoterieError
+
+if TYPE_CHECKING:
+    from coterie.artifacts.predict import Progress
+    from coterie.data.settings import Columns
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run, or of a bundle")]
+Client = Annotated[str | None, typer.Option(help="whose model; not needed for the folder of a bundle")]
+BaseFolder = Annotated[str | None, typer.Option("--base", help="the base's folder, if it is not where it was")]
+Device = Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="role=name, as in text=body or template='{question}'; default the run's; repeatable"),
+]
+SHOWN = 20  # reasons of rows without an answer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (predict,):
+        app.command()(command)
+
+
+def predict(
+    run: Run,
+    file: Annotated[str, typer.Argument(help="rows: .jsonl, .csv or .parquet; - for standard input")],
+    client: Client = None,
+    out: Annotated[Path | None, typer.Option(help="write here, .jsonl or .csv; default standard output")] = None,
+    reads: Annotated[str, typer.Option("--input-format", help="of standard input: jsonl or csv")] = "jsonl",
+    writes: Annotated[str, typer.Option("--format", help="of the answers: jsonl or csv; default by --out")] = "",
+    column: Column = None,
+    prefix: Annotated[str, typer.Option(help="the beginning of the names of the answer's columns")] = "",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="rows per forward pass; default 16, on a GPU 64")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="generation; default the run's")] = None,
+    base: BaseFolder = None,
+    device: Device = "cpu",
+) -> None:
+    """Answer rows with a client's model: labels, texts or choices. Exits with 1 where rows have no answer."""
+    from coterie.artifacts.load import load
+    from coterie.artifacts.predict import predict_file
+
+    model = load(run, client, base=base, device=device)
+    predictor = model.predictor(
+        columns=with_columns(model.columns, column or ()), batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+    console = Console(stderr=True, emoji=False)
+    rejected: list[str] = []
+    with _watching(console) as watch:
+        done = predict_file(
+            predictor, file, out, reads=reads, writes=writes, prefix=prefix, watch=watch,
+            reject=lambda reason: _note(console, rejected, reason),
+        )  # fmt: skip
+    answered = done.rows - done.rejected
+    _tell(console, f"{answered} of {done.rows} rows answered" + (f": {out}" if out else ""))
+    if done.rejected:
+        if done.rejected > SHOWN:
+            _tell(console, f"{done.rejected - SHOWN} more rows have no answer")
+        raise typer.Exit(1)
+
+
+def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:
+    """``columns`` with every ``role=name`` set. Raises :class:`CoterieError` for an unknown role."""
+    from coterie.config.check import checked
+
+    given = dict(columns.model_dump(exclude_unset=True))
+    for text in overrides:
+        role, equals, name = text.partition("=")
+        if not equals or not name:
+            raise CoterieError(f"--column {text!r} is not of the form role=name")
+        given[role.strip()] = name
+        if role.strip() == "template":
+            given.pop("prompt", None)
+    return checked(type(columns), given, "data.columns")
+
+
+def _note(console: Console, rejected: list[str], reason: str) -> None:
+    """Show the first reasons; the others are counted."""
+    if len(rejected) < SHOWN:
+        rejected.append(reason)
+        _tell(console, reason)
+
+
+def _tell(console: Console, text: str) -> None:
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _watching(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A count of rows on a terminal; nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda progress: None
+        return
+    with Bar(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("0 rows")
+        yield lambda progress: bar.update(task, description=f"{progress.rows:,} rows")

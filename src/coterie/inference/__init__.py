@@ -1,0 +1,1 @@
+"""What a loaded model answers: rows in; labels, texts or choices out."""

@@ -1,0 +1,32 @@
+"""The folder of a finished run with the bundles of two clients, on a tiny base: nothing is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiny
+from coterie.adapters.bundle import write_bundle
+from coterie.nn.base import load_base
+from coterie.types import Bank
+
+LABELS = ("calm", "urgent", "spam")
+ARCHITECTURES = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
+
+
+def finished(folder: Path, kind: str = "classification", *, gate: str = "slot_top_k", **changes: Any) -> Path:
+    """``folder/run`` with ``clients/north`` and ``clients/south``: three experts each, weighed by ``gate``.
+
+    The base is in ``folder/model``; ``changes`` are made to what is said of the bundles.
+    """
+    base = tiny.folder(folder / "model", ARCHITECTURES[kind])
+    made = load_base(str(base), kind).model  # type: ignore[arg-type]
+    head = tiny.head(made, len(LABELS)) if kind == "classification" else {}
+    about = tiny.about(base="model", base_path=str(base), task=kind, method="fedlease", labels=LABELS if head else None)
+    for seed, client in enumerate(("north", "south")):
+        options = {"own": seed} if gate == "slot_top_k" else {}
+        experts = tiny.bank(tiny.targets(made), experts=3, gate=gate, options=options, seed=seed)
+        bank = Bank({**experts.tensors, **head}, experts.gate, experts.scaling)
+        write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client, **changes))
+    return folder / "run"
