@@ -25,6 +25,7 @@ ROOT = Path(coterie.__file__).parent
 LAYERS = (
     {"__main__"},
     {"cli"},
+    {"api"},
     {"deploy"},
     {"artifacts"},
     {"comparison"},
@@ -55,7 +56,9 @@ UNSEEN = {
 ONLY_IN = {
     "flwr": {"flower"},
     "ray": {"flower"},
-    "starlette": {"flower"},
+    "starlette": {"flower", "api"},
+    "fastapi": {"api"},
+    "uvicorn": {"api"},
     "huggingface_hub": {"nn/locate.py"},
     "transformers": {"nn/pretrained.py"},
     "peft": {"adapters/read.py"},

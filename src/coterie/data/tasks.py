@@ -195,7 +195,11 @@ class Generation:
             turn = [{"role": "user", "content": row.prompt}]
             text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        ids = list(self.tokenizer(row.prompt, verbose=False)["input_ids"])
+        return self.plain_ids(row.prompt)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """The tokens of a prompt that goes through no chat template."""
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # some tokenizers end every text; the completion still follows
         starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)

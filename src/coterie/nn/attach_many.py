@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,10 +17,14 @@ from coterie.nn.many import ManyLayer, ManyPass
 
 @dataclass
 class AttachedMany:
-    """Many clients' banks on a model, each with its parameters and pass; ``now`` says which ones a pass is for."""
+    """Many clients' banks on a model, each with its parameters and pass; ``now`` says which ones a pass is for.
+
+    ``layers`` are the banks by module.
+    """
 
     clients: Sequence[BankLayers]
     now: ManyPass
+    layers: Mapping[str, ManyLayer]
 
 
 @contextmanager
@@ -45,7 +49,7 @@ def attached_many(model: nn.Module, clients: Sequence[BankLayers]) -> Iterator[A
         for name, head in heads.items():
             model.set_submodule(name, ManyHead([client.heads.get(name, head) for client in clients], now))
             stack.callback(model.set_submodule, name, head)
-        yield AttachedMany(clients, now)
+        yield AttachedMany(clients, now, layers)
 
 
 class ManyHead(nn.Module):

@@ -11,9 +11,9 @@ share this storage. Batched products are 1.1x (float32) to 10x (bfloat16) as fas
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from coterie.nn.products import padded
 from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.types import CoterieError, Part
 
+V = TypeVar("V")
+_VIEWS = 256  # what a module keeps for mixes of clients before it starts again: a service sees ever new mixes
+
 
 class UnlikeError(Exception):
     """Banks that cannot share a batch; each of them can still be used alone."""
@@ -37,7 +40,8 @@ class ManyPass:
 
     ``active`` names the clients by number; each has ``rows`` rows of ``tokens`` tokens, of which the first ``own``
     (rows, tokens) are its batch and the rest is padding. ``widths`` are the sizes of the heads' outputs in the pass,
-    ``row_mask`` has the tokens that gates by row count.
+    ``row_mask`` has the tokens that gates by row count. A client may be active twice, with other rows.
+    ``probe`` receives every layer with its gate weights [c, n, e], where it has a gate.
     """
 
     active: tuple[int, ...] = ()
@@ -47,6 +51,7 @@ class ManyPass:
     pick: Tensor | slice = field(default_factory=lambda: slice(0))
     widths: list[int] = field(default_factory=list)
     row_mask: RowMask = field(default_factory=RowMask)
+    probe: Callable[[ManyLayer, Tensor], None] | None = None
 
     def choose(
         self, active: Sequence[int], rows: int, tokens: int, own: Sequence[tuple[int, int]], device: torch.device
@@ -150,7 +155,10 @@ class ManyLayer:
         if p is not None and self.by_row:
             p = self.row_scores.spread(x, p.flatten(0, 1), self.now.row_mask).view_as(p)
         self._record_directions(x)
-        return self._add(output.contiguous(), h, self._weights(p, routed))
+        g = self._weights(p, routed)
+        if g is not None and self.now.probe is not None:
+            self.now.probe(self, g)
+        return self._add(output.contiguous(), h, g)
 
     def _record_directions(self, x: Tensor) -> None:
         """Each client's directions of its own rows, where it collects them."""
@@ -170,13 +178,21 @@ class ManyLayer:
 
     def _scaling(self) -> float | Tensor:
         """One number, or [c, 1, 1] where the active clients' differ."""
-        key = "scaling", self.now.active
-        if key not in self._views:
+
+        def make() -> float | Tensor:
             mine = [self.scaling[c] for c in self.now.active]
-            alike = len(set(mine)) == 1
-            self._views[key] = mine[0] if alike else torch.tensor(mine, device=self.rows.device)[:, None, None]
-        scaling: float | Tensor = self._views[key]
-        return scaling
+            return mine[0] if len(set(mine)) == 1 else torch.tensor(mine, device=self.rows.device)[:, None, None]
+
+        return self._view(("scaling", self.now.active), make)
+
+    def _view(self, key: tuple[object, ...], make: Callable[[], V]) -> V:
+        """What ``make`` returns, kept by ``key``."""
+        if key not in self._views:
+            if len(self._views) >= _VIEWS:
+                self._views.clear()
+            self._views[key] = make()
+        view: V = self._views[key]
+        return view
 
     @property
     def _dropping(self) -> bool:
@@ -277,8 +293,8 @@ class ManyLayer:
 
     def _groups(self) -> tuple[list[Group], Tensor | None]:
         """The active clients grouped by gate and ranks, and each client's position in the order of the groups."""
-        key = "groups", self.now.active
-        if key not in self._views:
+
+        def make() -> tuple[list[Group], Tensor | None]:
             by_kind: dict[object, list[int]] = {}
             for at, c in enumerate(self.now.active):
                 by_kind.setdefault(_kind(self.layers[c]), []).append(at)
@@ -286,14 +302,14 @@ class ManyLayer:
             straight, device = order == sorted(order), self.rows.device
             alone = len(by_kind) == 1
             groups = [Group(tuple(at), None if alone else torch.tensor(at, device=device)) for at in by_kind.values()]
-            self._views[key] = groups, None if straight else torch.tensor(order).argsort().to(device)
-        groups, back = self._views[key]
-        return groups, back
+            return groups, None if straight else torch.tensor(order).argsort().to(device)
+
+        return self._view(("groups", self.now.active), make)
 
     def _trained(self, of_columns: bool, start: int, stop: int) -> Picked:
         """The active clients' trained rows between ``start`` and ``stop``, counted from there."""
-        key = of_columns, start, stop, self.now.active
-        if key not in self._views:
+
+        def make() -> Picked:
             pieces = self.column_pieces if of_columns else self.pieces
             chosen = [
                 (at, lo - start, hi - start, parameter)
@@ -301,9 +317,9 @@ class ManyLayer:
                 for lo, hi, parameter in pieces[c]
                 if start <= lo < stop
             ]
-            self._views[key] = Picked.of(chosen, len(self.now.active), self.rows.device)
-        picked: Picked = self._views[key]
-        return picked
+            return Picked.of(chosen, len(self.now.active), self.rows.device)
+
+        return self._view((of_columns, start, stop, self.now.active), make)
 
 
 @dataclass(frozen=True)

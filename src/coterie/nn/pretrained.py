@@ -22,6 +22,9 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers import (
+    DynamicCache as DynamicCache,
+)
+from transformers import (
     PreTrainedModel as PreTrainedModel,
 )
 from transformers import (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +19,27 @@ from torch.utils.hooks import RemovableHandle
 _SMALL = 1e-12
 
 
+@runtime_checkable
+class _Cache(Protocol):
+    """What is used of a cache of keys and values."""
+
+    def get_seq_length(self) -> int: ...
+
+
 @dataclass
 class RowMask:
     """Which tokens stand for their rows in a forward pass.
 
     ``attention`` [b, T] is the mask of the model's last call; None: it had none. ``prompt`` [b, t] marks the tokens
     that stand for their row, if they are fewer than attention marks. ``used``: whether anything needs the mask.
+    ``continues``: whether the model's last call came with a cache of tokens before its own. Generation leaves out a
+    mask that marks every token, so the mask alone does not tell.
     """
 
     attention: Tensor | None = None
     prompt: Tensor | None = None
     used: bool = False
+    continues: bool = False
 
     @property
     def counted(self) -> Tensor | None:
@@ -37,9 +48,10 @@ class RowMask:
     def follow(self, model: nn.Module) -> RemovableHandle:
         """Read the attention mask of every call of ``model``, until the handle is removed."""
 
-        def read(_: nn.Module, __: tuple[object, ...], kwargs: Mapping[str, Tensor | None]) -> None:
-            mask = kwargs.get("attention_mask")
-            self.attention = mask if mask is not None and mask.ndim == 2 else None
+        def read(_: nn.Module, __: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+            self.attention = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            self.continues = isinstance(cache, _Cache) and cache.get_seq_length() > 0
 
         self.used = True
         return model.register_forward_pre_hook(read, with_kwargs=True)
@@ -54,7 +66,8 @@ class RowScores:
     def spread(self, x: Tensor, p: Tensor, mask: RowMask) -> Tensor:
         """For every token the scores of its row. Shapes: x [b, t, i] or [b, i], p = R x and the result [b * t, s]."""
         x, counted = _by_row(x, mask.counted)
-        rows, tokens, goes_on = x.shape[0], x.shape[1], counted is not None and counted.shape[1] > x.shape[1]
+        rows, tokens = x.shape[0], x.shape[1]
+        goes_on = mask.continues or (counted is not None and counted.shape[1] > x.shape[1])
         if goes_on and self.last is not None and len(self.last) == rows:
             scores = self.last
         else:

@@ -132,6 +132,18 @@ def test_what_shares_the_batch_does_not_matter(arch: str) -> None:
             torch.testing.assert_close(of_batch, alone, atol=1e-9, rtol=1e-9)
 
 
+def test_generation_weighs_by_the_prompt_where_no_row_is_padded_too() -> None:
+    model = tiny.model("llama", "generation").double()
+    batch = tiny.batch(2, 6, left=True)
+    with attached(model, bank_over(tiny.targets(model))):
+        together, alone = (
+            model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+            for inputs in (batch, {name: value[:1] for name, value in batch.items()})
+        )
+    assert batch["attention_mask"][0].all()  # transformers passes no mask of ones
+    assert together[0].tolist() == alone[0].tolist()
+
+
 def test_a_completion_does_not_weigh_itself() -> None:
     """The loss of a completion is that of the weights which its prompt alone gives."""
     workplace = workplaces.make_workplace("llama")

@@ -1,0 +1,225 @@
+"""The service's answers are those of ``coterie.load``, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import coterie
+import tiny
+from api_runs import CLIENTS, make_run
+from coterie.api.decode import Decoding
+from coterie.api.encode import Encoding
+from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Turn, Written
+from coterie.api.served import served
+from coterie.api.worker import Engine
+from coterie.types import CoterieError
+
+torch.set_num_threads(1)
+TEXTS = ["the printer smokes", "x", "a rather long day indeed, is it not?", "two words"]
+
+
+def job(request: Encode | Generate, deadline: float = 1e12) -> tuple[Job, list[Event]]:
+    events: list[Event] = []
+    return Job(request, deadline, events.append), events
+
+
+def run_all(engine: Engine, requests: list[Generate] | list[Encode], every: int = 0) -> list[list[Event]]:
+    """Admit one request every ``every`` steps (0: all at once), and step to the end."""
+    logs = []
+    for request in requests:
+        made, events = job(request)
+        logs.append(events)
+        engine.admit(made)
+        for _ in range(every):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    return logs
+
+
+def alone(north: coterie.ClientModel, request: Generate) -> str:
+    """What transformers' generate makes of the prompt with the client's own model."""
+    if isinstance(request.prompt, str):
+        ids = north.tokenizer(request.prompt)["input_ids"][:-1]
+    else:
+        (turn,) = request.prompt
+        text = north.tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn.content}], add_generation_prompt=True, tokenize=False
+        )
+        ids = north.tokenizer(text, add_special_tokens=False)["input_ids"]
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    out = north.model.generate(**inputs, max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=2)
+    return str(north.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("gate", ["slot_top_k", "similarity", "scaled_dot_product", "constant"])
+def test_every_client_classifies_as_it_does_alone(gate: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, gate=gate)
+    requests = [Encode(i % 3, ((text, None), ("pair", text))) for i, text in enumerate([*TEXTS, *TEXTS[:3]])]
+    with served(run) as models:
+        logs = run_all(Encoding(models, rows=5), requests)
+        assert models.encoder
+    own = [coterie.load(run, client) for client in CLIENTS]
+    for request, (encoded,) in zip(requests, logs, strict=True):
+        assert isinstance(encoded, tuple)
+        mine = own[request.client]
+        for (text, pair), answer in zip(request.texts, encoded, strict=True):
+            with torch.no_grad():
+                logits = mine.model(**mine.tokenizer(text, pair, return_tensors="pt")).logits
+            assert answer.values == pytest.approx(logits.softmax(-1)[0].tolist(), abs=1e-5)
+            assert not answer.cut
+
+
+def test_an_embedding_is_the_mean_over_the_texts_own_tokens(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with served(run) as models:
+        logs = run_all(
+            Encoding(models, rows=8), [Encode(i % 3, ((t, None),), "embedding") for i, t in enumerate(TEXTS)]
+        )
+    for i, ((encoded,), text) in enumerate(zip(logs, TEXTS, strict=True)):
+        mine = coterie.load(run, CLIENTS[i % 3])
+        with torch.no_grad():
+            hidden = mine.model.base_model(**mine.tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        assert encoded[0].values == pytest.approx((hidden / hidden.norm()).tolist(), abs=1e-5)  # type: ignore[index, union-attr]
+
+
+def test_a_long_text_is_cut_where_evaluation_cut_it(tmp_path: Path) -> None:
+    with served(make_run(tmp_path, max_length=6)) as models:
+        ((encoded,),) = run_all(Encoding(models, rows=8), [Encode(0, (("many words " * 9, None), ("x", None)))])
+    assert isinstance(encoded, tuple)
+    assert [(one.tokens, one.cut) for one in encoded] == [(6, True), (3, False)]
+
+
+@pytest.mark.parametrize("arch", tiny.DECODERS)
+@pytest.mark.parametrize("gate", ["slot_top_k", "similarity"])
+def test_texts_of_many_clients_join_and_leave_and_are_those_of_each_alone(arch: str, gate: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, arch, gate)
+    requests = [Generate(i % 3, text, max_tokens=4 + 5 * (i % 2)) for i, text in enumerate([*TEXTS, *TEXTS[::-1]])]
+    own = [coterie.load(run, client) for client in CLIENTS]
+    with served(run) as models:
+        for every in (0, 2):
+            logs = run_all(Decoding(models, rows=8), requests, every)
+            written = [log[-1] for log in logs]
+            for request, end in zip(requests, written, strict=True):
+                assert isinstance(end, Written)
+                assert end.text == alone(own[request.client], request)
+        assert not models.encoder
+
+
+def test_a_chat_has_the_tokens_of_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "llama", chat=True)
+    request = Generate(1, (Turn("user", "how are you"),), max_tokens=6)
+    with served(run, ["south", "north"]) as models:
+        assert models.names == ("south", "north")
+        ((end,),) = run_all(Decoding(models, rows=2), [request])
+    assert isinstance(end, Written)
+    assert end.text == alone(coterie.load(run, "north"), request)
+
+
+def test_what_is_sampled_depends_on_the_seed_and_on_nothing_else(tmp_path: Path) -> None:
+    sampled = [Generate(0, "a b", 8, temperature=1.5, top_p=0.9, seed=seed) for seed in (1, 1, 2)]
+    with served(make_run(tmp_path, "llama")) as models:
+        texts = [log[-1].text for log in run_all(Decoding(models, rows=8), sampled)]  # type: ignore[union-attr]
+        ((one,),) = run_all(Decoding(models, rows=8), sampled[:1])
+    assert texts[0] == texts[1] == one.text  # type: ignore[union-attr]
+    assert texts[0] != texts[2]
+
+
+def test_pieces_make_the_text_and_a_stop_string_ends_it(tmp_path: Path) -> None:
+    with served(make_run(tmp_path, "llama")) as models:
+        (log,) = run_all(Decoding(models, rows=8), [Generate(0, "a b", 12, stream=True)])
+        *pieces, end = log
+        assert isinstance(end, Written)
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Piece)) == end.text
+        assert len(pieces) > 1
+        stop = end.text[3:5]
+        (log,) = run_all(Decoding(models, rows=8), [Generate(0, "a b", 12, stream=True, stop=("@@", stop))])
+    assert log[-1] == Written(end.text[: end.text.index(stop)], "stop", end.prompt_tokens, log[-1].tokens)  # type: ignore[union-attr]
+    assert "".join(piece.text for piece in log[:-1] if isinstance(piece, Piece)) == log[-1].text  # type: ignore[union-attr]
+
+
+def test_the_experts_of_every_token_are_those_that_its_gates_weighed(tmp_path: Path) -> None:
+    with served(make_run(tmp_path)) as models:
+        requests = [Encode(2, ((TEXTS[0], None),), experts=True), Encode(0, ((TEXTS[2], None),))]
+        together, without = (log[0][0] for log in run_all(Encoding(models, rows=8), requests))  # type: ignore[index]
+        ((single,),) = (log[0] for log in run_all(Encoding(models, rows=8), requests[:1]))
+    assert isinstance(together, Encoded)
+    assert isinstance(single, Encoded)
+    assert without.experts is None  # type: ignore[union-attr]
+    shown = together.experts
+    assert shown is not None
+    assert [layer.layer for layer in shown.layers] == ["0", "1"]
+    assert len(shown.tokens) == together.tokens
+    for layer in shown.layers:
+        assert layer.experts == ("0", "1", "2", "3")
+        assert len(layer.weights) == together.tokens
+        assert all(sum(token) == pytest.approx(1, abs=1e-3) for token in layer.weights)
+    assert single.experts is not None
+    assert shown.layers[0].weights == single.experts.layers[0].weights
+
+
+def test_a_text_that_is_written_shows_its_experts_too(tmp_path: Path) -> None:
+    with served(make_run(tmp_path, "llama")) as models:
+        logs = run_all(Decoding(models, rows=8), [Generate(0, "a", 5), Generate(1, "a b c", 5, experts=True)])
+        plain, shown = (log[-1] for log in logs)
+    assert isinstance(plain, Written)
+    assert plain.experts is None
+    assert isinstance(shown, Written)
+    assert shown.experts is not None
+    assert len(shown.experts.tokens) == shown.prompt_tokens + shown.tokens - 1
+    assert {len(layer.weights) for layer in shown.experts.layers} == {len(shown.experts.tokens)}
+
+
+def test_a_job_that_is_dropped_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    with served(make_run(tmp_path, "llama")) as models:
+        kept, other = Generate(0, "a b", 9), Generate(1, "a much longer prompt", 9)
+        ((expected,),) = run_all(Decoding(models, rows=8), [kept])
+        engine = Decoding(models, rows=8)
+        (first, log), (second, lost) = job(kept), job(other)
+        engine.admit(first)
+        engine.admit(second)
+        engine.step()
+        engine.step()
+        engine.drop({second})
+        assert engine.busy == 1
+        while engine.busy:
+            engine.step()
+    assert log == [expected]
+    assert lost == []
+
+
+def test_what_a_model_does_not_do_is_refused(tmp_path: Path) -> None:
+    with served(make_run(tmp_path, "llama", "constant")) as models:
+        engine = Decoding(models, rows=8, prompt_tokens=20)
+        for request, code in (
+            (Encode(0, (("a", None),)), "wrong_route"),
+            (Generate(0, "word " * 30, 5), "prompt_too_long"),
+            (Generate(0, "word", 5000), "context_length_exceeded"),
+        ):
+            with pytest.raises(RequestError) as caught:
+                engine.admit(job(request)[0])
+            assert caught.value.code == code
+        assert engine.busy == 0
+
+
+def test_a_job_that_is_too_late_gets_a_fault_once(tmp_path: Path) -> None:
+    late, events = job(Generate(0, "a"), deadline=time.monotonic() - 1)
+    assert late.over(time.monotonic())
+    assert late.over(time.monotonic())
+    (fault,) = events
+    assert isinstance(fault, RequestError)
+    assert fault.status == 504
+
+
+def test_a_folder_without_bundles_or_with_other_clients_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(CoterieError, match=r"no bundle of '\.\./north'; its clients are east, north, south"):
+        served(run, ["../north"]).__enter__()
+    with pytest.raises(CoterieError, match=r"no bundle\.safetensors in .*elsewhere"):
+        served(tmp_path / "elsewhere").__enter__()
+    with served(run / "clients" / "south") as models:
+        assert models.names == ("south",)
