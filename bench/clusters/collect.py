@@ -1,9 +1,9 @@
 """Warm-up LoRAs and representations of clients on real text, for `compare.py`: what FedLEASE's clusters are made of.
 
-For every seed and number of rows, 28 clients of seven datasets: sst2 in three disjoint parts (as it is, again, and with
-its labels turned round), trec in two, mrpc and sick. Each client trains alone, as in FedLEASE's warm-up, and its LoRA is
-kept after every round; beside it, the mean input of each target in the frozen base over 5, 20 and all of its rows.
-Nothing is averaged, so any subset of the clients is a federation. A collection that is there is not made again.
+For every seed and number of rows, 28 clients of seven datasets: sst2 in three disjoint parts (as it is, again, and
+with its labels turned round), trec in two, mrpc and sick. Each client trains alone, as in FedLEASE's warm-up, and its
+LoRA is kept after every round; beside it, the mean input of each target in the frozen base over 5, 20 and all of its
+rows. Nothing is averaged, so any subset of the clients is a federation. A collection that is there is not made again.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 24])
     parser.add_argument("--clients", type=int, default=4, help="of each dataset")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     datasets = prepare(options.data, options.out / "data")

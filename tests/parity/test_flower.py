@@ -43,11 +43,17 @@ def events(folder: Path) -> list[Any]:
     return [without_times(line) for line in lines]
 
 
-@pytest.mark.parametrize("head", ["personal", "shared"])
-@pytest.mark.parametrize("name", [name for name, kind in methods().items() if not kind.needs_all_rows])
-def test_every_method_ends_with_the_bits_of_the_local_engine(name: str, head: str, tmp_path: Path) -> None:
+NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
+EVERY = [(name, head, {}) for name in NAMES for head in ("personal", "shared")]
+EVERY += [("fedlease", "shared", {"distance": "representation"})]
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), EVERY)
+def test_every_method_ends_with_the_bits_of_the_local_engine(
+    name: str, head: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     path = sites.config(tmp_path, method=name)
-    changes: dict[str, Any] = {"task": {"head": head}}
+    changes: dict[str, Any] = {"task": {"head": head}} | ({"method": settings} if settings else {})
     changes |= {"method": {"pool": pools.for_tiny()}} if name == "smartfed" else {}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)

@@ -81,9 +81,17 @@ def silhouettes(d: Array, ks: Iterable[int], linkage: Linkage = "average") -> di
 
 
 def cluster(
-    d: Array, max_clusters: int, *, min_clusters: int = 2, threshold: float = 0.1, linkage: Linkage = "average"
+    d: Array,
+    max_clusters: int,
+    *,
+    min_clusters: int = 2,
+    threshold: float = 0.1,
+    linkage: Linkage = "average",
+    judged_by: Array | None = None,
 ) -> Clustering:
     """Cut the tree of ``d`` [N, N] where the silhouette is largest; the smallest k wins a tie.
+
+    Silhouettes are those of the distances ``judged_by`` [N, N], of ``d`` by default.
 
     k runs from ``max(2, min_clusters)`` to ``min(max_clusters, N - 1)``. ``min_clusters = 1`` also allows one cluster,
     which is taken when no k has a silhouette above ``threshold`` (independent random vectors stay below 0.07, the tasks
@@ -100,7 +108,7 @@ def cluster(
         )
     ks = list(range(max(2, min_clusters), min(max_clusters, clients - 1) + 1))
     cuts = _cuts(d, [*ks, min_clusters], linkage)
-    scores = _silhouettes(d, {k: cuts[k] for k in ks})
+    scores = _silhouettes(d if judged_by is None else judged_by, {k: cuts[k] for k in ks})
     best = max(ks, key=lambda k: scores[k]) if ks else min_clusters  # max takes the first, the smallest k, of equals
     if min_clusters == 1 and all(score <= threshold for score in scores.values()):
         best = 1
@@ -134,6 +142,14 @@ def _cosines(tensors: list[Tensor]) -> Tensor:
 
 def _product_cosines(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The cosines [N, N] of the products B A of N pairs (A, B), 0 for a product of zeros."""
+    inner = product_gram(pairs)
+    norms = inner.diagonal().clamp(min=0).sqrt()
+    norms = norms.masked_fill(norms == 0, 1)
+    return inner.div_(norms).div_(norms.unsqueeze(1))
+
+
+def product_gram(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The inner products [N, N] of the products B A of N pairs (A, B), in float64; no product is formed."""
     clients, rank = len(pairs), max(a.shape[0] for a, _ in pairs)
     left = _stack([b.detach().T for _, b in pairs], rank)
     right = _stack([a.detach() for a, _ in pairs], rank)
@@ -143,9 +159,7 @@ def _product_cosines(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         rows = slice(start * rank, (start + step) * rank)
         blocks = (left[rows] @ left.T).mul_(right[rows] @ right.T)
         inner[start : start + step] = blocks.unflatten(1, (clients, rank)).sum(2).unflatten(0, (-1, rank)).sum(1)
-    norms = inner.diagonal().clamp(min=0).sqrt()
-    norms = norms.masked_fill(norms == 0, 1)
-    return inner.div_(norms).div_(norms.unsqueeze(1))
+    return inner
 
 
 def _stack(matrices: list[Tensor], rank: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from coterie.methods.base import Method
 from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.representation import mean_representations, representation_shapes, without_experts
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.findings import AggregationError, Clusters, Finding, Values
 from coterie.methods.parts import (
@@ -34,7 +35,7 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.ops.mean import mean, relative_error
-from coterie.requests import ClientProgram, Train, Trained
+from coterie.requests import ClientProgram, Observe, Train, Trained
 from coterie.types import (
     Bank,
     BaseSpec,
@@ -100,13 +101,14 @@ class FedLEASE(Method[FedLEASEState]):
         head = head_shapes(state.base, me) if travels else {}
         own = self._cluster_of(state, me.id)
         if own is None:
-            sends = rnd >= self.settings.warmup_rounds
-            return lora_shapes(state.base, self.plan) | head if sends else {}
+            if rnd < self.settings.clustered_after:
+                return {}
+            return lora_shapes(state.base, self.plan) | head | self._representation_shapes(state.base)
         router = state.routers[own] if self.settings.router == "cluster" else {}
         return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head
 
     def aggregate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
-        if rnd < self.settings.warmup_rounds:
+        if rnd < self.settings.clustered_after:
             return state
         replies = dict(sorted(replies.items()))
         if state.allocation is None:
@@ -136,10 +138,15 @@ class FedLEASE(Method[FedLEASEState]):
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
+        representation: Tensors = {}
+        if self.settings.represents and ins.info.get("send"):
+            rows = self.settings.distance_rows
+            observed = yield Observe(without_experts(bank), "train", ("directions",), examples=rows)
+            representation = observed.directions
         trainable = self._trainable(bank, ins.info.get("own", 0))
         trained = yield Train(bank, trainable, self.plan.optim)
         if ins.info["phase"] == "warm-up":
-            return self._warmed_up(ins, me, personal, trained)
+            return self._warmed_up(ins, me, personal, trained, representation)
         lora, router = lora_of(trained.tensors), router_of(trained.tensors)
         travels, stays = (lora, router) if self.settings.router == "personal" else (lora | router, {})
         return settle(self.plan, trained, me, replace(personal, tensors=head_of(personal.tensors)), travels, stays)
@@ -165,14 +172,14 @@ class FedLEASE(Method[FedLEASEState]):
     def _instruction(self, state: FedLEASEState, client: ClientId, rnd: int) -> Instruction:
         own = self._cluster_of(state, client)
         if own is None:
-            return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.warmup_rounds})
+            return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.clustered_after})
         router = state.routers[own] if self.settings.router == "cluster" else {}
         experts = lora_of(state.experts, own) if self.settings.routing == "own" else state.experts
         return Instruction({**experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
 
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Cluster the clients that sent a warm-up LoRA, and start an expert, a router and heads for each cluster."""
-        warm = {c: lora_of(r.tensors) for c, r in replies.items()}
+        warm = {c: r.tensors for c, r in replies.items()}
         allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
         number = allocated.num_experts
         routed = self.settings.routing != "own"
@@ -187,7 +194,7 @@ class FedLEASE(Method[FedLEASEState]):
         sent = {c: Reply(lora_of(r.tensors, 0, new=allocated.clusters[c]), r.num_examples) for c, r in replies.items()}
         averaged = self._average(state, sent)
         started = state if self.settings.expert_start == "own" else averaged
-        return replace(started, starts=averaged.experts)
+        return replace(started, starts={**averaged.experts, **mean_representations(allocated.clusters, warm)})
 
     def _average(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Every cluster's expert, router and head as the mean over its members that replied; if none did, they stay."""
@@ -211,8 +218,9 @@ class FedLEASE(Method[FedLEASEState]):
         """Clients that made up their warm-up join the cluster whose mean warm-up LoRA is nearest."""
         if not late or state.allocation is None:
             return state
-        starts = [lora_of(state.starts, e, new=0) for e in range(state.allocation.num_experts)]
-        joined = allocation.nearest(self.settings, starts, [lora_of(r.tensors) for r in late.values()])
+        joined = allocation.nearest(
+            self.settings, state.starts, state.allocation, [reply.tensors for reply in late.values()]
+        )
         clusters = {**state.allocation.clusters, **dict(zip(late, joined, strict=True))}
         allocated = replace(state.allocation, clusters=clusters)
         heads, old = self._cluster_heads(state, allocated), state.heads.values
@@ -232,6 +240,9 @@ class FedLEASE(Method[FedLEASEState]):
     def _mean_heads(self, heads: Heads, replies: Mapping[ClientId, Reply]) -> Heads:
         sent = {c: r for c, r in replies.items() if head_of(r.tensors)}
         return mean_heads(heads, sent, weights_of(sent, self.settings.weighting))
+
+    def _representation_shapes(self, base: BaseSpec) -> Shapes:
+        return representation_shapes(base) if self.settings.represents else {}
 
     # steps of the client -----------------------------------------------------------------------------------------
 
@@ -258,8 +269,12 @@ class FedLEASE(Method[FedLEASEState]):
         parts = (Part.ROUTER, Part.HEAD) if self.settings.head == "trained" else (Part.ROUTER,)
         return frozenset(key for key in bank.tensors if key.expert == own or key.part in parts)
 
-    def _warmed_up(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Trained) -> ClientResult:
+    def _warmed_up(
+        self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Trained, representation: Tensors
+    ) -> ClientResult:
         kept = replace(personal, tensors={**personal.tensors, **trained.tensors})
         if not ins.info["send"]:
             return ClientResult(Reply({}, me.num_train, statistics(trained)), kept)
-        return settle(self.plan, trained, me, kept, lora_of(trained.tensors))
+        result = settle(self.plan, trained, me, kept, lora_of(trained.tensors))
+        reply = replace(result.reply, tensors={**result.reply.tensors, **representation})
+        return replace(result, reply=reply)

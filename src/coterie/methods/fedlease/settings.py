@@ -12,7 +12,12 @@ from coterie.methods.plan import MethodSettings
 class FedLEASESettings(MethodSettings):
     """FedLEASE's settings; the defaults are the paper's."""
 
-    warmup_rounds: int = Field(5, ge=1, description="rounds of local training before the clients are clustered")
+    warmup_rounds: int = Field(
+        5,
+        ge=1,
+        description="rounds of local training before the clients are clustered; with representations they are "
+        "clustered after the first round, whatever this says",
+    )
     max_experts: int | None = Field(
         None,
         ge=2,
@@ -24,7 +29,19 @@ class FedLEASESettings(MethodSettings):
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
     linkage: Literal["average", "complete", "single"] = Field("average", description="linkage of the clustering")
-    distance: Literal["B", "A", "BA"] = Field("B", description="the matrices whose cosine distance is clustered")
+    distance: Literal["B", "A", "BA", "representation"] = Field(
+        "B",
+        description="what is clustered by cosine distance: matrices of the warm-up LoRAs, or the mean input of each "
+        "target over a client's rows in the frozen base",
+    )
+    distance_rows: int = Field(
+        100, ge=0, description='rows of a client\'s mean input with distance = "representation"; 0: all training rows'
+    )
+    centre: bool = Field(
+        False,
+        description="take off what all clients' LoRAs have in common, and compare all modules together; "
+        "representations always are compared so",
+    )
     allocation: Literal["learned", "oracle", "random"] = Field(
         "learned", description="clusters by distance, by the clients' known groups, or at random (controls)"
     )
@@ -43,6 +60,16 @@ class FedLEASESettings(MethodSettings):
     weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of the means inside a cluster")
     router: Literal["cluster", "personal"] = Field("cluster", description="average routers in a cluster, or keep them")
     head: Literal["trained", "frozen"] = Field("trained", description="train the head, or leave it at its start")
+
+    @property
+    def clustered_after(self) -> int:
+        """The round at whose end the clients are clustered, by what they sent in it."""
+        return 1 if self.represents else self.warmup_rounds
+
+    @property
+    def represents(self) -> bool:
+        """Whether clients send the mean inputs of the targets, to be clustered by."""
+        return self.distance == "representation" and self.allocation == "learned"
 
     @property
     def most(self) -> int:

@@ -1,0 +1,110 @@
+"""What routing is worth where every client has two jobs: FedLEASE with each routing on a mixed federation.
+
+Eight clients, each with two of four tasks in a ratio of its own: sst2, trec, sick (the pair as one text) and the
+banking domain of CLINC150. Every task has most of the rows of two clients and some of the rows of two others. Clusters
+are known (``allocation = "oracle"``, by the task with most of the rows), so that the variants differ in routing alone.
+
+    python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _harness import datasets, measured_on
+
+from coterie.comparison import compare
+
+TASKS = ("sst2", "trec", "sick", "clinc150")
+SHARES = (0.8, 0.7, 0.75, 0.6, 0.7, 0.65, 0.6, 0.8)  # of a client's rows that are of its first task
+ROWS = {"train": 100, "validation": 50, "test": 150}
+VARIANTS = (
+    "fedlease:routing=adaptive",
+    "fedlease:routing=own",
+    "fedlease:routing=top_k:top_k=1",
+    "fedlease:routing=top_k:top_k=2",
+)
+CONFIG = {
+    "model": {"path": "minilm", "max_length": 128},
+    "lora": {"rank": 4},
+    "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2},
+    "methods": {"fedlease": {"warmup_rounds": 1, "allocation": "oracle"}},
+    "run": {"rounds": 8, "evaluate_every": 2},
+    "engine": {"threads": 1, "precision": "bfloat16"},
+}
+
+
+def rows_of(data: Path, task: str, split: str) -> list[dict[str, str]]:
+    """The rows of one task's split, each with a text and the name of its label, which says the task."""
+    names = json.loads((data / task / "info.json").read_text())["labels"]
+    rows = []
+    for line in (data / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("domain", "banking") == "banking":
+            text = " / ".join(row[name] for name in ("text", "text_pair") if name in row)
+            rows.append({"text": text, "label": f"{task}: {names[row['label']]}"})
+    return rows
+
+
+def write_clients(data: Path, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Write every client's rows; yields the entries of ``[data] clients``. No row goes to two clients."""
+    draw, folder = random.Random(seed), folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    left = {(task, split): rows_of(data, task, split) for split in ROWS for task in TASKS}
+    for rows in left.values():
+        draw.shuffle(rows)
+    for number, share in enumerate(SHARES):
+        first, second = TASKS[number % 4], TASKS[(number + (1 if number < 4 else 2)) % 4]
+        labels: list[str] = []
+        for split, size in ROWS.items():
+            main = round(share * size)
+            rows = [left[first, split].pop() for _ in range(main)]
+            rows += [left[second, split].pop() for _ in range(size - main)]
+            labels = labels or sorted({row["label"] for row in rows})
+            rows = [row for row in rows if row["label"] in labels]  # CLINC150 has fifteen labels
+            (folder / f"{number}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = {split: str(folder / f"{number}-{split}.jsonl") for split in ROWS}
+        yield {"id": f"{number}-{first}-{second}", "group": first, "labels": labels, **files}
+
+
+def write_config(data: Path, folder: Path, seed: int) -> Path:
+    """The config of one seed's federation, with its rows beside it."""
+    lines = [f"[[data.clients]]\n{_keys(entry)}" for entry in write_clients(data, folder / f"rows-{seed}", seed)]
+    for name, keys in CONFIG.items():
+        nested = {f"{name}.{key}": value for key, value in keys.items() if isinstance(value, dict)}
+        flat = {key: value for key, value in keys.items() if not isinstance(value, dict)}
+        lines += [f"[{title}]\n{_keys(of)}" for title, of in ({name: flat} if flat else nested).items()]
+    path = folder / f"mixed-{seed}.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _keys(values: dict[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/mixed"))
+    parser.add_argument("--data", type=Path, help="folder of the public datasets")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default=",".join(VARIANTS))
+    options = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for seed in map(int, options.seeds.split(",")):
+        config = write_config(datasets(options.data), options.out, seed)
+        methods = options.methods.split(",")
+        compared = compare(config, options.out / f"seed-{seed}", methods=methods, seeds=[seed])
+        found += json.loads((compared.folder / "compare.json").read_text())["runs"]
+    (options.out / "runs.json").write_text(json.dumps({"runs": found, "measured_on": measured_on()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What FedLEASE's clients are clustered by, beside B: representations of their rows, and what is left of LoRAs when
+centred."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import halves
+from coterie.engines.checks import fault_of
+from coterie.methods.fedlease.method import FedLEASE
+from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.plan import Plan
+from coterie.ops.streams import stream
+from coterie.requests import Observe, Observed, Train, Trained
+from coterie.types import NO_EXPERT, ClientId, ClientInfo, Key, Part, Reply
+from halves import Play
+
+CLIENTS = tuple(ClientInfo(f"{g}{i}", 10 + i, labels=("yes", "no"), group=g) for g in "abc" for i in range(3))
+TRUTH = {frozenset(f"{g}{i}" for i in range(3)) for g in "abc"}
+
+
+def directions(request: Observe, client: ClientInfo) -> Observed:
+    """As if texts of a group were alike, and all texts shared a lot."""
+    tensors = {}
+    for key in sorted(k for k in request.bank.tensors if k.part is Part.A):
+        width = request.bank.tensors[key].shape[1]
+        vector = 8 * torch.ones(width) + torch.randn(width, generator=stream(1, str(client.group), key.module))
+        vector += 0.1 * torch.randn(width, generator=stream(2, client.id, key.module))
+        tensors[Key(key.module, NO_EXPERT, Part.EMBEDDING)] = vector / vector.norm()
+    return Observed({}, 10, directions=tensors)
+
+
+def trained(request: Train, client: ClientInfo) -> Trained:
+    """As if all B moved in one direction, and by group a little."""
+    moved = {}
+    for key in sorted(request.trainable):
+        shape = request.bank.tensors[key].shape
+        common, group, own = (
+            torch.randn(shape, generator=stream(seed, name, str(key)))
+            for seed, name in ((1, "all"), (2, str(client.group)), (3, client.id))
+        )
+        moved[key] = request.bank.tensors[key] + (4 * common + group + 0.2 * own if key.part is Part.B else 0.01 * own)
+    return Trained(moved, 1.0, client.num_train, 100, 5)
+
+
+def play(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Play:
+    monkeypatch.setattr(halves, "observed", directions)
+    return Play(FedLEASE(FedLEASESettings(**settings), Plan(rank=2, alpha=4, dropout=0.0, rounds=9)), CLIENTS)
+
+
+def clusters(game: Play) -> set[frozenset[ClientId]]:
+    numbers = game.state.allocation.clusters
+    return {frozenset(c for c in numbers if numbers[c] == e) for e in set(numbers.values())}
+
+
+def test_representations_cluster_after_the_first_round_whatever_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, distance="representation", distance_rows=7)
+    sent = game.round(trained)
+    assert clusters(game) == TRUTH
+    for client in CLIENTS:
+        observe, train = game.asked[client.id]
+        assert isinstance(observe, Observe)
+        assert isinstance(train, Train)
+        assert (observe.split, observe.examples) == ("train", 7)
+        assert not any(value.any() for key, value in observe.bank.tensors.items() if key.part is Part.B)
+    embeddings = {key: value.shape for key, value in sent["a0"].tensors.items() if key.part is Part.EMBEDDING}
+    assert embeddings == {Key("q", NO_EXPERT, Part.EMBEDDING): (6,), Key("v", NO_EXPERT, Part.EMBEDDING): (7,)}
+    later = game.round(trained)
+    assert not any(key.part is Part.EMBEDDING for key in later["a0"].tensors)
+    assert [type(request) for request in game.asked["a0"]] == [Train]
+
+
+def test_a_late_client_joins_the_cluster_of_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, distance="representation")
+    game.round(trained, only=[c.id for c in CLIENTS if c.id not in ("b2", "c0")])
+    game.round(trained)
+    assert clusters(game) == TRUTH
+    assert [type(request) for request in game.asked["b2"]] == [Observe, Train]
+
+
+@pytest.mark.parametrize("distance", ["B", "BA"])
+def test_centred_loras_are_compared_by_what_they_do_not_share(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, distance=distance, centre=True, warmup_rounds=1)
+    game.round(trained, only=[c.id for c in CLIENTS if c.id not in ("a1", "c2")])
+    assert game.state.allocation.distances.max() > 1.2  # without centring all are within 0.2
+    game.round(trained)
+    assert clusters(game) == TRUTH
+
+
+def test_a_control_sends_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, distance="representation", allocation="oracle", warmup_rounds=1)
+    game.round(trained)
+    assert clusters(game) == TRUTH
+    assert [type(request) for request in game.asked["a0"]] == [Train]
+
+
+def test_a_site_cannot_pull_the_mean_with_a_long_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a mean of unit vectors may be counts; more does not. NaN and other shapes never get that far."""
+    game = play(monkeypatch, distance="representation")
+    method, state = game.method, game.state
+    expected = method.expects(state, CLIENTS[0], 1)
+    honest = _reply(game, CLIENTS[0])
+    key = Key("q", NO_EXPERT, Part.EMBEDDING)
+    for value, fault in (
+        (torch.full((6,), torch.nan), "not finite"),
+        (torch.zeros(7), "shape"),
+        (torch.full((6,), 1e5), "norm"),
+    ):
+        bad = replace(honest, tensors={**honest.tensors, key: value})
+        assert fault in str(fault_of(bad, expected, 1e4, 10))
+    replies = {c.id: _reply(game, c) for c in CLIENTS}
+    long = {k: v * 500 if k.part is Part.EMBEDDING else v for k, v in replies["a1"].tensors.items()}
+    game.state = game.method.aggregate(game.state, {**replies, "a1": replace(replies["a1"], tensors=long)}, 1)
+    assert clusters(game) == TRUTH
+
+
+def _reply(game: Play, client: ClientInfo) -> Reply:
+    ins = game.method.configure(game.state, [client], 1)[client.id]
+    result, _ = halves.driven(game.method.client(ins, client, game.own(client)), client, trained)
+    return result.reply
