@@ -77,7 +77,7 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing, that has
     other weights, or that the bundle does not fit.
     """
-    bank, about = read_bundle(_bundle_folder(Path(folder), client))
+    bank, about = read_bundle(bundle_folder(Path(folder), client))
     loaded = base_of(bank, about, base, device=device)
     carried = attach(loaded.model, bank)
     loaded.model.eval()
@@ -108,17 +108,22 @@ def base_of(bank: Bank, about: About, base: str | None = None, *, device: str = 
             raise
         was = f", which was in {about.base_path} where it was exported" if about.base_path else ""
         raise CoterieError(f"no base {about.base!r} here{was}: give its folder as base=... ({fault})") from fault
-    modules = {key.module for key in bank.tensors if key.part is Part.A}
-    here = fingerprint(digests(loaded.path, modules), modules)
-    if here and about.base_sha256 and here != about.base_sha256:
-        raise CoterieError(
-            f"{loaded.path} has other weights than the base that the bundle was trained on, {about.base!r} (SHA-256 "
-            f"{about.base_sha256[:12]}, not {here[:12]}); give the folder of that base as base=..."
-        )
+    check_base(loaded, bank, about)
     return loaded
 
 
-def _bundle_folder(folder: Path, client: str | None) -> Path:
+def check_base(base: Base, bank: Bank, about: About) -> None:
+    """Raises :class:`CoterieError` for a base with other weights than the one that the bank was trained on."""
+    modules = {key.module for key in bank.tensors if key.part is Part.A}
+    here = fingerprint(digests(base.path, modules), modules)
+    if here and about.base_sha256 and here != about.base_sha256:
+        raise CoterieError(
+            f"{base.path} has other weights than the base that the bundle was trained on, {about.base!r} (SHA-256 "
+            f"{about.base_sha256[:12]}, not {here[:12]}); give the folder of that base as base=..."
+        )
+
+
+def bundle_folder(folder: Path, client: str | None) -> Path:
     """The folder of the bundle. Raises :class:`CoterieError` that says what is there."""
     if (folder / BUNDLE_FILE).is_file():
         return folder

@@ -1,4 +1,4 @@
-"""The commands that use what a run leaves: ``predict``."""
+"""The commands that use what a run leaves: ``predict`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHOWN = 20  # reasons of rows without an answer
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (predict,):
+    for command in (predict, evaluate):
         app.command()(command)
 
 
@@ -73,6 +73,39 @@ def predict(
         if done.rejected > SHOWN:
             _tell(console, f"{done.rejected - SHOWN} more rows have no answer")
         raise typer.Exit(1)
+
+
+def evaluate(
+    run: Run,
+    client: Client = None,
+    data: Annotated[Path | None, typer.Option(help="labelled rows; default the client's own in the run")] = None,
+    split: Annotated[str, typer.Option(help="of the client's own rows: test, validation or train")] = "test",
+    cross: Annotated[
+        bool, typer.Option("--cross", help="every client's model on the test rows of all with the same labels")
+    ] = False,
+    metric: Annotated[str, typer.Option(help="with --cross; default what validation chose by")] = "",
+    column: Column = None,
+    out: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
+    base: BaseFolder = None,
+    device: Annotated[str | None, typer.Option(help="where to compute; default as the run did")] = None,
+) -> None:
+    """Score a client's model on labelled rows: the metrics of training, the confusion matrix, the calibration."""
+    from coterie.artifacts.evaluate import evaluate as score
+    from coterie.artifacts.evaluate import plain
+    from coterie.artifacts.load import reading_of
+    from coterie.cli.evaluation import show_cross, show_evaluation
+    from coterie.files import write_json
+
+    if cross:
+        if data or client:
+            raise CoterieError("--cross scores every model on the run's own test rows; leave out --client and --data")
+        show_cross(run, metric)
+        return
+    columns = with_columns(reading_of(run, client or "")[0], column) if column else None
+    result = score(run, client, data=data, split=split, columns=columns, base=base, device=device)
+    show_evaluation(result)
+    if out:
+        write_json(out, plain(result))
 
 
 def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:

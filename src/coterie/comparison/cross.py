@@ -18,8 +18,9 @@ from coterie.adapters.bundle import read_bundle
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
+from coterie.config.sections import Config
 from coterie.data.clients import load_data
-from coterie.data.rows import ClientData
+from coterie.data.rows import ClientData, FederatedData
 from coterie.experiment import set_threads
 from coterie.files import read_json, write_json
 from coterie.ops.metrics import Metrics
@@ -84,9 +85,7 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
     raw, root = read_config(folder)
     config = check_config(raw)
     set_threads(config)
-    federation = load_data(config.data, config.task.kind, config.run.seed, root)
-    if json.loads(json.dumps(federation.manifest)) != read_json(folder / "manifest.json"):
-        raise CoterieError(f"the data are not those of {folder} (see manifest.json); restore them")
+    federation = data_of(folder, config, root)
     workplace = workplaces(config, root, cache)[0]
     tested = [client for client in federation.clients if client.info.num_test]
     banks = {client.info.id: read_bundle(folder / "clients" / client.info.id)[0] for client in federation.clients}
@@ -99,6 +98,14 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
     cross = Cross(read_summary(folder / SUMMARY).exported_round, _digest(folder), by_client)
     write_json(folder / CROSS, plain(cross))
     return cross
+
+
+def data_of(folder: Path, config: Config, root: Path) -> FederatedData:
+    """The data of the run in ``folder``, loaded again. Raises :class:`CoterieError` where they have changed since."""
+    federation = load_data(config.data, config.task.kind, config.run.seed, root)
+    if json.loads(json.dumps(federation.manifest)) != read_json(folder / "manifest.json"):
+        raise CoterieError(f"the data are not those of {folder} (see manifest.json); restore them")
+    return federation
 
 
 def _digest(folder: Path) -> str:

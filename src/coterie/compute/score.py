@@ -159,15 +159,21 @@ class ChoiceScoring(Scoring):
 
     def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores."""
-        examples, right = self.examples, 0.0
-        means = [[0.0] * len(e.choices) for e in examples]
+        right = 0.0
         for (i, j), loss in zip(self.order, torch.cat(self.losses).tolist(), strict=True):
-            means[i][j] = loss / len(examples[i].choices[j])
-            right += loss if j == examples[i].label else 0.0
-        metrics = classification_metrics([e.label for e in examples], [row.index(min(row)) for row in means])
+            right += loss if j == self.examples[i].label else 0.0
+        examples = self.examples
+        metrics = classification_metrics([e.label for e in examples], self.chosen())
         if self.client.info.labels is None:
             metrics = {"accuracy": metrics["accuracy"]}
         return Scored(right / sum(len(e.choices[e.label]) for e in examples), metrics, len(examples))
+
+    def chosen(self) -> list[int]:
+        """The number of the candidate that each row's scores choose."""
+        means = [[0.0] * len(e.choices) for e in self.examples]
+        for (i, j), loss in zip(self.order, torch.cat(self.losses).tolist(), strict=True):
+            means[i][j] = loss / len(self.examples[i].choices[j])
+        return [row.index(min(row)) for row in means]
 
     @cached_property
     def order(self) -> list[tuple[int, int]]:

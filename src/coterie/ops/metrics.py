@@ -35,6 +35,25 @@ def _matthews(right: float, true: NDArray[np.float64], guessed: NDArray[np.float
     return float((right * rows - true @ guessed) / np.sqrt(variances)) if variances else 0.0
 
 
+def confusion(truth: Sequence[int], predicted: Sequence[int], labels: int) -> list[list[int]]:
+    """How many rows of each label (first index) were predicted as each label (second), of ``labels`` labels."""
+    counts = np.zeros((labels, labels), dtype=int)
+    np.add.at(counts, (np.asarray(truth, int), np.asarray(predicted, int)), 1)
+    rows: list[list[int]] = counts.tolist()
+    return rows
+
+
+def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 15) -> float:
+    """The expected calibration error (Guo et al., 2017, arXiv 1706.04599): sum_b n_b / n |accuracy_b - confidence_b|.
+
+    Bin b of ``bins`` has the n_b predictions whose probability is in ((b - 1) / bins, b / bins]. 0 is best, at most 1.
+    """
+    sure, hits = np.asarray(confidence, float), np.asarray(right, float)
+    which = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(which, hits - sure, minlength=bins)  # n_b (accuracy_b - confidence_b)
+    return float(np.abs(gaps).sum() / len(sure))
+
+
 def check_rouge() -> None:
     """Raises :class:`CoterieError` where rouge-score is not installed."""
     if importlib.util.find_spec("rouge_score") is None:

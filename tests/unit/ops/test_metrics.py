@@ -14,7 +14,9 @@ from sklearn import metrics as sklearn_metrics
 from coterie.ops import metrics as evaluate
 from coterie.ops.metrics import (
     better,
+    calibration_error,
     classification_metrics,
+    confusion,
     mean_metrics,
     percentiles,
     perplexity,
@@ -139,3 +141,16 @@ def test_percentiles() -> None:
         {"p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9}
     )
     assert percentiles("loss", rows) == {}
+
+
+def test_confusion_counts_rows_by_label_and_prediction() -> None:
+    truth, predicted = [0, 1, 1, 2, 1], [0, 1, 0, 1, 1]
+    assert confusion(truth, predicted, 4) == [[1, 0, 0, 0], [1, 2, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert confusion(truth, predicted, 3) == sklearn_metrics.confusion_matrix(truth, predicted).tolist()
+
+
+def test_the_calibration_error_is_the_gap_of_each_bin_by_its_rows() -> None:
+    # two bins of ten: (0.6, 0.7] with 0.65 and 0.7 (one right: gap 0.5 - 0.675), (0.9, 1] with 1.0 (wrong: gap -1)
+    assert calibration_error([0.65, 0.7, 1.0], [True, False, False], bins=10) == pytest.approx((0.35 + 1) / 3)
+    assert calibration_error([1.0, 1.0], [True, True]) == 0
+    assert calibration_error([0.0], [True]) == 1

@@ -6,6 +6,7 @@ and cells show their number if it fits. A file per group of pictures; ``style`` 
 
 from coterie.report.plots.assignment import Panel, assigned_experts, held_experts, held_together, used_experts
 from coterie.report.plots.clusters import client_distances, demo_picture, dendrogram, silhouettes
+from coterie.report.plots.cross import cross_map
 from coterie.report.plots.curves import Curve, lines_by_round
 from coterie.report.plots.experts import expert_usage, experts_by_layer
 from coterie.report.plots.quotas import adapter_use, quota_map
@@ -23,6 +24,7 @@ __all__ = [
     "adapter_use",
     "assigned_experts",
     "client_distances",
+    "cross_map",
     "demo_picture",
     "dendrogram",
     "expert_usage",

@@ -1,0 +1,44 @@
+"""What ``coterie evaluate`` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coterie.artifacts.cross import CrossTable, cross_table
+from coterie.artifacts.evaluate import Evaluation
+from coterie.cli import console
+from coterie.cli.console import heading, say, show_aligned
+from coterie.comparison.tables import number
+from coterie.report.tables import words
+
+LABELS = 20  # rows and columns of a confusion matrix that a terminal shows; --out writes them all
+CLIENTS = 20  # the same for the table of all clients
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """The metrics, and the confusion matrix where it fits."""
+    heading(console.out, f"{evaluation.client} on {evaluation.data}: {evaluation.rows} rows")
+    figures = dict(evaluation.metrics)
+    rows = [(words(name), number(value, name)) for name, value in figures.items()]
+    if evaluation.calibration_error is not None:
+        rows.append(("expected calibration error", number(evaluation.calibration_error, "calibration_error")))
+    show_aligned(("metric", "value"), rows)
+    labels, counts = evaluation.labels, evaluation.confusion
+    if labels is None or counts is None:
+        return
+    if len(labels) > LABELS:
+        say(f"the confusion matrix has {len(labels)} labels; --out FILE writes it")
+        return
+    heading(console.out, "rows by label (down) and prediction (across)")
+    table = [(label, *map(str, row)) for label, row in zip(labels, counts, strict=True)]
+    show_aligned(("", *labels), table)
+
+
+def show_cross(folder: Path, metric: str) -> None:
+    """Every client's model on every client's test rows, and where the picture is."""
+    table: CrossTable = cross_table(folder, metric)
+    if len(table.clients) <= CLIENTS:
+        heading(console.out, f"{words(table.metric)}: whose model (down), on whose test rows (across)")
+        show_aligned(("", *table.clients), [(of, *row) for of, row in zip(table.clients, table.cells, strict=True)])
+    say(f"picture: {table.picture}")
+    say(f"figures: {folder / 'cross.json'}")
