@@ -1,0 +1,48 @@
+"""Make ``robust.json``: what ByzFL 0.0.11 answers on small random vectors (needs ``pip install byzfl==0.0.11``).
+
+ByzFL imports torchvision, which the rules do not use and which need not be installed: it is replaced with a mock.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+
+for name in ("torchvision", "torchvision.datasets", "torchvision.transforms"):
+    sys.modules[name] = MagicMock()
+
+from byzfl import ARC, NNM, Average, CenteredClipping, Clipping, GeometricMedian, Krum, Median, MultiKrum, TrMean
+
+CASES = ((8, 2, 11), (7, 2, 5), (5, 1, 9), (4, 1, 6), (3, 0, 4))  # vectors, attackers, dimension
+
+
+def case(n: int, f: int, d: int) -> dict[str, object]:
+    rng = np.random.default_rng(100 * n + d)
+    x = rng.normal(size=(n, d)) + 1.0
+    x[:f] *= -20.0  # the attackers
+    answers = {
+        "mean": Average()(x),
+        "median": Median()(x),
+        "trimmed_mean": TrMean(f)(x),
+        "geometric_median": GeometricMedian(nu=0.1, T=3)(x),
+        "krum": Krum(f)(x),
+        "multi_krum": MultiKrum(f)(x),
+        "centered_clipping": CenteredClipping(L=4, tau=2.5)(x),
+        "nnm": NNM(f)(x),
+        "clip": Clipping(3.0)(x.copy()),
+        "arc": ARC(f)(x.copy()),
+        "nnm + median": Median()(NNM(f)(x)),
+        "nnm + multi_krum": MultiKrum(f)(NNM(f)(x)),
+        "nnm + trimmed_mean": TrMean(f)(NNM(f)(x)),
+    }
+    return {"attackers": f, "vectors": x.tolist(), **{name: np.asarray(v).tolist() for name, v in answers.items()}}
+
+
+if __name__ == "__main__":
+    content = {"byzfl": version("byzfl"), "cases": [case(*sizes) for sizes in CASES]}
+    Path(__file__).with_name("robust.json").write_text(json.dumps(content) + "\n")
