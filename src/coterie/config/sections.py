@@ -13,8 +13,9 @@ from coterie.data.settings import DataSettings
 from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.registry import method_named
+from coterie.methods.robust import RobustSettings
 from coterie.requests import Optim
-from coterie.types import Json, Section, TaskKind
+from coterie.types import CoterieError, Json, Section, TaskKind
 
 DEFAULT_METHOD = "fedlease"
 
@@ -178,6 +179,7 @@ class Config(Section):
     train: Optim = Field(default_factory=Optim)
     method: dict[str, Json] = Field(default_factory=lambda: {"name": DEFAULT_METHOD})
     run: RunSettings = Field(default_factory=RunSettings)
+    robust: RobustSettings = Field(default_factory=RobustSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     federation: FederationSettings = Field(default_factory=FederationSettings)
 
@@ -197,7 +199,12 @@ class Config(Section):
 
     def make_method(self, root: Path) -> Method:
         """The method with its settings; relative paths in them start at ``root``, the config's folder."""
-        return method_named(self.method_name)(self.method_settings().located(root), self.plan())
+        kind = method_named(self.method_name)
+        if self.robust.active and kind.no_rules:
+            raise CoterieError(
+                f"[robust] does not work with {kind.name}: {kind.no_rules}; leave [robust] out or choose another method"
+            )
+        return kind(self.method_settings().located(root), self.plan())
 
     def plan(self) -> Plan:
         """What a method gets besides its own settings."""
@@ -210,4 +217,5 @@ class Config(Section):
             head=self.task.head,
             rounds=self.run.rounds,
             seed=self.run.seed,
+            robust=self.robust,
         )

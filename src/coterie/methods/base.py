@@ -18,6 +18,7 @@ from typing_extensions import TypeVar
 from coterie.methods.findings import Finding
 from coterie.methods.parts import lora_of, start_head, with_head
 from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.robust import Group, grouped
 from coterie.requests import (
     Answer,
     BankProgram,
@@ -60,7 +61,8 @@ class Method(ABC, Generic[S]):
     after the start, "" if any can. ``mixed_ranks``: whether clients may have different ranks (``[lora] ranks``).
     ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do. ``usage``:
     the names, in a reply's ``info``, of numbers that say how the client's rows use the experts. A site may keep these
-    to itself, so the server has to work without them.
+    to itself, so the server has to work without them. ``no_rules``: why the rules of ``[robust]`` do not apply, "" if
+    they do.
     """
 
     settings: Any
@@ -77,6 +79,7 @@ class Method(ABC, Generic[S]):
     mixed_ranks: ClassVar[bool] = False
     needs_all_rows: ClassVar[bool] = False
     usage: ClassVar[Sequence[str]] = ()
+    no_rules: ClassVar[str] = ""
 
     @property
     def max_rank(self) -> int:
@@ -114,6 +117,13 @@ class Method(ABC, Generic[S]):
         """
         own = {} if reply.tensors.keys() <= ins.tensors.keys() else self.begin(base, me).tensors
         return {**own, **ins.tensors}
+
+    def groups(self, state: S, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]) -> Sequence[Group]:
+        """Which replies :meth:`aggregate` averages together, for the rules of ``[robust]``.
+
+        ``spaces`` names every client's label space. By default all replies, shared heads by label space.
+        """
+        return grouped(replies, dict.fromkeys(replies, ""), spaces)
 
     @abstractmethod
     def aggregate(self, state: S, replies: Mapping[ClientId, Reply], rnd: int) -> S:

@@ -65,6 +65,7 @@ class Centralised(Method[CentralisedState]):
     title = "Centralised"
     paper = "-"
     summary = "one LoRA on all clients' rows together: an upper reference, in simulations only"
+    no_rules = "nothing is averaged"
     newcomers = "centralised has joined all clients' rows from the start"
     needs_all_rows = True
     State = CentralisedState

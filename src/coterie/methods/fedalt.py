@@ -66,6 +66,7 @@ class FedALT(Method[FedALTState]):
     title = "FedALT"
     paper = "arXiv 2503.11880 (AAAI 2026)"
     summary = "each client's LoRA beside a frozen mean of the others', mixed per token"
+    no_rules = "its clients receive means over everyone but themselves, of what each one sent last"
     State = FedALTState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedALTState:

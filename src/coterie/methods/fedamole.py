@@ -49,6 +49,7 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.methods.plan import MethodSettings
+from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
 from coterie.ops.streams import stream
@@ -171,6 +172,24 @@ class FedAMoLE(Method[FedAMoLEState]):
             if self._embeds(rnd) and (key.part is Part.ROUTER or (key.part is Part.A and key.expert != SHARED))
         }
         return shapes_of(held, state.heads.of(me.id)) | embeddings
+
+    def groups(
+        self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
+    ) -> Sequence[Group]:
+        """All clients, with shared expert, projection and head; and the holders of each expert."""
+        numbered = {key for reply in replies.values() for key in reply.tensors if key.expert >= 0}
+        rest = {
+            c: replace(r, tensors={k: v for k, v in r.tensors.items() if k.expert < 0 and k.part is not Part.EMBEDDING})
+            for c, r in replies.items()
+        }
+        held = [Key(key.module, key.expert, Part.A) for key in sorted(numbered) if key.part is Part.A]
+        return grouped(rest, dict.fromkeys(replies, ""), spaces) + [
+            Group(
+                tuple(c for c in sorted(replies) if a in replies[c].tensors),
+                frozenset({a, a._replace(part=Part.B)}),
+            )
+            for a in held
+        ]
 
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
         weight = weights_of(replies, self.settings.weighting)

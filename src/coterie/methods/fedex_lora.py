@@ -71,6 +71,7 @@ class FedExLoRA(Method[FedExLoRAState]):
     title = "FedEx-LoRA"
     paper = "arXiv 2410.09432 (ACL 2025)"
     summary = "averages A and B, and folds the residual mean(BA) - mean(B) mean(A) into the base"
+    no_rules = "it folds what averaging A and B apart loses into the base, which a rule would leave at 0"
     Settings = FoldingSettings
     State = FedExLoRAState
 

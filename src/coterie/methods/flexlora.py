@@ -70,6 +70,7 @@ class FlexLoRA(Method[FlexLoRAState]):
     title = "FlexLoRA"
     paper = "arXiv 2402.11505 (NeurIPS 2024)"
     summary = "averages the products B A and cuts them by SVD to each client's rank"
+    no_rules = "it averages products of clients with different ranks"
     mixed_ranks = True
     State = FlexLoRAState
 

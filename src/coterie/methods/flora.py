@@ -70,6 +70,7 @@ class FLoRA(Method[FLoRAState]):
     title = "FLoRA"
     paper = "arXiv 2409.05976 (NeurIPS 2024)"
     summary = "stacks all clients' A and B, an exact sum, and folds it into the base each round"
+    no_rules = "it stacks the clients' A and B instead of averaging them"
     mixed_ranks = True
     Settings = FoldingSettings
     State = FLoRAState

@@ -95,6 +95,7 @@ class HetLoRA(Method[HetLoRAState]):
     title = "HetLoRA"
     paper = "arXiv 2401.06432 (EMNLP 2024)"
     summary = "pads A and B to the largest rank, weighs clients by norm, truncates, prunes ranks"
+    no_rules = "its clients have different ranks, and it weighs them by their norms"
     mixed_ranks = True
     Settings = HetLoRASettings
     State = HetLoRAState

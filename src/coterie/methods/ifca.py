@@ -40,6 +40,7 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.methods.plan import MethodSettings
+from coterie.methods.robust import Group, grouped
 from coterie.ops.mean import mean, relative_error
 from coterie.ops.streams import stream
 from coterie.requests import BankProgram, ClientProgram, Score, Scored, Train
@@ -105,6 +106,11 @@ class IFCA(Method[IFCAState]):
     def started_from(self, base: BaseSpec, state: IFCAState, me: ClientInfo, ins: Instruction, reply: Reply) -> Tensors:
         k = int(reply.info["cluster"])
         return {**lora_of(ins.tensors, k, new=0), **one_head(head_of(ins.tensors), k)}
+
+    def groups(
+        self, state: IFCAState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
+    ) -> Sequence[Group]:
+        return grouped(replies, {c: str(int(replies[c].info["cluster"])) for c in replies}, spaces)
 
     def aggregate(self, state: IFCAState, replies: Mapping[ClientId, Reply], rnd: int) -> IFCAState:
         weight, took = weights_of(replies), {c: int(replies[c].info["cluster"]) for c in sorted(replies)}

@@ -24,6 +24,7 @@ class Local(Method[LocalState]):
     title = "Local"
     paper = "-"
     summary = "every client alone"
+    no_rules = "nothing is averaged"
     State = LocalState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> LocalState:

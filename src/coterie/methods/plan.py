@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from coterie.methods.robust import RobustSettings
 from coterie.requests import Optim
 from coterie.types import ClientId, Section
 
@@ -38,6 +39,7 @@ class Plan:
     head: Literal["personal", "shared"] = "personal"
     rounds: int = 10
     seed: int = 0
+    robust: RobustSettings = field(default_factory=RobustSettings)
 
     @property
     def max_rank(self) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from coterie.methods.robust import Weighed
 from coterie.ops.metrics import Metrics
 from coterie.requests import Sample, Usage
 from coterie.types import ClientId, CoterieError
@@ -182,7 +183,10 @@ class ClientDone(Event):
 
 @dataclass(frozen=True)
 class RoundDone(Event):
-    """A round is averaged: every client's part, why some replies were not used, and what changed in the findings."""
+    """A round is averaged: every client's part, why some replies were not used, and what changed in the findings.
+
+    ``robust``: what the rule of ``[robust]`` made of every update; None without a rule.
+    """
 
     event = "round"
 
@@ -192,6 +196,7 @@ class RoundDone(Event):
     seconds: float = 0.0
     describe: Mapping[str, object] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    robust: Mapping[ClientId, Weighed] | None = None
 
     @property
     def loss(self) -> float | None:

@@ -25,6 +25,8 @@ from coterie.engines.checks import fault_of
 from coterie.machine import peak_memory
 from coterie.methods.base import Method
 from coterie.methods.findings import Notes, find, to_json
+from coterie.methods.parts import label_space
+from coterie.methods.robust import Weighed, aggregated
 from coterie.ops.metrics import mean_metrics
 from coterie.ops.streams import stream
 from coterie.runs import checkpoint as checkpoints
@@ -49,7 +51,7 @@ from coterie.runs.events import (
 )
 from coterie.runs.health import loss_note, quorum_fault
 from coterie.runs.summary import best_round
-from coterie.types import ClientId, ClientInfo, CoterieError, Reply
+from coterie.types import ClientId, ClientInfo, CoterieError, Reply, Tensors
 
 S = TypeVar("S")  # the method's state
 
@@ -179,28 +181,33 @@ class Runner(Generic[S]):
         cohort = self._cohort(rnd)
         self.listen(RoundStart(rnd, [client.id for client in cohort]))
         self.engine.watch(lambda steps: self.listen(ClientSteps(rnd, list(steps.clients), steps.taken, steps.of)))
-        replies, entries, failed = self._train(state, cohort, rnd)
+        replies, entries, failed, starts = self._train(state, cohort, rnd)
         needed = max(1, math.ceil(self.settings.quorum * len(cohort)))
         if fault := quorum_fault(rnd, len(replies), len(cohort), failed, needed):
             self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, {}, peak_memory()))
             raise CoterieError(fault)
         before = to_json(self.method.describe(state))
-        state = self.method.aggregate(state, self._with_shares(replies, rnd), rnd)
+        agreed, weighed = self._agreed(state, self._with_shares(replies, rnd), starts, rnd)
+        state = self.method.aggregate(state, agreed, rnd)
         after = to_json(self.method.describe(state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
-        self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, changed, peak_memory()))
+        self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, changed, peak_memory(), weighed))
         self._evaluate(state, rnd)
         self._commit(state, rnd)
         return state
 
     def _train(
         self, state: S, cohort: Sequence[ClientInfo], rnd: int
-    ) -> tuple[dict[ClientId, Reply], dict[ClientId, ClientRound], dict[ClientId, str]]:
-        """The replies that are used, every client's entry in the record, and why the other replies are not used."""
+    ) -> tuple[dict[ClientId, Reply], dict[ClientId, ClientRound], dict[ClientId, str], dict[ClientId, Tensors]]:
+        """The replies that are used, every client's entry in the record, why the other replies are not used.
+
+        The last is what the clients started from, for the rules of ``[robust]``.
+        """
         replies: dict[ClientId, Reply] = {}
         entries: dict[ClientId, ClientRound] = {}
         failed: dict[ClientId, str] = {}
         sizes: dict[ClientId, Sizes] = {}
+        starts: dict[ClientId, Tensors] = {}
         instructions, infos = self.method.configure(state, cohort, rnd), {client.id: client for client in cohort}
         limits = {client.id: reply_limit(self.method.expects(state, client, rnd)) for client in cohort}
         with closing(self.engine.train(self.method, instructions, rnd, limits)) as deliveries:
@@ -216,12 +223,13 @@ class Runner(Generic[S]):
                         self.engine.spec, state, infos[client], instructions[client], delivery.reply
                     )
                     sizes[client] = update_sizes(delivery.reply, start)
+                    starts |= {client: start} if self.method.plan.robust.active else {}
                 self.listen(ClientDone(rnd, client, entries[client], fault))
         steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
         for client, fault in large_updates(sizes, steps, self.settings.update_bound).items():
             failed[client], entries[client] = fault, replace(entries[client], said={})
             del replies[client]
-        return replies, entries, failed
+        return replies, entries, failed, starts
 
     def _cohort(self, rnd: int) -> list[ClientInfo]:
         """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
@@ -248,6 +256,21 @@ class Runner(Generic[S]):
                 has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
                 self._note([f"{subject}: {has:.0%} of the round's, counted as {counts:.0%} ([run] max_share)"], rnd)
         return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}
+
+    def _agreed(
+        self, state: S, replies: dict[ClientId, Reply], starts: Mapping[ClientId, Tensors], rnd: int
+    ) -> tuple[dict[ClientId, Reply], dict[ClientId, Weighed] | None]:
+        """``replies`` after the rule of ``[robust]``, and what it made of each; as they are without a rule."""
+        robust = self.method.plan.robust
+        if not robust.active:
+            return replies, None
+        spaces = {client.id: label_space(client) for client in self.engine.clients}
+        agreed, weighed = aggregated(robust, self.method.groups(state, replies, spaces), replies, starts)
+        for client in sorted(c for c in weighed if weighed[c].outlying):
+            subject = f"{client}'s update points away from what its group agrees on"
+            if not any(text.startswith(subject) for text in self._noted):
+                self._note([f"{subject}: {weighed[client]} ([robust] rule = {robust.rule!r})"], rnd)
+        return agreed, weighed
 
     def _evaluate(self, state: S, rnd: int) -> None:
         if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:

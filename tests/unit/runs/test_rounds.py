@@ -23,8 +23,18 @@ from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import drive
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named
+from coterie.methods.robust import RobustSettings, Weighed
 from coterie.requests import Train, Trained
-from coterie.runs.events import ClientDone, ClientSteps, Evaluated, Note, RoundStart, Truncated, read_events
+from coterie.runs.events import (
+    ClientDone,
+    ClientSteps,
+    Evaluated,
+    Note,
+    RoundDone,
+    RoundStart,
+    Truncated,
+    read_events,
+)
 from coterie.runs.health import loss_note
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
@@ -96,9 +106,13 @@ class Compute(FakeEngine):
         return self.train_request(request) if isinstance(request, Train) else super().train(request, *rest)
 
 
-def run(folder: Path, spoil: Spoil = lambda c, r, reply: reply, **rounds: Any) -> tuple[Any, FakeEngine, list[Any]]:
+def run(
+    folder: Path, spoil: Spoil = lambda c, r, reply: reply, robust: Any = None, **rounds: Any
+) -> tuple[Any, FakeEngine, list[Any]]:
     engine, heard = Compute(spoil), []
-    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    method = method_named("fedit")(
+        method_named("fedit").Settings(), Plan(rank=2, rounds=3, robust=robust or RobustSettings())
+    )
     folder.mkdir(exist_ok=True)
     runner = Runner(method, engine, RoundSettings(**{"rounds": 3, "seed": 0, **rounds}), folder, heard.append)
     return runner.run(), engine, heard
@@ -144,6 +158,29 @@ def test_a_bad_reply_is_left_out_with_the_reason_and_the_round_goes_on(name: str
         raise AssertionError(failed[1]["c3"])
     assert state.lora[KEY].equal(good.lora[KEY])  # everyone adds 1: leaving one out changes nothing
     assert [e for e in heard if isinstance(e, ClientDone) and e.failed]
+
+
+def test_a_rule_decides_what_a_round_averages_and_says_who_points_away(tmp_path: Path) -> None:
+    """Minus five times the update: too little for a bound on updates to see."""
+
+    def turned(client: str, rnd: int, reply: Reply) -> Reply:
+        return replace(reply, tensors={k: v - 6 for k, v in reply.tensors.items()}) if client == "c3" else reply
+
+    honest, *_ = run(tmp_path / "honest")
+    bent, _, _ = run(tmp_path / "bent", turned)
+    state, _, _ = run(tmp_path / "robust", turned, RobustSettings(rule="median"))
+    assert state.lora[KEY].equal(honest.lora[KEY])
+    assert (bent.lora[KEY] < honest.lora[KEY]).all()
+    assert [e.get("robust") for e in events(tmp_path / "bent", "round")] == [None] * 3
+    for event in read_events(tmp_path / "robust" / "metrics.jsonl"):
+        if isinstance(event, RoundDone):
+            assert event.robust is not None
+            assert event.robust["c3"] == Weighed(pytest.approx(5), 1.0, pytest.approx(-1), True)
+            assert event.robust["c0"] == Weighed(1.0, 1.0, pytest.approx(1), False)
+    assert [note["text"] for note in events(tmp_path / "robust", "note")] == [
+        "c3's update points away from what its group agrees on: 5 times the median norm, cosine -1.00 with the result "
+        "([robust] rule = 'median')"
+    ]
 
 
 def test_an_update_out_of_line_is_left_out_once_all_have_come(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from coterie.methods.parts import (
     Shapes,
     head_of,
     head_shapes,
+    label_space,
     lora_of,
     lora_shapes,
     mean_error,
@@ -34,6 +35,7 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.robust import Group, aggregated, alone, grouped
 from coterie.ops.mean import mean, relative_error
 from coterie.requests import ClientProgram, Observe, Train, Trained
 from coterie.types import (
@@ -58,6 +60,7 @@ class FedLEASEState:
     """The server's state: the clusters, and an expert and a router for each.
 
     ``warm`` holds warm-up LoRAs until there are enough of them to cluster, ``starts`` their means by cluster.
+    ``outlying`` names the clients whose warm-up LoRA resembled too few others to be clustered (``[robust]``).
     """
 
     base: BaseSpec
@@ -70,6 +73,7 @@ class FedLEASEState:
     routers: Mapping[int, Tensors] = field(default_factory=dict)
     heads: Heads = field(default_factory=Heads)
     error: float = 0.0
+    outlying: tuple[ClientId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,23 @@ class FedLEASE(Method[FedLEASEState]):
         router = state.routers[own] if self.settings.router == "cluster" else {}
         return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head
 
+    def groups(
+        self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
+    ) -> Sequence[Group]:
+        """The clusters. Warm-up LoRAs have none yet: :meth:`aggregate` groups them once it has clustered them."""
+        cluster = {c: str(e) for c in replies if (e := self._cluster_of(state, c)) is not None}
+        return grouped(replies, cluster, spaces, private=True)
+
     def aggregate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
         if rnd < self.settings.clustered_after:
             return state
         replies = dict(sorted(replies.items()))
         if state.allocation is None:
             warm = {**state.warm, **replies}
-            enough = len(warm) >= self.settings.needed
-            return self._allocate(replace(state, warm={}), warm) if enough else replace(state, warm=warm)
+            fit = self._without_outlying(state, warm)
+            if len(fit) < self.settings.needed:
+                return replace(state, warm=warm)
+            return self._allocate(replace(state, warm={}, outlying=tuple(sorted(warm.keys() - fit.keys()))), fit)
         late = {c: r for c, r in replies.items() if self._cluster_of(state, c) is None}
         return self._add_late(self._average(state, {c: r for c, r in replies.items() if c not in late}), late)
 
@@ -128,7 +141,9 @@ class FedLEASE(Method[FedLEASEState]):
             return [Values({"phase": "warm-up"})]
         a = state.allocation
         clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist(), self.settings.linkage)
-        return [Values({"phase": "experts"}), clusters, AggregationError(state.error)]
+        kept_back = {"withheld_experts": self._withheld(state), "outlying_warm_up": list(state.outlying)}
+        values = Values({"phase": "experts"} | {name: of for name, of in kept_back.items() if of})
+        return [values, clusters, AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
 
@@ -174,13 +189,48 @@ class FedLEASE(Method[FedLEASEState]):
         if own is None:
             return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.clustered_after})
         router = state.routers[own] if self.settings.router == "cluster" else {}
-        experts = lora_of(state.experts, own) if self.settings.routing == "own" else state.experts
+        experts = lora_of(state.experts, own) if self.settings.routing == "own" else self._sent_to(state, own)
         return Instruction({**experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
+
+    def _withheld(self, state: FedLEASEState) -> list[int]:
+        """The experts of clusters that are too small to be sent to other clusters (``[robust] min_group``)."""
+        if state.allocation is None or not self.plan.robust.active:
+            return []
+        least, number = self.plan.robust.min_group, state.allocation.num_experts
+        return [e for e in range(number) if len(state.allocation.members(e)) < least]
+
+    def _sent_to(self, state: FedLEASEState, own: int) -> Tensors:
+        """All experts; those that are withheld from the cluster ``own`` at their start, where B = 0."""
+        withheld = [e for e in self._withheld(state) if e != own]
+        starts = {k: v for e in withheld for k, v in start_lora(state.base, self.plan, e).items()}
+        return {**state.experts, **starts}
+
+    def _warm_starts(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> dict[ClientId, Tensors]:
+        infos = {c: ClientInfo(c, 0, labels=state.labels.get(c)) for c in replies}
+        return {c: self.begin(state.base, infos[c]).tensors for c in replies}
+
+    def _without_outlying(self, state: FedLEASEState, warm: Mapping[ClientId, Reply]) -> Mapping[ClientId, Reply]:
+        """The warm-up LoRAs without those that resemble too few others; all of them without ``[robust]``."""
+        if not self.plan.robust.active or self.settings.allocation != "learned":
+            return warm
+        out = alone(self.plan.robust, warm, self._warm_starts(state, warm))
+        return {c: reply for c, reply in warm.items() if c not in out}
+
+    def _agreed(
+        self, state: FedLEASEState, allocated: Allocation, replies: Mapping[ClientId, Reply]
+    ) -> Mapping[ClientId, Reply]:
+        """The warm-up LoRAs as the rule of ``[robust]`` aggregates them in each cluster."""
+        if not self.plan.robust.active:
+            return replies
+        spaces = {c: label_space(ClientInfo(c, 0, labels=state.labels.get(c))) for c in replies}
+        groups = grouped(replies, {c: str(allocated.clusters[c]) for c in replies}, spaces, private=True)
+        return aggregated(self.plan.robust, groups, replies, self._warm_starts(state, replies))[0]
 
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Cluster the clients that sent a warm-up LoRA, and start an expert, a router and heads for each cluster."""
         warm = {c: r.tensors for c, r in replies.items()}
         allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
+        replies = self._agreed(state, allocated, replies)
         number = allocated.num_experts
         routed = self.settings.routing != "own"
         router = start_router(state.base, self.plan, self._slots(number)) if routed else {}

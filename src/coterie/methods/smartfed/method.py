@@ -22,6 +22,7 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.robust import Group, grouped
 from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
 from coterie.methods.smartfed.settings import SmartFedSettings
@@ -145,8 +146,13 @@ class SmartFed(Method[SmartFedState]):
             "use": Range(names=frozenset(adapters), optional=True),
         }
 
+    def groups(
+        self, state: SmartFedState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
+    ) -> Sequence[Group]:
+        return grouped(replies, {c: "" for c, reply in replies.items() if not _lacks(reply)}, spaces)
+
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
-        lacking = {c for c in replies if replies[c].info.get("lacks_pool") is True}
+        lacking = {c for c in replies if _lacks(replies[c])}
         state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
         replies = {c: reply for c, reply in replies.items() if c not in lacking}
         return self._average(state, replies) if replies else state
@@ -291,6 +297,11 @@ class SmartFed(Method[SmartFedState]):
         """Whether the client lost its personal state, and with it the pool that the server only names."""
         stored = personal.kept is not None and personal.info.get("pool") == ins.info["pool"]
         return self.settings.pool_at == "server" and not stored
+
+
+def _lacks(reply: Reply) -> bool:
+    """Whether the client lacked the pool, and so trained nothing."""
+    return reply.info.get("lacks_pool") is True
 
 
 def _router(module: str) -> Key:
