@@ -1,38 +1,16 @@
-"""FedAMoLE (arXiv 2411.19128, WWW 2026): experts of a pool choose the clients whose data fits them.
-
-1. Every module has a pool of E experts, a shared expert and a token projection P. A client holds a few experts of
-   each pool, different ones in every module:
-   y = W0 x + s [B_s A_s x~ + sum_{e in top-k} w_e B_e A_e x~], w = softmax over the k largest of
-   (A_e x . P x) / sqrt r (:func:`coterie.nn.gates.scaled_dot_product`).
-2. Clients train all that they hold, with a load-balance loss beside the task's, on most of their rows. On the others
-   they then measure t = mean_t P x and, for each of their experts, e = mean_t A_e x.
-3. The server averages every expert and e over the expert's holders, shared expert and P over all clients.
-4. Reverse selection (RSEA), each round but the last: prob_ec = softmax over clients of (e . t_c) / sqrt r; every expert
-   picks ``clients_per_expert`` clients so that the sum of prob over the picks is largest and every client gets a
-   number of experts within bounds (:mod:`coterie.ops.assign`). Round 1 starts from the same problem on random scores.
-
-Differs from the published code (commit 41ebf75), whose behaviour ``examples/fedamole-published.toml`` restores: all
-experts share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither
-in the load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on
-validation data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's.
-The code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
-Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
-the others' token embeddings; an expert whose holders all missed a round is unchanged.
-"""
+"""FedAMoLE's server and client."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from coterie.methods.base import Method
+from coterie.methods.fedamole.selection import Scores, affinity, at_random, by_group, running_mean, with_inertia
+from coterie.methods.fedamole.settings import FedAMoLESettings
 from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
 from coterie.methods.parts import (
     Heads,
@@ -48,12 +26,10 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
-from coterie.methods.plan import MethodSettings
 from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
-from coterie.ops.streams import stream
-from coterie.requests import Balance, ClientProgram, HoldOut, Observe, Train
+from coterie.requests import Balance, ClientProgram, Observe, Train
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -71,37 +47,6 @@ from coterie.types import (
     Reply,
     Tensors,
 )
-
-
-class FedAMoLESettings(MethodSettings):
-    """FedAMoLE's settings; the defaults are the paper's."""
-
-    experts: int | None = Field(
-        None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
-    )
-    clients_per_expert: int = Field(2, ge=1, description="clients that each expert picks")
-    min_experts: int = Field(
-        2, ge=1, description="the fewest experts of a client in a module, or top_k if that is larger"
-    )
-    max_experts: int = Field(8, ge=1, description="the most experts of a client in a module")
-    top_k: int = Field(2, ge=1, description="experts per token, besides the shared one")
-    assignment: Literal["dynamic", "static", "random", "homogeneous"] = Field(
-        "dynamic",
-        description="experts choose each round; at random, once; at random, each round; or like dynamic, with the "
-        "same number of experts for every client",
-    )
-    balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")
-    embedding_fraction: float = Field(
-        0.05, gt=0, lt=1, description="share of the training rows held out for the embeddings, in every mode"
-    )
-    embedding_rows: int = Field(200, ge=1, description="the most rows held out for the embeddings")
-    weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of all means over clients")
-    dropout_masks: Literal["shared", "per_expert"] = Field(
-        "shared", description="one dropout mask for all experts, or one for each (published code)"
-    )
-    padding: Literal["ignored", "counted"] = Field(
-        "ignored", description="padding tokens in the load-balance loss and the embeddings (counted: published code)"
-    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +70,7 @@ class FedAMoLEState:
 
 @dataclass(frozen=True)
 class FedAMoLE(Method[FedAMoLEState]):
-    """The method; see the module's docstring."""
+    """The method; see :mod:`coterie.methods.fedamole`."""
 
     settings: FedAMoLESettings
 
@@ -156,7 +101,10 @@ class FedAMoLE(Method[FedAMoLEState]):
             token_embeddings={m: torch.zeros(len(clients), rank) for m in modules},
             heads=start_heads(base, self.plan, clients),
         )
-        return self._assign(state, self._random(state, 0))
+        random = self._random(state, 0)
+        if self.settings.assignment != "oracle":
+            return self._assign(state, random)
+        return self._assign(state, by_group(random, sorted(clients, key=lambda c: c.id)))
 
     def configure(
         self, state: FedAMoLEState, clients: Sequence[ClientInfo], rnd: int
@@ -194,9 +142,9 @@ class FedAMoLE(Method[FedAMoLEState]):
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
         weight = weights_of(replies, self.settings.weighting)
         state = replace(state, heads=mean_heads(state.heads, replies, weight), **self._average(state, replies, weight))
-        if rnd >= self.plan.rounds or self.settings.assignment == "static":
+        if rnd >= self.plan.rounds or self.settings.assignment in ("static", "oracle"):
             return state
-        return self._assign(state, self._random(state, rnd) if self._at_random else self._affinity(state))
+        return self._assign(state, self._chosen(state) if self.settings.chooses else self._random(state, rnd))
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
         number = len(next(iter(state.holds.values())))
@@ -216,16 +164,21 @@ class FedAMoLE(Method[FedAMoLEState]):
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         s, bank = self.settings, self.bank(ins, me, personal)
-        aside, counted = HoldOut(s.embedding_fraction, s.embedding_rows), s.padding == "counted"
+        counted = s.padding == "counted"
+        observe = Observe(bank, "train", ("embeddings",), None if s.embed_rows == "all" else s.share, counted)
+        embeds, embeddings = bool(ins.info["embed"]), {}
+        if embeds and s.embed == "before":
+            embeddings = (yield observe).embeddings
+        aside = s.share if s.embed_rows == "held_out" else None
         balance = Balance(s.balance, counted)
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim, balance=balance, hold_out=aside)
+        if embeds and s.embed == "after":
+            after = replace(bank, tensors={**bank.tensors, **trained.tensors})
+            embeddings = (yield replace(observe, bank=after)).embeddings
         result = settle(self.plan, trained, me, personal, lora_of(bank.tensors) | router_of(bank.tensors))
-        reply = replace(result.reply, info={**result.reply.info, "balance": trained.balance})
-        if ins.info["embed"]:
-            bank = replace(bank, tensors={**bank.tensors, **trained.tensors})
-            observed = yield Observe(bank, "train", ("embeddings",), aside, counted)
-            reply = replace(reply, tensors={**reply.tensors, **observed.embeddings})
-        return replace(result, reply=reply)
+        tensors = {**result.reply.tensors, **embeddings}
+        info = {**result.reply.info, "balance": trained.balance}
+        return replace(result, reply=replace(result.reply, tensors=tensors, info=info))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         tensors = with_head(lora_of(ins.tensors) | router_of(ins.tensors), ins, personal)
@@ -234,10 +187,6 @@ class FedAMoLE(Method[FedAMoLEState]):
         return Bank(tensors, gate, self.plan.scaling, self.plan.dropout, own_masks)
 
     # steps of the server -----------------------------------------------------------------------------------------
-
-    @property
-    def _at_random(self) -> bool:
-        return self.settings.assignment in ("static", "random")
 
     @property
     def _limits(self) -> Limits:
@@ -249,18 +198,18 @@ class FedAMoLE(Method[FedAMoLEState]):
         return self.settings.experts or 3 * clients
 
     def _embeds(self, rnd: int) -> bool:
-        """Whether the server needs embeddings after round ``rnd``: not for a random assignment, nor at the end."""
-        return rnd < self.plan.rounds and not self._at_random
+        """Whether the server needs embeddings after round ``rnd``: only where experts choose, and not at the end."""
+        return rnd < self.plan.rounds and self.settings.chooses
 
     def _check(self, clients: Sequence[ClientInfo]) -> None:
         s = self.settings
         check(self._number(len(clients)), len(clients), self._limits)
-        aside = HoldOut(s.embedding_fraction, s.embedding_rows)
-        for client in clients:
-            if aside.count(client.num_train) >= client.num_train:
+        for client in clients if s.embed_rows == "held_out" else ():
+            if s.share.count(client.num_train) >= client.num_train:
                 raise CoterieError(
                     f"client {client.id} has {client.num_train} training row(s), and embedding_fraction = "
-                    f"{s.embedding_fraction:g} holds all of them out; add rows, or lower embedding_fraction"
+                    f"{s.embedding_fraction:g} holds all of them out; add rows, lower embedding_fraction, or set "
+                    'embed_rows = "all"'
                 )
 
     def _held(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
@@ -298,9 +247,9 @@ class FedAMoLE(Method[FedAMoLEState]):
             embedding = key._replace(part=Part.EMBEDDING)
             embeddings = {c: tensors[embedding] for c, tensors in sent.items() if embedding in tensors}
             if key.part is Part.A and embeddings:
-                of_experts[key.module][key.expert] = mean([{embedding: e} for e in embeddings.values()], weights)[
-                    embedding
-                ]
+                new = mean([{embedding: e} for e in embeddings.values()], weights)[embedding]
+                of_expert = of_experts[key.module]
+                of_expert[key.expert] = running_mean(of_expert[key.expert], new, self.settings.prototype_memory)
             if key.part is Part.ROUTER:
                 for c, t in embeddings.items():
                     of_clients[key.module][state.clients.index(c)] = t
@@ -311,28 +260,19 @@ class FedAMoLE(Method[FedAMoLEState]):
             "error": relative_error(errors),
         }
 
-    def _affinity(self, state: FedAMoLEState) -> NDArray[np.float64]:
-        """prob [m, E, n]: softmax over clients of (e . t_c) / sqrt r."""
-        pairs = [(state.expert_embeddings[t.name], _filled(state.token_embeddings[t.name])) for t in state.base.targets]
-        scores = torch.stack([e.double() @ t.double().T for e, t in pairs]) * self.plan.rank**-0.5
-        return np.asarray(scores.softmax(dim=-1).numpy())
+    def _chosen(self, state: FedAMoLEState) -> Scores:
+        """What the experts choose by, [m, E, n]: affinity, and a bonus for the clients that hold them."""
+        modules = [t.name for t in state.base.targets]
+        of_experts, of_clients = state.expert_embeddings, state.token_embeddings
+        prob = affinity([of_experts[m] for m in modules], [of_clients[m] for m in modules])
+        return with_inertia(prob, [state.holds[m] for m in modules], self.settings.inertia)
 
-    def _random(self, state: FedAMoLEState, rnd: int) -> NDArray[np.float64]:
-        """prob [m, E, n] of random scores."""
+    def _random(self, state: FedAMoLEState, rnd: int) -> Scores:
+        """Random scores [m, E, n]."""
         shape = len(state.base.targets), self._number(len(state.clients)), len(state.clients)
-        scores = torch.randn(shape, generator=stream(self.plan.seed, "assignment", rnd), dtype=torch.float64)
-        return np.asarray(scores.softmax(dim=-1).numpy())
+        return at_random(shape, self.plan.seed, rnd)
 
-    def _assign(self, state: FedAMoLEState, affinity: NDArray[np.float64]) -> FedAMoLEState:
-        """The state with every expert at the clients that it picks by ``affinity`` [m, E, n]."""
-        chosen = torch.from_numpy(assign(affinity, self._limits))
+    def _assign(self, state: FedAMoLEState, scores: Scores) -> FedAMoLEState:
+        """The state with every expert at the clients that it picks by ``scores`` [m, E, n]."""
+        chosen = torch.from_numpy(assign(scores, self._limits))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})
-
-
-def _filled(t: Tensor) -> Tensor:
-    """Token embeddings [n, r]; a client without any gets the mean of the others."""
-    known = t.any(dim=1, keepdim=True)
-    return torch.where(known, t, t.sum(0) / known.sum().clamp(min=1))
-
-
-METHOD = FedAMoLE

@@ -1,0 +1,134 @@
+"""When FedAMoLE's experts measure, and on which rows: the assignment against the domains, and what it is worth.
+
+Twelve clients of four tasks (sst2, trec, sick, and the banking domain of CLINC150), three each. For every variant and
+seed: test accuracy after local training by round, the share of the pairs of holders of one expert that are of one task
+(chance: .18), and the share of the pairs of expert and client that the round before did not have.
+
+    python examples/fetch_data.py sst2 trec sick clinc150   # once
+    python bench/assignment.py --seeds 0 1 2                # goes on where it stopped; its runs are in runs/assignment
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from _harness import arguments, datasets, table, write
+
+from coterie.comparison import config_for
+from coterie.comparison.variants import folder_of
+from coterie.config.load import override
+from coterie.experiment import run
+from coterie.methods.findings import Assignment
+from coterie.report.history import by_round, history
+from coterie.report.read import read_run
+
+NEW = "embed=before:embed_rows=all"
+VARIANTS = {
+    "published": "fedamole",
+    "random": "fedamole:assignment=random",
+    "random, all rows": "fedamole:assignment=random:embed_rows=all",
+    "known domains": "fedamole:assignment=oracle",
+    "known domains, all rows": "fedamole:assignment=oracle:embed_rows=all",
+    "before": "fedamole:embed=before",
+    "before, all rows": f"fedamole:{NEW}",
+}
+RAW: dict[str, Any] = {
+    "model": {"path": "minilm", "max_length": 64},
+    "data": {"train_rows": 100, "validation_rows": 16, "test_rows": 100},
+    "lora": {"rank": 8},
+    "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2},
+    "methods": {"fedamole": {"experts": 24, "max_experts": 6}},
+    "run": {"rounds": 8, "evaluate": "trained", "evaluate_every": 4},
+    "engine": {"threads": 1, "device": "cpu", "precision": "bfloat16", "clients_per_batch": "auto"},
+}
+QUICK = ["data.train_rows=8", "data.validation_rows=1", "data.test_rows=2", "run.rounds=1", "run.evaluate_every=1"]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names of VARIANTS, or NAME=VARIANT")
+    parser.add_argument("--work", type=Path, default=Path("runs/assignment"), help="where the runs lie")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="section.key=value")
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
+
+
+def banking(data: Path, folder: Path) -> Path:
+    """CLINC150's banking domain as a dataset of its own, made once."""
+    if (folder / "info.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    info = json.loads((data / "clinc150" / "info.json").read_text())
+    numbers: dict[int, int] = {}
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (data / "clinc150" / f"{split}.jsonl").read_text().splitlines()]
+        own = [row for row in rows if row["domain"] == "banking"]
+        for row in own:
+            row["label"] = numbers.setdefault(row["label"], len(numbers))
+        lines = [json.dumps({"text": row["text"], "label": row["label"]}) for row in own]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    labels = [info["labels"][old] for old in numbers]
+    (folder / "info.json").write_text(json.dumps({**info, "labels": labels}))
+    return folder
+
+
+def row_of(name: str, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What a finished run shows."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scored = [e for e in events if e["event"] == "evaluation"]
+    accuracy = {str(e["round"]): e["mean"]["test"]["accuracy"] for e in scored}
+    by_client = {str(e["round"]): {c: v["test"]["accuracy"] for c, v in e["clients"].items()} for e in scored}
+    made = read_run(folder)
+    rounds = by_round(made.history(Assignment), sorted(made.rounds))
+    modules = sorted({module for of in rounds.values() for module in of.experts})
+    past = history(rounds, sorted(made.group_of), modules, made.group_of)
+    moved = {str(r): past.changed[r] / past.pairs[r] for r in past.changed}
+    losses = {str(e["round"]): sum(c["loss"] for c in e["clients"].values()) / len(e["clients"])
+              for e in events if e["event"] == "round"}  # fmt: skip
+    agreement = {str(r): share for r, share in past.agreement.items()}
+    row = {"name": name, "variant": variant, "seed": seed, "accuracy": accuracy, "agreement": agreement}
+    return row | {"moved": moved, "loss": losses, "chance": past.chance, "clients": by_client}
+
+
+def rows(chosen: argparse.Namespace, raw: Mapping[str, Any], named: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """A row for each seed and variant, from its run, which is made where it is missing."""
+    for seed in chosen.seeds:
+        for name, variant in named.items():
+            folder = chosen.work / folder_of(variant, seed)
+            if not (folder / "summary.json").exists():
+                if chosen.finished:
+                    continue
+                config = config_for(dict(raw), variant, seed)
+                run(config, folder, root=Path.cwd(), resume=(folder / "config.json").exists())
+                shutil.rmtree(folder / "experts", ignore_errors=True)
+            row = row_of(name, variant, seed, folder)
+            print(seed, name, row["accuracy"], row["agreement"], row["moved"], flush=True)
+            yield row
+
+
+def main() -> None:
+    chosen = arguments(__doc__ or "", options)
+    raw: dict[str, Any] = override(RAW, [f"engine.threads={chosen.threads}", *chosen.overrides])
+    named = {v.split("=", 1)[0] if v not in VARIANTS else v: VARIANTS.get(v) or v.split("=", 1)[1]
+             for v in chosen.variants}  # fmt: skip
+    if chosen.quick:
+        raw = override(raw, QUICK)
+        raw["data"]["datasets"], raw["data"]["partition"] = ["demo"], {"name": "by_dataset", "clients": 1}
+        chosen.seeds, named, chosen.work = [0], {"published": "fedamole:experts=6"}, chosen.out / "runs"
+    else:
+        data = datasets()
+        names = [str(data / name) for name in ("sst2", "trec", "sick")]
+        raw["data"]["datasets"] = [*names, str(banking(data, chosen.work.resolve() / "banking"))]
+        raw["data"]["partition"] = {"name": "by_dataset", "clients": 3, "stratify": True}
+    found = list(rows(chosen, raw, named))
+    shown = [{k: v for k, v in row.items() if k not in ("clients", "variant", "loss")} for row in found]
+    table("FedAMoLE's assignment", shown)
+    write("assignment", chosen, {"config": raw, "rows": found})
+
+
+if __name__ == "__main__":
+    main()

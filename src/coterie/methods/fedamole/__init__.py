@@ -1,0 +1,28 @@
+"""FedAMoLE (arXiv 2411.19128, WWW 2026): experts of a pool choose the clients whose data fits them.
+
+1. Every module has a pool of E experts, a shared expert and a token projection P. A client holds a few experts of
+   each pool, different ones in every module:
+   y = W0 x + s [B_s A_s x~ + sum_{e in top-k} w_e B_e A_e x~], w = softmax over the k largest of
+   (A_e x . P x) / sqrt r (:func:`coterie.nn.gates.scaled_dot_product`).
+2. Clients train all that they hold, with a load-balance loss beside the task's, on most of their rows. On the others
+   they then measure t = mean_t P x and, for each of their experts, e = mean_t A_e x.
+3. The server averages every expert and e over the expert's holders, shared expert and P over all clients.
+4. Reverse selection (RSEA), each round but the last: prob_ec = softmax over clients of (e . t_c) / sqrt r; every expert
+   picks ``clients_per_expert`` clients so that the sum of prob over the picks is largest and every client gets a
+   number of experts within bounds (:mod:`coterie.ops.assign`). Round 1 starts from the same problem on random scores.
+
+Differs from the published code (commit 41ebf75), whose behaviour ``examples/fedamole-published.toml`` restores: all
+experts share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither
+in the load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on
+validation data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's.
+The code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
+Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
+the others' token embeddings; an expert whose holders all missed a round is unchanged.
+"""
+
+from coterie.methods.fedamole.method import FedAMoLE, FedAMoLEState
+from coterie.methods.fedamole.settings import FedAMoLESettings
+
+__all__ = ["METHOD", "FedAMoLE", "FedAMoLESettings", "FedAMoLEState"]
+
+METHOD = FedAMoLE

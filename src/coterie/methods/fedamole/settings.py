@@ -1,0 +1,65 @@
+"""The settings of FedAMoLE."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from coterie.methods.plan import MethodSettings
+from coterie.requests import HoldOut
+
+
+class FedAMoLESettings(MethodSettings):
+    """FedAMoLE's settings; the defaults are the paper's."""
+
+    experts: int | None = Field(
+        None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
+    )
+    clients_per_expert: int = Field(2, ge=1, description="clients that each expert picks")
+    min_experts: int = Field(
+        2, ge=1, description="the fewest experts of a client in a module, or top_k if that is larger"
+    )
+    max_experts: int = Field(8, ge=1, description="the most experts of a client in a module")
+    top_k: int = Field(2, ge=1, description="experts per token, besides the shared one")
+    assignment: Literal["dynamic", "static", "random", "homogeneous", "oracle"] = Field(
+        "dynamic",
+        description="experts choose each round; at random, once; at random, each round; like dynamic, with the same "
+        "number of experts for every client; or once, by the clients' known groups",
+    )
+    inertia: float = Field(
+        0.0, ge=0, description="bonus of the clients that hold an expert already, in even shares: 1 / clients"
+    )
+    balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")
+    embed: Literal["after", "before"] = Field(
+        "after", description="when clients measure embeddings: after local training, or before, with what they received"
+    )
+    embed_rows: Literal["held_out", "training", "all"] = Field(
+        "held_out",
+        description="what they measure them on: a share of the training rows, never trained on; such a share, also "
+        "trained on; or all training rows",
+    )
+    embedding_fraction: float = Field(
+        0.05, gt=0, lt=1, description="that share; in every mode, the rows held out are the same in every round"
+    )
+    embedding_rows: int = Field(200, ge=1, description="the most rows of that share")
+    prototype_memory: float = Field(
+        0.0, ge=0, lt=1, description="weight of the rounds before in an expert's embedding, a running mean; 0: the last"
+    )
+    weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of all means over clients")
+    dropout_masks: Literal["shared", "per_expert"] = Field(
+        "shared", description="one dropout mask for all experts, or one for each (published code)"
+    )
+    padding: Literal["ignored", "counted"] = Field(
+        "ignored", description="padding tokens in the load-balance loss and the embeddings (counted: published code)"
+    )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether experts choose clients by embeddings."""
+        return self.assignment in ("dynamic", "homogeneous")
+
+    @property
+    def share(self) -> HoldOut:
+        """The share of a client's training rows that its embeddings are measured on."""
+        return HoldOut(self.embedding_fraction, self.embedding_rows)
