@@ -13,7 +13,7 @@ import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith("_"))
-SLOW = {"rounds", "flower_trainer", "scaling", "uneven"}  # several processes, or several whole runs
+SLOW = {"assignment", "rounds", "flower_trainer", "scaling", "uneven"}  # several processes, or several whole runs
 
 
 def test_the_benches_are_found() -> None:
