@@ -185,7 +185,7 @@ def test_a_client_that_missed_rounds_keeps_its_last_embedding_and_the_federation
     assert state.holds["q"][:, state.clients.index("a0")].sum() >= 2
     fresh = one_round(method, make()[1], 1, only=["a0", "b0"])
     assert not fresh.token_embeddings["q"][fresh.clients.index("a1")].any()
-    shares = method._chosen(fresh)[0]  # unknown clients stand between the known ones, and all alike
+    shares = method._chosen(fresh, 1)[0]  # unknown clients stand between the known ones, and all alike
     unknown = [i for i, c in enumerate(fresh.clients) if c not in ("a0", "b0")]
     a, b = (shares[:, fresh.clients.index(c)] for c in ("a0", "b0"))
     assert np.allclose(shares[:, unknown], shares[:, unknown[:1]], rtol=1e-9)

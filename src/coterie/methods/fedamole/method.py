@@ -144,7 +144,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         state = replace(state, heads=mean_heads(state.heads, replies, weight), **self._average(state, replies, weight))
         if rnd >= self.plan.rounds or self.settings.assignment in ("static", "oracle"):
             return state
-        return self._assign(state, self._chosen(state) if self.settings.chooses else self._random(state, rnd))
+        return self._assign(state, self._chosen(state, rnd) if self.settings.chooses else self._random(state, rnd))
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
         number = len(next(iter(state.holds.values())))
@@ -260,12 +260,13 @@ class FedAMoLE(Method[FedAMoLEState]):
             "error": relative_error(errors),
         }
 
-    def _chosen(self, state: FedAMoLEState) -> Scores:
+    def _chosen(self, state: FedAMoLEState, rnd: int) -> Scores:
         """What the experts choose by, [m, E, n]: affinity, and a bonus for the clients that hold them."""
         modules = [t.name for t in state.base.targets]
         of_experts, of_clients = state.expert_embeddings, state.token_embeddings
         prob = affinity([of_experts[m] for m in modules], [of_clients[m] for m in modules])
-        return with_inertia(prob, [state.holds[m] for m in modules], self.settings.inertia)
+        inertia = self.settings.inertia if rnd > 1 else 0.0  # the experts did not choose who holds them in round 1
+        return with_inertia(prob, [state.holds[m] for m in modules], inertia)
 
     def _random(self, state: FedAMoLEState, rnd: int) -> Scores:
         """Random scores [m, E, n]."""

@@ -28,7 +28,10 @@ class FedAMoLESettings(MethodSettings):
         "number of experts for every client; or once, by the clients' known groups",
     )
     inertia: float = Field(
-        0.0, ge=0, description="bonus of the clients that hold an expert already, in even shares: 1 / clients"
+        0.0,
+        ge=0,
+        description="bonus of the clients that hold an expert already, in standard deviations of a module's scores; "
+        "from the second choice on",
     )
     balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")
     embed: Literal["after", "before"] = Field(
