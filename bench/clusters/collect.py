@@ -80,7 +80,7 @@ def config_of(datasets: list[str], clients: int, rows: int, rounds: int, seed: i
         "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2},
         "method": {"name": "fedlease", "warmup_rounds": 1},
         "run": {"rounds": rounds + 1, "seed": seed},
-        "engine": {"threads": torch.get_num_threads(), "precision": "bfloat16"},
+        "engine": {"threads": torch.get_num_threads(), "precision": "bfloat16", "clients_per_batch": 7},
     }
 
 

@@ -37,7 +37,7 @@ CONFIG = {
     "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2},
     "methods": {"fedlease": {"warmup_rounds": 1, "allocation": "oracle"}},
     "run": {"rounds": 8, "evaluate_every": 2},
-    "engine": {"threads": 1, "precision": "bfloat16"},
+    "engine": {"threads": 1, "precision": "bfloat16", "clients_per_batch": 8},
 }
 
 

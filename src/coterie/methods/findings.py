@@ -36,7 +36,8 @@ class Clusters:
     """Clients in clusters: ``members`` has the number of each client's cluster.
 
     ``silhouettes`` has the mean silhouette, -1 to 1, of every number of clusters that was tried. ``distances`` [n, n]
-    are those between the clients in ``order``, whose tree has this ``linkage``.
+    are those between the clients in ``order``, whose tree has this ``linkage``. ``grounds`` says how the clusters were
+    chosen where silhouettes alone do not.
     """
 
     members: Annotated[Mapping[ClientId, int], Field(alias="clusters", min_length=1)]
@@ -44,6 +45,7 @@ class Clusters:
     order: Sequence[ClientId] = ()
     distances: Sequence[Sequence[Number]] = ()
     linkage: str = "average"
+    grounds: str = ""
 
     @property
     def number(self) -> int:
@@ -60,6 +62,8 @@ class Clusters:
     @property
     def choice(self) -> str:
         """How the number of clusters was chosen, and how sure that is; empty where nothing was tried."""
+        if self.grounds:
+            return self.grounds
         scores, chosen = self._scores, f"{self.number} cluster{'s' * (self.number != 1)}"
         ranked = sorted((k for k in scores if k != self.number), key=lambda k: (-scores[k], k))
         if not ranked:
@@ -83,7 +87,7 @@ class Clusters:
             "order": list(self.order),
             "distances": [list(row) for row in self.distances],
             "linkage": self.linkage,
-        }
+        } | ({"grounds": self.grounds} if self.grounds else {})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Pure functions on tensors and arrays, in float64. N is the number of clients, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -112,7 +112,7 @@ def cluster(
     best = max(ks, key=lambda k: scores[k]) if ks else min_clusters  # max takes the first, the smallest k, of equals
     if min_clusters == 1 and all(score <= threshold for score in scores.values()):
         best = 1
-    return Clustering(_by_first_appearance(cuts[best]), best, scores)
+    return Clustering(by_first_appearance(cuts[best].tolist()), best, scores)
 
 
 def _mean_distance(features: Sequence[Sequence[_T]], cosines: Callable[[list[_T]], Tensor]) -> Array:
@@ -206,6 +206,7 @@ def _silhouette(d: Array, labels: NDArray[np.int32]) -> float:
     return float(np.nan_to_num(values).mean())
 
 
-def _by_first_appearance(labels: NDArray[np.int32]) -> tuple[int, ...]:
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
-    return tuple(numbers[label] for label in labels.tolist())
+def by_first_appearance(labels: Sequence[Hashable]) -> tuple[int, ...]:
+    """Labels numbered from 0 in the order in which they come first."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return tuple(numbers[label] for label in labels)

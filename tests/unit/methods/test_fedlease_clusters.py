@@ -3,6 +3,7 @@ centred."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,11 @@ import halves
 from coterie.engines.checks import fault_of
 from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.findings import Clusters, find
 from coterie.methods.plan import Plan
 from coterie.ops.streams import stream
 from coterie.requests import Observe, Observed, Train, Trained
-from coterie.types import NO_EXPERT, ClientId, ClientInfo, Key, Part, Reply
+from coterie.types import NO_EXPERT, BaseSpec, ClientId, ClientInfo, Key, Part, Reply, Target
 from halves import Play
 
 CLIENTS = tuple(ClientInfo(f"{g}{i}", 10 + i, labels=("yes", "no"), group=g) for g in "abc" for i in range(3))
@@ -47,9 +49,13 @@ def trained(request: Train, client: ClientInfo) -> Trained:
     return Trained(moved, 1.0, client.num_train, 100, 5)
 
 
-def play(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Play:
+WIDE = BaseSpec((Target("q", 200, 300), Target("v", 250, 300)), halves.BASE.head)  # little happens by chance
+
+
+def play(monkeypatch: pytest.MonkeyPatch, clients: Sequence[ClientInfo] = CLIENTS, **settings: Any) -> Play:
     monkeypatch.setattr(halves, "observed", directions)
-    return Play(FedLEASE(FedLEASESettings(**settings), Plan(rank=2, alpha=4, dropout=0.0, rounds=9)), CLIENTS)
+    monkeypatch.setattr(halves, "BASE", WIDE)
+    return Play(FedLEASE(FedLEASESettings(**settings), Plan(rank=2, alpha=4, dropout=0.0, rounds=9)), clients)
 
 
 def clusters(game: Play) -> set[frozenset[ClientId]]:
@@ -68,7 +74,7 @@ def test_representations_cluster_after_the_first_round_whatever_the_warm_up(monk
         assert (observe.split, observe.examples) == ("train", 7)
         assert not any(value.any() for key, value in observe.bank.tensors.items() if key.part is Part.B)
     embeddings = {key: value.shape for key, value in sent["a0"].tensors.items() if key.part is Part.EMBEDDING}
-    assert embeddings == {Key("q", NO_EXPERT, Part.EMBEDDING): (6,), Key("v", NO_EXPERT, Part.EMBEDDING): (7,)}
+    assert embeddings == {Key("q", NO_EXPERT, Part.EMBEDDING): (200,), Key("v", NO_EXPERT, Part.EMBEDDING): (250,)}
     later = game.round(trained)
     assert not any(key.part is Part.EMBEDDING for key in later["a0"].tensors)
     assert [type(request) for request in game.asked["a0"]] == [Train]
@@ -91,6 +97,56 @@ def test_centred_loras_are_compared_by_what_they_do_not_share(distance: str, mon
     assert clusters(game) == TRUTH
 
 
+def turned(request: Train, client: ClientInfo) -> Trained:
+    """As :func:`trained`, but the clients with odd numbers in group c move the other way, as if labels were swapped."""
+    made = trained(request, client)
+    if client.group != "c" or int(client.id[1]) % 2 == 0:
+        return made
+    start = request.bank.tensors
+    return replace(made, tensors={key: start[key] - (value - start[key]) for key, value in made.tensors.items()})
+
+
+LARGE = tuple(ClientInfo(f"{g}{i}", 10 + i, labels=("yes", "no"), group=g) for g in "abc" for i in range(6))
+SWAPPED = {frozenset(f"{g}{i}" for i in range(6)) for g in "ab"}
+SWAPPED |= {frozenset(f"c{i}" for i in range(6) if i % 2 == side) for side in (0, 1)}
+
+
+def test_auto_parts_texts_by_representations_and_labels_by_loras(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, LARGE, distance="auto", warmup_rounds=1, max_experts=6)
+    late = {"a2", "c1", "c2"}
+    game.round(turned, only=[c.id for c in LARGE if c.id not in late])
+    assert game.state.allocation.num_experts == 4
+    assert len(set(game.state.allocation.text_clusters)) == 3
+    game.round(turned)
+    assert clusters(game) == SWAPPED
+    found = find(game.method.describe(game.state), Clusters)
+    assert found is not None
+    assert found.choice.startswith("4 clusters: 3 clusters by texts (the best silhouette is ")
+    assert "LoRAs split cluster 2 of these into 2 (silhouette " in found.choice
+    assert found.to_json()["grounds"] == found.choice
+
+
+@pytest.mark.parametrize(("limits", "number"), [({"max_experts": 3}, 3), ({"experts": 4}, 4), ({"experts": 2}, 2)])
+def test_auto_keeps_to_the_number_of_clusters(
+    limits: dict[str, int], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    game = play(monkeypatch, LARGE, distance="auto", warmup_rounds=1, **limits)
+    game.round(turned)
+    assert len(clusters(game)) == number
+    assert (clusters(game) == SWAPPED) == (number == 4)
+
+
+def test_auto_finds_one_cluster_where_nothing_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = tuple(replace(c, group="a") for c in LARGE[:8])
+    game = play(monkeypatch, alike, distance="auto", warmup_rounds=1)
+    game.round(trained)
+    assert len(clusters(game)) == 1
+    found = find(game.method.describe(game.state), Clusters)
+    assert found is not None
+    assert found.choice.startswith("1 cluster: 1 cluster by texts (the best")
+    game.round(trained)
+
+
 def test_a_control_sends_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:
     game = play(monkeypatch, distance="representation", allocation="oracle", warmup_rounds=1)
     game.round(trained)
@@ -106,9 +162,9 @@ def test_a_site_cannot_pull_the_mean_with_a_long_vector(monkeypatch: pytest.Monk
     honest = _reply(game, CLIENTS[0])
     key = Key("q", NO_EXPERT, Part.EMBEDDING)
     for value, fault in (
-        (torch.full((6,), torch.nan), "not finite"),
+        (torch.full((200,), torch.nan), "not finite"),
         (torch.zeros(7), "shape"),
-        (torch.full((6,), 1e5), "norm"),
+        (torch.full((200,), 1e5), "norm"),
     ):
         bad = replace(honest, tensors={**honest.tensors, key: value})
         assert fault in str(fault_of(bad, expected, 1e4, 10))

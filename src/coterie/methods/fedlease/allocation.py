@@ -9,24 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coterie.methods.fedlease.grounds import grounds_of
 from coterie.methods.fedlease.representation import representation_of
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.parts import lora_of, part_of
 from coterie.methods.plan import Plan
 from coterie.ops.centred import centred_distances, gram, lora_gram
 from coterie.ops.cluster import Array, Feature, cluster, lora_distances
+from coterie.ops.nested import nested
 from coterie.ops.streams import stream_seed
 from coterie.types import ClientId, ClientInfo, CoterieError, Part, Tensors
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Who is in which cluster, and what decided it. ``distances`` [n, n] are between the clients in ``order``."""
+    """Who is in which cluster, and what decided it. ``distances`` [n, n] are between the clients in ``order``.
+
+    With ``distance = "auto"``, ``text_clusters[e]`` is the cluster of texts that cluster e is, or is a part of, and
+    ``grounds`` says how both were chosen.
+    """
 
     clusters: Mapping[ClientId, int]
     silhouettes: Mapping[int, float]
     order: tuple[ClientId, ...]
     distances: Tensor
+    text_clusters: tuple[int, ...] = ()
+    grounds: str = ""
 
     @property
     def num_experts(self) -> int:
@@ -60,6 +68,8 @@ def allocate(
 ) -> Allocation:
     """Clusters of the clients in ``warm`` by what they sent, or, for a control, of all clients in ``groups``."""
     order = tuple(sorted(warm))
+    if settings.represents and settings.distance == "auto":
+        return _by_texts_and_loras(settings, order, [warm[c] for c in order])
     compared = compare(settings, [warm[c] for c in order])
     if settings.allocation == "learned":
         clustering = cluster(
@@ -76,6 +86,21 @@ def allocate(
     names = _shuffled(sorted(groups), settings.most, seed) if settings.allocation == "random" else groups
     numbers = {name: e for e, name in enumerate(dict.fromkeys(names[c] for c in sorted(groups)))}
     return Allocation({c: numbers[names[c]] for c in sorted(groups)}, {}, order, torch.from_numpy(compared.distances))
+
+
+def _by_texts_and_loras(settings: FedLEASESettings, order: tuple[ClientId, ...], sent: Sequence[Tensors]) -> Allocation:
+    texts = centred_distances(gram([representation_of(tensors) for tensors in sent]))
+    loras = lora_gram(*_matrices(sent), "BA")
+    made = nested(texts, loras, settings.most, exactly=settings.experts, linkage=settings.linkage)
+    of_cluster = dict(zip(made.labels, made.texts, strict=True))
+    return Allocation(
+        dict(zip(order, made.labels, strict=True)),
+        made.by_texts,
+        order,
+        torch.from_numpy(made.distances),
+        tuple(of_cluster[e] for e in sorted(of_cluster)),
+        grounds_of(made),
+    )
 
 
 @dataclass(frozen=True)
@@ -101,25 +126,47 @@ def compare(settings: FedLEASESettings, sent: Sequence[Tensors]) -> Compared:
 
 def nearest(settings: FedLEASESettings, starts: Tensors, allocation: Allocation, late: Sequence[Tensors]) -> list[int]:
     """The cluster of ``allocation`` whose mean in ``starts`` is nearest to what each ``late`` client sent."""
-    number = allocation.num_experts
+    experts = range(allocation.num_experts)
+    loras = [*(lora_of(starts, e, new=0) for e in experts), *late]
     if settings.represents:
-        means = [representation_of(starts, e) for e in range(number)]
+        means = [representation_of(starts, e) for e in experts]
         inner = gram([*means, *(representation_of(tensors) for tensors in late)])
-    else:
-        a, b = _matrices([*(lora_of(starts, e, new=0) for e in range(number)), *late])
-        if not settings.centre:
-            return _nearest(lora_distances(a, b, feature=_feature(settings)), number)
-        inner = lora_gram(a, b, _feature(settings))
-    sizes = np.array([len(allocation.members(e)) for e in range(number)], dtype=np.float64)
-    return _nearest(centred_distances(inner, [*(sizes / sizes.sum()), *([0.0] * len(late))]), number)
+        joined = _nearest(_centred(inner, allocation, experts))
+        if not allocation.text_clusters:
+            return joined
+        return [_nearest_lora(allocation, e, loras, number) for number, e in enumerate(joined)]
+    a, b = _matrices(loras)
+    if not settings.centre:
+        return _nearest(lora_distances(a, b, feature=_feature(settings))[len(experts) :, : len(experts)])
+    return _nearest(_centred(lora_gram(a, b, _feature(settings)), allocation, experts))
 
 
-def _nearest(d: Array, number: int) -> list[int]:
-    return [int(e) for e in d[number:, :number].argmin(axis=1)]
+def _nearest_lora(allocation: Allocation, joined: int, loras: Sequence[Tensors], number: int) -> int:
+    """Of the clusters with the same texts as ``joined``, the one whose LoRA is nearest to late client ``number``'s."""
+    text = allocation.text_clusters
+    experts = [e for e in range(len(text)) if text[e] == text[joined]]
+    inner = lora_gram(*_matrices([*(loras[e] for e in experts), loras[len(text) + number]]), "BA")
+    return experts[_nearest(_centred(inner, allocation, experts))[0]]
+
+
+def _centred(inner: Array, allocation: Allocation, experts: Sequence[int]) -> Array:
+    """The distances [late, experts] from inner products of the experts and the late clients, less the experts' mean."""
+    sizes = np.array([len(allocation.members(e)) for e in experts], dtype=np.float64)
+    weights = [*(sizes / sizes.sum()), *([0.0] * (len(inner) - len(experts)))]
+    d: Array = centred_distances(inner, weights)[len(experts) :, : len(experts)]
+    return d
+
+
+def _nearest(d: Array) -> list[int]:
+    return [int(e) for e in d.argmin(axis=1)]
 
 
 def _feature(settings: FedLEASESettings) -> Feature:
-    return "B" if settings.distance == "representation" else settings.distance  # a control's, for its picture
+    match settings.distance:
+        case "A" | "B" | "BA" as feature:
+            return feature
+        case _:
+            return "B"  # of a control, which does not send representations: only a picture shows its distances
 
 
 def _matrices(sent: Sequence[Tensors]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:

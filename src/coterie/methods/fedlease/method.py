@@ -140,7 +140,7 @@ class FedLEASE(Method[FedLEASEState]):
         if state.allocation is None:
             return [Values({"phase": "warm-up"})]
         a = state.allocation
-        clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist(), self.settings.linkage)
+        clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist(), self.settings.linkage, a.grounds)
         kept_back = {"withheld_experts": self._withheld(state), "outlying_warm_up": list(state.outlying)}
         values = Values({"phase": "experts"} | {name: of for name, of in kept_back.items() if of})
         return [values, clusters, AggregationError(state.error)]

@@ -29,13 +29,13 @@ class FedLEASESettings(MethodSettings):
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
     linkage: Literal["average", "complete", "single"] = Field("average", description="linkage of the clustering")
-    distance: Literal["B", "A", "BA", "representation"] = Field(
+    distance: Literal["B", "A", "BA", "representation", "auto"] = Field(
         "B",
-        description="what is clustered by cosine distance: matrices of the warm-up LoRAs, or the mean input of each "
-        "target over a client's rows in the frozen base",
+        description="what is clustered by cosine distance: matrices of the warm-up LoRAs; the mean input of each "
+        "target over a client's rows in the frozen base; or auto: by mean inputs, then within those by LoRAs",
     )
     distance_rows: int = Field(
-        100, ge=0, description='rows of a client\'s mean input with distance = "representation"; 0: all training rows'
+        100, ge=0, description='rows of a client\'s mean input with distance = "representation" or "auto"; 0: all'
     )
     centre: bool = Field(
         False,
@@ -64,12 +64,12 @@ class FedLEASESettings(MethodSettings):
     @property
     def clustered_after(self) -> int:
         """The round at whose end the clients are clustered, by what they sent in it."""
-        return 1 if self.represents else self.warmup_rounds
+        return 1 if self.represents and self.distance == "representation" else self.warmup_rounds
 
     @property
     def represents(self) -> bool:
         """Whether clients send the mean inputs of the targets, to be clustered by."""
-        return self.distance == "representation" and self.allocation == "learned"
+        return self.distance in ("representation", "auto") and self.allocation == "learned"
 
     @property
     def most(self) -> int:
