@@ -1,7 +1,7 @@
 """What routing is worth where every client has two jobs: FedLEASE with each routing on a mixed federation.
 
-Eight clients, each with two of four tasks in a ratio of its own: sst2, trec, sick (the pair as one text) and the
-banking domain of CLINC150. Every task has most of the rows of two clients and some of the rows of two others. Clusters
+Eight clients, each with two of four tasks in a ratio of its own: sst2, trec, sick (the pair as one text) and which of
+five domains a request of CLINC150 is of. Every task has most of the rows of two clients and some of the rows of two others. Clusters
 are known (``allocation = "oracle"``, by the task with most of the rows), so that the variants differ in routing alone.
 
     python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2
@@ -22,6 +22,7 @@ from _harness import datasets, measured_on
 
 from coterie.comparison import compare
 
+DOMAINS = ("banking", "travel", "home", "work", "meta")
 TASKS = ("sst2", "trec", "sick", "clinc150")
 SHARES = (0.8, 0.7, 0.75, 0.6, 0.7, 0.65, 0.6, 0.8)  # of a client's rows that are of its first task
 ROWS = {"train": 100, "validation": 50, "test": 150}
@@ -47,9 +48,10 @@ def rows_of(data: Path, task: str, split: str) -> list[dict[str, str]]:
     rows = []
     for line in (data / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row.get("domain", "banking") == "banking":
+        label = row.get("domain", names[row["label"]])
+        if "domain" not in row or label in DOMAINS:
             text = " / ".join(row[name] for name in ("text", "text_pair") if name in row)
-            rows.append({"text": text, "label": f"{task}: {names[row['label']]}"})
+            rows.append({"text": text, "label": f"{task}: {label}"})
     return rows
 
 
@@ -68,7 +70,7 @@ def write_clients(data: Path, folder: Path, seed: int) -> Iterator[dict[str, Any
             rows = [left[first, split].pop() for _ in range(main)]
             rows += [left[second, split].pop() for _ in range(size - main)]
             labels = labels or sorted({row["label"] for row in rows})
-            rows = [row for row in rows if row["label"] in labels]  # CLINC150 has fifteen labels
+            rows = [row for row in rows if row["label"] in labels]  # trec has a rare one
             (folder / f"{number}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = {split: str(folder / f"{number}-{split}.jsonl") for split in ROWS}
         yield {"id": f"{number}-{first}-{second}", "group": first, "labels": labels, **files}

@@ -74,11 +74,10 @@ def nested(texts: Array, loras: Array, most: int, *, exactly: int = 0, linkage: 
         if len(members) >= _SPLITTABLE:
             splits[text] = cluster(within, limit, min_clusters=1, threshold=loras_apart(len(members)), linkage=linkage)
     np.fill_diagonal(distances, 0)
+    labels = _split(first, splits, limit)
+    distances += together & ~np.equal.outer(labels, labels)
     if exactly:
         labels = cluster(distances, exactly, min_clusters=exactly, linkage=linkage).labels
-    else:
-        labels = _split(first, splits, most)
-    distances += together & ~np.equal.outer(labels, labels)
     best = {text: _best(of, first.labels.count(text)) for text, of in splits.items() if of.silhouettes}
     return Nested(labels, first.labels, first.silhouettes, best, distances)
 

@@ -55,6 +55,6 @@ def test_the_clearest_split_comes_first_where_there_is_no_room_for_all() -> None
     assert {text: split.silhouette > split.enough for text, split in made.by_loras.items()} == {0: True, 1: True}
 
 
-@pytest.mark.parametrize(("exactly", "expected"), [(1, "aaaaaaaa"), (2, "aaaabbbb"), (4, "aabbccdd")])
+@pytest.mark.parametrize(("exactly", "expected"), [(1, "aaaaaaaa"), (2, "aaaabbbb"), (3, "aaaabbcc"), (4, "aabbccdd")])
 def test_exactly_so_many(exactly: int, expected: str) -> None:
     assert found("aaaabbbb", "aabbccdd", exactly=exactly) == expected
