@@ -56,6 +56,18 @@ def decode(kind: type[T], blob: bytes) -> T:
         raise CodecError(f"cannot decode {len(blob)} bytes as {getattr(kind, '__name__', kind)}: {fault}") from fault
 
 
+def plain_field(blob: bytes, name: str) -> object:
+    """The field ``name`` of the dataclass that :func:`encode` made ``blob`` from, without its type.
+
+    For a field that says which type to decode: a format's number. Raises :class:`CodecError`.
+    """
+    try:
+        (size,) = struct.unpack("<Q", blob[:8])
+        return parse_json(json.loads(blob[8 : 8 + size])["__metadata__"][_META][8:])[name]
+    except _FAULTS as fault:
+        raise CodecError(f"cannot read {name!r} in {len(blob)} bytes: {fault}") from fault
+
+
 def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """Eight hexadecimal digits over everything in a blob: safetensors itself does not notice a flipped bit."""
     crc = zlib.crc32(text.encode())

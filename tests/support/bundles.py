@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,25 @@ LABELS = ("calm", "urgent", "spam")
 ARCHITECTURES = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
 
 
-def finished(folder: Path, kind: str = "classification", *, gate: str = "slot_top_k", **changes: Any) -> Path:
+def finished(
+    folder: Path,
+    kind: str = "classification",
+    *,
+    gate: str = "slot_top_k",
+    options: Mapping[str, Any] | None = None,
+    **sizes: Any,
+) -> Path:
     """``folder/run`` with ``clients/north`` and ``clients/south``: three experts each, weighed by ``gate``.
 
-    The base is in ``folder/model``; ``changes`` are made to what is said of the bundles.
+    The base is in ``folder/model``, with other ``sizes`` on request.
     """
-    base = tiny.folder(folder / "model", ARCHITECTURES[kind])
+    base = tiny.folder(folder / "model", ARCHITECTURES[kind], **sizes)
     made = load_base(str(base), kind).model  # type: ignore[arg-type]
     head = tiny.head(made, len(LABELS)) if kind == "classification" else {}
     about = tiny.about(base="model", base_path=str(base), task=kind, method="fedlease", labels=LABELS if head else None)
     for seed, client in enumerate(("north", "south")):
-        options = {"own": seed} if gate == "slot_top_k" else {}
-        experts = tiny.bank(tiny.targets(made), experts=3, gate=gate, options=options, seed=seed)
+        own = {"own": seed} if gate == "slot_top_k" else options
+        experts = tiny.bank(tiny.targets(made), 3, gate=gate, options=own, seed=seed)
         bank = Bank({**experts.tensors, **head}, experts.gate, experts.scaling)
-        write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client, **changes))
+        write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client))
     return folder / "run"

@@ -6,6 +6,7 @@ adapter is written beside it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.adapters.about import About
-from coterie.codec import CodecError, decode, encode
+from coterie.codec import CodecError, decode, encode, plain_field
 from coterie.files import write_atomic
 from coterie.types import Bank, CoterieError, Key, Part
 
@@ -34,7 +35,7 @@ class Bundle:
 def write_bundle(folder: Path, bank: Bank, about: About, *, fan_in_fan_out: bool = False) -> None:
     """Write ``bank`` and ``about`` to ``folder``, and a PEFT adapter beside it where the gate is ``constant``."""
     write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, about)))
-    expert = _one_lora(bank) if bank.gate.name == "constant" else {}
+    expert = one_lora(bank) if bank.gate.name == "constant" else {}
     if not expert:
         return
     from coterie.adapters.write import ranks_of, write_adapter  # PEFT takes a second to import
@@ -58,20 +59,32 @@ def read_bundle(folder: Path) -> tuple[Bank, About]:
     """
     path = Path(folder) / BUNDLE_FILE
     try:
-        bundle = decode(Bundle, path.read_bytes())
+        blob = path.read_bytes()
+        number = plain_field(blob, "format")
+        bundle = _READERS[number](blob) if number in _READERS else None
     except OSError as fault:
         raise CoterieError(f"no {BUNDLE_FILE} in {folder}; give the folder that holds it") from fault
     except CodecError as fault:
         raise CoterieError(f"{path} is damaged or was not written by Coterie; export it again ({fault})") from fault
-    if bundle.format != _FORMAT:
-        raise CoterieError(
-            f"{path} has format {bundle.format}, this Coterie reads {_FORMAT}; use the version that wrote it"
-        )
+    if bundle is None:
+        raise CoterieError(f"{path} has format {number}, and this Coterie reads up to {_FORMAT}; install a newer one")
     return bundle.bank, bundle.about
 
 
-def _one_lora(bank: Bank) -> dict[Key, Tensor]:
-    """All experts as one: the rows of A under each other, the columns of B beside each other. Empty without experts."""
+def _present(blob: bytes) -> Bundle:
+    return decode(Bundle, blob)
+
+
+# A reader for every format that a released version wrote, forever. A change of Bundle, Bank or About is a new format,
+# with a reader that fills in what older ones lack, and a bundle of it in tests/unit/adapters/bundles.
+_READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _present}
+
+
+def one_lora(bank: Bank) -> dict[Key, Tensor]:
+    """All experts as one, which they are with the gate ``constant``. Empty without experts.
+
+    The rows of A are under each other, the columns of B beside each other.
+    """
     by_module: dict[str, list[Key]] = {}
     for key in sorted(key for key in bank.tensors if key.part is Part.A):
         by_module.setdefault(key.module, []).append(key)

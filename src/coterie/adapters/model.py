@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from coterie.adapters.about import About, is_here
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
 from coterie.data.settings import Columns
@@ -15,7 +17,8 @@ from coterie.inference.predict import Predictor, located
 from coterie.nn.attach import attach
 from coterie.nn.base import Base, load_base
 from coterie.nn.locate import hub_name
-from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase
+from coterie.nn.placement import DeviceMap
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize
 from coterie.nn.rows import RowMask
 from coterie.nn.weights import digests, fingerprint
 from coterie.types import Bank, CoterieError, DataError, Part, TaskKind
@@ -68,17 +71,42 @@ class ClientModel:
         return Predictor(self.model, task, self.labels, columns or self.columns, size, self.row_mask)
 
 
-def load(folder: Path | str, client: str | None = None, *, base: str | None = None, device: str = "cpu") -> ClientModel:
+@dataclass(frozen=True)
+class Placing:
+    """How a base is loaded: its device, or a ``device_map`` as in transformers; its dtype; whether it is quantised."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    quantize: Quantize = "none"
+    device_map: DeviceMap | None = None
+
+
+def load(
+    folder: Path | str,
+    client: str | None = None,
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize = "none",
+    device_map: DeviceMap | None = None,
+) -> ClientModel:
     """A client's model from a run's folder, or from the folder of a bundle.
 
     ``client`` names the client of a run; a folder that holds a bundle itself needs none. ``base`` is the base's folder
-    or hub name, by default the one that the bundle names.
+    or hub name, by default the one that the bundle names. ``dtype``, ``quantize`` ("nf4", "int8") and ``device_map``
+    (as in transformers; ``device`` then counts for nothing) are those of the base; the bank stays in float32.
     A text to classify is cut where evaluation cut it, in a pipeline with ``truncation=True``.
     Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing, that has
     other weights, or that the bundle does not fit.
     """
     bank, about = read_bundle(bundle_folder(Path(folder), client))
-    loaded = base_of(bank, about, base, device=device)
+    return model_of(bank, about, base, Placing(device, dtype, quantize, device_map))
+
+
+def model_of(bank: Bank, about: About, base: str | None, placing: Placing) -> ClientModel:
+    """``bank`` on its base, as :func:`load` makes it."""
+    loaded = base_of(bank, about, base, placing=placing)
     carried = attach(loaded.model, bank)
     loaded.model.eval()
     labels = about.labels
@@ -95,14 +123,24 @@ def load(folder: Path | str, client: str | None = None, *, base: str | None = No
     )  # fmt: skip
 
 
-def base_of(bank: Bank, about: About, base: str | None = None, *, device: str = "cpu") -> Base:
+def base_of(
+    bank: Bank, about: About, base: str | None = None, *, device: str = "cpu", placing: Placing | None = None
+) -> Base:
     """The base of a bundle: ``base``, or the folder or the name that the bundle has.
 
     Raises :class:`CoterieError` where it is not here or has other weights than the base that the bank was trained on.
     """
-    path = base or (about.base_path if is_here(about) else hub_name(about.base))
+    how = placing or Placing(device)
+    path = path_of(about, base)
     try:
-        loaded = load_base(path, about.task, device=device)
+        loaded = load_base(
+            path,
+            about.task,
+            device=how.device,
+            dtype=how.dtype,
+            quantize=how.quantize,
+            device_map=how.device_map,
+        )
     except CoterieError as fault:
         if base:
             raise
@@ -110,6 +148,11 @@ def base_of(bank: Bank, about: About, base: str | None = None, *, device: str = 
         raise CoterieError(f"no base {about.base!r} here{was}: give its folder as base=... ({fault})") from fault
     check_base(loaded, bank, about)
     return loaded
+
+
+def path_of(about: About, base: str | None = None) -> str:
+    """Where the base of a bundle is: ``base``, or the folder or the name that the bundle has."""
+    return base or (about.base_path if is_here(about) else hub_name(about.base))
 
 
 def check_base(base: Base, bank: Bank, about: About) -> None:

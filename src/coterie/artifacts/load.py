@@ -1,31 +1,86 @@
-"""``coterie.load``: a client's model of a run, with what the run's config says of its rows."""
+"""``coterie.load``: a client's model of a run, or one for someone new, with what the run's config says of its rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from coterie.adapters import model
-from coterie.adapters.model import ClientModel
+import torch
+
+from coterie.adapters.about import About
+from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
+from coterie.adapters.model import ClientModel, Placing, bundle_folder, model_of, path_of
+from coterie.artifacts.newcomer import newcomer_bundle
 from coterie.config.check import checked
 from coterie.config.load import section_of
 from coterie.config.sections import TaskSettings
 from coterie.data.settings import Columns, DataSettings
+from coterie.methods.parts import start_head
+from coterie.methods.plan import Plan
+from coterie.nn.base import spec_at
+from coterie.nn.placement import DeviceMap
+from coterie.nn.pretrained import Quantize
 from coterie.runs.folder import read_config
+from coterie.types import Bank, ClientInfo, CoterieError, Part
 
 
-def load(folder: Path | str, client: str | None = None, *, base: str | None = None, device: str = "cpu") -> ClientModel:
-    """A client's model from a run's folder, or from the folder of a bundle.
+def load(
+    folder: Path | str,
+    client: str | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    base: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize = "none",
+    device_map: DeviceMap | None = None,
+) -> ClientModel:
+    """The model of a run's client, of a bundle, or, of a run without ``client``, the model for someone new.
 
-    ``client`` names the client of a run; a folder that holds a bundle itself needs none. ``base`` is the base's folder
-    or hub name, by default the one that the bundle names.
+    ``base`` is the base's folder or hub name, by default the one that the bundle names. ``dtype``, ``quantize`` ("nf4",
+    "int8") and ``device_map`` (as in transformers; ``device`` then counts for nothing) are those of the base; the bank
+    stays in float32.
+
+    The model for someone new has what all clients have in common (:func:`newcomer_bank`), and their head if all have
+    the same labels. For other ``labels`` it has a head that is not trained.
     A text to classify is cut where evaluation cut it, in a pipeline with ``truncation=True``.
-    Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing, that has
-    other weights, or that the bundle does not fit.
+    Raises :class:`CoterieError` for a folder without bundles, an unknown client, a newcomer whose labels are not known,
+    and a base that is missing, that has other weights, or that the bundle does not fit.
     """
-    loaded = model.load(folder, client, base=base, device=device)
-    columns, tokens = reading_of(Path(folder), loaded.client)
+    path, placing = Path(folder), Placing(device, dtype, quantize, device_map)
+    if client is None and not (path / BUNDLE_FILE).is_file() and any((path / "clients").glob(f"*/{BUNDLE_FILE}")):
+        loaded = _newcomer(path, labels, base, placing)
+    elif labels is not None:
+        raise CoterieError("labels are for someone new: the model of a client has its own; leave out one of the two")
+    else:
+        loaded = model_of(*read_bundle(bundle_folder(path, client)), base, placing)
+    columns, tokens = reading_of(path, loaded.client)
     return replace(loaded, columns=columns, max_new_tokens=tokens)
+
+
+def _newcomer(folder: Path, labels: Sequence[str] | None, base: str | None, placing: Placing) -> ClientModel:
+    bank, about = newcomer_bundle(folder)
+    if about.task != "classification" or (labels is None and about.labels is not None):
+        return model_of(bank, about, base, placing)
+    if labels is None:
+        raise CoterieError(
+            f"the clients of {folder} have different labels: name one of them with client=..., or, for someone new, "
+            'give the labels, as in labels=("no", "yes"); their head is not trained'
+        )
+    if about.labels == tuple(labels):
+        return model_of(bank, about, base, placing)
+    return model_of(with_fresh_head(bank, about, base, labels), replace(about, labels=tuple(labels)), base, placing)
+
+
+def with_fresh_head(bank: Bank, about: About, base: str | None, labels: Sequence[str]) -> Bank:
+    """``bank`` with a head for ``labels`` as a client starts with, in place of its own."""
+    if len(set(labels)) < max(2, len(labels)):
+        raise CoterieError(f"labels are two or more different names, not {tuple(labels)}")
+    spec = spec_at(path_of(about, base), about.task)
+    head = start_head(spec, Plan(), ClientInfo("newcomer", 0, labels=tuple(labels)))
+    others = {key: value for key, value in bank.tensors.items() if key.part is not Part.HEAD}
+    return replace(bank, tensors={**others, **head})
 
 
 def reading_of(folder: Path, client: str) -> tuple[Columns, int]:

@@ -53,9 +53,11 @@ def predict(
     device: Device = "cpu",
 ) -> None:
     """Answer rows with a client's model: labels, texts or choices. Exits with 1 where rows have no answer."""
+    from coterie.adapters.model import bundle_folder
     from coterie.artifacts.load import load
     from coterie.artifacts.predict import predict_file
 
+    bundle_folder(run, client)  # the model for someone new is for programs: here a client's name is easily forgotten
     model = load(run, client, base=base, device=device)
     predictor = model.predictor(
         columns=with_columns(model.columns, column or ()), batch_size=batch_size, max_new_tokens=max_new_tokens

@@ -96,7 +96,7 @@ class BankLayer:
     ) -> Tensor:
         """``output`` + s B_cat (g * A_cat x~), in output's dtype. Shapes: input [..., d_in], output [..., d_out]."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        x = x.to(output.dtype).contiguous()  # else each product would keep a copy of its own
+        x = x.to(output).contiguous()  # else each product would keep a copy of its own
         h, routed, p = self._project(x)
         if p is not None and routes_by_row(self.gate):
             p = self.row_scores.spread(x, p, self.now.rows)

@@ -11,6 +11,7 @@ from torch import nn
 from coterie.machine import devices
 from coterie.nn.first_token import FirstToken, first_token
 from coterie.nn.locate import MINILM, files_of, resolve
+from coterie.nn.placement import DeviceMap, input_device
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model, outline
 from coterie.nn.spec import describe, head_modules, longest
 from coterie.nn.weights import identified
@@ -35,8 +36,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return input_device(self.model)
 
     def use_attention(self, name: str | None) -> None:
         """Switch the model's implementation of attention; None: the one that it was loaded with."""
@@ -68,13 +68,15 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantize: Quantize = "none",
     device: str = "cpu",
+    device_map: DeviceMap | None = None,
     gradient_checkpointing: bool = False,
     root: Path | None = None,
 ) -> Base:
     """Load a model from its absolute folder, a hub name or the alias ``minilm``, freeze it, and describe its targets.
 
-    ``root`` is where a relative folder of that name would be. Dropout of the base is turned off: the only noise in
-    training is the bank's own dropout, whose stream is known.
+    ``root`` is where a relative folder of that name would be. ``device_map`` puts parts of the model on several
+    devices, as in transformers, and ``device`` then counts for nothing.
+    Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
     Raises :class:`CoterieError` for a name that the hub does not know, a folder that holds no model or only part of
     one, targets that match nothing, a model that is not a decoder where one is needed, a device that this machine does
     not have, and gradient checkpointing with a model that does not support it.
@@ -84,7 +86,7 @@ def load_base(
         raise CoterieError(f"{name!r} is a hub name, and a folder here; give the whole path of the folder, {path}")
     _check_device(device)
     path = files_of(path, root)
-    model, tokenizer = load_model(path, kind, dtype, quantize, device)
+    model, tokenizer = load_model(path, kind, dtype, quantize, device, device_map)
     if gradient_checkpointing:
         _use_checkpointing(model)
     if kind != "classification":
@@ -113,7 +115,7 @@ def _use_checkpointing(model: PreTrainedModel) -> None:
 
 def _check_causal(model: nn.Module, path: str) -> None:
     """Raise for a model whose logits at a token depend on later ones, as those of an encoder with an output layer."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
     with torch.no_grad():
         first, second = model(input_ids=ids, use_cache=False).logits.float()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coterie.nn.bank import BankLayer, Pass
 from coterie.nn.gates import gate_named
+from coterie.nn.placement import device_of
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
 from coterie.types import FOLDED, NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
@@ -84,7 +85,7 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
     router = Key(name, NO_EXPERT, Part.ROUTER)
     row_keys = [*a_keys, *([router] if router in bank.tensors else [])]
     _check_shapes(bank.tensors, a_keys, b_keys, row_keys, linear_sizes(module), name)
-    device = next(module.parameters()).device
+    device = device_of(module)
     layer = BankLayer(
         module=name,
         rows=_stack([bank.tensors[key].detach() for key in row_keys]).to(device),

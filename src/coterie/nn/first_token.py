@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coterie.nn.placement import input_device
+
 _MODELS = frozenset(
     ["bert", "camembert", "deberta-v2", "electra", "ernie", "megatron-bert", "roberta", "xlm-roberta", "xlm-roberta-xl"]
 )
@@ -83,7 +85,7 @@ def _first(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _trial(model: nn.Module) -> dict[str, Tensor]:
     """Two rows; the second ends with padding."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     config: Any = model.config
     pad = int(getattr(config, "pad_token_id", None) or 0)
     ids = torch.arange(_ROWS * _TOKENS, device=device).view(_ROWS, _TOKENS) % int(config.vocab_size)

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from coterie.nn.locate import files_of
+from coterie.nn.placement import DeviceMap
 from coterie.nn.quiet import quiet_bitsandbytes
 from coterie.nn.spec import head_modules, linear_sizes
 from coterie.types import CoterieError, TaskKind
@@ -49,13 +50,15 @@ class _Options(TypedDict):
     config: PretrainedConfig
     dtype: torch.dtype
     quantization_config: NotRequired[BitsAndBytesConfig]
-    device_map: NotRequired[dict[str, str]]
+    device_map: NotRequired[DeviceMap]
 
 
 def load_model(
-    path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str
+    path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str, device_map: DeviceMap | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model of the files at ``path``, on ``device`` and without dropout, and its tokenizer.
+
+    ``device_map`` puts the parts of the model on several devices instead, as in transformers.
 
     The head's weights, which a base does not have, are drawn from a fixed stream.
     Raises :class:`CoterieError` for files that hold no such model, or not all of one.
@@ -72,8 +75,15 @@ def load_model(
             skip = head_modules(_on_meta(config, kind)) if kind == "classification" else []
             options["quantization_config"] = _quantization(quantize, dtype, skip)
             options["device_map"] = {"": device}
+        if device_map is not None:
+            if importlib.util.find_spec("accelerate") is None:
+                raise CoterieError("device_map needs accelerate: pip install accelerate")
+            options["device_map"] = device_map
         model = _model(path, kind, options)
-    model = _differentiable(model) if quantize != "none" else model.to(device)
+    if quantize != "none":
+        model = _differentiable(model)
+    elif device_map is None:
+        model = model.to(device)
     for module in model.modules():
         _disable_dropout(module)
     model.requires_grad_(False)

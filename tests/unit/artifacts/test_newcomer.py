@@ -1,0 +1,134 @@
+"""``coterie.load`` of a run without a client: what its clients have in common, for someone new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bundles
+import coterie
+import tiny
+from coterie.adapters.bundle import read_bundle, write_bundle
+from coterie.artifacts.newcomer import newcomer_bank
+from coterie.nn.attach import attached
+from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
+
+MADE = tiny.model("bert")
+OVER = tiny.targets(MADE)
+
+
+def logits(bank: Bank) -> torch.Tensor:
+    with torch.no_grad(), attached(MADE, bank):
+        out: torch.Tensor = MADE(**tiny.batch()).logits
+    return out
+
+
+def with_routers(bank: Bank, seed: int) -> Bank:
+    drawn = tiny.bank(OVER, 3, gate=bank.gate.name, options=bank.gate.options, seed=seed).tensors
+    routers = {key: value for key, value in drawn.items() if key.part is Part.ROUTER}
+    return replace(bank, tensors={**bank.tensors, **routers})
+
+
+def test_one_lora_for_all_is_the_newcomers() -> None:
+    bank = tiny.bank(OVER)
+    assert torch.equal(logits(newcomer_bank([bank, bank])), logits(bank))
+
+
+def test_different_loras_are_averaged_by_their_products() -> None:
+    banks = [tiny.bank(OVER, rank=2, seed=1), tiny.bank(OVER, rank=3, seed=2, scaling=0.5)]
+    mean = newcomer_bank(banks)
+    for target in OVER:
+        expected = sum(
+            b.scaling / 2 * b.tensors[Key(target.name, 0, Part.B)] @ b.tensors[Key(target.name, 0, Part.A)]
+            for b in banks
+        )
+        a, b = (mean.tensors[Key(target.name, 0, part)] for part in (Part.A, Part.B))
+        assert isinstance(expected, torch.Tensor)
+        assert torch.allclose(mean.scaling * b @ a, expected, atol=1e-5)
+
+
+def test_fedleases_newcomer_has_no_expert_of_its_own() -> None:
+    bank = tiny.bank(OVER, 3, gate="slot_top_k", options={"own": 0})
+    banks = [replace(with_routers(bank, i), gate=GateSpec("slot_top_k", {"own": i})) for i in range(3)]
+    made = newcomer_bank(banks)
+    assert made.gate == GateSpec("softmax")
+    key = Key(OVER[0].name, NO_EXPERT, Part.ROUTER)
+    mean = sum(b.tensors[key][:3] for b in banks) / 3
+    assert isinstance(mean, torch.Tensor)
+    assert torch.allclose(made.tensors[key], mean)
+    assert made.tensors.keys() == bank.tensors.keys()
+    logits(made)
+
+
+def test_fedamoles_newcomer_has_the_shared_expert() -> None:
+    banks = [tiny.bank(OVER, n, gate="scaled_dot_product", options={"k": 1}, shared=2) for n in (1, 2)]
+    made = newcomer_bank(banks)
+    assert {key.expert for key in made.tensors} == {0}
+    for target in OVER:
+        for part in (Part.A, Part.B):
+            expected = banks[0].tensors[Key(target.name, SHARED, part)]
+            assert torch.equal(made.tensors[Key(target.name, 0, part)], expected)
+
+
+def test_a_pools_newcomer_has_the_pool_with_the_routers_mean() -> None:
+    bank = tiny.bank(OVER, 4, rank=1, gate="top_k", options={"k": 2})
+    assert torch.equal(logits(newcomer_bank([bank, bank])), logits(bank))
+
+
+@pytest.mark.parametrize(
+    ("banks", "why"),
+    [
+        ([tiny.bank(OVER), tiny.bank(OVER, 2, gate="softmax")], "the clients' gates differ"),
+        ([tiny.bank(OVER, 2, gate="softmax", seed=i) for i in (0, 1)], "have no expert in common"),
+        ([tiny.bank(OVER, 2, gate="scaled_dot_product", options={"k": 1})], "have no shared expert"),
+    ],
+)
+def test_clients_with_nothing_in_common_are_an_error(banks: Sequence[Bank], why: str) -> None:
+    with pytest.raises(CoterieError, match=why):
+        newcomer_bank(banks)
+
+
+def same_experts(folder: Path, **of_south: Any) -> Path:
+    """A run whose clients differ only in what is said of south."""
+    run = bundles.finished(folder)
+    bank, about = read_bundle(run / "clients" / "north")
+    write_bundle(run / "clients" / "south", bank, replace(about, client="south", **of_south))
+    return run
+
+
+def test_a_newcomer_with_everyones_labels_has_their_head(tmp_path: Path) -> None:
+    run = same_experts(tmp_path)
+    new = coterie.load(run)
+    assert (new.client, new.labels) == ("", bundles.LABELS)
+    bank, _ = read_bundle(run / "clients" / "north")
+    heads = {key: value for key, value in bank.tensors.items() if key.part is Part.HEAD}
+    assert heads
+    assert all(torch.equal(new.bank.tensors[key], value) for key, value in heads.items())
+    (answer,) = new.predict([{"text": "x"}])
+    assert answer.label in bundles.LABELS  # type: ignore[union-attr]
+
+
+def test_a_newcomer_with_other_labels_has_a_fresh_head(tmp_path: Path) -> None:
+    run = same_experts(tmp_path, labels=("a", "b", "c"))
+    with pytest.raises(CoterieError, match=r"have different labels: name one of them .*give the labels"):
+        coterie.load(run)
+    one, other = (coterie.load(run, labels=["yes", "no", "perhaps", "never"]) for _ in range(2))
+    assert one.labels == ("yes", "no", "perhaps", "never")
+    assert one.predict([{"text": "x"}]) == other.predict([{"text": "x"}])
+    assert len(one.predict([{"text": "x"}])[0].columns()["probabilities"]) == 4  # type: ignore[arg-type]
+    with pytest.raises(CoterieError, match="labels are two or more different names"):
+        coterie.load(run, labels=["yes", "yes"])
+    with pytest.raises(CoterieError, match="labels are for someone new"):
+        coterie.load(run, "north", labels=["yes", "no"])
+
+
+def test_a_newcomer_writes_text(tmp_path: Path) -> None:
+    run = bundles.finished(tmp_path, "generation")
+    bank, about = read_bundle(run / "clients" / "north")
+    write_bundle(run / "clients" / "south", bank, replace(about, client="south"))
+    assert len(coterie.load(run).predict([{"prompt": "x"}])) == 1
