@@ -12,7 +12,8 @@ import torch
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import ClientData, FederatedData
-from coterie.data.tasks import Task, Truncation, make_task, truncation_of_all
+from coterie.data.tasks import Task, make_task
+from coterie.data.truncation import Truncation, truncation_of_all
 from coterie.machine import devices, native_bfloat16
 from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
@@ -68,7 +69,7 @@ def simulated_workplaces(
 def truncation_of(config: Config, federation: FederatedData, root: Path) -> Truncation:
     """What ``[model] max_length`` cuts off the rows of all clients, in a process that has no base.
 
-    As :func:`~coterie.data.tasks.truncation_of_all`.
+    As :func:`~coterie.data.truncation.truncation_of_all`.
     """
     task = _task(config, load_tokenizer(files_of(resolve(config.model.path, root), root, weights=False)))
 
@@ -79,9 +80,8 @@ def truncation_of(config: Config, federation: FederatedData, root: Path) -> Trun
 
 
 def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
-    return make_task(
-        config.task.kind, tokenizer, config.model.max_length, config.task.max_new_tokens, config.task.generate
-    )
+    task = config.task
+    return make_task(task.kind, tokenizer, config.model.max_length, task.max_new_tokens, task.generate, task.turns)
 
 
 def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -37,12 +37,16 @@ class Flat:
 
 @dataclass(frozen=True)
 class Packed:
-    """The examples of a split. ``numbers`` holds label, prompt and number of choices of each, one after the other."""
+    """The examples of a split. ``numbers`` holds label, prompt and number of choices of each, one after the other.
+
+    ``skipped`` holds where each span begins and ends.
+    """
 
     ids: Flat
     types: Flat | None
     numbers: array[int]
     choices: Flat
+    skipped: Flat
 
     @staticmethod
     def of(examples: Sequence[Example]) -> Packed:
@@ -50,21 +54,23 @@ class Packed:
         assert len(types) in (0, len(examples))  # a tokenizer gives types to all rows or to none
         numbers = array(_INT, [n for e in examples for n in (e.label, e.prompt, len(e.choices))])
         choices = Flat.of([choice for e in examples for choice in e.choices])
-        return Packed(Flat.of([e.ids for e in examples]), Flat.of(types) if types else None, numbers, choices)
+        skipped = Flat.of([tuple(at for span in e.skipped for at in span) for e in examples])
+        return Packed(Flat.of([e.ids for e in examples]), Flat.of(types) if types else None, numbers, choices, skipped)
 
     def examples(self) -> list[Example]:
         ids, choices = self.ids.all(), iter(self.choices.all())
         types = self.types.all() if self.types else [None] * len(ids)
         labels, prompts, counts = (self.numbers[i::3] for i in range(3))
+        skipped = [tuple(zip(at[::2], at[1::2], strict=True)) for at in self.skipped.all()]
         return [
-            Example(of, kinds, label, prompt, tuple(next(choices) for _ in range(count)))
-            for of, kinds, label, prompt, count in zip(ids, types, labels, prompts, counts, strict=True)
+            Example(of, kinds, label, prompt, tuple(next(choices) for _ in range(count)), spans)
+            for of, kinds, label, prompt, count, spans in zip(ids, types, labels, prompts, counts, skipped, strict=True)
         ]
 
     @property
     def nbytes(self) -> int:
         numbers = len(self.numbers) * self.numbers.itemsize
-        return numbers + sum(flat.nbytes for flat in (self.ids, self.types, self.choices) if flat)
+        return numbers + sum(flat.nbytes for flat in (self.ids, self.types, self.choices, self.skipped) if flat)
 
 
 @dataclass

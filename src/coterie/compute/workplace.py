@@ -11,7 +11,8 @@ import torch
 
 from coterie.compute.tokens import Split, TokenCache
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example, Task, Truncation, truncation_of_all
+from coterie.data.tasks import Example, Task
+from coterie.data.truncation import Truncation, truncation_of_all
 from coterie.nn.base import Base
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut

@@ -68,6 +68,9 @@ class TaskSettings(Section):
     )
     generate: bool = Field(False, description="generation: also score generated text (ROUGE-L needs the extra metrics)")
     max_new_tokens: int = Field(64, ge=1, description="generation: the most tokens to generate")
+    turns: Literal["all", "last"] = Field(
+        "all", description="generation: the assistant's turns of a conversation that the loss counts"
+    )
 
     @model_validator(mode="after")
     def _only_generation_generates(self) -> TaskSettings:

@@ -39,7 +39,12 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
     _check_names([client.info for client, _ in clients], kind)
     _check_labels([client.info for client, _ in clients], kind)
     _check_spelling([client.info for client, _ in clients], kind, {*listed, *(settings.labels or ())})
-    entries = {client.info.id: client_entry(client, tables, root) for client, tables in clients}
+    own = {files.id: files.columns for files in settings.clients if files.columns}
+    entries = {}
+    for client, tables in clients:
+        recognised = kind == "generation" and not settings.datasets
+        columns = own.get(client.info.id, settings.columns) if recognised else None
+        entries[client.info.id] = client_entry(client, tables, root, columns)
     twice = duplicates_of([client for client, _ in clients])
     _check_duplicates(twice, settings)
     if twice:

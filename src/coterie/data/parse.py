@@ -6,8 +6,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
+from coterie.data.conversations import chat_row, form_of, instruction_row
 from coterie.data.files import RowTable
-from coterie.data.rows import ChoiceRow, PromptRow, Row, TextRow
+from coterie.data.rows import ChatRow, ChoiceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
 from coterie.text import parse_json
@@ -31,7 +32,7 @@ def parse(
     """
     _check_template(columns, kind)
     if kind == "generation":
-        return {split: tuple(_prompt_rows(table, columns)) for split, table in tables.items()}, None
+        return {split: tuple(_generation_rows(table, columns)) for split, table in tables.items()}, None
     if kind == "multiple_choice" and _has_choices(tables.values(), columns):
         chosen = {split: tuple(_choice_rows(table, columns, labels or ())) for split, table in tables.items()}
         return dict(chosen), _in_common(chosen.values())
@@ -109,6 +110,18 @@ def _labels(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable
         if label not in index:
             raise DataError(f"{table.where(row)}: the label {label!r} is not one of {listing(names)}")
         yield index[label]
+
+
+def _generation_rows(table: RowTable, columns: Columns) -> Iterable[PromptRow | ChatRow]:
+    match form_of(table, columns):
+        case "prompt":
+            return _prompt_rows(table, columns)
+        case "instruction":
+            return (instruction_row(record, table.where(row), _bounded) for row, record in enumerate(table.records))
+        case "messages" | "conversations" as name:
+            column = columns.messages or name
+            values = _column(table, columns.model_copy(update={"messages": column}), "messages")
+            return (chat_row(value, table.where(row), column, _bounded) for row, value in values)
 
 
 def _prompt_rows(table: RowTable, columns: Columns) -> Iterable[PromptRow]:

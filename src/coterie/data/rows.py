@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from coterie.types import ClientInfo
 
 SPLITS = ("train", "validation", "test")
+ASSISTANT = "assistant"
+ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,40 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one of ``ROLES`` says in a conversation."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """A row of generation: a conversation. The loss counts what the assistant says, in all its turns or in the last.
+
+    At least one turn is the assistant's, and not the first.
+    """
+
+    turns: tuple[Turn, ...]
+
+    @property
+    def last(self) -> int:
+        """The number of the assistant's last turn."""
+        return max(number for number, turn in enumerate(self.turns) if turn.role == ASSISTANT)
+
+    @property
+    def prompt(self) -> str:
+        """What was said before the assistant's last turn, for people to read."""
+        before = self.turns[: self.last]
+        return before[0].text if len(before) == 1 else "\n".join(f"{turn.role}: {turn.text}" for turn in before)
+
+    @property
+    def completion(self) -> str:
+        """What the assistant says last."""
+        return self.turns[self.last].text
+
+
+@dataclass(frozen=True)
 class ChoiceRow:
     """A row of multiple choice: the prompt, two or more candidates that may follow it, the index of the right one.
 
@@ -39,7 +75,7 @@ class ChoiceRow:
     answer: int
 
 
-Row = TextRow | PromptRow | ChoiceRow
+Row = TextRow | PromptRow | ChatRow | ChoiceRow
 
 
 def label_of(row: Row) -> int | None:
@@ -49,7 +85,7 @@ def label_of(row: Row) -> int | None:
             return row.label
         case ChoiceRow():
             return row.answer
-        case PromptRow():
+        case PromptRow() | ChatRow():
             return None
 
 

@@ -23,6 +23,11 @@ class Columns(Section):
     )
     prompt: str = Field(default="prompt", description="column of the prompt (generation, multiple_choice)")
     completion: str = Field(default="completion", description="column of the completion (generation)")
+    messages: str | None = Field(
+        default=None,
+        description="column of a conversation (generation), a list of turns; none: 'messages' or 'conversations', if "
+        "there is such a column and none with prompts",
+    )
     choices: str | None = Field(
         default=None,
         description="column of the candidates, a list of texts (multiple_choice); none: 'choices', if there is such a "

@@ -55,7 +55,12 @@ def split_datasets(
     used = {split: sum(share.rows[split].size for share in shares) for split in SPLITS}
     about: dict[str, object] = {
         "partition": {**how.model_dump(exclude_none=True), "rows": rows},
-        "datasets": {dataset.name: dataset_entry(dataset, root) for _, dataset in datasets},
+        "datasets": {
+            dataset.name: dataset_entry(
+                dataset, root, (entry.columns or settings.columns) if kind == "generation" else None
+            )
+            for entry, dataset in datasets
+        },
         "unused": {split: len(pooled[split]) - used[split] for split in SPLITS},
     }
     return clients, about

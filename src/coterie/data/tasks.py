@@ -7,7 +7,7 @@ tokens of the completion or of the right candidate), so that the caller divides 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coterie.data.chat import ChatTokenizer, Span, TrainedTurns, fit, gaps, prompt_ids, render
 from coterie.data.parse import listing
-from coterie.data.rows import ChoiceRow, ClientData, PromptRow, Row, TextRow
-from coterie.types import CoterieError, DataError, TaskKind
+from coterie.data.rows import ChatRow, ChoiceRow, PromptRow, Row, TextRow
+from coterie.types import DataError, TaskKind
 
 IGNORE = -100  # the label of a token that does not count
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """What tasks use of a Hugging Face tokenizer."""
 
     @property
@@ -33,9 +34,6 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_id(self) -> int | None: ...
-
-    @property
-    def chat_template(self) -> str | None: ...
 
     def __call__(
         self,
@@ -48,10 +46,6 @@ class Tokenizer(Protocol):
         verbose: bool = True,
     ) -> Mapping[str, list[int]]: ...
 
-    def apply_chat_template(
-        self, turns: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
-    ) -> str: ...
-
     def batch_decode(self, ids: Tensor, *, skip_special_tokens: bool) -> list[str]: ...
 
 
@@ -59,6 +53,7 @@ class Tokenizer(Protocol):
 class Example:
     """One tokenised row. ``label`` is the class; ``prompt`` is the number of leading tokens that the loss leaves out.
 
+    ``skipped``: tokens after those that the loss leaves out too, between the assistant's turns of a conversation.
     In multiple choice, ``choices`` holds the tokens of every candidate, and ``label`` is the number of the right one.
     ``cut`` is the number of tokens that the row lost because it is too long.
     """
@@ -68,46 +63,8 @@ class Example:
     label: int = 0
     prompt: int = 0
     choices: tuple[tuple[int, ...], ...] = ()
+    skipped: tuple[Span, ...] = ()
     cut: int = field(default=0, compare=False)
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """What the limit on a row's length costs: of ``rows`` rows, ``cut`` lose ``tokens`` tokens together."""
-
-    rows: int = 0
-    cut: int = 0
-    tokens: int = 0
-
-    @staticmethod
-    def of(examples: Sequence[Example]) -> Truncation:
-        return Truncation(len(examples), sum(e.cut > 0 for e in examples), sum(e.cut for e in examples))
-
-    def __add__(self, other: Truncation) -> Truncation:
-        return Truncation(self.rows + other.rows, self.cut + other.cut, self.tokens + other.tokens)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.cut:,} of {self.rows:,} rows are longer than [model] max_length and lose {self.tokens:,} tokens "
-            "together"
-        )
-
-
-def truncation_of_all(clients: Iterable[ClientData], of: Callable[[ClientData, str], Truncation]) -> Truncation:
-    """The sum of ``of(client, split)`` over all splits with rows.
-
-    Training rows of which one cannot be encoded are left out: they fail their client in its round, with the reason.
-    Raises :class:`DataError` for such a row of another split, which would stop the run at its first evaluation.
-    """
-    total = Truncation()
-    for client in clients:
-        for split in (split for split, rows in client.splits.items() if rows):
-            try:
-                total += of(client, split)
-            except CoterieError as fault:
-                if split != "train":
-                    raise DataError(f"client {client.info.id}, a {split} row: {fault}") from fault
-    return total
 
 
 @dataclass(frozen=True)
@@ -160,20 +117,26 @@ class Classification:
 
 @dataclass(frozen=True)
 class Generation:
-    """A completion after a prompt; cross entropy of the completion's tokens, summed over them.
+    """A completion after a prompt, or a conversation; cross entropy of the assistant's tokens, summed over them.
 
     A prompt goes through the tokenizer's chat template if there is one; otherwise the completion follows the prompt
     directly. The end-of-text token is part of the completion. A row that is too long loses tokens at the start of its
-    prompt, then at the end of its completion.
+    prompt, then at the end of its completion. A conversation is cut likewise: its last turn that counts is the
+    completion. ``turns``: whether all turns of the assistant count, or the last.
     """
 
     tokenizer: Tokenizer
     max_length: int = 128
     max_new_tokens: int = 64
     generates: bool = False
+    turns: TrainedTurns = "all"
     kind: Literal["generation"] = field(default="generation", init=False)
 
     def encode(self, row: Row) -> Example:
+        if isinstance(row, ChatRow):
+            rendered = render(self.tokenizer, row.turns, self.turns)
+            kept = fit(rendered, self.max_length)
+            return Example(kept.ids, prompt=kept.spans[0][0], skipped=gaps(kept), cut=len(rendered.ids) - len(kept.ids))
         assert isinstance(row, PromptRow)
         whole, before = self.completion_ids(row.completion), self.prompt_ids(row)
         completion = whole[: self.max_length - 1]
@@ -189,8 +152,10 @@ class Generation:
             raise DataError(f"the completion {text!r} has no token")
         return completion
 
-    def prompt_ids(self, row: PromptRow) -> list[int]:
-        """The tokens that the completion follows."""
+    def prompt_ids(self, row: PromptRow | ChatRow) -> list[int]:
+        """The tokens that the completion follows: of a conversation, those before the assistant's last turn."""
+        if isinstance(row, ChatRow):
+            return prompt_ids(self.tokenizer, row.turns[: row.last])
         if getattr(self.tokenizer, "chat_template", None):
             turn = [{"role": "user", "content": row.prompt}]
             text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -211,19 +176,21 @@ class Generation:
         for row, example in enumerate(examples):
             labels[row, : example.prompt] = IGNORE
             labels[row, len(example.ids) :] = IGNORE
-        return Batch(inputs, labels, sum(len(e.ids) - e.prompt for e in examples))
+            for start, end in example.skipped:
+                labels[row, start:end] = IGNORE
+        return Batch(inputs, labels, sum(len(e.ids) - e.prompt - _length(e.skipped) for e in examples))
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         flat = _wide(logits[:, :-1]).flatten(0, 1)
         return functional.cross_entropy(flat, batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
-    def collate_prompts(self, rows: Sequence[PromptRow]) -> Mapping[str, Tensor]:
+    def collate_prompts(self, rows: Sequence[PromptRow | ChatRow]) -> Mapping[str, Tensor]:
         """Prompts padded on the left, for generation."""
         return self.pad_prompts([self.encode_prompt(row) for row in rows])
 
     def encode_prompt(self, row: Row) -> Example:
         """The tokens of the row's prompt alone, the last ``max_length`` - 1 of them."""
-        assert isinstance(row, PromptRow)
+        assert isinstance(row, PromptRow | ChatRow)
         return Example(tuple(self.prompt_ids(row)[-max(1, self.max_length - 1) :]))
 
     def pad_prompts(self, prompts: Sequence[Example]) -> Mapping[str, Tensor]:
@@ -281,14 +248,19 @@ Task = Classification | Generation | MultipleChoice
 
 
 def make_task(
-    kind: TaskKind, tokenizer: Tokenizer, max_length: int, max_new_tokens: int = 64, generates: bool = False
+    kind: TaskKind,
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_new_tokens: int = 64,
+    generates: bool = False,
+    turns: TrainedTurns = "all",
 ) -> Task:
     """The task of that kind."""
     match kind:
         case "classification":
             return Classification(tokenizer, max_length)
         case "generation":
-            return Generation(tokenizer, max_length, max_new_tokens, generates)
+            return Generation(tokenizer, max_length, max_new_tokens, generates, turns)
         case "multiple_choice":
             return MultipleChoice(tokenizer, max_length)
 
@@ -324,6 +296,10 @@ def batches(examples: Sequence[Example], size: int, generator: torch.Generator) 
 def _wide(logits: Tensor) -> Tensor:
     """In float32 at least: bfloat16 is too coarse for a softmax over a vocabulary."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _length(spans: Sequence[Span]) -> int:
+    return sum(end - start for start, end in spans)
 
 
 def _pad(examples: Sequence[Example], pad: int, left: bool) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from coterie.compute.workplace import Steps
-from coterie.data.tasks import Truncation
+from coterie.data.truncation import Truncation
 from coterie.deploy.answers import Outcome, decoded
 from coterie.deploy.events import Unreadable
 from coterie.deploy.exchange import Arrival, Exchange, Unanswered

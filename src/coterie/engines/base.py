@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from coterie.compute.workplace import Steps
-from coterie.data.tasks import Truncation
+from coterie.data.truncation import Truncation
 from coterie.methods.base import Method
 from coterie.requests import Observed, Sample
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ExportedAs, Instruction, Reply

@@ -21,7 +21,7 @@ from coterie.compute.loading import truncation_of
 from coterie.compute.workplace import Steps
 from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import FederatedData
-from coterie.data.tasks import Truncation
+from coterie.data.truncation import Truncation
 from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation, Needs
 from coterie.engines.client import Outcome

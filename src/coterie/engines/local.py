@@ -14,7 +14,7 @@ from coterie.compute.loading import simulated_workplaces
 from coterie.compute.workplace import Steps, Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
-from coterie.data.tasks import Truncation
+from coterie.data.truncation import Truncation
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.batch_size import AutoSize
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from coterie.data.conversations import unanswered
 from coterie.data.files import RowTable
 from coterie.data.parse import CHOICES, parse
 from coterie.data.rows import ChoiceRow, Row
@@ -73,7 +74,7 @@ class Predictor:
                 labels = ("0", "1")
                 record[columns.label] = 0
             case Generation():
-                record[columns.completion] = "-"
+                record |= unanswered(record, columns)
             case MultipleChoice():
                 own = columns.choices is not None or record.get(CHOICES)
                 if not own and not labels:

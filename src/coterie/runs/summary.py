@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie import __version__
-from coterie.data.tasks import Truncation
+from coterie.data.truncation import Truncation
 from coterie.files import read_json
 from coterie.machine import facts, peak_memory, versions
 from coterie.methods import findings

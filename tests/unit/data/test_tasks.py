@@ -19,10 +19,10 @@ from coterie.data.tasks import (
     Example,
     Generation,
     MultipleChoice,
-    Truncation,
     batches,
     make_task,
 )
+from coterie.data.truncation import Truncation
 from coterie.ops.streams import stream
 from coterie.types import CoterieError, TaskKind
 

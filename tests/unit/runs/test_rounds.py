@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from coterie.cli.progress import Lines, Live, listener
 from coterie.compute.workplace import Steps
-from coterie.data.tasks import Truncation
+from coterie.data.truncation import Truncation
 from coterie.engines.base import Delivery, Evaluation
 from coterie.methods.base import drive
 from coterie.methods.plan import Plan
