@@ -1,8 +1,9 @@
 """What routing is worth where every client has two jobs: FedLEASE with each routing on a mixed federation.
 
 Eight clients, each with two of four tasks in a ratio of its own: sst2, trec, sick (the pair as one text) and which of
-five domains a request of CLINC150 is of. Every task has most of the rows of two clients and some of the rows of two others. Clusters
-are known (``allocation = "oracle"``, by the task with most of the rows), so that the variants differ in routing alone.
+five domains a request of CLINC150 is of. Every task has most of the rows of two clients and some of the rows of two
+others. Clusters are known (``allocation = "oracle"``, by the task with most of the rows), so that the variants differ
+in routing alone.
 
     python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2
 """

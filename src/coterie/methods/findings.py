@@ -53,6 +53,11 @@ class Clusters:
         return len(set(self.members.values()))
 
     @property
+    def has_tree(self) -> bool:
+        """Whether the clusters are a cut of the distances' tree."""
+        return self.linkage not in ("kmeans", "spectral")
+
+    @property
     def margin(self) -> float | None:
         """The silhouette of the chosen number less the best other one; None where fewer than two were compared."""
         scores = self._scores

@@ -17,11 +17,13 @@ from scipy.cluster.hierarchy import linkage as tree_of
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
+from coterie.ops.partition import partition
 from coterie.types import CoterieError
 
 Array = NDArray[np.float64]
 Feature = Literal["B", "A", "BA"]
 Linkage = Literal["average", "complete", "single"]
+Way = Linkage | Literal["kmeans", "spectral"]
 _T = TypeVar("_T")
 
 _CHUNK = 1 << 23  # numbers in one block of the product's Gram matrix: 64 MiB in float64
@@ -72,8 +74,8 @@ def merges(d: Array, linkage: Linkage = "average") -> Array:
     return tree
 
 
-def silhouettes(d: Array, ks: Iterable[int], linkage: Linkage = "average") -> dict[int, float]:
-    """The mean silhouette of the tree of ``d`` [N, N] cut into k clusters, for each of ``ks``.
+def silhouettes(d: Array, ks: Iterable[int], linkage: Way = "average") -> dict[int, float]:
+    """The mean silhouette of the clients with distances ``d`` [N, N] in k clusters, for each of ``ks``.
 
     A client alone in its cluster counts as 0, as in Rousseeuw's paper; k = 1 and k = N have no silhouette and get -1.
     """
@@ -86,12 +88,13 @@ def cluster(
     *,
     min_clusters: int = 2,
     threshold: float = 0.1,
-    linkage: Linkage = "average",
+    linkage: Way = "average",
     judged_by: Array | None = None,
 ) -> Clustering:
     """Cut the tree of ``d`` [N, N] where the silhouette is largest; the smallest k wins a tie.
 
-    Silhouettes are those of the distances ``judged_by`` [N, N], of ``d`` by default.
+    Silhouettes are those of the distances ``judged_by`` [N, N], of ``d`` by default. With ``linkage`` "kmeans" or
+    "spectral" each k has clusters of its own instead of a cut of one tree (:mod:`coterie.ops.partition`).
 
     k runs from ``max(2, min_clusters)`` to ``min(max_clusters, N - 1)``. ``min_clusters = 1`` also allows one cluster,
     which is taken when no k has a silhouette above ``threshold`` (independent random vectors stay below 0.07, the tasks
@@ -172,11 +175,14 @@ def _stack(matrices: list[Tensor], rank: int) -> Tensor:
     return stacked.flatten(0, 1)
 
 
-def _cuts(d: Array, ks: list[int], linkage: Linkage) -> dict[int, NDArray[np.int32]]:
+def _cuts(d: Array, ks: list[int], linkage: Way) -> dict[int, NDArray[np.int32]]:
     """Labels [N] for each k: the tree after its first N - k merges, so exactly k clusters also among equal heights."""
     clients = d.shape[0]
     if clients == 1:
         return {k: np.ones(1, np.int32) for k in ks}
+    if linkage == "kmeans" or linkage == "spectral":
+        trees = _cuts(d, ks, "average")
+        return {k: partition(d, k, spectral=linkage == "spectral", otherwise=trees[k]) for k in ks}
     tree = merges(d, linkage)
     order = np.arange(clients - 1, dtype=np.float64)  # cut by the order of the merges: heights may be equal
     return {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from coterie.ops.centred import centred_distances
-from coterie.ops.cluster import Array, Clustering, Linkage, by_first_appearance, cluster
+from coterie.ops.cluster import Array, Clustering, Way, by_first_appearance, cluster
 
 # What is more than chance, from the federations of bench/clusters: by texts, clients with one job reach a silhouette of
 # .19, and different jobs .54 and more even with 5 rows a client.
@@ -54,7 +54,7 @@ class Nested:
     distances: Array
 
 
-def nested(texts: Array, loras: Array, most: int, *, exactly: int = 0, linkage: Linkage = "average") -> Nested:
+def nested(texts: Array, loras: Array, most: int, *, exactly: int = 0, linkage: Way = "average") -> Nested:
     """Clusters of N clients by the distances of their ``texts`` [N, N] and the inner products of their LoRAs [N, N].
 
     There may be one cluster, and at most ``most``, or there are ``exactly`` so many. The LoRAs of a cluster of texts

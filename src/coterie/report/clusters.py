@@ -23,7 +23,7 @@ def show(clusters: Clusters, run: Run) -> Iterator[Picture]:
             note += " Squares: the group that a client's data come from; the method does not know it."
         figure = plots.client_distances(clusters, groups)
         yield Picture("client-distances", "Distances between clients", figure, note)
-        if np.isfinite(np.array(clusters.distances, dtype=float)).all():
+        if clusters.has_tree and np.isfinite(np.array(clusters.distances, dtype=float)).all():
             note = "Clients that are joined further left are closer to each other."
             yield Picture("dendrogram", "The tree of the clients", plots.dendrogram(clusters, groups), note)
     if clusters.silhouettes:

@@ -167,7 +167,7 @@ def test_oracle_and_random_allocations_are_controls() -> None:
 
 
 @pytest.mark.parametrize("distance", ["B", "A", "BA"])
-@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+@pytest.mark.parametrize("linkage", ["average", "complete", "single", "kmeans", "spectral"])
 def test_every_distance_and_linkage_finds_clear_groups(distance: str, linkage: str) -> None:
     state, _ = run(*make(distance=distance, linkage=linkage, warmup_rounds=1), 1)
     assert groups_of(state) == TRUTH

@@ -28,7 +28,9 @@ class FedLEASESettings(MethodSettings):
     )
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
-    linkage: Literal["average", "complete", "single"] = Field("average", description="linkage of the clustering")
+    linkage: Literal["average", "complete", "single", "kmeans", "spectral"] = Field(
+        "average", description="linkage of the clusters' tree; or clusters by k-means or spectral clustering"
+    )
     distance: Literal["B", "A", "BA", "representation", "auto"] = Field(
         "B",
         description="what is clustered by cosine distance: matrices of the warm-up LoRAs; the mean input of each "
