@@ -1,12 +1,12 @@
 """What installed packages add to Coterie, found through their entry points.
 
-A package adds a method, a gate, a dataset source or an engine by naming it in its ``pyproject.toml``:
+A package adds a method, a gate, a dataset source, an engine or a score by naming it in its ``pyproject.toml``:
 
     [project.entry-points."coterie.methods"]
     fedmedian = "coterie_fedmedian:FedMedian"
 
-The groups are ``coterie.methods``, ``coterie.gates``, ``coterie.sources`` and ``coterie.engines``. The name on the left
-is the one that a config uses. Nothing is imported until it is loaded.
+The groups are ``coterie.methods``, ``coterie.gates``, ``coterie.sources``, ``coterie.engines`` and
+``coterie.scores``. The name on the left is the one that a config uses. Nothing is imported until it is loaded.
 """
 
 from __future__ import annotations

@@ -412,7 +412,7 @@ def test_scores_of_several_banks(kind: str, generates: bool, monkeypatch: pytest
         pytest.skip("only generation generates")
     texts: list[list[str]] = []
 
-    def keep(references: Sequence[str], made: Sequence[str]) -> dict[str, float]:
+    def keep(references: Sequence[str], made: Sequence[str], scores: object) -> dict[str, float]:
         texts.append(list(made))
         return {"length": float(sum(map(len, made)))}
 

@@ -20,7 +20,7 @@ from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import files_of, resolve
 from coterie.nn.pretrained import PreTrainedTokenizerBase, load_tokenizer
-from coterie.ops.metrics import check_rouge
+from coterie.ops.scores import score_named
 from coterie.types import CoterieError
 
 _NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # settings of [engine] that do not change a base
@@ -29,7 +29,8 @@ _NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # settings of [engine] tha
 def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Workplace, ...]:
     """A workplace on every device, all with the same tokens; bases stay in ``cache`` for runs with the same model."""
     if config.task.generate:
-        check_rouge()
+        for name in config.task.scores:
+            score_named(name)
     names = device_names(config.engine.device)
     engine = config.engine.model_copy(update=_NOT_LOADED)
     key = str(("base", config.model, config.lora.targets, config.task.kind, engine, root))
@@ -81,7 +82,9 @@ def truncation_of(config: Config, federation: FederatedData, root: Path) -> Trun
 
 def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     task = config.task
-    return make_task(task.kind, tokenizer, config.model.max_length, task.max_new_tokens, task.generate, task.turns)
+    return make_task(
+        task.kind, tokenizer, config.model.max_length, task.max_new_tokens, task.generate, task.turns, task.scores
+    )
 
 
 def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:

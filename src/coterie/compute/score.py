@@ -21,7 +21,8 @@ from coterie.compute.workplace import Workplace
 from coterie.data.rows import ChatRow, ClientData, PromptRow
 from coterie.data.tasks import Batch, Example, Generation, Task, candidate, completion_losses
 from coterie.nn.build import BankLayers, build_layers
-from coterie.ops.metrics import classification_metrics, perplexity, text_metrics
+from coterie.ops.metrics import classification_metrics, perplexity
+from coterie.ops.scores import text_metrics
 from coterie.requests import Sample, Score, Scored
 from coterie.types import Bank
 
@@ -117,7 +118,9 @@ class Scoring:
         for loss_of_batch in torch.stack(self.losses).tolist():  # sum() rounds differently from Python 3.12 on
             total += loss_of_batch
         loss = total / self.count
-        metrics = {} if texts is None else text_metrics([row.completion for row in self.prompts], texts)
+        metrics: dict[str, float] = {}
+        if texts is not None and isinstance(self.task, Generation):
+            metrics = text_metrics([row.completion for row in self.prompts], texts, self.task.scores)
         if self.truth:
             metrics |= classification_metrics(torch.cat(self.truth).tolist(), torch.cat(self.predicted).tolist())
         else:

@@ -14,6 +14,7 @@ from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.registry import method_named
 from coterie.methods.robust import RobustSettings
+from coterie.ops.scores import DEFAULT
 from coterie.requests import Optim
 from coterie.types import CoterieError, Json, Section, TaskKind
 
@@ -66,7 +67,13 @@ class TaskSettings(Section):
         description="personal: each client keeps its classification head; shared: averaged over clients with the "
         "same labels",
     )
-    generate: bool = Field(False, description="generation: also score generated text (ROUGE-L needs the extra metrics)")
+    generate: bool = Field(False, description="generation: also score generated text")
+    scores: tuple[str, ...] = Field(
+        DEFAULT,
+        min_length=1,
+        description="generation: the scores of generated text: rouge_l (extra metrics), exact_match, token_f1, "
+        "numeric, those of installed packages, and in simulations module:function",
+    )
     max_new_tokens: int = Field(64, ge=1, description="generation: the most tokens to generate")
     turns: Literal["all", "last"] = Field(
         "all", description="generation: the assistant's turns of a conversation that the loss counts"

@@ -18,6 +18,7 @@ from torch.nn import functional
 from coterie.data.chat import ChatTokenizer, Span, TrainedTurns, fit, gaps, prompt_ids, render
 from coterie.data.parse import listing
 from coterie.data.rows import ChatRow, ChoiceRow, PromptRow, Row, TextRow
+from coterie.ops.scores import DEFAULT
 from coterie.types import DataError, TaskKind
 
 IGNORE = -100  # the label of a token that does not count
@@ -123,6 +124,7 @@ class Generation:
     directly. The end-of-text token is part of the completion. A row that is too long loses tokens at the start of its
     prompt, then at the end of its completion. A conversation is cut likewise: its last turn that counts is the
     completion. ``turns``: whether all turns of the assistant count, or the last.
+    ``scores``: names of the scores of generated text, if it ``generates``.
     """
 
     tokenizer: Tokenizer
@@ -130,6 +132,7 @@ class Generation:
     max_new_tokens: int = 64
     generates: bool = False
     turns: TrainedTurns = "all"
+    scores: tuple[str, ...] = DEFAULT
     kind: Literal["generation"] = field(default="generation", init=False)
 
     def encode(self, row: Row) -> Example:
@@ -254,13 +257,14 @@ def make_task(
     max_new_tokens: int = 64,
     generates: bool = False,
     turns: TrainedTurns = "all",
+    scores: Sequence[str] = DEFAULT,
 ) -> Task:
     """The task of that kind."""
     match kind:
         case "classification":
             return Classification(tokenizer, max_length)
         case "generation":
-            return Generation(tokenizer, max_length, max_new_tokens, generates, turns)
+            return Generation(tokenizer, max_length, max_new_tokens, generates, turns, tuple(scores))
         case "multiple_choice":
             return MultipleChoice(tokenizer, max_length)
 

@@ -105,11 +105,22 @@ def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
         raise CoterieError(
             f"the server runs coterie {terms.get('coterie')}, this site {__version__}: install the same version"
         )
+    _check_scores(terms["task"])
     raw = {name: terms[name] for name in (*_SENT_WHOLE, *_SENT)}
     raw["model"] = {**raw["model"], "path": site.model.path}
     raw["engine"] = {**raw["engine"], "device": site.engine.device, "threads": site.engine.threads}
     raw["data"] = site.data.settings(site.site.id).model_dump(mode="json", exclude_none=True)
     return check_config(raw)
+
+
+def _check_scores(task: Mapping[str, object]) -> None:
+    """Raises :class:`CoterieError` for a score that a site would have to import by the server's word."""
+    scores = task.get("scores", ())
+    if not isinstance(scores, list | tuple) or any(":" in str(score) for score in scores):
+        raise CoterieError(
+            f"[task] scores is {list(scores) if isinstance(scores, list | tuple) else scores!r}: a site imports "
+            "nothing that a server names; make an installed package add the score instead (coterie.scores)"
+        )
 
 
 def federation_config(raw: Mapping[str, Json]) -> Config:
@@ -122,6 +133,7 @@ def federation_config(raw: Mapping[str, Json]) -> Config:
     sites = federation.get("sites", ()) if isinstance(federation, dict) else ()
     clients = [{"id": site, "train": "at the site"} for site in sites] or [{"id": "any", "train": "at the site"}]
     config = check_config({**raw, "data": {"clients": clients}})
+    _check_scores(config.task.model_dump())
     if method_named(config.method_name).needs_all_rows:
         raise CoterieError(
             f"[method] {config.method_name} trains on all clients' rows in one place, and sites keep theirs: choose "

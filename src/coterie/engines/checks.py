@@ -27,7 +27,7 @@ _ROWS = 2**53  # beyond this a float cannot count single rows
 _SIZE = 2**24  # for a side of a matrix
 _ITEMS = 100_000  # numbers, texts and names in one piece of JSON
 _DEPTH = 8
-_FRACTIONS = {"accuracy", "macro_f1", "rouge_l", "exact_match"}
+_FRACTIONS = {"accuracy", "macro_f1", "rouge_l", "exact_match", "token_f1", "numeric"}
 _RANGES = {**dict.fromkeys(_FRACTIONS, (0.0, 1.0)), "matthews": (-1.0, 1.0), "loss": (0.0, _LOSS)}
 _METRICS = 20  # in one split
 

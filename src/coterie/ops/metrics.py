@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.types import ClientId, CoterieError, Number
+from coterie.types import ClientId, Number
 
 Metrics = Mapping[str, Number]
 
@@ -52,25 +51,6 @@ def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: 
     which = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(which, hits - sure, minlength=bins)  # n_b (accuracy_b - confidence_b)
     return float(np.abs(gaps).sum() / len(sure))
-
-
-def check_rouge() -> None:
-    """Raises :class:`CoterieError` where rouge-score is not installed."""
-    if importlib.util.find_spec("rouge_score") is None:
-        raise CoterieError("scoring generated text needs rouge-score: pip install rouge-score")
-
-
-def text_metrics(references: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L (F measure, stemmed) and the share of exact matches after stripping white space."""
-    check_rouge()
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = list(zip(references, texts, strict=True))
-    return {
-        "rouge_l": float(np.mean([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])),
-        "exact_match": float(np.mean([reference.strip() == text.strip() for reference, text in pairs])),
-    }
 
 
 def perplexity(loss: float) -> float:

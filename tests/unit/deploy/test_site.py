@@ -175,6 +175,17 @@ def test_another_version_is_refused(fedit: tuple[Any, bytes], tmp_path: Path) ->
     assert "install the same version" in refusal(tmp_path, Message(head(config, "query.hello", terms=terms)))
 
 
+def test_a_site_imports_no_score_that_the_server_names(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
+    config, _ = fedit
+    terms = terms_of(config)
+    terms["task"] = {**terms["task"], "scores": ["os:system"]}  # type: ignore[dict-item]
+    assert "a site imports nothing that a server names" in refusal(
+        tmp_path, Message(head(config, "query.hello", terms=terms))
+    )
+    with pytest.raises(CoterieError, match="a site imports nothing that a server names"):
+        federation_config({"federation": {"sites": ["a"]}, "task": {"scores": ["os:system"]}})
+
+
 def test_the_terms_hold_neither_paths_nor_addresses_nor_data(tmp_path: Path) -> None:
     path = sites.config(tmp_path, method="fedlease")
     config = flower_sites.server_config(path, federation={"host": "10.1.2.3", "keys": "secret-keys"})

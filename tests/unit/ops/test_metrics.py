@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import random
 import warnings
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from coterie.ops import metrics as evaluate
 from coterie.ops.metrics import (
     better,
     calibration_error,
@@ -20,10 +18,8 @@ from coterie.ops.metrics import (
     mean_metrics,
     percentiles,
     perplexity,
-    text_metrics,
     worst_client,
 )
-from coterie.types import CoterieError
 
 
 @pytest.fixture(autouse=True)
@@ -69,30 +65,6 @@ def test_classification_metrics_are_sklearns_to_the_bit() -> None:
             assert {type(value) for value in found.values()} == {float}
     with pytest.raises(ValueError, match="zip"):
         classification_metrics([0, 1], [0])
-
-
-@pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="needs the extra metrics")
-def test_text_metrics_by_hand() -> None:
-    """ROUGE-L of (reference, text): F of the longest common subsequence of stemmed words."""
-    pairs = {
-        ("the cat sat", "the cat sat"): 1.0,
-        ("the cat sat on the mat", "the mat"): 2 * (2 / 2) * (2 / 6) / (2 / 2 + 2 / 6),
-        ("running fast", "runs fast"): 1.0,  # stemmed
-        ("a b c d", "d c b a"): 1 / 4,
-        ("yes", "no"): 0.0,
-        ("yes", ""): 0.0,
-    }
-    for (reference, text), score in pairs.items():
-        assert text_metrics([reference], [text])["rouge_l"] == pytest.approx(score), (reference, text)
-    references, texts = [list(side) for side in zip(*pairs, strict=True)]
-    assert text_metrics(references, texts)["rouge_l"] == pytest.approx(sum(pairs.values()) / len(pairs))
-    assert text_metrics([" yes", "no", "Yes"], ["yes \n", "yes", "yes"])["exact_match"] == pytest.approx(1 / 3)
-
-
-def test_text_metrics_without_rouge_score_name_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CoterieError, match=r"needs rouge-score: pip install "):
-        text_metrics(["a"], ["a"])
 
 
 def test_perplexity_is_infinite_where_it_overflows() -> None:
