@@ -59,7 +59,7 @@ ONLY_IN = {
     "starlette": {"flower", "api"},
     "fastapi": {"api"},
     "uvicorn": {"api"},
-    "huggingface_hub": {"nn/locate.py"},
+    "huggingface_hub": {"nn/locate.py", "artifacts/card.py", "artifacts/push.py"},
     "transformers": {"nn/pretrained.py"},
     "peft": {"adapters/read.py"},
     "bitsandbytes": {"nn/pretrained.py"},

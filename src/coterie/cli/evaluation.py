@@ -1,4 +1,4 @@
-"""What ``coterie evaluate`` shows."""
+"""What ``coterie evaluate`` and ``coterie export`` show."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coterie.artifacts.cross import CrossTable, cross_table
 from coterie.artifacts.evaluate import Evaluation
+from coterie.artifacts.export import Exported
 from coterie.cli import console
 from coterie.cli.console import heading, say, show_aligned
 from coterie.comparison.tables import number
@@ -42,3 +43,20 @@ def show_cross(folder: Path, metric: str) -> None:
         show_aligned(("", *table.clients), [(of, *row) for of, row in zip(table.clients, table.cells, strict=True)])
     say(f"picture: {table.picture}")
     say(f"figures: {folder / 'cross.json'}")
+
+
+def show_export(made: Exported) -> None:
+    """What a static form costs, and where the files are."""
+    if made.cost is not None:
+        cost = made.cost
+        heading(console.out, f"routed and static on {cost.data}: {cost.rows} rows")
+        rows = [
+            (words(name), number(cost.routed[name], name), number(value, name)) for name, value in cost.static.items()
+        ]
+        show_aligned(("metric", "routed", "static"), rows)
+        if "accuracy" in cost.static:
+            say(f"the static form costs {-cost.points('accuracy') + 0.0:.1f} points of accuracy")
+    elif made.form != "bundle":
+        say("there were no labelled rows to measure the static form on")
+    rank = f" of rank {made.rank}" if made.rank else ""
+    say(f"{made.form}{rank}: {made.folder}")

@@ -1,7 +1,9 @@
-"""The commands that use what a run leaves: ``predict`` and ``evaluate``."""
+"""The commands that use what a run leaves: ``predict``, ``evaluate`` and ``export``."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from coterie.text import printable
 from coterie.types import CoterieError
 
 if TYPE_CHECKING:
+    from coterie.artifacts.card import Form
     from coterie.artifacts.predict import Progress
     from coterie.data.settings import Columns
 
@@ -32,7 +35,7 @@ SHOWN = 20  # reasons of rows without an answer
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (predict, evaluate):
+    for command in (predict, evaluate, export):
         app.command()(command)
 
 
@@ -108,6 +111,35 @@ def evaluate(
     show_evaluation(result)
     if out:
         write_json(out, plain(result))
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="the folder to write, new or empty")],
+    client: Client = None,
+    static: Annotated[bool, typer.Option("--static", help="one static LoRA in PEFT's format")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="the base's weights with it, as a transformers folder")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="cut it to this rank; default all experts' ranks")] = None,
+    data: Annotated[Path | None, typer.Option(help="labelled rows to weigh experts by; default the client's")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="for the model card, as in en; repeatable")] = None,
+    base: BaseFolder = None,
+    device: Annotated[str | None, typer.Option(help="where to compute; default as the run did")] = None,
+) -> None:
+    """Write a client's model with a model card: its bundle, one static LoRA, or merged weights."""
+    from coterie.artifacts.export import export as write
+    from coterie.cli.evaluation import show_export
+
+    if static and merge:
+        raise CoterieError("--static writes a LoRA and --merge whole weights; give one of the two")
+    if rank and not (static or merge):
+        raise CoterieError("--rank cuts a static LoRA; add --static or --merge")
+    form: Form = "static" if static else "merged" if merge else "bundle"
+    command = shlex.join(["coterie", *sys.argv[1:]])
+    made = write(run, client, out, form=form, rank=rank, data=data, base=base, device=device,
+                 language=language or (), command=command)  # fmt: skip
+    show_export(made)
 
 
 def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:

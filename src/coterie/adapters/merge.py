@@ -1,0 +1,47 @@
+"""Writes a base with one LoRA added to its weights, as a transformers folder that needs neither PEFT nor Coterie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from coterie.adapters.about import About, write_about
+from coterie.nn.base import Base
+from coterie.types import Bank, Part
+
+
+def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
+    """Write ``base`` with ``W + s B A`` in the place of every adapted W, the bank's head and labels, and its tokenizer.
+
+    ``bank`` has one expert per module and the gate ``constant``. The base changes: it can be used for nothing else.
+    Weights are added in float32 and written in the base's dtype. Raises :class:`ValueError` for another bank.
+    """
+    if bank.gate.name != "constant" or any(key.expert != 0 for key in bank.tensors if key.part in (Part.A, Part.B)):
+        raise ValueError("only one expert with a gate of 1 can be added to weights; make the bank static first")
+    transposed = {target.name for target in base.spec.targets if target.transposed}
+    with torch.no_grad():
+        for a in sorted(key for key in bank.tensors if key.part is Part.A):
+            product = bank.tensors[a._replace(part=Part.B)].float() @ bank.tensors[a].float() * bank.scaling
+            weight = base.model.get_submodule(a.module).weight
+            added = weight.float() + (product.T if a.module in transposed else product).to(weight.device)
+            weight.copy_(added.to(weight.dtype))
+        _put_head(base, bank)
+    config = base.model.config
+    if about.labels and about.task == "classification":
+        config.id2label = dict(enumerate(about.labels))
+        config.label2id = {label: i for i, label in enumerate(about.labels)}
+        config.problem_type = "single_label_classification"
+    base.model.save_pretrained(folder)
+    base.tokenizer.model_max_length = min(about.max_length, base.longest or about.max_length)
+    base.tokenizer.save_pretrained(folder)
+    write_about(folder, about)
+
+
+def _put_head(base: Base, bank: Bank) -> None:
+    for key in sorted(key for key in bank.tensors if key.part is Part.HEAD):
+        owner, _, name = key.module.rpartition(".")
+        module = base.model.get_submodule(owner)
+        like = module.get_parameter(name)
+        value = bank.tensors[key].to(like.device, like.dtype, copy=True)  # as many rows as the client has labels
+        setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
