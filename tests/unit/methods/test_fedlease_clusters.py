@@ -16,9 +16,10 @@ from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.findings import Clusters, find
 from coterie.methods.plan import Plan
+from coterie.methods.robust import RobustSettings
 from coterie.ops.streams import stream
 from coterie.requests import Observe, Observed, Train, Trained
-from coterie.types import NO_EXPERT, BaseSpec, ClientId, ClientInfo, Key, Part, Reply, Target
+from coterie.types import NO_EXPERT, BaseSpec, ClientId, ClientInfo, CoterieError, Key, Part, Reply, Target
 from halves import Play
 
 CLIENTS = tuple(ClientInfo(f"{g}{i}", 10 + i, labels=("yes", "no"), group=g) for g in "abc" for i in range(3))
@@ -52,10 +53,14 @@ def trained(request: Train, client: ClientInfo) -> Trained:
 WIDE = BaseSpec((Target("q", 200, 300), Target("v", 250, 300)), halves.BASE.head)  # little happens by chance
 
 
-def play(monkeypatch: pytest.MonkeyPatch, clients: Sequence[ClientInfo] = CLIENTS, **settings: Any) -> Play:
+def play(
+    monkeypatch: pytest.MonkeyPatch, clients: Sequence[ClientInfo] = CLIENTS, head: Any = "personal", **settings: Any
+) -> Play:
     monkeypatch.setattr(halves, "observed", directions)
     monkeypatch.setattr(halves, "BASE", WIDE)
-    return Play(FedLEASE(FedLEASESettings(**settings), Plan(rank=2, alpha=4, dropout=0.0, rounds=9)), clients)
+    return Play(
+        FedLEASE(FedLEASESettings(**settings), Plan(rank=2, alpha=4, dropout=0.0, rounds=9, head=head)), clients
+    )
 
 
 def clusters(game: Play) -> set[frozenset[ClientId]]:
@@ -145,6 +150,59 @@ def test_auto_finds_one_cluster_where_nothing_stands_out(monkeypatch: pytest.Mon
     assert found is not None
     assert found.choice.startswith("1 cluster: 1 cluster by texts (the best")
     game.round(trained)
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+@pytest.mark.parametrize("distance", ["representation", "auto"])
+def test_a_client_whose_texts_changed_moves_and_experts_stay(
+    distance: str, head: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    game = play(monkeypatch, distance=distance, warmup_rounds=1, recluster_every=3, head=head)
+    game.round(trained)
+    changed = replace(CLIENTS[0], group="b")
+    monkeypatch.setattr(halves, "observed", lambda r, c: directions(r, changed if c.id == "a0" else c))
+    game.round(trained)
+    assert clusters(game) == TRUTH
+    assert [type(request) for request in game.asked["a0"]] == [Train]
+    game.round(trained)
+    assert [type(request) for request in game.asked["a0"]] == [Observe, Train]
+    moved = {frozenset({"a1", "a2"}), frozenset({"a0", "b0", "b1", "b2"}), frozenset({"c0", "c1", "c2"})}
+    assert clusters(game) == moved
+    own = game.state.allocation.clusters
+    assert own["a0"] == own["b0"]
+    ins = game.method.configure(game.state, CLIENTS, 4)
+    assert ins["a0"].info["own"] == own["b0"]
+    assert {key.expert for key in ins["a0"].tensors if key.part is Part.A} == {0, 1, 2}
+    for _ in range(3):
+        game.round(trained)
+    assert clusters(game) == moved
+
+
+def test_the_last_client_of_a_cluster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (*CLIENTS[3:], CLIENTS[0])
+    game = play(monkeypatch, few, distance="representation", recluster_every=2, experts=3)
+    game.round(trained)
+    before = clusters(game)
+    monkeypatch.setattr(halves, "observed", lambda r, c: directions(r, replace(c, group="b")))
+    game.round(trained)
+    assert frozenset({"a0"}) in clusters(game)
+    assert len(clusters(game)) == len(before) == 3
+
+
+def test_reclustering_needs_representations(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CoterieError, match=r"recluster_every compares representations; set distance to"):
+        play(monkeypatch, recluster_every=2)
+
+
+def test_no_rule_weighs_a_representation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a representation, which all have alike, an update that points the other way would hardly show."""
+    game = play(monkeypatch, distance="representation")
+    plan = replace(game.method.plan, robust=RobustSettings(rule="median"))
+    game.method = replace(game.method, plan=plan)
+    replies = {c.id: _reply(game, c) for c in CLIENTS}
+    bad = {k: v if k.part is Part.EMBEDDING else -v for k, v in replies["a1"].tensors.items()}
+    state = game.method.aggregate(game.state, {**replies, "a1": replace(replies["a1"], tensors=bad)}, 1)
+    assert state.outlying == ("a1",)
 
 
 def test_a_control_sends_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,11 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
         raise CoterieError(f"a silhouette needs at least 3 clients, but there are {n}; set [method] experts to {fix}")
     if settings.allocation == "oracle" and any(c.group is None for c in clients):
         raise CoterieError('allocation = "oracle" needs a group for every client; set it in [data]')
+    if settings.recluster_every and not settings.represents:
+        raise CoterieError(
+            '[method] recluster_every compares representations; set distance to "representation" or "auto", with '
+            'allocation = "learned"'
+        )
     if settings.warmup_rounds >= plan.rounds:
         raise CoterieError(
             f"[method] warmup_rounds = {settings.warmup_rounds} leaves no round for the experts; "
@@ -139,6 +144,27 @@ def nearest(settings: FedLEASESettings, starts: Tensors, allocation: Allocation,
     if not settings.centre:
         return _nearest(lora_distances(a, b, feature=_feature(settings))[len(experts) :, : len(experts)])
     return _nearest(_centred(lora_gram(a, b, _feature(settings)), allocation, experts))
+
+
+def drifted(
+    settings: FedLEASESettings, starts: Tensors, allocation: Allocation, sent: Mapping[ClientId, Tensors]
+) -> dict[ClientId, int]:
+    """The clients whose representation, as now ``sent``, is nearer to another cluster's mean than to their own's.
+
+    With their new cluster's number. Clusters of the same texts do not count as others, and no cluster loses its last
+    client: its expert would have nobody to train it.
+    """
+    joined = nearest(settings, starts, allocation, list(sent.values()))
+    left = {e: len(allocation.members(e)) for e in range(allocation.num_experts)}
+    text = allocation.text_clusters or tuple(left)
+    moves: dict[ClientId, int] = {}
+    for client, e in zip(sent, joined, strict=True):
+        own = allocation.clusters[client]
+        if text[e] != text[own] and left[own] > 1:
+            moves[client] = e
+            left[own] -= 1
+            left[e] += 1
+    return moves
 
 
 def _nearest_lora(allocation: Allocation, joined: int, loras: Sequence[Tensors], number: int) -> int:

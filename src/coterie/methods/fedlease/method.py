@@ -10,7 +10,14 @@ from torch import Tensor
 from coterie.methods.base import Method
 from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
-from coterie.methods.fedlease.representation import mean_representations, representation_shapes, without_experts
+from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
+from coterie.methods.fedlease.representation import (
+    mean_representations,
+    representation_shapes,
+    with_representation,
+    without_experts,
+    without_representation,
+)
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.findings import AggregationError, Clusters, Finding, Values
 from coterie.methods.parts import (
@@ -22,13 +29,11 @@ from coterie.methods.parts import (
     lora_of,
     lora_shapes,
     mean_error,
-    mean_heads,
     part_of,
     router_of,
     settle,
     shapes_of,
     start_head,
-    start_heads,
     start_lora,
     start_router,
     statistics,
@@ -46,6 +51,7 @@ from coterie.types import (
     ClientResult,
     GateSpec,
     Instruction,
+    Json,
     Key,
     Part,
     Personal,
@@ -107,16 +113,18 @@ class FedLEASE(Method[FedLEASEState]):
         if own is None:
             if rnd < self.settings.clustered_after:
                 return {}
-            return lora_shapes(state.base, self.plan) | head | self._representation_shapes(state.base)
+            representation = representation_shapes(state.base) if self.settings.represents else {}
+            return lora_shapes(state.base, self.plan) | head | representation
         router = state.routers[own] if self.settings.router == "cluster" else {}
-        return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head
+        again = representation_shapes(state.base) if self.settings.reclusters(rnd) else {}
+        return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head | again
 
     def groups(
         self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
     ) -> Sequence[Group]:
         """The clusters. Warm-up LoRAs have none yet: :meth:`aggregate` groups them once it has clustered them."""
         cluster = {c: str(e) for c in replies if (e := self._cluster_of(state, c)) is not None}
-        return grouped(replies, cluster, spaces, private=True)
+        return grouped(without_representation(replies), cluster, spaces, private=True)
 
     def aggregate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
         if rnd < self.settings.clustered_after:
@@ -129,7 +137,8 @@ class FedLEASE(Method[FedLEASEState]):
                 return replace(state, warm=warm)
             return self._allocate(replace(state, warm={}, outlying=tuple(sorted(warm.keys() - fit.keys()))), fit)
         late = {c: r for c, r in replies.items() if self._cluster_of(state, c) is None}
-        return self._add_late(self._average(state, {c: r for c, r in replies.items() if c not in late}), late)
+        present = {c: r for c, r in replies.items() if c not in late}
+        return self._recluster(self._add_late(self._average(state, present), late), present)
 
     def experts(self, state: FedLEASEState) -> Mapping[str, Tensors]:
         if state.allocation is None:
@@ -154,7 +163,7 @@ class FedLEASE(Method[FedLEASEState]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
         representation: Tensors = {}
-        if self.settings.represents and ins.info.get("send"):
+        if (self.settings.represents and ins.info.get("send")) or ins.info.get("represent"):
             rows = self.settings.distance_rows
             observed = yield Observe(without_experts(bank), "train", ("directions",), examples=rows)
             representation = observed.directions
@@ -164,7 +173,8 @@ class FedLEASE(Method[FedLEASEState]):
             return self._warmed_up(ins, me, personal, trained, representation)
         lora, router = lora_of(trained.tensors), router_of(trained.tensors)
         travels, stays = (lora, router) if self.settings.router == "personal" else (lora | router, {})
-        return settle(self.plan, trained, me, replace(personal, tensors=head_of(personal.tensors)), travels, stays)
+        kept = replace(personal, tensors=head_of(personal.tensors))
+        return with_representation(settle(self.plan, trained, me, kept, travels, stays), representation)
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         scaling, dropout = self.plan.scaling, self.plan.dropout
@@ -190,7 +200,9 @@ class FedLEASE(Method[FedLEASEState]):
             return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.clustered_after})
         router = state.routers[own] if self.settings.router == "cluster" else {}
         experts = lora_of(state.experts, own) if self.settings.routing == "own" else self._sent_to(state, own)
-        return Instruction({**experts, **router, **state.heads.of(client)}, {"phase": "experts", "own": own})
+        info: dict[str, Json] = {"phase": "experts", "own": own}
+        info |= {"represent": True} if self.settings.reclusters(rnd) else {}
+        return Instruction({**experts, **router, **state.heads.of(client)}, info)
 
     def _withheld(self, state: FedLEASEState) -> list[int]:
         """The experts of clusters that are too small to be sent to other clusters (``[robust] min_group``)."""
@@ -213,7 +225,7 @@ class FedLEASE(Method[FedLEASEState]):
         """The warm-up LoRAs without those that resemble too few others; all of them without ``[robust]``."""
         if not self.plan.robust.active or self.settings.allocation != "learned":
             return warm
-        out = alone(self.plan.robust, warm, self._warm_starts(state, warm))
+        out = alone(self.plan.robust, without_representation(warm), self._warm_starts(state, warm))
         return {c: reply for c, reply in warm.items() if c not in out}
 
     def _agreed(
@@ -222,6 +234,7 @@ class FedLEASE(Method[FedLEASEState]):
         """The warm-up LoRAs as the rule of ``[robust]`` aggregates them in each cluster."""
         if not self.plan.robust.active:
             return replies
+        replies = without_representation(replies)
         spaces = {c: label_space(ClientInfo(c, 0, labels=state.labels.get(c))) for c in replies}
         groups = grouped(replies, {c: str(allocated.clusters[c]) for c in replies}, spaces, private=True)
         return aggregated(self.plan.robust, groups, replies, self._warm_starts(state, replies))[0]
@@ -239,7 +252,9 @@ class FedLEASE(Method[FedLEASEState]):
             allocation=allocated,
             experts={k: v for e in range(number) for k, v in start_lora(state.base, self.plan, e).items()},
             routers=dict.fromkeys(range(number), router),
-            heads=self._mean_heads(self._cluster_heads(state, allocated), replies),
+            heads=averaged_heads(
+                cluster_heads(state.base, self.plan, state.labels, allocated.clusters), replies, self.settings.weighting
+            ),
         )
         sent = {c: Reply(lora_of(r.tensors, 0, new=allocated.clusters[c]), r.num_examples) for c, r in replies.items()}
         averaged = self._average(state, sent)
@@ -261,38 +276,38 @@ class FedLEASE(Method[FedLEASEState]):
             errors += mean_error(uploads, weights)
             sent = [router_of(replies[c].tensors) for c in members]
             routers[e] = mean(sent, weights) if all(sent) else routers[e]
-        heads = self._mean_heads(state.heads, replies)
+        heads = averaged_heads(state.heads, replies, self.settings.weighting)
         return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
 
     def _add_late(self, state: FedLEASEState, late: Mapping[ClientId, Reply]) -> FedLEASEState:
-        """Clients that made up their warm-up join the cluster whose mean warm-up LoRA is nearest."""
+        """Clients that made up their warm-up join the cluster whose mean is nearest to what they sent."""
         if not late or state.allocation is None:
             return state
-        joined = allocation.nearest(
-            self.settings, state.starts, state.allocation, [reply.tensors for reply in late.values()]
-        )
-        clusters = {**state.allocation.clusters, **dict(zip(late, joined, strict=True))}
-        allocated = replace(state.allocation, clusters=clusters)
-        heads, old = self._cluster_heads(state, allocated), state.heads.values
-        new = Heads({name: value for name, value in heads.values.items() if name not in old}, heads.group)
-        values = {**old, **self._mean_heads(new, late).values}
-        return replace(state, allocation=allocated, heads=Heads(values, heads.group))
+        sent = [reply.tensors for reply in late.values()]
+        joined = allocation.nearest(self.settings, state.starts, state.allocation, sent)
+        return self._move(state, dict(zip(late, joined, strict=True)), late)
 
-    def _cluster_heads(self, state: FedLEASEState, allocated: Allocation) -> Heads:
-        """Shared heads by cluster and label space, at their start; none if the plan keeps heads personal."""
-        if self.plan.head == "personal":
-            return Heads()  # a site that joined after the start has no entry in state.labels
-        infos = [ClientInfo(c, 0, labels=state.labels[c]) for c in allocated.clusters]
-        by_space = start_heads(state.base, self.plan, infos)
-        group = {c: f"{allocated.clusters[c]}:{space}" for c, space in by_space.group.items()}
-        return Heads({group[c]: by_space.of(c) for c in group}, group)
+    def _recluster(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Clients whose texts have come nearer to another cluster's move there; the experts stay as they are."""
+        sent = {c: reply.tensors for c, reply in replies.items() if part_of(reply.tensors, Part.EMBEDDING)}
+        if not sent or state.allocation is None:
+            return state
+        moves = allocation.drifted(self.settings, state.starts, state.allocation, sent)
+        state = self._move(state, moves, replies)
+        assert state.allocation is not None
+        now = mean_representations(state.allocation.clusters, sent)
+        return replace(state, starts={**state.starts, **now})
 
-    def _mean_heads(self, heads: Heads, replies: Mapping[ClientId, Reply]) -> Heads:
-        sent = {c: r for c, r in replies.items() if head_of(r.tensors)}
-        return mean_heads(heads, sent, weights_of(sent, self.settings.weighting))
-
-    def _representation_shapes(self, base: BaseSpec) -> Shapes:
-        return representation_shapes(base) if self.settings.represents else {}
+    def _move(
+        self, state: FedLEASEState, moves: Mapping[ClientId, int], replies: Mapping[ClientId, Reply]
+    ) -> FedLEASEState:
+        """Clients in other clusters than before."""
+        if not moves or state.allocation is None:
+            return state
+        clusters = {**state.allocation.clusters, **moves}
+        regrouped = cluster_heads(state.base, self.plan, state.labels, clusters)
+        heads = moved_heads(state.heads, regrouped, {c: replies[c] for c in moves}, self.settings.weighting)
+        return replace(state, allocation=replace(state.allocation, clusters=clusters), heads=heads)
 
     # steps of the client -----------------------------------------------------------------------------------------
 
@@ -325,6 +340,4 @@ class FedLEASE(Method[FedLEASEState]):
         kept = replace(personal, tensors={**personal.tensors, **trained.tensors})
         if not ins.info["send"]:
             return ClientResult(Reply({}, me.num_train, statistics(trained)), kept)
-        result = settle(self.plan, trained, me, kept, lora_of(trained.tensors))
-        reply = replace(result.reply, tensors={**result.reply.tensors, **representation})
-        return replace(result, reply=reply)
+        return with_representation(settle(self.plan, trained, me, kept, lora_of(trained.tensors)), representation)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coterie.methods.parts import Shapes, part_of
 from coterie.ops.mean import mean
-from coterie.types import NO_EXPERT, Bank, BaseSpec, ClientId, Key, Part, Tensors
+from coterie.types import NO_EXPERT, Bank, BaseSpec, ClientId, ClientResult, Key, Part, Reply, Tensors
 
 
 def without_experts(bank: Bank) -> Bank:
@@ -48,3 +48,16 @@ def mean_representations(clusters: Mapping[ClientId, int], warm: Mapping[ClientI
             of = mean(sent, [1.0] * len(sent))
             means |= {key._replace(expert=expert): value for key, value in of.items()}
     return means
+
+
+def with_representation(result: ClientResult, representation: Tensors) -> ClientResult:
+    """The result with the representation in its reply."""
+    return replace(result, reply=replace(result.reply, tensors={**result.reply.tensors, **representation}))
+
+
+def without_representation(replies: Mapping[ClientId, Reply]) -> dict[ClientId, Reply]:
+    """The replies with what was trained alone: no rule of ``[robust]`` should weigh what was measured."""
+    return {
+        c: replace(r, tensors={k: v for k, v in r.tensors.items() if k.part is not Part.EMBEDDING})
+        for c, r in replies.items()
+    }

@@ -44,6 +44,11 @@ class FedLEASESettings(MethodSettings):
         description="take off what all clients' LoRAs have in common, and compare all modules together; "
         "representations always are compared so",
     )
+    recluster_every: int = Field(
+        0,
+        ge=0,
+        description="rounds after which clients whose representation is nearer to another cluster move there; 0: never",
+    )
     allocation: Literal["learned", "oracle", "random"] = Field(
         "learned", description="clusters by distance, by the clients' known groups, or at random (controls)"
     )
@@ -67,6 +72,10 @@ class FedLEASESettings(MethodSettings):
     def clustered_after(self) -> int:
         """The round at whose end the clients are clustered, by what they sent in it."""
         return 1 if self.represents and self.distance == "representation" else self.warmup_rounds
+
+    def reclusters(self, rnd: int) -> bool:
+        """Whether clients that have a cluster send their representations again in round ``rnd``."""
+        return self.recluster_every > 0 and rnd % self.recluster_every == 0
 
     @property
     def represents(self) -> bool:
