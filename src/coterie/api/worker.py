@@ -144,14 +144,14 @@ class Worker:
         try:
             self._running -= set(self.engine.step())
         except (RuntimeError, ValueError, IndexError, TypeError) as fault:  # the model's; its text may quote a request
-            self.report(f"a pass failed: {_where(fault)}")
+            self.report(f"a pass failed: {where(fault)}")
             self._running -= set(self.engine.fail(_broken()))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.steps += 1
 
 
-def _where(fault: BaseException) -> str:
+def where(fault: BaseException) -> str:
     """The type of ``fault`` and where it was raised, without its text."""
     trace = fault.__traceback__
     while trace is not None and trace.tb_next is not None:
