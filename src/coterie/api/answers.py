@@ -22,10 +22,17 @@ def error(fault: RequestError) -> dict[str, Json]:
     return {"error": {"message": message, "type": kind, "param": fault.param, "code": fault.code or None}}
 
 
-def model(name: str, about: About, created: int) -> dict[str, Json]:
+def model(name: str, about: About, created: int, max_tokens: int) -> dict[str, Json]:
     """One client's model, with what a page needs to know of it."""
-    known = {"task": about.task, "labels": about.labels, "method": about.method, "round": about.round}
-    return {"id": name, "object": "model", "created": created, "owned_by": "coterie", **known, "base": about.base}
+    known = {
+        "task": about.task,
+        "labels": about.labels,
+        "method": about.method,
+        "round": about.round,
+        "base": about.base,
+    }
+    openai = {"id": name, "object": "model", "created": created, "owned_by": "coterie"}
+    return {**openai, **known, "max_tokens": max_tokens}
 
 
 def classified(name: str, labels: Sequence[str] | None, encoded: Sequence[Encoded]) -> dict[str, Json]:

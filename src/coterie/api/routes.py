@@ -21,6 +21,7 @@ from coterie.api.keys import Caller
 from coterie.api.limits import Limits
 from coterie.api.metrics import Metrics
 from coterie.api.reading import Reader
+from coterie.types import Json
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Routes:
     async def models(self, request: Request) -> Response:
         """The models that the key may use."""
         caller, served = self.reader.caller(request), self.reader.served
-        listed = [
-            answers.model(name, about, self.started)
-            for name, about in zip(served.names, served.abouts, strict=True)
-            if caller.may_use(name)
-        ]
+        listed = [self._model(number) for number, name in enumerate(served.names) if caller.may_use(name)]
         return JSONResponse({"object": "list", "data": listed})
 
     async def model(self, request: Request, name: str) -> Response:
         """One model."""
         number = self.reader.number_of(self.reader.caller(request), name)
-        return JSONResponse(answers.model(name, self.reader.served.abouts[number], self.started))
+        return JSONResponse(self._model(number))
+
+    def _model(self, number: int) -> dict[str, Json]:
+        served = self.reader.served
+        return answers.model(served.names[number], served.abouts[number], self.started, self.limits.max_tokens)
 
     async def classify(self, request: Request) -> Response:
         """Labels of texts, with probabilities."""

@@ -73,6 +73,8 @@ def run_demo(folder: Path, console: Console) -> None:
     write_record(folder / "demo.json", record_of(comparison))
     show(console, comparison, folder)
     console.print(f"picture: {folder / 'demo.png'}   ({clock(seconds)})", highlight=False, soft_wrap=True)
+    served = folder / f"{METHODS[0]}-0"
+    console.print(f"try a client's model in a browser: coterie api {served}", highlight=False, soft_wrap=True)
 
 
 def _show_clusters(console: Console, variant: str, clusters: Clusters) -> None:

@@ -43,6 +43,8 @@ def test_the_demo_leaves_the_record_of_a_comparison_and_a_picture(small: None, t
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(console.file, io.StringIO)
     assert f"picture: {folder / 'demo.png'}" in console.file.getvalue()
+    assert f"in a browser: coterie api {folder / 'fedlease-0'}" in console.file.getvalue()
+    assert len(list(folder.glob("fedlease-0/clients/*/bundle.safetensors"))) == 8  # what that command serves
 
 
 def test_the_demo_deletes_no_other_files(tmp_path: Path) -> None:

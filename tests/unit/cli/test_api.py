@@ -1,0 +1,47 @@
+"""The commands that serve models."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tomllib
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from api_runs import make_run
+from coterie.cli import api as commands
+from coterie.cli import console
+from coterie.cli.main import app
+from coterie.types import CoterieError
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    out = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=out, width=200))
+    return out
+
+
+def test_a_key_is_shown_with_an_entry_that_opens_what_it_says(said: io.StringIO) -> None:
+    assert CliRunner().invoke(app, ["api-key", "ops", "--clients", "north, south"]).exit_code == 0
+    first, *_, entry = said.getvalue().split("\n\n")
+    (read,) = tomllib.loads(entry)["keys"]
+    key = first.removeprefix("key for ops: ")
+    assert read == {"name": "ops", "sha256": hashlib.sha256(key.encode()).hexdigest(), "clients": ["north", "south"]}
+
+
+def test_the_service_says_where_it_is(said: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coterie.api.server.Ready.run", lambda self: None)
+    result = CliRunner().invoke(app, ["api", str(make_run(tmp_path)), "--clients", "south,north", "--port", "0"])
+    assert result.exit_code == 0, result.exception
+    assert "models: south, north" in said.getvalue()
+    assert "open http://127.0.0.1:" in said.getvalue()
+
+
+def test_without_fastapi_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CoterieError, match=r"needs fastapi and uvicorn: pip install 'coterie\[api\]'"):
+        commands._check_installed()
