@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from coterie.data.rows import Turn
 from coterie.types import CoterieError
 
 
@@ -22,14 +23,6 @@ class RequestError(CoterieError):
     ) -> None:
         super().__init__(text)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from coterie.api.jobs import RequestError, Turn
+from coterie.api.jobs import RequestError
+from coterie.data import chat
+from coterie.data.rows import Turn
 from coterie.data.tasks import Generation
 from coterie.nn.pretrained import PreTrainedTokenizerBase
+from coterie.types import DataError
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | tuple[Turn, ...]) -> list[int]:
@@ -17,25 +18,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | tuple[Turn, ...
     Raises :class:`RequestError` for a chat that the template refuses.
     """
     if isinstance(prompt, str):
-        return _plain(tokenizer, prompt)
+        return Generation(tokenizer).plain_ids(prompt)
     if not tokenizer.chat_template:
-        return _plain(tokenizer, "\n\n".join(turn.content for turn in prompt))
-    turns = [{"role": "system" if t.role == "developer" else t.role, "content": t.content} for t in prompt]
-    return list(tokenizer(_templated(tokenizer, turns), add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]) -> str:
-    from jinja2 import TemplateError
-
+        return Generation(tokenizer).plain_ids("\n\n".join(turn.text for turn in prompt))
     try:
-        text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except TemplateError as fault:  # its text may quote a message
-        raise RequestError(
-            "the model's chat template does not take these messages", 400, "bad_messages", "messages"
-        ) from fault
-    return text
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """As training tokenises a prompt where there is no chat template."""
-    return Generation(tokenizer).plain_ids(text)
+        return chat.prompt_ids(tokenizer, prompt)
+    except DataError:  # its text may quote a message
+        text = "the model's chat template does not take these messages"
+        raise RequestError(text, 400, "bad_messages", "messages") from None

@@ -16,12 +16,15 @@ from coterie.api import answers
 from coterie.api.answers import TextShape
 from coterie.api.asking import Desk
 from coterie.api.bodies import ChatBody, ClassifyBody, CompletionBody, EmbeddingsBody
-from coterie.api.jobs import Encode, Encoded, Generate, Piece, RequestError, Turn, Written
+from coterie.api.jobs import Encode, Encoded, Generate, Piece, RequestError, Written
 from coterie.api.keys import Caller
 from coterie.api.limits import Limits
 from coterie.api.metrics import Metrics
 from coterie.api.reading import Reader
+from coterie.data.rows import Turn
 from coterie.types import Json
+
+_ROLES = {"developer": "system"}  # templates know the older name
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Routes:
         body = await self.reader.body(request, ChatBody)
         if len(body.messages) > self.limits.messages:
             raise RequestError(f"at most {self.limits.messages} messages", 400, "too_many", "messages")
-        turns = tuple(Turn(message.role, message.text) for message in body.messages)
+        turns = tuple(Turn(_ROLES.get(message.role, message.role), message.text) for message in body.messages)
         return await self._text(request, caller, body, turns, body.max_completion_tokens or body.max_tokens)
 
     async def completions(self, request: Request) -> Response:

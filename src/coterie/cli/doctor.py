@@ -25,6 +25,8 @@ _EXTRAS = {  # what pip installs: what it is for
     "cryptography": "keys and certificates of a real federation (extra flower)",
     "starlette": "the server of a real federation (extra flower)",
     "tensorboard": "TensorBoard logs",
+    "fastapi": "serving models with `coterie api`",
+    "uvicorn": "serving models with `coterie api`",
 }
 _GIB = 2**30
 

@@ -13,9 +13,10 @@ import tiny
 from api_runs import CLIENTS, make_run
 from coterie.api.decode import Decoding
 from coterie.api.encode import Encoding
-from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Turn, Written
+from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Written
 from coterie.api.served import served
 from coterie.api.worker import Engine
+from coterie.data.rows import Turn
 from coterie.types import CoterieError
 
 torch.set_num_threads(1)
@@ -48,7 +49,7 @@ def alone(north: coterie.ClientModel, request: Generate) -> str:
     else:
         (turn,) = request.prompt
         text = north.tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn.content}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": turn.text}], add_generation_prompt=True, tokenize=False
         )
         ids = north.tokenizer(text, add_special_tokens=False)["input_ids"]
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}

@@ -61,17 +61,6 @@ def test_a_classifier_shows_its_label_probabilities_and_experts(classifier: Read
     assert "<b>the printer" not in page  # text stays text
 
 
-@browser
-@pytest.mark.slow
-def test_a_generator_shows_its_text_and_experts(generator: Ready, tmp_path: Path) -> None:
-    page = shown(generator, tmp_path, client="north", text="hello")
-    assert is_hidden(page, "alert")
-    assert part(page, "written").strip()
-    assert re.search(r"\d+ tokens read, \d+ written", part(page, "about"))
-    assert "expert 2" in part(page, "legend")
-    assert "layer 1" in part(page, "experts")
-
-
 def test_the_page_names_nothing_of_another_origin_and_labels_every_field() -> None:
     assert re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:,)[^"'#\s)]+""", PAGE) == []
     assert "http" not in PAGE
