@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower test-ray test-lowest lowest-tests lint types format hooks bench docs clean
+.PHONY: help venv demo test test-slow test-flower test-ray test-lowest lowest-tests lint types format hooks bench docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,8 +80,15 @@ docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	done
 	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie site config --markdown; } > docs/reference/site.md
 
+site: .venv-site/bin/zensical  ## the documentation as a website, in build/site
+	.venv-site/bin/python docs/make_site.py
+
+.venv-site/bin/zensical:
+	@for python in $(PYTHON); do command -v $$python > /dev/null && $$python -m venv .venv-site && break; done
+	.venv-site/bin/pip install --quiet $(PIP_FLAGS) zensical==0.0.73
+
 clean:  ## remove .venv and caches; runs stay
-	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
+	rm -rf .venv .venv-lowest .venv-site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
 	find bench src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
