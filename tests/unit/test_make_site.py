@@ -16,7 +16,8 @@ APART = ("docs/decisions/", "bench/results/")  # reached by links
 @pytest.fixture(scope="module")
 def site() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_site", ROOT / "docs" / "make_site.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
