@@ -43,7 +43,7 @@ from coterie.types import ClientId, ClientInfo, Instruction, Key, Reply, Tensors
 TASKS = ("banking", "travel")  # domains of CLINC150
 SPLITS = ("train", "validation", "test")
 EACH, INTENTS, ROUNDS = 4, 5, 6
-TRAIN_ROWS, TEST_ROWS = 8, 20  # of each intent, for each client
+TRAIN_ROWS, TEST_ROWS = 8, 16  # of each intent, for each client
 ATTACKERS = ("travel-3", "banking-3")
 CLAIMED = 10**9  # rows
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedamole": {"experts": 16, "max_experts": 6},
     "smartfed": {"active": 4},
 }
-MEDIAN = {"rule": "median", "clip": 0.5}
+CHOSEN = "clip + geometric_median"  # what docs/robustness.md recommends
 RULES: dict[str, dict[str, Any]] = {
     "none": {},
     "median": {"rule": "median"},
@@ -62,7 +62,8 @@ RULES: dict[str, dict[str, Any]] = {
     "multi_krum": {"rule": "multi_krum"},
     "centered_clipping": {"rule": "centered_clipping"},
     "clip": {"clip": 0.5},
-    "clip + median": MEDIAN,
+    "clip + median": {"rule": "median", "clip": 0.5},
+    "clip + geometric_median": {"rule": "geometric_median", "clip": 0.5},
     "clip + nnm + trimmed_mean": {"rule": "trimmed_mean", "clip": 0.5, "nnm": True},
     "clip + multi_krum": {"rule": "multi_krum", "clip": 0.5},
 }
@@ -175,22 +176,18 @@ class Hostile:
 
 def plan() -> Iterator[Case]:
     """The figures that are required first, then everything."""
-    whole = "clip + median"
     for method in METHODS:
         yield from (Case(method, "", count, "none") for count in (2, 1))
         yield Case(method, "sign flip x50", 1, "none")
-        yield Case(method, "", 2, whole)
-    for rule in (whole, "none"):
+    for rule in (CHOSEN, "none"):
         for attack in ATTACKS:
             yield from (Case(method, attack, 2, rule) for method in METHODS if fits(method, attack))
-    for rule in RULES:
-        yield from (
-            Case("fedit", attack, 2, rule) for attack in ("", "sign flip", "a little is enough", "inner product")
-        )
-    for attack in ATTACKS:
-        yield from (
-            Case(method, attack, 1, rule) for method in METHODS if fits(method, attack) for rule in (whole, "none")
-        )
+    yield from (Case(method, "", 2, CHOSEN) for method in METHODS)
+    for attack in ("sign flip", "a little is enough", "inner product", ""):
+        yield from (Case("fedit", attack, 2, rule) for rule in RULES)
+    for rule in (CHOSEN, "none"):
+        for attack in ATTACKS:
+            yield from (Case(method, attack, 1, rule) for method in METHODS if fits(method, attack))
 
 
 def fits(method: str, attack: str) -> bool:
@@ -208,9 +205,10 @@ def rows_of(work: Path, data: Path) -> list[dict[str, Any]]:
         entries += [{"id": f"{task}-{i}", "group": task, "labels": [names[n] for n in intents]} for i in range(EACH)]
         content: dict[str, list[str]] = {}
         for number, intent in enumerate(intents):
-            texts = sorted({row["text"] for row in rows if row["label"] == intent})
+            texts = sorted({row["text"] for row in rows if row["label"] == intent}, key=lambda text: (len(text), text))
+            texts = texts[: EACH * (TRAIN_ROWS + 1 + TEST_ROWS)]  # the short ones: a run takes less time
             order = torch.randperm(len(texts), generator=stream(0, "attacks", intent)).tolist()
-            for i, j in enumerate(order[: EACH * (TRAIN_ROWS + 1 + TEST_ROWS)]):
+            for i, j in enumerate(order):
                 turn, who = divmod(i, EACH)
                 split = "train" if turn < TRAIN_ROWS else "validation" if turn == TRAIN_ROWS else "test"
                 for flipped in (0, 1):
