@@ -1,13 +1,13 @@
 """What one or two bad clients of eight cost the others: attacks on four methods, with and without a robust rule.
 
-Eight clients on the packaged encoder: four have requests to a bank, four about travel (two domains of CLINC150, five
-intents of each). The attackers are the last client of travel and, if there are two, the last of banking. Reported is
-the mean test accuracy of the honest clients after the last round; the reference has no attackers at all. An attacker
-trains honestly and then changes its reply (``ATTACKS``), from the first round on, FedLEASE's warm-up included. It knows
-the honest replies.
+Eight clients on the packaged encoder, with experts in its last three layers: four have requests to a bank, four about
+travel (two domains of CLINC150, five intents of each). The attackers are the last client of travel and, if there are
+two, the last of banking. Reported is the mean test accuracy of the honest clients after the last round; the reference
+has no attackers at all. An attacker trains honestly and then changes its reply (``ATTACKS``), from the first round on,
+FedLEASE's warm-up included. It knows the honest replies.
 
     python examples/fetch_data.py             # once
-    python bench/attacks.py --work runs/attacks   # goes on where it was stopped: a file for each case
+    python bench/attacks.py --threads 1       # goes on where it was stopped: runs/attacks has a file for each case
 
 Targets: with a robust rule, two of eight cost at most 3 points; with no setting, one with -50 times its update at
 most 10.
@@ -20,13 +20,14 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import RESULTS, datasets, measured_on, table
+from _harness import arguments, datasets, table, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,8 +43,8 @@ from coterie.types import ClientId, ClientInfo, Instruction, Key, Reply, Tensors
 
 TASKS = ("banking", "travel")  # domains of CLINC150
 SPLITS = ("train", "validation", "test")
-EACH, INTENTS, ROUNDS = 4, 5, 6
-TRAIN_ROWS, TEST_ROWS = 8, 16  # of each intent, for each client
+EACH, INTENTS = 4, 5
+TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("query", "value")]
 ATTACKERS = ("travel-3", "banking-3")
 CLAIMED = 10**9  # rows
 METHODS: dict[str, dict[str, Any]] = {
@@ -67,6 +68,23 @@ RULES: dict[str, dict[str, Any]] = {
     "clip + nnm + trimmed_mean": {"rule": "trimmed_mean", "clip": 0.5, "nnm": True},
     "clip + multi_krum": {"rule": "multi_krum", "clip": 0.5},
 }
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rounds, and how many rows of each intent a client trains on and is tested on."""
+
+    rounds: int = 4
+    train: int = 8
+    test: int = 16
+
+    @property
+    def texts(self) -> int:
+        """Of each intent, for all clients: those of training, validation and test."""
+        return EACH * (self.train + 1 + self.test)
+
+
+QUICK = Size(1, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -195,32 +213,42 @@ def fits(method: str, attack: str) -> bool:
     return {"poisoned adapter": "smartfed", "lying member": "fedlease"}.get(attack, method) == method
 
 
-def rows_of(work: Path, data: Path) -> list[dict[str, Any]]:
-    """Write every client's rows; returns the entries of ``[data] clients``. A flipped client's are beside its own."""
-    names, entries = json.loads((data / "clinc150" / "info.json").read_text(encoding="utf-8"))["labels"], []
+def texts_of(data: Path | None, size: Size) -> dict[str, dict[str, list[str]]]:
+    """The shortest texts of every intent of a task: they take the least time. Without ``data``, made up."""
+    if data is None:
+        some = [f"intent-{n}" for n in range(INTENTS)]
+        return {t: {name: [f"{t} {name} {i}" for i in range(size.texts)] for name in some} for t in TASKS}
+    names = json.loads((data / "clinc150" / "info.json").read_text(encoding="utf-8"))["labels"]
     files = [data / "clinc150" / f"{split}.jsonl" for split in SPLITS]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, dict[str, list[str]]] = {}
     for task in TASKS:
         intents = sorted({row["label"] for row in rows if row["domain"] == task})[:INTENTS]
-        entries += [{"id": f"{task}-{i}", "group": task, "labels": [names[n] for n in intents]} for i in range(EACH)]
-        content: dict[str, list[str]] = {}
-        for number, intent in enumerate(intents):
-            texts = sorted({row["text"] for row in rows if row["label"] == intent}, key=lambda text: (len(text), text))
-            texts = texts[: EACH * (TRAIN_ROWS + 1 + TEST_ROWS)]  # the short ones: a run takes less time
-            order = torch.randperm(len(texts), generator=stream(0, "attacks", intent)).tolist()
+        by_intent = {n: {row["text"] for row in rows if row["label"] == n} for n in intents}
+        shortest = {n: sorted(texts, key=lambda text: (len(text), text)) for n, texts in by_intent.items()}
+        found[task] = {names[n]: texts[: size.texts] for n, texts in shortest.items()}
+    return found
+
+
+def rows_of(work: Path, texts: Mapping[str, Mapping[str, list[str]]], size: Size) -> list[dict[str, Any]]:
+    """Write every client's rows; returns the entries of ``[data] clients``. A flipped client's are beside its own."""
+    content: dict[str, list[str]] = {}
+    for task, intents in texts.items():
+        for number, of in enumerate(intents.values()):
+            order = torch.randperm(len(of), generator=stream(0, "attacks", task, number)).tolist()
             for i, j in enumerate(order):
                 turn, who = divmod(i, EACH)
-                split = "train" if turn < TRAIN_ROWS else "validation" if turn == TRAIN_ROWS else "test"
+                split = "train" if turn < size.train else "validation" if turn == size.train else "test"
                 for flipped in (0, 1):
-                    row = {"text": texts[j], "label": (number + flipped) % INTENTS}
+                    row = {"text": of[j], "label": (number + flipped) % INTENTS}
                     name = f"{task}-{who}-{split}{'-flipped' * flipped}.jsonl"
                     content.setdefault(name, []).append(json.dumps(row) + "\n")
-        for name, lines in content.items():
-            (work / name).write_text("".join(lines), encoding="utf-8")
-    return entries
+    for name, lines in content.items():
+        (work / name).write_text("".join(lines), encoding="utf-8")
+    return [{"id": f"{t}-{i}", "group": t, "labels": [*texts[t]]} for t in texts for i in range(EACH)]
 
 
-def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path]) -> dict[str, Any]:
+def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path], size: Size) -> dict[str, Any]:
     bad = ATTACKERS[: case.attackers]
     clients = [
         {**entry, **{s: f"{entry['id']}-{s}.jsonl" for s in SPLITS}}
@@ -236,24 +264,29 @@ def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path])
     return {
         "model": {"path": "minilm", "max_length": 32},
         "data": {"clients": clients},
-        "lora": {"rank": 4, "alpha": 8.0, "targets": ["query", "value"]},
-        "train": {"learning_rate": 5e-3, "batch_size": 8, "epochs": 2},
+        "lora": {"rank": 4, "alpha": 8.0, "targets": TARGETS},
+        "train": {"learning_rate": 1e-2, "batch_size": 8, "epochs": 2},
         "method": method,
         "robust": RULES[case.rule],
-        "run": {"rounds": ROUNDS, "seed": case.seed, "evaluate_every": ROUNDS},
-        "engine": {"threads": torch.get_num_threads(), "device": "cpu", "clients_per_batch": 8},
+        "run": {"rounds": size.rounds, "seed": case.seed, "evaluate_every": size.rounds},
+        "engine": {
+            "threads": torch.get_num_threads(),
+            "device": "cpu",
+            "clients_per_batch": 8,
+            "precision": "bfloat16",
+        },
     }
 
 
-def make_pools(work: Path, data: Path, cache: dict[str, Any]) -> dict[str, Path]:
+def make_pools(work: Path, size: Size, cache: dict[str, Any]) -> dict[str, Path]:
     """SmartFed's pool: a LoRA for each task; and one in which travel's is 50 times as strong and turned round."""
     adapters = {}
     for task in TASKS:
         out = work / "modules" / task
         if not (out / "summary.json").exists():
             entry = {"id": task, **{s: f"{task}-0-{s}.jsonl" for s in SPLITS}}
-            raw = config(Case("fedit", "", 0, "none"), [], {}) | {"data": {"clients": [entry]}}
-            raw["run"] = {"rounds": ROUNDS, "seed": 1}
+            raw = config(Case("fedit", "", 0, "none"), [], {}, size) | {"data": {"clients": [entry]}}
+            raw["run"] = {"rounds": size.rounds, "seed": 1}
             run(check_config(raw), out, root=work, resume=(out / "config.json").exists(), cache=cache)
         adapters[task] = out / "experts" / "global"
     bad = work / "modules" / "poisoned"
@@ -288,46 +321,44 @@ def measured(case: Case, raw: dict[str, Any], work: Path, cache: dict[str, Any])
     return {"accuracy": sum(honest) / len(honest), "clients": accuracy, "left_out": left_out, "notes": notes}
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder of the datasets (default: examples/data or ../shared/data)")
-    parser.add_argument("--work", type=Path, default=Path("runs/attacks"), help="rows, pools, and a file for each case")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
+    parser.add_argument("--work", type=Path, help="rows, pools, and a file for each case (default: runs/attacks)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--finished", action="store_true", help="measure nothing, only write down what is there")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    return parser.parse_args()
 
 
-def main() -> None:
-    chosen = options()
-    torch.set_num_threads(chosen.threads)
-    work, data, cache = chosen.work.resolve(), datasets(chosen.data).resolve(), dict[str, Any]()
+def rows_in(work: Path, chosen: argparse.Namespace, size: Size) -> Iterator[dict[str, Any]]:
+    """Every case that is planned, measured here or before."""
+    cache: dict[str, Any] = {}
     (work / "cases").mkdir(parents=True, exist_ok=True)
-    entries, pools = rows_of(work, data), make_pools(work, data, cache)
-    rows: list[dict[str, Any]] = []
-    for case in dict.fromkeys(plan()):
-        if chosen.only not in case.name:
-            continue
-        raw = config(case, entries, pools)
+    entries = rows_of(work, texts_of(None if chosen.quick else datasets(chosen.data).resolve(), size), size)
+    pools = {} if chosen.quick else make_pools(work, size, cache)
+    cases = [Case("fedit", "sign flip", 2, CHOSEN)] if chosen.quick else [*dict.fromkeys(plan())]
+    for case in (case for case in cases if chosen.only in case.name):
+        raw = config(case, entries, pools, size)
         mark = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:8]
         path = work / "cases" / f"{case.name}-{mark}.json"
         if not path.exists():
             if chosen.finished:
                 continue
             path.write_text(json.dumps(measured(case, raw, work, cache)), encoding="utf-8")
-        rows.append(asdict(case) | json.loads(path.read_text(encoding="utf-8")))
-        print(case.name, f"{rows[-1]['accuracy']:.3f}", rows[-1]["left_out"], file=sys.stderr, flush=True)
-    honest = {
-        (r["method"], r["attackers"], r["seed"]): r["accuracy"] for r in rows if not r["attack"] and r["rule"] == "none"
-    }
+        found = json.loads(path.read_text(encoding="utf-8"))
+        print(case.name, f"{found['accuracy']:.3f}", found["left_out"], file=sys.stderr, flush=True)
+        yield asdict(case) | found
+
+
+def main() -> None:
+    chosen = arguments(__doc__ or "", options)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch) if chosen.quick else (chosen.work or Path("runs/attacks")).resolve()
+        rows = list(rows_in(work, chosen, QUICK if chosen.quick else Size()))
+    honest = {(r["method"], r["attackers"]): r["accuracy"] for r in rows if not r["attack"] and r["rule"] == "none"}
     for row in rows:
-        without = honest.get((row["method"], row["attackers"], row["seed"]))
+        without = honest.get((row["method"], row["attackers"]))
         row["lost"] = None if without is None else round(without - row["accuracy"], 4)
     table("honest clients' accuracy", [{k: v for k, v in r.items() if k not in ("clients", "notes")} for r in rows])
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    content = {"bench": "attacks", "quick": False, "rows": rows, "measured_on": measured_on()}
-    (chosen.out / "attacks.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write("attacks", chosen, {"size": asdict(QUICK if chosen.quick else Size()), "rows": rows})
 
 
 if __name__ == "__main__":

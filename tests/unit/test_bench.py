@@ -13,7 +13,14 @@ import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith("_"))
-SLOW = {"assignment", "rounds", "flower_trainer", "scaling", "uneven"}  # several processes, or several whole runs
+SLOW = {
+    "attacks",
+    "assignment",
+    "rounds",
+    "flower_trainer",
+    "scaling",
+    "uneven",
+}  # several processes, or several whole runs
 
 
 def test_the_benches_are_found() -> None:

@@ -7,7 +7,7 @@ is, and neither updates nor shares are bounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from coterie.types import ClientId, Key, Part, Reply, Tensors
 
 FEWEST = 3
 _MOST_STEPS = 200.0  # times as large an update, at most, for more steps: rows are claimed
+_PASSES = 20  # over groups that share clients, until no cap binds
 _INFO_BYTES = 2**21  # for a reply's info, beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
 _FLOAT_BYTES = 4
@@ -74,13 +75,23 @@ def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int]
     return faults
 
 
-def capped_examples(replies: Mapping[ClientId, Reply], share: float) -> dict[ClientId, int]:
+def capped_examples(
+    replies: Mapping[ClientId, Reply], share: float, groups: Sequence[Sequence[ClientId]] = ()
+) -> dict[ClientId, int]:
     """The training examples that each reply counts for, so that none has more than ``share`` of all.
 
-    Where ``share`` is less than an equal one, all are equal.
+    Nor of those of any of the ``groups`` that it is averaged in. Where ``share`` is less than an equal one, all are
+    equal. A client that several groups limit counts everywhere for the least.
     """
     examples = {client: reply.num_examples for client, reply in replies.items()}
     if len(examples) < FEWEST:
         return examples
-    limit = share_limit(list(examples.values()), share)
-    return {client: min(number, max(1, math.floor(limit))) for client, number in examples.items()}
+    together = [list(examples), *(group for group in groups if len(group) > 1)]
+    for _ in range(_PASSES):
+        before = dict(examples)
+        for group in together:
+            limit = max(1, math.floor(share_limit([examples[c] for c in group], share) * (1 + 1e-12)))
+            examples |= {client: min(examples[client], limit) for client in group}
+        if examples == before:
+            break
+    return examples

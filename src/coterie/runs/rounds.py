@@ -26,7 +26,7 @@ from coterie.machine import peak_memory
 from coterie.methods.base import Method
 from coterie.methods.findings import Notes, find, to_json
 from coterie.methods.parts import label_space
-from coterie.methods.robust import Weighed, aggregated
+from coterie.methods.robust import Group, Weighed, aggregated
 from coterie.ops.metrics import mean_metrics
 from coterie.ops.streams import stream
 from coterie.runs import checkpoint as checkpoints
@@ -187,7 +187,9 @@ class Runner(Generic[S]):
             self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, {}, peak_memory()))
             raise CoterieError(fault)
         before = to_json(self.method.describe(state))
-        agreed, weighed = self._agreed(state, self._with_shares(replies, rnd), starts, rnd)
+        spaces = {client.id: label_space(client) for client in self.engine.clients}
+        groups = self.method.groups(state, replies, spaces)
+        agreed, weighed = self._agreed(groups, self._with_shares(groups, replies, rnd), starts, rnd)
         state = self.method.aggregate(state, agreed, rnd)
         after = to_json(self.method.describe(state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
@@ -246,9 +248,11 @@ class Runner(Generic[S]):
         rows = [each.num_train for each in together]  # of every client that it trains on
         return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim, rows)
 
-    def _with_shares(self, replies: Mapping[ClientId, Reply], rnd: int) -> dict[ClientId, Reply]:
+    def _with_shares(
+        self, groups: Sequence[Group], replies: Mapping[ClientId, Reply], rnd: int
+    ) -> dict[ClientId, Reply]:
         """``replies`` with the training examples that each counts for."""
-        examples = capped_examples(replies, self.settings.max_share)
+        examples = capped_examples(replies, self.settings.max_share, [group.members for group in groups])
         total = sum(reply.num_examples for reply in replies.values())
         for client in [c for c in replies if examples[c] < replies[c].num_examples]:
             subject = f"{client} has more than its share of the training examples"
@@ -258,14 +262,17 @@ class Runner(Generic[S]):
         return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}
 
     def _agreed(
-        self, state: S, replies: dict[ClientId, Reply], starts: Mapping[ClientId, Tensors], rnd: int
+        self,
+        groups: Sequence[Group],
+        replies: dict[ClientId, Reply],
+        starts: Mapping[ClientId, Tensors],
+        rnd: int,
     ) -> tuple[dict[ClientId, Reply], dict[ClientId, Weighed] | None]:
         """``replies`` after the rule of ``[robust]``, and what it made of each; as they are without a rule."""
         robust = self.method.plan.robust
         if not robust.active:
             return replies, None
-        spaces = {client.id: label_space(client) for client in self.engine.clients}
-        agreed, weighed = aggregated(robust, self.method.groups(state, replies, spaces), replies, starts)
+        agreed, weighed = aggregated(robust, groups, replies, starts)
         for client in sorted(c for c in weighed if weighed[c].outlying):
             subject = f"{client}'s update points away from what its group agrees on"
             if not any(text.startswith(subject) for text in self._noted):

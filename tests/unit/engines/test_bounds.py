@@ -80,6 +80,16 @@ def test_a_client_that_claims_everything_counts_for_half() -> None:
     assert capped_examples({"a": reply(1), "c": reply(99)}, 0.5) == {"a": 1, "c": 99}  # of two, either may be right
 
 
+def test_the_share_holds_in_every_group() -> None:
+    claims = {"a": reply(100), "b": reply(60), "c": reply(2**53 - 1), "d": reply(100), "e": reply(100)}
+    assert capped_examples(claims, 0.5) == {"a": 100, "b": 60, "c": 360, "d": 100, "e": 100}
+    apart = [("a", "b"), ("c", "d", "e")]
+    assert capped_examples(claims, 0.5, apart) == {"a": 60, "b": 60, "c": 200, "d": 100, "e": 100}
+    assert capped_examples(claims, 0.5, [*apart, ("c", "a")]) == {"a": 60, "b": 60, "c": 60, "d": 100, "e": 100}
+    assert capped_examples(claims, 0.5, [("c",)])["c"] == 360  # of one client there is no share
+    assert capped_examples({"a": reply(1), "c": reply(99)}, 0.5, [("a", "c")]) == {"a": 1, "c": 99}
+
+
 def test_a_reply_of_very_many_keys_is_beyond_its_limit() -> None:
     """They are counted before they are decoded: 200,000 keys take a gigabyte."""
     expected = {Key(f"layer.{i}.query", 0, part): (8, 384) for i in range(12) for part in (Part.A, Part.B)}
