@@ -24,6 +24,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 NAVIGATION: dict[str, str | list[str]] = {
     "Home": "README.md",
+    "Learn": ["docs/tutorial-paper.md", "docs/tutorial-federation.md"],
     "Use": [
         "docs/data.md",
         "docs/run-folder.md",
