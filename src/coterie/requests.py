@@ -183,7 +183,7 @@ class Observe:
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """How tokens use the experts of one module, [e] each: mean gate weight, share of the tokens, expert numbers."""
+    """How tokens use the experts of one module, [e] each: mean size of weight, share of the tokens, expert numbers."""
 
     weight: Sequence[Number]
     share: Sequence[Number]

@@ -49,7 +49,7 @@ class Part(StrEnum):
 
     A = "A"  # [r, d_in]
     B = "B"  # [d_out, r]
-    ROUTER = "router"  # [slots, d_in]
+    ROUTER = "router"  # [slots, d_in], or [experts, c] for a gate by expert
     EMBEDDING = "embedding"  # [r], a mean over tokens that a client reports; in no bank
     HEAD = "head"  # a parameter of the classification head, any shape
 

@@ -306,17 +306,17 @@ def optims() -> list[Optim]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("gate", ["constant", "softmax", "slot_top_k", "top_k"])
+@pytest.mark.parametrize("gate", ["constant", "softmax", "slot_top_k", "top_k", "signed", "response"])
 def test_clients_may_differ_in_everything(gate: str, dropout: float) -> None:
     """Other optimisers, steps, experts, ranks, scalings, labels, and what trains, for every client."""
     workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
     asked: dict[str, Request] = {}
     for i, (client, optim) in enumerate(zip(clients, optims(), strict=True)):
         experts = 2 + i % 3
-        options = {"slot_top_k": {"own": i % experts}, "top_k": {"k": 1 + i % 2}}.get(gate, {})
+        options = {"slot_top_k": {"own": i % experts}, "top_k": {"k": 1 + i % 2}, "signed": {"k": i % 3}}.get(gate, {})
         bank = some_bank(
             workplace, labels_of(client), i, gate=gate, options=options, experts=experts, dropout=dropout,
-            shared=2 if i == 4 else 0, rank=[1 + (i + e) % 3 for e in range(experts)],
+            shared=2 if i == 4 else 0, rank=2 if gate == "response" else [1 + (i + e) % 3 for e in range(experts)],
         )  # fmt: skip
         keys = sorted(bank.tensors)
         trainable = frozenset(keys if i % 2 else [key for key in keys if key.expert == experts - 1 or i == 2])

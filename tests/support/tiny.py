@@ -163,7 +163,8 @@ def bank(
 ) -> Bank:
     """A random bank over ``over``: ``experts`` of ``rank`` (one number, or one each), a shared one of rank ``shared``.
 
-    The router has ``slots`` rows; by default what ``gate`` wants (2 M - 1, the rank, M, or none for "constant").
+    The router has ``slots`` rows; by default what ``gate`` wants (2 M - 1, the rank, M, or none for "constant"). For a
+    gate by expert it is a table.
     """
     ranks = dict(enumerate([rank] * experts if isinstance(rank, int) else rank))
     by_gate = {"constant": 0, "slot_top_k": 2 * experts - 1, "scaled_dot_product": ranks.get(0, 0)}
@@ -179,7 +180,9 @@ def bank(
             draw(Key(target.name, expert, Part.B), target.d_out, r)
             if zero_b:
                 tensors[Key(target.name, expert, Part.B)].zero_()
-        if wanted:
+        if columns := {"signed": 1, "response": 4}.get(gate):
+            draw(Key(target.name, NO_EXPERT, Part.ROUTER), experts, columns)
+        elif wanted:
             draw(Key(target.name, NO_EXPERT, Part.ROUTER), wanted, target.d_in)
     return Bank(tensors, GateSpec(gate, options or {}), scaling, dropout)
 

@@ -51,7 +51,7 @@ def token_experts(served: Served, client: int, gates: Gates, ids: Sequence[int])
     by_layer: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
     for module, parts in gates.weights.items():
         layer = served.banks.layers[module].layers[client]
-        if layer is not None and layer.slots:
+        if layer is not None and (layer.slots or layer.table is not None):
             weights = torch.cat(parts)[:, : len(layer.experts)]
             by_layer.setdefault((place[module][0], layer.experts), []).append(weights)
     return TokenExperts(tokens, tuple(_layer(*key, weights) for key, weights in by_layer.items()))

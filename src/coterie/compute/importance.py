@@ -21,7 +21,7 @@ def gate_importance(
     """``[statistic][module]``: means over the real tokens of the batches, summed over a module's routed experts.
 
     ``first_order``: sum_i |g_i dL/dg_i|, the first-order change of the loss without expert i; L is the sum of the
-    examples' losses, so that a token's part does not depend on the batch. ``gate_mass``: sum_i g_i ||B_i|| ||A_i||.
+    examples' losses, so that a token's part does not depend on the batch. ``gate_mass``: sum_i |g_i| ||B_i|| ||A_i||.
     ``loss`` runs the model on a batch and returns L. Modules without a gate are left out.
     """
     wanted, tokens = frozenset(what), 0
@@ -49,7 +49,7 @@ def _probe(now: Pass, sums: dict[str, dict[str, Tensor]]) -> Callable[[BankLayer
     def probe(layer: BankLayer, g: Tensor) -> Tensor:
         first = int(layer.has_shared)
         if "gate_mass" in sums:
-            add("gate_mass", layer.module, g.detach()[:, first:] * _norms(layer)[first:])
+            add("gate_mass", layer.module, g.detach()[:, first:].abs() * _norms(layer)[first:])
         if "first_order" in sums:
             g = g if g.requires_grad else g.detach().requires_grad_()
             kept = g.detach()

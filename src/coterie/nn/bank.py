@@ -36,7 +36,7 @@ class Pass:
     checkpointing draws it again. ``mask`` [b, t] marks the tokens that count in the statistics; None: all.
 
     The statistics; None means that one is not collected:
-    ``usage``, by module: sums over tokens [2, e], of each expert's weight and of the tokens that use it;
+    ``usage``, by module: sums over tokens [2, e], of the size of each expert's weight and of the tokens that use it;
     ``embeddings``: sums over tokens of A_e x and of R x;
     ``directions``: sums over rows of what a gate by row routes by, and the number of rows;
     ``balance``: the load-balance loss of every module;
@@ -71,7 +71,8 @@ class BankLayer:
     ``rows`` [>= R + s, d_in] holds A of every expert, then the router of ``slots`` = s outputs, then zeros up to a
     :func:`padded` number; ``columns`` [R, d_out] holds every B transposed. ``experts`` are the experts' numbers.
     The trainable tensors are Parameters that share this storage, so an optimiser step needs no copy; ``row_spans``
-    and ``column_spans`` say where, from first to last.
+    and ``column_spans`` say where, from first to last. ``table`` [e, c] is the router of a gate that is marked with
+    :func:`~coterie.nn.gates.by_expert`; it is not among ``rows`` and ``parameters``.
     """
 
     module: str
@@ -90,6 +91,7 @@ class BankLayer:
     row_spans: list[Span] = field(default_factory=list)
     column_spans: list[Span] = field(default_factory=list)
     row_scores: RowScores = field(default_factory=RowScores)
+    table: nn.Parameter | None = None
 
     def __call__(
         self, base: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
@@ -100,7 +102,7 @@ class BankLayer:
         h, routed, p = self._project(x)
         if p is not None and routes_by_row(self.gate):
             p = self.row_scores.spread(x, p, self.now.rows)
-        g = self.weights(p, routed)
+        g = self.spread(self.weights(p, routed), h)
         self.record(p, routed, g)
         if self.now.directions is not None:
             self.record_directions(row_directions(x.detach(), self.now.rows))
@@ -227,10 +229,14 @@ class BankLayer:
         """The gate's weights [n, e], the shared expert's too, from p [n, s] and A_cat x of the routed experts."""
         if self.has_shared and len(self.experts) == 1:
             return None  # there is nothing to route over
-        g = gate_named(self.gate)(p, self._by_expert(routed), **self.options)
+        g = gate_named(self.gate)(p if self.table is None else self.table, self._by_expert(routed), **self.options)
         if g is None or not self.has_shared:
             return g
         return torch.cat([g.new_ones(g.shape[0], 1), g], dim=1)
+
+    def spread(self, g: Tensor | None, like: Tensor) -> Tensor | None:
+        """Weights of a table as a view [n, e] for the n tokens of ``like`` [n, R], in its dtype; others as they are."""
+        return g if g is None or self.table is None else g.to(like.dtype).expand(len(like), -1)
 
     def _by_expert(self, routed: Tensor) -> Tensor | None:
         """z [n, e, r], or None where the routed experts' ranks differ or were not computed."""
@@ -245,7 +251,7 @@ class BankLayer:
 
     def _record_usage(self, g: Tensor, usage: dict[str, Tensor]) -> None:
         real = self._counted(g)
-        counted = torch.stack([real.sum(0), (real > 0).double().sum(0)])
+        counted = torch.stack([real.abs().sum(0), (real != 0).double().sum(0)])
         usage[self.module] = usage.get(self.module, torch.zeros_like(counted)) + counted
 
     def _record_embeddings(self, p: Tensor | None, routed: Tensor, sums: dict[Key, Tensor]) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from coterie.nn.bank import BankLayer, Pass
-from coterie.nn.gates import gate_named
+from coterie.nn.gates import gate_named, routes_by_expert
 from coterie.nn.placement import device_of
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
-from coterie.types import FOLDED, NO_EXPERT, Bank, CoterieError, Key, Part, Tensors
+from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Tensors
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ def build_layers(model: nn.Module, bank: Bank, trainable: Iterable[Key] = ()) ->
     by_number = _heads(model, bank.tensors, wanted)
     heads = {name: _switch(modules, now) for name, modules in by_number.items()}
     parameters = {key: _parameter(by_number, key) for key in wanted if key.part is Part.HEAD}
-    for layer in layers.values():
+    for name, layer in layers.items():
         parameters |= layer.parameters
+        if layer.table is not None and layer.table.requires_grad:
+            parameters[Key(name, NO_EXPERT, Part.ROUTER)] = layer.table
     return BankLayers(layers, heads, dict(sorted(parameters.items())), now)
 
 
@@ -83,7 +85,8 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
     experts = sorted({key.expert for key in bank.tensors if key.module == name and key.part is Part.A})
     a_keys, b_keys = ([Key(name, e, part) for e in experts] for part in (Part.A, Part.B))
     router = Key(name, NO_EXPERT, Part.ROUTER)
-    row_keys = [*a_keys, *([router] if router in bank.tensors else [])]
+    table = bank.tensors.get(router) if routes_by_expert(bank.gate.name) else None
+    row_keys = [*a_keys, *([router] if router in bank.tensors and table is None else [])]
     _check_shapes(bank.tensors, a_keys, b_keys, row_keys, linear_sizes(module), name)
     device = device_of(module)
     layer = BankLayer(
@@ -92,18 +95,25 @@ def _layer(model: nn.Module, bank: Bank, name: str, trainable: frozenset[Key], n
         columns=torch.cat([bank.tensors[key].detach().T for key in b_keys]).to(device).contiguous(),
         experts=tuple(experts),
         ranks=Ranks.of(tuple(bank.tensors[key].shape[0] for key in a_keys), device),
-        slots=bank.tensors[router].shape[0] if router in bank.tensors else 0,
+        slots=bank.tensors[router].shape[0] if router in row_keys else 0,
         gate=bank.gate.name,
         options=bank.gate.options_for(name),
         scaling=bank.scaling,
         dropout=bank.dropout,
         own_masks=bank.own_masks,
         now=now,
+        table=None if table is None else _table(table, router in trainable, device, len(experts) - (SHARED in experts)),
     )
     _check_gate(layer)
     layer.row_spans = _share(layer, row_keys, bank.tensors, trainable)
     layer.column_spans = _share(layer, b_keys, bank.tensors, trainable)
     return layer
+
+
+def _table(router: Tensor, trains: bool, device: torch.device, experts: int) -> nn.Parameter:
+    if router.ndim != 2 or len(router) != experts:
+        raise CoterieError(f"a router of {list(router.shape)} does not have a row for each of {experts} experts")
+    return nn.Parameter(router.detach().to(device, copy=True), requires_grad=trains)
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:

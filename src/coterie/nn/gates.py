@@ -2,15 +2,18 @@
 
 A gate is ``gate(p, z, **options) -> g``, with
 
-* ``p`` [n, s]: the router applied to x (before dropout), one row per token; None for a module without a router;
+* ``p`` [n, s]: the router applied to x (before dropout), one row per token; None for a module without a router; for a
+  gate marked with ``by_expert``, the router itself, [e, c];
 * ``z`` [n, e, r]: ``A_e x`` of every expert, for gates that route by it; None where the experts' ranks differ;
-* ``g`` [n, e]: the weight of every expert, in the bank's order; None stands for all ones.
+* ``g`` [n, e]: the weight of every expert, in the bank's order, or [1, e], the same for all tokens; None stands for all
+  ones.
 
 Options come from :class:`~coterie.types.GateSpec`. A gate raises :class:`ValueError` for options or shapes that are
 not valid: ``attach`` tries it on one row first. To add a gate, add a function of p and z, here or in an installed
 package (entry points ``coterie.gates``); a method names it by the function's name. Mark it with ``by_output`` if it
-depends on z (else z may be of x~, or None), with ``by_row`` if all tokens of a row weigh alike, and with ``scored`` to
-give it the load-balance loss (:func:`balance_loss`).
+depends on z (else z may be of x~, or None), with ``by_row`` if all tokens of a row weigh alike, with ``by_expert`` if
+its router has c numbers for each expert and is not applied to x, and with ``scored`` to give it the load-balance loss
+(:func:`balance_loss`).
 """
 
 from __future__ import annotations
@@ -33,9 +36,11 @@ Scores = Callable[[Tensor | None, Tensor | None], Tensor]
 G = TypeVar("G", bound=Gate)
 
 GROUP = "coterie.gates"
+_TINY = 1e-24  # a token of zeros divides by this
 _SCORES: dict[str, Scores] = {}
 _BY_OUTPUT: set[str] = set()
 _BY_ROW: set[str] = set()
+_BY_EXPERT: set[str] = set()
 
 
 def scored(scores: Scores) -> Callable[[G], G]:
@@ -57,6 +62,12 @@ def by_output(gate: G) -> G:
 def by_row(gate: G) -> G:
     """Mark a gate that weighs whole rows: p is of the mean over a row's tokens, scaled to length 1 (:mod:`.rows`)."""
     _BY_ROW.add(gate.__name__)
+    return gate
+
+
+def by_expert(gate: G) -> G:
+    """Mark a gate whose router is a table [e, c]: c numbers for each routed expert, instead of rows applied to x."""
+    _BY_EXPERT.add(gate.__name__)
     return gate
 
 
@@ -147,6 +158,36 @@ def similarity(p: Tensor | None, z: Tensor | None, *, scale: float) -> Tensor:
     return torch.cat([1 - a, a], dim=-1)
 
 
+@by_expert
+def signed(p: Tensor | None, z: Tensor | None, *, k: int = 0) -> Tensor:
+    """g = w, a signed weight for each expert, the same for all tokens: a weighted sum of the experts, no softmax.
+
+    Shapes: p = w [e, 1], g [1, e]. ``k``: only the k largest by |w| are active; 0: all. The gradient reaches the others
+    too (straight through), so that they can come back.
+    """
+    return _largest(_table(p, 1)[:, 0].unsqueeze(0), k)
+
+
+@by_output
+@by_expert
+def response(p: Tensor | None, z: Tensor | None, *, k: int = 0) -> Tensor:
+    """Weights in the experts' own coordinates: g = w + m * u + U V^T u, where u says how strongly each A responds to x.
+
+    u_e = |A_e x| / (the root mean square of |A x| over the experts): its size depends neither on x's nor on how many
+    experts there are. Shapes: p = [w, m, U, V] [e, 2 + 2q], z [n, e, r], g [n, e]. ``k``: as for :func:`signed`, by
+    |g|, for every token.
+    """
+    p = _table(p, 2)
+    if z is None:
+        raise ValueError("it needs experts of one rank")
+    wide = torch.promote_types(z.dtype, p.dtype)
+    p, size = p.to(wide), z.to(wide).norm(dim=-1)
+    u = size / (size.square().mean(dim=-1, keepdim=True) + _TINY).sqrt()
+    left, right = p[:, 2:].chunk(2, dim=1)
+    g = p[:, 0] + p[:, 1] * u
+    return _largest(g + (u @ right) @ left.T if left.shape[1] else g, k)
+
+
 def balance_loss(gate: str, p: Tensor | None, z: Tensor | None, g: Tensor, counted: Tensor | None) -> Tensor:
     """n * sum_e mean_t(p_te) f_e of one module (2411.19128, section 4.2), p_t the softmax of the gate's scores.
 
@@ -177,6 +218,11 @@ def routes_by_row(gate: str) -> bool:
     return gate in _BY_ROW
 
 
+def routes_by_expert(gate: str) -> bool:
+    """Whether a gate is marked with :func:`by_expert`."""
+    return gate in _BY_EXPERT
+
+
 @cache
 def gate_named(name: str) -> Gate:
     """The gate called ``name``, of this module or of an installed package (:mod:`coterie.plugins`).
@@ -204,6 +250,25 @@ def gates() -> dict[str, Gate]:
 
 def _is_gate(function: Gate) -> bool:
     return list(inspect.signature(function).parameters)[:2] == ["p", "z"]
+
+
+def _table(p: Tensor | None, least: int) -> Tensor:
+    """``p`` [e, c], if c is ``least`` or that and an even number more."""
+    p = _routed(p)
+    if p.shape[-1] < least or (p.shape[-1] - least) % 2 or (least == 1 < p.shape[-1]):
+        more = "" if least == 1 else ", or an even number more"
+        raise ValueError(f"a router of {p.shape[-1]} numbers for each expert; it must have {least}{more}")
+    return p
+
+
+def _largest(g: Tensor, k: int) -> Tensor:
+    """``g`` [n, e] with 0 for all but the ``k`` largest by size; the gradient is that of ``g`` itself. 0: all stay."""
+    if k < 0:
+        raise ValueError(f"k is {k}; it must be at least 0")
+    if not 0 < k < g.shape[-1]:
+        return g
+    kept = torch.zeros_like(g).scatter_(-1, g.detach().abs().topk(k, dim=-1, sorted=False).indices, 1.0)
+    return g + (g * (kept - 1)).detach()  # g + (-g) is exactly 0
 
 
 def _top_softmax(p: Tensor, k: int, serves: tuple[int, ...], experts: int) -> Tensor:

@@ -155,7 +155,7 @@ class ManyLayer:
         if p is not None and self.by_row:
             p = self.row_scores.spread(x, p.flatten(0, 1), self.now.row_mask).view_as(p)
         self._record_directions(x)
-        g = self._weights(p, routed)
+        g = self._weights(p, routed, h)
         if g is not None and self.now.probe is not None:
             self.now.probe(self, g)
         return self._add(output.contiguous(), h, g)
@@ -256,10 +256,10 @@ class ManyLayer:
             keep[at].view(self.now.rows, per_row, -1)[:rows, :kept] = mask.view(rows, kept, -1)
         return keep
 
-    def _weights(self, p: Tensor | None, routed: Tensor | None) -> Tensor | None:
+    def _weights(self, p: Tensor | None, routed: Tensor | None, h: Tensor) -> Tensor | None:
         """g [c, n, e] of all active clients, 1 for those without a gate; None if none has. Collects statistics too."""
         groups, back = self._groups()
-        of_groups = [self._weights_of(group, p, routed) for group in groups]
+        of_groups = [self._weights_of(group, p, routed, h) for group in groups]
         like = next((g for g in of_groups if g is not None), None)
         if like is None:
             return None
@@ -272,7 +272,7 @@ class ManyLayer:
         whole = full[0] if len(full) == 1 else torch.cat(full)
         return whole if back is None else whole.index_select(0, back)
 
-    def _weights_of(self, group: Group, p: Tensor | None, routed: Tensor | None) -> Tensor | None:
+    def _weights_of(self, group: Group, p: Tensor | None, routed: Tensor | None, h: Tensor) -> Tensor | None:
         """g [c, n, e] of clients with the same gate and ranks, weighed together."""
         mine = [self.layers[self.now.active[at]] for at in group.places]
         one = mine[0]
@@ -281,7 +281,7 @@ class ManyLayer:
         ours = group.of(p)[..., : one.slots].flatten(0, 1) if p is not None and one.slots else None
         first, last = one.shared_rank, sum(one.ranks.each)
         outputs = self.rows.new_empty(0, 0) if routed is None else group.of(routed)[..., first:last].flatten(0, 1)
-        g = one.weights(ours, outputs)
+        g = one.spread(one.weights(ours, outputs), h[: len(mine)].flatten(0, 1))
         if any(layer is not None and layer.now.collects for layer in mine):
             number = len(mine)
             parts = ([None] * number if values is None else values.chunk(number) for values in (ours, g))
@@ -338,8 +338,9 @@ def _routes_by(gate: str) -> tuple[bool, bool]:
 
 
 def _kind(layer: BankLayer | None) -> tuple[object, ...] | None:
-    """What layers must have in common to share a gate."""
+    """What layers must have in common to share a gate. A gate with a table is a client's own."""
     if layer is None:
         return None
     options = json.dumps(layer.options, sort_keys=True)
-    return layer.gate, options, layer.ranks.each, layer.slots, layer.has_shared
+    own = None if layer.table is None else id(layer)
+    return layer.gate, options, layer.ranks.each, layer.slots, layer.has_shared, own

@@ -31,9 +31,12 @@ GATES: dict[str, dict[str, Any]] = {
     "top_k": {"k": 2},
     "slot_top_k": {"own": 1},
     "scaled_dot_product": {"k": 2},
+    "signed": {},
+    "response": {},
 }
+BY_OUTPUT = ("scaled_dot_product", "response")
 RANKS = {"alike": [3, 3, 3], "apart": [1, 4, 2], "one": [2, 2]}
-PAIRS = [(gate, ranks) for gate in GATES for ranks in RANKS if (gate, ranks) != ("scaled_dot_product", "apart")]
+PAIRS = [(gate, ranks) for gate in GATES for ranks in RANKS if not (gate in BY_OUTPUT and ranks == "apart")]
 
 
 def linear(dtype: torch.dtype = torch.float64, kind: type[nn.Module] = nn.Linear, seed: int = 0) -> nn.Sequential:
@@ -59,7 +62,14 @@ def by_loop(module: nn.Module, bank: Bank, values: dict[Key, Tensor], x: Tensor)
     experts = sorted(key.expert for key in values if key.part is Part.A)
     routed = [e for e in experts if e != SHARED]
     g = torch.ones(len(rows), len(routed), dtype=x.dtype)
-    if bank.gate.name != "constant":
+    if bank.gate.name in ("signed", "response"):
+        table = values[Key("0", NO_EXPERT, Part.ROUTER)]
+        g = table[:, 0].expand(len(rows), -1)
+        if bank.gate.name == "response":
+            size = torch.stack([(rows @ values[Key("0", e, Part.A)].T).norm(dim=1) for e in routed], 1)
+            u = size / size.square().mean(1, keepdim=True).sqrt()
+            g = g + table[:, 1] * u + u @ table[:, 3:] @ table[:, 2:3].T
+    elif bank.gate.name != "constant":
         p = rows @ values[Key("0", NO_EXPERT, Part.ROUTER)].T
         if bank.gate.name == "scaled_dot_product":
             scores = [((rows @ values[Key("0", e, Part.A)].T) * p).sum(1) / p.shape[1] ** 0.5 for e in routed]
@@ -268,8 +278,9 @@ def test_two_products_and_no_wait_however_many_experts(gate: str, ranks: str) ->
         with Watch() as in_training:
             module(x)
         counts.add((watch.count - 1, in_training.count - 1, sum(watch.found.values()) - watch.found["clone"]))
-    assert {two for two, _, _ in counts} == {2}
-    assert {three for _, three, _ in counts} == {2 if gate == "constant" else 3}
+    own = 2 if gate == "response" else 0  # of U and V^T, among the experts' weights
+    assert {two for two, _, _ in counts} == {2 + own}
+    assert {three for _, three, _ in counts} == {(2 if gate in ("constant", "signed") else 3) + own}
     assert len(counts) == 1  # nor any other operation more (a copy where the rows are padded aside)
 
 

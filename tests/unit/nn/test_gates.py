@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.nn.gates import gates, slot_top_k, softmax, top_k
+from coterie.nn.gates import gates, response, signed, slot_top_k, softmax, top_k
 from coterie.ops.streams import stream
 
 torch.set_num_threads(1)
@@ -129,3 +129,46 @@ def test_what_else_is_refused() -> None:
     for gate, options in ((softmax, {}), (top_k, {"k": 2}), (slot_top_k, {"own": 0})):
         with pytest.raises(ValueError, match="router"):
             gate(None, None, **options)
+
+
+def test_signed_is_a_weight_for_each_expert_whatever_the_token() -> None:
+    w = logits(5, 1)
+    assert torch.equal(signed(w, None), w.T)
+    picks = w[:, 0].abs().argsort(descending=True)[:2]
+    kept = torch.zeros(5, dtype=w.dtype).index_copy(0, picks, w[picks, 0])
+    assert torch.equal(signed(w, None, k=2), kept.unsqueeze(0))
+    assert torch.equal(signed(w, None, k=9), w.T)
+    wanted = torch.randn(1, 5, generator=stream(0, "probe"), dtype=w.dtype)
+    grads = [
+        torch.autograd.grad((signed(v, None, k=k) * wanted).sum(), v)[0]
+        for k in (0, 2)
+        for v in [w.clone().requires_grad_()]
+    ]
+    assert torch.equal(grads[0], wanted.T)
+    assert torch.equal(grads[1], wanted.T)  # inactive experts can come back
+
+
+def test_response_prefers_the_experts_whose_a_responds() -> None:
+    z = torch.tensor([[[3.0], [-4.0], [0.0]], [[0.3], [-0.4], [0.0]], [[0.0], [0.0], [0.0]]], dtype=torch.float64)
+    p = torch.tensor([[0.0, 1.0]] * 3, dtype=torch.float64)
+    g = response(p, z)
+    assert g[0].tolist() == pytest.approx([3 / (25 / 3) ** 0.5, 4 / (25 / 3) ** 0.5, 0])
+    torch.testing.assert_close(g[1], g[0])  # the size of x does not matter
+    assert g[2].tolist() == [0, 0, 0]
+    assert response(p, z, k=1).ne(0).sum(1).tolist() == [1, 1, 0]
+    low = torch.cat([p, torch.ones(3, 2, dtype=p.dtype)], dim=1)
+    torch.testing.assert_close(response(low, z), g + g.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("gate", "columns", "options", "message"),
+    [
+        (signed, 2, {}, "it must have 1"),
+        (response, 1, {}, "it must have 2, or an even number more"),
+        (response, 3, {}, "it must have 2, or an even number more"),
+        (signed, 1, {"k": -1}, "k is -1"),
+    ],
+)
+def test_tables_of_other_sizes_are_refused(gate: Callable, columns: int, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gate(logits(3, columns), logits(4, 3).unsqueeze(-1), **options)
