@@ -93,7 +93,7 @@ class Train:
     ``purpose`` names the random stream (batch order, dropout) together with the seed, the round and the client. Rows
     of ``hold_out`` are not trained on. Keys of ``proximal`` must be trainable. ``rows_of``: train on the rows of these
     clients together, which only a simulation can do; each client's rows go through the bank's head of that number,
-    ``Key(name, number, Part.HEAD)``.
+    ``Key(name, number, Part.HEAD)``. ``rates``: factors on the learning rate of single tensors; 1 for the others.
     """
 
     bank: Bank
@@ -105,6 +105,7 @@ class Train:
     proximal: Proximal | None = None
     last_ranks: LastRanks | None = None
     rows_of: Mapping[ClientId, int] = field(default_factory=dict)
+    rates: Mapping[Key, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

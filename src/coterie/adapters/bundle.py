@@ -1,12 +1,12 @@
 """A client's whole bank in one file: its experts, router, gate and head, and what a reader must know of them.
 
-:func:`coterie.nn.attach.attach` puts the bank back on its base. Where the bank is a LoRA or a sum of LoRAs, a PEFT
-adapter is written beside it.
+:func:`coterie.nn.attach.attach` puts the bank back on its base. Where the bank is a LoRA or a sum of LoRAs with
+weights that no token changes, a PEFT adapter is written beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from coterie.adapters.about import About
 from coterie.codec import CodecError, decode, encode, plain_field
 from coterie.files import write_atomic
-from coterie.types import Bank, CoterieError, Key, Part
+from coterie.nn.gates import signed
+from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part
 
 BUNDLE_FILE = "bundle.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -33,9 +34,9 @@ class Bundle:
 
 
 def write_bundle(folder: Path, bank: Bank, about: About, *, fan_in_fan_out: bool = False) -> None:
-    """Write ``bank`` and ``about`` to ``folder``, and a PEFT adapter beside it where the gate is ``constant``."""
+    """Write ``bank`` and ``about`` to ``folder``; where the gate is ``constant`` or ``signed``, also a PEFT adapter."""
     write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, about)))
-    expert = one_lora(bank) if bank.gate.name == "constant" else {}
+    expert = one_lora(bank) if bank.gate.name in ("constant", "signed") else {}
     if not expert:
         return
     from coterie.adapters.write import ranks_of, write_adapter  # PEFT takes a second to import
@@ -81,15 +82,30 @@ _READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _present}
 
 
 def one_lora(bank: Bank) -> dict[Key, Tensor]:
-    """All experts as one, which they are with the gate ``constant``. Empty without experts.
+    """All experts as one, which they are with the gate ``constant`` or ``signed``. Empty without experts.
 
-    The rows of A are under each other, the columns of B beside each other.
+    The rows of A are under each other, the columns of B beside each other. The weights of the gate ``signed`` are in B;
+    experts that weigh 0 are left out, unless all of a module do.
     """
     by_module: dict[str, list[Key]] = {}
     for key in sorted(key for key in bank.tensors if key.part is Part.A):
         by_module.setdefault(key.module, []).append(key)
     tensors: dict[Key, Tensor] = {}
     for module, keys in by_module.items():
+        weights = _weights(bank, module, keys)
+        keys = [key for key in keys if weights[key]] or keys
+        b = [bank.tensors[key._replace(part=Part.B)] for key in keys]
         tensors[Key(module, 0, Part.A)] = torch.cat([bank.tensors[key] for key in keys])
-        tensors[Key(module, 0, Part.B)] = torch.cat([bank.tensors[key._replace(part=Part.B)] for key in keys], dim=1)
+        tensors[Key(module, 0, Part.B)] = torch.cat(
+            [w if (g := weights[key]) == 1 else w * g for key, w in zip(keys, b, strict=True)], dim=1
+        )
     return tensors
+
+
+def _weights(bank: Bank, module: str, keys: Sequence[Key]) -> dict[Key, float]:
+    """The weight of each of a module's experts, given by their A's ``keys``: 1, or that of the gate ``signed``."""
+    weights, routed = dict.fromkeys(keys, 1.0), [key for key in keys if key.expert != SHARED]
+    if bank.gate.name == "signed" and routed:
+        g = signed(bank.tensors[Key(module, NO_EXPERT, Part.ROUTER)], None, **bank.gate.options_for(module))
+        weights |= dict(zip(routed, g[0].tolist(), strict=True))
+    return weights

@@ -19,11 +19,12 @@ class Pace(NamedTuple):
     optim: Optim
     rnd: int
     steps: int
+    factor: float = 1.0
 
     def rate(self, step: int) -> float:
         """The learning rate at ``step`` (from 0) of round ``rnd`` (from 1)."""
         decayed = self.optim.learning_rate * self.optim.round_decay ** (self.rnd - 1)
-        return decayed * _factor(self.optim.schedule, step, self.steps)
+        return decayed * self.factor * _factor(self.optim.schedule, step, self.steps)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
     Losses are summed over clients, so that one backward pass gives each its own gradients. A client that has no step
     left, or a fault, takes no part: the optimiser leaves it as it is.
     """
-    parameters = [(training.pace, training.parameters) for training in trainings]
+    parameters = [each for training in trainings for each in training.paces.items()]
     optimisers = Optimisers.of(parameters, fused=passes.many is not None)
     while going := [i for i, training in enumerate(trainings) if training.going]:
         micro = {i: trainings[i].begin_step() for i in going}
@@ -63,7 +63,7 @@ def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
             torch.stack(losses).sum().backward()
         for i in going:
             trainings[i].clip()
-        optimisers.step({trainings[i].pace: trainings[i].step for i in going})
+        optimisers.step({pace: trainings[i].step for i in going for pace in trainings[i].paces})
         for i in going:
             trainings[i].end_step()
         passes.workplace.report(_steps([trainings[i] for i in going]))
@@ -79,8 +79,9 @@ class Training:
     """One client's training in one round.
 
     ``steps`` holds the examples of every micro-batch of every optimiser step, ``heads`` the number of the head that
-    each goes through, ``layers`` the bank as layers for the base. Raises :class:`CoterieError` where there are no rows,
-    or the bank does not fit the base.
+    each goes through, ``layers`` the bank as layers for the base, ``paces`` the parameters by what their learning rate
+    depends on: those of one pace, of any client, have the same rate. Raises :class:`CoterieError` where there are no
+    rows, or the bank does not fit the base.
     """
 
     workplace: Workplace
@@ -91,6 +92,7 @@ class Training:
     heads: list[list[int]] = field(init=False)
     layers: BankLayers = field(init=False)
     penalties: Penalties = field(init=False)
+    paces: dict[Pace, list[nn.Parameter]] = field(init=False)
     losses: list[Tensor] = field(default_factory=list)  # of each step: [2], the task's and the load-balance loss
     counts: list[int] = field(default_factory=list)  # of each step: the labels
     step: int = 0
@@ -103,6 +105,7 @@ class Training:
         self.layers = build_layers(self.workplace.base.model, self.request.bank, self.request.trainable)
         self.layers.now.training = True
         self.penalties = Penalties.of(self.request, self.layers.parameters)
+        self.paces = self._by_pace()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -114,10 +117,13 @@ class Training:
         """Whether a step is left to take."""
         return self.fault is None and self.step < len(self.steps)
 
-    @property
-    def pace(self) -> Pace:
-        """What the learning rate depends on: clients with the same pace have the same rate at every step."""
-        return Pace(self.request.optim, self.rnd, len(self.steps))
+    def _by_pace(self) -> dict[Pace, list[nn.Parameter]]:
+        """The parameters by what their learning rate depends on."""
+        by_pace: dict[Pace, list[nn.Parameter]] = {}
+        for key, parameter in self.layers.parameters.items():
+            pace = Pace(self.request.optim, self.rnd, len(self.steps), self.request.rates.get(key, 1.0))
+            by_pace.setdefault(pace, []).append(parameter)
+        return by_pace
 
     @property
     def counts_padding(self) -> bool:

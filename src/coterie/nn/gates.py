@@ -102,20 +102,22 @@ def softmax(p: Tensor | None, z: Tensor | None) -> Tensor:
 
 
 @scored(_routed)
-def top_k(p: Tensor | None, z: Tensor | None, *, k: int, scale: str = "one") -> Tensor:
+def top_k(p: Tensor | None, z: Tensor | None, *, k: int, scale: str | float = "one") -> Tensor:
     """g = softmax over the k largest of p, 0 elsewhere (the same as softmax over all, renormalised). p [n, e].
 
-    ``scale`` is what the weights add up to: ``"one"``, or ``"active"``: the number of active experts, so that experts
-    that weigh alike each weigh 1, as the ranks of a plain LoRA do (SmartFed, 2512.00902).
+    ``scale`` is what the weights add up to: ``"one"``, a number, or ``"active"``: the number of active experts, so that
+    experts that weigh alike each weigh 1, as the ranks of a plain LoRA do (SmartFed, 2512.00902).
     """
     p = _routed(p)
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    if scale not in ("one", "active"):
-        raise ValueError(f"scale is {scale!r}; it must be 'one' or 'active'")
+    if scale not in ("one", "active") and (isinstance(scale, str) or not scale > 0):
+        raise ValueError(f"scale is {scale!r}; it must be 'one', 'active' or a number above 0")
     active = min(k, p.shape[-1])
     g = _top_softmax(p, active, tuple(range(p.shape[-1])), p.shape[-1])
-    return g * active if scale == "active" else g
+    if scale == "one":
+        return g
+    return g * (scale if isinstance(scale, float | int) else active)
 
 
 def slot_top_k(p: Tensor | None, z: Tensor | None, *, own: int) -> Tensor:

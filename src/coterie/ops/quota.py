@@ -2,7 +2,8 @@
 
 Every rule takes the matrices' importances [m] (not negative), their sizes N_m, the budget and the floor, and returns
 quotas K_m with min(floor, N_m) <= K_m <= N_m and sum K_m = the budget (the sum of the sizes, where that is less).
-Ties go to the matrix that comes first. The paper's formulas are not public: these are reconstructions.
+Ties go to the matrix that comes first. These are reconstructions: the paper has the formulas, and
+we have not been able to read them.
 Every rule raises :class:`ValueError` for a budget that the floors exceed and for importances that are not numbers >= 0.
 """
 

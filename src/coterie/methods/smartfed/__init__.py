@@ -8,10 +8,12 @@
 4. EEQA: a budget of active experts is divided among the matrices by importance, which clients measure every
    ``quota_interval`` rounds and upload as a number per matrix (:mod:`coterie.ops.quota`).
 
-The code and the formulas of the gate's scale and of EEQA are not published: ``gate_scale``, ``importance`` and
-``quota`` are reconstructions (docs/methods/smartfed.md says which steps are the paper's).
-Ours: a fresh expert beside the pool (``fresh_rank``), pool adapters that train (``train_experts``), adapters dropped
-for lack of use (``drop_below``), whole adapters as experts (``granularity = "adapter"``, a control).
+No code is published. The formulas are in the paper (13 equations, one algorithm), which we have not been able to read:
+``gate_scale``, ``importance`` and ``quota`` are reconstructions (docs/methods/smartfed.md says which steps are the
+paper's).
+Ours: routers in the experts' own coordinates (``router``), a fresh expert beside the pool (``fresh_rank``), pool
+adapters that train (``train_experts``), adapters dropped for lack of use (``drop_below``), whole adapters as experts
+(``granularity = "adapter"``, a control).
 """
 
 from coterie.methods.smartfed.method import SmartFed

@@ -25,13 +25,12 @@ from coterie.methods.parts import (
 from coterie.methods.robust import Group, grouped
 from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
+from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
-from coterie.ops.streams import kaiming_uniform, stream
 from coterie.requests import ClientProgram, Train
 from coterie.types import (
-    NO_EXPERT,
     SHARED,
     Bank,
     BaseSpec,
@@ -39,7 +38,6 @@ from coterie.types import (
     ClientInfo,
     ClientResult,
     CoterieError,
-    GateSpec,
     Instruction,
     Json,
     Kept,
@@ -100,13 +98,10 @@ class SmartFed(Method[SmartFedState]):
         names = names_in(pool, base)
         width = {t.name: t.d_in for t in base.targets}
         shape = {names[m]: (len(numbers(pool.adapters, m, self._whole)), width[names[m]]) for m in pool.modules}
-        routers = {
-            _router(m): kaiming_uniform(of, stream(self.plan.seed, "router", m)) for m, of in sorted(shape.items())
-        }
         fresh = start_lora(base, replace(self.plan, rank=self.settings.fresh_rank or 1), SHARED)
         state = SmartFedState(
             pool=pool.name,
-            routers=routers,
+            routers=start_routers(self.settings, self.plan.seed, shape),
             heads=start_heads(base, self.plan, clients),
             fresh=fresh if self.settings.fresh_rank else {},
             trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
@@ -199,7 +194,9 @@ class SmartFed(Method[SmartFedState]):
         elif self._lacks_pool(ins, personal):  # it returns the tensors untrained, and the server ignores them
             return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
-        trained = yield Train(bank, sent.trainable(bank), self.plan.optim)
+        trainable = sent.trainable(bank)
+        rates = {key: self.settings.rate_of(key) for key in trainable}
+        trained = yield Train(bank, trainable, self.plan.optim, rates=rates)
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
         own = {key: v for key, v in trained.tensors.items() if key.part in WHOLE or key.expert == SHARED}
         own |= sent.stacked(after)
@@ -216,12 +213,12 @@ class SmartFed(Method[SmartFedState]):
         """The pool's experts and the fresh one. If there is one, s is its scale, and the pool's B is divided by s."""
         sent, s = self._sent(ins), self.plan.scaling if self.settings.fresh_rank else 1.0
         pool = sent.cut({**self._pool_of(ins, me, personal), **sent.training})
+        if self.settings.router == "response":
+            pool = comparable(pool, sent.cut(sent.training))
         experts = {key: v / s if key.part is Part.B else v for key, v in pool.items()}
         fresh = {key: value for key, value in ins.tensors.items() if key.expert == SHARED}
-        quotas = {module: {"k": k} for module, k in ins.info["quotas"].items()}
-        gate = GateSpec("top_k", {"k": self.settings.active, "scale": self.settings.gate_scale}, quotas)
         tensors = with_head({**experts, **fresh, **router_of(ins.tensors)}, ins, personal)
-        return Bank(tensors, gate, s, self.plan.dropout)
+        return Bank(tensors, gate_of(self.settings, ins.info["quotas"]), s, self.plan.dropout)
 
     # steps of the server -----------------------------------------------------------------------------------------
 
@@ -241,6 +238,8 @@ class SmartFed(Method[SmartFedState]):
 
     def _quotas(self, state: SmartFedState, rule: str) -> dict[str, int]:
         sizes = {key.module: len(value) for key, value in sorted(state.routers.items())}
+        if self.settings.routes_all:
+            return sizes
         importance = [state.importance.get(module, 0.0) for module in sizes]
         quotas = RULES[rule](importance, list(sizes.values()), self.settings.active * len(sizes), self.settings.floor)
         return dict(zip(sizes, quotas, strict=True))
@@ -302,10 +301,6 @@ class SmartFed(Method[SmartFedState]):
 def _lacks(reply: Reply) -> bool:
     """Whether the client lacked the pool, and so trained nothing."""
     return reply.info.get("lacks_pool") is True
-
-
-def _router(module: str) -> Key:
-    return Key(module, NO_EXPERT, Part.ROUTER)
 
 
 def _travels(state: SmartFedState) -> dict[Key, Tensor]:

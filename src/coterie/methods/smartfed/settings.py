@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field
 
 from coterie.methods.plan import MethodSettings
+from coterie.types import SHARED, Key, Part
 
 
 class SmartFedSettings(MethodSettings):
@@ -24,9 +25,21 @@ class SmartFedSettings(MethodSettings):
     floor: int = Field(
         2, ge=1, description="active experts that every matrix keeps; with only one, a router cannot learn"
     )
-    gate_scale: Literal["active", "one"] = Field(
-        "active", description="what the K weights of a token add up to: K or 1"
+    router: Literal["paper", "signed", "response"] = Field(
+        "paper",
+        description="paper: softmax over W x per token; signed: a signed weight for each expert, all tokens alike; "
+        "response: that, and a part that follows |A x|",
     )
+    router_rank: int = Field(0, ge=0, description="rank of response's mixing of |A x| over experts; 0: each its own")
+    sparse: bool = Field(
+        False, description="signed and response: only a quota's largest weights are active; false: all experts are"
+    )
+    gate_scale: Literal["active", "one", "budget"] = Field(
+        "active", description="paper: what the K weights of a token add up to: K, 1, or active whatever K is"
+    )
+    router_rate: float = Field(1.0, gt=0, description="the routers' learning rate, times that of [train]")
+    head_rate: float = Field(1.0, gt=0, description="the head's learning rate, times that of [train]")
+    fresh_rate: float = Field(1.0, gt=0, description="the fresh expert's learning rate, times that of [train]")
     quota: Literal["proportional", "greedy", "uniform"] = Field(
         "proportional", description="how importance becomes quotas; uniform: no EEQA"
     )
@@ -43,6 +56,16 @@ class SmartFedSettings(MethodSettings):
     drop_below: float = Field(
         0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this fraction of an even share"
     )
+
+    @property
+    def routes_all(self) -> bool:
+        """Whether every expert is active on every token, whatever the quotas."""
+        return self.router != "paper" and not self.sparse
+
+    def rate_of(self, key: Key) -> float:
+        """The factor on the learning rate of a tensor."""
+        rates = {Part.ROUTER: self.router_rate, Part.HEAD: self.head_rate}
+        return self.fresh_rate if key.expert == SHARED else rates.get(key.part, 1.0)
 
     def located(self, root: Path) -> Self:
         return self.model_copy(update={"pool": str(root / Path(self.pool).expanduser())}) if self.pool else self

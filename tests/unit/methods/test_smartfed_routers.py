@@ -1,0 +1,142 @@
+"""SmartFed's kinds of router: where they start, what travels, their gates and learning rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pools
+import tiny
+from coterie.adapters.pool import cut, read_pool
+from coterie.methods.base import drive
+from coterie.methods.plan import Plan
+from coterie.methods.smartfed.method import SmartFed, SmartFedState
+from coterie.methods.smartfed.routers import comparable, start_routers
+from coterie.methods.smartfed.settings import SmartFedSettings
+from coterie.nn.attach import attached
+from coterie.nn.spec import describe
+from coterie.requests import Train, Trained
+from coterie.types import NO_EXPERT, SHARED, Bank, ClientInfo, Instruction, Key, Part, Personal, Reply
+
+torch.set_num_threads(1)
+BASE = describe(tiny.model("bert"))
+ME = ClientInfo("a", 10, labels=("x", "y"))
+N = 5  # experts of a matrix: adapters of rank 3 and 2
+TABLES = {"signed": 1, "response": 2}
+
+
+def made(fresh: int = 0, **settings: Any) -> tuple[SmartFed, SmartFedState, Instruction]:
+    chosen = SmartFedSettings(pool=str(pools.for_tiny()), fresh_rank=fresh, **settings)
+    method = SmartFed(chosen, Plan(rank=4, alpha=8, dropout=0.0, head="personal"))
+    state = method.init(BASE, [ME])
+    return method, state, method.configure(state, [ME], 2)[ME.id]
+
+
+def bank_of(**settings: Any) -> Bank:
+    method, _, ins = made(**settings)
+    return method.bank(ins, ME, Personal())
+
+
+def effect(bank: Bank) -> Tensor:
+    model = tiny.model("bert").double().eval()
+    double = Bank({k: v.double() for k, v in bank.tensors.items()}, bank.gate, bank.scaling)
+    with torch.no_grad(), attached(model, double):
+        return model(torch.tensor([[5, 9, 12, 7]])).logits
+
+
+@pytest.mark.parametrize("router", TABLES)
+def test_a_table_travels_instead_of_rows_as_wide_as_the_input(router: str) -> None:
+    method, state, ins = made(router=router)
+    routers = {key: value for key, value in ins.tensors.items() if key.part is Part.ROUTER}
+    assert {tuple(value.shape) for value in routers.values()} == {(N, TABLES[router])}
+    assert {key: method.expects(state, ME, 2)[key] for key in routers} == {
+        k: tuple(v.shape) for k, v in routers.items()
+    }
+    assert len(routers) == len(BASE.targets)
+    assert made(router="response", router_rank=2)[1].routers.popitem()[1].shape == (N, 6)
+
+
+def test_signed_starts_as_the_whole_pool_at_the_budgets_share() -> None:
+    """With K = N it is the plain sum of the pool's adapters."""
+    bank = bank_of(router="signed", active=N)
+    assert bank.gate.name == "signed"
+    plain = {k: v for k, v in bank.tensors.items() if k.part is not Part.ROUTER}
+    torch.testing.assert_close(effect(bank), effect(Bank(plain)), rtol=0, atol=1e-9)
+    assert tables(bank_of(router="signed", active=2)).unique().tolist() == pytest.approx([0.4])
+    assert tables(bank_of(router="signed", active=2, sparse=True)).unique().tolist() == [1.0]
+
+
+def tables(bank: Bank) -> Tensor:
+    return torch.cat([v.flatten() for k, v in bank.tensors.items() if k.part is Part.ROUTER])
+
+
+def test_response_starts_with_the_experts_whose_a_responds() -> None:
+    settings = SmartFedSettings(router="response", router_rank=2, active=2)
+    table = start_routers(settings, 0, {"m": (N, 7)})[Key("m", NO_EXPERT, Part.ROUTER)]
+    assert table[:, :2].tolist() == [[pytest.approx(0.2)] * 2] * N
+    assert not table[:, 2:4].any()
+    assert table[:, 4:].any()
+    a = {key: value for key, value in bank_of(router="response").tensors.items() if key.part is Part.A}
+    assert len(a) == N * len(BASE.targets)
+    torch.testing.assert_close(torch.stack([v.norm() for v in a.values()]), torch.ones(len(a)))
+
+
+def test_comparable_experts_compute_the_same_and_trained_ones_stay() -> None:
+    pieces = cut(read_pool(Path(pools.for_tiny())).tensors)
+    some = sorted(pieces)[0]
+    scaled = comparable(pieces, {some})
+    assert scaled[some] is pieces[some]
+    for key, a in pieces.items():
+        if key.part is Part.A:
+            b = key._replace(part=Part.B)
+            torch.testing.assert_close(scaled[b] @ scaled[key], pieces[b] @ a)
+
+
+@pytest.mark.parametrize("router", TABLES)
+def test_only_sparse_tables_have_quotas(router: str) -> None:
+    _, dense, _ = made(router=router, active=2)
+    assert set(dense.quotas.values()) == {N}
+    assert not bank_of(router=router, active=2).gate.per_module
+    _, sparse, _ = made(router=router, active=2, sparse=True)
+    assert set(sparse.quotas.values()) == {2}
+    gate = bank_of(router=router, active=2, sparse=True).gate
+    assert {gate.options_for(t.name)["k"] for t in BASE.targets} == {2}
+
+
+def test_a_fixed_total_does_not_change_with_the_quota() -> None:
+    gate = bank_of(gate_scale="budget", active=3).gate
+    assert gate.options == {"k": 3, "scale": 3.0}
+    assert bank_of(active=3).gate.options == {"k": 3, "scale": "active"}
+
+
+def test_routers_head_and_fresh_expert_have_learning_rates_of_their_own() -> None:
+    method, _, _ = made(fresh=2, router_rate=5.0, head_rate=0.5, fresh_rate=2.0)
+    first = method.configure(method.init(BASE, [ME]), [ME], 1)[ME.id]
+    seen: list[Train] = []
+
+    class Hand:
+        def train(self, request: Train) -> Trained:
+            seen.append(request)
+            return Trained({key: request.bank.tensors[key] for key in request.trainable}, 0.5, 10, 100, 5)
+
+    first = Instruction(first.tensors, {**first.info, "measure": False})
+    drive(method.client(first, ME, method.begin(BASE, ME)), Hand())  # type: ignore[arg-type]
+    wanted = {Part.ROUTER: 5.0, Part.HEAD: 0.5, Part.A: 2.0, Part.B: 2.0}
+    assert {key.part for key in seen[0].rates} == set(wanted)
+    assert seen[0].rates.keys() == seen[0].trainable
+    assert all(rate == wanted[key.part] for key, rate in seen[0].rates.items())
+    assert all(key.expert == SHARED for key in seen[0].rates if key.part in (Part.A, Part.B))
+
+
+def test_dropped_adapters_take_their_rows_of_the_table_with_them() -> None:
+    method, state, _ = made(router="response", drop_below=0.5)
+    use = {"one": 1.0, "two": 0.0}
+    info = {"importance": dict.fromkeys({k.module for k in state.routers}, 1.0), "use": use}
+    state = method.aggregate(state, {"a": Reply(state.routers, 10, info)}, 1)
+    assert state.dropped == ("two",)
+    assert {tuple(v.shape) for v in state.routers.values()} == {(3, 2)}
+    assert set(state.quotas.values()) == {3}
