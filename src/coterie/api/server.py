@@ -80,7 +80,7 @@ def ready(service: Service) -> Iterator[Ready]:
             scheme = "https" if service.certificate else "http"
             host = f"[{service.host}]" if ":" in service.host else service.host
             address = f"{scheme}://{host}:{sock.getsockname()[1]}/"
-            yield Ready(uvicorn.Server(_config(app, service)), sock, models, address)
+            yield Ready(uvicorn.Server(config_for(app, service)), sock, models, address)
         finally:
             worker.stop()
 
@@ -122,7 +122,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield sock
 
 
-def _config(app: object, service: Service) -> uvicorn.Config:
+def config_for(app: object, service: Service) -> uvicorn.Config:
+    """How uvicorn runs the application."""
     protocol = type("Protocol", (PatientProtocol,), {"head_seconds": service.limits.read_seconds})
     quiet = logging.getLogger("uvicorn.error")
     quiet.setLevel(logging.ERROR)
