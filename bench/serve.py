@@ -186,7 +186,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The table of a task: a row per number of clients and engine."""
     numbers = (1, 2) if options.quick else (1, 4, 16)
-    requests = 8 if options.quick else (192 if task == "classification" else 64)
+    requests = 8 if options.quick else (64 if task == "classification" else 32)
     path, route = make_base(folder, task, options.quick), "classify" if task == "classification" else "completions"
     with ExitStack() as stack:
         runs = {
@@ -314,7 +314,7 @@ def main() -> None:
         parser.add_argument(
             "--soak", type=float, nargs="?", const=600.0, help="seconds of the soak (600), and no bench"
         )
-        parser.add_argument("--repeats", type=int, default=5)
+        parser.add_argument("--repeats", type=int, default=3)
 
     options = arguments(__doc__ or "", add)
     with tempfile.TemporaryDirectory() as name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,7 @@ def api(
     with ready(Service(run, names, host, port, keys, certificate, private_key, base, device, limits)) as service:
         prose(f"models: {', '.join(service.models.names)}")
         say(f"open {service.address} in a browser, or give {service.address}v1 to a client of OpenAI's; Ctrl-C stops")
+        sys.stdout.flush()  # a pipe would keep the address to itself
         service.run()
 
 
