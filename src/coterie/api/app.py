@@ -9,9 +9,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from coterie.api.asking import Desk, GoneError
+from coterie.api.asking import Desk
 from coterie.api.guard import Guard, respond
-from coterie.api.jobs import RequestError
+from coterie.api.jobs import GoneError, RequestError
 from coterie.api.keys import Keys
 from coterie.api.limits import Limits
 from coterie.api.metrics import Metrics

@@ -12,16 +12,12 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Written
+from coterie.api.jobs import Encode, Encoded, Event, Generate, GoneError, Job, Piece, RequestError, Written
 from coterie.api.keys import Caller
 from coterie.api.limits import Limits
 from coterie.api.worker import Worker
 
 T = TypeVar("T")
-
-
-class GoneError(Exception):
-    """The client hung up before it had an answer."""
 
 
 @dataclass

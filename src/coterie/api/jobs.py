@@ -25,6 +25,10 @@ class RequestError(CoterieError):
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 
+class GoneError(Exception):
+    """The client hung up before it had an answer."""
+
+
 @dataclass(frozen=True)
 class Encode:
     """Texts (or pairs of texts) to classify or to embed. ``experts``: also which experts each token used."""
@@ -72,6 +76,10 @@ class TokenExperts:
 
     tokens: tuple[str, ...]
     layers: tuple[LayerExperts, ...]
+
+
+class GoneError(Exception):
+    """The client hung up before it had an answer."""
 
 
 @dataclass(frozen=True)

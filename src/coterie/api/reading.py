@@ -7,8 +7,9 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
-from coterie.api.jobs import RequestError
+from coterie.api.jobs import GoneError, RequestError
 from coterie.api.keys import Caller, Keys
 from coterie.api.served import Served
 from coterie.text import parse_json, plain_text, reason_of
@@ -43,11 +44,17 @@ class Reader:
         return number
 
     async def body(self, request: Request, kind: type[B]) -> B:
-        """The body of the request. Raises :class:`RequestError` that names the field that is wrong, not its value."""
+        """The body of the request. Raises :class:`RequestError` that names the field that is wrong, not its value.
+
+        Raises :class:`GoneError` for a client that hangs up before it has sent all.
+        """
         sent_as = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if sent_as != "application/json":  # a page of another origin cannot send this without being allowed to
             raise RequestError("the Content-Type must be application/json", 415, "bad_content_type")
-        raw = await request.body()
+        try:
+            raw = await request.body()
+        except ClientDisconnect:
+            raise GoneError from None
         try:
             return kind.model_validate(parse_json(raw))
         except ValidationError as fault:

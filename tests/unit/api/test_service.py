@@ -119,17 +119,18 @@ def test_a_body_that_comes_too_slowly_is_refused(classifier: Ready) -> None:
     assert exchange(classifier, head + b"Content-Length: 100\r\n\r\n{").startswith(b"HTTP/1.1 408")
 
 
-def test_a_client_that_hangs_up_costs_no_more_steps(tmp_path: Path) -> None:
+def test_a_client_that_hangs_up_costs_no_more_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(tmp_path, "llama")
     body = json.dumps({"model": "north", "prompt": "a", "max_tokens": 150, "stop": "@@@@", "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with running(Service(run, port=0, limits=Limits(rows=2))) as service:
-        for _ in range(6):
+        for sent in (*[len(body)] * 5, 9):
             with connect(service) as made:
-                made.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                made.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:sent])
         until(lambda: metric(service, "coterie_api_running") == metric(service, "coterie_api_waiting") == "0")
         answer = httpx.post(f"{service.address}v1/completions", json={"model": "north", "prompt": "a", "max_tokens": 3})
         assert answer.status_code == 200
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_what_is_too_much_or_takes_too_long_is_refused_with_when_to_come_back(tmp_path: Path) -> None:
