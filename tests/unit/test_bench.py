@@ -20,6 +20,7 @@ SLOW = {
     "flower_trainer",
     "scaling",
     "uneven",
+    "serve",
 }  # several processes, or several whole runs
 
 

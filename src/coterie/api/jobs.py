@@ -78,10 +78,6 @@ class TokenExperts:
     layers: tuple[LayerExperts, ...]
 
 
-class GoneError(Exception):
-    """The client hung up before it had an answer."""
-
-
 @dataclass(frozen=True)
 class Encoded:
     """Of one text: a probability for each label or an embedding, its tokens, and whether it was cut."""
