@@ -11,7 +11,9 @@ geometric median by Weiszfeld's iteration, Pillutla et al. (arXiv 1912.13445); c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Literal, TypeVar
 
 import torch
@@ -159,6 +161,30 @@ def weighted(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 def agreement(first: Tensor, second: Tensor) -> Tensor:
     """By coordinate, the smaller of two updates where their signs agree, else 0: the median of both and of none."""
     return torch.where(first.sign() == second.sign(), first.sign() * torch.minimum(first.abs(), second.abs()), 0.0)
+
+
+def shortened(rows: Tensor) -> Tensor:
+    """``rows`` [n, d], those that are longer than the median row shortened to it. Rows of 0 are not counted.
+
+    The median of an even number is the lower of the middle two.
+    """
+    sizes = rows.norm(dim=1)
+    known = sizes[sizes > 0]
+    if not len(known):
+        return rows
+    factors: Tensor = (known.median() / sizes.clamp_min(1e-30)).clamp_max(1.0)
+    return rows * factors[:, None]
+
+
+def capped(numbers: Sequence[Mapping[K, float]], times: float) -> list[dict[K, float]]:
+    """``numbers``, each scaled down where its sum is more than ``times`` the median sum.
+
+    As they are where there are fewer than three, or where the median sum is 0. No number may be below 0.
+    """
+    sums = [math.fsum(each.values()) for each in numbers]
+    most = times * median(sums) if len(sums) >= 3 else 0.0
+    factors = [most / total if 0 < most < total else 1.0 for total in sums]
+    return [{name: f * value for name, value in each.items()} for each, f in zip(numbers, factors, strict=True)]
 
 
 def check(vectors: int, attackers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -13,6 +14,7 @@ from coterie import codec
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
 from coterie.methods.findings import Assignment, ExpertPool, find
 from coterie.methods.plan import Plan
+from coterie.methods.robust import RobustSettings
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut, Observe, Observed, Train, Trained
 from coterie.types import (
@@ -255,3 +257,21 @@ def test_what_cannot_be_met_is_refused_before_the_run(settings: dict[str, Any], 
 def test_a_client_with_one_row_is_refused() -> None:
     with pytest.raises(CoterieError, match=r"client tiny has 1 training row.*add rows"):
         make(clients=[*CLIENTS, ClientInfo("tiny", 1)])
+
+
+def test_with_a_rule_a_client_with_a_long_embedding_does_not_get_every_expert() -> None:
+    """A token embedding a thousand times as long draws every expert that it is not turned away from."""
+    taken = {}
+    for rule in ("mean", "median"):
+        method, state = make(clients_per_expert=1, min_experts=1, top_k=1, max_experts=12)
+        method = FedAMoLE(method.settings, replace(method.plan, robust=RobustSettings(rule=rule)))  # type: ignore[arg-type]
+        longer = {m: t.clone() for m, t in state.token_embeddings.items()}
+        ones = {m: torch.ones(12, RANK) for m in longer}
+        for module, t in longer.items():
+            t[:] = torch.nn.functional.normalize(torch.rand(t.shape, generator=stream(5, module)) + 0.1)
+            t[0] *= 1000
+        state = replace(state, token_embeddings=longer, expert_embeddings=ones)
+        found = method._assign(state, method._chosen(state, 1))
+        taken[rule] = max(int(z[:, 0].sum()) for z in found.holds.values())
+    assert taken["mean"] == 4  # all but one each for the other eight
+    assert taken["median"] < 4

@@ -22,6 +22,7 @@ from coterie.methods.fedit import FedIT
 from coterie.methods.findings import Notes, Quotas, find
 from coterie.methods.parts import start_head
 from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.robust import RobustSettings
 from coterie.methods.smartfed.method import SmartFed, SmartFedState
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.nn.attach import attached
@@ -447,3 +448,22 @@ def test_a_relative_pool_starts_at_the_configs_folder() -> None:
     assert SmartFedSettings(pool="pools/x").located(Path("/a")).pool == "/a/pools/x"
     assert SmartFedSettings(pool="/b").located(Path("/a")).pool == "/b"
     assert SmartFedSettings().located(Path("/a")).pool == ""
+
+
+def test_one_client_of_four_cannot_buy_a_quota_with_a_large_importance() -> None:
+    method = smartfed()
+    state, personal = begun(method)
+    modules = [t.name for t in BASE.targets]
+    chosen = {module: 1.0 + i for i, module in enumerate(modules)}
+    _, _, replies = play(method, state, 1, personal, Hand(importance=chosen))
+    honest = dict.fromkeys("abc", replies["a"])
+    liar = {m: 1e15 * (m == modules[0]) for m in modules}
+    lie = replace(replies["a"], info={**replies["a"].info, "importance": liar})
+    found = method.aggregate(state, {**honest, "d": lie}, 1)
+    most = 10 * sum(chosen.values())
+    assert found.importance[modules[0]] == pytest.approx((3 * chosen[modules[0]] + most) / 4 / state.quotas[modules[0]])
+    rule = SmartFed(method.settings, replace(method.plan, robust=RobustSettings(rule="median")))
+    bounded = rule.aggregate(state, {**honest, "d": lie}, 1)
+    assert bounded.importance[modules[0]] == pytest.approx(
+        (3 * chosen[modules[0]] + most / 10) / 4 / state.quotas[modules[0]]
+    )

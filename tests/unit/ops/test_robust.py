@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.ops.robust import Rule, agreement, clipping, combination, combine, gram, limit, neighbour_mixing, norms
+from coterie.ops.robust import (
+    Rule,
+    agreement,
+    capped,
+    clipping,
+    combination,
+    combine,
+    gram,
+    limit,
+    neighbour_mixing,
+    norms,
+    shortened,
+)
 
 RULES = get_args(Rule)
 
@@ -74,6 +86,22 @@ def test_mixing_is_a_mean_of_neighbours() -> None:
 def test_a_rule_by_coordinate_has_no_coefficients() -> None:
     with pytest.raises(ValueError, match="median goes by coordinate"):
         combination("median", torch.eye(3).double(), 1)
+
+
+def test_no_row_is_longer_than_the_median_one() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8], [0.0, 1e6]])
+    torch.testing.assert_close(shortened(x), torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8], [0.0, 5.0]]))
+    assert torch.equal(shortened(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_nobody_gives_more_in_all_than_a_multiple_of_the_median() -> None:
+    honest = {"q": 1.0, "v": 3.0}
+    loud = {"q": 1e15, "v": 0.0}
+    assert capped([honest, loud, honest], 10.0) == [honest, {"q": 40.0, "v": 0.0}, honest]
+    assert capped([honest, loud], 10.0) == [honest, loud]
+    silent = {"q": 0.0, "v": 0.0}
+    assert capped([silent, loud, silent], 1.0) == [silent, loud, silent]
+    assert capped([honest, {"q": 0.0, "v": 4.0}, honest], 1.0)[1] == {"q": 0.0, "v": 4.0}  # another profile is no fault
 
 
 def test_two_agree_on_what_both_want() -> None:

@@ -29,6 +29,7 @@ from coterie.methods.parts import (
 from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
+from coterie.ops.robust import shortened
 from coterie.requests import Balance, ClientProgram, Observe, Train
 from coterie.types import (
     NO_EXPERT,
@@ -261,10 +262,14 @@ class FedAMoLE(Method[FedAMoLEState]):
         }
 
     def _chosen(self, state: FedAMoLEState, rnd: int) -> Scores:
-        """What the experts choose by, [m, E, n]: affinity, and a bonus for the clients that hold them."""
+        """What the experts choose by, [m, E, n]: affinity, and a bonus for the clients that hold them.
+
+        With ``[robust]`` no embedding is longer than the module's median one: a long one decides for all experts.
+        """
         modules = [t.name for t in state.base.targets]
         of_experts, of_clients = state.expert_embeddings, state.token_embeddings
-        prob = affinity([of_experts[m] for m in modules], [of_clients[m] for m in modules])
+        bounded = shortened if self.plan.robust.active else lambda rows: rows
+        prob = affinity([bounded(of_experts[m]) for m in modules], [bounded(of_clients[m]) for m in modules])
         inertia = self.settings.inertia if rnd > 1 else 0.0  # the experts did not choose who holds them in round 1
         return with_inertia(prob, [state.holds[m] for m in modules], inertia)
 

@@ -29,6 +29,7 @@ from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.ops.mean import mean
 from coterie.ops.quota import RULES
+from coterie.ops.robust import capped
 from coterie.requests import ClientProgram, Train
 from coterie.types import (
     SHARED,
@@ -48,6 +49,8 @@ from coterie.types import (
     Reply,
     Tensors,
 )
+
+MOST = 10.0  # times the clients' median: what one client's importance counts for at most, over all matrices
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,14 @@ class SmartFed(Method[SmartFedState]):
     def _eeqa(
         self, state: SmartFedState, infos: Mapping[ClientId, Mapping[str, Json]], weight: Mapping[ClientId, float]
     ) -> SmartFedState:
-        """Importance and use as the clients' means by examples; starved adapters are dropped, quotas computed again."""
-        weights = [weight[c] for c in infos]
-        importance, use = (mean_numbers([i[what] for i in infos.values()], weights) for what in ("importance", "use"))
+        """Importance and use as the clients' means by examples; starved adapters are dropped, quotas computed again.
+
+        Of three clients or more, none has more importance in all than :data:`MOST` times the clients' median, with
+        ``[robust]`` no more than the median, and none more use.
+        """
+        weights, most = [weight[c] for c in infos], 1.0 if self.plan.robust.active else MOST
+        importance = mean_numbers(capped([i["importance"] for i in infos.values()], most), weights)
+        use = mean_numbers(capped([i["use"] for i in infos.values()], 1.01), weights)  # shares: they sum to 1
         if self.settings.per_active:
             importance = {module: value / state.quotas[module] for module, value in importance.items()}
         state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
