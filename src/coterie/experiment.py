@@ -164,10 +164,20 @@ def _report(folder: Path, listen: Listener) -> None:
 
 def about_export(config: Config, root: Path, rnd: int, export: ExportedAs) -> About:
     """What a reader must know of what is exported of round ``rnd``."""
+    from coterie.compute.loading import chat_template_of
     from coterie.nn.locate import folder_of, shared_name
 
     name, here = (find(config.model.path, root) for find in (shared_name, folder_of))
-    return About(config.method_name, rnd, export, config.task.kind, name, here, max_length=config.model.max_length)
+    return About(
+        config.method_name,
+        rnd,
+        export,
+        config.task.kind,
+        name,
+        here,
+        max_length=config.model.max_length,
+        chat_template=chat_template_of(config, root),
+    )
 
 
 def about_base(about: About, spec: BaseSpec, tensors: Tensors) -> About:

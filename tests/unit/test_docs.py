@@ -201,7 +201,7 @@ def test_the_tutorial_from_a_csv_to_a_table(
     for block in (make, move):
         exec(compile(block.text, str(block), "exec"), {})
     smaller = {
-        'path = "minilm"': 'path = "model"', "_rows = 30": "_rows = 6", "_rows = 20": "_rows = 3",
+        'path = "minilm"': 'path = "model"', "_rows = 12": "_rows = 6", "_rows = 24": "_rows = 3",
         "_rows = 40": "_rows = 4", "rounds = 6": "rounds = 2",
     }  # fmt: skip
     for large, small in smaller.items():

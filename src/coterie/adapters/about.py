@@ -21,7 +21,7 @@ class About:
     the last ("last"). ``base`` is the base's name (on the hub, the alias ``minilm``, or that of its folder),
     ``base_path`` its folder on the machine that wrote this, ``base_sha256`` a digest of its weights
     (:func:`coterie.nn.weights.fingerprint`), "" if unknown. ``max_length`` is in tokens. ``client`` and ``labels``, in
-    the order of the logits, are those of a client's bank.
+    the order of the logits, are those of a client's bank. ``chat_template`` is the run's own, "" for the tokenizer's.
     """
 
     method: str
@@ -34,6 +34,7 @@ class About:
     max_length: int = 128
     client: str = ""
     labels: tuple[str, ...] | None = None
+    chat_template: str = ""
 
 
 def read_about(folder: Path) -> About | None:

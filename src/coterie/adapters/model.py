@@ -147,6 +147,8 @@ def base_of(
         was = f", which was in {about.base_path} where it was exported" if about.base_path else ""
         raise CoterieError(f"no base {about.base!r} here{was}: give its folder as base=... ({fault})") from fault
     check_base(loaded, bank, about)
+    if about.chat_template:
+        loaded.tokenizer.chat_template = about.chat_template
     return loaded
 
 

@@ -11,6 +11,7 @@ import torch
 
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
+from coterie.data.chat import check_template
 from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import Task, make_task
 from coterie.data.truncation import Truncation, truncation_of_all
@@ -72,7 +73,8 @@ def truncation_of(config: Config, federation: FederatedData, root: Path) -> Trun
 
     As :func:`~coterie.data.truncation.truncation_of_all`.
     """
-    task = _task(config, load_tokenizer(files_of(resolve(config.model.path, root), root, weights=False)))
+    tokenizer = load_tokenizer(files_of(resolve(config.model.path, root), root, weights=False))
+    task = _task(config, _with_template(tokenizer, config, root))
 
     def of(client: ClientData, split: str) -> Truncation:
         return Truncation.of([task.encode(row) for row in client.splits[split]])
@@ -85,6 +87,19 @@ def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     return make_task(
         task.kind, tokenizer, config.model.max_length, task.max_new_tokens, task.generate, task.turns, task.scores
     )
+
+
+def chat_template_of(config: Config, root: Path) -> str:
+    """The text of ``[model] chat_template``; "" without one. Raises :class:`CoterieError` for one that is not valid."""
+    if config.model.chat_template is None:
+        return ""
+    path = root / Path(config.model.chat_template).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise CoterieError(f"[model] chat_template: cannot read {path} ({fault})") from fault
+    check_template(text, str(path))
+    return text
 
 
 def device_names(setting: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -137,7 +152,7 @@ def _check_positions(config: Config, base: Base) -> None:
 
 
 def _load(config: Config, root: Path, device: str) -> Base:
-    return load_base(
+    base = load_base(
         resolve(config.model.path, root),
         config.task.kind,
         targets=config.lora.targets,
@@ -147,6 +162,15 @@ def _load(config: Config, root: Path, device: str) -> Base:
         gradient_checkpointing=config.model.gradient_checkpointing,
         root=root,
     )
+    _with_template(base.tokenizer, config, root)
+    return base
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, config: Config, root: Path) -> PreTrainedTokenizerBase:
+    """``tokenizer`` with the chat template of ``[model] chat_template``, if there is one."""
+    if template := chat_template_of(config, root):
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _precision(config: Config, bases: tuple[Base, ...]) -> str:

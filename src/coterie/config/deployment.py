@@ -60,6 +60,9 @@ class SiteModel(Section):
     """The base at this site."""
 
     path: str = Field("minilm", description="a model folder, a hub name, or the alias minilm")
+    chat_template: str | None = Field(
+        None, description="file with a chat template (Jinja), in place of the tokenizer's own; all sites need the same"
+    )
 
 
 class SiteData(Section):

@@ -29,6 +29,10 @@ class ModelSettings(Section):
     quantize: Literal["none", "nf4", "int8"] = Field("none", description="quantise the base (extra quant)")
     max_length: int = Field(128, ge=2, description="tokens per example; longer examples are cut")
     gradient_checkpointing: bool = Field(False, description="use less memory in training, for more time")
+    chat_template: str | None = Field(
+        None,
+        description="file with a chat template (Jinja), in place of the tokenizer's own; a site names its own",
+    )
 
 
 class LoraSettings(Section):

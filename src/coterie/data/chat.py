@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol, overload
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 
 from coterie.data.rows import ASSISTANT, Turn
-from coterie.types import DataError
+from coterie.types import CoterieError, DataError
 
 TrainedTurns = Literal["all", "last"]
 Span = tuple[int, int]  # from one token to before another
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_ENDS = re.compile(r"\{%[-+]?\s*endgeneration\s*[-+]?%\}")
 
 
 class ChatTokenizer(Protocol):
@@ -75,6 +76,16 @@ def render(tokenizer: ChatTokenizer, turns: Sequence[Turn], trained: TrainedTurn
         raise DataError(f"the chat template refuses the conversation: {fault}") from fault
     spans = rendered.spans if trained == "all" else rendered.spans[-1:]
     return Rendered(rendered.ids[: spans[-1][1]], spans)
+
+
+def check_template(text: str, where: str) -> None:
+    """Raises :class:`CoterieError` for a template that is empty, or whose blocks do not close."""
+    if not text.strip():
+        raise CoterieError(f"{where}: the chat template is empty")
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", _ENDS.sub("", text)))
+    except TemplateError as fault:
+        raise CoterieError(f"{where}: not a valid chat template: {fault}") from fault
 
 
 def prompt_ids(tokenizer: ChatTokenizer, turns: Sequence[Turn]) -> list[int]:

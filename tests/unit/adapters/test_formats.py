@@ -58,7 +58,7 @@ def test_the_present_format_is_stored(tmp_path: Path) -> None:
 def test_a_bundle_of_a_format_to_come_says_what_to_do(tmp_path: Path) -> None:
     bank, about = read_bundle(stored_bundle.STORED / FORMATS[-1])
     (tmp_path / BUNDLE_FILE).write_bytes(encode(Bundle(bank, about, 99)))
-    with pytest.raises(CoterieError, match=r"has format 99, and this Coterie reads up to 2; install a newer one"):
+    with pytest.raises(CoterieError, match=r"has format 99, and this Coterie reads up to 3; install a newer one"):
         read_bundle(tmp_path)
 
 
@@ -76,7 +76,7 @@ def fields(kind: type) -> list[str]:
 
 
 def header() -> Mapping[str, object]:
-    blob = (stored_bundle.STORED / "2" / BUNDLE_FILE).read_bytes()
+    blob = (stored_bundle.STORED / str(Bundle.format) / BUNDLE_FILE).read_bytes()
     (size,) = struct.unpack("<Q", blob[:8])
     found: Mapping[str, object] = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["coterie"][8:])
     return found
@@ -102,7 +102,7 @@ NAMED = [(0, Part.A), (0, Part.B), (-2, Part.A), (-3, Part.A), (-1, Part.ROUTER)
 
 
 def test_the_page_has_every_file_of_an_adapter(tmp_path: Path) -> None:
-    bank, about = read_bundle(stored_bundle.STORED / "2")
+    bank, about = read_bundle(stored_bundle.STORED / str(Bundle.format))
     one = {key: value for key, value in bank.tensors.items() if key.expert == 0}
     write_bundle(tmp_path, Bank(one, scaling=2.0), replace(about, task="generation", labels=None))
     written = {path.name for path in (tmp_path / ADAPTER_FOLDER).iterdir()}
