@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from coterie.adapters.about import About
@@ -58,7 +58,8 @@ def embedded(name: str, encoded: Sequence[Encoded], encoding: Literal["float", "
 
 def experts(of: TokenExperts) -> dict[str, Json]:
     """Which experts each token used, by layer."""
-    return asdict(of)
+    layers = [{"layer": one.layer, "experts": one.experts, "weights": one.weights} for one in of.layers]
+    return {"tokens": of.tokens, "layers": layers}
 
 
 def usage(of: Written) -> dict[str, int]:

@@ -22,6 +22,9 @@ from coterie.api.sampling import generator_of, next_token, penalised
 from coterie.api.served import Served
 from coterie.api.trial import check_decoding
 
+_PREFILL = 4096  # tokens of a pass over several prompts, with their padding
+_SHOWN = 2048  # tokens of a text whose experts are shown
+
 
 @dataclass(eq=False)
 class _Row:
@@ -50,6 +53,7 @@ class Decoding:
     _new: list[_Row] = field(default_factory=list)
     _running: list[_Row] = field(default_factory=list)
     _cache: RowCache | None = None
+    _wrote: bool = False  # in the last step
     _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,8 +80,10 @@ class Decoding:
                 "this model writes text; use /v1/chat/completions or /v1/completions", 400, "wrong_route"
             )
         ids = prompt_ids(self.served.base.tokenizer, request.prompt)
-        text = GrowingText(request.stop)
-        self._new.append(_Row(job, request, ids, self._most(request, len(ids)), generator_of(request.seed), text))
+        most, text = self._most(request, len(ids)), GrowingText(request.stop)
+        if request.experts and len(ids) + most > _SHOWN:
+            raise RequestError(f"experts are shown of at most {_SHOWN} tokens", 400, "too_many", "experts")
+        self._new.append(_Row(job, request, ids, most, generator_of(request.seed), text))
 
     def drop(self, over: set[Job]) -> None:
         """Forget jobs that are over."""
@@ -85,8 +91,8 @@ class Decoding:
         self._keep([row for row in self._running if row.job not in over])
 
     def step(self) -> list[Job]:
-        """One token more for every text; prompts that are new are read first. Returns the jobs that ended."""
-        if self._new:
+        """Read the next prompts, or write one token more of every text: in turns. Returns the jobs that ended."""
+        if self._new and (self._wrote or not self._running):
             self._join()
         else:
             self._decode()
@@ -123,9 +129,10 @@ class Decoding:
         return request.max_tokens or min(room, self.longest)
 
     def _join(self) -> None:
-        """A pass over the prompts of the new rows, which then run with the others."""
-        new = sorted(self._new, key=lambda row: row.request.client)
-        self._new = []
+        """A pass over the prompts of the first new rows, which then run with the others."""
+        number = self._fitting()
+        new, self._new = sorted(self._new[:number], key=lambda row: row.request.client), self._new[number:]
+        self._wrote = False
         width, device = max(len(row.prompt) for row in new), self.served.base.device
         pad = self.served.base.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(row.prompt)) + row.prompt for row in new], device=device)
@@ -137,8 +144,18 @@ class Decoding:
         self._cache = cache if self._cache is None else self._cache.joined(cache, order)
         self._running = [every[i] for i in order]
 
+    def _fitting(self) -> int:
+        """How many of the new rows share the next pass: at least one, and no more than padding makes worth while."""
+        width = 0
+        for number, row in enumerate(self._new):
+            width = max(width, len(row.prompt))
+            if number and (number + 1) * width > _PREFILL:
+                return number
+        return len(self._new)
+
     def _decode(self) -> None:
         """A pass over the last token of every row."""
+        self._wrote = True
         if self._cache is None:
             return
         self._cache.extend()
@@ -157,6 +174,10 @@ class Decoding:
         """Choose the next token of ``row``, send what is final of its text, and see whether it ends."""
         model, tokenizer = self.served.base.model, self.served.base.tokenizer
         penalty = model.generation_config.repetition_penalty or 1.0
+        if bool(logits.isnan().any()):  # a damaged bank: no reason to end the others
+            row.finish = "stop"
+            row.job.end(RequestError("the model's output is not a number", 500, "not_a_number"))
+            return
         logits = penalised(logits, [*row.prompt, *row.made], penalty)
         token = next_token(logits, row.request.temperature, row.request.top_p, row.random)
         row.made.append(token)

@@ -18,6 +18,7 @@ class Limits:
     waiting: int = 64
     per_key: int = 64
     texts: int = 64
+    experts_texts: int = 8
     messages: int = 256
     body_bytes: int = 256 * 1024
     prompt_tokens: int = 4096

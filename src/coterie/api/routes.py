@@ -58,6 +58,9 @@ class Routes:
         body = await self.reader.body(request, ClassifyBody)
         client = self.reader.number_of(caller, body.model)
         work = Encode(client, self._few(body.texts), "labels", body.experts)
+        if body.experts and len(body.texts) > self.limits.experts_texts:
+            most = self.limits.experts_texts
+            raise RequestError(f"experts are shown of at most {most} texts in a request", 400, "too_many", "experts")
         labels = self.reader.served.abouts[client].labels
         return JSONResponse(answers.classified(body.model, labels, await self._encoded(request, caller, work)))
 

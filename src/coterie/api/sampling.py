@@ -18,7 +18,8 @@ def next_token(
     """
     if temperature <= 0:
         return int(logits.argmax())
-    probabilities = (logits.double() / temperature).softmax(-1)
+    logits = logits.double()
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # so that no temperature is too small
     ordered, tokens = probabilities.sort(descending=True, stable=True)
     if top_p < 1:
         ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)  # the first one always stays

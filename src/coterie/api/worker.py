@@ -12,6 +12,10 @@ from typing import Protocol
 import torch
 
 from coterie.api.jobs import Job, RequestError
+from coterie.types import CoterieError
+
+# What a model or a tokenizer may raise; only the requests of the pass fail. The text may quote a request.
+_FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, CoterieError)
 
 
 def _broken() -> RequestError:
@@ -137,13 +141,17 @@ class Worker:
         except RequestError as fault:
             self._running.discard(job)
             job.end(fault)
+        except _FAULTS as fault:
+            self.report(f"a request could not be read: {where(fault)}")
+            self._running.discard(job)
+            job.end(_broken())
 
     def _step(self) -> None:
         if not self.engine.busy:
             return
         try:
             self._running -= set(self.engine.step())
-        except (RuntimeError, ValueError, IndexError, TypeError) as fault:  # the model's; its text may quote a request
+        except _FAULTS as fault:
             self.report(f"a pass failed: {where(fault)}")
             self._running -= set(self.engine.fail(_broken()))
             if torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ import torch
 import coterie
 import tiny
 from api_runs import CLIENTS, make_run
+from coterie.adapters.bundle import read_bundle, write_bundle
 from coterie.api.decode import Decoding
 from coterie.api.encode import Encoding
 from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Written
+from coterie.api.sampling import generator_of, next_token
 from coterie.api.served import served
 from coterie.api.worker import Engine
 from coterie.data.rows import Turn
-from coterie.types import CoterieError
+from coterie.types import CoterieError, Part
 
 torch.set_num_threads(1)
 TEXTS = ["the printer smokes", "x", "a rather long day indeed, is it not?", "two words"]
@@ -224,3 +227,34 @@ def test_a_folder_without_bundles_or_with_other_clients_is_an_error(tmp_path: Pa
         served(tmp_path / "elsewhere").__enter__()
     with served(run / "clients" / "south") as models:
         assert models.names == ("south",)
+
+
+def test_a_bank_that_makes_no_numbers_ends_its_own_requests_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "llama")
+    bank, about = read_bundle(run / "clients" / "north")
+    for key in (key for key in bank.tensors if key.part is Part.B):
+        bank.tensors[key].fill_(float("nan"))
+    write_bundle(run / "clients" / "north", bank, about)
+    with served(run) as models:
+        engine = Decoding(models, rows=8)
+        kept, broken = run_all(engine, [Generate(0, "a b", 5), Generate(1, "a b", 5, temperature=1.0)])
+        ((alone_,),) = run_all(engine, [Generate(0, "a b", 5)])
+    assert kept == [alone_]
+    (fault,) = broken
+    assert isinstance(fault, RequestError)
+    assert fault.code == "not_a_number"
+
+
+def test_prompts_that_padding_would_make_too_long_wait_their_turn(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("coterie.api.decode._PREFILL", 40)
+    requests = [Generate(0, "a b", 5), Generate(1, "a much longer prompt than the other", 5), Generate(2, "c", 5)]
+    with served(make_run(tmp_path, "llama")) as models:
+        engine = Decoding(models, rows=8)
+        together = run_all(engine, requests)
+        assert together == [log for request in requests for log in run_all(engine, [request])]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-10])
+def test_a_temperature_near_zero_takes_the_most_likely_token(temperature: float) -> None:
+    logits = torch.tensor([1.0, 300.0, -7.0])
+    assert next_token(logits, temperature, 1e-300, generator_of(1)) == 1

@@ -149,7 +149,7 @@ def test_a_pass_that_fails_ends_its_jobs_and_says_where_without_the_text() -> No
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_when_the_thread_ends_nobody_waits_for_ever() -> None:
-    engine = Waiting(rows=1, fault=KeyError("a bug"))
+    engine = Waiting(rows=1, fault=MemoryError("a bug"))
     with running(engine) as worker:
         faults = [ask(worker)[1].get(timeout=10)]
         assert [isinstance(fault, RequestError) and fault.status for fault in faults] == [503]
