@@ -94,12 +94,18 @@ def config(
     return made
 
 
-def make_module(work: Path, base: Path, name: str, tasks: Sequence[Task], number: int, epochs: int) -> Path:
-    """One LoRA trained on its own, by FedIT with a single client; returns the adapter's folder."""
-    out = work / "modules" / name
+def make_module(
+    work: Path, base: Path, name: str, tasks: Sequence[Task], number: int, epochs: int, draw: int = 0
+) -> Path:
+    """One LoRA trained on its own, by FedIT with a single client; returns the adapter's folder.
+
+    ``draw``: which draw of its rows.
+    """
+    other = f"-{draw}" if draw else ""
+    out = work / f"modules{other}" / name
     if not (out / "summary.json").exists():
-        place = work / "modules-data" / name / "alone"
-        write_rows(place / "train.jsonl", rows(tasks, number, f"{name} train"))
+        place = work / f"modules{other}-data" / name / "alone"
+        write_rows(place / "train.jsonl", rows(tasks, number, f"{name} train{other}"))
         write_rows(place / "test.jsonl", rows(tasks, 64, f"{name} test"))
         train = {"learning_rate": 5e-3, "batch_size": 32, "epochs": epochs}
         lora = {"rank": 4, "alpha": 8.0}
@@ -127,3 +133,15 @@ def merged_base(base: Path, pool: Pool, weight: float, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def zero_shot(base: Path, pool: Pool, target: Task, folder: Path, number: int = 256) -> float:
+    """Exact matches of the base with the plain sum of the pool in it, which saw no row of the target."""
+    merged = LlamaForCausalLM.from_pretrained(merged_base(base, pool, 1.0, folder)).eval()
+    words, right = tokenizer(), 0
+    with torch.no_grad():
+        for made in rows([target], number, "zero-shot"):
+            prompt = words(made["prompt"], return_tensors="pt")
+            answer = merged.generate(**prompt, max_new_tokens=7, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+            right += words.decode(answer, skip_special_tokens=True).split() == made["completion"].split()
+    return right / number

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from language import Task, rows, write_rows
-from prepare import MODULES, config, make_base, make_module, make_pool, merged_base
+from prepare import MODULES, config, make_base, make_module, make_pool, merged_base, zero_shot
 from rich.console import Console
 from rich.table import Table
 
@@ -72,6 +72,22 @@ ABLATIONS = [
     Case("K 16", {"name": "smartfed", "active": 16}),
     Case("poisoned", {"name": "smartfed"}, poisoned=True),
 ]
+SIGNED = {"name": "smartfed", "router": "signed"}
+RESPONSE = {"name": "smartfed", "router": "response"}
+ROUTERS = [  # routers of a few numbers for each expert
+    Case("signed", SIGNED),
+    Case("response", RESPONSE),
+    Case("signed, rate 4", {**SIGNED, "router_rate": 4.0}),
+    Case("response, rate 4", {**RESPONSE, "router_rate": 4.0}),
+]
+POISONED = [
+    Case("signed, poisoned", SIGNED, poisoned=True),
+    Case("response, poisoned", RESPONSE, poisoned=True),
+]
+ROUTERS_NARROW = [
+    Case("signed + fresh, narrow pool", {**SIGNED, "fresh_rank": 8}, narrow=True),
+    Case("response + fresh, narrow pool", {**RESPONSE, "fresh_rank": 8}, narrow=True),
+]
 NARROW = [  # no mixture of two modules swaps: the parts of the whole pool do
     Case("SmartFed, narrow pool", {"name": "smartfed", "active": 4}, narrow=True),
     Case("SmartFed + fresh, narrow pool", {**FRESH, "active": 4}, narrow=True),
@@ -83,6 +99,10 @@ def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
     if quick:
         yield "sort in letters", MAIN[0], 10
         return
+    for target, share in (("sort in letters", 100), ("mirror in letters", 10)):
+        yield from ((target, case, share) for case in ROUTERS)
+    yield from (("unrelated", case, 100) for case in ROUTERS_NARROW)
+    yield from (("sort in letters", case, 100) for case in POISONED)
     main = [case for case in MAIN if first or case.name not in ("FedIT from merge", "local")]
     for target in ("sort in letters", "mirror in letters"):
         for share in (100, 10):
@@ -93,27 +113,42 @@ def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
 
 
 class Bench:
-    def __init__(self, work: Path, quick: bool) -> None:
-        self.work, self.quick = work, quick
+    def __init__(self, work: Path, quick: bool, draw: int = 0) -> None:
+        self.work, self.quick, self.draw = work, quick, draw
         steps, number, epochs = (3, 32, 1) if quick else (500, 2000, 3)
         self.base = make_base(work / "base", steps)
         letters = 1 if quick else 2
         self.modules = {
-            name: make_module(work, self.base, name, tasks, number * (letters if name == "letters" else 1), epochs)
+            name: make_module(
+                work, self.base, name, tasks, number * (letters if name == "letters" else 1), epochs, draw
+            )
             for name, tasks in MODULES.items()
         }
-        self.pool = work / "pool"
-        make_pool(self.pool, self.modules)
+        self.pool = self._pool("", self.modules)
+
+    def _pool(self, name: str, modules: Mapping[str, Path]) -> Path:
+        """The folder of a pool of this draw, which is made where it is missing."""
+        folder = self.work / "-".join(["pool", *filter(None, [name, str(self.draw or "")])])
+        make_pool(folder, modules)
+        return folder
+
+    def zero_shot(self) -> dict[str, float]:
+        """Exact matches on the targets of the plain sum of the two modules that compose each."""
+        pairs = {"sort in letters": ("letters", "sort"), "mirror in letters": ("letters", "mirror")}
+        found = {}
+        for target, names in pairs.items():
+            pool = make_pool(self._pool("+".join(names), {n: self.modules[n] for n in names}), {})
+            folder = self.work / f"merged-{'-'.join(names)}-{self.draw}"
+            found[target] = zero_shot(self.base, pool, TARGETS[target], folder, 8 if self.quick else 256)
+        return found
 
     def pool_of(self, case: Case) -> Path:
         """The case's pool. Poison is a module trained to answer sorting in letters with the reversed answer."""
         if case.poisoned:
-            bad = make_module(self.work, self.base, "poison", [("wrong sort", "letters")], 2000, 3)
-            make_pool(self.work / "pool-poisoned", {**self.modules, "poison": bad})
-            return self.work / "pool-poisoned"
+            bad = make_module(self.work, self.base, "poison", [("wrong sort", "letters")], 2000, 3, self.draw)
+            return self._pool("poisoned", {**self.modules, "poison": bad})
         if case.narrow:
-            make_pool(self.work / "pool-narrow", {name: self.modules[name] for name in ("sort", "largest")})
-            return self.work / "pool-narrow"
+            return self._pool("narrow", {name: self.modules[name] for name in ("sort", "largest")})
         return self.pool
 
     def clients(self, target: str, share: int, seed: int) -> Path:
@@ -130,14 +165,15 @@ class Bench:
         return place
 
     def place(self, target: str, case: Case, share: int, seed: int) -> Path:
-        return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}".replace(" ", "-")
+        drawn = f"-pool-{self.draw}" if self.draw else ""
+        return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}{drawn}".replace(" ", "-")
 
     def run(self, target: str, case: Case, share: int, seed: int) -> dict[str, Any]:
         """The row of a run, which is made where it is not finished."""
         out = self.place(target, case, share, seed)
         if not (out / "summary.json").exists():
             self._federate(target, case, share, seed, out)
-        return _row(out) | {"target": target, "share": share, "case": case.name, "seed": seed}
+        return _row(out) | {"target": target, "share": share, "case": case.name, "seed": seed, "pool": self.draw}
 
     def _federate(self, target: str, case: Case, share: int, seed: int, out: Path) -> None:
         base, method = self.base, dict(case.method)
@@ -201,13 +237,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/skills"), help="base, modules, pools and runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them; of the clients' rows and of training")
+    parser.add_argument("--pool", type=int, default=0, help="which draw of the modules' rows")
+    parser.add_argument("--zero-shot", action="store_true", help="only measure the plain sums of two modules")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name;'")
     parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    bench = Bench(options.work.resolve(), options.quick)
+    bench = Bench(options.work.resolve(), options.quick, options.pool)
+    if options.zero_shot:
+        print(bench.zero_shot())
+        return
     found = []
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for seed in seeds:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import sites
 from coterie import codec
-from coterie.adapters.bundle import read_bundle
+from coterie.adapters.bundle import ADAPTER_FOLDER, read_bundle
 from coterie.adapters.pool import read_pool, write_pool
-from coterie.adapters.read import build_pool
-from coterie.config.load import load_config
+from coterie.adapters.read import build_pool, experts_of
+from coterie.cli.main import app
+from coterie.config.load import check_config, load_config
 from coterie.experiment import run
 from coterie.nn.locate import resolve
 from coterie.runs.events import CheckpointSaved, ClientDone, Event
@@ -35,12 +36,35 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder: Path = tmp_path_factory.mktemp(request.param)
     path = sites.config(folder, request.param)
     run(load_config(path), folder / "lease", root=folder)
-    experts = sorted((folder / "lease" / "experts").iterdir())
-    assert len(experts) >= 2
-    write_pool(folder / "pool", build_pool([str(expert) for expert in experts]))
+    app(["pool", "build", str(folder / "pool"), "--run", str(folder / "lease")], standalone_mode=False)
+    assert len(read_pool(folder / "pool").adapters) == len(list((folder / "lease" / "experts").iterdir())) >= 2
     text = path.read_text().replace("warmup_rounds = 1", 'pool = "pool"\nactive = 3\nfresh_rank = 1')
     (folder / "smart.toml").write_text(text.replace('"fedlease"', '"smartfed"'))
     return folder
+
+
+def test_a_run_without_experts_makes_no_pool(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match="has no experts to make a pool from"):
+        experts_of(tmp_path)
+
+
+def test_routers_of_a_few_numbers_go_through_a_run_and_signed_ones_end_as_one_lora(site: Path) -> None:
+    """Each client alone, and all in one pass: the same within floating point."""
+    whole = load_config(site / "smart.toml").model_dump(mode="json")
+    losses = {}
+    for router in ("signed", "response"):
+        for together in (1, 5):
+            changed = {
+                "method": {**whole["method"], "router": router},
+                "engine": {**whole["engine"], "clients_per_batch": together},
+            }
+            out = site / f"{router}-{together}"
+            summary = run(check_config({**whole, **changed}), out, root=site)
+            losses[router, together] = summary.mean["test"]["loss"]
+        assert losses[router, 1] == pytest.approx(losses[router, 5], rel=1e-4)
+        beside = [folder / ADAPTER_FOLDER for folder in (out / "clients").iterdir()]
+        assert len(beside) == 5
+        assert all(folder.exists() == (router == "signed") for folder in beside)
 
 
 def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:

@@ -62,6 +62,20 @@ class AdapterFolder:
     left_out: tuple[str, ...]
 
 
+def experts_of(run: Path) -> list[str]:
+    """The folders of a run's experts, which are adapters, as sources for :func:`build_pool`.
+
+    Raises :class:`CoterieError` for a folder without any.
+    """
+    folders = sorted(path.parent for path in (run / "experts").glob(f"*/{CONFIG_FILE}"))
+    if not folders:
+        raise CoterieError(
+            f"{run} has no experts to make a pool from; give the folder of a finished run whose server has "
+            "experts, such as FedLEASE's or FedIT's"
+        )
+    return [str(folder) for folder in folders]
+
+
 def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
     """A pool of the adapters in ``sources`` (``FOLDER`` or ``NAME=FOLDER``) for ``base``, by default their own.
 

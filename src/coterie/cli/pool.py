@@ -25,15 +25,19 @@ def build(
     adapters: Annotated[
         list[str] | None, typer.Option("--adapters", help="PEFT adapter folders, FOLDER or NAME=FOLDER, one or more")
     ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option("--run", help="a finished run, whose experts go into the pool; may be repeated")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="the base model, a folder or a hub name; by default the one the adapters name")
     ] = None,
 ) -> None:
-    """Check PEFT adapter folders against their base, and build a pool from them."""
+    """Check PEFT adapter folders, or the experts of runs, against their base, and build a pool from them."""
     from coterie.adapters.pool import write_pool
-    from coterie.adapters.read import build_pool
+    from coterie.adapters.read import build_pool, experts_of
 
-    pool = build_pool([*(adapters or ()), *(more or ())], base)
+    of_runs = [source for each in run or () for source in experts_of(each)]
+    pool = build_pool([*(adapters or ()), *(more or ()), *of_runs], base)
     write_pool(folder, pool)
     show(folder)
     for adapter in pool.adapters:
