@@ -13,6 +13,7 @@ import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith("_"))
+# Several processes, or several whole runs.
 SLOW = {
     "attacks",
     "assignment",
@@ -21,7 +22,8 @@ SLOW = {
     "scaling",
     "uneven",
     "serve",
-}  # several processes, or several whole runs
+    "onboard",
+}
 
 
 def test_the_benches_are_found() -> None:

@@ -1,4 +1,4 @@
-"""What ``coterie evaluate`` and ``coterie export`` show."""
+"""What ``coterie evaluate``, ``coterie export`` and ``coterie onboard`` show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from coterie.artifacts.cross import CrossTable, cross_table
 from coterie.artifacts.evaluate import Evaluation
 from coterie.artifacts.export import Exported
+from coterie.artifacts.onboard import Joined
 from coterie.cli import console
 from coterie.cli.console import heading, say, show_aligned
 from coterie.comparison.tables import number
@@ -60,3 +61,16 @@ def show_export(made: Exported) -> None:
         say("there were no labelled rows to measure the static form on")
     rank = f" of rank {made.rank}" if made.rank else ""
     say(f"{made.form}{rank}: {made.folder}")
+
+
+def show_joined(joined: Joined, out: Path) -> None:
+    """What a new client scores before and after, and where its bundle is."""
+    if joined.after:
+        heading(console.out, f"{joined.client}, on its test rows, before and after its router and head trained")
+        rows = [(words(name), number(joined.before[name], name), number(v, name)) for name, v in joined.after.items()]
+        show_aligned(("metric", "before", "after"), rows)
+    else:
+        say("there are no test rows to score it on")
+    if not joined.trained:
+        say("nothing was trained: its model has neither a router nor a head")
+    say(f"bundle: {out}")

@@ -1,4 +1,4 @@
-"""The commands that use what a run leaves: ``predict``, ``evaluate`` and ``export``."""
+"""The commands that use what a run leaves: ``predict``, ``evaluate``, ``export`` and ``onboard``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHOWN = 20  # reasons of rows without an answer
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (predict, evaluate, export):
+    for command in (predict, evaluate, export, onboard):
         app.command()(command)
 
 
@@ -140,6 +140,23 @@ def export(
     made = write(run, client, out, form=form, rank=rank, data=data, base=base, device=device,
                  language=language or (), command=command)  # fmt: skip
     show_export(made)
+
+
+def onboard(
+    run: Run,
+    data: Annotated[Path, typer.Option(help="the new client's folder, with train.jsonl, .csv or .parquet")],
+    out: Annotated[Path, typer.Option(help="the folder of its bundle, new or empty")],
+    client: Annotated[str, typer.Option(help="its name; default the name of its folder")] = "",
+    epochs: Annotated[int, typer.Option(min=1, help="of the router and the head over its training rows")] = 10,
+    base: BaseFolder = None,
+    device: Annotated[str | None, typer.Option(help="where to compute; default as the run did")] = None,
+) -> None:
+    """Give a client that was not there a model of a finished run: experts frozen, router and head trained."""
+    from coterie.artifacts.onboard import onboard as join
+    from coterie.cli.evaluation import show_joined
+
+    joined = join(run, data, out, client=client, epochs=epochs, base=base, device=device)
+    show_joined(joined, out)
 
 
 def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol
 
 from typing_extensions import TypeVar
@@ -37,8 +37,10 @@ from coterie.types import (
     BaseSpec,
     ClientId,
     ClientInfo,
+    CoterieError,
     Instruction,
     Key,
+    Part,
     Personal,
     Range,
     Reply,
@@ -158,6 +160,22 @@ class Method(ABC, Generic[S]):
         tensors = with_head({**lora_of(personal.tensors), **lora_of(ins.tensors)}, ins, personal)
         return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
+    def onboard(self, state: S, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """A program that finds the bank of ``me``, a client that was not there, after the last round.
+
+        It may request compute on the client's rows. By default the client gets what the server sends, keeps what the
+        method keeps on a client, and chooses as a client does. What came from the server is frozen; the router, the
+        head and what stays on the client train afterwards. Raises :class:`CoterieError` where no client can join.
+        """
+        if self.newcomers:
+            raise CoterieError(f"{self.name} takes no client after the start: {self.newcomers}")
+        own = self.begin(base, me)
+        personal = replace(own, tensors={**start_head(base, self.plan, me), **own.tensors})
+        ins = self.configure(state, [me], self.plan.rounds + 1)[me.id]
+        bank = yield from self.choose(ins, me, personal)
+        mine = (personal.tensors.keys() - ins.tensors.keys()) & bank.tensors.keys()
+        return Onboarded(bank, newcomers_own(bank) | mine)
+
     def choose(self, ins: Instruction, me: ClientInfo, personal: Personal) -> BankProgram:
         """A program that returns the bank to evaluate with and to export, if that is not the one trained last.
 
@@ -165,6 +183,19 @@ class Method(ABC, Generic[S]):
         :class:`Score` first.
         """
         return returning(self.bank(ins, me, personal))
+
+
+@dataclass(frozen=True)
+class Onboarded:
+    """The bank of a client that was not there, and what of it trains on the client's rows."""
+
+    bank: Bank
+    trainable: frozenset[Key]
+
+
+def newcomers_own(bank: Bank) -> frozenset[Key]:
+    """The router and the head of ``bank``."""
+    return frozenset(key for key in bank.tensors if key.part in (Part.ROUTER, Part.HEAD))
 
 
 class Compute(Protocol):

@@ -6,27 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import bundles
 import coterie
+import finished_runs
 import sites
 from coterie.artifacts.cross import cross_table
 from coterie.artifacts.evaluate import evaluate, plain
 from coterie.cli.main import app
 from coterie.comparison.cross import CROSS
-from coterie.experiment import run
 from coterie.ops.metrics import classification_metrics
 from coterie.runs.summary import read_summary
 from coterie.types import CoterieError, DataError
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("run")
-    run(sites.config(folder, method="fedit"), folder / "out")
-    return folder / "out"
+def finished() -> Path:
+    return finished_runs.fedlease()
 
 
 def test_a_clients_own_test_rows_score_what_the_run_reports(finished: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import bundles
 import coterie
+import finished_runs
 import sites
 import tiny
 from coterie.adapters.bundle import read_bundle
@@ -22,7 +23,6 @@ from coterie.artifacts.evaluate import open_client
 from coterie.artifacts.export import export
 from coterie.artifacts.static import mean_weights, static_bank
 from coterie.cli.main import app
-from coterie.experiment import run
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.requests import ExpertUse
@@ -137,13 +137,8 @@ def test_a_merged_decoder_writes_what_peft_writes(arch: str, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("run")
-    path = sites.config(folder, method="fedlease")
-    (folder / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# the base\n")
-    run(path, folder / "out")
-    return folder / "out"
+def finished() -> Path:
+    return finished_runs.fedlease()
 
 
 def test_the_command_writes_a_card_that_the_hubs_library_reads(

@@ -8,8 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from coterie.methods.base import Method
-from coterie.methods.fedamole.selection import Scores, affinity, at_random, by_group, running_mean, with_inertia
+from coterie.methods.base import Method, Onboarded, newcomers_own
+from coterie.methods.fedamole.selection import (
+    Scores,
+    affinity,
+    at_random,
+    by_group,
+    fitting,
+    running_mean,
+    with_inertia,
+)
 from coterie.methods.fedamole.settings import FedAMoLESettings
 from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
 from coterie.methods.parts import (
@@ -20,6 +28,7 @@ from coterie.methods.parts import (
     router_of,
     settle,
     shapes_of,
+    start_head,
     start_heads,
     start_lora,
     start_router,
@@ -30,7 +39,7 @@ from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
 from coterie.ops.robust import shortened
-from coterie.requests import Balance, ClientProgram, Observe, Train
+from coterie.requests import Balance, ClientProgram, Observe, Program, Train
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -186,6 +195,21 @@ class FedAMoLE(Method[FedAMoLEState]):
         gate = GateSpec("scaled_dot_product", {"k": self.settings.top_k})
         own_masks = self.settings.dropout_masks == "per_expert"
         return Bank(tensors, gate, self.plan.scaling, self.plan.dropout, own_masks)
+
+    def onboard(self, state: FedAMoLEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """In every module the experts that the client's tokens fit best, as many as a client holds on average."""
+        fixed = {key: state.pool[key] for key in state.pool if key.expert in (SHARED, NO_EXPERT)}
+        personal = Personal(start_head(base, self.plan, me))
+        shared = self.bank(Instruction(fixed), me, personal)
+        observed = yield Observe(shared, "train", ("embeddings",))
+        held = dict(fixed)
+        for module, z in state.holds.items():
+            number = min(max(round(float(z.sum()) / len(state.clients)), self._limits.min_experts), len(z))
+            token = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
+            chosen = fitting(state.expert_embeddings[module], state.token_embeddings[module], token, number)
+            held |= {key: state.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))}
+        bank = self.bank(Instruction(held), me, personal)
+        return Onboarded(bank, newcomers_own(bank))
 
     # steps of the server -----------------------------------------------------------------------------------------
 

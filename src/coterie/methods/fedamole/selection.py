@@ -62,6 +62,15 @@ def running_mean(before: Tensor, new: Tensor, memory: float) -> Tensor:
     return memory * before + (1 - memory) * new if memory and bool(before.any()) else new
 
 
+def fitting(experts: Tensor, clients: Tensor, new: Tensor, number: int) -> list[int]:
+    """The ``number`` experts that give a new client the largest prob, in order; of one module.
+
+    ``experts`` [E, r] and ``clients`` [n, r] are the embeddings of those that were there, ``new`` [r] the new client's.
+    """
+    prob = affinity([experts], [torch.cat([clients, new.unsqueeze(0)])])[0, :, -1]
+    return sorted(int(e) for e in np.argsort(-prob, kind="stable")[:number])
+
+
 def _filled(t: Tensor) -> Tensor:
     """Token embeddings [n, r]; a client without any gets the mean of the others."""
     known = t.any(dim=1, keepdim=True)

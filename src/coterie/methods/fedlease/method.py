@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from coterie.methods.base import Method
+from coterie.methods.base import Method, Onboarded, newcomers_own
 from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
 from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
@@ -18,6 +18,7 @@ from coterie.methods.fedlease.representation import (
     without_experts,
     without_representation,
 )
+from coterie.methods.fedlease.routing import gate_of
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.findings import AggregationError, Clusters, Finding, Values
 from coterie.methods.parts import (
@@ -42,14 +43,14 @@ from coterie.methods.parts import (
 )
 from coterie.methods.robust import Group, aggregated, alone, grouped
 from coterie.ops.mean import mean, relative_error
-from coterie.requests import ClientProgram, Observe, Train, Trained
+from coterie.requests import ClientProgram, Observe, Program, Train, Trained
 from coterie.types import (
     Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
     ClientResult,
-    GateSpec,
+    CoterieError,
     Instruction,
     Json,
     Key,
@@ -184,7 +185,19 @@ class FedLEASE(Method[FedLEASEState]):
         mine = {} if self.settings.routing == "own" else router_of(personal.tensors) or self._router(ins)
         if self.settings.expert_start == "own":
             mine |= lora_of(personal.tensors, 0, new=own)
-        return Bank(with_head({**ins.tensors, **mine}, ins, personal), self._gate(own), scaling, dropout)
+        return Bank(with_head({**ins.tensors, **mine}, ins, personal), gate_of(self.settings, own), scaling, dropout)
+
+    def onboard(self, state: FedLEASEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """A warm-up as in a round, then the nearest cluster's expert and router beside all other experts."""
+        if state.allocation is None:
+            raise CoterieError("fedlease has no clusters to join yet: the exported round is one of its warm-up")
+        own = self.begin(base, me)
+        personal = replace(own, tensors={**start_head(base, self.plan, me), **own.tensors})
+        warm = yield from self.client(Instruction({}, {"phase": "warm-up", "send": True}), me, personal)
+        known = replace(state, labels={**state.labels, me.id: me.labels or ()})
+        joined = self._add_late(known, {me.id: warm.reply})
+        bank = self.bank(self._instruction(joined, me.id, self.plan.rounds + 1), me, warm.personal)
+        return Onboarded(bank, newcomers_own(bank))
 
     # steps of the server -----------------------------------------------------------------------------------------
 
@@ -318,17 +331,6 @@ class FedLEASE(Method[FedLEASEState]):
         experts = len(of_a) // len(widths)
         base = BaseSpec(tuple(Target(module, d_in, 0) for module, d_in in widths.items()))
         return router_of(ins.tensors) or start_router(base, self.plan, self._slots(experts))
-
-    def _gate(self, own: int) -> GateSpec:
-        match self.settings.routing:
-            case "adaptive":
-                return GateSpec("slot_top_k", {"own": own})
-            case "top_k":
-                return GateSpec("top_k", {"k": self.settings.top_k})
-            case "dense":
-                return GateSpec("softmax")
-            case "own":
-                return GateSpec("constant")
 
     def _trainable(self, bank: Bank, own: int) -> frozenset[Key]:
         parts = (Part.ROUTER, Part.HEAD) if self.settings.head == "trained" else (Part.ROUTER,)

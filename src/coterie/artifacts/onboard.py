@@ -1,0 +1,136 @@
+"""``coterie onboard``: a client that was not there gets a model of the run, on its own rows and with experts frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from coterie.compute.client import LocalCompute
+from coterie.compute.loading import workplaces
+from coterie.config.load import check_config
+from coterie.config.sections import Config
+from coterie.data.clients import load_data
+from coterie.data.files import READERS
+from coterie.data.rows import ClientData
+from coterie.data.settings import ClientFiles, DataSettings
+from coterie.experiment import about_export, set_threads, write_own
+from coterie.methods.base import Method, Onboarded, drive
+from coterie.ops.metrics import Metrics
+from coterie.requests import Score, Train
+from coterie.runs import checkpoint
+from coterie.runs.checkpoint import Checkpoint, CorruptCheckpointError
+from coterie.runs.folder import read_config
+from coterie.runs.summary import SUMMARY, read_summary
+from coterie.types import Bank, ClientId, CoterieError
+
+EPOCHS = 10  # over the client's training rows, by default
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A client that joined: its bank, and what it scores on its test rows before and after its router and head train.
+
+    ``number`` of its tensors were trained; where there are none, ``after`` is ``before``. Without test rows both are
+    empty.
+    """
+
+    client: ClientId
+    bank: Bank
+    before: Metrics
+    after: Metrics
+    trained: int
+
+
+def onboard(
+    folder: Path | str,
+    data: Path | str,
+    out: Path | str,
+    *,
+    client: ClientId = "",
+    epochs: int = EPOCHS,
+    base: str | None = None,
+    device: str | None = None,
+) -> Joined:
+    """Give the client whose files are in the folder ``data`` a model of the finished run in ``folder``.
+
+    ``data`` holds ``train.jsonl`` (or .csv, .parquet), and ``validation`` and ``test`` beside it if there are any, in
+    the columns of the run. The method finds its experts (:meth:`Method.onboard`). They are frozen, and its router and
+    head train for ``epochs``. Its bundle is written to the folder ``out``, which must be new or empty. The run stays as
+    it is.
+    Raises :class:`CoterieError` for a run without the checkpoint of what it exported, for a method that no client can
+    join, and for bad rows.
+    """
+    path, target = Path(folder), Path(out)
+    if target.exists() and any(target.iterdir()):
+        raise CoterieError(f"{target} is not empty; name another folder")
+    raw, root = read_config(path)
+    config = _placed(check_config(raw), base, device)
+    method = config.make_method(root)
+    exported = _exported(path, method)
+    own = _rows(config, Path(data), client or Path(data).resolve().name)
+    set_threads(config)
+    place = workplaces(config, root, {})[0]
+    compute = LocalCompute(place, own, exported.rnd + 1)
+    joined = join(method, exported.state, compute, epochs)
+    about = about_export(config, root, exported.rnd, config.run.export)
+    write_own(target, joined.bank, about, place.base.spec, own.info)
+    return joined
+
+
+def join(method: Method, state: object, compute: LocalCompute, epochs: int) -> Joined:
+    """Find the client's experts, train its router and head, and score it before and after."""
+    spec, me = compute.workplace.base.spec, compute.client.info
+    found: Onboarded = drive(method.onboard(state, spec, me), compute)
+    before = _score(compute, found.bank)
+    bank = found.bank
+    if found.trainable:
+        optim = method.plan.optim.model_copy(update={"epochs": epochs, "steps": 0})
+        trained = compute.train(Train(bank, found.trainable, optim, purpose="onboard"))
+        bank = replace(bank, tensors={**bank.tensors, **trained.tensors})
+    return Joined(me.id, bank, before, _score(compute, bank), len(found.trainable))
+
+
+def _score(compute: LocalCompute, bank: Bank) -> Metrics:
+    if not compute.client.splits["test"]:
+        return {}
+    (scored,) = compute.score(Score([bank], "test"))
+    return {"loss": scored.loss, **scored.metrics}
+
+
+def _exported(folder: Path, method: Method) -> Checkpoint[object]:
+    """The checkpoint of the round that the run exported."""
+    if not (folder / SUMMARY).is_file():
+        raise CoterieError(f"{folder} holds no finished run (no {SUMMARY}); give the folder of one")
+    rnd = read_summary(folder / SUMMARY).exported_round
+    if rnd is None:
+        raise CoterieError(f"{folder / SUMMARY} does not say which round it exported: run it again")
+    try:
+        return checkpoint.load(folder / "checkpoints", rnd, method.State)
+    except CorruptCheckpointError as fault:
+        raise CoterieError(f"{folder} lacks the checkpoint of round {rnd}, which it exported ({fault})") from fault
+
+
+def _placed(config: Config, base: str | None, device: str | None) -> Config:
+    updates: dict[str, object] = {}
+    if base:
+        updates["model"] = config.model.model_copy(update={"path": base})
+    if device:
+        updates["engine"] = config.engine.model_copy(update={"device": device})
+    return config.model_copy(update=updates)
+
+
+def _rows(config: Config, folder: Path, client: ClientId) -> ClientData:
+    """The rows of the client's own files, read as the run reads its clients'."""
+    files: Mapping[str, str | None] = {split: _file(folder, split) for split in ("train", "validation", "test")}
+    if files["train"] is None:
+        raise CoterieError(f"{folder} has no training rows; put a file train.jsonl (or .csv, .parquet) there")
+    entry = ClientFiles(id=client, train=files["train"], validation=files["validation"], test=files["test"])
+    kept = ("labels", "columns", "validation_fraction", "test_fraction", "duplicates")
+    settings = DataSettings(clients=(entry,), **{name: getattr(config.data, name) for name in kept})
+    (own,) = load_data(settings, config.task.kind, config.run.seed, Path.cwd()).clients
+    return own
+
+
+def _file(folder: Path, split: str) -> str | None:
+    return next((str((folder / f"{split}{e}").resolve()) for e in READERS if (folder / f"{split}{e}").is_file()), None)

@@ -1,0 +1,70 @@
+"""A client that was not there joins every method after its last round, with the server's experts as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import short_runs
+from coterie.artifacts.onboard import join
+from coterie.compute.client import LocalCompute
+from coterie.methods.registry import methods
+from coterie.types import CoterieError, Part
+
+SETTINGS = {"fedlease": {"warmup_rounds": 1}, "fedamole": {"experts": 6}}
+THERE = ("mood-0", "size-0", "place-0", "mood-1")
+JOINABLE = sorted(set(methods()) - {"smartfed", "centralised"})
+
+
+def ended(name: str, folder: Path) -> short_runs.Ended:
+    torch.set_num_threads(1)
+    rounds, there = (2, THERE) if name == "fedlease" else (1, THERE[:2])
+    method = short_runs.make(name, rounds=rounds, **SETTINGS.get(name, {}))
+    return short_runs.run(method, short_runs.clients(*there), folder, rounds=rounds)
+
+
+@pytest.mark.parametrize("name", JOINABLE)
+def test_a_newcomer_joins_with_the_experts_frozen(name: str, tmp_path: Path) -> None:
+    run = ended(name, tmp_path)
+    (new,) = short_runs.clients("size-1")
+    joined = join(run.method, run.state, LocalCompute(run.engine.workplace, new, 3), epochs=1)
+    assert joined.client == "size-1"
+    assert joined.before.keys() == joined.after.keys() >= {"loss", "accuracy"}
+    assert joined.before["loss"] != joined.after["loss"]
+    head = {key: value for key, value in joined.bank.tensors.items() if key.part is Part.HEAD}
+    assert {value.shape[0] for value in head.values()} == {3}  # the job's labels
+    assert joined.trained >= len(head)
+    if name in ("fedlease", "fedamole", "fedit", "ifca"):
+        known = {
+            tuple(value.flatten().tolist())
+            for expert in run.method.experts(run.state).values()
+            for key, value in expert.items()
+        }
+        own = [value for key, value in joined.bank.tensors.items() if key.part in (Part.A, Part.B)]
+        assert own
+        assert {tuple(value.flatten().tolist()) for value in own} <= known
+
+
+def test_fedlease_finds_the_cluster_of_clients_with_the_same_rows(tmp_path: Path) -> None:
+    run = ended("fedlease", tmp_path)
+    for client in short_runs.clients("mood-0", "size-0"):  # in round 1, so its warm-up is the one that it sent
+        joined = join(run.method, run.state, LocalCompute(run.engine.workplace, client, 1), epochs=1)
+        assert joined.bank.gate.options["own"] == run.state.allocation.clusters[client.info.id]
+
+
+def test_fedamole_gives_a_newcomer_as_many_experts_as_others_have(tmp_path: Path) -> None:
+    run = ended("fedamole", tmp_path)
+    (new,) = short_runs.clients("size-1")
+    joined = join(run.method, run.state, LocalCompute(run.engine.workplace, new, 3), epochs=1)
+    for module, z in run.state.holds.items():
+        held = {key.expert for key in joined.bank.tensors if key.module == module and key.part is Part.A}
+        assert len(held - {-2}) == round(float(z.sum()) / 2)
+
+
+def test_a_method_that_no_client_can_join_says_so(tmp_path: Path) -> None:
+    run = ended("centralised", tmp_path)
+    (new,) = short_runs.clients("size-1")
+    with pytest.raises(CoterieError, match=r"centralised takes no client after the start: .* all clients' rows"):
+        join(run.method, run.state, LocalCompute(run.engine.workplace, new, 3), epochs=1)
