@@ -23,6 +23,7 @@ from coterie.report import plots
 from coterie.report.plots import Picture
 from coterie.report.read import Run, read_run
 from coterie.report.results import result_pictures, sample_tables
+from coterie.report.robust import robust_tables
 from coterie.report.tables import PERCENT, Table, label, show, tables, words
 from coterie.report.usage import usage_pictures
 from coterie.runs.folder import REPORT
@@ -55,7 +56,7 @@ def write_report(folder: Path, pictures: bool = False, summary: Summary | None =
             results=results,
             samples=sample_tables(run),
             method=method,
-            state=[item for item in shown if isinstance(item, Table)],
+            state=[*robust_tables(run), *(item for item in shown if isinstance(item, Table))],
             settings=tables(run.config, "Settings"),
             data=[*tables(run.sites, "Over the network"), *tables(run.manifest, "Data")],
             machine=_machine(run),
