@@ -105,7 +105,7 @@ def settings(folder: Path, rows: int, rounds: int, port: int) -> tuple[dict[str,
     server = {
         "model": {"path": "minilm", "max_length": 32},
         "train": {"epochs": 1},
-        "method": {"name": "fedlease", "warmup_rounds": 1, "experts": 2},
+        "method": {"name": "fedlease", "distance": "B", "warmup_rounds": 1, "experts": 2},
         "run": {"rounds": rounds, "evaluate_every": rounds},
         "engine": {"device": "cpu", "threads": 1},
         "federation": {"sites": list(SITES), "port": port},

@@ -54,7 +54,7 @@ class Place:
     def config(
         self, method: dict[str, Any], run: dict[str, Any], way: str = "one", **sections: dict[str, Any]
     ) -> Config:
-        given = {"name": "fedlease", "warmup_rounds": 1, **method}
+        given = {"name": "fedlease", "distance": "B", "warmup_rounds": 1, **method}
         run, engine = {"rounds": 1000, **run}, {"precision": self.precision, **OURS.get(way, OURS["one"])}
         return config_of(self.entries, self.size, method=given, run=run, engine=engine, **sections)
 

@@ -36,7 +36,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     size, folder, rounds = Size(**task["size"]), Path(task["folder"]), task["rounds"]
     entries = json.loads((folder / "entries.json").read_text())[: size.clients]
     engine = {**WAYS[task["way"]], "precision": task["precision"], "threads": task["threads"]}
-    method = {"name": "fedlease", "warmup_rounds": 1, "experts": 4}
+    method = {"name": "fedlease", "distance": "B", "warmup_rounds": 1, "experts": 4}
     run = {"rounds": 1000, "evaluate_every": rounds}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         began = time.perf_counter()

@@ -30,7 +30,7 @@ TASKS = {"classification": "bert", "generation": "llama", "multiple_choice": "ll
 METHODS: dict[str, dict[str, Any]] = {
     "local": {},
     "fedit": {},
-    "fedlease": {"warmup_rounds": 1, "max_experts": 3},
+    "fedlease": {"distance": "B", "warmup_rounds": 1, "max_experts": 3},
     "fedamole": {"experts": 6},
     "smartfed": {"active": 3, "fresh_rank": 2},
 }
@@ -38,7 +38,9 @@ ENGINES = {"local": {}, "batched": {"clients_per_batch": 3}, "flower-sim": {"nam
 VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
     "fedlease-shared": {"method": {"name": "fedlease", **METHODS["fedlease"]}, "task": {"head": "shared"}},
     "fedlease-cohort": {"method": {"name": "fedlease", **METHODS["fedlease"]}, "run": {"cohort": 0.7}},
-    "fedlease-own": {"method": {"name": "fedlease", "expert_start": "own", "router": "personal", "warmup_rounds": 1}},
+    "fedlease-own": {
+        "method": {"name": "fedlease", "distance": "B", "expert_start": "own", "router": "personal", "warmup_rounds": 1}
+    },
     "fedamole-static": {"method": {"name": "fedamole", "experts": 6, "assignment": "static"}},
     "smartfed-trained": {"method": {"name": "smartfed", "active": 3, "train_experts": ["two"], "drop_below": 0.1}},
     "fedit-bfloat16": {"method": {"name": "fedit"}, "engine": {"precision": "bfloat16"}},

@@ -31,13 +31,13 @@ from coterie.types import ClientId, Tensors
 MOST = 8
 FOUR = ("sst2", "trec", "mrpc", "sick")
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    "B (paper)": {},
+    "B (paper)": {"distance": "B"},
     "BA": {"distance": "BA"},
-    "B centred": {"centre": True},
+    "B centred": {"distance": "B", "centre": True},
     "BA centred": {"distance": "BA", "centre": True},
     "representation": {"distance": "representation"},
     "auto": {"distance": "auto"},
-    "B, or one cluster": {"min_experts": 1},
+    "B, or one cluster": {"distance": "B", "min_experts": 1},
     "BA centred, or one cluster": {"distance": "BA", "centre": True, "min_experts": 1},
 }
 FEDERATIONS = {  # rows of a client: clients of each dataset, in the order of its parts

@@ -41,7 +41,7 @@ def test_what_each_client_is_sent_equals_the_published_servers(way: str) -> None
     base = BaseSpec(tuple(Target(m, 8, 8) for m in modules))
     router = "cluster" if way == "out_route1" else "personal"
     plan = Plan(rank=3, alpha=3, rounds=10)
-    method = FedLEASE(FedLEASESettings(warmup_rounds=1, router=router), plan)
+    method = FedLEASE(FedLEASESettings(distance="B", warmup_rounds=1, router=router), plan)
     routers = {g: start_router(base, plan, 2 * len(groups) - 1) for g in groups}
     allocation = Allocation(clusters, {}, tuple(sorted(clusters)), torch.zeros(6, 6, dtype=torch.float64))
     state = FedLEASEState(base, {}, dict.fromkeys(clusters, ()), allocation=allocation, routers=routers)

@@ -246,7 +246,7 @@ def test_a_run_in_a_pipe_is_plain_lines(coterie_command: Command, tmp_path: Path
     lines = [line for line in text.splitlines() if not line.startswith("note: ")]
     assert lines[0] == f"5 clients, 2 rounds, in {out}"
     assert re.fullmatch(r"round 1/2  loss \d\.\d{3}  [\d,]+ tokens/s", lines[1])
-    assert re.match(r"\d clusters: silhouette -?\d\.\d{3}; the next best is -?\d\.\d{3} with \d", lines[2])
+    assert re.match(r"\d clusters?: \d clusters? by texts \(the best silhouette is -?\d\.\d{3}", lines[2])
     assert re.match(r"round 1/2  test: accuracy \d\.\d{3} .*  validation: accuracy \d\.\d{3} ", lines[3])
     assert re.fullmatch(r"round 2/2  loss \d\.\d{3}  [\d,]+ tokens/s  \d+:\d\d left", lines[4])
     assert lines[-1] == f"report: {out / 'report.html'}"

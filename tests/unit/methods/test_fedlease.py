@@ -24,7 +24,7 @@ INFO = {c.id: c for c in CLIENTS}
 
 def make(head: str = "personal", clients: Any = CLIENTS, **settings: Any) -> tuple[FedLEASE, FedLEASEState]:
     plan = Plan(rank=2, alpha=4, dropout=0.0, rounds=9, head=head)  # type: ignore[arg-type]
-    method = FedLEASE(FedLEASESettings(**{"warmup_rounds": 2, **settings}), plan)
+    method = FedLEASE(FedLEASESettings(**{"distance": "B", "warmup_rounds": 2, **settings}), plan)
     return method, method.init(BASE, clients)
 
 
@@ -262,7 +262,7 @@ def test_label_spaces_with_odd_names_do_not_mix() -> None:
         for i, labels in enumerate([("a|b", "c"), ("a", "b|c"), ("a|b", "c"), ("a", "b|c")])
     ]
     plan = Plan(rank=2, alpha=4, rounds=9, head="shared")
-    method = FedLEASE(FedLEASESettings(warmup_rounds=1, experts=1), plan)
+    method = FedLEASE(FedLEASESettings(distance="B", warmup_rounds=1, experts=1), plan)
     state = method.init(BASE, clients)
     loras = {c.id: method.begin(BASE, c).tensors for c in clients}
     replies = {c: Reply({k: v + 1 for k, v in tensors.items()}, 5) for c, tensors in loras.items()}
@@ -294,7 +294,7 @@ def test_shared_heads_are_averaged_in_a_cluster_with_the_same_labels() -> None:
 def test_a_frozen_head_is_never_trained_nor_sent() -> None:
     for head in ("personal", "shared"):
         plan = Plan(rank=2, alpha=4, rounds=9, head=head)  # type: ignore[arg-type]
-        method = FedLEASE(FedLEASESettings(warmup_rounds=1, head="frozen"), plan)
+        method = FedLEASE(FedLEASESettings(distance="B", warmup_rounds=1, head="frozen"), plan)
         state, personal = run(method, method.init(BASE, CLIENTS), 3)
         key = Key("score.weight", -1, Part.HEAD)
         start = method.begin(BASE, INFO["a0"]).tensors[key]

@@ -191,7 +191,7 @@ def test_the_last_client_of_a_cluster_stays(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_reclustering_needs_representations(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CoterieError, match=r"recluster_every compares representations; set distance to"):
-        play(monkeypatch, recluster_every=2)
+        play(monkeypatch, distance="B", recluster_every=2)
 
 
 def test_no_rule_weighs_a_representation(monkeypatch: pytest.MonkeyPatch) -> None:

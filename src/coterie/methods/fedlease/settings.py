@@ -32,7 +32,7 @@ class FedLEASESettings(MethodSettings):
         "average", description="linkage of the clusters' tree; or clusters by k-means or spectral clustering"
     )
     distance: Literal["B", "A", "BA", "representation", "auto"] = Field(
-        "B",
+        "auto",
         description="what is clustered by cosine distance: matrices of the warm-up LoRAs; the mean input of each "
         "target over a client's rows in the frozen base; or auto: by mean inputs, then within those by LoRAs",
     )
