@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,22 @@ from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.nn.attach import attached
 from coterie.nn.spec import describe
 from coterie.requests import Train, Trained
-from coterie.types import NO_EXPERT, SHARED, Bank, ClientInfo, Instruction, Key, Part, Personal, Reply
+from coterie.types import NO_EXPERT, SHARED, Bank, ClientInfo, CoterieError, Instruction, Key, Part, Personal, Reply
 
 torch.set_num_threads(1)
 BASE = describe(tiny.model("bert"))
 ME = ClientInfo("a", 10, labels=("x", "y"))
+WEAK = ClientInfo("weak", 10, labels=("x", "y"))
 N = 5  # experts of a matrix: adapters of rank 3 and 2
 TABLES = {"signed": 1, "response": 2}
 
 
-def made(fresh: int = 0, **settings: Any) -> tuple[SmartFed, SmartFedState, Instruction]:
+def made(
+    fresh: int = 0, clients: Sequence[ClientInfo] = (), **settings: Any
+) -> tuple[SmartFed, SmartFedState, Instruction]:
     chosen = SmartFedSettings(pool=str(pools.for_tiny()), fresh_rank=fresh, **settings)
     method = SmartFed(chosen, Plan(rank=4, alpha=8, dropout=0.0, head="personal"))
-    state = method.init(BASE, [ME])
+    state = method.init(BASE, clients or [ME])
     return method, state, method.configure(state, [ME], 2)[ME.id]
 
 
@@ -140,3 +144,41 @@ def test_dropped_adapters_take_their_rows_of_the_table_with_them() -> None:
     assert state.dropped == ("two",)
     assert {tuple(v.shape) for v in state.routers.values()} == {(3, 2)}
     assert set(state.quotas.values()) == {3}
+
+
+@pytest.mark.parametrize("router", [{}, {"router": "signed", "sparse": True}])
+def test_a_weak_client_activates_fewer_experts_and_the_federation_still_averages(router: dict[str, Any]) -> None:
+    method, state, _ = made(active=4, budgets={"weak": 1}, clients=[ME, WEAK], **router)
+    sent = method.configure(state, [ME, WEAK], 1)
+    ks = [
+        {method.bank(ins, ME, Personal()).gate.options_for(t.name)["k"] for t in BASE.targets} for ins in sent.values()
+    ]
+    assert ks == [{4}, {1}]
+    moved = {c: {key: value + i for key, value in state.routers.items()} for i, c in enumerate(sent)}
+    after = method.aggregate(state, {c: Reply(tensors, 10) for c, tensors in moved.items()}, 1)
+    assert all(torch.allclose(after.routers[key], value + 0.5) for key, value in state.routers.items())
+
+
+def test_importance_of_fewer_active_experts_counts_as_that_of_all() -> None:
+    method, state, _ = made(active=4, budgets={"weak": 2}, clients=[ME, WEAK])
+    modules = sorted(state.quotas)
+    use = {"one": 0.5, "two": 0.5}
+    of = {"a": 4.0, "weak": 2.0}  # every active expert matters alike: the sum grows with their number
+    replies = {
+        c: Reply(state.routers, 10, {"importance": dict.fromkeys(modules, v), "use": use}) for c, v in of.items()
+    }
+    after = method.aggregate(state, replies, 1)
+    assert set(after.importance.values()) == {1.0}
+    assert sum(method.configure(after, [WEAK], 2)["weak"].info["quotas"].values()) == 2 * len(modules)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budgets": {"nobody": 2}}, "'nobody', which is not a client"),
+        ({"budgets": {"a": 2}, "router": "signed"}, "sparse = true"),
+    ],
+)
+def test_budgets_that_cannot_work_say_so(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CoterieError, match=message):
+        made(**settings)

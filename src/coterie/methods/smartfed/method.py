@@ -110,6 +110,7 @@ class SmartFed(Method[SmartFedState]):
             trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
             notes=check_base(pool, names, base),
         )
+        self._check_budgets(clients)
         return replace(state, quotas=self._quotas(state, "uniform"))
 
     def configure(
@@ -119,7 +120,6 @@ class SmartFed(Method[SmartFedState]):
         info: dict[str, Json] = {
             "pool": state.pool,
             "adapters": {a.name: [a.first, a.rank] for a in pool.adapters if a.name not in state.dropped},
-            "quotas": dict(state.quotas),
             "measure": (rnd - 1) % self.settings.quota_interval == 0,
         }
         without = frozenset(state.holders) if self.settings.pool_at == "server" else frozenset(c.id for c in clients)
@@ -127,7 +127,7 @@ class SmartFed(Method[SmartFedState]):
         return {
             c.id: Instruction(
                 {**_travels(state), **state.heads.of(c.id), **({} if c.id in without else frozen)},
-                {**info, "sent": c.id not in without},
+                {**info, "quotas": self._quotas_of(state, c.id), "sent": c.id not in without},
             )
             for c in clients
         }
@@ -239,12 +239,32 @@ class SmartFed(Method[SmartFedState]):
                 f"[method] floor = {s.floor} is above active = {s.active}, the mean over matrices; lower it"
             )
 
-    def _quotas(self, state: SmartFedState, rule: str) -> dict[str, int]:
+    def _check_budgets(self, clients: Sequence[ClientInfo]) -> None:
+        s = self.settings
+        if unknown := sorted(s.budgets.keys() - {c.id for c in clients}):
+            raise CoterieError(f"[method] budgets names {unknown[0]!r}, which is not a client of this run; remove it")
+        if s.budgets and s.routes_all:
+            raise CoterieError(
+                f'[method] budgets: with router = "{s.router}" every expert is active; set sparse = true, or leave '
+                "budgets out"
+            )
+
+    def _quotas_of(self, state: SmartFedState, client: ClientId) -> dict[str, int]:
+        """The quotas of one client: the run's, or by the same rule and importance those of its own budget."""
+        if client not in self.settings.budgets:
+            return dict(state.quotas)
+        rule = self.settings.quota if state.importance else "uniform"
+        return self._quotas(state, rule, self.settings.budgets[client])
+
+    def _quotas(self, state: SmartFedState, rule: str, active: int = 0) -> dict[str, int]:
+        """The quotas of a budget of ``active`` experts per matrix, 0: the run's."""
         sizes = {key.module: len(value) for key, value in sorted(state.routers.items())}
         if self.settings.routes_all:
             return sizes
         importance = [state.importance.get(module, 0.0) for module in sizes]
-        quotas = RULES[rule](importance, list(sizes.values()), self.settings.active * len(sizes), self.settings.floor)
+        active = active or self.settings.active
+        floor = min(self.settings.floor, active)
+        quotas = RULES[rule](importance, list(sizes.values()), active * len(sizes), floor)
         return dict(zip(sizes, quotas, strict=True))
 
     def _eeqa(
@@ -256,12 +276,21 @@ class SmartFed(Method[SmartFedState]):
         ``[robust]`` no more than the median, and none more use.
         """
         weights, most = [weight[c] for c in infos], 1.0 if self.plan.robust.active else MOST
-        importance = mean_numbers(capped([i["importance"] for i in infos.values()], most), weights)
+        importance = mean_numbers(
+            capped([self._as_all(state, c, i["importance"]) for c, i in infos.items()], most), weights
+        )
         use = mean_numbers(capped([i["use"] for i in infos.values()], 1.01), weights)  # shares: they sum to 1
         if self.settings.per_active:
             importance = {module: value / state.quotas[module] for module, value in importance.items()}
         state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
         return replace(state, quotas=self._quotas(state, self.settings.quota))
+
+    def _as_all(self, state: SmartFedState, client: ClientId, measured: Mapping[str, float]) -> Mapping[str, float]:
+        """A client's importance as with the run's quotas: the sum over a matrix grows with its active experts."""
+        if client not in self.settings.budgets or not self.settings.per_active:
+            return measured
+        own = self._quotas_of(state, client)
+        return {module: value * state.quotas[module] / own[module] for module, value in measured.items()}
 
     def _drop(self, state: SmartFedState) -> SmartFedState:
         """Drop the adapters that the gates hardly use, with their rows of the routers. At least one stays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -22,6 +22,9 @@ class SmartFedSettings(MethodSettings):
         "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
     )
     active: int = Field(8, ge=1, description="active experts per matrix and token, on average: the budget of EEQA")
+    budgets: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="active for single clients, by id: weak devices activate fewer experts, down to 1"
+    )
     floor: int = Field(
         2, ge=1, description="active experts that every matrix keeps; with only one, a router cannot learn"
     )
