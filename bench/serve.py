@@ -183,10 +183,10 @@ def running(models: Served, worker: Worker, run: Path) -> Iterator[str]:
 
 def measure(
     task: TaskKind, options: argparse.Namespace, folder: Path, pool: ProcessPoolExecutor
-) -> list[dict[str, Any]]:
-    """The table of a task: a row per number of clients and engine."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a task, one for each engine, for one number of clients after another."""
     numbers = (1, 2) if options.quick else (1, 4, 16)
-    requests = 8 if options.quick else (64 if task == "classification" else 32)
+    requests = 8 if options.quick else options.requests // (1 if task == "classification" else 2)
     path, route = make_base(folder, task, options.quick), "classify" if task == "classification" else "completions"
     with ExitStack() as stack:
         runs = {
@@ -211,9 +211,8 @@ def measure(
             name: stack.enter_context(running(loaded[kind], make(), runs[kind]))
             for name, (kind, make) in workers.items()
         }
-        return [
-            row for number in numbers for row in _rows(task, route, number, names, addresses, requests, options, pool)
-        ]
+        for number in numbers:
+            yield _rows(task, route, number, names, addresses, requests, options, pool)
 
 
 def _as_engine(engine: PeftEngine) -> Engine:
@@ -315,6 +314,7 @@ def main() -> None:
             "--soak", type=float, nargs="?", const=600.0, help="seconds of the soak (600), and no bench"
         )
         parser.add_argument("--repeats", type=int, default=3)
+        parser.add_argument("--requests", type=int, default=64, help="for a round of classification; half to generate")
 
     options = arguments(__doc__ or "", add)
     with tempfile.TemporaryDirectory() as name:
@@ -327,9 +327,10 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             tasks: tuple[TaskKind, ...] = ("classification", "generation")
             for task in tasks:
-                rows += measure(task, options, Path(name), pool)
+                for measured in measure(task, options, Path(name), pool):
+                    rows += measured
+                    write("serve", options, {"rows": rows})  # so far
         table("coterie api", rows)
-        write("serve", options, {"rows": rows})
 
 
 if __name__ == "__main__":
