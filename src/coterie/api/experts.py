@@ -46,7 +46,8 @@ def watched(served: Served, wanted: bool) -> Iterator[dict[str, Tensor]]:
 
 def token_experts(served: Served, client: int, gates: Gates, ids: Sequence[int]) -> TokenExperts:
     """What ``gates`` collected, by layer, for the tokens ``ids`` of a row."""
-    tokens = tuple(served.base.tokenizer.convert_ids_to_tokens(list(ids)))
+    named: list[str | None] = served.base.tokenizer.convert_ids_to_tokens(list(ids))
+    tokens = tuple(f"<{id_}>" if name is None else name for id_, name in zip(ids, named, strict=True))  # a spare id
     place = layers_and_matrices(gates.weights)
     by_layer: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
     for module, parts in gates.weights.items():

@@ -175,6 +175,7 @@ def test_a_text_that_is_written_shows_its_experts_too(tmp_path: Path) -> None:
     assert isinstance(shown, Written)
     assert shown.experts is not None
     assert len(shown.experts.tokens) == shown.prompt_tokens + shown.tokens - 1
+    assert all(isinstance(token, str) for token in shown.experts.tokens)  # spare ids of the model have no name
     assert {len(layer.weights) for layer in shown.experts.layers} == {len(shown.experts.tokens)}
 
 

@@ -1,64 +1,87 @@
-"""The page in a real browser: what it shows of an answer, and that it fetches nothing from elsewhere."""
+"""The page in a real browser: what it shows of an answer, by keyboard, on a phone, and what it may fetch."""
 
 from __future__ import annotations
 
-import html
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 
 from api_runs import LABELS
+from browser import CHROMIUM, tab
 from coterie.api.page import PAGE, policy_of
 from coterie.api.server import Ready
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+TAB, ENTER, CONTROL = ("Tab", 9), ("Enter", 13), 2
 
 
-def shown(service: Ready, folder: Path, **query: str) -> str:
-    """The page after its script ran, for a query that it sends by itself."""
-    assert CHROMIUM is not None
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-        *("--disable-component-update", "--disable-sync", f"--user-data-dir={folder}", "--virtual-time-budget=8000"),
-        *("--dump-dom", f"{service.address}?{urlencode(query)}"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
+def query(service: Ready, **values: str) -> str:
+    return f"{service.address}?{urlencode(values)}"
 
 
-def part(page: str, id_: str) -> str:
-    """The text of the element with that id."""
-    element = re.search(rf'<(\w+)[^>]*\bid="{id_}"[^>]*>(.*?)</\1>', page, re.DOTALL)
-    assert element is not None
-    return html.unescape(re.sub(r"<[^>]*>", " ", element[2]))
+def text(id_: str) -> str:
+    return f"document.getElementById('{id_}').textContent"
 
 
-def is_hidden(page: str, id_: str) -> bool:
-    tag = re.search(rf'<\w+[^>]*\bid="{id_}"[^>]*>', page)
-    assert tag is not None
-    return 'hidden=""' in tag[0]
+def is_shown(id_: str) -> str:
+    return f"document.getElementById('{id_}').offsetParent !== null"
 
 
 @browser
 @pytest.mark.slow
 def test_a_classifier_shows_its_label_probabilities_and_experts(classifier: Ready, tmp_path: Path) -> None:
-    text = "<b>the printer</b> & smokes"
-    page = shown(classifier, tmp_path, client="south", text=text)
-    assert part(page, "label").strip() in LABELS["south"]
-    assert set(part(page, "labels").split()) >= set(LABELS["south"])
-    assert part(page, "labels").count("%") == len(LABELS["south"])
-    assert part(page, "legend").split() == ["expert", "0", "expert", "1", "expert", "2", "expert", "3"]
-    experts = part(page, "experts")
-    assert "layer 0" in experts
-    assert "layer 1" in experts
-    assert experts.count("%") > 20  # one expert per token and layer
-    assert is_hidden(page, "alert")
-    assert "<b>the printer" not in page  # text stays text
+    with tab(query(classifier, client="south", text="<b>the printer</b> & smokes"), tmp_path) as page:
+        page.until(is_shown("experts"))
+        assert page.run(text("label")) in LABELS["south"]
+        for label in LABELS["south"]:
+            assert label in page.run(text("labels"))
+        assert page.run(text("labels")).count("%") == len(LABELS["south"])
+        assert page.run(text("legend")) == "expert 0expert 1expert 2expert 3"
+        assert page.run("document.querySelectorAll('.experts thead th').length") == 3
+        assert page.run("document.querySelectorAll('.experts .mix').length") > 20  # one for each token and layer
+        assert (
+            page.run("document.querySelector('.mix span').getBoundingClientRect().height") > 0
+        )  # the policy allows it
+        assert not page.run(is_shown("alert"))
+        assert page.run("document.querySelectorAll('b').length") == 0  # text stays text
+
+
+@browser
+@pytest.mark.slow
+def test_a_generator_is_used_by_keyboard_alone(generator: Ready, tmp_path: Path) -> None:
+    with tab(generator.address, tmp_path) as page:
+        page.until("document.getElementById('client').options.length === 3")
+        assert not page.run(is_shown("result"))
+        for name in ("client", "most", "temperature", "text"):
+            page.press(*TAB)
+            assert page.run("document.activeElement.id") == name
+        page.type("one two")
+        page.press(*ENTER, modifiers=CONTROL)
+        page.until(is_shown("experts"))
+        assert re.search(r"\d+ tokens read, \d+ written", page.run(text("about")))
+        assert page.run("document.getElementById('written').textContent.length") > 0
+        assert page.run("document.querySelectorAll('.experts tbody tr').length") > 5
+        assert page.run("document.getElementById('result').getAttribute('aria-busy')") == "false"
+        page.run("document.getElementById('text').value = 'word '.repeat(400)")
+        page.press(*ENTER, modifiers=CONTROL)
+        page.until(is_shown("alert"))
+        assert "the model takes 160" in page.run(text("alert"))
+
+
+@browser
+@pytest.mark.slow
+def test_it_fits_a_phone_and_has_dark_colours(classifier: Ready, tmp_path: Path) -> None:
+    with tab(query(classifier, client="north", text="a long text " * 9), tmp_path) as page:
+        colours = set()
+        for width in (1200, 390):
+            for scheme in ("light", "dark"):
+                page.show(width, 800, scheme)
+                page.until(is_shown("experts"))
+                assert page.run("document.documentElement.scrollWidth") <= width
+                colours.add(page.run("getComputedStyle(document.body).backgroundColor"))
+        assert len(colours) == 2
 
 
 def test_the_page_names_nothing_of_another_origin_and_labels_every_field() -> None:
