@@ -1,4 +1,4 @@
-"""The commands that use what a run leaves: ``predict``, ``evaluate``, ``export`` and ``onboard``."""
+"""The commands that use what a run leaves: ``predict``, ``evaluate``, ``export``, ``onboard`` and ``push``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHOWN = 20  # reasons of rows without an answer
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (predict, evaluate, export, onboard):
+    for command in (predict, evaluate, export, onboard, push):
         app.command()(command)
 
 
@@ -157,6 +157,19 @@ def onboard(
 
     joined = join(run, data, out, client=client, epochs=epochs, base=base, device=device)
     show_joined(joined, out)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="what `coterie export` wrote")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME; made if it is not there")],
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public; default private")] = False,
+    message: Annotated[str, typer.Option(help="of the commit")] = "",
+) -> None:
+    """Upload an export with its model card to the Hugging Face hub. Read the card first: it names client and labels."""
+    from coterie.artifacts.push import push as upload
+    from coterie.cli.console import say
+
+    say(f"pushed: {upload(folder, repo, public=public, message=message)}")
 
 
 def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:
