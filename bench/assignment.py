@@ -127,7 +127,8 @@ def main() -> None:
     found = list(rows(chosen, raw, named))
     shown = [{k: v for k, v in row.items() if k not in ("clients", "variant", "loss")} for row in found]
     table("FedAMoLE's assignment", shown)
-    write("assignment", chosen, {"config": raw, "rows": found})
+    named_data = {**raw["data"], "datasets": [Path(name).name for name in raw["data"]["datasets"]]}
+    write("assignment", chosen, {"config": {**raw, "data": named_data}, "rows": found})
 
 
 if __name__ == "__main__":

@@ -59,6 +59,20 @@ def poisoned(pool: Pool) -> Pool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("router", [{"router": "signed", "router_rate": 4.0}, {"router": "response"}])
+def test_weights_of_the_experts_learn_it_too(tmp_path: Path, router: dict[str, Any]) -> None:
+    tiny.folder(tmp_path / "model", "llama")
+    sites.federation(tmp_path / "clients", "generation", clients=2, rows=16)
+    (_, _, alone), _ = ran(tmp_path, "teacher", {"name": "fedit"}, 3)
+    write_pool(tmp_path / "pool", poisoned(build_pool([str(tmp_path / "teacher" / "experts" / "global")])))
+    method = {"name": "smartfed", "pool": "pool", "active": 2, "quota_interval": 1, **router}
+    losses, use = ran(tmp_path, "smart", method, 3)
+    assert losses[2] < losses[1] < losses[0]
+    assert losses[2] < alone + 0.1
+    assert 0.5 > use[0]["poison"] > use[1]["poison"]
+
+
+@pytest.mark.slow
 def test_routing_takes_the_module_that_helps_and_leaves_the_poisoned_one(tmp_path: Path) -> None:
     tiny.folder(tmp_path / "model", "llama")
     sites.federation(tmp_path / "clients", "generation", clients=2, rows=16)
