@@ -76,7 +76,11 @@ def config_of(folder: Path, clients: list[str], method: str, seed: int, quick: b
         "data": {"clients": [files(client) for client in clients]},
         "lora": {"rank": 4},
         "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 1},
-        "method": {"name": method, **SETTINGS.get(method, {})},
+        "method": {
+            "name": method,
+            **SETTINGS.get(method, {}),
+            **({"max_experts": 2} if quick and method == "fedlease" else {}),
+        },
         "run": {
             "rounds": 2 if quick else ROUNDS,
             "seed": seed,

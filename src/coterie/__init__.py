@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from coterie.adapters.model import ClientModel
+    from coterie.artifacts.history import results
     from coterie.artifacts.load import load
     from coterie.comparison import compare
     from coterie.config.load import load_config
@@ -89,10 +90,12 @@ __all__ = [
     "compare",
     "load",
     "load_config",
+    "results",
     "run",
 ]
 _FROM = {
     "adapters.model": ("ClientModel",),
+    "artifacts.history": ("results",),
     "artifacts.load": ("load",),
     "comparison": ("compare",),
     "config.load": ("load_config",),

@@ -13,7 +13,7 @@ import click
 import typer
 from rich.console import Console
 
-from coterie.cli import about, api, federation, pool, runs, use
+from coterie.cli import about, api, federation, history, pool, runs, use
 from coterie.cli.console import Interrupted
 from coterie.cli.plain import escape
 from coterie.types import CoterieError
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 runs.register(app)
 use.register(app)
+history.register(app)
 about.register(app)
 app.add_typer(pool.app, name="pool")
 federation.register(app)

@@ -131,14 +131,15 @@ def override(raw: Raw, overrides: Sequence[str]) -> dict[str, object]:
 
 def differences(old: Raw, new: Raw) -> list[str]:
     """The dotted keys in which two configs differ."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flat(old)), dict(flat(new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
-def _flat(tree: Raw, path: str = "") -> Iterator[tuple[str, object]]:
+def flat(tree: Raw, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of nested mappings with its dotted key."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
+            yield from flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
 
