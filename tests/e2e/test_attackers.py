@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def config(folder: Path, method: dict[str, Any], rounds: int) -> Config:
+def config(folder: Path, method: dict[str, Any], rounds: int, robust: dict[str, Any] | None = None) -> Config:
     torch.set_num_threads(1)
     return check_config(
         {
@@ -48,18 +48,22 @@ def config(folder: Path, method: dict[str, Any], rounds: int) -> Config:
             "lora": {"rank": 4, "alpha": 8, "dropout": 0.0},
             "train": {"learning_rate": 0.02, "batch_size": 8},
             "method": method,
+            "robust": robust or {},
             "run": {"rounds": rounds, "evaluate_every": rounds},
             "engine": {"threads": 1, "device": "cpu"},
         }
     )
 
 
-def honest_accuracy(folder: Path, out: str, method: str) -> float:
-    """The mean test accuracy of all but the attacker after six rounds."""
+def honest_accuracy(
+    folder: Path, out: str, method: str, bad: tuple[str, ...] = (ATTACKER,), robust: dict[str, Any] | None = None
+) -> float:
+    """The mean test accuracy of all but the attackers after six rounds."""
     settings = {"name": method, **METHODS[method]}
-    clients = run(config(folder, settings, 6), folder / out, root=folder).clients
+    clients = run(config(folder, settings, 6, robust), folder / out, root=folder).clients
     assert len(clients) == CLIENTS
-    return sum(row.test["accuracy"] for name, row in clients.items() if name != ATTACKER) / (CLIENTS - 1)
+    honest = [row.test["accuracy"] for name, row in clients.items() if name not in bad]
+    return sum(honest) / (CLIENTS - len(bad))
 
 
 def rounds(out: Path) -> list[dict[str, Any]]:
@@ -67,8 +71,8 @@ def rounds(out: Path) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "round"]
 
 
-def attack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the attacker reply with what it started from plus -50 times its update."""
+def attack(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...] = (ATTACKER,), factor: float = FACTOR) -> None:
+    """Let the attackers reply with what they started from plus ``factor`` times their update."""
     honest = LocalEngine.train
 
     def train(
@@ -78,12 +82,12 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> None:
         rnd: int,
         limits: Mapping[ClientId, int] | None = None,
     ) -> Stream[Delivery]:
-        (me,) = (client for client in self.clients if client.id == ATTACKER)
-        start = {**method.begin(self.spec, me).tensors, **instructions[ATTACKER].tensors}
+        infos = {client.id: client for client in self.clients}
         for client, delivery in honest(self, method, instructions, rnd, limits):
-            if client == ATTACKER and delivery.reply is not None:
+            if client in bad and delivery.reply is not None:
+                start = {**method.begin(self.spec, infos[client]).tensors, **instructions[client].tensors}
                 came = delivery.reply.tensors
-                turned = {key: start[key] + FACTOR * (value - start[key]) for key, value in came.items()}
+                turned = {key: start[key] + factor * (value - start[key]) for key, value in came.items()}
                 yield client, replace(delivery, reply=replace(delivery.reply, tensors=turned))
             else:
                 yield client, delivery
@@ -105,6 +109,26 @@ def test_minus_fifty_times_an_update_costs_the_honest_at_most_ten_points(
     for event in done:  # FedLEASE's warm-up is the first
         assert list(event["failed"]) == [ATTACKER]
         assert "times the round's median, more than 10 ([run] update_bound)" in event["failed"][ATTACKER]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_with_a_rule_two_of_eight_that_turn_round_cost_the_honest_little(
+    method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minus five times the update: too short for ``update_bound``."""
+    bad = (ATTACKER, "mood-6")
+    without = honest_accuracy(folder, f"{method}-honest-of-six", method, bad)
+    attack(monkeypatch, bad, -5)
+    bent = honest_accuracy(folder, f"{method}-bent", method, bad)
+    robust = {"rule": "multi_krum", "clip": 0.5, "attackers": 2}
+    held = honest_accuracy(folder, f"{method}-held", method, bad, robust)
+    assert held >= without - 0.05
+    assert method != "fedit" or bent < held - 0.05
+    done = rounds(folder / f"{method}-held")
+    assert all(event["failed"] == {} for event in done)
+    for client in bad:
+        assert any(event["robust"][client]["outlying"] for event in done if client in event["robust"])
 
 
 @pytest.mark.slow
