@@ -14,14 +14,15 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _harness import datasets, measured_on
+from _harness import datasets, measured_on, table
 
 from coterie.comparison import compare
+from coterie.comparison.variants import folder_of
 
 DOMAINS = ("banking", "travel", "home", "work", "meta")
 INTENTS = ("recipe", "calories", "restaurant_reservation", "how_busy", "cook_time", "food_last")
@@ -94,6 +95,18 @@ def _keys(values: dict[str, Any]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
+def row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """One run: accuracy at the round that validation chose, of all clients and of the worst; MiB that travelled."""
+    return {
+        "seed": summary["seed"],
+        "accuracy": summary["mean"]["test"]["accuracy"],
+        "worst": summary["worst"]["accuracy"],
+        "best_round": summary["best_round"],
+        "clients": {name: of["test"]["accuracy"] for name, of in summary["clients"].items()},
+        "mib": (summary["bytes"]["up"] + summary["bytes"]["down"]) / 2**20,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/mixed"))
@@ -101,13 +114,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(VARIANTS))
     options = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for seed in map(int, options.seeds.split(",")):
-        config = write_config(datasets(options.data), options.out, seed)
-        methods = options.methods.split(",")
-        compared = compare(config, options.out / f"seed-{seed}", methods=methods, seeds=[seed])
-        found += json.loads((compared.folder / "compare.json").read_text())["runs"]
-    (options.out / "runs.json").write_text(json.dumps({"runs": found, "measured_on": measured_on()}, indent=1))
+        config, folder = write_config(datasets(options.data), options.out, seed), options.out / f"seed-{seed}"
+        compare(config, folder, methods=options.methods.split(","), seeds=[seed])
+        for method in options.methods.split(","):
+            summary = json.loads((folder / folder_of(method, seed) / "summary.json").read_text())
+            rows.append({"method": method, **row(summary)})
+    table("routing where clients have two jobs", [{k: v for k, v in of.items() if k != "clients"} for of in rows])
+    found = {"config": CONFIG, "shares": SHARES, "rows": rows, "measured_on": measured_on()}
+    (options.out / "mixed.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
