@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower test-ray test-lowest lowest-tests lint types format hooks bench docs site clean
+.PHONY: help venv demo test test-slow test-flower fuzz test-ray test-lowest lowest-tests lint types format hooks bench docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-slow: lint types  ## lint, types and all tests but those of real processes
 test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; under five minutes
 	@# Three at a time: they wait more than they work.
 	$(PYTEST) -n 3 -m flower tests/e2e
+
+fuzz: $(STAMP)  ## an hour of bad input for every reader; what shows a fault is kept in runs/fuzz
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/support/fuzz.py --seconds 3600
 
 test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
 	$(PYTEST) -n 0 -m ray tests/parity/test_flower_ray.py

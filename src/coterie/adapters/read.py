@@ -160,6 +160,14 @@ def _common_base(read: Mapping[str, AdapterFolder]) -> str:
     return base
 
 
+_KINDS: dict[str, type[dict[str, Json]] | type[list[Json]]] = {
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "modules_to_save": list,
+}
+_JSON = {dict: "object", list: "list"}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
@@ -170,6 +178,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CoterieError(f"{path} is not valid JSON: {fault}") from fault
     if not isinstance(config, dict):
         raise CoterieError(f"{path} must hold a JSON object")
+    for key, kind in _KINDS.items():
+        if not isinstance(config.get(key) or kind(), kind):
+            raise CoterieError(f"{path}: {key} is {str(config[key])[:80]!r}, not a JSON {_JSON[kind]}")
     return config
 
 
@@ -218,7 +229,7 @@ def _split(raw: Mapping[str, Tensor]) -> tuple[dict[tuple[str, Part], Tensor], l
 
 def _left_out(folder: Path, config: Mapping[str, Json], other: Sequence[str]) -> tuple[str, ...]:
     """The names of a classification head's modules among an adapter's other tensors. Raises for anything else."""
-    heads = tuple(sorted(set(config.get("modules_to_save") or ())))
+    heads = tuple(sorted({str(name) for name in config.get("modules_to_save") or ()}))
     alien = [n for n in other if not any(part in heads for part in n.split("."))]
     if alien:
         raise CoterieError(f"{folder} holds {alien[0]}, which is not part of a LoRA ({len(alien)} such tensors in all)")
@@ -236,8 +247,11 @@ def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> 
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    stated = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
+    try:
+        stated = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
+    except re.error as fault:
+        raise CoterieError(f"{folder}: rank_pattern or alpha_pattern is not a regular expression: {fault}") from fault
     if stated != rank or not isinstance(alpha, (int, float)):
         raise CoterieError(f"{folder}: {module} has rank {rank}; {CONFIG_FILE} says r = {stated}, alpha = {alpha}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from coterie.deploy.events import FEDERATION
 from coterie.runs.events import Event, from_json
+from coterie.text import parse_json
+from coterie.types import CoterieError
 
 JOURNAL = "federation.jsonl"
 
@@ -51,7 +53,10 @@ class Reader:
     at: int = 0
 
     def new(self) -> Iterator[Entry]:
-        """The events since the last call, without those of kinds that this version does not know."""
+        """The events since the last call, without those of kinds that this version does not know.
+
+        Raises :class:`CoterieError` for a line that is damaged.
+        """
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -60,6 +65,13 @@ class Reader:
                 if not line.endswith(b"\n"):
                     return
                 self.at += len(line)
-                record = json.loads(line)
-                if (event := from_json(record, FEDERATION)) is not None:
-                    yield Entry(record["at"], event)
+                try:
+                    record = parse_json(line)
+                    event = from_json(record, FEDERATION)
+                    at = float(record.get("at", "missing"))
+                except (ValueError, TypeError) as fault:
+                    raise CoterieError(
+                        f"{self.path} is damaged in the line that ends at byte {self.at} ({fault}); remove that line"
+                    ) from fault
+                if event is not None:
+                    yield Entry(at, event)

@@ -6,7 +6,6 @@ A listener is called with every event as it happens. ``metrics.jsonl`` keeps tho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -18,6 +17,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from coterie.methods.robust import Weighed
 from coterie.ops.metrics import Metrics
 from coterie.requests import Sample, Usage
+from coterie.text import parse_json
 from coterie.types import ClientId, CoterieError
 
 METRICS = "metrics.jsonl"
@@ -278,11 +278,13 @@ RUN = kinds(
 )
 
 
-def from_json(line: Mapping[str, object], known: Kinds = RUN) -> Event | None:
+def from_json(line: object, known: Kinds = RUN) -> Event | None:
     """The event in a line of JSON, or None for a kind that is not ``known``.
 
     Raises :class:`ValueError` that says which field is wrong.
     """
+    if not isinstance(line, Mapping):
+        raise ValueError("it is not a JSON object")
     kind = known.get(str(line.get("event")))
     if kind is None:
         return None
@@ -300,16 +302,18 @@ def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) 
     A last line that is incomplete, because the run was killed, is left out with a ``note``. Raises
     :class:`CoterieError` for any other line that cannot be read.
     """
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = from_json(json.loads(line))
-        except json.JSONDecodeError as fault:
+            record = parse_json(line)
+        except ValueError as fault:
             if number == len(lines):
                 note(f"The last line of {metrics.name} is incomplete and was left out.")
                 break
             raise CoterieError(f"{metrics}, line {number} is not JSON: {fault}; repair or remove it") from fault
+        try:
+            event = from_json(record)
         except ValueError as fault:
             raise CoterieError(f"{metrics}, line {number} cannot be read: {fault}; repair or remove it") from fault
         if event is not None:

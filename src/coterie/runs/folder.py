@@ -72,12 +72,18 @@ def claim(folder: Path, config: Config, root: Path, manifest: Mapping[str, objec
 
 
 def read_config(folder: Path) -> tuple[dict[str, object], Path]:
-    """The raw config of the run in ``folder``, and the folder that its paths start at."""
+    """The raw config of the run in ``folder``, and the folder that its paths start at.
+
+    Raises :class:`CoterieError` where there is no run, and for a file that is damaged.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise CoterieError(f"there is no run in {folder}")
     content = read_json(path)
-    return content["config"], Path(content["root"])
+    config, root = (content.get(name) for name in ("config", "root")) if isinstance(content, dict) else (None, None)
+    if not isinstance(config, dict) or not isinstance(root, str):
+        raise CoterieError(f"{path} is damaged: it has no config and root; restore it, or start a new run with --out")
+    return config, Path(root)
 
 
 def plain(config: Config) -> dict[str, dict[str, object]]:

@@ -64,13 +64,20 @@ class Traffic:
     down: int = 0
 
 
-def _fields_of_worst(line: Mapping[str, object]) -> dict[str, object] | None:
+def _fields_of_worst(line: object) -> object:
+    if not isinstance(line, Mapping) or "client" not in line:
+        return line
     metrics = [name for name in line if name != "client"]
     return {"client": line["client"], "metric": metrics[0], "value": line[metrics[0]]} if metrics else None
 
 
-def _fields_of_usage(usage: Mapping[ClientId, Mapping[str, object]]) -> dict[ClientId, Mapping[str, object]]:
-    return {client: {ALL_MODULES: row} if "weight" in row else row for client, row in usage.items()}
+def _fields_of_usage(usage: object) -> object:
+    def whole(row: object) -> bool:
+        return isinstance(row, Mapping) and "weight" in row
+
+    if not isinstance(usage, Mapping):
+        return usage
+    return {client: {ALL_MODULES: row} if whole(row) else row for client, row in usage.items()}
 
 
 @dataclass(frozen=True)
