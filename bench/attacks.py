@@ -49,7 +49,7 @@ ATTACKERS = ("travel-3", "banking-3")
 CLAIMED = 10**9  # rows
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {},
-    "fedlease": {"warmup_rounds": 1},
+    "fedlease": {"warmup_rounds": 1, "distance": "B"},
     "fedamole": {"experts": 16, "max_experts": 6},
     "smartfed": {"active": 4},
 }

@@ -189,7 +189,9 @@ def warm(turned: tuple[str, ...] = ()) -> dict[str, Reply]:
 
 
 def clustered(replies: dict[str, Reply], **robust: Any) -> tuple[FedLEASE, FedLEASEState]:
-    method = FedLEASE(FedLEASESettings(warmup_rounds=1, max_experts=4), Plan(rank=2, robust=RobustSettings(**robust)))
+    method = FedLEASE(
+        FedLEASESettings(warmup_rounds=1, max_experts=4, distance="B"), Plan(rank=2, robust=RobustSettings(**robust))
+    )
     return method, method.aggregate(method.init(LEASE, SITES), replies, 1)
 
 
