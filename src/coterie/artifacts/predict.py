@@ -46,8 +46,10 @@ def predict_file(
     An answer is a row with its own columns and those of :data:`COLUMNS`, each after ``prefix``. ``writes`` is jsonl or
     csv, by default what the name of ``out`` ends in. ``reject`` is called with the reason for every row without an
     answer, which is left out; ``watch`` after every row.
-    Raises :class:`CoterieError` for a file that cannot be read, and for rows that have a column of an answer already.
+    Raises :class:`CoterieError` for a file that cannot be read, an ``out`` that cannot be written or that is ``file``, and
+    for rows that have a column of an answer already.
     """
+    _check_out(out, file, writes)
     progress = Progress()
     kind = writes or ("csv" if out and out.suffix.lower() == ".csv" else "jsonl")
     own = [prefix + name for name in COLUMNS[predictor.task.kind]]
@@ -61,6 +63,18 @@ def predict_file(
                 write({**row.record, **_columns(answer, prefix)})
             watch(progress)
     return progress
+
+
+def _check_out(out: Path | None, file: str, writes: str) -> None:
+    """Raises :class:`CoterieError` for a file of answers that could not be written, before there is any answer."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise CoterieError(f"{out} is a folder; name a file for the answers")
+    if not writes and out.suffix.lower() not in (".csv", ".jsonl"):
+        raise CoterieError(f"{out}: the answers are written as .jsonl or .csv; name the file so, or give --format")
+    if file != STDIN and out.exists() and Path(file).exists() and out.samefile(file):
+        raise CoterieError(f"{out} is the file that is read; name another one for the answers")
 
 
 def _rows(file: str, reads: str) -> Iterator[Read]:

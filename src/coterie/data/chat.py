@@ -101,12 +101,16 @@ def fit(rendered: Rendered, max_length: int) -> Rendered:
     """``rendered`` in at most ``max_length`` tokens: it ends where its last span ends, and loses tokens at its start.
 
     A last span that is too long itself loses its own last tokens. The first token never counts: nothing precedes it.
+    Raises :class:`DataError` where nothing else is left.
     """
     start, end = rendered.spans[-1]
     end = min(end, start + max_length - 1)
     first = max(0, end - max_length)
     kept = [(max(a - first, 1), min(b, end) - first) for a, b in rendered.spans]
-    return Rendered(rendered.ids[first:end], tuple((a, b) for a, b in kept if a < b))
+    spans = tuple((a, b) for a, b in kept if a < b)
+    if not spans:
+        raise DataError("the chat template puts no token before the assistant's answer, so it follows nothing")
+    return Rendered(rendered.ids[first:end], spans)
 
 
 def gaps(rendered: Rendered) -> tuple[Span, ...]:

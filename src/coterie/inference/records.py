@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,37 +72,61 @@ def jsonl_records(file: BinaryIO, name: str) -> Iterator[Read]:
 
 
 def csv_records(file: BinaryIO, name: str) -> Iterator[Read]:
-    """The rows of a CSV file with a header. A row is located by the line it begins on."""
-    reader = csv.reader(_lines(file), strict=True)
+    """The rows of a CSV file with a header, with None for a field that a row lacks.
+
+    A row is located by the line it begins on. Reading goes on after a row that is not CSV, past all lines that its quotes reach over.
+    Raises :class:`DataError` for a header that names a column twice.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD))
+    lines = _Lines(file)
+    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     while True:
-        start = reader.line_num + 1
+        start = lines.number + 1
+        lines.quotes = 0
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as fault:
+            while lines.quotes % 2 and next(lines, None) is not None:
+                pass
             yield Rejected(f"{name}:{start}: not a line of CSV: {fault}")
             continue
         if header is None:
             header = fields or None
+            if twice := [column for column in fields if fields.count(column) > 1]:
+                raise DataError(f"{name}:{start}: two columns are called {twice[0]!r}; rename one")
         elif len(fields) > len(header):
             yield Rejected(
                 f"{name}:{start}: {len(fields)} fields for {len(header)} columns; quote fields that hold commas"
             )
-        elif any(_UNDECODED in field for field in fields):
+        elif any(map(_UNDECODED.search, fields)):
             yield Rejected(f"{name}:{start}: not UTF-8")
         elif fields:
-            yield Located(dict(zip(header, fields, strict=False)), f"{name}:{start}")
+            yield Located({**dict.fromkeys(header), **dict(zip(header, fields, strict=False))}, f"{name}:{start}")
 
 
-_UNDECODED = "\ufffd"
+_FIELD = 2**26  # characters, beyond the longest text
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what bytes that are not UTF-8 become
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
-    """The lines with their ends, as :mod:`csv` wants them; bytes that are not UTF-8 become a character that says so."""
-    for number, line in enumerate(file):
-        yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors="replace")
+@dataclass
+class _Lines:
+    """The lines of a file with their ends, as :mod:`csv` wants them; how many were read, and the quotes in them."""
+
+    file: BinaryIO
+    number: int = 0
+    quotes: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.file).decode("utf-8" if self.number else "utf-8-sig", errors="surrogateescape")
+        self.number += 1
+        self.quotes += line.count('"')
+        return line
 
 
 def _parquet(path: Path) -> Iterator[Read]:
@@ -119,5 +146,19 @@ READERS: Mapping[str, Callable[[BinaryIO, str], Iterator[Read]]] = {".jsonl": js
 
 
 def as_json_line(columns: Mapping[str, object]) -> str:
-    """One line of JSON. A value that JSON does not have (a date of a Parquet file) is written as text."""
-    return json.dumps(columns, ensure_ascii=False, default=str) + "\n"
+    """One line of JSON. A value that JSON does not have becomes null (NaN), Base64 (bytes) or text (a date)."""
+    return json.dumps(_plain(columns), ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _plain(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return base64.b64encode(value).decode()
+        case Mapping():
+            return {str(key): _plain(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_plain(each) for each in value]
+        case _:
+            return value

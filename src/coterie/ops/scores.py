@@ -25,7 +25,7 @@ DEFAULT = ("rouge_l", "exact_match")
 TextScore = Callable[[str, str], float]
 S = TypeVar("S", bound=TextScore)
 _OWN: dict[str, TextScore] = {}
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"(?<!\d)-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _BLANK = str.maketrans("", "", string.punctuation)
 
@@ -117,7 +117,7 @@ def _words(text: str) -> list[str]:
 
 
 def _last_number(text: str) -> Decimal | None:
-    numbers = _NUMBER.findall(text.rpartition("####")[2])
+    numbers = _NUMBER.findall(text.rpartition("####")[2].replace("\N{MINUS SIGN}", "-"))
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 

@@ -214,6 +214,23 @@ def test_what_stops_all_is_an_error(run: Path, tmp_path: Path, command: Command)
     assert "not a Parquet file" in command(run, tmp_path / "bad.parquet", "--client", "north")[2]
 
 
+def test_answers_that_could_not_be_written_are_refused_before_there_are_any(
+    run: Path, tmp_path: Path, command: Command
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\na\n")
+    for out, text in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "answers.parquet", "are written as .jsonl or .csv"),
+        (rows, "is the file that is read"),
+    ):
+        code, shown, errors = command(run, rows, "--client", "north", "--out", out)
+        assert (code, shown) == (2, "")
+        assert text in " ".join(errors.split())
+    assert rows.read_text() == "text\na\n"
+    assert command(run, rows, "--client", "north", "--out", tmp_path / "answers", "--format", "csv")[0] == 0
+
+
 def test_a_rows_columns_are_those_of_the_run(tmp_path: Path, command: Command) -> None:
     run = bundles.finished(tmp_path, "generation")
     data = {"folder": "clients", "columns": {"template": "{question}\nAnswer:"}}

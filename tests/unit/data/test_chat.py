@@ -99,6 +99,11 @@ def test_a_conversation_that_is_too_long_keeps_its_end(longest: int, sizes: list
     assert all(after > before for before, after in gaps(kept))
 
 
+def test_an_answer_that_follows_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="puts no token before the assistant's answer"):
+        fit(Rendered((7,), ((0, 1),)), 10)
+
+
 def test_what_is_cut_is_counted() -> None:
     whole = Generation(tokenizer(TEMPLATE)).encode(ChatRow(TURNS))
     short = Generation(tokenizer(TEMPLATE), max_length=20).encode(ChatRow(TURNS))

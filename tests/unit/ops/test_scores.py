@@ -64,6 +64,10 @@ def test_token_f1_by_hand(reference: str, text: str, score: float) -> None:
         ("#### 0.5", ".5", True),
         ("#### 4", "four", False),
         ("none", "none", False),
+        ("#### 5", "3-5", True),
+        ("#### 2", "(1,2)", True),
+        ("#### -5", "\N{MINUS SIGN}5", True),
+        ("#### 1200000", "1,200,000", True),
     ],
 )
 def test_numbers_are_compared_as_numbers(reference: str, text: str, same: bool) -> None:
