@@ -46,8 +46,8 @@ def predict_file(
     An answer is a row with its own columns and those of :data:`COLUMNS`, each after ``prefix``. ``writes`` is jsonl or
     csv, by default what the name of ``out`` ends in. ``reject`` is called with the reason for every row without an
     answer, which is left out; ``watch`` after every row.
-    Raises :class:`CoterieError` for a file that cannot be read, an ``out`` that cannot be written or that is ``file``, and
-    for rows that have a column of an answer already.
+    Raises :class:`CoterieError` for a file that cannot be read, for an ``out`` that cannot be written or that is
+    ``file``, and for rows that have a column of an answer already.
     """
     _check_out(out, file, writes)
     progress = Progress()

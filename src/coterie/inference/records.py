@@ -74,8 +74,8 @@ def jsonl_records(file: BinaryIO, name: str) -> Iterator[Read]:
 def csv_records(file: BinaryIO, name: str) -> Iterator[Read]:
     """The rows of a CSV file with a header, with None for a field that a row lacks.
 
-    A row is located by the line it begins on. Reading goes on after a row that is not CSV, past all lines that its quotes reach over.
-    Raises :class:`DataError` for a header that names a column twice.
+    A row is located by the line it begins on. Reading goes on after a row that is not CSV, past all lines that its
+    quotes reach over. Raises :class:`DataError` for a header that names a column twice.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _FIELD))
     lines = _Lines(file)
