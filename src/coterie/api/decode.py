@@ -6,7 +6,7 @@ prompts (prefill); their keys and values then join the cache of the others. Ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coterie.api.cache import RowCache
 from coterie.api.experts import Gates, token_experts, watched
+from coterie.api.faults import FAULTS, broken, where
 from coterie.api.growing import GrowingText
 from coterie.api.jobs import Generate, Job, Piece, RequestError, Written
 from coterie.api.prompts import prompt_ids
@@ -44,12 +45,13 @@ class _Row:
 @dataclass
 class Decoding:
     """The engine of a base that generates. At most ``rows`` texts are written at once, each of at most ``longest``
-    tokens; the prompt may have ``prompt_tokens``."""
+    tokens; the prompt may have ``prompt_tokens``. ``report`` is that of the worker."""
 
     served: Served
     rows: int
     longest: int = 1024
     prompt_tokens: int = 4096
+    report: Callable[[str], None] = lambda _: None
     _new: list[_Row] = field(default_factory=list)
     _running: list[_Row] = field(default_factory=list)
     _cache: RowCache | None = None
@@ -99,7 +101,7 @@ class Decoding:
         ended = [row for row in self._running if row.finish]
         self._keep([row for row in self._running if not row.finish])
         for row in ended:
-            row.job.end(self._written(row))
+            self._end(row)
         return [row.job for row in ended]
 
     def fail(self, fault: RequestError) -> list[Job]:
@@ -131,7 +133,7 @@ class Decoding:
     def _join(self) -> None:
         """A pass over the prompts of the first new rows, which then run with the others."""
         number = self._fitting()
-        new, self._new = sorted(self._new[:number], key=lambda row: row.request.client), self._new[number:]
+        new = sorted(self._new[:number], key=lambda row: row.request.client)
         self._wrote = False
         width, device = max(len(row.prompt) for row in new), self.served.base.device
         pad = self.served.base.tokenizer.pad_token_id
@@ -142,7 +144,7 @@ class Decoding:
         every = [*self._running, *new]
         order = sorted(range(len(every)), key=lambda i: every[i].request.client)
         self._cache = cache if self._cache is None else self._cache.joined(cache, order)
-        self._running = [every[i] for i in order]
+        self._running, self._new = [every[i] for i in order], self._new[number:]  # only now: `fail` ends rows of both
 
     def _fitting(self) -> int:
         """How many of the new rows share the next pass: at least one, and no more than padding makes worth while."""
@@ -166,9 +168,12 @@ class Decoding:
         with watched(self.served, any(row.request.experts for row in rows)) as passed:
             logits = cache.run(self.served, [row.request.client for row in rows], ids)
         for i, row in enumerate(rows):
-            if row.request.experts:
-                row.gates.add(passed, i, slice(-len(row.prompt) if not row.made else -1, None))
-            self._continue(row, logits[i])
+            try:
+                if row.request.experts:
+                    row.gates.add(passed, i, slice(-len(row.prompt) if not row.made else -1, None))
+                self._continue(row, logits[i])
+            except FAULTS as fault:  # of this row's own: the others go on
+                self._break(row, fault)
 
     def _continue(self, row: _Row, logits: Tensor) -> None:
         """Choose the next token of ``row``, send what is final of its text, and see whether it ends."""
@@ -191,6 +196,20 @@ class Decoding:
             row.finish = "stop" if row.text.stopped else row.finish
             if piece and row.request.stream:
                 row.job.deliver(Piece(piece))
+
+    def _end(self, row: _Row) -> None:
+        """Deliver the text of ``row``, unless it ended with a fault."""
+        if row.job.ended:
+            return
+        try:
+            row.job.end(self._written(row))
+        except FAULTS as fault:
+            self._break(row, fault)
+
+    def _break(self, row: _Row, fault: BaseException) -> None:
+        self.report(f"a text could not be continued: {where(fault)}")
+        row.finish = "stop"
+        row.job.end(broken())
 
     def _written(self, row: _Row) -> Written:
         assert row.finish is not None

@@ -15,12 +15,13 @@ import uvicorn
 from coterie.api.app import make_app
 from coterie.api.decode import Decoding
 from coterie.api.encode import Encoding
+from coterie.api.faults import where
 from coterie.api.guard import LOG
 from coterie.api.keys import Keys, read_keys
 from coterie.api.limits import Limits
 from coterie.api.protocol import PatientProtocol
 from coterie.api.served import Served, served
-from coterie.api.worker import Worker, where
+from coterie.api.worker import Worker
 from coterie.types import CoterieError
 
 _NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -88,7 +89,8 @@ def ready(service: Service) -> Iterator[Ready]:
 def worker_for(models: Served, limits: Limits, report: Callable[[str], None] = LOG.error) -> Worker:
     """The worker with the engine that the models need."""
     if models.generates:
-        return Worker(Decoding(models, limits.rows, limits.max_tokens, limits.prompt_tokens), limits.waiting, report)
+        decoding = Decoding(models, limits.rows, limits.max_tokens, limits.prompt_tokens, report)
+        return Worker(decoding, limits.waiting, report)
     return Worker(Encoding(models, limits.rows), limits.waiting, report)
 
 

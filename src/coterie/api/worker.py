@@ -11,15 +11,8 @@ from typing import Protocol
 
 import torch
 
+from coterie.api.faults import FAULTS, broken, where
 from coterie.api.jobs import Job, RequestError
-from coterie.types import CoterieError
-
-# What a model or a tokenizer may raise; only the requests of the pass fail. The text may quote a request.
-_FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, CoterieError)
-
-
-def _broken() -> RequestError:
-    return RequestError("the service failed on this request; its log says where", 500, "internal_error")
 
 
 def _stopped() -> RequestError:
@@ -141,28 +134,28 @@ class Worker:
         except RequestError as fault:
             self._running.discard(job)
             job.end(fault)
-        except _FAULTS as fault:
+        except FAULTS as fault:
             self.report(f"a request could not be read: {where(fault)}")
             self._running.discard(job)
-            job.end(_broken())
+            job.end(broken())
 
     def _step(self) -> None:
-        if not self.engine.busy:
-            return
-        try:
-            self._running -= set(self.engine.step())
-        except _FAULTS as fault:
-            self.report(f"a pass failed: {where(fault)}")
-            self._running -= set(self.engine.fail(_broken()))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        self.steps += 1
+        if self.engine.busy:
+            try:
+                self._running -= set(self.engine.step())
+            except FAULTS as fault:
+                self.report(f"a pass failed: {where(fault)}")
+                self._running -= set(self.engine.fail(broken()))
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            self.steps += 1
+        if self._running and not self.engine.busy:
+            self._abandon()
 
-
-def where(fault: BaseException) -> str:
-    """The type of ``fault`` and where it was raised, without its text."""
-    trace = fault.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    at = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
-    return f"{type(fault).__name__}{at}"
+    def _abandon(self) -> None:
+        """End the jobs that the engine does not work on and has not ended: a bug there, and nobody may wait for it."""
+        self.report(f"the engine lost requests: {len(self._running)}")
+        self.engine.fail(broken())
+        for job in self._running:
+            job.end(broken())
+        self._running.clear()

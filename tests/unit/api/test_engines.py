@@ -13,6 +13,7 @@ import coterie
 import tiny
 from api_runs import CLIENTS, make_run
 from coterie.adapters.bundle import read_bundle, write_bundle
+from coterie.api import decode
 from coterie.api.decode import Decoding
 from coterie.api.encode import Encoding
 from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Written
@@ -244,6 +245,29 @@ def test_a_bank_that_makes_no_numbers_ends_its_own_requests_alone(tmp_path: Path
     (fault,) = broken
     assert isinstance(fault, RequestError)
     assert fault.code == "not_a_number"
+
+
+@pytest.mark.parametrize("part", ["next_token", "token_experts"])
+def test_a_fault_of_one_row_ends_its_own_request_alone(part: str, tmp_path: Path, monkeypatch: Any) -> None:
+    real = getattr(decode, part)
+    said: list[str] = []
+
+    def fails(*args: Any) -> Any:
+        if part == "next_token" and args[1] == 0:
+            return real(*args)
+        raise RuntimeError("SECRET")
+
+    with served(make_run(tmp_path, "llama")) as models:
+        kept, broken = Generate(0, "a b", 5), Generate(1, "b b", 5, temperature=1.0, experts=True)
+        ((expected,),) = run_all(Decoding(models, rows=8), [kept])
+        monkeypatch.setattr(decode, part, fails)
+        logs = run_all(Decoding(models, rows=8, report=said.append), [kept, broken, kept])
+    assert [logs[0], logs[2]] == [[expected]] * 2
+    (fault,) = logs[1]
+    assert isinstance(fault, RequestError)
+    assert fault.code == "internal_error"
+    (line,) = said
+    assert line.startswith("a text could not be continued: RuntimeError at ")
 
 
 def test_prompts_that_padding_would_make_too_long_wait_their_turn(tmp_path: Path, monkeypatch: Any) -> None:

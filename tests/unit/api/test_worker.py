@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from api_runs import make_run
+from coterie.api.cache import RowCache
 from coterie.api.decode import Decoding
 from coterie.api.jobs import Event, Generate, Job, RequestError, Written
 from coterie.api.served import served
@@ -170,3 +172,33 @@ def test_it_decodes(tmp_path: Path) -> None:
         logs = [ask(worker, prompt)[1] for prompt in ("a", "b c", "d", "e f g")]
         assert all(isinstance(log.get(timeout=30), Written) for log in logs)
         assert worker.steps >= 3
+
+
+def test_a_pass_over_new_prompts_that_fails_ends_their_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with served(make_run(tmp_path, "llama")) as models:
+        engine = Decoding(models, rows=4)
+        with running(engine, waiting=8) as worker:
+            with monkeypatch.context() as patch:
+                patch.setattr(RowCache, "run", full)
+                faults = [ask(worker, prompt)[1].get(timeout=10) for prompt in ("a", "b c")]
+            assert [isinstance(fault, RequestError) and fault.code for fault in faults] == ["internal_error"] * 2
+            until(lambda: worker.running == engine.busy == 0)
+            assert isinstance(ask(worker)[1].get(timeout=30), Written)
+        assert all("the engine lost" not in line for line in worker.said)  # type: ignore[attr-defined]
+
+
+def test_jobs_that_the_engine_lost_get_a_fault() -> None:
+    class Losing(Waiting):
+        def step(self) -> list[Job]:
+            self.jobs = []
+            return []
+
+    with running(Losing()) as worker:
+        fault = ask(worker)[1].get(timeout=10)
+        assert isinstance(fault, RequestError)
+        assert fault.code == "internal_error"
+        until(lambda: worker.running == 0)
+        assert worker.said == ["the engine lost requests: 1"]  # type: ignore[attr-defined]
