@@ -12,19 +12,22 @@ TEXT = 500  # characters of a text that others wrote
 _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of surrogate pairs, separators of lines
 _TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # they change the direction of the text around them
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-_ESCAPED_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # the only way in which JSON that is UTF-8 can have one
+_ESCAPED_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # the only other way in which JSON can have one
 
 
 def parse_json(text: str | bytes) -> Json:
-    """The value of the JSON in ``text``.
+    """The value of the JSON in ``text``. Bytes are UTF-8, with or without a byte order mark.
 
     Raises :class:`ValueError` for any fault, including half of a surrogate pair in a text.
     """
+    if isinstance(text, bytes):  # json.loads would guess the encoding, and take halves of pairs as they are
+        text = text.decode("utf-8-sig")
+    check_pairs(text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as fault:
         raise ValueError(reason_of(fault)) from fault
-    if _ESCAPED_PAIR.search(text.encode() if isinstance(text, str) else text):
+    if _ESCAPED_PAIR.search(text):
         check_pairs(json.dumps(value, ensure_ascii=False))
     return value
 

@@ -19,6 +19,10 @@ from coterie.text import name_fault, parse_json, printable
         ('{"\\udfff": 1}', r"U\+DFFF"),
         ('["\\uDBFF\\uD800"]', r"U\+DBFF"),
         (b'"\xff"', "utf-8"),
+        (b'"\xed\xa0\x80"', "utf-8"),
+        ('"\ud800"', r"U\+D800"),
+        ('"a"'.encode("utf-16"), "utf-8"),
+        ('"a"'.encode("utf-16-le"), "Invalid control character"),
     ],
 )
 def test_bad_json_is_a_value_error_that_says_why(text: str | bytes, says: str) -> None:
@@ -29,7 +33,7 @@ def test_bad_json_is_a_value_error_that_says_why(text: str | bytes, says: str) -
 @pytest.mark.parametrize("value", ["👍🏽", "\\ud800", 'a "quote"', {"é": [1, None, "\u202e"]}])
 def test_good_json_is_its_value(value: object) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
-        assert parse_json(text) == parse_json(text.encode()) == value
+        assert parse_json(text) == parse_json(text.encode()) == parse_json(text.encode("utf-8-sig")) == value
 
 
 @pytest.mark.parametrize("name", ["yes", "Ça va?", "שלום", "日本", "👩‍💻", "a b", "-1", ""])

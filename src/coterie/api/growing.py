@@ -20,10 +20,10 @@ class GrowingText:
         at = min((place for stop in self.stop if (place := whole.find(stop)) >= 0), default=-1)
         if at >= 0:
             self.stopped, whole, last = True, whole[:at], True
-        final = len(whole) if last else len(whole.rstrip(_HALF))
         if not last:
-            final = min(final, len(whole) - self._begun(whole))
-        piece = whole[len(self.sent) : final]
+            whole = whole.rstrip(_HALF)
+            whole = whole[: len(whole) - self._begun(whole)]
+        piece = whole[len(self.sent) :]
         self.sent += piece
         return piece
 

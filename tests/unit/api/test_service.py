@@ -62,6 +62,8 @@ def metric(service: Ready, line: str) -> str:
     [
         (b"{", "the body is not JSON: Expecting property name"),
         (b"\xff\xfe", "the body is not JSON"),
+        (b'{"model": "north", "input": "\xed\xa0\x80"}', "the body is not JSON: 'utf-8' codec can't decode byte 0xed"),
+        ('{"model": "north", "input": "a"}'.encode("utf-16"), "the body is not JSON"),
         (b"[" * 9000, "nested too deep"),
         (b'{"model": "north", "input": "\\ud800"}', "half of a surrogate pair"),
         (b'{"model": "north", "input": 3}', "input"),
