@@ -169,7 +169,8 @@ class Observe:
     """Collects statistics of the bank's forward pass on ``split`` in evaluation mode. Answered by :class:`Observed`.
 
     ``what`` names the statistics: ``"usage"``, ``"embeddings"``, ``"directions"``, and ``"first_order"`` and
-    ``"gate_mass"`` of :mod:`coterie.compute.importance`. With ``hold_out`` only the rows that it sets aside are used,
+    ``"gate_mass"`` of :mod:`coterie.compute.importance`. ``"signed_usage"`` is a usage whose weights are the mean
+    weights, not their mean size. With ``hold_out`` only the rows that it sets aside are used,
     and of those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and
     never in the importance of a module or in directions.
     """

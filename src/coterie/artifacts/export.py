@@ -12,7 +12,7 @@ from coterie.adapters.model import path_of
 from coterie.adapters.write import ranks_of, write_adapter
 from coterie.artifacts.card import Facts, Form, write_card
 from coterie.artifacts.evaluate import Client, open_client, own_rows
-from coterie.artifacts.static import Cost, cost, mean_weights, static_bank
+from coterie.artifacts.static import Cost, cost, mean_weights, static_bank, weighs_alike
 from coterie.data.rows import ClientData
 from coterie.nn.base import load_base
 from coterie.runs.summary import SUMMARY, read_summary
@@ -77,7 +77,7 @@ def _static(folder: Path, client: Client, rank: int | None, data: Path | None) -
         static = static_bank(client.bank, mean_weights(client, given, "test"), rank)
         return static, cost(client, static, given, "test", str(data))
     if not (folder / "config.json").is_file():
-        if client.bank.gate.name != "constant":
+        if not weighs_alike(client.bank):
             raise CoterieError(
                 f"{folder} holds a bundle without its run, and its gate weighs experts by the text: give labelled rows "
                 "with --data FILE"

@@ -2,16 +2,18 @@
 
     W x = W0 x + s sum_e mean_t(g_te) B_e A_e x
 
-What a gate decides per token is lost; :func:`cost` says what that costs on rows.
+What a gate decides per token is lost; :func:`cost` says what that costs on rows. The gates ``constant`` and ``signed``
+decide nothing per token: their static form is exact and needs no rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from coterie.adapters.bundle import one_lora
 from coterie.artifacts.evaluate import Client
 from coterie.compute.client import LocalCompute
 from coterie.data.rows import ClientData
@@ -36,18 +38,31 @@ class Cost:
 
 
 def mean_weights(client: Client, rows: ClientData, split: str) -> Usage:
-    """How the tokens of ``rows`` weigh the experts of each module. Empty for a gate whose weights are always 1."""
-    observed = LocalCompute(client.workplace, rows, 0).observe(Observe(client.bank, split, ("usage",)))
+    """The mean weight of each module's experts over the tokens of ``rows``, with its sign.
+
+    Empty for a gate that weighs all texts alike.
+    """
+    if weighs_alike(client.bank):
+        return {}
+    observed = LocalCompute(client.workplace, rows, 0).observe(Observe(client.bank, split, ("signed_usage",)))
     return observed.usage
 
 
-def static_bank(bank: Bank, usage: Usage, rank: int | None = None) -> Bank:
-    """``bank`` as one expert per module with a gate of 1, and its head; a module outside ``usage`` weighs all alike, 1.
+def weighs_alike(bank: Bank) -> bool:
+    """Whether the gate weighs the experts of all texts alike, so that a static form needs no rows."""
+    return bank.gate.name in ("constant", "signed")
 
-    Its rank is the sum of the experts' ranks, or ``rank``: then the nearest product of that rank, by QR and the
+
+def static_bank(bank: Bank, usage: Usage, rank: int | None = None) -> Bank:
+    """``bank`` as one expert per module with a gate of 1, and its head.
+
+    Experts weigh what ``usage`` says, and 1 in a module outside it. With the gate ``signed``, they weigh what the bank
+    says. Its rank is the sum of the experts' ranks, or ``rank``: then the nearest product of that rank, by QR and the
     singular values of a small matrix. Experts that no token uses are left out.
     """
     tensors: dict[Key, Tensor] = {key: value for key, value in bank.tensors.items() if key.part is Part.HEAD}
+    if bank.gate.name == "signed":
+        bank = replace(bank, tensors=one_lora(bank))
     for module in sorted({key.module for key in bank.tensors if key.part is Part.A}):
         keys = sorted(key for key in bank.tensors if key.module == module and key.part is Part.A)
         weight = _weights(usage, module, keys)

@@ -11,7 +11,7 @@ from coterie.nn.bank import Pass
 from coterie.requests import ExpertUse, Observed
 from coterie.types import NO_EXPERT, Bank, Key, Part
 
-COLLECTED = ("usage", "embeddings", "directions")  # in passes that many clients may share
+COLLECTED = ("usage", "signed_usage", "embeddings", "directions")  # in passes that many clients may share
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Collector:
     tokens: Tensor | int = 0
 
     def __post_init__(self) -> None:
-        self.now.usage = {} if "usage" in self.what else None
+        self.now.signed = "signed_usage" in self.what
+        self.now.usage = {} if self.now.signed or "usage" in self.what else None
         self.now.embeddings = {} if "embeddings" in self.what else None
         self.now.directions = {} if "directions" in self.what else None
         self.now.rows.used = self.now.rows.used or self.now.directions is not None

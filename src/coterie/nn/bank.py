@@ -36,7 +36,8 @@ class Pass:
     checkpointing draws it again. ``mask`` [b, t] marks the tokens that count in the statistics; None: all.
 
     The statistics; None means that one is not collected:
-    ``usage``, by module: sums over tokens [2, e], of the size of each expert's weight and of the tokens that use it;
+    ``usage``, by module: sums over tokens [2, e], of the size of each expert's weight (with ``signed``, of the weight
+    itself) and of the tokens that use it;
     ``embeddings``: sums over tokens of A_e x and of R x;
     ``directions``: sums over rows of what a gate by row routes by, and the number of rows;
     ``balance``: the load-balance loss of every module;
@@ -51,6 +52,7 @@ class Pass:
     head: int = 0
     mask: Tensor | None = None
     usage: dict[str, Tensor] | None = None
+    signed: bool = False
     embeddings: dict[Key, Tensor] | None = None
     directions: dict[str, tuple[Tensor, int]] | None = None
     rows: RowMask = field(default_factory=RowMask)
@@ -251,7 +253,8 @@ class BankLayer:
 
     def _record_usage(self, g: Tensor, usage: dict[str, Tensor]) -> None:
         real = self._counted(g)
-        counted = torch.stack([real.abs().sum(0), (real != 0).double().sum(0)])
+        weight = real if self.now.signed else real.abs()
+        counted = torch.stack([weight.sum(0), (real != 0).double().sum(0)])
         usage[self.module] = usage.get(self.module, torch.zeros_like(counted)) + counted
 
     def _record_embeddings(self, p: Tensor | None, routed: Tensor, sums: dict[Key, Tensor]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import bundles
@@ -17,15 +18,16 @@ import coterie
 import finished_runs
 import sites
 import tiny
-from coterie.adapters.bundle import read_bundle
+from coterie.adapters.bundle import read_bundle, write_bundle
 from coterie.artifacts.card import check_card
 from coterie.artifacts.evaluate import open_client
 from coterie.artifacts.export import export
 from coterie.artifacts.static import mean_weights, static_bank
 from coterie.cli.main import app
+from coterie.compute.client import LocalCompute
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
-from coterie.requests import ExpertUse
+from coterie.requests import ExpertUse, Observe
 from coterie.types import SHARED, Bank, CoterieError, Key, Part
 
 TEXTS = ["the printer smokes", "a very long day indeed", "x"]
@@ -114,6 +116,41 @@ def test_merged_weights_are_a_model_of_their_own(folder: Path, tmp_path: Path) -
         assert torch.allclose(merged(**batch).logits, adapted(**batch).logits, atol=1e-4)
     assert merged.config.id2label == dict(enumerate(bundles.LABELS))
     assert ModelCard.load(tmp_path / "merged" / "README.md").data.library_name == "transformers"
+
+
+def test_signed_weights_are_exported_exactly_and_need_no_rows(tmp_path: Path) -> None:
+    north = bundles.finished(tmp_path, gate="signed") / "clients" / "north"
+    for form in ("static", "merged"):
+        export(north, None, tmp_path / form, form=form)  # type: ignore[arg-type]
+    written, expected = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "static", north / "adapter"))
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+    routed = coterie.load(north)
+    batch = routed.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(**batch).logits, routed.model(**batch).logits, atol=1e-4)
+
+
+def test_response_weights_keep_their_signs(tmp_path: Path) -> None:
+    folder = bundles.finished(tmp_path, gate="response") / "clients" / "north"
+    bank, about = read_bundle(folder)
+    for key, table in bank.tensors.items():
+        if key.part is Part.ROUTER:
+            table.zero_()[:, 0] = torch.tensor([-1.0, 0.5, -0.25])  # g = w, whatever the text
+    write_bundle(folder, bank, about)
+    sites.write_rows(tmp_path / "rows.jsonl", ROWS)
+    client = open_client(folder, None)
+    usage = mean_weights(client, client.rows_of(tmp_path / "rows.jsonl"), "test")
+    assert len(usage) == 4
+    assert all(use.weight == pytest.approx([-1.0, 0.5, -0.25]) for use in usage.values())
+    reported = LocalCompute(client.workplace, client.rows_of(tmp_path / "rows.jsonl"), 0).observe(
+        Observe(client.bank, "test")
+    )
+    assert all(use.weight == pytest.approx([1.0, 0.5, 0.25]) for use in reported.usage.values())
+    made = export(folder, None, tmp_path / "out", form="static", data=tmp_path / "rows.jsonl")
+    assert made.cost is not None
+    assert made.cost.static == pytest.approx(made.cost.routed, abs=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
