@@ -22,19 +22,22 @@ def finished(
     *,
     gate: str = "slot_top_k",
     options: Mapping[str, Any] | None = None,
+    arch: str = "",
+    targets: tuple[str, ...] = (),
     **sizes: Any,
 ) -> Path:
     """``folder/run`` with ``clients/north`` and ``clients/south``: three experts each, weighed by ``gate``.
 
-    The base is in ``folder/model``, with other ``sizes`` on request.
+    The base is in ``folder/model``, of another ``arch`` or with other ``sizes`` on request; the experts are on
+    ``targets``, by default PEFT's.
     """
-    base = tiny.folder(folder / "model", ARCHITECTURES[kind], **sizes)
-    made = load_base(str(base), kind).model  # type: ignore[arg-type]
-    head = tiny.head(made, len(LABELS)) if kind == "classification" else {}
+    base = tiny.folder(folder / "model", arch or ARCHITECTURES[kind], **sizes)
+    made = load_base(str(base), kind, targets=targets).model  # type: ignore[arg-type]
+    head = tiny.head(made, len(LABELS), over=targets) if kind == "classification" else {}
     about = tiny.about(base="model", base_path=str(base), task=kind, method="fedlease", labels=LABELS if head else None)
     for seed, client in enumerate(("north", "south")):
         own = {"own": seed} if gate == "slot_top_k" else options
-        experts = tiny.bank(tiny.targets(made), 3, gate=gate, options=own, seed=seed)
+        experts = tiny.bank(tiny.targets(made, targets), 3, gate=gate, options=own, seed=seed)
         bank = Bank({**experts.tensors, **head}, experts.gate, experts.scaling)
         write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client))
     return folder / "run"

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -52,6 +53,9 @@ def config(arch: str, **overrides: Any) -> PretrainedConfig:
     match arch:
         case "bert":
             return BertConfig(**{**shared, **sizes, **overrides})
+        case "distilbert":  # PEFT has no default targets for it
+            sizes = {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 160}
+            return DistilBertConfig(**{**shared, **sizes, **overrides})
         case "roberta":
             return RobertaConfig(**{**shared, **sizes, **overrides})
         case "llama":
@@ -117,7 +121,7 @@ def folder(
     **overrides: Any,
 ) -> Path:
     """A model folder as users have them: an encoder without a head, a decoder with its output layer; a tokenizer."""
-    kind = kind or ("bare" if arch in ENCODERS else "generation")
+    kind = kind or ("generation" if arch in DECODERS else "bare")
     model(arch, kind, seed=seed, **overrides).save_pretrained(path)
     tokenizer(texts, chat=chat, token_types=arch == "bert").save_pretrained(path)
     return path
@@ -141,9 +145,9 @@ def batch(
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def targets(made: nn.Module) -> tuple[Target, ...]:
-    """PEFT's default targets of a model."""
-    return describe(made).targets
+def targets(made: nn.Module, names: tuple[str, ...] = ()) -> tuple[Target, ...]:
+    """The targets of a model that ``names`` name, by default PEFT's."""
+    return describe(made, names).targets
 
 
 def bank(

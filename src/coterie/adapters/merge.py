@@ -7,26 +7,33 @@ from pathlib import Path
 import torch
 
 from coterie.adapters.about import About, write_about
+from coterie.inference.generate import end_texts
 from coterie.nn.base import Base
-from coterie.types import Bank, Part
+from coterie.nn.spec import is_transposed
+from coterie.types import Bank, CoterieError, Part
 
 
 def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
     """Write ``base`` with ``W + s B A`` in the place of every adapted W, the bank's head and labels, and its tokenizer.
 
     ``bank`` has one expert per module and the gate ``constant``. The base changes: it can be used for nothing else.
-    Weights are added in float32 and written in the base's dtype. Raises :class:`ValueError` for another bank.
+    Weights are added in float32 and written in the base's dtype. An output layer that shares its weight with the
+    embeddings gets a weight of its own, if it is adapted. Texts end where :func:`coterie.load`'s model ends them.
+    Raises :class:`ValueError` for another bank, :class:`CoterieError` for other modules that share an adapted weight.
     """
     if bank.gate.name != "constant" or any(key.expert != 0 for key in bank.tensors if key.part in (Part.A, Part.B)):
         raise ValueError("only one expert with a gate of 1 can be added to weights; make the bank static first")
-    transposed = {target.name for target in base.spec.targets if target.transposed}
     with torch.no_grad():
         for a in sorted(key for key in bank.tensors if key.part is Part.A):
             product = bank.tensors[a._replace(part=Part.B)].float() @ bank.tensors[a].float() * bank.scaling
-            weight = base.model.get_submodule(a.module).weight
-            added = weight.float() + (product.T if a.module in transposed else product).to(weight.device)
+            module = base.model.get_submodule(a.module)
+            _unshare(base, a.module)
+            weight = module.get_parameter("weight")
+            added = weight.float() + (product.T if is_transposed(module) else product).to(weight.device)
             weight.copy_(added.to(weight.dtype))
         _put_head(base, bank)
+    if about.task != "classification":
+        end_texts(base.model, base.tokenizer)
     config = base.model.config
     if about.labels and about.task == "classification":
         config.id2label = dict(enumerate(about.labels))
@@ -36,6 +43,23 @@ def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
     base.tokenizer.model_max_length = min(about.max_length, base.longest or about.max_length)
     base.tokenizer.save_pretrained(folder)
     write_about(folder, about)
+
+
+def _unshare(base: Base, name: str) -> None:
+    """Give the module called ``name`` a weight of its own, where it is an output layer tied to the embeddings."""
+    module = base.model.get_submodule(name)
+    weight = module.get_parameter("weight")
+    others = [n for n, m in base.model.named_modules() if m is not module and getattr(m, "weight", None) is weight]
+    if not others:
+        return
+    if module is not base.model.get_output_embeddings():
+        raise CoterieError(
+            f"{name} shares its weight with {', '.join(others)}, so a LoRA on it alone cannot be merged; export with "
+            "--static instead"
+        )
+    module.register_parameter("weight", torch.nn.Parameter(weight.clone(), requires_grad=False))
+    base.model.config.tie_word_embeddings = False
+    base.model.config.get_text_config().tie_word_embeddings = False
 
 
 def _put_head(base: Base, bank: Bank) -> None:

@@ -13,6 +13,7 @@ from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
 from coterie.data.settings import Columns
 from coterie.data.tasks import make_task
 from coterie.inference.answers import Answer, Rejected
+from coterie.inference.generate import end_texts
 from coterie.inference.predict import Predictor, located
 from coterie.nn.attach import attach
 from coterie.nn.base import Base, load_base
@@ -111,6 +112,8 @@ def model_of(bank: Bank, about: About, base: str | None, placing: Placing) -> Cl
     loaded.model.eval()
     labels = about.labels
     config = loaded.model.config
+    if about.task != "classification":
+        end_texts(loaded.model, loaded.tokenizer)
     if about.task == "classification" and labels:
         config.id2label = dict(enumerate(labels))  # the number of labels follows from it
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -136,6 +139,7 @@ def base_of(
         loaded = load_base(
             path,
             about.task,
+            targets=adapted_modules(bank),
             device=how.device,
             dtype=how.dtype,
             quantize=how.quantize,
@@ -152,6 +156,11 @@ def base_of(
     return loaded
 
 
+def adapted_modules(bank: Bank) -> tuple[str, ...]:
+    """The names of the modules that ``bank`` adapts: the targets of its run, which PEFT may have no defaults for."""
+    return tuple(sorted({key.module for key in bank.tensors if key.part is Part.A}))
+
+
 def path_of(about: About, base: str | None = None) -> str:
     """Where the base of a bundle is: ``base``, or the folder or the name that the bundle has."""
     return base or (about.base_path if is_here(about) else hub_name(about.base))
@@ -159,7 +168,7 @@ def path_of(about: About, base: str | None = None) -> str:
 
 def check_base(base: Base, bank: Bank, about: About) -> None:
     """Raises :class:`CoterieError` for a base with other weights than the one that the bank was trained on."""
-    modules = {key.module for key in bank.tensors if key.part is Part.A}
+    modules = adapted_modules(bank)
     here = fingerprint(digests(base.path, modules), modules)
     if here and about.base_sha256 and here != about.base_sha256:
         raise CoterieError(

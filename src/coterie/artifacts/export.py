@@ -8,13 +8,13 @@ from pathlib import Path
 
 from coterie.adapters.bundle import write_bundle
 from coterie.adapters.merge import write_merged
-from coterie.adapters.model import path_of
+from coterie.adapters.model import adapted_modules, base_of
 from coterie.adapters.write import ranks_of, write_adapter
 from coterie.artifacts.card import Facts, Form, write_card
 from coterie.artifacts.evaluate import Client, open_client, own_rows
 from coterie.artifacts.static import Cost, cost, mean_weights, static_bank, weighs_alike
 from coterie.data.rows import ClientData
-from coterie.nn.base import load_base
+from coterie.nn.spec import is_transposed
 from coterie.runs.summary import SUMMARY, read_summary
 from coterie.types import Bank, CoterieError, Part
 
@@ -64,8 +64,7 @@ def export(
     if form == "static":
         _write_static(target, opened, static, widest)
     else:
-        own = load_base(path_of(opened.about, base), opened.about.task)
-        write_merged(target, own, static, opened.about)
+        write_merged(target, base_of(opened.bank, opened.about, base), static, opened.about)
     write_card(target, Facts(opened.about, form, command, summary, measured, widest, tuple(language)))
     return Exported(target, form, widest, measured)
 
@@ -110,4 +109,5 @@ def _write_static(folder: Path, client: Client, static: Bank, rank: int) -> None
 
 
 def _transposed(client: Client) -> bool:
-    return any(target.transposed for target in client.workplace.base.spec.targets)
+    model = client.workplace.base.model
+    return any(is_transposed(model.get_submodule(name)) for name in adapted_modules(client.bank))

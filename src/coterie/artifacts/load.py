@@ -10,7 +10,7 @@ import torch
 
 from coterie.adapters.about import About
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
-from coterie.adapters.model import ClientModel, Placing, bundle_folder, model_of, path_of
+from coterie.adapters.model import ClientModel, Placing, adapted_modules, bundle_folder, model_of, path_of
 from coterie.artifacts.newcomer import newcomer_bundle
 from coterie.config.check import checked
 from coterie.config.load import section_of
@@ -61,6 +61,10 @@ def load(
 
 def _newcomer(folder: Path, labels: Sequence[str] | None, base: str | None, placing: Placing) -> ClientModel:
     bank, about = newcomer_bundle(folder)
+    if labels is not None and about.task != "classification":
+        raise CoterieError(
+            f"labels are for classification, and {folder} is of {about.task.replace('_', ' ')}; leave them out"
+        )
     if about.task != "classification" or (labels is None and about.labels is not None):
         return model_of(bank, about, base, placing)
     if labels is None:
@@ -77,7 +81,7 @@ def with_fresh_head(bank: Bank, about: About, base: str | None, labels: Sequence
     """``bank`` with a head for ``labels`` as a client starts with, in place of its own."""
     if len(set(labels)) < max(2, len(labels)):
         raise CoterieError(f"labels are two or more different names, not {tuple(labels)}")
-    spec = spec_at(path_of(about, base), about.task)
+    spec = spec_at(path_of(about, base), about.task, adapted_modules(bank))
     head = start_head(spec, Plan(), ClientInfo("newcomer", 0, labels=tuple(labels)))
     others = {key: value for key, value in bank.tensors.items() if key.part is not Part.HEAD}
     return replace(bank, tensors={**others, **head})

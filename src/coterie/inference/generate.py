@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from coterie.data.tasks import Generation
-from coterie.nn.pretrained import PreTrainedModel
+from coterie.data.tasks import Generation, Tokenizer
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def new_tokens(model: PreTrainedModel, task: Generation, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -18,7 +18,7 @@ def new_tokens(model: PreTrainedModel, task: Generation, inputs: Mapping[str, Te
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(model.generation_config.eos_token_id, tokenizer.eos_token_id),
+        eos_token_id=_ends(model, tokenizer),
     )
     return out[:, inputs["input_ids"].shape[1] :]
 
@@ -28,7 +28,13 @@ def texts_of(task: Generation, tokens: Tensor) -> list[str]:
     return list(task.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
-def _ends(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int] | None:
+def end_texts(model: PreTrainedModel, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> None:
+    """Let ``model.generate`` end a text where :func:`new_tokens` does."""
+    model.generation_config.eos_token_id = _ends(model, tokenizer)
+
+
+def _ends(model: PreTrainedModel, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> list[int] | None:
     """The tokens that end a text: the model's own, and the tokenizer's, which training puts after a completion."""
+    of_model = model.generation_config.eos_token_id
     own = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({end for end in (*own, of_tokenizer) if end is not None}) or None
+    return sorted({end for end in (*own, tokenizer.eos_token_id) if end is not None}) or None

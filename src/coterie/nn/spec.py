@@ -32,7 +32,7 @@ def describe(model: nn.Module, targets: tuple[str, ...] = ()) -> BaseSpec:
     if unmatched:
         raise CoterieError(f"no Linear of the model matches the target {unmatched[0]!r}; it has {_endings(linears)}")
     chosen = tuple(
-        Target(name, *sizes, transposed=hasattr(model.get_submodule(name), "nf"))
+        Target(name, *sizes, transposed=is_transposed(model.get_submodule(name)))
         for name, sizes in sorted(linears.items())
         if any(_matches(name, target) for target in wanted)
     )
@@ -47,6 +47,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
         if isinstance(sizes[0], int) and isinstance(sizes[1], int):
             return sizes[0], sizes[1]
     return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight as [d_in, d_out], as GPT-2's ``Conv1D`` does."""
+    return hasattr(module, "nf")
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -132,3 +132,5 @@ def test_a_newcomer_writes_text(tmp_path: Path) -> None:
     bank, about = read_bundle(run / "clients" / "north")
     write_bundle(run / "clients" / "south", bank, replace(about, client="south"))
     assert len(coterie.load(run).predict([{"prompt": "x"}])) == 1
+    with pytest.raises(CoterieError, match=r"labels are for classification, and .* is of generation; leave them out"):
+        coterie.load(run, labels=["yes", "no"])

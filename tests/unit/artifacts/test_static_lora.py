@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import bundles
 import coterie
@@ -19,6 +19,7 @@ import finished_runs
 import sites
 import tiny
 from coterie.adapters.bundle import read_bundle, write_bundle
+from coterie.adapters.merge import write_merged
 from coterie.artifacts.card import check_card
 from coterie.artifacts.evaluate import open_client
 from coterie.artifacts.export import export
@@ -168,6 +169,62 @@ def test_a_merged_decoder_writes_what_peft_writes(arch: str, tmp_path: Path) -> 
     with torch.no_grad():
         found, expected = (model(**batch).logits for model in (merged, adapted))
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "targets"),
+    [("gpt2", ("attn.c_proj", "c_fc")), ("llama", ("q_proj", "lm_head")), ("gpt2", ("c_attn", "lm_head"))],
+)
+def test_merged_weights_of_any_targets_give_the_logits_of_the_bank(
+    arch: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = bundles.finished(tmp_path, "generation", gate="constant", arch=arch, targets=targets)
+    north = coterie.load(run, "north")
+    export(run / "clients" / "north", None, tmp_path / "merged", form="merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    batch = tiny.batch()
+    with torch.no_grad():
+        assert torch.allclose(merged(**batch).logits, north.model(**batch).logits, atol=1e-4)
+
+
+def test_weights_that_other_modules_share_are_not_merged(tmp_path: Path) -> None:
+    run = bundles.finished(tmp_path, "generation", gate="constant", arch="gpt2", targets=("c_fc",))
+    bank, about = read_bundle(run / "clients" / "north")
+    base = load_base(str(tmp_path / "model"), "generation")
+    first, second = (base.model.get_submodule(f"transformer.h.{i}.mlp.c_fc") for i in (0, 1))
+    second.weight = first.weight
+    with pytest.raises(
+        CoterieError, match=r"shares its weight with transformer\.h\.1\.mlp\.c_fc.*export with --static"
+    ):
+        write_merged(tmp_path / "out", base, static_bank(bank, {}), about)
+
+
+def test_a_run_on_a_base_without_default_targets_can_be_used(tmp_path: Path) -> None:
+    run = bundles.finished(tmp_path, gate="constant", arch="distilbert", targets=("q_lin", "v_lin"))
+    north = coterie.load(run, "north")
+    batch = north.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    for form in ("static", "merged"):
+        export(run / "clients" / "north", None, tmp_path / form, form=form)  # type: ignore[arg-type]
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3)
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "static").eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = north.model(**batch).logits
+        assert all(torch.allclose(model(**batch).logits, expected, atol=1e-4) for model in (adapted, merged))
+    assert coterie.load(run, labels=["yes", "no"]).labels == ("yes", "no")
+
+
+@pytest.mark.parametrize(("of_base", "ends"), [(7, [2, 7]), (None, [2])])
+def test_merged_and_loaded_models_end_a_text_where_training_did(
+    of_base: int | None, ends: list[int], tmp_path: Path
+) -> None:
+    run = bundles.finished(tmp_path, "generation", gate="constant")
+    config = GenerationConfig.from_pretrained(tmp_path / "model")
+    config.eos_token_id = of_base
+    config.save_pretrained(tmp_path / "model")
+    export(run / "clients" / "north", None, tmp_path / "merged", form="merged")
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == ends
+    assert coterie.load(run, "north").model.generation_config.eos_token_id == ends
 
 
 # the model card -------------------------------------------------------------------------------------------------------
