@@ -29,7 +29,9 @@ def make_app(served: Served, worker: Worker, keys: Keys, limits: Limits, hosts: 
 
     ``hosts`` are the names that it answers to, None for any: a service without keys answers to those of this machine.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # its pages fetch scripts from elsewhere
+    app = FastAPI(  # its pages fetch scripts from elsewhere, and its redirects go where the Host header says
+        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     metrics, reader = Metrics(worker), Reader(served, keys)
     routes = Routes(reader, Desk(worker, limits), limits, metrics)
 

@@ -68,7 +68,7 @@ def served(run: Path, clients: Sequence[str] = (), *, base: str | None = None, d
     Raises :class:`CoterieError` for a folder without bundles, an unknown client, banks that cannot share a pass, and a
     base that is missing or has other weights.
     """
-    folders = _folders(run, clients)
+    folders = client_folders(run, clients)
     read = [read_bundle(folder) for folder in folders.values()]
     names, banks, abouts = tuple(folders), [bank for bank, _ in read], [about for _, about in read]
     _check_alike(run, names, abouts)
@@ -87,8 +87,11 @@ def _without_dropout(bank: Bank) -> Bank:
     return Bank(bank.tensors, bank.gate, bank.scaling)
 
 
-def _folders(run: Path, clients: Sequence[str]) -> dict[str, Path]:
-    """The folder of each client's bundle by the client's name, from what is in the folder ``run``."""
+def client_folders(run: Path, clients: Sequence[str] = ()) -> dict[str, Path]:
+    """The folder of each client's bundle by the client's name, of ``clients`` (none named: all) in the folder ``run``.
+
+    Raises :class:`CoterieError` for a folder without bundles and an unknown client.
+    """
     if (run / BUNDLE_FILE).is_file():
         here = {read_bundle(run)[1].client or run.resolve().name: run}
     else:

@@ -20,7 +20,7 @@ from coterie.api.guard import LOG
 from coterie.api.keys import Keys, read_keys
 from coterie.api.limits import Limits
 from coterie.api.protocol import PatientProtocol
-from coterie.api.served import Served, served
+from coterie.api.served import Served, client_folders, served
 from coterie.api.worker import Worker
 from coterie.types import CoterieError
 
@@ -68,11 +68,12 @@ def ready(service: Service) -> Iterator[Ready]:
     """
     open_to_all = service.keys is None
     _check(service, open_to_all)
+    names = tuple(client_folders(service.run, service.clients))
+    keys = Keys() if service.keys is None else read_keys(service.keys, names)  # before the models: they take long
     with (
         _listening(service.host, service.port) as sock,
         served(service.run, service.clients, base=service.base, device=service.device) as models,
     ):
-        keys = Keys() if service.keys is None else read_keys(service.keys, models.names)
         worker = worker_for(models, service.limits)
         hosts = (*_NAMES, service.host.lower()) if open_to_all else None
         app = make_app(models, worker, keys, service.limits, hosts)

@@ -15,7 +15,7 @@ from coterie.text import printable
 from coterie.types import CoterieError
 
 RunFolder = Annotated[Path, typer.Argument(help="the folder of a finished run, or of a client's bundle")]
-Clients = Annotated[str, typer.Option(help="clients, separated by commas; default all")]
+Clients = Annotated[str | None, typer.Option(help="clients, separated by commas; default all")]
 Host = Annotated[str, typer.Option(help="the address to listen on; others than this machine's own need --keys")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")]
 KeysFile = Annotated[Path | None, typer.Option("--keys", help="a file of API keys, made of entries by coterie api-key")]
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 def api(
     run: RunFolder,
-    clients: Clients = "",
+    clients: Clients = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     keys: KeysFile = None,
@@ -65,7 +65,7 @@ def api(
         rows=rows, waiting=waiting, per_key=per_key, max_tokens=max_tokens, prompt_tokens=prompt_tokens,
         body_bytes=1024 * body_kib, seconds=seconds,
     )  # fmt: skip
-    names = tuple(name for name in map(str.strip, clients.split(",")) if name)
+    names = _names(clients)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("coterie.api").setLevel(logging.INFO)
     say(f"loading the models of {run}")
@@ -78,14 +78,24 @@ def api(
 
 def api_key(
     name: Annotated[str, typer.Argument(help="whose key it is; in the log instead of the key")],
-    clients: Annotated[str, typer.Option(help="the clients whose models it opens, by commas; default all")] = "",
+    clients: Annotated[
+        str | None, typer.Option(help="the clients whose models it opens, by commas; default all")
+    ] = None,
 ) -> None:
     """Make an API key, and show its entry for the file of keys. The key itself is stored nowhere."""
     _check_installed()
     from coterie.api.keys import new_key
 
-    key, entry = new_key(name, [client.strip() for client in clients.split(",") if client.strip()])
+    key, entry = new_key(name, _names(clients))
     say(f"key for {printable(name)}: {key}\n\nadd to the file that --keys names:\n\n{entry}")
+
+
+def _names(clients: str | None) -> tuple[str, ...]:
+    """The clients that ``--clients`` names; none where it is not given, which stands for all."""
+    names = tuple(name for name in map(str.strip, (clients or "").split(",")) if name)
+    if clients is not None and not names:
+        raise CoterieError("--clients names no client; name some, separated by commas, or leave it out for all clients")
+    return names
 
 
 def _check_installed() -> None:

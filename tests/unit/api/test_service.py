@@ -209,6 +209,13 @@ def test_the_counts_are_prometheus(classifier: Ready) -> None:
         assert name not in text
 
 
+@pytest.mark.parametrize("path", ["health/", "v1/models/", "v1/classify/"])
+def test_a_slash_at_the_end_is_another_route_and_no_redirect(path: str, classifier: Ready) -> None:
+    answer = httpx.get(f"{classifier.address}{path}", headers={"Host": "localhost"})
+    assert answer.status_code == 404
+    assert "location" not in answer.headers
+
+
 def test_every_answer_has_the_headers_of_a_careful_service(classifier: Ready) -> None:
     page = httpx.get(classifier.address)
     assert "'sha256-" in page.headers["content-security-policy"]
@@ -255,3 +262,13 @@ def test_a_file_of_keys_that_is_wrong_is_an_error(text: str, said: str, tmp_path
     (tmp_path / "keys.toml").write_text(text.replace("{zeros}", zeros).replace("{entry}", entry), encoding="utf-8")
     with pytest.raises(CoterieError, match=said):
         read_keys(tmp_path / "keys.toml", ["east"])
+
+
+def test_keys_are_read_before_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys.toml").write_text(
+        f'[[keys]]\nname = "a"\nsha256 = "{"0" * 64}"\nclients = ["north"]', encoding="utf-8"
+    )
+    monkeypatch.delattr("coterie.api.server.served")
+    service = Service(make_run(tmp_path), clients=("east", "south"), port=0, keys=tmp_path / "keys.toml")
+    with pytest.raises(CoterieError, match="is for 'north', which is not served; served are east, south"):
+        ready(service).__enter__()

@@ -41,6 +41,17 @@ def test_the_service_says_where_it_is(said: io.StringIO, tmp_path: Path, monkeyp
     assert "open http://127.0.0.1:" in said.getvalue()
 
 
+@pytest.mark.parametrize("clients", [",", "", " , "])
+@pytest.mark.parametrize("command", ["api", "api-key"])
+def test_clients_that_name_nobody_are_an_error_rather_than_all(
+    command: str, clients: str, said: io.StringIO, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, [command, str(tmp_path), "--clients", clients])
+    assert isinstance(result.exception, CoterieError)
+    assert "--clients names no client" in str(result.exception)
+    assert said.getvalue() == ""
+
+
 def test_without_fastapi_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CoterieError, match=r"needs fastapi and uvicorn: pip install 'coterie\[api\]'"):
