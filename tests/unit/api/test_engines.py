@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from coterie.adapters.bundle import read_bundle, write_bundle
 from coterie.api import decode
 from coterie.api.decode import Decoding
 from coterie.api.encode import Encoding
+from coterie.api.experts import Gates, token_experts
 from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Written
 from coterie.api.sampling import generator_of, next_token
 from coterie.api.served import served
@@ -99,6 +101,18 @@ def test_a_long_text_is_cut_where_evaluation_cut_it(tmp_path: Path) -> None:
     assert [(one.tokens, one.cut) for one in encoded] == [(6, True), (3, False)]
 
 
+def test_a_prompt_is_read_whole_where_predict_keeps_its_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "llama", max_length=8)
+    north = coterie.load(run, "north")
+    whole = Generate(1, "a rather long prompt of many words", max_tokens=6)
+    with served(run) as models:
+        ((end,),) = run_all(Decoding(models, rows=2), [whole])
+    (predicted,) = replace(north, max_new_tokens=6).predict([{"prompt": whole.prompt, "completion": ""}])
+    assert isinstance(end, Written)
+    assert end.prompt_tokens == len(north.tokenizer(whole.prompt)["input_ids"]) - 1 > 8
+    assert end.text == alone(north, whole) != predicted.columns()["prediction"]
+
+
 @pytest.mark.parametrize("arch", tiny.DECODERS)
 @pytest.mark.parametrize("gate", ["slot_top_k", "similarity"])
 def test_texts_of_many_clients_join_and_leave_and_are_those_of_each_alone(arch: str, gate: str, tmp_path: Path) -> None:
@@ -171,6 +185,8 @@ def test_a_text_that_is_written_shows_its_experts_too(tmp_path: Path) -> None:
     with served(make_run(tmp_path, "llama")) as models:
         logs = run_all(Decoding(models, rows=8), [Generate(0, "a", 5), Generate(1, "a b c", 5, experts=True)])
         plain, shown = (log[-1] for log in logs)
+        spare = len(models.base.tokenizer)
+        assert token_experts(models, 0, Gates(), [spare]).tokens == (f"<{spare}>",)  # of a padded vocabulary
     assert isinstance(plain, Written)
     assert plain.experts is None
     assert isinstance(shown, Written)

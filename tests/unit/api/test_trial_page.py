@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import urlencode
@@ -9,7 +10,7 @@ from urllib.parse import urlencode
 import pytest
 
 from api_runs import LABELS
-from browser import CHROMIUM, tab
+from browser import CHROMIUM, Tab, tab
 from coterie.api.page import PAGE, policy_of
 from coterie.api.server import Ready
 
@@ -25,6 +26,12 @@ def text(id_: str) -> str:
     return f"document.getElementById('{id_}').textContent"
 
 
+def send(page: Tab, prompt: str) -> None:
+    """Send the text that the address gave, as a person would."""
+    page.until(f"document.getElementById('text').value === {json.dumps(prompt)}")
+    page.press(*ENTER, modifiers=CONTROL)
+
+
 def is_shown(id_: str) -> str:
     return f"document.getElementById('{id_}').offsetParent !== null"
 
@@ -33,6 +40,7 @@ def is_shown(id_: str) -> str:
 @pytest.mark.slow
 def test_a_classifier_shows_its_label_probabilities_and_experts(classifier: Ready, tmp_path: Path) -> None:
     with tab(query(classifier, client="south", text="<b>the printer</b> & smokes"), tmp_path) as page:
+        send(page, "<b>the printer</b> & smokes")
         page.until(is_shown("experts"))
         assert page.run(text("label")) in LABELS["south"]
         for label in LABELS["south"]:
@@ -74,6 +82,7 @@ def test_a_generator_is_used_by_keyboard_alone(generator: Ready, tmp_path: Path)
 @pytest.mark.slow
 def test_it_fits_a_phone_and_has_dark_colours(classifier: Ready, tmp_path: Path) -> None:
     with tab(query(classifier, client="north", text="a long text " * 9), tmp_path) as page:
+        send(page, "a long text " * 9)
         colours = set()
         for width in (1200, 390):
             for scheme in ("light", "dark"):
@@ -82,6 +91,27 @@ def test_it_fits_a_phone_and_has_dark_colours(classifier: Ready, tmp_path: Path)
                 assert page.run("document.documentElement.scrollWidth") <= width
                 colours.add(page.run("getComputedStyle(document.body).backgroundColor"))
         assert len(colours) == 2
+
+
+@browser
+@pytest.mark.slow
+def test_a_link_runs_nothing_and_a_token_without_a_name_is_shown(classifier: Ready, tmp_path: Path) -> None:
+    with tab(query(classifier, client="south", text="the printer"), tmp_path) as page:
+        page.until("document.activeElement.id === 'text'")
+        assert page.run("document.getElementById('text').value") == "the printer"
+        assert page.run("document.getElementById('client').value") == "south"
+        assert page.run("running") is None
+        assert (
+            page.run("performance.getEntriesByType('resource').filter((each) => each.name.includes('classify')).length")
+            == 0
+        )
+        assert not page.run(is_shown("result"))
+        assert [page.run(f"shown({token})") for token in ("null", "undefined", "''", "'\u2581a'")] == [
+            "·",
+            "·",
+            "·",
+            "·a",
+        ]
 
 
 def test_the_page_names_nothing_of_another_origin_and_labels_every_field() -> None:
