@@ -115,21 +115,24 @@ def evaluate(
     client: str | None = None,
     *,
     data: Path | str | None = None,
-    split: str = TEST,
+    split: str | None = None,
     columns: Columns | None = None,
     base: str | None = None,
     device: str | None = None,
 ) -> Evaluation:
-    """What the model of ``client`` scores on the rows of the file ``data``, by default on its own ``split`` in the run.
+    """What the model of ``client`` scores on the rows of the file ``data``, by default on its own rows in the run.
 
-    ``folder`` is that of a run, or of a bundle, which needs ``data``. ``device`` is by default the
-    one of the run's config, or the CPU for a bundle. ``columns`` replace the run's.
-    Raises :class:`CoterieError` for what :func:`coterie.load` refuses, for rows without labels, and for data that are
-    no longer the run's.
+    ``split`` is of its own rows: "test" by default. ``folder`` is that of a run, or of a bundle, which needs ``data``.
+    ``device`` is by default the one of the run's config, or the CPU for a bundle. ``columns`` replace the run's.
+    Raises :class:`CoterieError` for ``data`` with a ``split``, for what :func:`coterie.load` refuses, for rows without
+    labels, and for data that are no longer the run's.
     """
+    if data is not None and split is not None:
+        raise CoterieError(f"the rows of {data} have no splits; leave out the data or the split")
     opened, root = open_client(Path(folder), client, columns=columns, base=base, device=device), Path(folder)
     if data is not None:
         return opened.evaluate(opened.rows_of(Path(data)), str(data))
+    split = split or TEST
     return opened.evaluate(own_rows(root, opened.about.client), f"its own {split} rows", split)
 
 

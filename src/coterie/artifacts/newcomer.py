@@ -38,8 +38,8 @@ def newcomer_bank(banks: Banks) -> Bank:
     """What the ``banks`` of all clients have in common, without a head.
 
     - One LoRA, or a sum of LoRAs, each: the mean of their products B A, exactly.
-    - FedLEASE: all experts, weighed by a softmax over the mean of the clients' routers. The slots that stand for a
-      client's own expert are left out: a newcomer has none.
+    - FedLEASE: the experts that all clients have, weighed by a softmax over the mean of the clients' routers. The slots
+      that stand for a client's own expert are left out: a newcomer has none.
     - FedAMoLE: the shared expert alone, as each client holds other experts of the pool.
     - SmartFed, and other gates over experts that all have: the experts with the mean of the routers.
     - FedDPA: what all clients have, with a gate of 1.
@@ -67,10 +67,22 @@ def _mean_lora(banks: Banks) -> Bank:
 
 
 def _without_own(banks: Banks) -> Bank:
-    experts = _common(banks)
-    number = len({key.expert for key in experts})
-    routers = {key: value[:number].clone() for key, value in _mean_part(banks, Part.ROUTER).items()}
+    experts, numbers = _common(banks), _numbers(banks[0].tensors)
+    kept = _numbers(experts)
+    routers = {
+        key: value[[numbers[key.module].index(number) for number in kept[key.module]]]
+        for key, value in _mean_part(banks, Part.ROUTER).items()
+        if key.module in kept
+    }
     return Bank({**experts, **routers}, GateSpec("softmax"), banks[0].scaling)
+
+
+def _numbers(tensors: Tensors) -> dict[str, list[int]]:
+    """The numbers of each module's experts, in the order of the router's rows."""
+    numbers: dict[str, list[int]] = {}
+    for key in sorted(key for key in tensors if key.part is Part.A):
+        numbers.setdefault(key.module, []).append(key.expert)
+    return numbers
 
 
 def _shared_alone(banks: Banks) -> Bank:

@@ -84,7 +84,9 @@ def evaluate(
     run: Run,
     client: Client = None,
     data: Annotated[Path | None, typer.Option(help="labelled rows; default the client's own in the run")] = None,
-    split: Annotated[str, typer.Option(help="of the client's own rows: test, validation or train")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="of the client's own rows: test, validation or train; default test")
+    ] = None,
     cross: Annotated[
         bool, typer.Option("--cross", help="every client's model on the test rows of all with the same labels")
     ] = False,
@@ -102,10 +104,17 @@ def evaluate(
     from coterie.files import write_json
 
     if cross:
-        if data or client:
-            raise CoterieError("--cross scores every model on the run's own test rows; leave out --client and --data")
+        given = {"--client": client, "--data": data, "--split": split, "--column": column, "--out": out,
+                 "--base": base, "--device": device}  # fmt: skip
+        if useless := [name for name, value in given.items() if value]:
+            raise CoterieError(
+                "--cross scores every model on the run's own test rows, as the run did, and writes cross.json; leave "
+                f"out {', '.join(useless)}"
+            )
         show_cross(run, metric)
         return
+    if metric:
+        raise CoterieError("--metric chooses what --cross shows; add --cross, or leave out --metric")
     columns = with_columns(reading_of(run, client or "")[0], column) if column else None
     result = score(run, client, data=data, split=split, columns=columns, base=base, device=device)
     show_evaluation(result)

@@ -108,8 +108,22 @@ def test_every_model_on_everyones_rows(finished: Path, capsys: pytest.CaptureFix
     assert "loss: whose model (down), on whose test rows (across)" in shown
     with pytest.raises(CoterieError, match="no model has the metric 'f1'; the metrics are accuracy, loss"):
         cross_table(finished, "f1")
-    with pytest.raises(CoterieError, match="--cross scores every model on the run's own test rows"):
-        app(["evaluate", str(finished), "--cross", "--client", "mood-0"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        *(
+            (["--cross", option, "x"], f"--cross scores every model on the run's own test rows.* leave out {option}$")
+            for option in ("--client", "--data", "--split", "--column", "--out", "--base", "--device")
+        ),
+        (["--metric", "loss"], "add --cross, or leave out --metric"),
+        (["--client", "mood-0", "--data", "x.jsonl", "--split", "test"], r"x\.jsonl have no splits; leave out"),
+    ],
+)
+def test_options_that_do_not_count_are_refused(finished: Path, given: list[str], why: str) -> None:
+    with pytest.raises(CoterieError, match=why):
+        app(["evaluate", str(finished), *given], standalone_mode=False)
 
 
 def test_the_command_shows_and_writes_the_figures(

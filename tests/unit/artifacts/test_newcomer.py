@@ -65,6 +65,19 @@ def test_fedleases_newcomer_has_no_expert_of_its_own() -> None:
     logits(made)
 
 
+def test_fedleases_newcomer_weighs_each_expert_by_its_own_slot() -> None:
+    bank = tiny.bank(OVER, 3, gate="slot_top_k", options={"own": 0})
+    first, second = OVER[0].name, OVER[1].name
+    changed = {Key(first, 0, Part.B), *(Key(second, expert, Part.A) for expert in range(3))}
+    other = replace(bank, tensors={key: v + 1 if key in changed else v for key, v in bank.tensors.items()})
+    made = newcomer_bank([bank, other])
+    assert {key.expert for key in made.tensors if key.module == first and key.part is Part.A} == {1, 2}
+    router = Key(first, NO_EXPERT, Part.ROUTER)
+    assert torch.equal(made.tensors[router], bank.tensors[router][1:3])
+    assert not any(key.module == second for key in made.tensors)
+    logits(made)
+
+
 def test_fedamoles_newcomer_has_the_shared_expert() -> None:
     banks = [tiny.bank(OVER, n, gate="scaled_dot_product", options={"k": 1}, shared=2) for n in (1, 2)]
     made = newcomer_bank(banks)
