@@ -32,7 +32,8 @@ class ClientModel:
     ``model`` is a transformers model in evaluation mode, and works in ``transformers.pipeline`` together with
     ``tokenizer``. ``labels`` are the client's label names in the order of the logits, None where there are none.
     ``bank`` is what was put on the base. ``max_length`` is where the run cut its rows, in tokens. ``columns`` and
-    ``max_new_tokens`` are what :meth:`predict` reads of a row, and how much it writes, unless it is given others.
+    ``max_new_tokens`` are what :meth:`predict` reads of a row, and how much it writes, unless it is given others;
+    ``columns`` is None where the client's rows come from datasets with different columns.
     """
 
     model: PreTrainedModel
@@ -45,7 +46,7 @@ class ClientModel:
     bank: Bank
     max_length: int = 128
     row_mask: RowMask = field(default_factory=RowMask, repr=False)
-    columns: Columns = field(default_factory=Columns)
+    columns: Columns | None = field(default_factory=Columns)
     max_new_tokens: int = 64
 
     def predict(
@@ -66,10 +67,16 @@ class ClientModel:
     def predictor(
         self, *, columns: Columns | None = None, batch_size: int | None = None, max_new_tokens: int | None = None
     ) -> Predictor:
-        """What answers rows one window after the other, for more rows than fit in memory."""
+        """What answers rows one window after the other, for more rows than fit in memory.
+
+        Raises :class:`CoterieError` where neither ``columns`` nor :attr:`columns` says how rows are read.
+        """
+        columns = columns or self.columns
+        if columns is None:
+            raise unclear_columns(self.client)
         task = make_task(self.task, self.tokenizer, self.max_length, max_new_tokens or self.max_new_tokens)
         size = batch_size or (16 if self.model.device.type == "cpu" else 64)
-        return Predictor(self.model, task, self.labels, columns or self.columns, size, self.row_mask)
+        return Predictor(self.model, task, self.labels, columns, size, self.row_mask)
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,15 @@ def check_base(base: Base, bank: Bank, about: About) -> None:
             f"{base.path} has other weights than the base that the bundle was trained on, {about.base!r} (SHA-256 "
             f"{about.base_sha256[:12]}, not {here[:12]}); give the folder of that base as base=..."
         )
+
+
+def unclear_columns(client: str) -> CoterieError:
+    """The error where nothing says which of several datasets' columns the rows have."""
+    whose = f"the rows of {client}" if client else "the clients' rows"
+    return CoterieError(
+        f"{whose} come from datasets with different columns: give the columns of yours, as in --column text=body, or "
+        "columns=Columns(...)"
+    )
 
 
 def bundle_folder(folder: Path, client: str | None) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.adapters.about import About
 from coterie.adapters.bundle import read_bundle
-from coterie.adapters.model import base_of, bundle_folder, check_base
+from coterie.adapters.model import base_of, bundle_folder, check_base, unclear_columns
 from coterie.artifacts.load import reading_of
 from coterie.comparison.cross import data_of
 from coterie.compute.loading import eval_rows, workplaces
@@ -57,7 +57,7 @@ class Client:
     bank: Bank
     about: About
     workplace: Workplace
-    columns: Columns
+    columns: Columns | None
 
     def evaluate(self, rows: ClientData, data: str, split: str = TEST) -> Evaluation:
         """What the bank scores on a split of ``rows``, which ``data`` names."""
@@ -81,7 +81,12 @@ class Client:
         )
 
     def rows_of(self, file: Path) -> ClientData:
-        """The labelled rows of a file, as the client's test rows. Raises :class:`DataError` for a bad row."""
+        """The labelled rows of a file, as the client's test rows. Raises :class:`DataError` for a bad row.
+
+        Raises :class:`CoterieError` where the columns are not known.
+        """
+        if self.columns is None:
+            raise unclear_columns(self.about.client)
         rows, labels = parse({"train": read_table(file, TEST)}, self.columns, self.about.task, self.about.labels)
         return client_data(self.about.client, None, {"train": (), "validation": (), TEST: rows["train"]}, labels)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from coterie.adapters.about import About
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
@@ -16,6 +17,7 @@ from coterie.config.check import checked
 from coterie.config.load import section_of
 from coterie.config.sections import TaskSettings
 from coterie.data.settings import Columns, DataSettings
+from coterie.files import read_json
 from coterie.methods.parts import start_head
 from coterie.methods.plan import Plan
 from coterie.nn.base import spec_at
@@ -87,8 +89,8 @@ def with_fresh_head(bank: Bank, about: About, base: str | None, labels: Sequence
     return replace(bank, tensors={**others, **head})
 
 
-def reading_of(folder: Path, client: str) -> tuple[Columns, int]:
-    """How the run in ``folder`` reads the rows of ``client``, and the most tokens that it generates.
+def reading_of(folder: Path, client: str) -> tuple[Columns | None, int]:
+    """How the run in ``folder`` reads the rows of ``client`` (:func:`columns_of`), and the most tokens it generates.
 
     The defaults where the folder holds a bundle alone, without the config of a run.
     """
@@ -97,11 +99,50 @@ def reading_of(folder: Path, client: str) -> tuple[Columns, int]:
     raw, _ = read_config(folder)
     task = checked(TaskSettings, section_of(raw, "task"), "task")
     data = section_of(raw, "data")
-    return columns_of(checked(DataSettings, data, "data"), client) if data else Columns(), task.max_new_tokens
+    if not data:
+        return Columns(), task.max_new_tokens
+    return columns_of(checked(DataSettings, data, "data"), client, _manifest(folder)), task.max_new_tokens
 
 
-def columns_of(data: DataSettings, client: str) -> Columns:
-    """The columns' names in the rows of ``client``: its own, those of the one dataset, or those of all."""
-    own = [files.columns for files in data.clients if files.id == client]
-    own += [entry.columns for entry in data.datasets if not isinstance(entry, str) and len(data.datasets) == 1]
-    return next((columns for columns in own if columns is not None), data.columns)
+@dataclass(frozen=True)
+class Rows:
+    """The files that rows come from, each with its SHA-256."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The part of a run's manifest that says from which files the rows of each client, and of each dataset, come."""
+
+    clients: Mapping[str, Rows] = field(default_factory=dict)
+    datasets: Mapping[str, Rows] = field(default_factory=dict)
+
+    def datasets_of(self, client: str) -> list[int]:
+        """The numbers of the datasets that the rows of ``client`` come from; of all of them for an unknown client."""
+        files = self.clients[client].files.keys() if client in self.clients else None
+        return [i for i, rows in enumerate(self.datasets.values()) if files is None or rows.files.keys() & files]
+
+
+def columns_of(data: DataSettings, client: str, manifest: Manifest) -> Columns | None:
+    """The columns' names in the rows of ``client``: its own, those of its datasets, or those of all.
+
+    None where its datasets have different ones, or where ``manifest`` does not say which datasets it has.
+    """
+    own = [files.columns or data.columns for files in data.clients if files.id == client]
+    if own or not data.datasets:
+        return own[0] if own else data.columns
+    by_entry = [(None if isinstance(entry, str) else entry.columns) or data.columns for entry in data.datasets]
+    if len(manifest.datasets) == len(by_entry):  # else an entry stands for several datasets
+        by_entry = [by_entry[i] for i in manifest.datasets_of(client)] or by_entry
+    return by_entry[0] if all(columns == by_entry[0] for columns in by_entry) else None
+
+
+def _manifest(folder: Path) -> Manifest:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return Manifest()
+    try:
+        return TypeAdapter(Manifest).validate_python(read_json(path))
+    except ValidationError as fault:
+        raise CoterieError(f"{path} is damaged ({fault.errors()[0]['msg']}); restore it") from fault

@@ -181,11 +181,17 @@ def push(
     say(f"pushed: {upload(folder, repo, public=public, message=message)}")
 
 
-def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:
-    """``columns`` with every ``role=name`` set. Raises :class:`CoterieError` for an unknown role."""
-    from coterie.config.check import checked
+def with_columns(columns: Columns | None, overrides: Sequence[str]) -> Columns | None:
+    """``columns`` with every ``role=name`` set; where they are not known (None), the defaults with these.
 
-    given = dict(columns.model_dump(exclude_unset=True))
+    Raises :class:`CoterieError` for an unknown role.
+    """
+    from coterie.config.check import checked
+    from coterie.data.settings import Columns
+
+    if not overrides:
+        return columns
+    given = dict(columns.model_dump(exclude_unset=True)) if columns else {}
     for text in overrides:
         role, equals, name = text.partition("=")
         if not equals or not name:
@@ -193,7 +199,7 @@ def with_columns(columns: Columns, overrides: Sequence[str]) -> Columns:
         given[role.strip()] = name
         if role.strip() == "template":
             given.pop("prompt", None)
-    return checked(type(columns), given, "data.columns")
+    return checked(Columns, given, "data.columns")
 
 
 def _note(console: Console, rejected: list[str], reason: str) -> None:

@@ -18,7 +18,9 @@ import torch
 
 import bundles
 import coterie
-from coterie.artifacts.load import columns_of
+from coterie.adapters.bundle import read_bundle
+from coterie.artifacts.evaluate import Client, open_client
+from coterie.artifacts.load import Manifest, columns_of
 from coterie.artifacts.predict import predict_file
 from coterie.cli import main as cli
 from coterie.data.rows import ChoiceRow, PromptRow
@@ -251,9 +253,35 @@ def test_the_columns_of_a_client_come_before_those_of_all() -> None:
     own, shared = Columns(text="own"), Columns(text="all")
     files = ({"id": "north", "train": "a.csv", "columns": own}, {"id": "south", "train": "b.csv"})
     data = DataSettings(clients=files, columns=shared)  # type: ignore[arg-type]
-    assert (columns_of(data, "north"), columns_of(data, "south")) == (own, shared)
+    assert (columns_of(data, "north", Manifest()), columns_of(data, "south", Manifest())) == (own, shared)
     dataset = DataSettings(datasets=({"source": "x", "columns": own},))  # type: ignore[arg-type]
-    assert columns_of(dataset, "x-0") == own
+    assert columns_of(dataset, "x-0", Manifest()) == own
+
+
+def test_a_clients_columns_are_those_of_the_datasets_that_its_rows_come_from(tmp_path: Path, command: Command) -> None:
+    run = bundles.finished(tmp_path)
+    datasets = [{"source": "a", "columns": {"text": "body"}}, {"source": "b", "columns": {"text": "title"}}, "c"]
+    config = {"data": {"datasets": datasets}, "task": {"kind": "classification"}}
+    write_json(run / "config.json", {"root": str(tmp_path), "config": config})
+    files = {name: {"files": {f"{name}/train.csv": "0"}} for name in ("a", "b", "c")}
+    mixed = {"files": {**files["a"]["files"], **files["c"]["files"]}}
+    write_json(run / "manifest.json", {"seed": 0, "clients": {"north": files["b"], "south": mixed}, "datasets": files})
+    north = coterie.load(run, "north")
+    assert north.columns == Columns(text="title")
+    assert north.predict([{"title": "x"}]) == north.predict([{"text": "x"}], columns=Columns())
+    south = coterie.load(run, "south")
+    with pytest.raises(
+        CoterieError, match=r"rows of south come from datasets with different columns: .*--column text="
+    ):
+        south.predict([{"text": "x"}])
+    assert len(south.predict([{"text": "x"}], columns=Columns())) == 1
+    code, out, errors = command(run, "-", "--client", "south", given=b'{"body": "why"}\n')
+    assert (code, out) == (2, "")
+    assert "--column text=body" in " ".join(errors.split())
+    assert command(run, "-", "--client", "south", "--column", "text=body", given=b'{"body": "why"}\n')[0] == 0
+    bank, about = read_bundle(run / "clients" / "south")
+    with pytest.raises(CoterieError, match="rows of south come from datasets with different columns"):
+        Client(bank, about, open_client(run / "clients" / "south", None).workplace, south.columns).rows_of(tmp_path)
 
 
 def test_a_file_that_fails_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:
