@@ -16,6 +16,9 @@ BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith
 # Several processes, or several whole runs.
 SLOW = {
     "attacks",
+    "auto",
+    "batched",
+    "cluster",
     "assignment",
     "rounds",
     "flower_trainer",
@@ -27,7 +30,7 @@ SLOW = {
 
 
 def test_the_benches_are_found() -> None:
-    assert {"layer", "cluster", *SLOW} <= {path.stem for path in BENCHES}
+    assert {"layer", "gather", *SLOW} <= {path.stem for path in BENCHES}
 
 
 @pytest.mark.parametrize(

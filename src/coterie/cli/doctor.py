@@ -25,6 +25,7 @@ _EXTRAS = {  # what pip installs: what it is for
     "cryptography": "keys and certificates of a real federation (extra flower)",
     "starlette": "the server of a real federation (extra flower)",
     "tensorboard": "TensorBoard logs",
+    "pandas": "the results of many runs as a table",
     "fastapi": "serving models with `coterie api`",
     "uvicorn": "serving models with `coterie api`",
 }

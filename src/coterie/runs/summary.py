@@ -65,10 +65,10 @@ class Traffic:
 
 
 def _fields_of_worst(line: object) -> object:
-    if not isinstance(line, Mapping) or "client" not in line:
+    if not isinstance(line, Mapping):
         return line
     metrics = [name for name in line if name != "client"]
-    return {"client": line["client"], "metric": metrics[0], "value": line[metrics[0]]} if metrics else None
+    return {"client": line.get("client"), "metric": metrics[0], "value": line[metrics[0]]} if metrics else None
 
 
 def _fields_of_usage(usage: object) -> object:
