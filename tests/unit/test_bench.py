@@ -16,11 +16,13 @@ BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith
 # Several processes, or several whole runs.
 SLOW = {
     "attacks",
+    "allocation",
     "auto",
     "batched",
     "cluster",
     "assignment",
     "rounds",
+    "flower",
     "flower_trainer",
     "scaling",
     "uneven",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from coterie.artifacts.card import check_card
 from coterie.types import CoterieError
@@ -37,4 +37,6 @@ def push(folder: Path | str, repo: str, *, public: bool = False, message: str = 
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         fix = "check the name, and log in with `hf auth login`"
         raise CoterieError(f"the hub refuses {repo}: {reason}; {fix}") from fault
+    except OfflineModeIsEnabled as fault:
+        raise CoterieError("HF_HUB_OFFLINE is set, so nothing is sent to the hub; unset it to push") from fault
     return str(done.repo_url)

@@ -17,6 +17,11 @@ from coterie.cli.main import app
 from coterie.types import CoterieError
 
 
+@pytest.fixture(autouse=True)
+def _online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub here is on loopback
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
@@ -59,3 +64,9 @@ def test_what_the_hub_refuses_is_said(exported: Path, tmp_path: Path, monkeypatc
         with pytest.raises(CoterieError, match=r"has no README\.md; make it with `coterie export`"):
             push(tmp_path, "me/north")
         assert server.files == {}
+
+
+def test_nothing_is_sent_offline(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CoterieError, match="HF_HUB_OFFLINE is set"):
+        push(exported, "me/north")
