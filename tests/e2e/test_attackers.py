@@ -87,7 +87,10 @@ def attack(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...] = (ATTACKER,), 
             if client in bad and delivery.reply is not None:
                 start = {**method.begin(self.spec, infos[client]).tensors, **instructions[client].tensors}
                 came = delivery.reply.tensors
-                turned = {key: start[key] + factor * (value - start[key]) for key, value in came.items()}
+                turned = {  # its texts, which have no start, as they are
+                    key: start[key] + factor * (value - start[key]) if key in start else value
+                    for key, value in came.items()
+                }
                 yield client, replace(delivery, reply=replace(delivery.reply, tensors=turned))
             else:
                 yield client, delivery
