@@ -78,7 +78,7 @@ def copy(root: Path, to: Path) -> list[str]:
         text = (root / page).read_text(encoding="utf-8")
         for target, anchor in _links(text):
             path = _target(root, page, target)
-            if not path.exists():
+            if not path.exists() or not path.is_relative_to(root):
                 dead.append(f"{page}: {target}")
             elif (known := anchors.get(path.relative_to(root))) is not None and anchor and anchor not in known:
                 dead.append(f"{page}: {target}#{anchor}")

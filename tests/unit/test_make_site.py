@@ -44,10 +44,13 @@ def test_the_config_is_valid_and_titles_are_those_of_the_pages(site: ModuleType)
     assert methods[0] == {"FedLEASE": "docs/methods/fedlease.md"}
 
 
-@pytest.mark.parametrize("link", ["[a](none.md)", "[a](b.md#none)", "![a](none.png)", "[a](#none)"])
+@pytest.mark.parametrize(
+    "link", ["[a](none.md)", "[a](../beside.md)", "[a](b.md#none)", "![a](none.png)", "[a](#none)"]
+)
 def test_a_link_that_leads_nowhere_is_found(site: ModuleType, tmp_path: Path, link: str) -> None:
     root = tmp_path / "root"
     root.mkdir()
+    (tmp_path / "beside.md").touch()
     (root / "b.md").write_text("# Be it so\n\n[c](b.md#be-it-so) [d](#be-it-so)\n\n```\n[e](none.md)\n```\n")
     assert site.copy(root, tmp_path / "one") == []
     (root / "a.md").write_text(f"# A\n\n{link}\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from coterie.adapters.about import About, is_here
-from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
+from coterie.adapters.bundle import BUNDLE_FILE
 from coterie.data.settings import Columns
 from coterie.data.tasks import make_task
 from coterie.inference.answers import Answer, Rejected
@@ -89,31 +89,8 @@ class Placing:
     device_map: DeviceMap | None = None
 
 
-def load(
-    folder: Path | str,
-    client: str | None = None,
-    *,
-    base: str | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    quantize: Quantize = "none",
-    device_map: DeviceMap | None = None,
-) -> ClientModel:
-    """A client's model from a run's folder, or from the folder of a bundle.
-
-    ``client`` names the client of a run; a folder that holds a bundle itself needs none. ``base`` is the base's folder
-    or hub name, by default the one that the bundle names. ``dtype``, ``quantize`` ("nf4", "int8") and ``device_map``
-    (as in transformers; ``device`` then counts for nothing) are those of the base; the bank stays in float32.
-    A text to classify is cut where evaluation cut it, in a pipeline with ``truncation=True``.
-    Raises :class:`CoterieError` for a folder without bundles, an unknown client, and a base that is missing, that has
-    other weights, or that the bundle does not fit.
-    """
-    bank, about = read_bundle(bundle_folder(Path(folder), client))
-    return model_of(bank, about, base, Placing(device, dtype, quantize, device_map))
-
-
 def model_of(bank: Bank, about: About, base: str | None, placing: Placing) -> ClientModel:
-    """``bank`` on its base, as :func:`load` makes it."""
+    """``bank`` on its base, as :func:`coterie.load` makes it."""
     loaded = base_of(bank, about, base, placing=placing)
     carried = attach(loaded.model, bank)
     loaded.model.eval()

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from coterie.compute.passes import Passes
 from coterie.compute.workplace import Workplace
-from coterie.data.rows import ChatRow, PromptRow
+from coterie.data.rows import GenerationRow
 from coterie.data.tasks import Batch, Generation
 from coterie.inference.generate import new_tokens, texts_of
 
 
-def completions(passes: Passes, prompts: Sequence[Sequence[PromptRow | ChatRow]]) -> list[list[str]]:
+def completions(passes: Passes, prompts: Sequence[Sequence[GenerationRow]]) -> list[list[str]]:
     """The completion of every prompt of every client by the client's own bank; none for a client without prompts."""
     workplace = passes.workplace
     task = workplace.task
@@ -31,7 +31,7 @@ def completions(passes: Passes, prompts: Sequence[Sequence[PromptRow | ChatRow]]
     return texts
 
 
-def _collated(workplace: Workplace, task: Generation, rows: Sequence[PromptRow | ChatRow]) -> Mapping[str, Tensor]:
+def _collated(workplace: Workplace, task: Generation, rows: Sequence[GenerationRow]) -> Mapping[str, Tensor]:
     """The rows' prompts, padded on the left [b, t]."""
     with workplace.tokenising:
         return task.collate_prompts(rows)

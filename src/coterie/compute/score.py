@@ -18,7 +18,7 @@ from coterie.compute.generate import completions
 from coterie.compute.passes import Passes, evaluating, on_base
 from coterie.compute.statistics import Collector
 from coterie.compute.workplace import Workplace
-from coterie.data.rows import ChatRow, ClientData, PromptRow
+from coterie.data.rows import ClientData, GenerationRow
 from coterie.data.tasks import Batch, Example, Generation, Task, candidate, completion_losses
 from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.metrics import classification_metrics, perplexity
@@ -91,9 +91,9 @@ class Scoring:
         return isinstance(self.task, Generation) and self.task.generates and self.request.split == "test"
 
     @property
-    def prompts(self) -> list[PromptRow | ChatRow]:
+    def prompts(self) -> list[GenerationRow]:
         """The rows whose completions are generated."""
-        return [row for row in self.client.splits[self.request.split] if isinstance(row, PromptRow | ChatRow)]
+        return [row for row in self.client.splits[self.request.split] if isinstance(row, GenerationRow)]
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` examples, on the CPU."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from coterie.data.conversations import chat_row, form_of, instruction_row
 from coterie.data.files import RowTable
-from coterie.data.rows import ChatRow, ChoiceRow, PromptRow, Row, TextRow
+from coterie.data.rows import ChoiceRow, GenerationRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
 from coterie.text import parse_json
@@ -112,7 +112,7 @@ def _labels(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable
         yield index[label]
 
 
-def _generation_rows(table: RowTable, columns: Columns) -> Iterable[PromptRow | ChatRow]:
+def _generation_rows(table: RowTable, columns: Columns) -> Iterable[GenerationRow]:
     match form_of(table, columns):
         case "prompt":
             return _prompt_rows(table, columns)

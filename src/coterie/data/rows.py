@@ -75,7 +75,8 @@ class ChoiceRow:
     answer: int
 
 
-Row = TextRow | PromptRow | ChatRow | ChoiceRow
+GenerationRow = PromptRow | ChatRow
+Row = TextRow | GenerationRow | ChoiceRow
 
 
 def label_of(row: Row) -> int | None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from coterie.data.chat import ChatTokenizer, Span, TrainedTurns, fit, gaps, prompt_ids, render
 from coterie.data.parse import listing
-from coterie.data.rows import ChatRow, ChoiceRow, PromptRow, Row, TextRow
+from coterie.data.rows import ChatRow, ChoiceRow, GenerationRow, PromptRow, Row, TextRow
 from coterie.ops.scores import DEFAULT
 from coterie.types import DataError, TaskKind
 
@@ -155,7 +155,7 @@ class Generation:
             raise DataError(f"the completion {text!r} has no token")
         return completion
 
-    def prompt_ids(self, row: PromptRow | ChatRow) -> list[int]:
+    def prompt_ids(self, row: GenerationRow) -> list[int]:
         """The tokens that the completion follows: of a conversation, those before the assistant's last turn."""
         if isinstance(row, ChatRow):
             return prompt_ids(self.tokenizer, row.turns[: row.last])
@@ -187,13 +187,13 @@ class Generation:
         flat = _wide(logits[:, :-1]).flatten(0, 1)
         return functional.cross_entropy(flat, batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
-    def collate_prompts(self, rows: Sequence[PromptRow | ChatRow]) -> Mapping[str, Tensor]:
+    def collate_prompts(self, rows: Sequence[GenerationRow]) -> Mapping[str, Tensor]:
         """Prompts padded on the left, for generation."""
         return self.pad_prompts([self.encode_prompt(row) for row in rows])
 
     def encode_prompt(self, row: Row) -> Example:
         """The tokens of the row's prompt alone, the last ``max_length`` - 1 of them."""
-        assert isinstance(row, PromptRow | ChatRow)
+        assert isinstance(row, GenerationRow)
         return Example(tuple(self.prompt_ids(row)[-max(1, self.max_length - 1) :]))
 
     def pad_prompts(self, prompts: Sequence[Example]) -> Mapping[str, Tensor]:

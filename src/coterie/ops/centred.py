@@ -51,11 +51,6 @@ def lora_gram(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]], feat
     return np.asarray(total.numpy())
 
 
-def whole_distances(inner: Array) -> Array:
-    """1 - cos(v_i, v_j) [N, N] from the vectors' inner products; a vector of zeros is at distance 1 from all others."""
-    return _distances(inner, np.zeros(len(inner)))
-
-
 def centred_distances(inner: Array, weights: Sequence[float] | None = None) -> Array:
     """The distances [N, N] of the module's docstring from inner products [N, N] of the v_i; zero diagonal.
 
@@ -67,14 +62,11 @@ def centred_distances(inner: Array, weights: Sequence[float] | None = None) -> A
     units = inner / lengths / lengths[:, None]
     w = np.full(len(inner), 1 / len(inner)) if weights is None else np.asarray(weights, dtype=np.float64)
     of_mean = units @ w
-    return _distances(units - of_mean - of_mean[:, None] + w @ of_mean, np.full(len(inner), _ROUNDING))
-
-
-def _distances(inner: Array, negligible: Array) -> Array:
-    squares = np.diag(inner).copy()
-    squares[squares <= negligible] = np.inf
+    centred = units - of_mean - of_mean[:, None] + w @ of_mean
+    squares = np.diag(centred).copy()
+    squares[squares <= _ROUNDING] = np.inf
     lengths = np.sqrt(squares)
-    cosines = inner / lengths / lengths[:, None]
+    cosines = centred / lengths / lengths[:, None]
     d: Array = (1 - (cosines + cosines.T) / 2).clip(0, 2)
     np.fill_diagonal(d, 0)
     return d

@@ -12,8 +12,8 @@ from transformers import pipeline
 
 import coterie
 import tiny
-from coterie.adapters import model
 from coterie.adapters.bundle import write_bundle
+from coterie.adapters.model import bundle_folder
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.nn.locate import folder_of, hub_name, shared_name
@@ -85,7 +85,7 @@ def test_a_bundles_own_folder_needs_no_client_and_a_base_may_be_elsewhere(tmp_pa
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     run, _ = export(tmp_path)
     with pytest.raises(CoterieError, match=r"holds several bundles; name a client: north, south"):
-        model.load(run)
+        bundle_folder(run, None)
     with pytest.raises(CoterieError, match=r"no bundle of 'nroth'; its clients are north, south"):
         coterie.load(run, client="nroth")
     with pytest.raises(CoterieError, match=r"no bundle\.safetensors in .*elsewhere or in a client's folder"):
