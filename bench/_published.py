@@ -28,7 +28,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from coterie.data.tasks import Batch, Example, Task, batches
+from coterie.data.examples import Batch, Example, batches
+from coterie.data.tasks import Task
 from coterie.ops.streams import kaiming_uniform, stream
 from coterie.requests import Optim
 

@@ -26,8 +26,9 @@ from _models import MODELS, matrix_rate, path_of, profile, synchronised, work_pe
 from coterie.compute.batched import train_together
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Classification, Example
+from coterie.data.tasks import Classification
 from coterie.machine import peak_memory, reset_peak_memory
 from coterie.nn.base import load_base
 from coterie.ops.streams import kaiming_uniform, stream

@@ -27,8 +27,9 @@ from coterie.compute.train import Training
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
+from coterie.data.examples import Batch
 from coterie.data.rows import ClientData, FederatedData
-from coterie.data.tasks import Batch, make_task
+from coterie.data.tasks import make_task
 from coterie.engines.local import LocalEngine
 from coterie.engines.store import ClientStates, PersonalStore
 from coterie.engines.together import Together

@@ -12,8 +12,9 @@ from torch.nn import functional
 from coterie.api.experts import Gates, token_experts, watched
 from coterie.api.jobs import Encode, Encoded, Job, RequestError
 from coterie.api.served import Served
+from coterie.data.examples import Example
 from coterie.data.rows import TextRow
-from coterie.data.tasks import Classification, Example
+from coterie.data.tasks import Classification
 
 
 @dataclass(eq=False)

@@ -18,11 +18,12 @@ from coterie.compute.loading import eval_rows, workplaces
 from coterie.compute.score import ChoiceScoring, Scoring, score
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
+from coterie.data.examples import Batch
 from coterie.data.files import read_table
 from coterie.data.parse import parse
 from coterie.data.rows import ClientData, client_data
 from coterie.data.settings import Columns
-from coterie.data.tasks import Batch, make_task
+from coterie.data.tasks import make_task
 from coterie.experiment import set_threads
 from coterie.ops.metrics import Metrics, calibration_error, confusion
 from coterie.requests import Score

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from coterie.compute.passes import Passes
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Batch
 from coterie.data.rows import GenerationRow
-from coterie.data.tasks import Batch, Generation
+from coterie.data.tasks import Generation
 from coterie.inference.generate import new_tokens, texts_of
 
 

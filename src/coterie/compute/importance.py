@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from coterie.data.tasks import Batch
+from coterie.data.examples import Batch
 from coterie.nn.attach import attached
 from coterie.nn.bank import BankLayer, Pass
 from coterie.types import Bank

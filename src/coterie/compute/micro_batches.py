@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Example, batches
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example, batches
 from coterie.ops.streams import stream
 from coterie.requests import Train
 from coterie.types import CoterieError

@@ -16,8 +16,8 @@ from coterie.compute.passes import evaluating, logits_of, on_base
 from coterie.compute.score import in_order
 from coterie.compute.statistics import COLLECTED, Collector
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Batch, Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Batch, Example
 from coterie.nn.build import BankLayers, build_layers
 from coterie.requests import Observe, Observed
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.compute.workplace import StoppedError, Workplace
-from coterie.data.tasks import Batch
+from coterie.data.examples import Batch
 from coterie.nn.attach import attached_layers
 from coterie.nn.attach_many import attached_many
 from coterie.nn.build import BankLayers

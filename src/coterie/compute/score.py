@@ -18,8 +18,9 @@ from coterie.compute.generate import completions
 from coterie.compute.passes import Passes, evaluating, on_base
 from coterie.compute.statistics import Collector
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Batch, Example, candidate, completion_losses
 from coterie.data.rows import ClientData, GenerationRow
-from coterie.data.tasks import Batch, Example, Generation, Task, candidate, completion_losses
+from coterie.data.tasks import Generation, Task
 from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.metrics import classification_metrics, perplexity
 from coterie.ops.scores import text_metrics

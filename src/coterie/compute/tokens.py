@@ -8,7 +8,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from coterie.data.tasks import Example
+from coterie.data.examples import Example
 
 Split = tuple[str, str]  # a client's id, and the name of one of its splits
 LIMIT = 256 * 2**20  # bytes: 60 million tokens

@@ -18,8 +18,8 @@ from coterie.compute.optimisers import Optimisers, Pace
 from coterie.compute.passes import Passes, on_base
 from coterie.compute.penalties import Penalties
 from coterie.compute.workplace import Steps, Workplace
+from coterie.data.examples import Batch, Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Batch, Example
 from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.streams import stream_seed
 from coterie.requests import Train, Trained

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from coterie.compute.tokens import Split, TokenCache
+from coterie.data.examples import Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example, Task
+from coterie.data.tasks import Task
 from coterie.data.truncation import Truncation, truncation_of_all
 from coterie.nn.base import Base
 from coterie.ops.streams import stream

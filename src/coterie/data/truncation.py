@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from coterie.data.examples import Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example
 from coterie.types import CoterieError, DataError
 
 

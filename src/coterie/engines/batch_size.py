@@ -14,8 +14,8 @@ from coterie import machine
 from coterie.compute.batched import train_together
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example
 from coterie.engines.gain import LEAST, PASS_TOKENS, batch_lengths, best_gain
 from coterie.engines.grouping import Load, training_load
 from coterie.requests import ClientProgram, Optim, Train

@@ -18,11 +18,11 @@ from coterie.engines.grouping import Load, grouped
 # A pass costs as much as its tokens and this many more (packaged encoder, one thread; docs/performance-batched.md).
 PASS_TOKENS = {"bfloat16": 60, "float32": 20}
 LEAST = 1.1  # less is within what two runs of the same work differ by
-_CHUNK = 4  # batches are of similar length within chunks of so many: coterie.data.tasks.batches
+_CHUNK = 4  # batches are of similar length within chunks of so many: coterie.data.examples.batches
 
 
 def batch_lengths(lengths: Sequence[int], size: int) -> list[int]:
-    """The longest rows of a client's batches of ``size``, as :func:`coterie.data.tasks.batches` makes them; of many
+    """The longest rows of a client's batches of ``size``, as :func:`coterie.data.examples.batches` makes them; of many
     chunks, those of a typical one."""
     ordered = sorted(lengths)
     if len(ordered) <= _CHUNK * size:

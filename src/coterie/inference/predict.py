@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from coterie.data.conversations import unanswered
+from coterie.data.examples import Example, candidate, completion_losses
 from coterie.data.files import RowTable
 from coterie.data.parse import CHOICES, parse
 from coterie.data.rows import ChoiceRow, Row
 from coterie.data.settings import Columns
-from coterie.data.tasks import Classification, Example, Generation, MultipleChoice, candidate, completion_losses
+from coterie.data.tasks import Classification, Generation, MultipleChoice
 from coterie.inference.answers import Answer, ChoiceAnswer, LabelAnswer, Rejected, TextAnswer
 from coterie.inference.generate import new_tokens, texts_of
 from coterie.inference.records import Located, Read

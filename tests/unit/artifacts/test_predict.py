@@ -23,9 +23,10 @@ from coterie.artifacts.evaluate import Client, open_client
 from coterie.artifacts.load import Manifest, columns_of
 from coterie.artifacts.predict import predict_file
 from coterie.cli import main as cli
+from coterie.data.examples import candidate, completion_losses
 from coterie.data.rows import ChoiceRow, PromptRow
 from coterie.data.settings import Columns, DataSettings
-from coterie.data.tasks import Generation, MultipleChoice, candidate, completion_losses
+from coterie.data.tasks import Generation, MultipleChoice
 from coterie.files import write_json
 from coterie.inference.answers import ChoiceAnswer, LabelAnswer, TextAnswer
 from coterie.inference.predict import BATCHES

@@ -16,8 +16,9 @@ import tiny
 from coterie.compute import passes
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import IGNORE, Batch, Example, candidate, completion_losses
 from coterie.data.rows import ChoiceRow, ClientData, PromptRow
-from coterie.data.tasks import IGNORE, Batch, Example, Generation, MultipleChoice, candidate, completion_losses
+from coterie.data.tasks import Generation, MultipleChoice
 from coterie.nn.attach import attached
 from coterie.nn.base import Base, load_base
 from coterie.ops.metrics import classification_metrics

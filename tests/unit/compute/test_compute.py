@@ -22,8 +22,9 @@ from coterie.compute.generate import completions
 from coterie.compute.loading import resolve_precision
 from coterie.compute.passes import Passes
 from coterie.compute.workplace import Workplace
+from coterie.data.examples import Batch, Example, batches
 from coterie.data.rows import ClientData, PromptRow, TextRow
-from coterie.data.tasks import Batch, Classification, Example, Generation, batches
+from coterie.data.tasks import Classification, Generation
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
 from coterie.nn.rows import RowMask

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import tiny
 from coterie.compute.importance import gate_importance
-from coterie.data.tasks import Batch
+from coterie.data.examples import Batch
 from coterie.nn import gates
 from coterie.nn.attach import attached
 from coterie.nn.bank import BankLayer

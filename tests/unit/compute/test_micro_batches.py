@@ -8,7 +8,7 @@ import pytest
 
 import workplaces
 from coterie.compute.micro_batches import examples_by_head, micro_batches
-from coterie.data.tasks import Example
+from coterie.data.examples import Example
 from coterie.requests import HoldOut, Optim, Train
 from coterie.types import Bank, CoterieError
 

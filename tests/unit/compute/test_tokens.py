@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.compute.tokens import Packed, TokenCache
+from coterie.data.examples import Example
 from coterie.data.rows import ClientData
-from coterie.data.tasks import Example
 from workplaces import client_of, make_workplace
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9).map(tuple)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import tiny
 from coterie.compute.tokens import Packed
 from coterie.data.chat import Rendered, fit, gaps, render
+from coterie.data.examples import IGNORE
 from coterie.data.rows import ChatRow, PromptRow, Turn
-from coterie.data.tasks import IGNORE, Generation
+from coterie.data.tasks import Generation
 from coterie.types import DataError
 
 TEMPLATE = (

@@ -11,17 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from coterie.data.examples import IGNORE, Batch, Example, batches
 from coterie.data.rows import ChoiceRow, PromptRow, TextRow
-from coterie.data.tasks import (
-    IGNORE,
-    Batch,
-    Classification,
-    Example,
-    Generation,
-    MultipleChoice,
-    batches,
-    make_task,
-)
+from coterie.data.tasks import Classification, Generation, MultipleChoice, make_task
 from coterie.data.truncation import Truncation
 from coterie.ops.streams import stream
 from coterie.types import CoterieError, TaskKind

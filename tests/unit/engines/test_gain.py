@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from coterie.data.tasks import Example, batches
+from coterie.data.examples import Example, batches
 from coterie.engines.gain import batch_lengths, best_gain, expected_gain
 from coterie.engines.grouping import Load
 from coterie.ops.streams import stream

@@ -1,0 +1,110 @@
+"""Tokenised rows, and batches of them: padding, labels that count, random batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coterie.data.chat import Span
+
+IGNORE = -100  # the label of a token that does not count
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. ``label`` is the class; ``prompt`` is the number of leading tokens that the loss leaves out.
+
+    ``skipped``: tokens after those that the loss leaves out too, between the assistant's turns of a conversation.
+    In multiple choice, ``choices`` holds the tokens of every candidate, and ``label`` is the number of the right one.
+    ``cut`` is the number of tokens that the row lost because it is too long.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None = None
+    label: int = 0
+    prompt: int = 0
+    choices: tuple[tuple[int, ...], ...] = ()
+    skipped: tuple[Span, ...] = ()
+    cut: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs [b, t] padded to the longest row, ``labels`` [b] or [b, t], and how many labels count."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    count: int
+
+    @property
+    def mask(self) -> Tensor:
+        return self.inputs["attention_mask"]
+
+    @property
+    def prompt(self) -> Tensor:
+        """[b, t]: 1 for the tokens that the model is given: the whole row in classification, else the prompt."""
+        return self.mask if self.labels.ndim == 1 else self.mask * (self.labels == IGNORE)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count)
+
+
+def candidate(example: Example, number: int) -> Example:
+    """The row's prompt with candidate ``number`` after it."""
+    return replace(example, ids=(*example.ids[: example.prompt], *example.choices[number]))
+
+
+def completion_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum of the losses of each row's labelled tokens [b], computed in float32 and summed in float64.
+
+    Only the logits of those tokens are converted, and the sums do not depend on the rows' padding.
+    """
+    rows, tokens = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    labels = batch.labels[rows, tokens + 1]
+    losses = functional.cross_entropy(wide(logits[rows, tokens]), labels, reduction="none")
+    by_row = torch.zeros(batch.labels[:, 1:].shape, dtype=torch.float64, device=losses.device)
+    by_row[rows, tokens] = losses.double()
+    return by_row.sum(1)
+
+
+def batches(examples: Sequence[Example], size: int, generator: torch.Generator) -> list[list[Example]]:
+    """Every example once, in random batches of similar length: sorted within random chunks of four batches."""
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    chunks = [order[i : i + 4 * size] for i in range(0, len(order), 4 * size)]
+    by_length = [sorted(chunk, key=lambda i: len(examples[i].ids)) for chunk in chunks]
+    made = [chunk[i : i + size] for chunk in by_length for i in range(0, len(chunk), size)]
+    shuffled = torch.randperm(len(made), generator=generator).tolist()
+    return [[examples[i] for i in made[j]] for j in shuffled]
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 is too coarse for a softmax over a vocabulary."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def length(spans: Sequence[Span]) -> int:
+    """The tokens in the spans together."""
+    return sum(end - start for start, end in spans)
+
+
+def padded_inputs(examples: Sequence[Example], pad: int, left: bool) -> dict[str, Tensor]:
+    """The model's inputs [b, t], padded with the token ``pad`` on the ``left`` or on the right."""
+    width = max(len(e.ids) for e in examples)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        space = [fill] * (width - len(values))
+        return [*space, *values] if left else [*values, *space]
+
+    inputs = {
+        "input_ids": torch.tensor([padded(e.ids, pad) for e in examples]),
+        "attention_mask": torch.tensor([padded([1] * len(e.ids), 0) for e in examples]),
+    }
+    if all(e.types is not None for e in examples):
+        inputs["token_type_ids"] = torch.tensor([padded(e.types or (), 0) for e in examples])
+    return inputs
