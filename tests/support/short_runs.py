@@ -82,12 +82,17 @@ class Ended:
         return self.banks[client].tensors
 
 
-def run(method: Any, over: Sequence[ClientData], folder: Path, *, rounds: int = ROUNDS, kind: str = "") -> Ended:
-    """``rounds`` rounds of all clients on the reference engine; every client replies, or it is an error."""
+def engine_of(over: Sequence[ClientData], folder: Path, kind: str = "") -> LocalEngine:
+    """The reference engine over these clients."""
     base, task_kind = loaded(kind or "classification")[0], kind or "classification"
     workplace = Workplace(base, make_task(task_kind, base.tokenizer, 32), 0)  # type: ignore[arg-type]
     workplace.all_clients = {client.info.id: client for client in over}
-    engine = LocalEngine(workplace, FederatedData(tuple(over), {}), ClientStates(PersonalStore(folder)))
+    return LocalEngine(workplace, FederatedData(tuple(over), {}), ClientStates(PersonalStore(folder)))
+
+
+def run(method: Any, over: Sequence[ClientData], folder: Path, *, rounds: int = ROUNDS, kind: str = "") -> Ended:
+    """``rounds`` rounds of all clients on the reference engine; every client replies, or it is an error."""
+    engine = engine_of(over, folder, kind)
     state, replies = method.init(engine.spec, engine.clients), {}
     for rnd in range(1, rounds + 1):
         deliveries = dict(engine.train(method, method.configure(state, engine.clients, rnd), rnd))

@@ -18,6 +18,7 @@ from typing_extensions import TypeVar
 from coterie.methods.findings import Finding
 from coterie.methods.parts import lora_of, start_head, with_head
 from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.releases import Release, head_release
 from coterie.methods.robust import Group, grouped
 from coterie.requests import (
     Answer,
@@ -126,6 +127,15 @@ class Method(ABC, Generic[S]):
         ``spaces`` names every client's label space. By default all replies, shared heads by label space.
         """
         return grouped(replies, dict.fromkeys(replies, ""), spaces)
+
+    def releases(self) -> Sequence[Release]:
+        """What leaves a client beside :data:`coterie.methods.releases.COMMON`, and what the server needs of it.
+
+        By default A and B, averaged over all clients, and shared heads; by client if the rules of ``[robust]`` do not
+        apply, for the same reason.
+        """
+        lora = Release("A and B", reads="each" if self.no_rules else "sum", why=self.no_rules)
+        return (lora, *head_release(self.plan.head == "shared"))
 
     @abstractmethod
     def aggregate(self, state: S, replies: Mapping[ClientId, Reply], rnd: int) -> S:

@@ -29,6 +29,7 @@ from coterie.methods.parts import (
     start_lora,
     statistics,
 )
+from coterie.methods.releases import Release
 from coterie.requests import ClientProgram, Optim, Train
 from coterie.types import (
     Bank,
@@ -101,6 +102,10 @@ class Centralised(Method[CentralisedState]):
 
     def expects(self, state: CentralisedState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.tensors) if me.id == _trains(state) else {}
+
+    def releases(self) -> Sequence[Release]:
+        why = "one client trains on the rows of all"
+        return (Release("A, B and heads, trained on all rows", reads="each", why=why),)
 
     def aggregate(self, state: CentralisedState, replies: Mapping[ClientId, Reply], rnd: int) -> CentralisedState:
         trains = _trains(state)

@@ -27,6 +27,7 @@ from coterie.methods.parts import (
     start_lora,
     weights_of,
 )
+from coterie.methods.releases import Release, head_release
 from coterie.ops.mean import mean
 from coterie.requests import ClientProgram, Train
 from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
@@ -67,6 +68,9 @@ class FedSALoRA(Method[FedSALoRAState]):
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim)
         travels, stays = part_of(trained.tensors, Part.A), part_of(trained.tensors, Part.B)
         return settle(self.plan, trained, me, personal, travels, stays)
+
+    def releases(self) -> Sequence[Release]:
+        return (Release("A"), *head_release(self.plan.head == "shared"))
 
     def expects(self, state: FedSALoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.a, state.heads.of(me.id))

@@ -28,6 +28,7 @@ from coterie.methods.parts import (
     start_lora,
     weights_of,
 )
+from coterie.methods.releases import Release, head_release
 from coterie.ops.mean import mean
 from coterie.requests import ClientProgram, Train
 from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
@@ -66,6 +67,9 @@ class FFALoRA(Method[FFALoRAState]):
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, frozenset(k for k in bank.tensors if k.part is not Part.A), self.plan.optim)
         return settle(self.plan, trained, me, personal, lora_of(trained.tensors))
+
+    def releases(self) -> Sequence[Release]:
+        return (Release("B"), *head_release(self.plan.head == "shared"))
 
     def expects(self, state: FFALoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.b, state.heads.of(me.id))

@@ -40,6 +40,7 @@ from coterie.methods.parts import (
     with_head,
 )
 from coterie.methods.plan import MethodSettings
+from coterie.methods.releases import SERVER, Release, head_release
 from coterie.methods.robust import Group, grouped
 from coterie.ops.mean import mean, relative_error
 from coterie.ops.streams import stream
@@ -106,6 +107,12 @@ class IFCA(Method[IFCAState]):
     def started_from(self, base: BaseSpec, state: IFCAState, me: ClientInfo, ins: Instruction, reply: Reply) -> Tensors:
         k = int(reply.info["cluster"])
         return {**lora_of(ins.tensors, k, new=0), **one_head(head_of(ins.tensors), k)}
+
+    def releases(self) -> Sequence[Release]:
+        why, other = "it averages by the LoRA that each client took", '[method] name = "fedit"'
+        taken = Release("the number of its LoRA", "info", "each", SERVER, names=("cluster",), why=why, instead=other)
+        lora = Release("A and B of the LoRA that it took")
+        return (lora, taken, *head_release(self.plan.head == "shared"))
 
     def groups(
         self, state: IFCAState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from coterie.methods.base import Method
 from coterie.methods.parts import Shapes, start_head, start_lora, statistics
+from coterie.methods.releases import Release
 from coterie.requests import ClientProgram, Train
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ClientResult, Instruction, Personal, Reply
 
@@ -43,6 +44,9 @@ class Local(Method[LocalState]):
 
     def expects(self, state: LocalState, me: ClientInfo, rnd: int) -> Shapes:
         return {}
+
+    def releases(self) -> Sequence[Release]:
+        return ()
 
     def aggregate(self, state: LocalState, replies: Mapping[ClientId, Reply], rnd: int) -> LocalState:
         return state

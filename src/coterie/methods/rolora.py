@@ -28,6 +28,7 @@ from coterie.methods.parts import (
     start_lora,
     weights_of,
 )
+from coterie.methods.releases import Release, head_release
 from coterie.ops.mean import mean
 from coterie.requests import ClientProgram, Train
 from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
@@ -63,6 +64,9 @@ class RoLoRA(Method[RoLoRAState]):
         trainable = frozenset(key for key in bank.tensors if key.part in (turn, Part.HEAD))
         trained = yield Train(bank, trainable, self.plan.optim)
         return settle(self.plan, trained, me, personal, part_of(trained.tensors, turn))
+
+    def releases(self) -> Sequence[Release]:
+        return (Release("B in odd rounds, A in even ones"), *head_release(self.plan.head == "shared"))
 
     def expects(self, state: RoLoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(part_of(state.lora, _turn(rnd)), state.heads.of(me.id))

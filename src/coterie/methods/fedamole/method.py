@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.methods.base import Method, Onboarded, newcomers_own
+from coterie.methods.fedamole.released import released
 from coterie.methods.fedamole.selection import (
     Scores,
     affinity,
@@ -35,6 +36,7 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
@@ -130,6 +132,9 @@ class FedAMoLE(Method[FedAMoLEState]):
             if self._embeds(rnd) and (key.part is Part.ROUTER or (key.part is Part.A and key.expert != SHARED))
         }
         return shapes_of(held, state.heads.of(me.id)) | embeddings
+
+    def releases(self) -> Sequence[Release]:
+        return released(self.settings, self.plan.head == "shared")
 
     def groups(
         self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]

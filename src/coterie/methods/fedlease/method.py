@@ -11,6 +11,7 @@ from coterie.methods.base import Method, Onboarded, newcomers_own
 from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
 from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
+from coterie.methods.fedlease.released import released
 from coterie.methods.fedlease.representation import (
     mean_representations,
     representation_shapes,
@@ -41,6 +42,7 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.releases import Release
 from coterie.methods.robust import Group, aggregated, alone, grouped
 from coterie.ops.mean import mean, relative_error
 from coterie.requests import ClientProgram, Observe, Program, Train, Trained
@@ -119,6 +121,9 @@ class FedLEASE(Method[FedLEASEState]):
         router = state.routers[own] if self.settings.router == "cluster" else {}
         again = representation_shapes(state.base) if self.settings.reclusters(rnd) else {}
         return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head | again
+
+    def releases(self) -> Sequence[Release]:
+        return released(self.settings, self.plan.head == "shared")
 
     def groups(
         self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]

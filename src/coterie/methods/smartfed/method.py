@@ -22,9 +22,11 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
 from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
+from coterie.methods.smartfed.released import released
 from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.ops.mean import mean
@@ -143,6 +145,9 @@ class SmartFed(Method[SmartFedState]):
             "importance": Range(names=frozenset(modules), optional=True),
             "use": Range(names=frozenset(adapters), optional=True),
         }
+
+    def releases(self) -> Sequence[Release]:
+        return released(self.settings, self.plan.head == "shared")
 
     def groups(
         self, state: SmartFedState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]

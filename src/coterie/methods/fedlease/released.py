@@ -1,0 +1,44 @@
+"""What FedLEASE's clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.releases import SERVER, Release, head_release
+
+
+def released(settings: FedLEASESettings, shared_heads: bool) -> tuple[Release, ...]:
+    """The releases of a client: before the clusters are known, the server reads each client's by itself."""
+    shared = shared_heads and settings.head == "trained"
+    return (*_before_clusters(settings), *_in_clusters(settings), *head_release(shared))
+
+
+def _before_clusters(settings: FedLEASESettings) -> Iterator[Release]:
+    when = f"once, in round {settings.clustered_after}"
+    if settings.represents:
+        again = f", then every {settings.recluster_every} rounds" if settings.recluster_every else ""
+        yield Release(
+            "mean inputs of the targets over its rows",
+            reads="each",
+            to=SERVER,
+            when=when + again,
+            why="clients are clustered by them",
+            instead='[method] distance = "B", or allocation = "oracle"',
+        )
+    learned = settings.allocation == "learned"
+    yield Release(
+        "A and B after the warm-up, and the head if heads are shared",
+        reads="each" if learned else "sum",
+        to="its cluster, and as an expert all clients",
+        when=when,
+        why="clients are clustered by them" if learned else "",
+        instead='[method] allocation = "oracle"' if learned else "",
+    )
+
+
+def _in_clusters(settings: FedLEASESettings) -> Iterator[Release]:
+    alone = settings.routing == "own"
+    yield Release("A and B of its cluster's expert", to="its cluster" if alone else "all clients")
+    if settings.router == "cluster" and not alone:
+        yield Release("router", to="its cluster", instead='[method] router = "personal"')

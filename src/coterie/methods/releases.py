@@ -1,0 +1,81 @@
+"""What a method lets leave a client: one declaration, read by ``[privacy]``, by secure aggregation and by the docs.
+
+A method lists its releases (:meth:`coterie.methods.base.Method.releases`); what every method sends beside them is
+:data:`COMMON`. Each says what the server needs of it. Of a release that is read as a sum, the server needs nothing but
+the sum over a group of clients: noise may be added to that sum, and masks may hide what it is made of. Of one that is
+read by client, it needs each client's own value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Reads = Literal["sum", "each", "nothing"]
+Carried = Literal["tensors", "info", "count", "evaluation", "joining", "bank"]
+
+SERVER = "the server"
+EVERYONE = "all clients"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One thing that leaves a client.
+
+    ``carried``: where it travels: among a reply's tensors, in its ``info`` (under ``names``), as its count of examples,
+    in an evaluation, when a client joins, or with the bank that is exported. ``reads``: whether the server needs the
+    sum over a group, each client's own value, or nothing of it (then it can be left out). ``to``: who receives it, or
+    what is made of it. ``when``: how often. ``why``: for what the server reads it by client. ``instead``: the setting
+    under which it is not sent, or not read by client; "" if there is none.
+    """
+
+    what: str
+    carried: Carried = "tensors"
+    reads: Reads = "sum"
+    to: str = EVERYONE
+    when: str = "every round"
+    names: tuple[str, ...] = ()
+    why: str = ""
+    instead: str = ""
+
+
+COMMON: Sequence[Release] = (
+    Release("loss, tokens and steps of its training", "info", "nothing", SERVER, names=("loss", "tokens", "steps")),
+    Release("number of training examples, a weight in means", "count", "sum", SERVER),
+    Release(
+        "metrics of validation and test rows",
+        "evaluation",
+        "nothing",
+        SERVER,
+        when="every evaluated round",
+    ),
+    Release("use of the experts", "evaluation", "nothing", SERVER, when="after the last round"),
+    Release(
+        "counts of rows, names of labels",
+        "joining",
+        "each",
+        SERVER,
+        when="once, when it joins",
+        why="the server plans rounds by them",
+    ),
+    Release(
+        "the whole bank, personal head included",
+        "bank",
+        "nothing",
+        SERVER,
+        when="at the end, if the site allows it",
+        instead="[policy] upload_bank = false",
+    ),
+)
+
+
+def head_release(shared: bool) -> tuple[Release, ...]:
+    """The release of the head, where heads are shared."""
+    to = "clients with the same labels"
+    return (Release("head", to=to, instead='[task] head = "personal"'),) if shared else ()
+
+
+def each_of(releases: Sequence[Release]) -> list[Release]:
+    """Those of ``releases`` that the server reads by client."""
+    return [release for release in releases if release.reads == "each"]
