@@ -1,8 +1,9 @@
 """A client that was not there: onboarded after the run, against having taken part and against training alone.
 
-One client of each of four public datasets is left out of a federation, onboarded into the finished run with the
-experts frozen, and compared on its test rows with the same client in a run of all, and with local training of as many
-epochs. Runs are kept in ``--work`` and not repeated.
+One client of each dataset is left out of the federation of ``examples/four-tasks.toml``, onboarded into the finished
+run with the experts frozen, and compared on its test rows with the same client in a run of all sixteen, and with local
+training. Settings are those of that file, and of ``coterie onboard``. Runs are kept in ``--work``: what is finished is
+not repeated, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -10,24 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _harness import arguments, datasets, table, write
+from _harness import HERE, arguments, datasets, table, write
 
-from coterie.artifacts.onboard import onboard
+from coterie.artifacts.onboard import EPOCHS, onboard
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
 from coterie.data.rows import ClientData, TextRow
 from coterie.experiment import run
 from coterie.runs.summary import SUMMARY, read_summary
 
-NAMES = ("sst2", "trec", "mrpc", "sick")
+FOUR_TASKS = HERE.parent / "examples" / "four-tasks.toml"
 METHODS = ("fedlease", "fedit", "fedamole")
-SETTINGS: dict[str, dict[str, Any]] = {"fedlease": {"warmup_rounds": 1, "max_experts": 6}, "fedamole": {}}
-PER_DATASET, ROUNDS = 3, 6
 
 
 def options_of(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +37,24 @@ def options_of(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="methods, separated by commas")
 
 
+def four_tasks(quick: bool) -> dict[str, Any]:
+    """The settings of the four-task run; ``quick``: few rows, and two rounds."""
+    raw = tomllib.loads(FOUR_TASKS.read_text(encoding="utf-8"))
+    if quick:
+        raw["data"] |= {"train_rows": 12, "validation_rows": 6, "test_rows": 6}
+        raw["data"]["partition"]["clients"] = 3
+        raw["methods"]["fedlease"]["max_experts"] = 2
+        raw["run"]["rounds"] = 2
+    raw["run"] |= {"evaluate_every": raw["run"]["rounds"], "export": "last"}
+    raw["engine"]["device"] = "cpu"
+    return raw
+
+
 def rows_on_disk(folder: Path, sources: Path | None, seed: int, quick: bool) -> dict[str, list[str]]:
     """Every client's rows as files in ``folder/ID``; the clients by dataset."""
-    given = ["demo:clinic", "demo:bank"] if sources is None else [str(sources / name) for name in NAMES]
-    data = {
-        "datasets": given, "train_rows": 12 if quick else 48, "validation_rows": 6 if quick else 24,
-        "test_rows": 6 if quick else 96,
-        "partition": {"name": "by_dataset", "clients": PER_DATASET, "stratify": True},
-    }  # fmt: skip
+    data = four_tasks(quick)["data"]
+    names = [Path(name).name for name in data["datasets"]]
+    data["datasets"] = ["demo:clinic", "demo:bank"] if sources is None else [str(sources / name) for name in names]
     config = check_config({"data": data})
     clients = load_data(config.data, "classification", seed, Path.cwd()).clients
     by_dataset: dict[str, list[str]] = {}
@@ -71,36 +81,33 @@ def config_of(folder: Path, clients: list[str], method: str, seed: int, quick: b
             **{s: str((folder / client / f"{s}.jsonl").resolve()) for s in ("train", "validation", "test")},
         }
 
-    return {
-        "model": {"path": "minilm", "max_length": 64},
-        "data": {"clients": [files(client) for client in clients]},
-        "lora": {"rank": 4},
-        "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 1},
-        "method": {
-            "name": method,
-            **SETTINGS.get(method, {}),
-            **({"max_experts": 2} if quick and method == "fedlease" else {}),
-        },
-        "run": {
-            "rounds": 2 if quick else ROUNDS,
-            "seed": seed,
-            "evaluate_every": 2 if quick else ROUNDS,
-            "export": "last",
-        },
-        "engine": {"threads": 1, "device": "cpu"},
-    }
+    raw = four_tasks(quick)
+    own = raw.pop("methods").get(method, {})
+    raw["run"]["seed"] = seed
+    return {**raw, "data": {"clients": [files(client) for client in clients]}, "method": {"name": method, **own}}
 
 
 def finished(folder: Path, raw: Mapping[str, Any]) -> Path:
-    """The run of ``raw``, done now unless it was done before."""
+    """The run of ``raw``: done now, or from where it was stopped, unless it is there."""
     if not (folder / SUMMARY).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        run(check_config(raw), folder, root=Path.cwd())
+        run(check_config(raw), folder, root=Path.cwd(), resume=(folder / "config.json").is_file())
     return folder
 
 
 def accuracy(folder: Path, client: str) -> float:
     return float(read_summary(folder / SUMMARY).clients[client].test["accuracy"])
+
+
+def joined(work: Path, part: Path, method: str, client: str, epochs: int) -> tuple[float, float]:
+    """The accuracy of the client in its model of the run ``part``, before and after its router and head train."""
+    kept = work / "joined" / f"{method}-{client}.json"
+    if not kept.is_file():
+        bundle = kept.with_suffix("")
+        shutil.rmtree(bundle, ignore_errors=True)
+        made = onboard(part, work / "clients" / client, bundle, client=client, epochs=epochs)
+        kept.write_text(json.dumps([made.before["accuracy"], made.after["accuracy"]]))
+    before, after = json.loads(kept.read_text())
+    return float(before), float(after)
 
 
 def compare(options: argparse.Namespace, seed: int, sources: Path | None) -> list[dict[str, Any]]:
@@ -110,7 +117,7 @@ def compare(options: argparse.Namespace, seed: int, sources: Path | None) -> lis
     out = [clients[-1] for clients in by_dataset.values()]
     everyone = [client for clients in by_dataset.values() for client in clients]
     there = [client for client in everyone if client not in out]
-    epochs = 2 if options.quick else ROUNDS
+    epochs = 2 if options.quick else EPOCHS
 
     def of(name: str, clients: list[str], method: str) -> Path:
         return finished(work / name, config_of(work / "clients", clients, method, seed, options.quick))
@@ -120,13 +127,10 @@ def compare(options: argparse.Namespace, seed: int, sources: Path | None) -> lis
     for method in options.methods.split(","):
         part, whole = of(f"{method}-part", there, method), of(f"{method}-whole", everyone, method)
         for client in out:
-            bundle = work / "joined" / f"{method}-{client}"
-            shutil.rmtree(bundle, ignore_errors=True)
-            joined = onboard(part, work / "clients" / client, bundle, client=client, epochs=epochs)
+            before, after = joined(work, part, method, client, epochs)
             rows.append({
-                "method": method, "seed": seed, "client": client, "joined at first": joined.before["accuracy"],
-                "onboarded": joined.after["accuracy"], "took part": accuracy(whole, client),
-                "alone": accuracy(alone, client),
+                "method": method, "seed": seed, "client": client, "joined at first": before, "onboarded": after,
+                "took part": accuracy(whole, client), "alone": accuracy(alone, client),
             })  # fmt: skip
             print(rows[-1], flush=True)
     return rows
@@ -137,17 +141,23 @@ def main() -> None:
     if options.quick:
         options.work, options.methods = options.out / "runs", "fedlease"
     sources = None if options.quick else datasets(options.data)
-    rows = [row for seed in map(int, options.seeds.split(",")) for row in compare(options, seed, sources)]
+    rows: list[dict[str, Any]] = []
+    for seed in map(int, options.seeds.split(",")):
+        rows += compare(options, seed, sources)
+        report(options, rows)
+    if options.quick:
+        shutil.rmtree(options.work, ignore_errors=True)
+
+
+def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Show and write what is measured so far."""
     means = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         names = ("joined at first", "onboarded", "took part", "alone")
         means.append({"method": method, **{name: fmean(row[name] for row in own) for name in names}})
     table("accuracy of clients that were left out, mean", means)
-    shape = {"clients_per_dataset": PER_DATASET, "rounds": ROUNDS, "train_rows": 48, "test_rows": 96, "rank": 4}
-    write("onboard", options, {"shape": shape, "means": means, "rows": rows})
-    if options.quick:
-        shutil.rmtree(options.work, ignore_errors=True)
+    write("onboard", options, {"settings": four_tasks(options.quick), "means": means, "rows": rows})
 
 
 if __name__ == "__main__":
