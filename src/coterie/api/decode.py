@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coterie.api.cache import RowCache
 from coterie.api.experts import Gates, token_experts, watched
-from coterie.api.faults import FAULTS, broken, where
+from coterie.api.faults import FAULTS, broken, not_a_number, where
 from coterie.api.growing import GrowingText
 from coterie.api.jobs import Generate, Job, Piece, RequestError, Written
 from coterie.api.prompts import prompt_ids
@@ -181,7 +181,7 @@ class Decoding:
         penalty = model.generation_config.repetition_penalty or 1.0
         if bool(logits.isnan().any()):  # a damaged bank: no reason to end the others
             row.finish = "stop"
-            row.job.end(RequestError("the model's output is not a number", 500, "not_a_number"))
+            row.job.end(not_a_number())
             return
         logits = penalised(logits, [*row.prompt, *row.made], penalty)
         token = next_token(logits, row.request.temperature, row.request.top_p, row.random)

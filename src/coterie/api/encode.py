@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.api.experts import Gates, token_experts, watched
+from coterie.api.faults import FAULTS, broken, not_a_number, where
 from coterie.api.jobs import Encode, Encoded, Job, RequestError
 from coterie.api.served import Served
 from coterie.data.examples import Example
@@ -29,10 +30,11 @@ class _Row:
 
 @dataclass
 class Encoding:
-    """The engine of a base that classifies. At most ``rows`` texts share a pass."""
+    """The engine of a base that classifies. At most ``rows`` texts share a pass. ``report`` is that of the worker."""
 
     served: Served
     rows: int
+    report: Callable[[str], None] = lambda _: None
     _waiting: list[_Row] = field(default_factory=list)
     _made: dict[Job, dict[int, Encoded]] = field(default_factory=dict)
 
@@ -74,13 +76,19 @@ class Encoding:
         chosen, self._waiting = self._waiting[: self.rows], self._waiting[self.rows :]
         chosen.sort(key=lambda row: row.request.client)
         ended = []
-        for row, encoded in zip(chosen, self._pass(chosen), strict=True):
-            made = self._made[row.job]
-            made[row.number] = encoded
-            if len(made) == len(row.request.texts):
+        for row, encoded in zip(chosen, self._answers(chosen), strict=True):
+            made = self._made.get(row.job)
+            if made is None:  # another text of the request failed
+                continue
+            if isinstance(encoded, RequestError):
+                row.job.end(encoded)
+            else:
+                made[row.number] = encoded
+                if len(made) < len(row.request.texts):
+                    continue
                 row.job.end(tuple(made[number] for number in range(len(made))))
-                ended.append(row.job)
-                del self._made[row.job]
+            ended.append(row.job)
+        self.drop(set(ended))
         return ended
 
     def fail(self, fault: RequestError) -> list[Job]:
@@ -91,7 +99,19 @@ class Encoding:
         self._waiting, self._made = [], {}
         return jobs
 
-    def _pass(self, rows: Sequence[_Row]) -> list[Encoded]:
+    def _answers(self, rows: Sequence[_Row]) -> list[Encoded | RequestError]:
+        """What the model makes of ``rows``: one by one if their pass fails, so that the fault is of one text alone."""
+        try:
+            return [*self._pass(rows)]
+        except FAULTS as fault:
+            if len(rows) == 1:
+                self.report(f"a text could not be encoded: {where(fault)}")
+                return [broken()]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [answer for row in rows for answer in self._answers([row])]
+
+    def _pass(self, rows: Sequence[_Row]) -> list[Encoded | RequestError]:
         """What the model makes of ``rows``, sorted by client."""
         served = self.served
         batch = Classification(served.base.tokenizer).collate([row.example for row in rows]).to(served.base.device)
@@ -104,9 +124,13 @@ class Encoding:
         vectors = _means(out.hidden_states[-1], batch.mask) if embeds else None
         return [self._encoded(row, i, logits[i], vectors, passed) for i, row in enumerate(rows)]
 
-    def _encoded(self, row: _Row, i: int, logits: Tensor, vectors: Tensor | None, passed: dict[str, Tensor]) -> Encoded:
+    def _encoded(
+        self, row: _Row, i: int, logits: Tensor, vectors: Tensor | None, passed: dict[str, Tensor]
+    ) -> Encoded | RequestError:
         embedding = row.request.want == "embedding" and vectors is not None
         values = vectors[i] if embedding and vectors is not None else logits.float().softmax(-1)
+        if not bool(values.isfinite().all()):  # a damaged bank
+            return not_a_number()
         experts, ids = None, row.example.ids
         if row.request.experts:
             gates = Gates()

@@ -14,6 +14,11 @@ def broken() -> RequestError:
     return RequestError("the service failed on this request; its log says where", 500, "internal_error")
 
 
+def not_a_number() -> RequestError:
+    """What a request gets whose model computes no numbers."""
+    return RequestError("the model's output is not a number", 500, "not_a_number")
+
+
 def where(fault: BaseException) -> str:
     """The type of ``fault`` and where it was raised, without its text."""
     trace = fault.__traceback__

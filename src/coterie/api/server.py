@@ -92,7 +92,7 @@ def worker_for(models: Served, limits: Limits, report: Callable[[str], None] = L
     if models.generates:
         decoding = Decoding(models, limits.rows, limits.max_tokens, limits.prompt_tokens, report)
         return Worker(decoding, limits.waiting, report)
-    return Worker(Encoding(models, limits.rows), limits.waiting, report)
+    return Worker(Encoding(models, limits.rows, report), limits.waiting, report)
 
 
 def _check(service: Service, open_to_all: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie.adapters.about import About
 from coterie.adapters.bundle import BUNDLE_FILE, one_lora, read_bundle
 from coterie.ops.lowrank import compact, stacked
-from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part, Tensors
+from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part, Tensors
 
 Banks = Sequence[Bank]
 
@@ -67,20 +67,33 @@ def _mean_lora(banks: Banks) -> Bank:
 
 
 def _without_own(banks: Banks) -> Bank:
-    experts, numbers = _common(banks), _numbers(banks[0].tensors)
-    kept = _numbers(experts)
-    routers = {
-        key: value[[numbers[key.module].index(number) for number in kept[key.module]]]
-        for key, value in _mean_part(banks, Part.ROUTER).items()
-        if key.module in kept
-    }
-    return Bank({**experts, **routers}, GateSpec("softmax"), banks[0].scaling)
+    return Bank(_common_routed(banks), GateSpec("softmax"), banks[0].scaling)
+
+
+def _mean_router(banks: Banks) -> Bank:
+    return Bank(_common_routed(banks), banks[0].gate, banks[0].scaling)
+
+
+def _common_routed(banks: Banks) -> dict[Key, Tensor]:
+    """The experts that all clients have, and of the routers the mean of these experts' rows."""
+    experts = _common(banks)
+    numbers = [_numbers(bank.tensors) for bank in banks]
+    routers: dict[Key, Tensor] = {}
+    for module, kept in _numbers(experts).items():
+        key = Key(module, NO_EXPERT, Part.ROUTER)
+        rows = [
+            bank.tensors[key][[of[module].index(number) for number in kept]]
+            for bank, of in zip(banks, numbers, strict=True)
+            if key in bank.tensors
+        ]
+        routers |= {key: torch.stack(rows).mean(0)} if rows else {}
+    return {**experts, **routers}
 
 
 def _numbers(tensors: Tensors) -> dict[str, list[int]]:
-    """The numbers of each module's experts, in the order of the router's rows."""
+    """The numbers of each module's routed experts, in the order of the router's rows."""
     numbers: dict[str, list[int]] = {}
-    for key in sorted(key for key in tensors if key.part is Part.A):
+    for key in sorted(key for key in tensors if key.part is Part.A and key.expert not in (SHARED, FOLDED)):
         numbers.setdefault(key.module, []).append(key.expert)
     return numbers
 
@@ -94,10 +107,6 @@ def _shared_alone(banks: Banks) -> Bank:
     if not shared:
         raise CoterieError("the clients have no shared expert, so there is no model for a newcomer; name a client")
     return Bank(shared, scaling=banks[0].scaling)
-
-
-def _mean_router(banks: Banks) -> Bank:
-    return Bank({**_common(banks), **_mean_part(banks, Part.ROUTER)}, banks[0].gate, banks[0].scaling)
 
 
 def _common_alone(banks: Banks) -> Bank:

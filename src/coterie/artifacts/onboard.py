@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from coterie.adapters.model import unclear_columns
+from coterie.artifacts.load import reading_of
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
@@ -13,7 +15,7 @@ from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.files import READERS
 from coterie.data.rows import ClientData
-from coterie.data.settings import ClientFiles, DataSettings
+from coterie.data.settings import ClientFiles, Columns, DataSettings
 from coterie.experiment import about_export, set_threads, write_own
 from coterie.methods.base import Method, Onboarded, drive
 from coterie.ops.metrics import Metrics
@@ -49,17 +51,18 @@ def onboard(
     *,
     client: ClientId = "",
     epochs: int = EPOCHS,
+    columns: Columns | None = None,
     base: str | None = None,
     device: str | None = None,
 ) -> Joined:
     """Give the client whose files are in the folder ``data`` a model of the finished run in ``folder``.
 
     ``data`` holds ``train.jsonl`` (or .csv, .parquet), and ``validation`` and ``test`` beside it if there are any, in
-    the columns of the run. The method finds its experts (:meth:`Method.onboard`). They are frozen, and its router and
-    head train for ``epochs``. Its bundle is written to the folder ``out``, which must be new or empty. The run stays as
-    it is.
+    the columns of the run; ``columns`` replace these. The method finds its experts (:meth:`Method.onboard`). They are
+    frozen, and its router and head train for ``epochs``. Its bundle is written to the folder ``out``, which must be new
+    or empty. The run stays as it is.
     Raises :class:`CoterieError` for a run without the checkpoint of what it exported, for a method that no client can
-    join, and for bad rows.
+    join, for bad rows, and where the datasets of the run have different columns and ``columns`` are not given.
     """
     path, target = Path(folder), Path(out)
     if target.exists() and any(target.iterdir()):
@@ -68,7 +71,10 @@ def onboard(
     config = _placed(check_config(raw), base, device)
     method = config.make_method(root)
     exported = _exported(path, method)
-    own = _rows(config, Path(data), client or Path(data).resolve().name)
+    columns = columns or reading_of(path, "")[0]
+    if columns is None:
+        raise unclear_columns("")
+    own = _rows(config, columns, Path(data), client or Path(data).resolve().name)
     set_threads(config)
     place = workplaces(config, root, {})[0]
     compute = LocalCompute(place, own, exported.rnd + 1)
@@ -120,14 +126,14 @@ def _placed(config: Config, base: str | None, device: str | None) -> Config:
     return config.model_copy(update=updates)
 
 
-def _rows(config: Config, folder: Path, client: ClientId) -> ClientData:
+def _rows(config: Config, columns: Columns, folder: Path, client: ClientId) -> ClientData:
     """The rows of the client's own files, read as the run reads its clients'."""
     files: Mapping[str, str | None] = {split: _file(folder, split) for split in ("train", "validation", "test")}
     if files["train"] is None:
         raise CoterieError(f"{folder} has no training rows; put a file train.jsonl (or .csv, .parquet) there")
     entry = ClientFiles(id=client, train=files["train"], validation=files["validation"], test=files["test"])
-    kept = ("labels", "columns", "validation_fraction", "test_fraction", "duplicates")
-    settings = DataSettings(clients=(entry,), **{name: getattr(config.data, name) for name in kept})
+    kept = ("labels", "validation_fraction", "test_fraction", "duplicates")
+    settings = DataSettings(clients=(entry,), columns=columns, **{name: getattr(config.data, name) for name in kept})
     (own,) = load_data(settings, config.task.kind, config.run.seed, Path.cwd()).clients
     return own
 

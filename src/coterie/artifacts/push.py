@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from coterie.artifacts.card import check_card
+from coterie.nn.locate import HTTP_FAULTS
 from coterie.types import CoterieError
 
 _HIDDEN = [".*", "**/.*"]
@@ -18,7 +19,8 @@ def push(folder: Path | str, repo: str, *, public: bool = False, message: str = 
 
     A repository that is not there is made: private, unless ``public``. One that is there keeps its visibility. The
     token is the one of ``hf auth login``, or ``HF_TOKEN``; ``HF_ENDPOINT`` names another server with the hub's API.
-    Raises :class:`CoterieError` for a folder without a model card, a bad name, and what the server refuses.
+    Raises :class:`CoterieError` for a folder without a model card, a bad name, a server that does not answer, and what
+    it refuses.
     """
     path = Path(folder)
     check_card(path)
@@ -34,9 +36,15 @@ def push(folder: Path | str, repo: str, *, public: bool = False, message: str = 
     except HFValidationError as fault:
         raise CoterieError(f"{repo!r} is no name of a repository; give OWNER/NAME ({fault})") from fault
     except HfHubHTTPError as fault:
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         fix = "check the name, and log in with `hf auth login`"
-        raise CoterieError(f"the hub refuses {repo}: {reason}; {fix}") from fault
+        raise CoterieError(f"the hub refuses {repo}: {_reason(fault)}; {fix}") from fault
     except OfflineModeIsEnabled as fault:
         raise CoterieError("HF_HUB_OFFLINE is set, so nothing is sent to the hub; unset it to push") from fault
+    except HTTP_FAULTS as fault:  # after OfflineModeIsEnabled and HfHubHTTPError, which derive from these
+        fix = "check the network, and HF_ENDPOINT if you set it"
+        raise CoterieError(f"{constants.ENDPOINT} does not answer: {_reason(fault)}; {fix}") from fault
     return str(done.repo_url)
+
+
+def _reason(fault: Exception) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

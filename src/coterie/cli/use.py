@@ -157,14 +157,17 @@ def onboard(
     out: Annotated[Path, typer.Option(help="the folder of its bundle, new or empty")],
     client: Annotated[str, typer.Option(help="its name; default the name of its folder")] = "",
     epochs: Annotated[int, typer.Option(min=1, help="of the router and the head over its training rows")] = 10,
+    column: Column = None,
     base: BaseFolder = None,
     device: Annotated[str | None, typer.Option(help="where to compute; default as the run did")] = None,
 ) -> None:
     """Give a client that was not there a model of a finished run: experts frozen, router and head trained."""
+    from coterie.artifacts.load import reading_of
     from coterie.artifacts.onboard import onboard as join
     from coterie.cli.evaluation import show_joined
 
-    joined = join(run, data, out, client=client, epochs=epochs, base=base, device=device)
+    columns = with_columns(reading_of(run, "")[0], column) if column else None
+    joined = join(run, data, out, client=client, epochs=epochs, columns=columns, base=base, device=device)
     show_joined(joined, out)
 
 

@@ -17,7 +17,7 @@ _MINILM_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 _SECONDS = 10.0  # to wait for the hub's answer
 # The hub's HTTP error derives from that of its HTTP library: requests, httpx or httpx2, depending on its version.
 _BASES = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
-_HTTP_FAULTS: tuple[type[Exception], ...] = (OSError, *_BASES)
+HTTP_FAULTS: tuple[type[Exception], ...] = (OSError, *_BASES)
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -83,7 +83,7 @@ def files_of(path: str, root: Path | None = None, weights: bool = True) -> str:
         raise CoterieError(f"{path!r} is restricted on the hub: request access there, then `hf auth login`") from fault
     except RepositoryNotFoundError as fault:
         raise CoterieError(f"no model {path!r}: {tried}, and none on the hub that you have access to; {fix}") from fault
-    except _HTTP_FAULTS as fault:
+    except HTTP_FAULTS as fault:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise CoterieError(f"no model {path!r}: {tried}, and the hub answered: {reason}; {fix}") from fault
     return path

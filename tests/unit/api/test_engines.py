@@ -263,6 +263,20 @@ def test_a_bank_that_makes_no_numbers_ends_its_own_requests_alone(tmp_path: Path
     assert fault.code == "not_a_number"
 
 
+def test_a_bank_that_classifies_into_no_numbers_ends_its_own_requests_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    bank, about = read_bundle(run / "clients" / "north")
+    for key in (key for key in bank.tensors if key.part is Part.HEAD):
+        bank.tensors[key].fill_(float("nan"))
+    write_bundle(run / "clients" / "north", bank, about)
+    with served(run) as models:
+        kept, broken = run_all(Encoding(models, rows=8), [Encode(0, (("a", None),)), Encode(1, (("a", None),))])
+    assert isinstance(kept[0], tuple)
+    (fault,) = broken
+    assert isinstance(fault, RequestError)
+    assert fault.code == "not_a_number"
+
+
 @pytest.mark.parametrize("part", ["next_token", "token_experts"])
 def test_a_fault_of_one_row_ends_its_own_request_alone(part: str, tmp_path: Path, monkeypatch: Any) -> None:
     real = getattr(decode, part)
@@ -284,6 +298,37 @@ def test_a_fault_of_one_row_ends_its_own_request_alone(part: str, tmp_path: Path
     assert fault.code == "internal_error"
     (line,) = said
     assert line.startswith("a text could not be continued: RuntimeError at ")
+
+
+@pytest.mark.parametrize("whole_pass", [True, False])
+def test_a_text_that_cannot_be_encoded_ends_its_own_request_alone(
+    whole_pass: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    said: list[str] = []
+    bad = Encode(1, (("one", None), ("SECRET", None), ("three", None)))
+    kept = [Encode(i % 3, ((text, None),)) for i, text in enumerate(TEXTS)]
+    with served(make_run(tmp_path)) as models:
+        engine = Encoding(models, rows=4, report=said.append)
+        expected = run_all(engine, kept)
+        ids = tuple(models.base.tokenizer("SECRET")["input_ids"])
+        where = "_pass" if whole_pass else "_encoded"
+        real = getattr(Encoding, where)
+
+        def fails(self: Encoding, row: Any, *args: Any) -> Any:
+            if ids in [tuple(one.example.ids) for one in (row if whole_pass else [row])]:
+                raise IndexError("SECRET")
+            return real(self, row, *args)
+
+        monkeypatch.setattr(Encoding, where, fails)
+        logs = run_all(engine, [*kept[:2], bad, *kept[2:]])
+        assert (engine.busy, engine.fail(RequestError("none are left"))) == (0, [])
+    ((fault,),) = logs[2:3]
+    assert isinstance(fault, RequestError)
+    assert fault.code == "internal_error"
+    for (found,), (answer,) in zip([*logs[:2], *logs[3:]], expected, strict=True):
+        assert found[0].values == pytest.approx(answer[0].values, abs=1e-5)  # type: ignore[index, union-attr]
+    (line,) = said
+    assert line.startswith("a text could not be encoded: IndexError at ")
 
 
 def test_prompts_that_padding_would_make_too_long_wait_their_turn(tmp_path: Path, monkeypatch: Any) -> None:

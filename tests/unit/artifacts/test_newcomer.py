@@ -93,6 +93,23 @@ def test_a_pools_newcomer_has_the_pool_with_the_routers_mean() -> None:
     assert torch.equal(logits(newcomer_bank([bank, bank])), logits(bank))
 
 
+@pytest.mark.parametrize("gate", [GateSpec("top_k", {"k": 3}), GateSpec("signed", {"k": 3})])
+def test_a_router_keeps_the_rows_of_the_experts_that_all_have(gate: GateSpec) -> None:
+    """The second client has one expert less, and another value of one more: two of the four are common."""
+    first = tiny.bank(OVER, 4, gate=gate.name, options=gate.options)
+    drawn = tiny.bank(OVER, 4, gate=gate.name, options=gate.options, seed=5).tensors
+    routers = {key: value[[0, 2, 3]] for key, value in drawn.items() if key.part is Part.ROUTER}
+    fewer = {key: value + (key.expert == 2) for key, value in first.tensors.items() if key.expert not in (1, NO_EXPERT)}
+    made = newcomer_bank([first, replace(first, tensors={**fewer, **routers})])
+    assert made.gate == gate
+    for target in OVER:
+        assert {key.expert for key in made.tensors if key.module == target.name and key.part is Part.A} == {0, 3}
+        key = Key(target.name, NO_EXPERT, Part.ROUTER)
+        expected = (first.tensors[key][[0, 3]] + drawn[key][[0, 3]]) / 2
+        assert torch.allclose(made.tensors[key], expected)
+    logits(made)
+
+
 @pytest.mark.parametrize(
     ("banks", "why"),
     [

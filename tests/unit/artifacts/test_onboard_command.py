@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import sites
 from coterie.adapters.bundle import read_bundle
 from coterie.artifacts.onboard import onboard
 from coterie.cli.main import app
+from coterie.files import read_json, write_json
 from coterie.types import CoterieError, Part
 
 
@@ -42,6 +45,27 @@ def test_a_late_client_gets_a_bundle_that_loads(
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     with pytest.raises(CoterieError, match="late is not empty; name another folder"):
         app(arguments, standalone_mode=False)
+
+
+def test_a_late_client_of_several_datasets_names_its_columns(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run, as if its rows had come from two datasets with different columns."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    kept = read_json(out / "config.json")
+    sources = [{"source": "a", "columns": {"text": "body"}}, {"source": "b", "columns": {"text": "title"}}]
+    write_json(out / "config.json", {**kept, "config": {**kept["config"], "data": {"datasets": sources}}})
+    late = tmp_path / "late"
+    for path in (finished / "late").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        sites.write_rows(late / path.name, [{"title": row["text"], "label": row["label"]} for row in rows])
+    arguments = ["onboard", str(out), "--data", str(late), "--out", str(tmp_path / "made"), "--epochs", "1"]
+    with pytest.raises(CoterieError, match=r"come from datasets with different columns: .*--column text=body"):
+        app(arguments, standalone_mode=False)
+    app([*arguments, "--column", "text=title"], standalone_mode=False)
+    assert "bundle: " in capsys.readouterr().out
+    assert coterie.load(tmp_path / "made").labels == ("big", "small", "tiny")
 
 
 def test_what_keeps_a_client_out_is_said(finished: Path, tmp_path: Path) -> None:

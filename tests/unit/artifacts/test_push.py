@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_what_the_hub_refuses_is_said(exported: Path, tmp_path: Path, monkeypatc
         with pytest.raises(CoterieError, match=r"has no README\.md; make it with `coterie export`"):
             push(tmp_path, "me/north")
         assert server.files == {}
+
+
+def test_a_hub_that_does_not_answer_is_an_error(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)  # nobody listens there now
+    with pytest.raises(CoterieError, match=rf"{address} does not answer: .+; check the network, and HF_ENDPOINT"):
+        push(exported, "me/north")
 
 
 def test_nothing_is_sent_offline(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
