@@ -2,7 +2,7 @@
 
 Every client trains alone, as in FedLEASE's warm-up; after each round the clients are clustered by B (the paper's), A
 and B A. The adjusted Rand index compares the clusters with the datasets that the clients were cut from: 1 is exact.
-No target: this tells how sure the allocation is, for docs/results.md.
+No target: this tells how sure the allocation is, for bench/results/fedlease.md.
 """
 
 from __future__ import annotations

@@ -45,9 +45,10 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/methods/baselines.md",
     ],
     "Measured": [
-        "docs/results.md",
-        "docs/results-fedamole.md",
-        "docs/results-smartfed.md",
+        "docs/results/README.md",
+        "docs/results/fedlease.md",
+        "docs/results/fedamole.md",
+        "docs/results/smartfed.md",
         "docs/performance.md",
         "docs/performance-batched.md",
         "bench/README.md",

@@ -98,7 +98,7 @@ def cluster(
 
     k runs from ``max(2, min_clusters)`` to ``min(max_clusters, N - 1)``. ``min_clusters = 1`` also allows one cluster,
     which is taken when no k has a silhouette above ``threshold`` (independent random vectors stay below 0.07, the tasks
-    of `docs/results.md` are near 0.24). Where no k is left to compare (two clients, say, or
+    of `bench/results/fedlease.md` are near 0.24). Where no k is left to compare (two clients, say, or
     as many clusters as clients), k = ``min_clusters``.
     Raises :class:`CoterieError` for fewer clients than ``min_clusters``, :class:`ValueError` for other invalid limits.
     """
