@@ -1,8 +1,9 @@
 """FedLEASE's own published code, unchanged, on rows and an encoder given here; started by :mod:`published_code`.
 
 Runs in the environment of that code, not of Coterie. What differs from its ``python main.py``: rows come from files
-(tokenised before the time counts, with its settings), training is in float32 or under bfloat16's autocast where it asks
-for half precision that a CPU lacks, and its server keeps tensors on the CPU.
+and are tokenised with its settings; training is in float32 or under bfloat16's autocast, where it asks for half precision
+that a CPU lacks; its server keeps tensors on the CPU; and after it has clustered the clients, the clusters are the
+jobs, whatever it found, so that as many experts are trained as on the other side.
 """
 
 import json
@@ -40,7 +41,14 @@ def rows(task_name_list, tokenizer, **_):
     return clients, [{"task_name": name, "num_labels": 2} for name in task_name_list]
 
 
+def clusters(clients, *given, found=main.compute_lora_client_map, **named):
+    found(clients, *given, **named)
+    jobs = settings["jobs"]
+    return {e: [i for i, job in enumerate(jobs) if job == e] for e in sorted(set(jobs))}, len(set(jobs))
+
+
 client.TrainingArguments = arguments
+main.compute_lora_client_map = clusters
 main.Server = lambda clients_num: server.Server(clients_num, device="cpu")
 main.partition_multi_task_dataset = rows
 sys.argv = ["main.py", *settings["arguments"]]

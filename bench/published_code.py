@@ -1,9 +1,12 @@
 """A whole FedLEASE run: ``coterie run`` beside the method's own published code, on the same rows and the same encoder.
 
 Needs a checkout of https://github.com/lei-wang-link/FedLEASE (measured with commit cf18cd6) and a Python that has what
-it imports: ``pip install torch "transformers==4.40.2" "accelerate<1" datasets scikit-learn scipy matplotlib tqdm``.
-The checkout runs unchanged, as a process of its own like ours (:mod:`_published_code` hands it the rows). Both train
-one round of warm-up, find the clusters by B, and evaluate all clients after each round. Theirs trains a *dummy client*
+it imports: ``pip install torch "transformers==4.40.2" "accelerate<1" datasets scikit-learn scipy matplotlib tqdm
+bitsandbytes``. As published it does not import: line 567 of ``peft/tuners/lora.py`` is indented too far; this puts it
+right: ``sed -i '567s/^ */                            /' peft/tuners/lora.py``. Nothing else of it is changed.
+
+It runs as a process of its own like ours (:mod:`_published_code` hands it the rows). Both train one round of warm-up,
+cluster by B, train four experts, one for each job, and evaluate all clients after each round. Theirs trains a *dummy client*
 besides in the warm-up; ours writes checkpoints, experts, bundles and a report.
 
 Times are of the whole process, from its start to its end: on the clock, and of its processor. The memory is its peak.
@@ -117,6 +120,7 @@ def theirs(folder: Path, entries: list[dict[str, Any]], options: argparse.Namesp
     settings = {
         "checkout": str(options.checkout),
         "rows": str(folder),
+        "jobs": [int(entry["group"].removeprefix("job-")) for entry in entries],
         "precision": precision,
         "arguments": [*words, "--tasks", *(entry["id"] for entry in entries)],
     }
