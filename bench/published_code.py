@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -134,8 +133,8 @@ def theirs(folder: Path, entries: list[dict[str, Any]], options: argparse.Namesp
 
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--checkout", type=Path, required=True, help="the published code")
-        parser.add_argument("--python", type=Path, required=True, help="the Python of its environment")
+        parser.add_argument("--checkout", type=Path, help="the published code; none: ours alone")
+        parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the Python of its environment")
         parser.add_argument("--clients", type=int, default=8)
         parser.add_argument("--rows", type=int, default=100, help="training rows, and test rows, of a client")
         parser.add_argument("--batch", type=int, default=16)
@@ -145,13 +144,14 @@ def main() -> None:
         parser.add_argument("--model", default="minilm", help="or a folder of an encoder")
 
     options = arguments(str(__doc__), add)
-    options.checkout, options.python = options.checkout.resolve(), Path(os.path.abspath(options.python))
-    cases = {
-        "published, float32": (theirs, "float32"),
-        "coterie, float32": (ours, "float32"),
-        "coterie, bfloat16": (ours, "bfloat16"),
-    }
-    if options.theirs_in_bfloat16:
+    options.python = Path(os.path.abspath(options.python))
+    if options.quick:
+        options.rows, options.rounds, options.repeats = 4, 2, 1
+    cases = {"coterie, float32": (ours, "float32"), "coterie, bfloat16": (ours, "bfloat16")}
+    if options.checkout:
+        options.checkout = options.checkout.resolve()
+        cases["published, float32"] = (theirs, "float32")
+    if options.checkout and options.theirs_in_bfloat16:
         cases["published, bfloat16"] = (theirs, "bfloat16")
     found: dict[str, list[Measured]] = {name: [] for name in cases}
     with tempfile.TemporaryDirectory() as made:
@@ -182,14 +182,14 @@ def show(found: dict[str, list[Measured]], options: argparse.Namespace) -> None:
             }
     table("published over ours", [{"": name, **each} for name, each in ratios.items()])
     about = {key: getattr(options, key) for key in ("clients", "rows", "batch", "rounds", "repeats")}
-    commit = re.sub(r"\s", "", _commit(options.checkout))
+    commit = _commit(options.checkout) if options.checkout else None
     runs = {name: [asdict(each) for each in all_] for name, all_ in found.items()}
     write("published_code", options, {**about, "published_commit": commit, "runs": runs, "published_over": ratios})
 
 
 def _commit(checkout: Path) -> str:
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
-    return done.stdout
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

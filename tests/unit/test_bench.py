@@ -22,6 +22,7 @@ SLOW = {
     "cluster",
     "assignment",
     "rounds",
+    "published_code",
     "flower",
     "flower_trainer",
     "scaling",
