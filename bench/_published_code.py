@@ -1,9 +1,9 @@
 """FedLEASE's own published code, unchanged, on rows and an encoder given here; started by :mod:`published_code`.
 
 Runs in the environment of that code, not of Coterie. What differs from its ``python main.py``: rows come from files
-and are tokenised with its settings; training is in float32 or under bfloat16's autocast, where it asks for half precision
-that a CPU lacks; its server keeps tensors on the CPU; and after it has clustered the clients, the clusters are the
-jobs, whatever it found, so that as many experts are trained as on the other side.
+and are tokenised with its settings; training is in float32 or under bfloat16's autocast, where it asks for half
+precision that a CPU lacks; its server keeps tensors on the CPU; and after it has clustered the clients, the clusters
+are the jobs, whatever it found, so that as many experts are trained as on the other side.
 """
 
 import json

@@ -6,8 +6,8 @@ bitsandbytes``. As published it does not import: line 567 of ``peft/tuners/lora.
 right: ``sed -i '567s/^ */                            /' peft/tuners/lora.py``. Nothing else of it is changed.
 
 It runs as a process of its own like ours (:mod:`_published_code` hands it the rows). Both train one round of warm-up,
-cluster by B, train four experts, one for each job, and evaluate all clients after each round. Theirs trains a *dummy client*
-besides in the warm-up; ours writes checkpoints, experts, bundles and a report.
+cluster by B, train four experts, one for each job, and evaluate all clients after each round. Theirs trains a *dummy
+client* besides in the warm-up; ours writes checkpoints, experts, bundles and a report.
 
 Times are of the whole process, from its start to its end: on the clock, and of its processor. The memory is its peak.
 """
