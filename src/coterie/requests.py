@@ -112,7 +112,8 @@ class Train:
 class Trained:
     """The trained tensors (those of ``trainable``, no others), the mean loss per label, and counts.
 
-    A label is an example in classification, and a token of the completion or of the right candidate otherwise. The loss
+    A label is an example in classification, a pair of answers in DPO, and otherwise a token of the completion or of the
+    right candidate. The loss
     is the task's alone; ``balance`` is the mean over the steps of the load-balance loss before its weight, 0 without
     such a loss.
     """
@@ -152,7 +153,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scored:
-    """``loss`` is the mean per example (classification), or per token of a completion or of a right candidate.
+    """``loss`` is the mean per example (classification), per pair of answers, or per token of a completion or of a
+    right candidate.
 
     ``observed`` holds the usage of the experts, and ``samples`` generated texts, where they were requested.
     """

@@ -27,6 +27,7 @@ from coterie.compute.train import Training
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
+from coterie.data.dpo import Dpo
 from coterie.data.examples import Batch
 from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import make_task
@@ -43,7 +44,7 @@ from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
 
 # smartfed's programs also ask for statistics that are not collected in batches; one of centralised's asks for all
 ALONE = {"smartfed", "centralised"}
-KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2"}
+KINDS = {"classification": "bert", "generation": "llama", "multiple_choice": "gpt2", "dpo": "llama"}  # dpo: generation
 CHOSEN = {"mood-0": 8, "mood-1": 5, "size-0": 7, "place-0": 3, "size-1": 8}  # rows of training; none divides by 4 twice
 
 
@@ -61,9 +62,10 @@ def loaded(kind: str, dtype: torch.dtype, arch: str = "") -> tuple[Base, tuple[C
     """A tiny model and five clients, of two and of three labels, with different numbers of rows."""
     with tempfile.TemporaryDirectory() as folder:
         sites.federation(Path(folder) / "clients", kind, clients=7, rows=8)
+        kind, arch = "generation" if kind == "dpo" else kind, arch or KINDS[kind]
         config = check_config({"data": {"folder": "clients"}, "task": {"kind": kind}})
         federation = load_data(config.data, kind, 0, Path(folder))  # type: ignore[arg-type]
-        path = tiny.folder(Path(folder) / "model", arch or KINDS[kind])
+        path = tiny.folder(Path(folder) / "model", arch)
         base = load_base(str(path), kind, dtype=dtype)  # type: ignore[arg-type]
     clients = [cut(c, CHOSEN[c.info.id]) for c in federation.clients if c.info.id in CHOSEN]
     assert len(clients) == 5
@@ -77,7 +79,9 @@ def cut(client: ClientData, rows: int) -> ClientData:
 
 def make_workplace(kind: str = "classification", dtype: torch.dtype = torch.float64, **more: Any) -> Workplace:
     base, clients = loaded(kind, dtype, more.pop("arch", ""))
-    task = make_task(kind, base.tokenizer, 32, 4, more.pop("generates", False))  # type: ignore[arg-type]
+    dpo = Dpo(0.5, more.pop("reference", "round")) if kind == "dpo" else None
+    of = "generation" if dpo else kind
+    task = make_task(of, base.tokenizer, 32, 4, more.pop("generates", False), dpo=dpo)  # type: ignore[arg-type]
     return Workplace(base, task, 0, all_clients={client.info.id: client for client in clients}, **more)
 
 
@@ -145,6 +149,10 @@ def groups(clients: Sequence[ClientData], size: int) -> list[list[ClientData]]:
 WAYS = [
     *((name, head, "classification") for name in sorted(methods()) for head in ("personal", "shared")),
     *((name, "personal", kind) for name in sorted(methods()) for kind in ("generation", "multiple_choice")),
+    *(
+        pytest.param(name, "personal", "dpo", marks=[] if name in ("fedit", "fedlease") else pytest.mark.slow)
+        for name in sorted(methods())
+    ),
 ]
 
 

@@ -44,15 +44,15 @@ def events(folder: Path) -> list[Any]:
 
 
 NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
-EVERY = [(name, head, {}) for name in NAMES for head in ("personal", "shared")]
-EVERY += [("fedlease", "shared", {"distance": "representation"})]
+EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
+EVERY += [("fedlease", "shared", {"distance": "representation"}, "classification"), ("fedlease", "personal", {}, "dpo")]
 
 
-@pytest.mark.parametrize(("name", "head", "settings"), EVERY)
+@pytest.mark.parametrize(("name", "head", "settings", "kind"), EVERY)
 def test_every_method_ends_with_the_bits_of_the_local_engine(
-    name: str, head: str, settings: dict[str, Any], tmp_path: Path
+    name: str, head: str, settings: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
-    path = sites.config(tmp_path, method=name)
+    path = sites.config(tmp_path, "llama" if kind == "dpo" else "bert", method=name, kind=kind)
     changes: dict[str, Any] = {"task": {"head": head}} | ({"method": settings} if settings else {})
     changes |= {"method": {"pool": pools.for_tiny()}} if name == "smartfed" else {}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)

@@ -45,7 +45,21 @@ def choice_rows(job: str, number: int, seed: str) -> list[dict[str, Any]]:
     return [{"prompt": row["text"], "choices": choices, "label": labels.index(row["label"])} for row in rows]
 
 
-ROWS = {"classification": classification_rows, "generation": generation_rows, "multiple_choice": choice_rows}
+def preference_rows(job: str, number: int, seed: str) -> list[dict[str, Any]]:
+    """The label as the chosen answer, another one of the job as the rejected."""
+    labels, _ = JOBS[job]
+    return [
+        {"prompt": row["text"], "chosen": f" {row['label']}", "rejected": f" {labels[labels.index(row['label']) - 1]}"}
+        for row in classification_rows(job, number, seed)
+    ]
+
+
+ROWS = {
+    "classification": classification_rows,
+    "generation": generation_rows,
+    "multiple_choice": choice_rows,
+    "dpo": preference_rows,
+}
 
 
 def federation(folder: Path, kind: str = "classification", clients: int = 5, rows: int = 12) -> dict[str, Path]:
@@ -74,6 +88,8 @@ def config(
     kind = kind or ("classification" if arch in tiny.ENCODERS else "generation")
     tiny.folder(folder / "model", arch)
     federation(folder / "clients", kind)
+    if kind == "dpo":
+        kind = 'generation"\nobjective = "dpo'
     own = {"fedlease": "warmup_rounds = 1\n", "fedamole": "experts = 8\n"}.get(method, "")
     text = f"""
 [model]

@@ -15,6 +15,7 @@ from coterie.adapters.model import base_of, bundle_folder, check_base, unclear_c
 from coterie.artifacts.load import reading_of
 from coterie.comparison.cross import data_of
 from coterie.compute.loading import eval_rows, workplaces
+from coterie.compute.preferences import scoring_of
 from coterie.compute.score import ChoiceScoring, Scoring, score
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
@@ -62,8 +63,11 @@ class Client:
 
     def evaluate(self, rows: ClientData, data: str, split: str = TEST) -> Evaluation:
         """What the bank scores on a split of ``rows``, which ``data`` names."""
-        kind = ChoiceScoring if self.about.task == "multiple_choice" else _Confident
-        scoring = kind(self.workplace, rows, self.about.round, Score([self.bank], split), self.bank)
+        request = Score([self.bank], split)
+        if self.about.task == "classification":
+            scoring: Scoring = _Confident(self.workplace, rows, self.about.round, request, self.bank)
+        else:
+            scoring = scoring_of(self.workplace, rows, self.about.round, request, self.bank)
         (scored,) = score([scoring])
         truth, predicted = _classes(scoring)
         labels = self.about.labels if truth else None

@@ -15,7 +15,8 @@ import torch
 
 from coterie.compute.client import LocalCompute
 from coterie.compute.observe import Observation, observe
-from coterie.compute.score import Scoring, score, scoring_of
+from coterie.compute.preferences import scoring_of
+from coterie.compute.score import Scoring, score
 from coterie.compute.statistics import COLLECTED
 from coterie.compute.train import Training, train
 from coterie.methods.base import answer

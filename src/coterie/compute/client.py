@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from coterie.compute.observe import Observation, observe
-from coterie.compute.score import score, scoring_of
+from coterie.compute.preferences import scoring_of
+from coterie.compute.score import score
 from coterie.compute.train import Training, train
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData

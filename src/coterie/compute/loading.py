@@ -12,6 +12,7 @@ import torch
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
 from coterie.data.chat import check_template
+from coterie.data.dpo import Dpo
 from coterie.data.rows import ClientData, FederatedData
 from coterie.data.tasks import Task, make_task
 from coterie.data.truncation import Truncation, truncation_of_all
@@ -83,10 +84,9 @@ def truncation_of(config: Config, federation: FederatedData, root: Path) -> Trun
 
 
 def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
-    task = config.task
-    return make_task(
-        task.kind, tokenizer, config.model.max_length, task.max_new_tokens, task.generate, task.turns, task.scores
-    )
+    task, length = config.task, config.model.max_length
+    dpo = Dpo(task.beta, task.reference) if task.objective == "dpo" else None
+    return make_task(task.kind, tokenizer, length, task.max_new_tokens, task.generate, task.turns, task.scores, dpo)
 
 
 def chat_template_of(config: Config, root: Path) -> str:

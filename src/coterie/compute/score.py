@@ -122,13 +122,16 @@ class Scoring:
         metrics: dict[str, float] = {}
         if texts is not None and isinstance(self.task, Generation):
             metrics = text_metrics([row.completion for row in self.prompts], texts, self.task.scores)
-        if self.truth:
-            metrics |= classification_metrics(torch.cat(self.truth).tolist(), torch.cat(self.predicted).tolist())
-        else:
-            metrics["perplexity"] = perplexity(loss)
+        metrics |= self.measured(loss)
         pairs = zip(self.prompts, texts or (), strict=False)
         samples = [Sample(row.prompt, row.completion, text) for row, text in islice(pairs, self.request.samples)]
         return Scored(loss, metrics, len(self.examples), samples=samples)
+
+    def measured(self, loss: float) -> dict[str, float]:
+        """The metrics beside the loss and those of generated texts."""
+        if not self.truth:
+            return {"perplexity": perplexity(loss)}
+        return classification_metrics(torch.cat(self.truth).tolist(), torch.cat(self.predicted).tolist())
 
 
 @dataclass
@@ -185,12 +188,6 @@ class ChoiceScoring(Scoring):
         examples = self.examples
         order = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices))]
         return sorted(order, key=lambda at: examples[at[0]].prompt + len(examples[at[0]].choices[at[1]]))
-
-
-def scoring_of(workplace: Workplace, client: ClientData, rnd: int, request: Score, bank: Bank) -> Scoring:
-    """The scoring of one ``bank`` of ``request``, for the workplace's task. Raises as :class:`Scoring`."""
-    kind = ChoiceScoring if workplace.task.kind == "multiple_choice" else Scoring
-    return kind(workplace, client, rnd, request, bank)
 
 
 def in_order(task: Task, examples: Sequence[Example], size: int) -> Iterator[Batch]:

@@ -17,6 +17,7 @@ from coterie.compute.micro_batches import MicroBatch, examples_by_head, micro_ba
 from coterie.compute.optimisers import Optimisers, Pace
 from coterie.compute.passes import Passes, on_base
 from coterie.compute.penalties import Penalties
+from coterie.compute.preferences import LogProbs, base_log_probs, dpo_of, pair_batch, passed_log_probs, tokens_of_pair
 from coterie.compute.workplace import Steps, Workplace
 from coterie.data.examples import Batch, Example
 from coterie.data.rows import ClientData
@@ -38,9 +39,21 @@ def train(trainings: Sequence[Training]) -> list[Trained | CoterieError]:
         return []
     ordered = sorted(trainings, key=lambda training: -len(training.steps))  # those with steps left come first
     with on_base(trainings[0].workplace, [training.layers for training in ordered]) as passes:
+        compare(ordered, passes)
         train_steps(ordered, passes)
         tensors = {id(training): training.layers.tensors() for training in ordered}
     return [training.result(tensors[id(training)]) for training in trainings]
+
+
+def compare(trainings: Sequence[Training], passes: Passes) -> None:
+    """Note what the banks say of the pairs before the first step, where training compares with that."""
+    if not any(training.compares_with_start for training in trainings):
+        return
+    for training in trainings:
+        training.layers.now.training = False
+    known = passed_log_probs(passes, [training.examples for training in trainings])
+    for training, reference in zip(trainings, known, strict=True):
+        training.layers.now.training, training.reference = True, reference
 
 
 def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
@@ -80,8 +93,8 @@ class Training:
 
     ``steps`` holds the examples of every micro-batch of every optimiser step, ``heads`` the number of the head that
     each goes through, ``layers`` the bank as layers for the base, ``paces`` the parameters by what their learning rate
-    depends on: those of one pace, of any client, have the same rate. Raises :class:`CoterieError` where there are no
-    rows, or the bank does not fit the base.
+    depends on: those of one pace, of any client, have the same rate. ``reference``: what pairs are compared with.
+    Raises :class:`CoterieError` where there are no rows, or the bank does not fit the base.
     """
 
     workplace: Workplace
@@ -92,6 +105,7 @@ class Training:
     heads: list[list[int]] = field(init=False)
     layers: BankLayers = field(init=False)
     penalties: Penalties = field(init=False)
+    reference: LogProbs = field(default_factory=dict)
     paces: dict[Pace, list[nn.Parameter]] = field(init=False)
     losses: list[Tensor] = field(default_factory=list)  # of each step: [2], the task's and the load-balance loss
     counts: list[int] = field(default_factory=list)  # of each step: the labels
@@ -106,6 +120,25 @@ class Training:
         self.layers.now.training = True
         self.penalties = Penalties.of(self.request, self.layers.parameters)
         self.paces = self._by_pace()
+        dpo = dpo_of(self.workplace.task)
+        if dpo is not None and dpo.reference == "base":
+            for client in self._clients():
+                self.reference = {**self.reference, **base_log_probs(self.workplace, client, "train")}
+
+    def _clients(self) -> list[ClientData]:
+        """The clients whose rows it trains on."""
+        return [self.workplace.all_clients[name] for name in sorted(self.request.rows_of)] or [self.client]
+
+    @property
+    def compares_with_start(self) -> bool:
+        """Whether pairs are compared with what the bank says of them before the first step."""
+        dpo = dpo_of(self.workplace.task)
+        return dpo is not None and dpo.reference == "round"
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples of all steps, as often as they are trained on."""
+        return [example for step in self.steps for examples in step for example in examples]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -132,7 +165,12 @@ class Training:
 
     def begin_step(self) -> list[Batch]:
         """The micro-batches of the next step, on the CPU."""
-        micro = [self.workplace.task.collate(examples) for examples in self.steps[self.step]]
+        task = self.workplace.task
+        pairs = dpo_of(task) is not None
+        micro = [
+            pair_batch(task, examples, self.reference) if pairs else task.collate(examples)
+            for examples in self.steps[self.step]
+        ]
         self.counts.append(sum(batch.count for batch in micro))
         self._parts: list[Tensor] = []
         return micro
@@ -178,9 +216,10 @@ class Training:
         """The answer, with the trained ``tensors``, or the client's fault."""
         if fault := self.fault or self._tensor_fault(tensors):
             return fault
-        seen = [example for step in self.steps for examples in step for example in examples]
+        seen, pairs = self.examples, dpo_of(self.workplace.task) is not None
         loss, balance = _means(self.losses, self.counts)
-        return Trained(tensors, loss, len(seen), sum(len(e.ids) for e in seen), len(self.steps), balance)
+        tokens = sum(tokens_of_pair(e) if pairs else len(e.ids) for e in seen)
+        return Trained(tensors, loss, len(seen), tokens, len(self.steps), balance)
 
     def _steps(self, examples: Mapping[int, list[Example]]) -> Iterator[list[MicroBatch]]:
         """The micro-batches of every optimiser step of the round."""

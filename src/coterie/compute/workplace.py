@@ -54,6 +54,7 @@ class Workplace:
     cache: TokenCache = field(default_factory=TokenCache)
     known: dict[Split, list[int]] = field(default_factory=dict)  # the rows' lengths, of all splits
     truncations: dict[Split, Truncation] = field(default_factory=dict)  # of all splits that were tokenised
+    references: dict[Split, list[tuple[float, float]]] = field(default_factory=dict)  # log p by the base, of pairs
     tokenising: threading.RLock = field(default_factory=threading.RLock)
     stop: threading.Event = field(default_factory=threading.Event)
     all_clients: Mapping[ClientId, ClientData] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coterie.config.check import checked
 from coterie.config.deployment import FederationSettings
+from coterie.data.dpo import Objective, Reference
 from coterie.data.settings import DataSettings
 from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
@@ -83,10 +84,24 @@ class TaskSettings(Section):
         "all", description="generation: the assistant's turns of a conversation that the loss counts"
     )
 
+    objective: Objective = Field(
+        "likelihood",
+        description="generation: what training does: make completions likely, or, with dpo, prefer each row's chosen "
+        "answer to its rejected one",
+    )
+    beta: float = Field(0.1, gt=0, description="dpo: the strength of the pull towards the reference")
+    reference: Reference = Field(
+        "round",
+        description="dpo: what training compares with: round, the experts that a client starts it from, or base, the "
+        "base without experts",
+    )
+
     @model_validator(mode="after")
     def _only_generation_generates(self) -> TaskSettings:
         if self.generate and self.kind != "generation":
             raise ValueError(f"generate works only with kind = generation, not {self.kind}; leave it out")
+        if self.objective == "dpo" and self.kind != "generation":
+            raise ValueError(f"objective = dpo works only with kind = generation, not {self.kind}; leave it out")
         return self
 
 

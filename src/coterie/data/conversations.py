@@ -7,6 +7,7 @@ prompt        ``prompt``, ``completion``, or a template   prompt and completion
 messages      ``messages``: ``role`` and ``content``      chat messages (OpenAI)
 conversations ``conversations``: ``from`` and ``value``   ShareGPT
 instruction   ``instruction``, ``input``, ``output``      Alpaca; ``input`` may be missing or empty
+preference    ``prompt``, ``chosen``, ``rejected``        preferences: :mod:`coterie.data.preferences`
 ============  ==========================================  ===========================================
 """
 
@@ -22,17 +23,19 @@ from coterie.data.settings import Columns
 from coterie.text import parse_json
 from coterie.types import DataError
 
-Form = Literal["prompt", "messages", "conversations", "instruction"]
+Form = Literal["prompt", "messages", "conversations", "instruction", "preference"]
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"
 _NAMES = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT}  # other names of roles
 _MOST = 1_000  # turns of a conversation
 
 
 def form_of(table: RowTable, columns: Columns) -> Form:
-    """The form of a table's rows. Columns that the settings name come first, then prompts."""
+    """The form of a table's rows. Columns that the settings name come first, then preferences, then prompts."""
     names = table.columns
     if columns.messages is not None:
         return "messages"
+    if {columns.chosen, columns.rejected} <= {*names} and columns.completion not in names:
+        return "preference"
     if columns.template is not None or columns.prompt in names:
         return "prompt"
     if "messages" in names:
@@ -75,13 +78,15 @@ def unanswered(record: Mapping[str, object], columns: Columns) -> dict[str, obje
             return {_OUTPUT if instruction else columns.completion: answer}
         case "instruction":
             return {_OUTPUT: answer}
+        case "preference":
+            return {}
         case "messages" | "conversations" as name:
             column = columns.messages or name
             turns = record.get(column)
             if isinstance(turns, str):
                 with suppress(ValueError):  # refused when it is read
                     turns = parse_json(turns)
-            if not isinstance(turns, list) or (turns and _role(turns[-1]) == ASSISTANT):
+            if not isinstance(turns, list) or (turns and role_of(turns[-1]) == ASSISTANT):
                 return {}
             return {column: [*turns, {"role": ASSISTANT, "content": answer}]}
 
@@ -104,7 +109,7 @@ def instruction_row(record: Mapping[str, object], where: str, bounded: Callable[
 def _turn(value: object, where: str, at: str, bounded: Callable[[str, str, str], str]) -> Turn:
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: {at} is {str(value)[:60]!r}, not a turn with role and content")
-    role, text = _role(value), value.get("content", value.get("value"))
+    role, text = role_of(value), value.get("content", value.get("value"))
     if role not in ROLES:
         raise DataError(f"{where}: {at} has the role {role!r}; the roles are {', '.join(ROLES)}")
     if value.get("tool_calls"):
@@ -114,7 +119,7 @@ def _turn(value: object, where: str, at: str, bounded: Callable[[str, str, str],
     return Turn(str(role), bounded(text, where, at))
 
 
-def _role(turn: object) -> object:
+def role_of(turn: object) -> object:
     """Who says a turn, by the name that chat templates use."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
     return _NAMES.get(role, role) if isinstance(role, str) else role

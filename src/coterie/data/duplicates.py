@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from coterie.data.rows import SPLITS, ChatRow, ChoiceRow, ClientData, PromptRow, Row, TextRow
+from coterie.data.rows import SPLITS, ChatRow, ChoiceRow, ClientData, PreferenceRow, PromptRow, Row, TextRow
 from coterie.types import ClientId
 
 Counts = Mapping[ClientId, Mapping[str, int]]  # by client: the rows of each kind of duplicate, where there are any
@@ -59,5 +59,7 @@ def _key(row: Row) -> object:
             return row.prompt, row.completion
         case ChatRow():
             return row.turns
+        case PreferenceRow():
+            return _key(row.chosen), _key(row.rejected)
         case ChoiceRow():
             return row.prompt, row.choices

@@ -20,6 +20,7 @@ class Example:
 
     ``skipped``: tokens after those that the loss leaves out too, between the assistant's turns of a conversation.
     In multiple choice, ``choices`` holds the tokens of every candidate, and ``label`` is the number of the right one.
+    Of preferences they are the answers, the chosen one first.
     ``cut`` is the number of tokens that the row lost because it is too long.
     """
 
@@ -34,11 +35,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs [b, t] padded to the longest row, ``labels`` [b] or [b, t], and how many labels count."""
+    """Model inputs [b, t] padded to the longest row, ``labels`` [b] or [b, t], and how many labels count.
+
+    ``reference``: of preferences, whose rows are the answers of each pair, the reference's log-probabilities of them
+    [b / 2, 2]; ``count`` is then the number of pairs.
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     count: int
+    reference: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -52,7 +58,17 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count)
+        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count, reference)
+
+
+def after_prompt(
+    prompt: Sequence[int], answers: Sequence[tuple[int, ...]], max_length: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """A prompt and the answers that may follow it, in ``max_length`` tokens: long answers lose their last tokens, and
+    the prompt then its first ones, as many as the longest answer needs."""
+    cut = tuple(answer[: max_length - 1] for answer in answers)
+    return tuple(prompt[-(max_length - max(map(len, cut))) :]), cut
 
 
 def candidate(example: Example, number: int) -> Example:

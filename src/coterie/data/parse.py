@@ -8,7 +8,8 @@ from contextlib import suppress
 
 from coterie.data.conversations import chat_row, form_of, instruction_row
 from coterie.data.files import RowTable
-from coterie.data.rows import ChoiceRow, GenerationRow, PromptRow, Row, TextRow
+from coterie.data.preferences import preference_row
+from coterie.data.rows import ChoiceRow, GenerationRow, PreferenceRow, PromptRow, Row, TextRow
 from coterie.data.settings import Columns
 from coterie.data.template import columns_of, fill
 from coterie.text import parse_json
@@ -116,6 +117,8 @@ def _generation_rows(table: RowTable, columns: Columns) -> Iterable[GenerationRo
     match form_of(table, columns):
         case "prompt":
             return _prompt_rows(table, columns)
+        case "preference":
+            return _preference_rows(table, columns)
         case "instruction":
             return (instruction_row(record, table.where(row), _bounded) for row, record in enumerate(table.records))
         case "messages" | "conversations" as name:
@@ -128,6 +131,17 @@ def _prompt_rows(table: RowTable, columns: Columns) -> Iterable[PromptRow]:
     prompts, completions = _prompts(table, columns), _column(table, columns, "completion")
     for prompt, (row, completion) in zip(prompts, completions, strict=True):
         yield PromptRow(prompt, _string(completion, table.where(row), columns.completion))
+
+
+def _preference_rows(table: RowTable, columns: Columns) -> Iterable[PreferenceRow]:
+    """Rows with two answers; without a column of prompts, both are whole conversations."""
+    if columns.template is None and columns.prompt not in table.columns:
+        prompts: Iterable[object] = [None] * len(table.records)
+    else:
+        prompts = _prompts(table, columns) if columns.template else [v for _, v in _column(table, columns, "prompt")]
+    pairs = zip(_column(table, columns, "chosen"), _column(table, columns, "rejected"), strict=True)
+    for prompt, ((row, chosen), (_, rejected)) in zip(prompts, pairs, strict=True):
+        yield preference_row(prompt, chosen, rejected, table.where(row), columns, _bounded)
 
 
 def _label_rows(table: RowTable, columns: Columns, names: Sequence[str]) -> Iterable[ChoiceRow]:

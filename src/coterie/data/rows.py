@@ -64,6 +64,24 @@ class ChatRow:
 
 
 @dataclass(frozen=True)
+class PreferenceRow:
+    """A row of generation: two answers to the same prompt, of which people preferred the first."""
+
+    chosen: PromptRow | ChatRow
+    rejected: PromptRow | ChatRow
+
+    @property
+    def prompt(self) -> str:
+        """What both answer, for people to read."""
+        return self.chosen.prompt
+
+    @property
+    def completion(self) -> str:
+        """The answer that people preferred."""
+        return self.chosen.completion
+
+
+@dataclass(frozen=True)
 class ChoiceRow:
     """A row of multiple choice: the prompt, two or more candidates that may follow it, the index of the right one.
 
@@ -75,7 +93,7 @@ class ChoiceRow:
     answer: int
 
 
-GenerationRow = PromptRow | ChatRow
+GenerationRow = PromptRow | ChatRow | PreferenceRow
 Row = TextRow | GenerationRow | ChoiceRow
 
 
@@ -86,7 +104,7 @@ def label_of(row: Row) -> int | None:
             return row.label
         case ChoiceRow():
             return row.answer
-        case PromptRow() | ChatRow():
+        case PromptRow() | ChatRow() | PreferenceRow():
             return None
 
 

@@ -28,6 +28,8 @@ class Columns(Section):
         description="column of a conversation (generation), a list of turns; none: 'messages' or 'conversations', if "
         "there is such a column and none with prompts",
     )
+    chosen: str = Field(default="chosen", description="column of the preferred answer (generation)")
+    rejected: str = Field(default="rejected", description="column of the other answer (generation)")
     choices: str | None = Field(
         default=None,
         description="column of the candidates, a list of texts (multiple_choice); none: 'choices', if there is such a "

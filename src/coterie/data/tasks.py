@@ -8,7 +8,7 @@ tokens of the completion or of the right candidate), so that the caller divides 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -16,9 +16,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.data.chat import ChatTokenizer, TrainedTurns, fit, gaps, prompt_ids, render
-from coterie.data.examples import IGNORE, Batch, Example, length, padded_inputs, wide
+from coterie.data.dpo import Dpo
+from coterie.data.examples import (
+    IGNORE,
+    Batch,
+    Example,
+    after_prompt,
+    candidate,
+    completion_losses,
+    length,
+    padded_inputs,
+    wide,
+)
 from coterie.data.parse import listing
-from coterie.data.rows import ChatRow, ChoiceRow, GenerationRow, PromptRow, Row, TextRow
+from coterie.data.rows import ChatRow, ChoiceRow, GenerationRow, PreferenceRow, PromptRow, Row, TextRow
 from coterie.ops.scores import DEFAULT
 from coterie.types import DataError, TaskKind
 
@@ -82,7 +93,8 @@ class Generation:
     directly. The end-of-text token is part of the completion. A row that is too long loses tokens at the start of its
     prompt, then at the end of its completion. A conversation is cut likewise: its last turn that counts is the
     completion. ``turns``: whether all turns of the assistant count, or the last.
-    ``scores``: names of the scores of generated text, if it ``generates``.
+    ``scores``: names of the scores of generated text, if it ``generates``. With ``dpo`` it learns from pairs of answers
+    (:meth:`collate_pairs`); without, the chosen answer of a pair is its completion.
     """
 
     tokenizer: Tokenizer
@@ -91,9 +103,14 @@ class Generation:
     generates: bool = False
     turns: TrainedTurns = "all"
     scores: tuple[str, ...] = DEFAULT
+    dpo: Dpo | None = None
     kind: Literal["generation"] = field(default="generation", init=False)
 
     def encode(self, row: Row) -> Example:
+        if isinstance(row, PreferenceRow):
+            return self._encode_pair(row) if self.dpo else self.encode(row.chosen)
+        if self.dpo is not None:
+            raise DataError('[task] objective = "dpo" learns from preferences, and this row has one answer alone')
         if isinstance(row, ChatRow):
             rendered = render(self.tokenizer, row.turns, self.turns)
             kept = fit(rendered, self.max_length)
@@ -105,6 +122,30 @@ class Generation:
         ids = (*prompt, *completion)
         return Example(ids, prompt=len(prompt), cut=len(before) + len(whole) - len(ids))
 
+    def _encode_pair(self, row: PreferenceRow) -> Example:
+        """Both answers after the same prompt, which is cut to the longer one."""
+        (before, first), (other, second) = map(self._parted, (row.chosen, row.rejected))
+        if before != other:
+            raise DataError("the chat template renders what comes before the answers differently for each of them")
+        prompt, answers = after_prompt(before, (first, second), self.max_length)
+        if answers[0] == answers[1]:
+            raise DataError(
+                f"both answers have the same first {self.max_length - 1} tokens, and no others count; raise [model] "
+                "max_length"
+            )
+        cut = 2 * (len(before) - len(prompt)) + len(first) + len(second) - sum(map(len, answers))
+        return Example((*prompt, *answers[0]), prompt=len(prompt), choices=answers, cut=cut)
+
+    def _parted(self, row: PromptRow | ChatRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens of a prompt and of its answer."""
+        if isinstance(row, PromptRow):
+            return tuple(self.prompt_ids(row)), self.completion_ids(row.completion)
+        rendered = render(self.tokenizer, row.turns, "last")
+        start, end = rendered.spans[-1]
+        if not start:
+            raise DataError("the chat template puts no token before the assistant's answer, so it follows nothing")
+        return rendered.ids[:start], rendered.ids[start:end]
+
     def completion_ids(self, text: str) -> tuple[int, ...]:
         """The tokens of a completion and the end of text. At most ``max_length`` - 1 of them count."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
@@ -115,6 +156,8 @@ class Generation:
 
     def prompt_ids(self, row: GenerationRow) -> list[int]:
         """The tokens that the completion follows: of a conversation, those before the assistant's last turn."""
+        if isinstance(row, PreferenceRow):
+            return self.prompt_ids(row.chosen)
         if isinstance(row, ChatRow):
             return prompt_ids(self.tokenizer, row.turns[: row.last])
         if getattr(self.tokenizer, "chat_template", None):
@@ -141,7 +184,14 @@ class Generation:
                 labels[row, start:end] = IGNORE
         return Batch(inputs, labels, sum(len(e.ids) - e.prompt - length(e.skipped) for e in examples))
 
+    def collate_pairs(self, examples: Sequence[Example], reference: Tensor) -> Batch:
+        """Both answers of each pair after its prompt, as two rows, with the ``reference`` of each pair [n, 2]."""
+        batch = self.collate([candidate(example, number) for example in examples for number in (0, 1)])
+        return replace(batch, count=len(examples), reference=reference)
+
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        if self.dpo is not None and batch.reference is not None:
+            return self.dpo.loss(self.dpo.margins(completion_losses(logits, batch), batch.reference))
         flat = wide(logits[:, :-1]).flatten(0, 1)
         return functional.cross_entropy(flat, batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
@@ -176,14 +226,13 @@ class MultipleChoice:
     def encode(self, row: Row) -> Example:
         assert isinstance(row, ChoiceRow)
         whole = tuple(map(self._completion_ids, row.choices))
-        choices = tuple(choice[: self.max_length - 1] for choice in whole)
+        before = self._after.prompt_ids(PromptRow(row.prompt, ""))
+        prompt, choices = after_prompt(before, whole, self.max_length)
         if len(set(choices)) < len(choices):
             raise DataError(
                 f"two candidates have the same tokens, of {listing(row.choices)}: candidates are cut to their first "
                 f"{self.max_length - 1} tokens; raise [model] max_length"
             )
-        before = self._after.prompt_ids(PromptRow(row.prompt, ""))
-        prompt = before[-(self.max_length - max(map(len, choices))) :]
         ids = (*prompt, *choices[row.answer])
         cut = len(before) + len(whole[row.answer]) - len(ids)
         return Example(ids, label=row.answer, prompt=len(prompt), choices=choices, cut=cut)
@@ -216,12 +265,13 @@ def make_task(
     generates: bool = False,
     turns: TrainedTurns = "all",
     scores: Sequence[str] = DEFAULT,
+    dpo: Dpo | None = None,
 ) -> Task:
     """The task of that kind."""
     match kind:
         case "classification":
             return Classification(tokenizer, max_length)
         case "generation":
-            return Generation(tokenizer, max_length, max_new_tokens, generates, turns, tuple(scores))
+            return Generation(tokenizer, max_length, max_new_tokens, generates, turns, tuple(scores), dpo)
         case "multiple_choice":
             return MultipleChoice(tokenizer, max_length)

@@ -146,8 +146,9 @@ def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> tuple
 def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients: int) -> int:
     """Bytes that one optimiser step takes beyond those in use before it."""
     made = [ClientData(ClientInfo(f"\0size {i}", rows), {}) for i in range(clients)]
-    example = Example((workplace.task.tokenizer.pad_token_id,) * tokens, prompt=tokens // 2)
-    workplace = replace(workplace, report=lambda steps: None)  # no client trains here
+    ids = (workplace.task.tokenizer.pad_token_id,) * tokens
+    example = Example(ids, prompt=tokens // 2, choices=(ids[tokens // 2 :],) * 2)  # choices: those of a pair
+    workplace = replace(workplace, report=lambda steps: None, references={})  # no client trains here
     for client in made:  # rows by hand, under ids that no folder can have
         workplace.cache[client.info.id, "train"] = [example] * rows
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1, "batch_size": rows})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from coterie.units import duration, size
 
 MISSING = "-"
-PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match", "token_f1", "numeric"}
+PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match", "token_f1", "numeric", "reward_accuracy"}
 _WORDS = {"macro_f1": "macro F1", "matthews": "Matthews", "rouge_l": "ROUGE-L", "token_f1": "token F1"}
 _LONG_LIST = 12  # entries of a list that a cell shows
 
