@@ -21,6 +21,7 @@ from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
 from coterie.data.examples import Batch
 from coterie.data.files import read_table
+from coterie.data.outputs import Output
 from coterie.data.parse import parse
 from coterie.data.rows import ClientData, client_data
 from coterie.data.settings import Columns
@@ -102,11 +103,11 @@ class _Confident(Scoring):
 
     confidence: list[Tensor] = field(default_factory=list)
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
+    def add(self, batch: Batch, output: Output) -> None:
         """Add a batch, as :class:`Scoring` does."""
-        super().add(batch, logits)
-        if self.task.kind == "classification":
-            self.confidence.append(logits.float().softmax(-1).amax(-1))
+        super().add(batch, output)
+        if isinstance(output, Tensor) and self.task.kind == "classification":
+            self.confidence.append(output.float().softmax(-1).amax(-1))
 
 
 def _classes(scoring: Scoring) -> tuple[list[int], list[int]]:

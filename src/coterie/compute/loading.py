@@ -25,7 +25,7 @@ from coterie.nn.pretrained import PreTrainedTokenizerBase, load_tokenizer
 from coterie.ops.scores import score_named
 from coterie.types import CoterieError
 
-_NOT_LOADED = {"clients_per_batch": 1, "threads": 0}  # settings of [engine] that do not change a base
+_NOT_LOADED = {"clients_per_batch": 1, "threads": 0, "loss_chunk": 0}  # settings of [engine] that do not change a base
 
 
 def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Workplace, ...]:
@@ -42,7 +42,9 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
     _check_positions(config, bases[0])
     _check_rank(config.plan().max_rank, bases[0])
     task = _task(config, bases[0].tokenizer)
-    first = Workplace(bases[0], task, config.run.seed, precision=_precision(config, bases))
+    first = Workplace(
+        bases[0], task, config.run.seed, precision=_precision(config, bases), loss_chunk=config.engine.loss_chunk
+    )
     rows = config.run.eval_batch_size
     return tuple(replace(first, base=base, eval_batch_size=eval_rows(rows, base.device)) for base in bases)
 

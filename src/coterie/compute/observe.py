@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from coterie.compute.importance import IMPORTANCE, gate_importance
-from coterie.compute.passes import evaluating, logits_of, on_base
+from coterie.compute.passes import evaluating, logits_of, on_base, output_of
 from coterie.compute.score import in_order
 from coterie.compute.statistics import COLLECTED, Collector
 from coterie.compute.workplace import Workplace
 from coterie.data.examples import Batch, Example
 from coterie.data.rows import ClientData
 from coterie.nn.build import BankLayers, build_layers
+from coterie.nn.gates import routes_by_row
 from coterie.requests import Observe, Observed
 
 
@@ -36,7 +37,7 @@ def observe(observations: Sequence[Observation]) -> list[Observed]:
             for at, i in enumerate(joined.active):
                 padding = observations[i].request.padding
                 observations[i].begin_pass(joined.parts[at], joined.mask(at, padding))
-            passes.logits(joined)
+            passes.outputs(joined)
     return [observation.collector.result() for observation in observations]
 
 
@@ -86,8 +87,12 @@ class Observation:
         if not wanted:
             return {}
 
+        by_row = routes_by_row(self.request.bank.gate.name)  # such gates follow the calls of the whole model
+
         def loss(batch: Batch) -> Tensor:
-            return workplace.task.loss(logits_of(workplace, batch.inputs), batch)
+            if by_row:
+                return workplace.task.loss(logits_of(workplace, batch.inputs), batch)
+            return workplace.task.loss(output_of(workplace, batch.inputs, self.layers.layers), batch)
 
         batches = (batch.to(workplace.device) for batch in self.batches())
         return gate_importance(workplace.base.model, self.request.bank, batches, loss, wanted)

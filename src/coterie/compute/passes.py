@@ -6,9 +6,10 @@ point. One client alone is the reference: its batches go through the model as th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -17,11 +18,13 @@ from torch.nn import functional
 
 from coterie.compute.workplace import StoppedError, Workplace
 from coterie.data.examples import Batch
+from coterie.data.outputs import Hidden, Output
 from coterie.nn.attach import attached_layers
 from coterie.nn.attach_many import attached_many
 from coterie.nn.build import BankLayers
 from coterie.nn.many import ManyPass
 from coterie.nn.rows import RowMask
+from coterie.nn.split_head import SplitHead, token_losses
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Passes:
     workplace: Workplace
     row_mask: RowMask
     many: ManyPass | None = None
+    targets: Collection[str] = ()
 
     def join(self, active: Sequence[int], batches: Sequence[Batch], left: bool = False) -> Joined:
         """One batch each of the clients with the numbers ``active``. ``left``: padded on the left, for generation."""
@@ -108,13 +112,17 @@ class Passes:
             sizes = [(part.mask.shape[0], part.mask.shape[1]) for part in joined.parts]
             self.many.choose(joined.active, joined.rows, joined.tokens, sizes, joined.real.device)
 
-    def logits(self, joined: Joined) -> list[Tensor]:
-        """Every active client's own logits for its own rows and tokens."""
+    def outputs(self, joined: Joined) -> list[Output]:
+        """Every active client's own logits for its own rows and tokens, or what enters the head."""
         self.choose(joined)
         if self.row_mask.used:
             self.row_mask.prompt = joined.prompt
-        logits = logits_of(self.workplace, joined.inputs)
-        return [logits] if self.many is None else self.many.split(logits)
+        output = output_of(self.workplace, joined.inputs, self.targets, self.row_mask)
+        if self.many is None:
+            return [output]
+        if isinstance(output, Hidden):
+            return [replace(output, values=values) for values in self.many.split(output.values)]
+        return [*self.many.split(output)]
 
 
 @contextmanager
@@ -129,12 +137,50 @@ def on_base(workplace: Workplace, layers: Sequence[BankLayers]) -> Iterator[Pass
     with cut.only(model) if cut and cut.keeps_all_tokens(targets) else nullcontext():
         if len(layers) == 1:
             with attached_layers(model, layers[0]):
-                yield Passes(workplace, layers[0].now.rows)
+                yield Passes(workplace, layers[0].now.rows, None, targets)
             return
         with attached_many(model, layers) as many:
             row_mask = many.now.row_mask
             row_mask.used = row_mask.used or any(each.now.rows.used for each in layers)
-            yield Passes(workplace, row_mask, many.now)
+            yield Passes(workplace, row_mask, many.now, targets)
+
+
+def output_of(
+    workplace: Workplace, inputs: Mapping[str, Tensor], targets: Collection[str], row_mask: RowMask | None = None
+) -> Output:
+    """The model's logits with whatever is attached to ``targets``; what enters the head where they are too large.
+
+    Raises :class:`StoppedError` once the workplace is stopped.
+    """
+    if workplace.task.kind == "classification":
+        return logits_of(workplace, inputs)
+    split = workplace.base.split_head
+    chunk = workplace.chunk(inputs["input_ids"].numel(), split.vocabulary if split else workplace.base.vocabulary)
+    if not chunk:
+        return logits_of(workplace, inputs)
+    if split is None or not split.leaves_head(targets):
+        why = "a bank adapts it" if split else "its body and its head cannot be told apart"
+        workplace.note(f"the model's logits are computed at once, not in chunks ([engine] loss_chunk): {why}")
+        return logits_of(workplace, inputs)
+    return _hidden_of(workplace, split, chunk, inputs, row_mask)
+
+
+def _hidden_of(
+    workplace: Workplace, split: SplitHead, chunk: int, inputs: Mapping[str, Tensor], row_mask: RowMask | None
+) -> Hidden:
+    """What enters the head, without the call of the whole model that ``row_mask`` follows."""
+    if workplace.stop.is_set():
+        raise StoppedError
+    if row_mask is not None and row_mask.used:
+        row_mask.attention, row_mask.continues = inputs.get("attention_mask"), False
+    model = workplace.base.model
+
+    def losses(hidden: Tensor, labels: Tensor) -> Tensor:
+        with workplace.autocast():
+            return token_losses(hidden, labels, partial(split.logits, model), chunk)
+
+    with workplace.autocast():
+        return Hidden(split.hidden(model, inputs), losses)
 
 
 def logits_of(workplace: Workplace, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from coterie.compute.score import ChoiceScoring, Scoring
 from coterie.compute.workplace import Workplace
 from coterie.data.dpo import Dpo
 from coterie.data.examples import Batch, Example, completion_losses
+from coterie.data.outputs import Output
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Generation, Task
 from coterie.nn.rows import RowMask
@@ -57,8 +58,8 @@ def passed_log_probs(passes: Passes, clients: Sequence[Sequence[Example]]) -> li
     made: list[list[Tensor]] = [[] for _ in clients]
     with evaluating(workplace.base.model):
         for joined in passes.in_step([_batches(workplace.task, each, size) for each in ordered]):
-            for i, part, logits in zip(joined.active, joined.parts, passes.logits(joined), strict=True):
-                made[i].append(-completion_losses(logits, part).view(-1, 2))
+            for i, part, output in zip(joined.active, joined.parts, passes.outputs(joined), strict=True):
+                made[i].append(-completion_losses(output, part).view(-1, 2))
     return [
         {example: (chosen, rejected) for example, (chosen, rejected) in zip(each, torch.cat(of).tolist(), strict=True)}
         for each, of in zip(ordered, made, strict=True)
@@ -90,12 +91,12 @@ class PreferenceScoring(Scoring):
             marks[: len(batch.labels) : 2] = mask[: len(batch.labels) : 2]
             self.collector.begin_pass(marks, marks.sum())
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
+    def add(self, batch: Batch, output: Output) -> None:
         """Add the margins of a batch."""
         dpo = dpo_of(self.task)
         assert dpo is not None
         assert batch.reference is not None
-        margins = dpo.margins(completion_losses(logits, batch), batch.reference)
+        margins = dpo.margins(completion_losses(output, batch), batch.reference)
         self.margins.append(margins)
         self.losses.append(dpo.loss(margins))
         self.count += batch.count

@@ -1,6 +1,6 @@
 """Answers ``Score``: mean loss and metrics of a bank on a split, for one client alone or for many in the same passes.
 
-A :class:`Scoring` hands out batches sorted by length, takes the model's logits for them in the same order, and has the
+A :class:`Scoring` hands out batches sorted by length, takes the model's outputs for them in the same order, and has the
 scores at the end. It does not know whose rows share its passes.
 """
 
@@ -19,6 +19,7 @@ from coterie.compute.passes import Passes, evaluating, on_base
 from coterie.compute.statistics import Collector
 from coterie.compute.workplace import Workplace
 from coterie.data.examples import Batch, Example, candidate, completion_losses
+from coterie.data.outputs import Output
 from coterie.data.rows import ClientData, GenerationRow
 from coterie.data.tasks import Generation, Task
 from coterie.nn.build import BankLayers, build_layers
@@ -40,8 +41,8 @@ def score(scorings: Sequence[Scoring]) -> list[Scored]:
         for joined in passes.in_step([scoring.batches(size) for scoring in scorings]):
             for at, i in enumerate(joined.active):
                 scorings[i].begin_pass(joined.parts[at], joined.mask(at, padding=False))
-            for i, of, logits in zip(joined.active, joined.parts, passes.logits(joined), strict=True):
-                scorings[i].add(of, logits)
+            for i, of, output in zip(joined.active, joined.parts, passes.outputs(joined), strict=True):
+                scorings[i].add(of, output)
         observed = [scoring.collector.result() if scoring.collector else None for scoring in scorings]
         texts = _texts(passes, scorings)
     results = [scoring.result(made) for scoring, made in zip(scorings, texts, strict=True)]
@@ -105,13 +106,14 @@ class Scoring:
         if self.collector:
             self.collector.begin_pass(mask, batch.mask.sum())
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
+    def add(self, batch: Batch, output: Output) -> None:
         """Add the losses and predictions of a batch; nothing here waits for the device."""
-        self.losses.append(self.task.loss(logits, batch))
+        self.losses.append(self.task.loss(output, batch))
         self.count += batch.count
         if self.task.kind == "classification":
+            assert isinstance(output, Tensor)
             self.truth.append(batch.labels)
-            self.predicted.append(logits.argmax(-1))
+            self.predicted.append(output.argmax(-1))
 
     def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores, with the metrics of generated ``texts`` if there are any."""
@@ -160,9 +162,9 @@ class ChoiceScoring(Scoring):
             self.passed += len(rows)
             self.collector.begin_pass(marks, marks.sum())
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
-        """Count the logits of a batch."""
-        self.losses.append(completion_losses(logits, batch))
+    def add(self, batch: Batch, output: Output) -> None:
+        """Count the losses of a batch."""
+        self.losses.append(completion_losses(output, batch))
 
     def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores."""

@@ -20,6 +20,7 @@ from coterie.compute.penalties import Penalties
 from coterie.compute.preferences import LogProbs, base_log_probs, dpo_of, pair_batch, passed_log_probs, tokens_of_pair
 from coterie.compute.workplace import Steps, Workplace
 from coterie.data.examples import Batch, Example
+from coterie.data.outputs import Output
 from coterie.data.rows import ClientData
 from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.streams import stream_seed
@@ -71,8 +72,8 @@ def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
             joined = passes.join(active, [micro[i][number] for i in active])
             for at, i in enumerate(active):
                 trainings[i].begin_pass(number, joined.mask(at, trainings[i].counts_padding))
-            logits = passes.logits(joined)
-            losses = [trainings[i].loss(mine, of) for i, mine, of in zip(active, logits, joined.parts, strict=True)]
+            outputs = passes.outputs(joined)
+            losses = [trainings[i].loss(mine, of) for i, mine, of in zip(active, outputs, joined.parts, strict=True)]
             torch.stack(losses).sum().backward()
         for i in going:
             trainings[i].clip()
@@ -185,11 +186,11 @@ class Training:
         now.head = self.heads[self.step][number]
         now.balance = [] if request.balance else None
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Output, batch: Batch) -> Tensor:
         """The batch's part of the mean loss over the labels of the whole step, of the load-balance loss (its mean over
         the micro-batches), and of the terms on the parameters alone."""
         balance, micro = self.request.balance, len(self.steps[self.step])
-        loss = self.workplace.task.loss(logits, batch) / self.counts[-1]
+        loss = self.workplace.task.loss(output, batch) / self.counts[-1]
         parts = list(self.layers.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
         balanced = torch.stack(parts).sum() / micro if parts else loss.new_zeros(())
         weight = balance.weight if balance else 0.0

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,9 @@ from coterie.nn.base import Base
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut
 from coterie.types import ClientId, CoterieError
+
+_LARGE = 256 * 2**20  # bytes of logits in float32 from which a loss takes them in chunks
+_CHUNK = _LARGE // 4
 
 
 class StoppedError(Exception):
@@ -43,7 +47,8 @@ class Workplace:
 
     ``tokenising`` is held while the tokenizer works: it serves one thread at a time. Once ``stop`` is set, the next
     forward pass raises :class:`StoppedError`. ``all_clients`` is set in a simulation of a method that trains on the
-    rows of several clients together.
+    rows of several clients together. ``loss_chunk`` is the number of tokens whose logits a loss holds at once; 0: all.
+    ``notes`` are what the user should know; who reads them empties the list.
     """
 
     base: Base
@@ -51,6 +56,9 @@ class Workplace:
     seed: int
     eval_batch_size: int = 64
     precision: str = "float32"
+    loss_chunk: int | Literal["auto"] = 0
+    notes: list[str] = field(default_factory=list)
+    noted: set[str] = field(default_factory=set)
     cache: TokenCache = field(default_factory=TokenCache)
     known: dict[Split, list[int]] = field(default_factory=dict)  # the rows' lengths, of all splits
     truncations: dict[Split, Truncation] = field(default_factory=dict)  # of all splits that were tokenised
@@ -75,6 +83,21 @@ class Workplace:
     def rows_of_each(self, clients: int) -> int:
         """The number of each client's rows in an evaluation pass that ``clients`` clients share."""
         return -(-self.eval_batch_size // clients)
+
+    def note(self, text: str) -> None:
+        """Keep a note for the user, once."""
+        if text not in self.noted:
+            self.noted.add(text)
+            self.notes.append(text)
+
+    def chunk(self, tokens: int, vocabulary: int) -> int:
+        """The tokens whose logits are computed at once in a pass of ``tokens`` tokens; 0: all of them.
+
+        ``auto`` takes chunks of 64 MiB where the logits would take more than 256 MiB in float32.
+        """
+        if self.loss_chunk != "auto":
+            return self.loss_chunk
+        return max(1, _CHUNK // (4 * vocabulary)) if 4 * tokens * vocabulary > _LARGE else 0
 
     def examples(self, client: ClientData, split: str) -> list[Example]:
         """The tokenised rows of a client's split. Raises :class:`CoterieError` where it has none."""

@@ -185,6 +185,11 @@ class EngineSettings(Section):
     compile: bool = Field(
         False, description="torch.compile the modules between the adapters; needs a compiler, and changes the last bits"
     )
+    loss_chunk: int | Literal["auto"] = Field(
+        "auto",
+        description="generation and multiple_choice: tokens whose logits are in memory at once in the loss; auto: all, "
+        "or as many as take 64 MiB where all would take more than 256 MiB; 0: all",
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or one per core")
     ray: RaySettings = Field(default_factory=RaySettings)
 
@@ -196,6 +201,13 @@ class EngineSettings(Section):
         return value
 
     _checked = field_validator("clients_per_batch")(at_least_one)
+
+    @field_validator("loss_chunk")
+    @classmethod
+    def _some_tokens(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be at least 1, 0 for all tokens, or 'auto'")
+        return value
 
 
 class Config(Section):

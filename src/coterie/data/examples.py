@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.data.chat import Span
+from coterie.data.outputs import Hidden, Output
 
 IGNORE = -100  # the label of a token that does not count
 
@@ -39,12 +40,14 @@ class Batch:
 
     ``reference``: of preferences, whose rows are the answers of each pair, the reference's log-probabilities of them
     [b / 2, 2]; ``count`` is then the number of pairs.
+    ``labelled`` [n] numbers the tokens of b * t whose next token has a label that counts; None: not known yet.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     count: int
     reference: Tensor | None = None
+    labelled: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -56,10 +59,28 @@ class Batch:
         return self.mask if self.labels.ndim == 1 else self.mask * (self.labels == IGNORE)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``."""
+        """The same batch on ``device``. What counts is found before, because to find it there would wait for it."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        labelled = None if self.labels.ndim == 1 else self.before_labels.to(device, non_blocking=True)
         reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
-        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count, reference)
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count, reference, labelled)
+
+    @property
+    def before_labels(self) -> Tensor:
+        """``labelled``, found where it is not known."""
+        if self.labelled is not None:
+            return self.labelled
+        counts = functional.pad(self.labels[:, 1:] != IGNORE, (0, 1))
+        return counts.flatten().nonzero()[:, 0]
+
+    def losses(self, output: Output) -> Tensor:
+        """The cross entropy of each label that counts [n], in float32 at least."""
+        before = self.before_labels
+        labels = self.labels.flatten().index_select(0, before + 1)
+        if isinstance(output, Hidden):
+            return output.of(before, labels)
+        width = self.labels.shape[1]
+        return functional.cross_entropy(wide(output[before // width, before % width]), labels, reduction="none")
 
 
 def after_prompt(
@@ -76,16 +97,14 @@ def candidate(example: Example, number: int) -> Example:
     return replace(example, ids=(*example.ids[: example.prompt], *example.choices[number]))
 
 
-def completion_losses(logits: Tensor, batch: Batch) -> Tensor:
+def completion_losses(output: Output, batch: Batch) -> Tensor:
     """The sum of the losses of each row's labelled tokens [b], computed in float32 and summed in float64.
 
     Only the logits of those tokens are converted, and the sums do not depend on the rows' padding.
     """
-    rows, tokens = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    labels = batch.labels[rows, tokens + 1]
-    losses = functional.cross_entropy(wide(logits[rows, tokens]), labels, reduction="none")
-    by_row = torch.zeros(batch.labels[:, 1:].shape, dtype=torch.float64, device=losses.device)
-    by_row[rows, tokens] = losses.double()
+    losses = batch.losses(output)
+    by_row = torch.zeros(batch.labels.shape, dtype=torch.float64, device=losses.device)
+    by_row.view(-1)[batch.before_labels] = losses.double()
     return by_row.sum(1)
 
 

@@ -28,6 +28,7 @@ from coterie.data.examples import (
     padded_inputs,
     wide,
 )
+from coterie.data.outputs import Hidden, Output
 from coterie.data.parse import listing
 from coterie.data.rows import ChatRow, ChoiceRow, GenerationRow, PreferenceRow, PromptRow, Row, TextRow
 from coterie.ops.scores import DEFAULT
@@ -81,8 +82,9 @@ class Classification:
         inputs = padded_inputs(examples, self.tokenizer.pad_token_id, left=False)
         return Batch(inputs, torch.tensor([e.label for e in examples]), len(examples))
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return functional.cross_entropy(wide(logits), batch.labels, reduction="sum")
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        assert isinstance(output, Tensor)
+        return functional.cross_entropy(wide(output), batch.labels, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,12 @@ class Generation:
         batch = self.collate([candidate(example, number) for example in examples for number in (0, 1)])
         return replace(batch, count=len(examples), reference=reference)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Output, batch: Batch) -> Tensor:
         if self.dpo is not None and batch.reference is not None:
-            return self.dpo.loss(self.dpo.margins(completion_losses(logits, batch), batch.reference))
-        flat = wide(logits[:, :-1]).flatten(0, 1)
+            return self.dpo.loss(self.dpo.margins(completion_losses(output, batch), batch.reference))
+        if isinstance(output, Hidden):
+            return batch.losses(output).sum()
+        flat = wide(output[:, :-1]).flatten(0, 1)
         return functional.cross_entropy(flat, batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
     def collate_prompts(self, rows: Sequence[GenerationRow]) -> Mapping[str, Tensor]:
@@ -240,8 +244,8 @@ class MultipleChoice:
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._after.collate(examples)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self._after.loss(logits, batch)
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        return self._after.loss(output, batch)
 
     @property
     def _after(self) -> Generation:

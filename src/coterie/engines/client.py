@@ -102,7 +102,7 @@ def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> 
         return failed(client, fault, time.perf_counter() - started)
     for save in saves_of(client, compute, result):
         save()
-    return Outcome(reply, None, time.perf_counter() - started)
+    return Outcome(reply, None, time.perf_counter() - started, joined(client.workplace.notes))
 
 
 def evaluate_client(
@@ -124,7 +124,7 @@ def evaluate_client(
     bank = client_bank(client, method, blob, rnd)
     compute = LocalCompute(client.workplace, client.data, rnd)
     (evaluation,) = evaluations([compute], [bank], splits, usage, notes.append, texts)
-    return Outcome(codec.encode(evaluation), note=joined(notes))
+    return Outcome(codec.encode(evaluation), note=joined(notes, client.workplace.notes))
 
 
 def client_bank(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Bank:
@@ -208,9 +208,9 @@ def evaluations(
     return [Evaluation(metrics, observed.get(i), samples=samples.get(i, ())) for i, metrics in enumerate(scores)]
 
 
-def joined(notes: list[str]) -> str | None:
-    """The notes as one text, without repeats; empties the list."""
-    taken = [notes.pop(0) for _ in range(len(notes))]  # another thread may add a note meanwhile
+def joined(*lists: list[str]) -> str | None:
+    """The notes as one text, without repeats; empties the lists."""
+    taken = [notes.pop(0) for notes in lists for _ in range(len(notes))]  # another thread may add a note meanwhile
     return "; ".join(dict.fromkeys(taken)) or None
 
 

@@ -88,7 +88,7 @@ class Together:
             for client, delivery, saves in chain.from_iterable(done):
                 for save in saves:
                     disk.write(save)
-                yield client, replace(delivery, note=joined(self.notes))
+                yield client, replace(delivery, note=joined(self.notes, *(each.notes for each in self.workplaces)))
 
     def evaluate(
         self,
@@ -115,7 +115,7 @@ class Together:
 
         with disk_thread(plan, fetch) as disk, closing(self._each(plan, work)) as done:
             for client, made in chain.from_iterable(done):
-                yield client, replace(made, note=joined(self.notes))
+                yield client, replace(made, note=joined(self.notes, *(each.notes for each in self.workplaces)))
 
     def _decide(
         self,

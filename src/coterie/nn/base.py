@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from coterie.nn.locate import MINILM, files_of, resolve
 from coterie.nn.placement import DeviceMap, input_device
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model, outline
 from coterie.nn.spec import describe, head_modules, longest
+from coterie.nn.split_head import SplitHead, split_head
 from coterie.nn.weights import identified
 from coterie.types import BaseSpec, CoterieError, TaskKind
 
@@ -22,7 +24,8 @@ from coterie.types import BaseSpec, CoterieError, TaskKind
 class Base:
     """A frozen model, its tokenizer, and what a method knows of it. ``path`` is where the files were read.
 
-    ``first_token``: where the last layer may be computed for the first token alone; None: nowhere.
+    ``first_token``: where the last layer may be computed for the first token alone; ``split_head``: where a decoder can
+    be cut between its body and its head; None: nowhere.
     """
 
     model: PreTrainedModel
@@ -32,6 +35,7 @@ class Base:
     kind: TaskKind
     attention: str
     first_token: FirstToken | None = None
+    split_head: SplitHead | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +57,12 @@ class Base:
         for name, module in self.model.named_modules():
             if type(module) is nn.Linear and id(module.weight) not in shared and name.split(".")[0] not in heads:
                 module.to(dtype)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that a decoder has logits for, as its config has it."""
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
 
     @property
     def longest(self) -> int | None:
@@ -93,8 +103,9 @@ def load_base(
         _check_causal(model, path)
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
     spec = identified(describe(model, targets), path)
-    cut = first_token(model) if kind == "classification" else None
-    return Base(model, tokenizer, spec, path, kind, attention, cut)
+    classifies = kind == "classification"
+    cut, split = (first_token(model), None) if classifies else (None, split_head(model))
+    return Base(model, tokenizer, spec, path, kind, attention, cut, split)
 
 
 def spec_at(name: str, kind: TaskKind, targets: tuple[str, ...] = ()) -> BaseSpec:

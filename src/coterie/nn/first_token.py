@@ -61,7 +61,7 @@ def first_token(model: nn.Module) -> FirstToken | None:
     if not names or getattr(model.config, "model_type", None) not in _MODELS:
         return None
     cut = FirstToken(names[-1].group(), names[-1].group(1))
-    inputs = _trial(model)
+    inputs = trial_inputs(model)
     with torch.no_grad():
         whole: Tensor = model(**inputs, use_cache=False).logits
         try:
@@ -69,10 +69,10 @@ def first_token(model: nn.Module) -> FirstToken | None:
                 short: Tensor = model(**inputs, use_cache=False).logits
         except (RuntimeError, IndexError):  # what reads the last layer needs all tokens
             return None
-    return cut if _agree(whole, short) else None
+    return cut if same_logits(whole, short) else None
 
 
-def _agree(whole: Tensor, short: Tensor) -> bool:
+def same_logits(whole: Tensor, short: Tensor) -> bool:
     """Whether the logits are equal to 1e-6; in half precision to four roundings of the largest."""
     largest, eps = float(whole.abs().max()), torch.finfo(whole.dtype).eps
     tolerance = _TOLERANCE * max(1.0, largest) if eps < _TOLERANCE else 4 * eps * largest
@@ -83,7 +83,7 @@ def _first(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(arg[:, :1] for arg in args)
 
 
-def _trial(model: nn.Module) -> dict[str, Tensor]:
+def trial_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Two rows; the second ends with padding."""
     device = input_device(model)
     config: Any = model.config
