@@ -19,9 +19,9 @@ from coterie.api.faults import FAULTS, broken, not_a_number, where
 from coterie.api.growing import GrowingText
 from coterie.api.jobs import Generate, Job, Piece, RequestError, Written
 from coterie.api.prompts import prompt_ids
-from coterie.api.sampling import generator_of, next_token, penalised
 from coterie.api.served import Served
 from coterie.api.trial import check_decoding
+from coterie.ops.sampling import generator_of, next_token, penalised
 
 _PREFILL = 4096  # tokens of a pass over several prompts, with their padding
 _SHOWN = 2048  # tokens of a text whose experts are shown

@@ -22,6 +22,7 @@ from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import files_of, resolve
 from coterie.nn.pretrained import PreTrainedTokenizerBase, load_tokenizer
+from coterie.ops.sampling import Sampling
 from coterie.ops.scores import score_named
 from coterie.types import CoterieError
 
@@ -88,7 +89,8 @@ def truncation_of(config: Config, federation: FederatedData, root: Path) -> Trun
 def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     task, length = config.task, config.model.max_length
     dpo = Dpo(task.beta, task.reference) if task.objective == "dpo" else None
-    return make_task(task.kind, tokenizer, length, task.max_new_tokens, task.generate, task.turns, task.scores, dpo)
+    sampling, new = Sampling(task.temperature, task.top_p), task.max_new_tokens
+    return make_task(task.kind, tokenizer, length, new, task.generate, task.turns, task.scores, dpo, sampling)
 
 
 def chat_template_of(config: Config, root: Path) -> str:

@@ -53,7 +53,8 @@ def _texts(passes: Passes, scorings: Sequence[Scoring]) -> list[list[str] | None
     """The completions of each client, or None if they are not scored."""
     if not any(scoring.generates for scoring in scorings):
         return [None] * len(scorings)
-    texts = completions(passes, [scoring.prompts if scoring.generates else [] for scoring in scorings])
+    prompts = [scoring.prompts if scoring.generates else [] for scoring in scorings]
+    texts = completions(passes, prompts, [scoring.client.info.id for scoring in scorings])
     return [text if scoring.generates else None for scoring, text in zip(scorings, texts, strict=True)]
 
 

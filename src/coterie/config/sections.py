@@ -80,6 +80,12 @@ class TaskSettings(Section):
         "numeric, those of installed packages, and in simulations module:function",
     )
     max_new_tokens: int = Field(64, ge=1, description="generation: the most tokens to generate")
+    temperature: float = Field(
+        0.0, ge=0, description="generation: 0: the most likely tokens; above: draw them, the higher the more freely"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="generation: draw from the most likely tokens that have this probability together"
+    )
     turns: Literal["all", "last"] = Field(
         "all", description="generation: the assistant's turns of a conversation that the loss counts"
     )
@@ -97,9 +103,11 @@ class TaskSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _only_generation_generates(self) -> TaskSettings:
+    def _what_goes_together(self) -> TaskSettings:
         if self.generate and self.kind != "generation":
             raise ValueError(f"generate works only with kind = generation, not {self.kind}; leave it out")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("top_p counts only where tokens are drawn; set temperature above 0, or leave top_p out")
         if self.objective == "dpo" and self.kind != "generation":
             raise ValueError(f"objective = dpo works only with kind = generation, not {self.kind}; leave it out")
         return self

@@ -31,6 +31,7 @@ from coterie.data.examples import (
 from coterie.data.outputs import Hidden, Output
 from coterie.data.parse import listing
 from coterie.data.rows import ChatRow, ChoiceRow, GenerationRow, PreferenceRow, PromptRow, Row, TextRow
+from coterie.ops.sampling import GREEDY, Sampling
 from coterie.ops.scores import DEFAULT
 from coterie.types import DataError, TaskKind
 
@@ -95,8 +96,8 @@ class Generation:
     directly. The end-of-text token is part of the completion. A row that is too long loses tokens at the start of its
     prompt, then at the end of its completion. A conversation is cut likewise: its last turn that counts is the
     completion. ``turns``: whether all turns of the assistant count, or the last.
-    ``scores``: names of the scores of generated text, if it ``generates``. With ``dpo`` it learns from pairs of answers
-    (:meth:`collate_pairs`); without, the chosen answer of a pair is its completion.
+    ``scores``: names of the scores of generated text, if it ``generates``, and ``sampling`` how it does.
+    With ``dpo`` it learns from pairs of answers (:meth:`collate_pairs`); without, the chosen answer of a pair is its completion.
     """
 
     tokenizer: Tokenizer
@@ -106,6 +107,7 @@ class Generation:
     turns: TrainedTurns = "all"
     scores: tuple[str, ...] = DEFAULT
     dpo: Dpo | None = None
+    sampling: Sampling = GREEDY
     kind: Literal["generation"] = field(default="generation", init=False)
 
     def encode(self, row: Row) -> Example:
@@ -270,12 +272,13 @@ def make_task(
     turns: TrainedTurns = "all",
     scores: Sequence[str] = DEFAULT,
     dpo: Dpo | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Task:
     """The task of that kind."""
     match kind:
         case "classification":
             return Classification(tokenizer, max_length)
         case "generation":
-            return Generation(tokenizer, max_length, max_new_tokens, generates, turns, tuple(scores), dpo)
+            return Generation(tokenizer, max_length, max_new_tokens, generates, turns, tuple(scores), dpo, sampling)
         case "multiple_choice":
             return MultipleChoice(tokenizer, max_length)

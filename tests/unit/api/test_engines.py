@@ -19,10 +19,10 @@ from coterie.api.decode import Decoding
 from coterie.api.encode import Encoding
 from coterie.api.experts import Gates, token_experts
 from coterie.api.jobs import Encode, Encoded, Event, Generate, Job, Piece, RequestError, Written
-from coterie.api.sampling import generator_of, next_token
 from coterie.api.served import served
 from coterie.api.worker import Engine
 from coterie.data.rows import Turn
+from coterie.ops.sampling import generator_of, next_token
 from coterie.types import CoterieError, Part
 
 torch.set_num_threads(1)
