@@ -97,7 +97,8 @@ class Generation:
     prompt, then at the end of its completion. A conversation is cut likewise: its last turn that counts is the
     completion. ``turns``: whether all turns of the assistant count, or the last.
     ``scores``: names of the scores of generated text, if it ``generates``, and ``sampling`` how it does.
-    With ``dpo`` it learns from pairs of answers (:meth:`collate_pairs`); without, the chosen answer of a pair is its completion.
+    With ``dpo`` it learns from pairs of answers (:meth:`collate_pairs`); without, the chosen answer of a pair is its
+    completion.
     """
 
     tokenizer: Tokenizer
