@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower fuzz test-ray test-lowest lowest-tests lint types format hooks bench docs site clean
+.PHONY: help venv demo test test-slow test-flower fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,18 @@ fuzz: $(STAMP)  ## an hour of bad input for every reader; what shows a fault is 
 
 test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
 	$(PYTEST) -n 0 -m ray tests/parity/test_flower_ray.py
+
+test-tracking: .venv-tracking/.installed  ## trackers with their own libraries, in .venv-tracking beside .venv
+	OMP_NUM_THREADS=1 .venv-tracking/bin/python -m pytest -n 0 tests/unit/runs/test_tracking.py
+
+# trackio and wandb need other versions than constraints.txt has, so they get an environment of their own. It sees the
+# packages of .venv behind its own: torch is not installed twice.
+.venv-tracking/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear .venv-tracking
+	.venv-tracking/bin/pip install -q $(PIP_FLAGS) mlflow-skinny==3.17.2 sqlalchemy alembic wandb==0.31.0 trackio==0.43.0
+	pure='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
+	{ $(BIN)/python -c "$$pure"; echo '$(CURDIR)/src'; } > "$$(.venv-tracking/bin/python -c "$$pure")/zz_coterie.pth"
+	@touch $@
 
 # LOWEST=torch==2.13.0 spares the download of the oldest torch, which on Linux is several GB with its CUDA.
 test-lowest:  ## unit, property and parity tests with the oldest dependencies that pyproject.toml allows, in .venv-lowest
@@ -91,7 +103,7 @@ site: .venv-site/bin/zensical  ## the documentation as a website, in build/site
 	.venv-site/bin/pip install --quiet $(PIP_FLAGS) zensical==0.0.73
 
 clean:  ## remove .venv and caches; runs stay
-	rm -rf .venv .venv-lowest .venv-site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
+	rm -rf .venv .venv-lowest .venv-tracking .venv-site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/coterie.egg-info
 	find bench src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

