@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
-from coterie.config.load import check_config
+import sites
+from coterie import experiment
+from coterie.config.load import check_config, load_config
 from coterie.config.sections import Tracker
 from coterie.runs import trackers
 from coterie.runs.events import ClientDone, ClientRound, Evaluated, Event, Note, Ready, RoundDone, RoundStart
@@ -174,6 +176,27 @@ def test_a_tracker_that_fails_is_a_note_and_gets_no_more(tmp_path: Path, monkeyp
     notes = [event.text for event in heard if isinstance(event, Note)]
     assert notes[0] == "tensorboard takes no more figures (no space left); metrics.jsonl has all of them"
     assert len(notes) == 2  # the other is the last event
+
+
+def test_a_run_and_its_continuation_are_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[bool, object]] = []
+    sink = Full()
+
+    def begin(run: Tracked) -> Any:
+        opened.append((run.resumed, run.settings["run.rounds"]))
+        return sink
+
+    monkeypatch.setattr(trackers, "_OPEN", {"trackio": begin})
+    for module in (trackers, experiment):
+        monkeypatch.setattr(module, "check_tracker", lambda _: None)
+    config = load_config(sites.config(tmp_path, method="fedit"), ["run.rounds=1", 'run.tracking=["trackio"]'])
+    experiment.run(config, tmp_path / "out", root=tmp_path)
+    assert sink.rounds == [1, 1]
+    longer = config.model_copy(update={"run": config.run.model_copy(update={"rounds": 2})})
+    heard: list[Event] = []
+    experiment.run(longer, tmp_path / "out", root=tmp_path, resume=True, listen=heard.append)
+    assert opened == [(False, 1), (True, 2)]
+    assert [event.text for event in heard if isinstance(event, Note) and "trackio takes no more" in event.text]
 
 
 def test_a_tracker_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
