@@ -256,6 +256,11 @@ class Config(Section):
     def make_method(self, root: Path) -> Method:
         """The method with its settings; relative paths in them start at ``root``, the config's folder."""
         kind = method_named(self.method_name)
+        if self.train.packing and (self.task.kind == "classification" or self.task.objective == "dpo"):
+            what = "classification" if self.task.kind == "classification" else "objective = dpo"
+            raise CoterieError(
+                f"[train] packing works with generation and multiple_choice, not with {what}; leave it out"
+            )
         if self.robust.active and kind.no_rules:
             raise CoterieError(
                 f"[robust] does not work with {kind.name}: {kind.no_rules}; leave [robust] out or choose another method"

@@ -59,6 +59,11 @@ class Base:
                 module.to(dtype)
 
     @property
+    def packs_flat(self) -> bool:
+        """Whether packed rows go through the model as a single one, for attention of variable length."""
+        return str(getattr(self.model.config, "_attn_implementation", "")).startswith("flash")
+
+    @property
     def vocabulary(self) -> int:
         """The number of tokens that a decoder has logits for, as its config has it."""
         config: Any = self.model.config
