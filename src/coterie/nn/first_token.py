@@ -80,7 +80,8 @@ def same_logits(whole: Tensor, short: Tensor) -> bool:
 
 
 def _first(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(arg[:, :1] for arg in args)
+    # Of a view with gaps PyTorch makes one small product a row, each with a copy of the weights of its own.
+    return tuple(arg[:, :1].contiguous() for arg in args)
 
 
 def trial_inputs(model: nn.Module) -> dict[str, Tensor]:
