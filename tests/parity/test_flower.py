@@ -44,8 +44,10 @@ def events(folder: Path) -> list[Any]:
 
 
 NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
+USED = {"download": "used", "download_threshold": 0.4}
 EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
-EVERY += [("fedlease", "shared", {"distance": "representation"}, "classification"), ("fedlease", "personal", {}, "dpo")]
+EVERY += [("fedlease", "shared", {"distance": "representation", **USED}, "classification")]
+EVERY += [("fedlease", "personal", {}, "dpo")]
 
 
 @pytest.mark.parametrize(("name", "head", "settings", "kind"), EVERY)

@@ -61,6 +61,11 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
             '[method] recluster_every compares representations; set distance to "representation" or "auto", with '
             'allocation = "learned"'
         )
+    if settings.download == "used" and settings.routing == "own":
+        raise CoterieError(
+            '[method] download = "used" chooses among the experts of others, which routing = "own" does not send; '
+            "remove one of the two"
+        )
     if settings.warmup_rounds >= plan.rounds:
         raise CoterieError(
             f"[method] warmup_rounds = {settings.warmup_rounds} leaves no round for the experts; "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coterie.methods.base import Method, Onboarded, newcomers_own
 from coterie.methods.fedlease import allocation
+from coterie.methods.fedlease.download import USE, has_copies, kept_copies, measured, num_experts, stand_ins, use_range
 from coterie.methods.fedlease.released import released
 from coterie.methods.fedlease.representation import (
     representation_shapes,
@@ -49,6 +50,7 @@ from coterie.types import (
     Key,
     Part,
     Personal,
+    Range,
     Reply,
     Target,
     Tensors,
@@ -67,6 +69,7 @@ class FedLEASE(Method[FedLEASEState]):
     summary = "one LoRA expert per cluster of clients, adaptive top-M routing over all experts"
     Settings = FedLEASESettings
     State = FedLEASEState
+    usage = (USE,)
 
     @property
     def _server(self) -> Server:
@@ -95,6 +98,11 @@ class FedLEASE(Method[FedLEASEState]):
         router = state.routers[own] if self.settings.router == "cluster" else {}
         again = representation_shapes(state.base) if self.settings.reclusters(rnd) else {}
         return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head | again
+
+    def expects_info(self, state: FedLEASEState, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
+        """How much the client uses each expert, with ``download = "used"``."""
+        reports = self.settings.download == "used" and state.cluster_of(me.id) is not None
+        return use_range(len(state.routers)) if reports else {}
 
     def releases(self) -> Sequence[Release]:
         return released(self.settings, self.plan.head == "shared")
@@ -140,7 +148,12 @@ class FedLEASE(Method[FedLEASEState]):
         lora, router = lora_of(trained.tensors), router_of(trained.tensors)
         travels, stays = (lora, router) if self.settings.router == "personal" else (lora | router, {})
         kept = replace(personal, tensors=head_of(personal.tensors))
-        return with_representation(settle(self.plan, trained, me, kept, travels, stays), representation)
+        use: dict[str, dict[str, float]] = {}
+        if "experts" in ins.info:
+            use = yield from measured(ins, personal, replace(bank, tensors={**bank.tensors, **trained.tensors}))
+            kept = kept_copies(ins, kept, bank)
+        result = with_representation(settle(self.plan, trained, me, kept, travels, stays), representation)
+        return replace(result, reply=replace(result.reply, info={**result.reply.info, **use}))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         scaling, dropout = self.plan.scaling, self.plan.dropout
@@ -148,9 +161,10 @@ class FedLEASE(Method[FedLEASEState]):
             return Bank(with_head(lora_of(personal.tensors), ins, personal), scaling=scaling, dropout=dropout)
         own = int(ins.info["own"])
         mine = {} if self.settings.routing == "own" else router_of(personal.tensors) or self._router(ins)
-        if self.settings.expert_start == "own":
+        if self.settings.expert_start == "own" and not has_copies(personal):
             mine |= lora_of(personal.tensors, 0, new=own)
-        return Bank(with_head({**ins.tensors, **mine}, ins, personal), gate_of(self.settings, own), scaling, dropout)
+        experts = {**ins.tensors, **stand_ins(ins, personal, self.plan)}
+        return Bank(with_head({**experts, **mine}, ins, personal), gate_of(self.settings, own), scaling, dropout)
 
     def onboard(self, state: FedLEASEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """A warm-up as in a round, then the nearest cluster's expert and router beside all other experts."""
@@ -170,9 +184,8 @@ class FedLEASE(Method[FedLEASEState]):
         """The router that the server sent, or the start of one that stays at home."""
         of_a = part_of(ins.tensors, Part.A)
         widths = {key.module: value.shape[1] for key, value in of_a.items()}
-        experts = len(of_a) // len(widths)
         base = BaseSpec(tuple(Target(module, d_in, 0) for module, d_in in widths.items()))
-        return router_of(ins.tensors) or start_router(base, self.plan, slots_of(self.settings, experts))
+        return router_of(ins.tensors) or start_router(base, self.plan, slots_of(self.settings, num_experts(ins)))
 
     def _trainable(self, bank: Bank, own: int) -> frozenset[Key]:
         parts = (Part.ROUTER, Part.HEAD) if self.settings.head == "trained" else (Part.ROUTER,)

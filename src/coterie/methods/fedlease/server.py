@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.download import reported, wanted
 from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
 from coterie.methods.fedlease.representation import mean_representations, without_representation
 from coterie.methods.fedlease.routing import slots_of
@@ -57,7 +58,8 @@ class Server:
             return self._allocate(replace(state, warm={}, outlying=tuple(sorted(warm.keys() - fit.keys()))), fit)
         late = {c: r for c, r in replies.items() if state.cluster_of(c) is None}
         present = {c: r for c, r in replies.items() if c not in late}
-        return self._recluster(self.add_late(self._average(state, present), late), present)
+        state = self._with_use(self._average(state, present), present, rnd)
+        return self._recluster(self.add_late(state, late), present)
 
     def groups(
         self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
@@ -72,8 +74,11 @@ class Server:
         if own is None:
             return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.clustered_after})
         router = state.routers[own] if self.settings.router == "cluster" else {}
-        experts = lora_of(state.experts, own) if self.settings.routing == "own" else self._sent_to(state, own)
+        number = len(state.routers)
+        numbers = [own] if self.settings.routing == "own" else self._sent(state, client, rnd)
+        experts = {key: v for key, v in self._visible_to(state, own).items() if key.expert in numbers}
         info: dict[str, Json] = {"phase": "experts", "own": own}
+        info |= {"experts": number} if self.settings.download == "used" and number > 1 else {}
         info |= {"represent": True} if self.settings.reclusters(rnd) else {}
         return Instruction({**experts, **router, **state.heads.of(client)}, info)
 
@@ -84,7 +89,24 @@ class Server:
         least, number = self.plan.robust.min_group, state.allocation.num_experts
         return [e for e in range(number) if len(state.allocation.members(e)) < least]
 
-    def _sent_to(self, state: FedLEASEState, own: int) -> Tensors:
+    def _sent(self, state: FedLEASEState, client: ClientId, rnd: int) -> list[int]:
+        """The numbers of the experts that ``client`` is sent in round ``rnd``."""
+        own = state.cluster_of(client)
+        assert own is not None
+        return wanted(self.settings, state.use.get(client), own, rnd, len(state.routers))
+
+    def _with_use(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
+        """The state with what clients of clusters reported of their use of the experts in round ``rnd``."""
+        if self.settings.download == "all":
+            return state
+        use = {client: of for client, of in state.use.items() if client not in replies}
+        for client, reply in replies.items():
+            all_sent = len(self._sent(state, client, rnd)) == len(state.routers)
+            if report := reported(state.use.get(client), reply, rnd, all_sent):
+                use[client] = report
+        return replace(state, use=dict(sorted(use.items())))
+
+    def _visible_to(self, state: FedLEASEState, own: int) -> Tensors:
         """All experts; those that are withheld from the cluster ``own`` at their start, where B = 0."""
         withheld = [e for e in self.withheld(state) if e != own]
         starts = {k: v for e in withheld for k, v in start_lora(state.base, self.plan, e).items()}
@@ -180,4 +202,5 @@ class Server:
         clusters = {**state.allocation.clusters, **moves}
         regrouped = cluster_heads(state.base, self.plan, state.labels, clusters)
         heads = moved_heads(state.heads, regrouped, {c: replies[c] for c in moves}, self.settings.weighting)
-        return replace(state, allocation=replace(state.allocation, clusters=clusters), heads=heads)
+        use = {client: of for client, of in state.use.items() if client not in moves}
+        return replace(state, allocation=replace(state.allocation, clusters=clusters), heads=heads, use=use)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.download import Use
 from coterie.methods.parts import Heads
 from coterie.types import BaseSpec, ClientId, Reply, Tensors
 
@@ -16,6 +17,7 @@ class FedLEASEState:
 
     ``warm`` holds warm-up LoRAs until there are enough of them to cluster, ``starts`` their means by cluster.
     ``outlying`` names the clients whose warm-up LoRA resembled too few others to be clustered (``[robust]``).
+    ``use`` says how much each client uses which expert, with ``download = "used"``.
     """
 
     base: BaseSpec
@@ -29,6 +31,7 @@ class FedLEASEState:
     heads: Heads = field(default_factory=Heads)
     error: float = 0.0
     outlying: tuple[ClientId, ...] = ()
+    use: Mapping[ClientId, Use] = field(default_factory=dict)
 
     def cluster_of(self, client: ClientId) -> int | None:
         """The cluster of ``client``; None before the clients are clustered, and for one that has not joined any."""
