@@ -95,7 +95,7 @@ class Passes:
         }
         own = torch.zeros(len(batches), rows, tokens, dtype=torch.long)
         for number, (b, t) in enumerate(sizes):
-            own[number, :b, :t] = 1
+            own[number, :b, tokens - t if left else 0 : tokens if left else t] = 1
         own = own.to(device, non_blocking=True)
         masks = torch.cat([_filled(batch.mask, rows, tokens, 0, left) for batch in batches]).to(device)
         parts = [batch.segments for batch in batches if batch.segments is not None]
