@@ -48,6 +48,25 @@ def datasets(chosen: Path | None = None) -> Path:
     raise SystemExit(f"no datasets: there is no {tried}; run `python examples/fetch_data.py` to download them")
 
 
+def banking(data: Path, folder: Path) -> Path:
+    """CLINC150's banking domain as a dataset of its own, made once."""
+    if (folder / "info.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    info = json.loads((data / "clinc150" / "info.json").read_text())
+    numbers: dict[int, int] = {}
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (data / "clinc150" / f"{split}.jsonl").read_text().splitlines()]
+        own = [row for row in rows if row["domain"] == "banking"]
+        for row in own:
+            row["label"] = numbers.setdefault(row["label"], len(numbers))
+        lines = [json.dumps({"text": row["text"], "label": row["label"]}) for row in own]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    labels = [info["labels"][old] for old in numbers]
+    (folder / "info.json").write_text(json.dumps({**info, "labels": labels}))
+    return folder
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds of each case in each round: on the clock, and of this process's work (all threads together)."""

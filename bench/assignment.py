@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from _harness import arguments, datasets, table, write
+from _harness import arguments, banking, datasets, table, write
 
 from coterie.comparison import config_for
 from coterie.comparison.variants import folder_of
@@ -55,25 +55,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/assignment"), help="where the runs lie")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
-
-
-def banking(data: Path, folder: Path) -> Path:
-    """CLINC150's banking domain as a dataset of its own, made once."""
-    if (folder / "info.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    info = json.loads((data / "clinc150" / "info.json").read_text())
-    numbers: dict[int, int] = {}
-    for split in ("train", "validation", "test"):
-        rows = [json.loads(line) for line in (data / "clinc150" / f"{split}.jsonl").read_text().splitlines()]
-        own = [row for row in rows if row["domain"] == "banking"]
-        for row in own:
-            row["label"] = numbers.setdefault(row["label"], len(numbers))
-        lines = [json.dumps({"text": row["text"], "label": row["label"]}) for row in own]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    labels = [info["labels"][old] for old in numbers]
-    (folder / "info.json").write_text(json.dumps({**info, "labels": labels}))
-    return folder
 
 
 def row_of(name: str, variant: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from typing import Any
 
 from _harness import HERE, arguments, datasets, table, write
 
-from coterie.artifacts.onboard import EPOCHS, onboard
+from coterie.artifacts.onboard import onboard
+from coterie.compute.join import EPOCHS
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
 from coterie.data.rows import ClientData, TextRow

@@ -35,7 +35,6 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/simulation.md",
         "docs/deploy.md",
         "docs/robustness.md",
-        "docs/secure-aggregation.md",
         "SECURITY.md",
         "examples/README.md",
     ],

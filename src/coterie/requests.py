@@ -29,6 +29,11 @@ class Optim(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     batch_size: int = Field(16, ge=1, description="examples per forward pass")
+    packing: bool = Field(
+        False,
+        description="generation and multiple_choice: put the rows of a forward pass into as few rows as the longest "
+        "allows, without padding between them; the same loss",
+    )
     accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
     epochs: int = Field(2, ge=1, description="passes over the client's data in a round")
     steps: int = Field(0, ge=0, description="optimiser steps in a round instead of epochs; 0: epochs")

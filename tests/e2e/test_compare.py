@@ -274,6 +274,48 @@ def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path)
     assert record(out)["variants"]["local"]["beyond"] is None
 
 
+def test_newcomers_take_no_part_and_join_every_run_afterwards(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    late = [*FEW, 'data.newcomers=["mood-1"]']
+    said: list[str] = []
+    made = compare(path, out, methods=["local", "fedit", "centralised"], overrides=late, say=said.append)
+    run = made.results["fedit"][0]
+    assert "mood-1" not in run.clients
+    assert "mood-0" in run.clients
+    assert not (out / "fedit-0" / "clients" / "mood-1").exists()
+    manifest = json.loads((out / "fedit-0" / "manifest.json").read_text())
+    assert list(manifest["newcomers"]) == ["mood-1"]
+    assert "mood-1" not in manifest["clients"]
+    kept = json.loads((out / "fedit-0" / "newcomers.json").read_text())
+    assert kept["after"].keys() == {"mood-1"}
+    assert kept["after"] != kept["before"]
+    figures = record(out)["variants"]
+    assert figures["fedit"]["newcomers"] == kept["after"]["mood-1"]["accuracy"]
+    assert figures["centralised"]["newcomers"] is None
+    assert [
+        text for text in said if text.startswith("centralised-0: newcomers cannot join: centralised takes no client")
+    ]
+    assert "newcomers" in (out / "compare.md").read_text()
+
+    at = (out / "fedit-0" / "newcomers.json").stat().st_mtime_ns
+    compare(path, out, methods=["fedit"], overrides=late)
+    assert (out / "fedit-0" / "newcomers.json").stat().st_mtime_ns == at
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (["nobody"], "data.newcomers names nobody, but no client is called so; the clients are"),
+        (["mood-0", "mood-1", "place-0", "size-0", "size-1"], "data.newcomers names every client"),
+    ],
+)
+def test_newcomers_are_clients_and_not_all_of_them(tmp_path: Path, names: list[str], fault: str) -> None:
+    path = sites.config(tmp_path, method="local")
+    made = compare(path, tmp_path / "out", methods=["local"], overrides=[*FEW, f"data.newcomers={json.dumps(names)}"])
+    ((_, reason),) = reasons(made).values()
+    assert fault in reason
+
+
 @pytest.mark.slow
 def test_the_controls_of_fedlease_run_side_by_side(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="fedlease"), tmp_path / "out"

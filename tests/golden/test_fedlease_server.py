@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from coterie.methods.fedlease.allocation import Allocation
-from coterie.methods.fedlease.method import FedLEASE, FedLEASEState
+from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.fedlease.state import FedLEASEState
 from coterie.methods.parts import start_router
 from coterie.methods.plan import Plan
 from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, Key, Part, Reply, Target

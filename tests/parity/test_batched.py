@@ -396,21 +396,20 @@ def test_usage_is_collected_while_scoring(kind: str, generates: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
 @pytest.mark.parametrize("together", [1, 3])
-def test_an_evaluation_with_usage_makes_no_further_pass(
-    together: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_with_usage_makes_no_further_pass(together: int, kind: str, tmp_path: Path) -> None:
     method, clients = method_of("fedlease", kind), loaded(kind, torch.float32)[1]
     workplace, states = make_workplace(kind, torch.float32), ClientStates(PersonalStore(tmp_path))
     engine = LocalEngine(workplace, FederatedData(clients, {}), states, Together((workplace,), together))
     instructions = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
-    real, counted = passes.logits_of, list[int]()
-    monkeypatch.setattr(passes, "logits_of", lambda *of: counted.append(1) or real(*of))
+    counted: list[int] = []
+    handle = workplace.base.model.register_forward_pre_hook(lambda *_: counted.append(1))
     numbers = []
     for usage in (False, True):
         evaluations = dict(engine.evaluate(method, instructions, 0, ("validation", "test"), usage=usage))
         assert [e.observed is not None for e in evaluations.values()] == [usage] * len(clients)
         numbers.append(len(counted))
         counted.clear()
+    handle.remove()
     assert numbers[0] == numbers[1] >= 2
 
 

@@ -16,8 +16,7 @@ from coterie import codec
 from coterie.data.clients import load_data
 from coterie.engines import local
 from coterie.methods.registry import methods
-from coterie.runs.rounds import Runner
-from coterie.runs.settings import RoundSettings
+from coterie.runs.rounds import RoundSettings, Runner
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 TIMES = ("seconds", "peak_memory_bytes")
@@ -45,8 +44,10 @@ def events(folder: Path) -> list[Any]:
 
 
 NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
+USED = {"download": "used", "download_threshold": 0.4}
 EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
-EVERY += [("fedlease", "shared", {"distance": "representation"}, "classification"), ("fedlease", "personal", {}, "dpo")]
+EVERY += [("fedlease", "shared", {"distance": "representation", **USED}, "classification")]
+EVERY += [("fedlease", "personal", {}, "dpo")]
 
 
 @pytest.mark.parametrize(("name", "head", "settings", "kind"), EVERY)

@@ -10,7 +10,7 @@ from coterie.requests import Optim
 ROUNDS = 3
 OPTIM = Optim(learning_rate=0.01, batch_size=4, epochs=1)
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fedlease": {"warmup_rounds": 1, "max_experts": 3},
+    "fedlease": {"warmup_rounds": 1, "experts": 3, "download": "used", "download_threshold": 0.25},
     "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
     "hetlora": {"prune": 0.7, "penalty": 1.0},
     "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},

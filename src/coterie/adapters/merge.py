@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,8 +10,12 @@ import torch
 from coterie.adapters.about import About, write_about
 from coterie.inference.generate import end_texts
 from coterie.nn.base import Base
+from coterie.nn.locate import folder_here
 from coterie.nn.spec import is_transposed
 from coterie.types import Bank, CoterieError, Part
+
+# Vocabularies that transformers reads, but does not write again. Converters to other formats want the file itself.
+_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
 def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
@@ -42,7 +47,16 @@ def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
     base.model.save_pretrained(folder)
     base.tokenizer.model_max_length = min(about.max_length, base.longest or about.max_length)
     base.tokenizer.save_pretrained(folder)
+    _copy_vocabularies(base, folder)
     write_about(folder, about)
+
+
+def _copy_vocabularies(base: Base, folder: Path) -> None:
+    """Copy the base's vocabularies that the tokenizer has not written."""
+    source = folder_here(base.path)
+    for name in _VOCABULARIES if source else ():
+        if source and (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _unshare(base: Base, name: str) -> None:

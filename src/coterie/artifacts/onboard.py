@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coterie.adapters.model import unclear_columns
 from coterie.artifacts.load import reading_of
 from coterie.compute.client import LocalCompute
+from coterie.compute.join import EPOCHS, Joined, join
 from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
 from coterie.config.sections import Config
@@ -17,31 +17,9 @@ from coterie.data.files import READERS
 from coterie.data.rows import ClientData
 from coterie.data.settings import ClientFiles, Columns, DataSettings
 from coterie.experiment import about_export, set_threads, write_own
-from coterie.methods.base import Method, Onboarded, drive
-from coterie.ops.metrics import Metrics
-from coterie.requests import Score, Train
-from coterie.runs import checkpoint
-from coterie.runs.checkpoint import Checkpoint, CorruptCheckpointError
+from coterie.runs.exported import exported
 from coterie.runs.folder import read_config
-from coterie.runs.summary import SUMMARY, read_summary
-from coterie.types import Bank, ClientId, CoterieError
-
-EPOCHS = 10  # over the client's training rows, by default
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A client that joined: its bank, and what it scores on its test rows before and after its router and head train.
-
-    ``number`` of its tensors were trained; where there are none, ``after`` is ``before``. Without test rows both are
-    empty.
-    """
-
-    client: ClientId
-    bank: Bank
-    before: Metrics
-    after: Metrics
-    trained: int
+from coterie.types import ClientId, CoterieError
 
 
 def onboard(
@@ -70,51 +48,18 @@ def onboard(
     raw, root = read_config(path)
     config = _placed(check_config(raw), base, device)
     method = config.make_method(root)
-    exported = _exported(path, method)
+    start = exported(path, method.State)
     columns = columns or reading_of(path, "")[0]
     if columns is None:
         raise unclear_columns("")
     own = _rows(config, columns, Path(data), client or Path(data).resolve().name)
     set_threads(config)
     place = workplaces(config, root, {})[0]
-    compute = LocalCompute(place, own, exported.rnd + 1)
-    joined = join(method, exported.state, compute, epochs)
-    about = about_export(config, root, exported.rnd, config.run.export)
+    compute = LocalCompute(place, own, start.rnd + 1)
+    joined = join(method, start.state, compute, epochs)
+    about = about_export(config, root, start.rnd, config.run.export)
     write_own(target, joined.bank, about, place.base.spec, own.info)
     return joined
-
-
-def join(method: Method, state: object, compute: LocalCompute, epochs: int) -> Joined:
-    """Find the client's experts, train its router and head, and score it before and after."""
-    spec, me = compute.workplace.base.spec, compute.client.info
-    found: Onboarded = drive(method.onboard(state, spec, me), compute)
-    before = _score(compute, found.bank)
-    bank = found.bank
-    if found.trainable:
-        optim = method.plan.optim.model_copy(update={"epochs": epochs, "steps": 0})
-        trained = compute.train(Train(bank, found.trainable, optim, purpose="onboard"))
-        bank = replace(bank, tensors={**bank.tensors, **trained.tensors})
-    return Joined(me.id, bank, before, _score(compute, bank), len(found.trainable))
-
-
-def _score(compute: LocalCompute, bank: Bank) -> Metrics:
-    if not compute.client.splits["test"]:
-        return {}
-    (scored,) = compute.score(Score([bank], "test"))
-    return {"loss": scored.loss, **scored.metrics}
-
-
-def _exported(folder: Path, method: Method) -> Checkpoint[object]:
-    """The checkpoint of the round that the run exported."""
-    if not (folder / SUMMARY).is_file():
-        raise CoterieError(f"{folder} holds no finished run (no {SUMMARY}); give the folder of one")
-    rnd = read_summary(folder / SUMMARY).exported_round
-    if rnd is None:
-        raise CoterieError(f"{folder / SUMMARY} does not say which round it exported: run it again")
-    try:
-        return checkpoint.load(folder / "checkpoints", rnd, method.State)
-    except CorruptCheckpointError as fault:
-        raise CoterieError(f"{folder} lacks the checkpoint of round {rnd}, which it exported ({fault})") from fault
 
 
 def _placed(config: Config, base: str | None, device: str | None) -> Config:

@@ -7,10 +7,10 @@ from pathlib import Path
 from coterie.artifacts.cross import CrossTable, cross_table
 from coterie.artifacts.evaluate import Evaluation
 from coterie.artifacts.export import Exported
-from coterie.artifacts.onboard import Joined
 from coterie.cli import console
 from coterie.cli.console import heading, say, show_aligned
 from coterie.comparison.tables import number
+from coterie.compute.join import Joined
 from coterie.report.tables import words
 
 LABELS = 20  # rows and columns of a confusion matrix that a terminal shows; --out writes them all

@@ -5,16 +5,16 @@ The models are those in the run's bundles: of the round that validation chose, o
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from coterie.adapters.bundle import read_bundle
+from coterie.comparison.afterwards import digest, read_kept
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
@@ -37,8 +37,7 @@ CROSS = "cross.json"
 class Cross:
     """The metrics of the model of one client (first key) on the test rows of another (second key), after ``round``.
 
-    ``round`` is None where the run is older than the record of what it exported. ``summary`` is the SHA-256 of the
-    run's ``summary.json``: a run that was given more rounds has another.
+    ``round`` is None where the run is older than the record of what it exported.
     """
 
     round: int | None
@@ -66,14 +65,7 @@ _CROSS = TypeAdapter(Cross)
 
 def read_cross(folder: Path) -> Cross | None:
     """What :func:`evaluate_cross` wrote in a run's folder; None where it has not, or the run has changed since."""
-    path = folder / CROSS
-    if not path.is_file():
-        return None
-    try:
-        cross = _CROSS.validate_python(read_json(path, "remove it, and compare with --cross again"))
-    except ValidationError as fault:
-        raise CoterieError(f"{path} is damaged; remove it, and compare with --cross again") from fault
-    return cross if cross.summary == _digest(folder) else None
+    return read_kept(folder / CROSS, _CROSS, "compare with --cross again")
 
 
 def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
@@ -95,7 +87,7 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
         scores = LocalCompute(workplace, on, config.run.rounds).score(Score([banks[c] for c in of], split="test"))
         for client, scored in zip(of, scores, strict=True):
             by_client[client][on.info.id] = {**scored.metrics, "loss": scored.loss}
-    cross = Cross(read_summary(folder / SUMMARY).exported_round, _digest(folder), by_client)
+    cross = Cross(read_summary(folder / SUMMARY).exported_round, digest(folder), by_client)
     write_json(folder / CROSS, plain(cross))
     return cross
 
@@ -106,10 +98,6 @@ def data_of(folder: Path, config: Config, root: Path) -> FederatedData:
     if json.loads(json.dumps(federation.manifest)) != read_json(folder / "manifest.json"):
         raise CoterieError(f"the data are not those of {folder} (see manifest.json); restore them")
     return federation
-
-
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / SUMMARY).read_bytes()).hexdigest()
 
 
 def _alike(on: ClientData, clients: tuple[ClientData, ...]) -> list[ClientId]:

@@ -12,6 +12,7 @@ import numpy as np
 from coterie.comparison.commit import commit
 from coterie.comparison.cross import read_cross
 from coterie.comparison.jobs import Missing
+from coterie.comparison.newcomers import read_newcomers
 from coterie.comparison.paired import against_best, table_of
 from coterie.comparison.record import Figures, Reached, Record, RunFigures
 from coterie.comparison.tuning import Choice
@@ -150,6 +151,7 @@ def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: floa
         runs=runs,
         home=_mean([run.home for run in runs]),
         beyond=_mean([run.beyond for run in runs]),
+        newcomers=_mean([run.newcomers for run in runs]),
     )
 
 
@@ -158,6 +160,7 @@ def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
     worst = summary.worst
     cross = read_cross(run.folder)
     home, beyond = (cross.means(summary.primary) if cross else None) or (None, None)
+    joined = read_newcomers(run.folder)
     tail = "p90" if better(summary.primary, 0.0, 1.0) else "p10"
     return RunFigures(
         seed=seed,
@@ -176,6 +179,7 @@ def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
         target=_reached(run, split, target) if target is not None else None,
         home=home,
         beyond=beyond,
+        newcomers=joined.mean(summary.primary) if joined else None,
     )
 
 

@@ -37,7 +37,8 @@ class RunFigures:
 
     ``p10`` is the 10th percentile over the clients (of a loss, the 90th): nine in ten clients are better. ``beyond`` is
     the mean of the clients' models on other clients' rows with the same labels, ``home`` that on their own, both of
-    the exported round (:mod:`.cross`).
+    the exported round (:mod:`.cross`). ``newcomers`` is the mean of the clients that joined afterwards
+    (:mod:`.newcomers`).
     """
 
     seed: int
@@ -56,6 +57,7 @@ class RunFigures:
     target: Reached | None = None
     home: float | None = None
     beyond: float | None = None
+    newcomers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Figures:
     runs: Sequence[RunFigures]
     home: float | None = None
     beyond: float | None = None
+    newcomers: float | None = None
     tuned: Choice | None = None
     against: Against | None = None
 

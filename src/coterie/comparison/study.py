@@ -11,10 +11,11 @@ from coterie.comparison.collect import update
 from coterie.comparison.cross import evaluate_cross, read_cross
 from coterie.comparison.figures import Comparison
 from coterie.comparison.jobs import FAULTS, Ended, Job, Missing, Watch, finished, run_here, silent
+from coterie.comparison.newcomers import onboard_newcomers, read_newcomers
 from coterie.comparison.processes import run_apart
 from coterie.comparison.tuning import Choice, Grid, choose, grid_of, tune_seed
 from coterie.comparison.variants import ALL, Point, config_for, variants_of
-from coterie.config.load import Raw, load_raw, override
+from coterie.config.load import Raw, load_raw, override, section_of
 from coterie.types import CoterieError
 
 Say = Callable[[str], None]
@@ -63,8 +64,8 @@ def compare(
     short continues, one that fails does not stop the others. ``jobs`` runs are carried out at a time. ``tune`` lists
     settings with the values to try, as ``train.learning_rate=1e-3,2e-3``: each method takes what is best on validation
     data with the seed ``tune_with``. With ``cross`` every client's model is also scored on the test rows of other
-    clients with the same labels. Writes ``compare.json``, and ``compare.html`` with its tables. Raises
-    :class:`CoterieError` for settings that cannot work.
+    clients with the same labels. Clients that ``[data] newcomers`` names join every run after its end. Writes
+    ``compare.json``, and ``compare.html`` with its tables. Raises :class:`CoterieError` for settings that cannot work.
     """
     path = Path(config)
     study = Study(
@@ -99,7 +100,7 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
             if not ended.reused:
                 _update(study, jobs, choices, missing)
     comparison = _update(study, jobs, choices, missing)
-    if study.cross and _cross(comparison, say):
+    if _afterwards(study, comparison, say):
         comparison = _update(study, jobs, choices, missing)
     if comparison.done:
         _page(study.folder, say)
@@ -121,18 +122,34 @@ def _update(study: Study, jobs: Sequence[Job], choices: Mapping[str, Choice], mi
     return update(study.raw, study.folder, study.root, jobs, choices, missing, study.target)
 
 
-def _cross(comparison: Comparison, say: Say) -> bool:
-    """Score the models of every run on other clients' rows, where that is still to do. Whether there was anything."""
+def _afterwards(study: Study, comparison: Comparison, say: Say) -> bool:
+    """Measure what is measured after the runs, where that is still to do. Whether there was anything."""
     cache: dict[str, object] = {}
-    runs = [run for by_seed in comparison.done.values() for run in by_seed.values()]
-    left = [run for run in runs if read_cross(run.folder) is None]
-    for run in left:
-        say(f"{run.folder.name}: every client's model on other clients' rows")
+    runs = [run.folder for by_seed in comparison.done.values() for run in by_seed.values()]
+    newcomers = section_of(study.raw, "data").get("newcomers")
+    left: list[tuple[Path, _After]] = []
+    left += [(folder, _CROSS) for folder in runs if study.cross and read_cross(folder) is None]
+    left += [(folder, _NEWCOMERS) for folder in runs if newcomers and read_newcomers(folder) is None]
+    for folder, after in left:
+        say(f"{folder.name}: {after.what}")
         try:
-            evaluate_cross(run.folder, cache)
+            after.measure(folder, cache)
         except CoterieError as fault:
-            say(f"{run.folder.name}: not evaluated on other clients' rows: {fault}")
+            say(f"{folder.name}: {after.not_done}: {fault}")
     return bool(left)
+
+
+@dataclass(frozen=True)
+class _After:
+    """What is measured after a run, in words where it is and where it cannot be."""
+
+    measure: Callable[[Path, dict[str, object]], object]
+    what: str
+    not_done: str
+
+
+_CROSS = _After(evaluate_cross, "every client's model on other clients' rows", "not evaluated on other clients' rows")
+_NEWCOMERS = _After(onboard_newcomers, "newcomers join", "newcomers cannot join")
 
 
 def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list[Missing]]:

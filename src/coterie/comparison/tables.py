@@ -54,6 +54,8 @@ def overview(record: Record) -> Grid:
     ]
     if any(row.beyond is not None for row in rows):
         columns.append(("on others' rows", _best([row.beyond for row in rows], metric)))
+    if any(row.newcomers is not None for row in rows):
+        columns.append(("newcomers", _best([row.newcomers for row in rows], metric)))
     if any(row.tuned for row in rows):
         columns.append(("tuned to", [Cell(", ".join(settings_of(row)) or MISSING) for row in rows]))
     title = f"Test {words(metric)} at the round that validation chose, {_seeds(record)}"
@@ -112,6 +114,11 @@ def notes(record: Record) -> list[str]:
         texts.append(
             "On others' rows: the mean of the clients' exported models on the test rows of other clients with the same "
             "labels."
+        )
+    if any(row.newcomers is not None for row in record.variants.values()):
+        texts.append(
+            "Newcomers: the mean of the clients that joined after the end; what others trained is frozen, and the rest "
+            "is trained on their own rows."
         )
     edges: dict[str, list[str]] = {}
     for row in record.variants.values():

@@ -21,6 +21,7 @@ from coterie.methods.registry import method_named
 from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import files_of, resolve
+from coterie.nn.packs import check_packs
 from coterie.nn.pretrained import PreTrainedTokenizerBase, load_tokenizer
 from coterie.ops.sampling import Sampling
 from coterie.ops.scores import score_named
@@ -42,6 +43,9 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
     bases = cast(tuple[Base, ...], cache[key])
     _check_positions(config, bases[0])
     _check_rank(config.plan().max_rank, bases[0])
+    if config.train.packing:
+        for base in bases:
+            check_packs(base)
     task = _task(config, bases[0].tokenizer)
     first = Workplace(
         bases[0], task, config.run.seed, precision=_precision(config, bases), loss_chunk=config.engine.loss_chunk

@@ -33,7 +33,7 @@ class Joined:
 
     Each client has as many rows as the largest batch (smaller ones are filled up with copies), of as many tokens as the
     longest row. ``parts`` are the clients' own batches; ``real`` [c, rows, tokens] marks their tokens, ``own`` their
-    padding too (None: all).
+    padding too (None: all). ``segments`` [c*rows, tokens]: as :attr:`Batch.segments`, of packed rows.
     """
 
     active: Sequence[int]
@@ -43,6 +43,7 @@ class Joined:
     tokens: int
     real: Tensor
     own: Tensor | None
+    segments: Tensor | None = None
 
     @property
     def prompt(self) -> Tensor:
@@ -82,7 +83,7 @@ class Passes:
         if self.many is None:
             (batch,) = (batch.to(device) for batch in batches)
             rows, tokens = batch.mask.shape
-            return Joined(active, batch.inputs, [batch], rows, tokens, batch.mask.unsqueeze(0), None)
+            return Joined(active, batch.inputs, [batch], rows, tokens, batch.mask.unsqueeze(0), None, batch.segments)
         sizes = [tuple(batch.mask.shape) for batch in batches]
         rows, tokens = (max(size[axis] for size in sizes) for axis in (0, 1))
         pads = {"input_ids": self.workplace.task.tokenizer.pad_token_id}
@@ -94,10 +95,13 @@ class Passes:
         }
         own = torch.zeros(len(batches), rows, tokens, dtype=torch.long)
         for number, (b, t) in enumerate(sizes):
-            own[number, :b, :t] = 1
+            own[number, :b, tokens - t if left else 0 : tokens if left else t] = 1
         own = own.to(device, non_blocking=True)
-        real = inputs["attention_mask"].view_as(own) * own
-        return Joined(active, inputs, [batch.to(device) for batch in batches], rows, tokens, real, own)
+        masks = torch.cat([_filled(batch.mask, rows, tokens, 0, left) for batch in batches]).to(device)
+        parts = [batch.segments for batch in batches if batch.segments is not None]
+        segments = torch.cat([_filled(part, rows, tokens, 0, left) for part in parts]).to(device) if parts else None
+        real = masks.view_as(own) * own
+        return Joined(active, inputs, [batch.to(device) for batch in batches], rows, tokens, real, own, segments)
 
     def in_step(self, streams: Sequence[Iterator[Batch]]) -> Iterator[Joined]:
         """The first batches of all clients' streams, then the second batches of those that have one, and so on."""
@@ -107,7 +111,7 @@ class Passes:
 
     def choose(self, joined: Joined) -> None:
         """Prepare for a pass of ``joined``."""
-        self.row_mask.prompt = None
+        self.row_mask.prompt, self.row_mask.segments = None, joined.segments
         if self.many is not None:
             sizes = [(part.mask.shape[0], part.mask.shape[1]) for part in joined.parts]
             self.many.choose(joined.active, joined.rows, joined.tokens, sizes, joined.real.device)
@@ -117,7 +121,11 @@ class Passes:
         self.choose(joined)
         if self.row_mask.used:
             self.row_mask.prompt = joined.prompt
-        output = output_of(self.workplace, joined.inputs, self.targets, self.row_mask)
+        flat = joined.segments is not None and self.workplace.base.packs_flat
+        inputs = {name: of.view(1, -1) for name, of in joined.inputs.items()} if flat else joined.inputs
+        output = output_of(self.workplace, inputs, self.targets, self.row_mask)
+        if flat:
+            output = _in_rows(output, len(joined.parts) * joined.rows)
         if self.many is None:
             return [output]
         if isinstance(output, Hidden):
@@ -143,6 +151,13 @@ def on_base(workplace: Workplace, layers: Sequence[BankLayers]) -> Iterator[Pass
             row_mask = many.now.row_mask
             row_mask.used = row_mask.used or any(each.now.rows.used for each in layers)
             yield Passes(workplace, row_mask, many.now, targets)
+
+
+def _in_rows(output: Output, rows: int) -> Output:
+    """The output of rows that went through the model as one."""
+    if isinstance(output, Hidden):
+        return replace(output, values=output.values.view(rows, -1, output.values.shape[-1]))
+    return output.view(rows, -1, output.shape[-1])
 
 
 def output_of(

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from coterie.compute.choices import share_prompts
 from coterie.compute.generate import completions
 from coterie.compute.passes import Passes, evaluating, on_base
 from coterie.compute.statistics import Collector
@@ -38,15 +39,24 @@ def score(scorings: Sequence[Scoring]) -> list[Scored]:
         return []
     workplace, size = scorings[0].workplace, scorings[0].workplace.rows_of_each(len(scorings))
     with on_base(workplace, [scoring.layers for scoring in scorings]) as passes, evaluating(workplace.base.model):
-        for joined in passes.in_step([scoring.batches(size) for scoring in scorings]):
-            for at, i in enumerate(joined.active):
-                scorings[i].begin_pass(joined.parts[at], joined.mask(at, padding=False))
-            for i, of, output in zip(joined.active, joined.parts, passes.outputs(joined), strict=True):
-                scorings[i].add(of, output)
+        cache, choosing = workplace.base.prompt_cache, [each for each in scorings if isinstance(each, ChoiceScoring)]
+        if cache and choosing:
+            share_prompts(passes, cache, choosing)
+        else:
+            _pass_whole(passes, scorings, size)
         observed = [scoring.collector.result() if scoring.collector else None for scoring in scorings]
         texts = _texts(passes, scorings)
     results = [scoring.result(made) for scoring, made in zip(scorings, texts, strict=True)]
     return [replace(result, observed=usage) for result, usage in zip(results, observed, strict=True)]
+
+
+def _pass_whole(passes: Passes, scorings: Sequence[Scoring], size: int) -> None:
+    """Pass every client's batches of ``size`` whole rows."""
+    for joined in passes.in_step([scoring.batches(size) for scoring in scorings]):
+        for at, i in enumerate(joined.active):
+            scorings[i].begin_pass(joined.parts[at], joined.mask(at, padding=False))
+        for i, of, output in zip(joined.active, joined.parts, passes.outputs(joined), strict=True):
+            scorings[i].add(of, output)
 
 
 def _texts(passes: Passes, scorings: Sequence[Scoring]) -> list[list[str] | None]:
@@ -146,6 +156,7 @@ class ChoiceScoring(Scoring):
     """
 
     passed: int = 0  # candidates whose passes have begun
+    seen: list[tuple[int, int]] = field(default_factory=list)  # row and candidate of each loss
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` candidates, sorted by length, on the CPU."""
@@ -165,12 +176,20 @@ class ChoiceScoring(Scoring):
 
     def add(self, batch: Batch, output: Output) -> None:
         """Count the losses of a batch."""
-        self.losses.append(completion_losses(output, batch))
+        losses = completion_losses(output, batch)
+        self.seen += self.order[len(self.seen) : len(self.seen) + len(losses)]
+        self.losses.append(losses)
+
+    def add_losses(self, rows: Sequence[int], number: int, losses: Tensor) -> None:
+        """Add the losses [b] of candidate ``number`` of ``rows``, of those that have one."""
+        having = [at for at, row in enumerate(rows) if number < len(self.examples[row].choices)]
+        self.seen += [(rows[at], number) for at in having]
+        self.losses.append(losses if len(having) == len(rows) else losses[having])
 
     def result(self, texts: Sequence[str] | None = None) -> Scored:
         """The scores."""
         right = 0.0
-        for (i, j), loss in zip(self.order, torch.cat(self.losses).tolist(), strict=True):
+        for (i, j), loss in zip(self.seen, torch.cat(self.losses).tolist(), strict=True):
             right += loss if j == self.examples[i].label else 0.0
         examples = self.examples
         metrics = classification_metrics([e.label for e in examples], self.chosen())
@@ -181,7 +200,7 @@ class ChoiceScoring(Scoring):
     def chosen(self) -> list[int]:
         """The number of the candidate that each row's scores choose."""
         means = [[0.0] * len(e.choices) for e in self.examples]
-        for (i, j), loss in zip(self.order, torch.cat(self.losses).tolist(), strict=True):
+        for (i, j), loss in zip(self.seen, torch.cat(self.losses).tolist(), strict=True):
             means[i][j] = loss / len(self.examples[i].choices[j])
         return [row.index(min(row)) for row in means]
 

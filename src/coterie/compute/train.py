@@ -21,6 +21,7 @@ from coterie.compute.preferences import LogProbs, base_log_probs, dpo_of, pair_b
 from coterie.compute.workplace import Steps, Workplace
 from coterie.data.examples import Batch, Example
 from coterie.data.outputs import Output
+from coterie.data.packing import packed
 from coterie.data.rows import ClientData
 from coterie.nn.build import BankLayers, build_layers
 from coterie.ops.streams import stream_seed
@@ -119,6 +120,10 @@ class Training:
         self.heads = [[head for head, _ in micro] for micro in steps]
         self.layers = build_layers(self.workplace.base.model, self.request.bank, self.request.trainable)
         self.layers.now.training = True
+        if self.request.optim.packing and self.counts_padding:
+            raise CoterieError(
+                "[train] packing leaves no padding, and the method counts it; leave out packing, or [method] padding"
+            )
         self.penalties = Penalties.of(self.request, self.layers.parameters)
         self.paces = self._by_pace()
         dpo = dpo_of(self.workplace.task)
@@ -172,6 +177,8 @@ class Training:
             pair_batch(task, examples, self.reference) if pairs else task.collate(examples)
             for examples in self.steps[self.step]
         ]
+        if self.request.optim.packing:
+            micro = [packed(batch, task.tokenizer.pad_token_id) for batch in micro]
         self.counts.append(sum(batch.count for batch in micro))
         self._parts: list[Tensor] = []
         return micro

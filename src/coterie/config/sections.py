@@ -15,7 +15,6 @@ from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.registry import method_named
 from coterie.methods.robust import RobustSettings
-from coterie.methods.secure import SecureAggregationSettings, refusal
 from coterie.ops.scores import DEFAULT
 from coterie.requests import Optim
 from coterie.types import CoterieError, Json, Section, TaskKind
@@ -237,7 +236,6 @@ class Config(Section):
     method: dict[str, Json] = Field(default_factory=lambda: {"name": DEFAULT_METHOD})
     run: RunSettings = Field(default_factory=RunSettings)
     robust: RobustSettings = Field(default_factory=RobustSettings)
-    secure_aggregation: SecureAggregationSettings = Field(default_factory=SecureAggregationSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     federation: FederationSettings = Field(default_factory=FederationSettings)
 
@@ -258,14 +256,16 @@ class Config(Section):
     def make_method(self, root: Path) -> Method:
         """The method with its settings; relative paths in them start at ``root``, the config's folder."""
         kind = method_named(self.method_name)
+        if self.train.packing and (self.task.kind == "classification" or self.task.objective == "dpo"):
+            what = "classification" if self.task.kind == "classification" else "objective = dpo"
+            raise CoterieError(
+                f"[train] packing works with generation and multiple_choice, not with {what}; leave it out"
+            )
         if self.robust.active and kind.no_rules:
             raise CoterieError(
                 f"[robust] does not work with {kind.name}: {kind.no_rules}; leave [robust] out or choose another method"
             )
-        method = kind(self.method_settings().located(root), self.plan())
-        if fault := refusal(self.secure_aggregation, method.releases(), self.robust.active):
-            raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")
-        return method
+        return kind(self.method_settings().located(root), self.plan())
 
     def plan(self) -> Plan:
         """What a method gets besides its own settings."""
@@ -279,5 +279,4 @@ class Config(Section):
             rounds=self.run.rounds,
             seed=self.run.seed,
             robust=self.robust,
-            secure=self.secure_aggregation,
         )

@@ -49,9 +49,25 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
     _check_duplicates(twice, settings)
     if twice:
         about = {**about, "duplicates": {"in all": totals(twice), **twice}}
+    apart = _newcomers(settings, entries)
+    if apart:
+        about = {**about, "newcomers": {name: entries.pop(name) for name in apart}}
     manifest = {"kind": kind, "seed": seed, **about, "clients": entries}
     notes = (f"{duplicates_text(twice)}; manifest.json has the numbers",) if twice else ()
-    return FederatedData(tuple(client for client, _ in clients), manifest, notes)
+    there, late = ([c for c, _ in clients if (c.info.id in apart) is out] for out in (False, True))
+    return FederatedData(tuple(there), manifest, notes, tuple(late))
+
+
+def _newcomers(settings: DataSettings, clients: Collection[str]) -> list[str]:
+    """The clients that take no part. Raises :class:`DataError` for names of none, and where nobody is left."""
+    if unknown := sorted(set(settings.newcomers) - set(clients)):
+        raise DataError(
+            f"data.newcomers names {listing(unknown)}, but no client is called so; the clients are "
+            f"{listing(sorted(clients))}"
+        )
+    if clients and set(clients) == set(settings.newcomers):
+        raise DataError("data.newcomers names every client, so nobody takes part; leave some out of it")
+    return sorted(settings.newcomers)
 
 
 def _own_files(

@@ -41,6 +41,7 @@ class Batch:
     ``reference``: of preferences, whose rows are the answers of each pair, the reference's log-probabilities of them
     [b / 2, 2]; ``count`` is then the number of pairs.
     ``labelled`` [n] numbers the tokens of b * t whose next token has a label that counts; None: not known yet.
+    ``segments`` [b, t], where rows are packed: the number of each token's row in the batch row; 0: padding.
     """
 
     inputs: Mapping[str, Tensor]
@@ -48,10 +49,12 @@ class Batch:
     count: int
     reference: Tensor | None = None
     labelled: Tensor | None = None
+    segments: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
-        return self.inputs["attention_mask"]
+        """[b, t]: 1 for tokens, 0 for padding."""
+        return self.inputs["attention_mask"] if self.segments is None else (self.segments > 0).long()
 
     @property
     def prompt(self) -> Tensor:
@@ -63,7 +66,8 @@ class Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         labelled = None if self.labels.ndim == 1 else self.before_labels.to(device, non_blocking=True)
         reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
-        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count, reference, labelled)
+        segments = None if self.segments is None else self.segments.to(device, non_blocking=True)
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.count, reference, labelled, segments)
 
     @property
     def before_labels(self) -> Tensor:

@@ -129,9 +129,10 @@ def client_data(
 class FederatedData:
     """The clients in a fixed order, and the manifest: who got how many of what, from which files.
 
-    ``notes``: what the user should know of the rows.
+    ``notes``: what the user should know of the rows. ``newcomers`` take no part in the run.
     """
 
     clients: tuple[ClientData, ...]
     manifest: Mapping[str, object]
     notes: tuple[str, ...] = ()
+    newcomers: tuple[ClientData, ...] = ()

@@ -125,6 +125,10 @@ class DataSettings(Section):
         default=None, description="label names, in order; none: those of the dataset, else those in each client's rows"
     )
     columns: Columns = Field(default=Columns(), description="the columns' names")
+    newcomers: tuple[str, ...] = Field(
+        default=(),
+        description="clients that take no part in the run, for coterie compare to see how they join it afterwards",
+    )
     train_rows: int = Field(default=0, ge=0, description="training rows per client; 0: all")
     validation_rows: int = Field(default=0, ge=0, description="validation rows per client; 0: all")
     test_rows: int = Field(default=0, ge=0, description="test rows per client; 0: all")

@@ -14,6 +14,7 @@ from coterie.nn.first_token import FirstToken, first_token
 from coterie.nn.locate import MINILM, files_of, resolve
 from coterie.nn.placement import DeviceMap, input_device
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model, outline
+from coterie.nn.prompt_cache import PromptCache, prompt_cache
 from coterie.nn.spec import describe, head_modules, longest
 from coterie.nn.split_head import SplitHead, split_head
 from coterie.nn.weights import identified
@@ -25,7 +26,8 @@ class Base:
     """A frozen model, its tokenizer, and what a method knows of it. ``path`` is where the files were read.
 
     ``first_token``: where the last layer may be computed for the first token alone; ``split_head``: where a decoder can
-    be cut between its body and its head; None: nowhere.
+    be cut between its body and its head; None: nowhere. ``prompt_cache``: how candidates share a prompt; None: not at
+    all.
     """
 
     model: PreTrainedModel
@@ -36,6 +38,7 @@ class Base:
     attention: str
     first_token: FirstToken | None = None
     split_head: SplitHead | None = None
+    prompt_cache: PromptCache | None = None
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +60,11 @@ class Base:
         for name, module in self.model.named_modules():
             if type(module) is nn.Linear and id(module.weight) not in shared and name.split(".")[0] not in heads:
                 module.to(dtype)
+
+    @property
+    def packs_flat(self) -> bool:
+        """Whether packed rows go through the model as a single one, for attention of variable length."""
+        return str(getattr(self.model.config, "_attn_implementation", "")).startswith("flash")
 
     @property
     def vocabulary(self) -> int:
@@ -105,7 +113,8 @@ def load_base(
     spec = identified(describe(model, targets), path)
     classifies = kind == "classification"
     cut, split = (first_token(model), None) if classifies else (None, split_head(model))
-    return Base(model, tokenizer, spec, path, kind, attention, cut, split)
+    cache = prompt_cache(model) if kind == "multiple_choice" else None
+    return Base(model, tokenizer, spec, path, kind, attention, cut, split, cache)
 
 
 def spec_at(name: str, kind: TaskKind, targets: tuple[str, ...] = ()) -> BaseSpec:

@@ -145,7 +145,8 @@ class ManyLayer:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         number = len(self.now.active)
         rows = number * self.now.rows
-        if x.shape[0] != rows and (x.ndim > 2 or x.shape[0] != rows * self.now.tokens):
+        flat = x.ndim == 3 and x.shape[:2] == (1, rows * self.now.tokens)  # packed rows, as one
+        if x.shape[0] != rows and not flat and (x.ndim > 2 or x.shape[0] != rows * self.now.tokens):
             raise CoterieError(
                 f"{self.module} takes {list(x.shape)} where the batch has {rows} rows: this model mixes the rows of a "
                 "batch; set [engine] clients_per_batch = 1"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from coterie.nn.products import Kept
+from coterie.nn.products import Kept, dropped
 
 Piece = tuple[int, int, int]  # of a stack: the client's place, from row, to row
 
@@ -88,7 +88,7 @@ class ProjectMany(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x if trained.pieces else None, weight, keep)
         ctx.scale, ctx.trained = scale, trained
-        both = x @ weight.mT if keep is None else (x * keep @ weight.mT).mul_(scale)
+        both = x @ weight.mT if keep is None else (dropped(x, keep) @ weight.mT).mul_(scale)
         if sizes == (both.shape[2],):
             return (both,)
         return tuple(part.contiguous() for part in both[..., : sum(sizes)].split(sizes, dim=2))
@@ -102,8 +102,8 @@ class ProjectMany(torch.autograd.Function):
             grad = grad * ctx.scale
         x_grad = grad @ weight[:, : grad.shape[2]] if ctx.needs_input_grad[0] else None
         if keep is not None:
-            x_grad = x_grad if x_grad is None else x_grad.mul_(keep)
-            x = x if x is None else x * keep
+            x_grad = x_grad if x_grad is None else dropped(x_grad, keep)
+            x = x if x is None else dropped(x, keep)
         return x_grad, None, None, None, None, None, *ctx.trained.grads(grad, x)
 
 

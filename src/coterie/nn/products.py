@@ -50,6 +50,11 @@ def padded(rows: int) -> int:
     return rows if rows <= 8 else -(-rows // 8) * 8
 
 
+def dropped(x: Tensor, keep: Tensor) -> Tensor:
+    """x with zeros where ``keep`` is false; a product with it would first copy it into numbers like those of x."""
+    return torch.where(keep, x, 0.0)
+
+
 class Kept(FunctionCtx):
     """The context of a function of autograd, as PyTorch documents it: tensors that are kept may be None."""
 
@@ -96,7 +101,7 @@ class Project(torch.autograd.Function):
             both = x @ weight.T
             h, rest = both[:, :rank], both[:, rank:]
         else:
-            h, rest = (x * keep @ weight[:rank].T).mul_(scale), x @ weight[rank:].T if slots else x
+            h, rest = (dropped(x, keep) @ weight[:rank].T).mul_(scale), x @ weight[rank:].T if slots else x
         return h.contiguous(), rest[:, :slots].contiguous() if slots else None
 
     @staticmethod
@@ -115,11 +120,12 @@ class Project(torch.autograd.Function):
         h_grad = h_grad * ctx.scale
         if ctx.needs_input_grad[0]:
             x_grad = _product(h_grad, weight[:rank], ctx.shape)
-            flat = x_grad.view(keep.shape).mul_(keep)
+            flat = dropped(x_grad.view(keep.shape), keep)
             if p_grad is not None:
                 flat.addmm_(p_grad, weight[rank : rank + slots])
+            x_grad = flat.view(ctx.shape)
         count = sum(stop <= rank for _, stop in spans)
-        grads = list(_span_grads(h_grad, x * keep, spans[:count], dtypes[:count])) if count else []
+        grads = list(_span_grads(h_grad, dropped(x, keep), spans[:count], dtypes[:count])) if count else []
         if p_grad is not None:
             grads += _span_grads(p_grad, x, [(lo - rank, hi - rank) for lo, hi in spans[count:]], dtypes[count:])
         return x_grad, *_NONE_5, *grads

@@ -30,6 +30,7 @@ class _Cache(Protocol):
 class RowMask:
     """Which tokens stand for their rows in a forward pass.
 
+    ``segments`` [b, t] numbers the rows that are packed into each batch row, 0 for padding; None: a batch row is one.
     ``attention`` [b, T] is the mask of the model's last call; None: it had none. ``prompt`` [b, t] marks the tokens
     that stand for their row, if they are fewer than attention marks. ``used``: whether anything needs the mask.
     ``continues``: whether the model's last call came with a cache of tokens before its own. Generation leaves out a
@@ -40,6 +41,7 @@ class RowMask:
     prompt: Tensor | None = None
     used: bool = False
     continues: bool = False
+    segments: Tensor | None = None
 
     @property
     def counted(self) -> Tensor | None:
@@ -67,6 +69,8 @@ class RowScores:
         """For every token the scores of its row. Shapes: x [b, t, i] or [b, i], p = R x and the result [b * t, s]."""
         x, counted = _by_row(x, mask.counted)
         rows, tokens = x.shape[0], x.shape[1]
+        if mask.segments is not None:
+            return _of_segments(x, p.view(rows, tokens, -1), counted, mask.segments).to(p.dtype)
         goes_on = mask.continues or (counted is not None and counted.shape[1] > x.shape[1])
         if goes_on and self.last is not None and len(self.last) == rows:
             scores = self.last
@@ -82,8 +86,26 @@ def row_directions(x: Tensor, mask: RowMask) -> Tensor:
     return total / _lengths(total)
 
 
+def _of_segments(x: Tensor, p: Tensor, counted: Tensor | None, segments: Tensor) -> Tensor:
+    """The scores [b * t, s] of the packed row that each token is in. Shapes: x [b, t, i], p [b, t, s]."""
+    rows, tokens = segments.shape
+    first = torch.arange(rows, device=segments.device).unsqueeze(1) * (tokens + 1)
+    at = (first + segments).flatten()
+
+    def sums(values: Tensor) -> Tensor:
+        if counted is not None:
+            values = values * counted.to(values.dtype).unsqueeze(-1)
+        wide = values.flatten(0, 1).to(torch.promote_types(values.dtype, torch.float32))
+        return wide.new_zeros(rows * (tokens + 1), wide.shape[-1]).index_add(0, at, wide)
+
+    return (sums(p) / _lengths(sums(x))).index_select(0, at)
+
+
 def _by_row(x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x [b, t, i] and its mask [b, T]. A module may take all tokens of a batch in one list, or one vector per row."""
+    """x [b, t, i] and its mask [b, T]. A module may take all tokens of a batch in one list or in one row, or one vector
+    per row."""
+    if counted is not None and x.ndim == 3 and x.shape[0] == 1 < len(counted) and counted.numel() == x.shape[1]:
+        return x.view(*counted.shape, -1), counted
     if x.ndim == 3:
         return x, counted
     if counted is not None and counted.numel() == len(x):

@@ -171,6 +171,24 @@ def test_a_merged_decoder_writes_what_peft_writes(arch: str, tmp_path: Path) -> 
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_merged_decoder_has_the_files_names_and_shapes_of_its_base(arch: str, tmp_path: Path) -> None:
+    """So what converts the base, to GGUF or another format, converts the merged model."""
+    run = bundles.finished(tmp_path, "generation", gate="constant", arch=arch)
+    base, merged = tmp_path / "model", tmp_path / "merged"
+    (base / "tokenizer.model").write_bytes(b"a vocabulary of SentencePiece")
+    export(run / "clients" / "north", None, merged, form="merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    assert {name: (t.shape, t.dtype) for name, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert (merged / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, merged)]
+    for name in ("architectures", "model_type", "vocab_size", "tie_word_embeddings"):
+        assert configs[0].get(name) == configs[1].get(name)
+    vocabularies = [json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (base, merged)]
+    assert vocabularies[0] == vocabularies[1]
+
+
 @pytest.mark.parametrize(
     ("arch", "targets"),
     [("gpt2", ("attn.c_proj", "c_fc")), ("llama", ("q_proj", "lm_head")), ("gpt2", ("c_attn", "lm_head"))],

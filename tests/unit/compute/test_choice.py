@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tiny
 from coterie.compute import passes
+from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.examples import IGNORE, Batch, Example, candidate, completion_losses
@@ -216,8 +217,46 @@ def test_a_place_means_something_only_where_all_rows_have_the_same_candidates() 
     assert found.keys() == {"accuracy", "macro_f1", "matthews"}
 
 
+@pytest.mark.parametrize("arch", tiny.DECODERS)
+@pytest.mark.parametrize("gate", ["slot_top_k", "similarity"])
+def test_candidates_share_their_prompt(arch: str, gate: str) -> None:
+    """The scores and the use of experts are those of whole rows, with fewer tokens; also in shared passes."""
+    shared = make_workplace(arch)
+    whole = replace(shared, base=replace(shared.base, prompt_cache=None))
+    assert shared.base.prompt_cache is not None
+    slots, options, experts = (None, {"own": 0}, 3) if gate == "slot_top_k" else (1, {"scale": 1.0}, 2)
+    targets = shared.base.spec.targets
+    bank = tiny.bank(targets, experts, gate=gate, options=options, slots=slots, dtype=torch.float64)
+    tokens: list[int] = []
+    handle = shared.base.model.register_forward_pre_hook(
+        lambda _, __, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    clients = [client_of(OWN, None), client_of(SHARED, LABELS)]
+    request, found, passed = Score([bank], "test", usage=True), [], []
+    for workplace in (whole, shared):
+        workplace.eval_batch_size = 1  # no padding, and as many rows as candidates
+        tokens.clear()
+        found.append([LocalCompute(workplace, client, 1).score(request)[0] for client in clients])
+        passed.append(sum(tokens))
+    handle.remove()
+    examples = [e for client in clients for e in whole.examples(client, "test")]
+    saved = sum((len(e.choices) - 1) * e.prompt for e in examples)
+    assert saved > 0
+    assert passed[0] - passed[1] == saved
+    shared.eval_batch_size = 4
+    together = answer_all([(LocalCompute(shared, client, 1), request) for client in clients], print)
+    for one, *others in zip(*found, (scores[0] for scores in together), strict=True):  # type: ignore[index]
+        for other in others:
+            assert other.loss == pytest.approx(one.loss, rel=1e-12)
+            assert other.metrics == one.metrics
+            assert other.observed.tokens == one.observed.tokens
+            for module, use in one.observed.usage.items():
+                assert other.observed.usage[module].weight == pytest.approx(list(use.weight), rel=1e-9)
+
+
 def test_on_a_tie_the_first_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     workplace = make_workplace("llama")
+    workplace.base = replace(workplace.base, prompt_cache=None)
 
     def zeros(workplace: Workplace, inputs: Any) -> torch.Tensor:
         return torch.zeros(*inputs["input_ids"].shape, tiny.VOCABULARY)

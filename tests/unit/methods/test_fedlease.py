@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from coterie import codec
-from coterie.methods.fedlease.method import FedLEASE, FedLEASEState
+from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.fedlease.state import FedLEASEState
 from coterie.methods.findings import Clusters, Values, find
 from coterie.methods.plan import Plan
 from coterie.ops.streams import stream

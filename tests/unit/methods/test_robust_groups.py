@@ -10,8 +10,9 @@ import torch
 
 from coterie.config.load import check_config
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings
-from coterie.methods.fedlease.method import FedLEASE, FedLEASEState
+from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.fedlease.state import FedLEASEState
 from coterie.methods.findings import Values, find
 from coterie.methods.parts import label_space
 from coterie.methods.plan import Plan

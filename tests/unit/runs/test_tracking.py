@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -121,14 +122,16 @@ def test_wandb_writes_offline_runs_with_one_id(tmp_path: Path, monkeypatch: pyte
     assert len(files) == 2
     found: dict[str, list[tuple[int, float]]] = {}
     for file in files:
-        for content in wandb_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(content)
-            for item in record.history.item:
+        records: list[Any] = []
+        end = time.monotonic() + 60
+        while not any(record.HasField("exit") for record in records) and time.monotonic() < end:
+            time.sleep(0.1)  # another process writes it
+            records = [wandb_internal_pb2.Record.FromString(content) for content in wandb_records(file.read_bytes())]
+        for history in (record.history for record in records):
+            for item in history.item:
                 key = item.key or "/".join(item.nested_key)
                 if not key.startswith("_"):
-                    step = record.history.step.num
-                    found.setdefault(key, []).append((step, float(item.value_json)))
+                    found.setdefault(key, []).append((history.step.num, float(item.value_json)))
     assert found == EXPECTED
 
 

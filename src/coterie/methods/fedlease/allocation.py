@@ -14,7 +14,6 @@ from coterie.methods.fedlease.representation import representation_of
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.parts import lora_of, part_of
 from coterie.methods.plan import Plan
-from coterie.methods.robust import RobustSettings
 from coterie.ops.centred import centred_distances, gram, lora_gram
 from coterie.ops.cluster import Array, Feature, cluster, lora_distances
 from coterie.ops.nested import nested
@@ -62,6 +61,11 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
             '[method] recluster_every compares representations; set distance to "representation" or "auto", with '
             'allocation = "learned"'
         )
+    if settings.download == "used" and settings.routing == "own":
+        raise CoterieError(
+            '[method] download = "used" chooses among the experts of others, which routing = "own" does not send; '
+            "remove one of the two"
+        )
     if settings.warmup_rounds >= plan.rounds:
         raise CoterieError(
             f"[method] warmup_rounds = {settings.warmup_rounds} leaves no round for the experts; "
@@ -88,21 +92,10 @@ def allocate(
         )
         clusters = dict(zip(order, map(int, clustering.labels), strict=True))
         return Allocation(clusters, clustering.silhouettes, order, torch.from_numpy(compared.distances))
-    return Allocation(given(settings, seed, groups), {}, order, torch.from_numpy(compared.distances))
-
-
-def given(settings: FedLEASESettings, seed: int, groups: Mapping[ClientId, str]) -> dict[ClientId, int]:
-    """The clusters of a control, which needs no LoRA: clients that missed the warm-up get one too."""
+    # A control needs no LoRA: clients that missed the warm-up get a cluster too.
     names = _shuffled(sorted(groups), settings.most, seed) if settings.allocation == "random" else groups
     numbers = {name: e for e, name in enumerate(dict.fromkeys(names[c] for c in sorted(groups)))}
-    return {c: numbers[names[c]] for c in sorted(groups)}
-
-
-def withheld(robust: RobustSettings, allocated: Allocation | None) -> list[int]:
-    """The experts of clusters that are too small to be sent to other clusters (``[robust] min_group``)."""
-    if allocated is None or not robust.active:
-        return []
-    return [e for e in range(allocated.num_experts) if len(allocated.members(e)) < robust.min_group]
+    return Allocation({c: numbers[names[c]] for c in sorted(groups)}, {}, order, torch.from_numpy(compared.distances))
 
 
 def _by_texts_and_loras(settings: FedLEASESettings, order: tuple[ClientId, ...], sent: Sequence[Tensors]) -> Allocation:

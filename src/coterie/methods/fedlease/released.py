@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from coterie.methods.fedlease.download import USE
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.releases import SERVER, Release, head_release
 
@@ -40,5 +41,15 @@ def _before_clusters(settings: FedLEASESettings) -> Iterator[Release]:
 def _in_clusters(settings: FedLEASESettings) -> Iterator[Release]:
     alone = settings.routing == "own"
     yield Release("A and B of its cluster's expert", to="its cluster" if alone else "all clients")
+    if settings.download == "used":
+        yield Release(
+            "the weight of each expert over its rows",
+            "info",
+            "each",
+            SERVER,
+            names=(USE,),
+            why="a client is sent the experts that it uses",
+            instead='[method] download = "all"',
+        )
     if settings.router == "cluster" and not alone:
         yield Release("router", to="its cluster", instead='[method] router = "personal"')

@@ -17,3 +17,8 @@ def gate_of(settings: FedLEASESettings, own: int) -> GateSpec:
             return GateSpec("softmax")
         case "own":
             return GateSpec("constant")
+
+
+def slots_of(settings: FedLEASESettings, experts: int) -> int:
+    """The outputs of a router over so many experts."""
+    return 2 * experts - 1 if settings.routing == "adaptive" else experts

@@ -64,6 +64,21 @@ class FedLEASESettings(MethodSettings):
         "expert alone, without a router",
     )
     top_k: int = Field(2, ge=1, description='experts per token with routing = "top_k"')
+    download: Literal["all", "used"] = Field(
+        "all",
+        description="experts that a client is sent: all, or its own and those that its tokens use; the client keeps "
+        "the others as it last received them",
+    )
+    download_threshold: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description='an expert is sent with download = "used" if it gets at least this part of the weight of a '
+        "client's gates",
+    )
+    download_every: int = Field(
+        10, ge=1, description='rounds after which a client is sent all experts again with download = "used"'
+    )
     weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of the means inside a cluster")
     router: Literal["cluster", "personal"] = Field("cluster", description="average routers in a cluster, or keep them")
     head: Literal["trained", "frozen"] = Field("trained", description="train the head, or leave it at its start")

@@ -1,0 +1,54 @@
+"""The study: all methods on one federation, each with the learning rate that suits it, over three seeds.
+
+The configs beside this file are the federations. Every method is tuned over the same learning rates on validation data
+with a seed that is not reported. What is finished is not repeated, so the command goes on where it stopped, and more
+methods or seeds may follow later.
+
+    python examples/fetch_data.py sst2 trec sick clinc150          # once
+    python bench/study/run.py four-tasks --methods fedlease,local,fedit
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _harness import RESULTS, banking, datasets
+
+from coterie.comparison import compare
+from coterie.comparison.record import RECORD
+
+HERE = Path(__file__).parent
+METHODS = (
+    "fedlease", "local", "fedsa_lora", "ifca", "fedit", "feddpa", "fedalt", "fedamole", "fdlora", "ffa_lora", "fedprox",
+    "flexlora", "hetlora", "flora", "fedex_lora", "rolora", "centralised",
+)  # fmt: skip
+RATES = "train.learning_rate=1e-3,2e-3,4e-3"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("federation", choices=sorted(path.stem for path in HERE.glob("*.toml")))
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods and variants, separated by commas")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where the runs lie")
+    chosen = parser.parse_args()
+    banking(datasets(), HERE / "data" / "banking")
+    out = chosen.work / chosen.federation
+    compare(
+        HERE / f"{chosen.federation}.toml",
+        out,
+        methods=chosen.methods.split(","),
+        seeds=[int(seed) for seed in chosen.seeds.split(",")],
+        tune=[RATES],
+        jobs=chosen.jobs,
+        say=lambda text: print(text, flush=True),
+    )
+    (RESULTS / f"study-{chosen.federation}.json").write_text((out / RECORD).read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What FedLEASE's server does: from replies to clusters, to each cluster's expert, router and head, to instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from coterie.methods.fedlease import allocation
+from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.download import reported, wanted
+from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
+from coterie.methods.fedlease.representation import mean_representations, without_representation
+from coterie.methods.fedlease.routing import slots_of
+from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.fedlease.state import FedLEASEState
+from coterie.methods.parts import (
+    label_space,
+    lora_of,
+    mean_error,
+    part_of,
+    router_of,
+    start_head,
+    start_lora,
+    start_router,
+    weights_of,
+)
+from coterie.methods.plan import Plan
+from coterie.methods.robust import Group, aggregated, alone, grouped
+from coterie.ops.mean import mean, relative_error
+from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Json, Key, Part, Reply, Tensors
+
+
+def warm_start(settings: FedLEASESettings, plan: Plan, base: BaseSpec, me: ClientInfo) -> dict[Key, Tensor]:
+    """The LoRA, as expert 0, and the head that a client starts its warm-up from."""
+    purpose = (me.id,) if settings.start == "own" else ()
+    return {**start_lora(base, plan, 0, *purpose), **start_head(base, plan, me)}
+
+
+@dataclass(frozen=True)
+class Server:
+    """The steps of the server, by these settings. Every step takes a state and returns the next."""
+
+    settings: FedLEASESettings
+    plan: Plan
+
+    def aggregate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
+        """The state after round ``rnd``."""
+        if rnd < self.settings.clustered_after:
+            return state
+        replies = dict(sorted(replies.items()))
+        if state.allocation is None:
+            warm = {**state.warm, **replies}
+            fit = self._without_outlying(state, warm)
+            if len(fit) < self.settings.needed:
+                return replace(state, warm=warm)
+            return self._allocate(replace(state, warm={}, outlying=tuple(sorted(warm.keys() - fit.keys()))), fit)
+        late = {c: r for c, r in replies.items() if state.cluster_of(c) is None}
+        present = {c: r for c, r in replies.items() if c not in late}
+        state = self._with_use(self._average(state, present), present, rnd)
+        return self._recluster(self.add_late(state, late), present)
+
+    def groups(
+        self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
+    ) -> Sequence[Group]:
+        """The clusters. Warm-up LoRAs have none yet: :meth:`aggregate` groups them once it has clustered them."""
+        cluster = {c: str(e) for c in replies if (e := state.cluster_of(c)) is not None}
+        return grouped(without_representation(replies), cluster, spaces, private=True)
+
+    def instruction(self, state: FedLEASEState, client: ClientId, rnd: int) -> Instruction:
+        """What ``client`` is sent for round ``rnd``."""
+        own = state.cluster_of(client)
+        if own is None:
+            return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.clustered_after})
+        router = state.routers[own] if self.settings.router == "cluster" else {}
+        number = len(state.routers)
+        numbers = [own] if self.settings.routing == "own" else self._sent(state, client, rnd)
+        experts = {key: v for key, v in self._visible_to(state, own).items() if key.expert in numbers}
+        info: dict[str, Json] = {"phase": "experts", "own": own}
+        info |= {"experts": number} if self.settings.download == "used" and number > 1 else {}
+        info |= {"represent": True} if self.settings.reclusters(rnd) else {}
+        return Instruction({**experts, **router, **state.heads.of(client)}, info)
+
+    def withheld(self, state: FedLEASEState) -> list[int]:
+        """The experts of clusters that are too small to be sent to other clusters (``[robust] min_group``)."""
+        if state.allocation is None or not self.plan.robust.active:
+            return []
+        least, number = self.plan.robust.min_group, state.allocation.num_experts
+        return [e for e in range(number) if len(state.allocation.members(e)) < least]
+
+    def _sent(self, state: FedLEASEState, client: ClientId, rnd: int) -> list[int]:
+        """The numbers of the experts that ``client`` is sent in round ``rnd``."""
+        own = state.cluster_of(client)
+        assert own is not None
+        return wanted(self.settings, state.use.get(client), own, rnd, len(state.routers))
+
+    def _with_use(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
+        """The state with what clients of clusters reported of their use of the experts in round ``rnd``."""
+        if self.settings.download == "all":
+            return state
+        use = {client: of for client, of in state.use.items() if client not in replies}
+        for client, reply in replies.items():
+            all_sent = len(self._sent(state, client, rnd)) == len(state.routers)
+            if report := reported(state.use.get(client), reply, rnd, all_sent):
+                use[client] = report
+        return replace(state, use=dict(sorted(use.items())))
+
+    def _visible_to(self, state: FedLEASEState, own: int) -> Tensors:
+        """All experts; those that are withheld from the cluster ``own`` at their start, where B = 0."""
+        withheld = [e for e in self.withheld(state) if e != own]
+        starts = {k: v for e in withheld for k, v in start_lora(state.base, self.plan, e).items()}
+        return {**state.experts, **starts}
+
+    def _warm_starts(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> dict[ClientId, Tensors]:
+        infos = {c: ClientInfo(c, 0, labels=state.labels.get(c)) for c in replies}
+        return {c: warm_start(self.settings, self.plan, state.base, infos[c]) for c in replies}
+
+    def _without_outlying(self, state: FedLEASEState, warm: Mapping[ClientId, Reply]) -> Mapping[ClientId, Reply]:
+        """The warm-up LoRAs without those that resemble too few others; all of them without ``[robust]``."""
+        if not self.plan.robust.active or self.settings.allocation != "learned":
+            return warm
+        out = alone(self.plan.robust, without_representation(warm), self._warm_starts(state, warm))
+        return {c: reply for c, reply in warm.items() if c not in out}
+
+    def _agreed(
+        self, state: FedLEASEState, allocated: Allocation, replies: Mapping[ClientId, Reply]
+    ) -> Mapping[ClientId, Reply]:
+        """The warm-up LoRAs as the rule of ``[robust]`` aggregates them in each cluster."""
+        if not self.plan.robust.active:
+            return replies
+        replies = without_representation(replies)
+        spaces = {c: label_space(ClientInfo(c, 0, labels=state.labels.get(c))) for c in replies}
+        groups = grouped(replies, {c: str(allocated.clusters[c]) for c in replies}, spaces, private=True)
+        return aggregated(self.plan.robust, groups, replies, self._warm_starts(state, replies))[0]
+
+    def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Cluster the clients that sent a warm-up LoRA, and start an expert, a router and heads for each cluster."""
+        warm = {c: r.tensors for c, r in replies.items()}
+        allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
+        replies = self._agreed(state, allocated, replies)
+        number = allocated.num_experts
+        routed = self.settings.routing != "own"
+        router = start_router(state.base, self.plan, slots_of(self.settings, number)) if routed else {}
+        state = replace(
+            state,
+            allocation=allocated,
+            experts={k: v for e in range(number) for k, v in start_lora(state.base, self.plan, e).items()},
+            routers=dict.fromkeys(range(number), router),
+            heads=averaged_heads(
+                cluster_heads(state.base, self.plan, state.labels, allocated.clusters), replies, self.settings.weighting
+            ),
+        )
+        sent = {c: Reply(lora_of(r.tensors, 0, new=allocated.clusters[c]), r.num_examples) for c, r in replies.items()}
+        averaged = self._average(state, sent)
+        started = state if self.settings.expert_start == "own" else averaged
+        return replace(started, starts={**averaged.experts, **mean_representations(allocated.clusters, warm)})
+
+    def _average(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Every cluster's expert, router and head as the mean over its members that replied; if none did, they stay."""
+        assert state.allocation is not None
+        weight = weights_of(replies, self.settings.weighting)
+        experts, routers, errors = dict(state.experts), dict(state.routers), []
+        for e in range(state.allocation.num_experts):
+            members = [c for c in state.allocation.members(e) if c in replies]
+            if not members:
+                continue
+            weights = [weight[c] for c in members]
+            uploads = [lora_of(replies[c].tensors) for c in members]
+            experts |= mean(uploads, weights)
+            errors += mean_error(uploads, weights)
+            sent = [router_of(replies[c].tensors) for c in members]
+            routers[e] = mean(sent, weights) if all(sent) else routers[e]
+        heads = averaged_heads(state.heads, replies, self.settings.weighting)
+        return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
+
+    def add_late(self, state: FedLEASEState, late: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Clients that made up their warm-up join the cluster whose mean is nearest to what they sent."""
+        if not late or state.allocation is None:
+            return state
+        sent = [reply.tensors for reply in late.values()]
+        joined = allocation.nearest(self.settings, state.starts, state.allocation, sent)
+        return self._move(state, dict(zip(late, joined, strict=True)), late)
+
+    def _recluster(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
+        """Clients whose texts have come nearer to another cluster's move there; the experts stay as they are."""
+        sent = {c: reply.tensors for c, reply in replies.items() if part_of(reply.tensors, Part.EMBEDDING)}
+        if not sent or state.allocation is None:
+            return state
+        moves = allocation.drifted(self.settings, state.starts, state.allocation, sent)
+        state = self._move(state, moves, replies)
+        assert state.allocation is not None
+        now = mean_representations(state.allocation.clusters, sent)
+        return replace(state, starts={**state.starts, **now})
+
+    def _move(
+        self, state: FedLEASEState, moves: Mapping[ClientId, int], replies: Mapping[ClientId, Reply]
+    ) -> FedLEASEState:
+        """Clients in other clusters than before."""
+        if not moves or state.allocation is None:
+            return state
+        clusters = {**state.allocation.clusters, **moves}
+        regrouped = cluster_heads(state.base, self.plan, state.labels, clusters)
+        heads = moved_heads(state.heads, regrouped, {c: replies[c] for c in moves}, self.settings.weighting)
+        use = {client: of for client, of in state.use.items() if client not in moves}
+        return replace(state, allocation=replace(state.allocation, clusters=clusters), heads=heads, use=use)

@@ -1,0 +1,38 @@
+"""What FedLEASE's server keeps from round to round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.download import Use
+from coterie.methods.parts import Heads
+from coterie.types import BaseSpec, ClientId, Reply, Tensors
+
+
+@dataclass(frozen=True)
+class FedLEASEState:
+    """The server's state: the clusters, and an expert and a router for each.
+
+    ``warm`` holds warm-up LoRAs until there are enough of them to cluster, ``starts`` their means by cluster.
+    ``outlying`` names the clients whose warm-up LoRA resembled too few others to be clustered (``[robust]``).
+    ``use`` says how much each client uses which expert, with ``download = "used"``.
+    """
+
+    base: BaseSpec
+    groups: Mapping[ClientId, str]
+    labels: Mapping[ClientId, tuple[str, ...]]
+    warm: Mapping[ClientId, Reply] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    starts: Tensors = field(default_factory=dict)
+    experts: Tensors = field(default_factory=dict)
+    routers: Mapping[int, Tensors] = field(default_factory=dict)
+    heads: Heads = field(default_factory=Heads)
+    error: float = 0.0
+    outlying: tuple[ClientId, ...] = ()
+    use: Mapping[ClientId, Use] = field(default_factory=dict)
+
+    def cluster_of(self, client: ClientId) -> int | None:
+        """The cluster of ``client``; None before the clients are clustered, and for one that has not joined any."""
+        return self.allocation.clusters.get(client) if self.allocation else None
