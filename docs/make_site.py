@@ -35,6 +35,7 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/simulation.md",
         "docs/deploy.md",
         "docs/robustness.md",
+        "docs/secure-aggregation.md",
         "SECURITY.md",
         "examples/README.md",
     ],

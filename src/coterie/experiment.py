@@ -28,7 +28,8 @@ from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.events import METRICS, Listener, Note, Ready, read_events
 from coterie.runs.extend import extend, rounds_before
 from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder, plain
-from coterie.runs.rounds import RoundSettings, Runner
+from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
 from coterie.runs.trackers import Tracked, check_tracker
 from coterie.runs.tracking import tracking

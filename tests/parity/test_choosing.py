@@ -17,7 +17,8 @@ import sites
 from coterie import codec
 from coterie.data.clients import load_data
 from coterie.engines import local
-from coterie.runs.rounds import RoundSettings, Runner
+from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 from coterie.types import Part
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]

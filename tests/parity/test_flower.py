@@ -16,7 +16,8 @@ from coterie import codec
 from coterie.data.clients import load_data
 from coterie.engines import local
 from coterie.methods.registry import methods
-from coterie.runs.rounds import RoundSettings, Runner
+from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
 TIMES = ("seconds", "peak_memory_bytes")

@@ -27,7 +27,8 @@ from coterie.engines import flower_sim, local
 from coterie.engines.actor import answer
 from coterie.flower.simulation import SimulatedTransport, simulation
 from coterie.methods.registry import method_named, methods
-from coterie.runs.rounds import RoundSettings, Runner
+from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 from coterie.types import CoterieError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

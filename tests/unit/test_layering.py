@@ -40,7 +40,7 @@ LAYERS = (
     {"adapters"},
     {"inference"},
     {"nn", "data"},
-    {"ops"},
+    {"ops", "secure"},
     {"codec", "files", "lifetime", "machine", "plugins", "units"},
     {"requests", "text"},
     {"types"},
@@ -66,7 +66,7 @@ ONLY_IN = {
     "datasets": {"data/sources"},
     "typer": {"cli"},
     "pandas": {"artifacts/history.py"},
-    "cryptography": {"deploy/keys.py"},
+    "cryptography": {"deploy/keys.py", "secure"},
 }
 
 

@@ -53,6 +53,11 @@ class SiteIdentity(Section):
     server: str = Field(description="address of the server, HOST:PORT")
     key: str = Field("", description="this site's private key; empty only with --insecure")
     ca: str = Field("", description="the federation's CA certificate; empty only with --insecure")
+    peers: str = Field(
+        "",
+        description="folder with the public key, NAME.pub, of every site of the federation, from a source that you "
+        "trust; with it, this site takes part only in runs with secure aggregation",
+    )
     state: str = Field("state", description="folder for what stays at the site: personal state, exports, the log")
 
 
@@ -74,6 +79,9 @@ class SiteData(Section):
     )
     test: str | None = Field(None, description="file of test rows; without it, taken from the training rows")
     labels: tuple[str, ...] | None = Field(None, description="label names, in order; by default those in the rows")
+    group: str | None = Field(
+        None, description="the site's domain, where a method's groups are given ('oracle'); the server learns it"
+    )
     columns: Columns = Field(default=Columns(), description="the columns' names")
     train_rows: int = Field(0, ge=0, description="training rows to use; 0: all")
     validation_rows: int = Field(0, ge=0, description="validation rows to use; 0: all")
@@ -86,8 +94,8 @@ class SiteData(Section):
 
     def settings(self, client: str) -> DataSettings:
         """These settings as the ``[data]`` of a run with only this client."""
-        own = ClientFiles(id=client, train=self.train, validation=self.validation, test=self.test, labels=self.labels)
-        rest = self.model_dump(exclude={"train", "validation", "test", "labels", "columns"})
+        own = ClientFiles(id=client, **self.model_dump(include={"train", "validation", "test", "labels", "group"}))
+        rest = self.model_dump(exclude={"train", "validation", "test", "labels", "group", "columns"})
         return DataSettings(clients=(own,), columns=self.columns, **rest)
 
 

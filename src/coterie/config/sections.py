@@ -15,6 +15,7 @@ from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.registry import method_named
 from coterie.methods.robust import RobustSettings
+from coterie.methods.secure import SecureAggregationSettings, refusal
 from coterie.ops.scores import DEFAULT
 from coterie.requests import Optim
 from coterie.types import CoterieError, Json, Section, TaskKind
@@ -236,6 +237,7 @@ class Config(Section):
     method: dict[str, Json] = Field(default_factory=lambda: {"name": DEFAULT_METHOD})
     run: RunSettings = Field(default_factory=RunSettings)
     robust: RobustSettings = Field(default_factory=RobustSettings)
+    secure_aggregation: SecureAggregationSettings = Field(default_factory=SecureAggregationSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     federation: FederationSettings = Field(default_factory=FederationSettings)
 
@@ -265,7 +267,10 @@ class Config(Section):
             raise CoterieError(
                 f"[robust] does not work with {kind.name}: {kind.no_rules}; leave [robust] out or choose another method"
             )
-        return kind(self.method_settings().located(root), self.plan())
+        method = kind(self.method_settings().located(root), self.plan())
+        if fault := refusal(self.secure_aggregation, method.releases(), self.robust.active):
+            raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")
+        return method
 
     def plan(self) -> Plan:
         """What a method gets besides its own settings."""
@@ -279,4 +284,5 @@ class Config(Section):
             rounds=self.run.rounds,
             seed=self.run.seed,
             robust=self.robust,
+            secure=self.secure_aggregation,
         )

@@ -25,7 +25,7 @@ _SENT = {
     "run": ("rounds", "seed", "evaluate", "export", "eval_batch_size"),
     "engine": ("precision",),
 }
-_SENT_WHOLE = ("task", "lora", "train", "method")
+_SENT_WHOLE = ("task", "lora", "train", "method", "secure_aggregation")
 _GRACE = 60.0  # seconds after the deadline for which Flower keeps a message, so that late answers are noticed
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from coterie.data.clients import SAFE_ID
 from coterie.data.rows import SPLITS
 from coterie.flower.message import KINDS
+from coterie.secure.steps import STEPS
 from coterie.types import ClientId, CoterieError, ExportedAs, Json
 
 _TYPES: dict[str, type] = {
@@ -28,7 +29,7 @@ _MAX = 10**6  # a site's files of states have six digits
 @dataclass(frozen=True)
 class Head:
     """See :meth:`coterie.deploy.agreement.Agreement.message`. ``splits`` and ``usage`` are for evaluation,
-    ``export`` for the bank that the site writes."""
+    ``export`` for the bank that the site writes, ``step`` for a secure sum."""
 
     kind: str
     client: ClientId
@@ -42,6 +43,7 @@ class Head:
     splits: tuple[str, ...] = ()
     usage: bool = False
     export: ExportedAs = "last"
+    step: str = ""
 
 
 def read_head(head: Mapping[str, Json]) -> Head:
@@ -62,6 +64,8 @@ def read_head(head: Mapping[str, Json]) -> Head:
         raise CoterieError("the message's run is not a valid folder name")
     if len(head["kept_rounds"]) > _MOST or not all(type(rnd) is int and 0 <= rnd < _MAX for rnd in head["kept_rounds"]):
         raise CoterieError(f"the message's kept_rounds is not a list of at most {_MOST} rounds")
+    if (step := head.get("step", "")) not in ("", *STEPS):
+        raise CoterieError(f"the message's step is not one of {', '.join(STEPS)}")
     values = {name: head[name] for name in _TYPES if name not in ("round", "kept_rounds")}
     return Head(
         **values,
@@ -70,4 +74,5 @@ def read_head(head: Mapping[str, Json]) -> Head:
         splits=tuple(splits),
         usage=bool(head.get("usage")),
         export=export,
+        step=step,
     )

@@ -80,8 +80,9 @@ def site_key(path: Path) -> None:
 
 
 def known_sites(folder: Path) -> dict[ClientId, Path]:
-    """The public key file of every site."""
-    return {path.stem: path for path in sorted((folder / "sites").glob("*.pub"))}
+    """The public key file of every site, in ``folder`` or in its folder ``sites``."""
+    inner = folder / "sites"
+    return {path.stem: path for path in sorted((inner if inner.is_dir() else folder).glob("*.pub"))}
 
 
 def key_digest(public: Path) -> str:
@@ -102,10 +103,13 @@ def load_public(path: Path) -> ec.EllipticCurvePublicKey:
 
 
 def check_private(path: Path) -> str:
-    """The digest of the private key in ``path``.
+    """The digest of the private key in ``path``. Raises as :func:`load_private`."""
+    pem = load_private(path).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(pem).hexdigest()
 
-    Raises :class:`CoterieError` if it is not one, or if other users can read it.
-    """
+
+def load_private(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The private key in ``path``. Raises :class:`CoterieError` if it is not one, or if other users can read it."""
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except _KEY_FAULTS as fault:
@@ -114,8 +118,7 @@ def check_private(path: Path) -> str:
         raise CoterieError(f"{path} is not an elliptic curve key; make one with `coterie keys site`")
     if path.stat().st_mode & 0o077:
         raise CoterieError(f"other users can read the private key {path}; run `chmod 600 {path}`")
-    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(pem).hexdigest()
+    return key
 
 
 def _check_id(site: ClientId) -> None:

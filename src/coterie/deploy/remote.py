@@ -130,11 +130,23 @@ class RemoteEngine:
         limits: Mapping[ClientId, int],
     ) -> Iterator[Arrival]:
         encoded = EncodedOnce(instructions)
+        yield from self.exchange(kind, {c: encoded.take(c) for c in sorted(instructions)}, rnd, details, limits)
+
+    def exchange(
+        self,
+        kind: str,
+        bodies: Mapping[ClientId, bytes],
+        rnd: int,
+        details: Mapping[str, Json],
+        limits: Mapping[ClientId, int],
+    ) -> Iterator[Arrival]:
+        """Send a message with each of ``bodies``; the outcome for every client, as it comes."""
+        since, keep, kept_rounds = self.since, self.keep, self.kept_rounds
         messages = {
-            c: self.sites.agreement.message(
-                kind, c, rnd, details, encoded.take(c), since=self.since, keep=self.keep, kept_rounds=self.kept_rounds
+            client: self.sites.agreement.message(
+                kind, client, rnd, details, body, since=since, keep=keep, kept_rounds=kept_rounds
             )
-            for c in sorted(instructions)
+            for client, body in sorted(bodies.items())
         }
         yield from Exchange(self.sites, kind, rnd, messages, limits, self._earlier)
 

@@ -45,6 +45,10 @@ def serve(
     if (folder / SUMMARY).exists():
         listen(Note(f"{folder} is finished; nothing to do"))
         return read_summary(folder / SUMMARY)
+    if insecure and config.secure_aggregation.enabled:
+        raise CoterieError(
+            "[secure_aggregation] needs the sites' keys, which --insecure leaves out; make them: `coterie keys init`"
+        )
     keys = None if insecure else (root / config.federation.keys).resolve()
     if keys is not None:
         check_server_keys(keys)

@@ -21,6 +21,7 @@ from coterie.deploy.events import Finished, Joined, ServerStarted, Stopped
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal
 from coterie.deploy.remote import RemoteEngine
+from coterie.deploy.secure_server import RemoteSums
 from coterie.deploy.sites import Sites
 from coterie.deploy.status import write_sites
 from coterie.experiment import Opened, finish, rounds_of, set_threads, tracked
@@ -101,8 +102,9 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     _write_known(folder, sites.known, config)
     method.init(engine.spec, engine.clients)
     journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
+    hidden = RemoteSums(engine) if config.secure_aggregation.enabled else None
     with tracked(config, folder, begun, journal) as listen:
-        runner = Runner(method, engine, rounds_of(config), folder, listen)
+        runner = Runner(method, engine, rounds_of(config), folder, listen, sums=hidden)
         exported = runner.exported(runner.run())
     write_sites(folder)
     summary = finish(Opened(config, method, engine, FederatedData((), {}), root), exported, folder, journal)

@@ -19,6 +19,7 @@ from coterie.deploy.head import Head, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import check_policy, guard_of
 from coterie.deploy.received import received_file
+from coterie.deploy.secure_site import Held, hold, identity_of
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
@@ -50,6 +51,7 @@ class Worker:
     cache: dict[str, object] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     unsaved: dict[Path, bytes] = field(default_factory=dict)  # what a full disk did not take
+    held: Held | None = field(default=None, repr=False)  # for the secure sums of the round
 
     @property
     def state(self) -> Path:
@@ -94,8 +96,13 @@ class Worker:
             return self._hello(run, head)
         if head.client != self.site.site.id:
             raise CoterieError(f"this is {self.site.site.id}, the message is for {head.client}")
-        answers = {"train": self._train, "evaluate": self._evaluate, "query.bank": self._bank}
-        if head.kind != "train":
+        answers = {
+            "train": self._train,
+            "query.sum": self._sum,
+            "evaluate": self._evaluate,
+            "query.bank": self._bank,
+        }
+        if head.kind in ("evaluate", "query.bank"):
             self.unsaved = received_file(run.folder, head, message.body)
             self.catch_up()
         return answers[head.kind](run, head, message.body)
@@ -113,8 +120,21 @@ class Worker:
             raise CoterieError(
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
+        self.held = None
         outcome = train_client(run.client, run.method, body, head.rnd)
-        return Message({"error": outcome.error} if outcome.error else {}, outcome.blob)
+        if outcome.error:
+            return Message({"error": outcome.error}, outcome.blob)
+        if not run.config.secure_aggregation.enabled:
+            return Message({}, outcome.blob)
+        identity = identity_of(self.site, self.root)
+        self.held, sent = hold(run.client, run.method, identity, run.folder, head, body, outcome.blob)
+        return Message({}, sent)
+
+    def _sum(self, run: Run, head: Head, body: bytes) -> Message:
+        """This site's answer in a step of the round's secure sums."""
+        if self.held is None:
+            raise CoterieError("this site holds no update for a secure sum; it may have been restarted")
+        return Message({}, self.held.answer(head, body))
 
     def _evaluate(self, run: Run, head: Head, body: bytes) -> Message:
         if not self.site.policy.upload_metrics:
@@ -160,6 +180,13 @@ class Worker:
         config = config_at(self.site, terms)
         method = config.make_method(self.root)
         check_policy(self.site.policy, config, method)
+        if config.secure_aggregation.enabled:
+            identity_of(self.site, self.root)  # raises where a key is missing, before anything is loaded
+        elif self.site.site.peers:
+            raise CoterieError(
+                "this site hides its updates ([site] peers), and the run does not; set [secure_aggregation] enabled = "
+                "true at the server"
+            )
         set_threads(config)
         federation = self.federation(config)
         folder = self.state / name

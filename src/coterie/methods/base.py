@@ -89,6 +89,11 @@ class Method(ABC, Generic[S]):
         """The largest rank of an expert that clients train: a site may refuse it. By default the plan's."""
         return self.plan.max_rank
 
+    @property
+    def weighting(self) -> Literal["examples", "uniform"]:
+        """How its means weigh clients: by ``[method] weighting`` where it has that setting, else by their examples."""
+        return "uniform" if getattr(self.settings, "weighting", "examples") == "uniform" else "examples"
+
     # server ----------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -116,7 +121,8 @@ class Method(ABC, Generic[S]):
     def started_from(self, base: BaseSpec, state: S, me: ClientInfo, ins: Instruction, reply: Reply) -> Tensors:
         """What the tensors of ``reply`` were before the client trained them: the server measures the update from these.
 
-        By default those that it received, and for others those that :meth:`begin` gives it.
+        By default those that it received, and for others those that :meth:`begin` gives it. A client whose update is
+        hidden measures it so too, without a ``state``.
         """
         own = {} if reply.tensors.keys() <= ins.tensors.keys() else self.begin(base, me).tensors
         return {**own, **ins.tensors}

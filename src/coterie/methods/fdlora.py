@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pydantic import Field
 
@@ -138,6 +139,10 @@ class FDLoRA(Method[FDLoRAState]):
         momentum = {key: mu * state.momentum[key] + d if state.momentum else d for key, d in change.items()}
         lora = {key: value + rate * (change[key] + mu * momentum[key]) for key, value in state.lora.items()}
         return lora, momentum
+
+    @property
+    def weighting(self) -> Literal["uniform"]:
+        return "uniform"
 
     # client ----------------------------------------------------------------------------------------------------------
 

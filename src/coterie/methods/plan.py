@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from coterie.methods.robust import RobustSettings
+from coterie.methods.secure import SecureAggregationSettings
 from coterie.requests import Optim
 from coterie.types import ClientId, Section
 
@@ -40,6 +41,7 @@ class Plan:
     rounds: int = 10
     seed: int = 0
     robust: RobustSettings = field(default_factory=RobustSettings)
+    secure: SecureAggregationSettings = field(default_factory=SecureAggregationSettings)
 
     @property
     def max_rank(self) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie.methods.robust import Weighed
+from coterie.methods.secure import Sum
 from coterie.ops.metrics import Metrics
 from coterie.requests import Sample, Usage
 from coterie.text import parse_json
@@ -185,7 +186,8 @@ class ClientDone(Event):
 class RoundDone(Event):
     """A round is averaged: every client's part, why some replies were not used, and what changed in the findings.
 
-    ``robust``: what the rule of ``[robust]`` made of every update; None without a rule.
+    ``robust``: what the rule of ``[robust]`` made of every update; None without a rule. ``sums``: what became of every
+    group's secure sum; None where clients' updates are in the clear.
     """
 
     event = "round"
@@ -197,6 +199,7 @@ class RoundDone(Event):
     describe: Mapping[str, object] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     robust: Mapping[ClientId, Weighed] | None = None
+    sums: Mapping[str, Sum] | None = None
 
     @property
     def loss(self) -> float | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -26,10 +26,11 @@ from coterie.machine import peak_memory
 from coterie.methods.base import Method
 from coterie.methods.findings import Notes, find, to_json
 from coterie.methods.parts import label_space
-from coterie.methods.robust import Group, Weighed, aggregated
+from coterie.methods.robust import Group
 from coterie.ops.metrics import mean_metrics
 from coterie.ops.streams import stream
 from coterie.runs import checkpoint as checkpoints
+from coterie.runs.agreed import Agreed, by_rule
 from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.events import (
     METRICS,
@@ -50,32 +51,20 @@ from coterie.runs.events import (
     read_events,
 )
 from coterie.runs.health import loss_note, quorum_fault
+from coterie.runs.secure import Simulated, Sums, apart, check_start, held, known, received, summed
+from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import best_round
 from coterie.types import ClientId, ClientInfo, CoterieError, Reply, Tensors
 
 S = TypeVar("S")  # the method's state
 
 
-@dataclass(frozen=True)
-class RoundSettings:
-    """The settings of the rounds; see the config section ``[run]``."""
-
-    rounds: int
-    seed: int
-    cohort: float = 1.0
-    quorum: float = 0.5
-    norm_bound: float = 1e4
-    update_bound: float = 10.0
-    max_share: float = 0.5
-    evaluate_every: int = 1
-    keep_checkpoints: int = 2
-    export: Literal["best", "last"] = "best"
-    primary: str = "accuracy"  # the metric that chooses the best round
-
-
 @dataclass
 class Runner(Generic[S]):
-    """One run in one folder. ``listen`` gets every event as it happens, including those of single clients."""
+    """One run in one folder. ``listen`` gets every event as it happens, including those of single clients.
+
+    ``sums`` opens secure sums, if the method's plan has any; by default those of clients in this process.
+    """
 
     method: Method[S]
     engine: Engine
@@ -83,8 +72,13 @@ class Runner(Generic[S]):
     folder: Path
     listen: Listener = lambda event: None
     notes: Sequence[str] = ()  # what the user should know before the first round
+    sums: Sums | None = None
     _noted: list[str] = field(default_factory=list)  # so far
     _evaluated: list[Evaluated] = field(default_factory=list)  # so far
+
+    def __post_init__(self) -> None:
+        if self.method.plan.secure.enabled and self.sums is None:
+            self.sums = Simulated(self.method.plan.secure)
 
     def run(self) -> S:
         """Do all remaining rounds; returns the final state.
@@ -94,6 +88,8 @@ class Runner(Generic[S]):
         """
         start = self._restore()
         state = start.state
+        if self.sums is not None:
+            check_start(self.method, self.engine.clients, state, start.rnd + 1)
         for rnd in range(start.rnd + 1, self.settings.rounds + 1):
             state = self._round(state, rnd)
         return state
@@ -130,7 +126,7 @@ class Runner(Generic[S]):
             state = self.method.init(self.engine.spec, self.engine.clients)
             self.metrics.write_bytes(b"")
             self.engine.restore(0)
-            found = self.method.describe(state)
+            found = known(self.method, state)
             said = find(found, Notes)
             self._note([*notes, *self.notes, *(said.texts if said else ())], 0)
             self._log(StartState(describe=to_json(found)))
@@ -182,18 +178,21 @@ class Runner(Generic[S]):
         self.listen(RoundStart(rnd, [client.id for client in cohort]))
         self.engine.watch(lambda steps: self.listen(ClientSteps(rnd, list(steps.clients), steps.taken, steps.of)))
         replies, entries, failed, starts = self._train(state, cohort, rnd)
-        needed = max(1, math.ceil(self.settings.quorum * len(cohort)))
-        if fault := quorum_fault(rnd, len(replies), len(cohort), failed, needed):
-            self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, {}, peak_memory()))
-            raise CoterieError(fault)
-        before = to_json(self.method.describe(state))
+        self._check_quorum(RoundDone(rnd, entries, failed, time.perf_counter() - started), len(cohort), len(replies))
+        before = to_json(known(self.method, state))
         spaces = {client.id: label_space(client) for client in self.engine.clients}
         groups = self.method.groups(state, replies, spaces)
-        agreed, weighed = self._agreed(groups, self._with_shares(groups, replies, rnd), starts, rnd)
-        state = self.method.aggregate(state, agreed, rnd)
-        after = to_json(self.method.describe(state))
+        agreed = self._agreed(groups, self._with_shares(groups, replies, rnd), starts, rnd)
+        failed |= agreed.failed
+        entries |= {client: replace(entries[client], said={}) for client in agreed.failed}
+        late = RoundDone(rnd, entries, failed, time.perf_counter() - started)
+        self._check_quorum(late, len(cohort), len(agreed.replies))
+        state = self.method.aggregate(state, agreed.replies, rnd)
+        after = to_json(known(self.method, state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
-        self._log(RoundDone(rnd, entries, failed, time.perf_counter() - started, changed, peak_memory(), weighed))
+        seconds = time.perf_counter() - started
+        made = RoundDone(rnd, entries, failed, seconds, changed, peak_memory(), agreed.weighed, agreed.sums)
+        self._log(made)
         self._evaluate(state, rnd)
         self._commit(state, rnd)
         return state
@@ -203,7 +202,7 @@ class Runner(Generic[S]):
     ) -> tuple[dict[ClientId, Reply], dict[ClientId, ClientRound], dict[ClientId, str], dict[ClientId, Tensors]]:
         """The replies that are used, every client's entry in the record, why the other replies are not used.
 
-        The last is what the clients started from, for the rules of ``[robust]``.
+        The last is what the clients started from, for the rules of ``[robust]`` and for secure sums.
         """
         replies: dict[ClientId, Reply] = {}
         entries: dict[ClientId, ClientRound] = {}
@@ -215,17 +214,18 @@ class Runner(Generic[S]):
         with closing(self.engine.train(self.method, instructions, rnd, limits)) as deliveries:
             for client, delivery in deliveries:
                 self._note([delivery.note] if delivery.note else [], rnd)
+                delivery = received(self.sums, self.method, delivery)
                 fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
                 entries[client] = _entry(delivery, fault)
                 if fault is not None:
                     failed[client] = fault
                 elif delivery.reply is not None:
-                    replies[client] = delivery.reply
-                    start = self.method.started_from(
-                        self.engine.spec, state, infos[client], instructions[client], delivery.reply
-                    )
-                    sizes[client] = update_sizes(delivery.reply, start)
-                    starts |= {client: start} if self.method.plan.robust.active else {}
+                    info = infos[client]
+                    reply = held(self.sums, delivery.reply, self.method.expects(state, info, rnd))
+                    start = self.method.started_from(self.engine.spec, state, info, instructions[client], reply)
+                    replies[client] = reply
+                    sizes |= {client: update_sizes(reply, start)} if self.sums is None else {}
+                    starts |= {client: start} if self.method.plan.robust.active or self.sums else {}
                 self.listen(ClientDone(rnd, client, entries[client], fault))
         steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
         for client, fault in large_updates(sizes, steps, self.settings.update_bound).items():
@@ -243,7 +243,8 @@ class Runner(Generic[S]):
     def _fault(self, state: S, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
         if reply is None:
             return "no reply"
-        expected, info = self.method.expects(state, client, rnd), self.method.expects_info(state, client, rnd)
+        expected = {} if apart(self.sums) else self.method.expects(state, client, rnd)
+        info = self.method.expects_info(state, client, rnd)
         optim, together = self.method.plan.optim, self.engine.clients if self.method.needs_all_rows else [client]
         rows = [each.num_train for each in together]  # of every client that it trains on
         return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim, rows)
@@ -267,17 +268,23 @@ class Runner(Generic[S]):
         replies: dict[ClientId, Reply],
         starts: Mapping[ClientId, Tensors],
         rnd: int,
-    ) -> tuple[dict[ClientId, Reply], dict[ClientId, Weighed] | None]:
-        """``replies`` after the rule of ``[robust]``, and what it made of each; as they are without a rule."""
+    ) -> Agreed:
+        """``replies`` after secure sums or the rule of ``[robust]``; as they are without either."""
         robust = self.method.plan.robust
-        if not robust.active:
-            return replies, None
-        agreed, weighed = aggregated(robust, groups, replies, starts)
-        for client in sorted(c for c in weighed if weighed[c].outlying):
-            subject = f"{client}'s update points away from what its group agrees on"
-            if not any(text.startswith(subject) for text in self._noted):
-                self._note([f"{subject}: {weighed[client]} ([robust] rule = {robust.rule!r})"], rnd)
-        return agreed, weighed
+        if self.sums is not None:
+            agreed = summed(self.method, self.sums, groups, replies, starts, rnd)
+        else:
+            agreed = by_rule(robust, groups, replies, starts) if robust.active else Agreed(replies)
+        once = [text for subject, text in agreed.once.items() if not any(t.startswith(subject) for t in self._noted)]
+        self._note([*agreed.notes, *once], rnd)
+        return agreed
+
+    def _check_quorum(self, made: RoundDone, cohort: int, replies: int) -> None:
+        """Raises :class:`CoterieError`, and logs the round, where too few of its clients' replies can be used."""
+        needed = max(1, math.ceil(self.settings.quorum * cohort))
+        if fault := quorum_fault(made.round, replies, cohort, made.failed, needed):
+            self._log(replace(made, peak_memory_bytes=peak_memory()))
+            raise CoterieError(fault)
 
     def _evaluate(self, state: S, rnd: int) -> None:
         if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:

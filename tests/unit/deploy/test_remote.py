@@ -30,7 +30,8 @@ from coterie.flower.app import GridTransport
 from coterie.flower.message import Message, pack, unpack
 from coterie.requests import ExpertUse, Observed, Sample
 from coterie.runs.events import Event, Note
-from coterie.runs.rounds import RoundSettings, Runner
+from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 from coterie.types import Bank, CoterieError, GateSpec, Key, Part, Target
 from grid import InProcessGrid
 from spoiled import SPOILED

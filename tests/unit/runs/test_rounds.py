@@ -36,7 +36,8 @@ from coterie.runs.events import (
     read_events,
 )
 from coterie.runs.health import loss_note
-from coterie.runs.rounds import RoundSettings, Runner
+from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import Traffic, Worst, best_round, read_summary, summarise
 from coterie.types import BaseSpec, ClientInfo, CoterieError, Instruction, Key, Part, Reply, Target
 

@@ -92,10 +92,14 @@ def allocate(
         )
         clusters = dict(zip(order, map(int, clustering.labels), strict=True))
         return Allocation(clusters, clustering.silhouettes, order, torch.from_numpy(compared.distances))
-    # A control needs no LoRA: clients that missed the warm-up get a cluster too.
+    return Allocation(given(settings, seed, groups), {}, order, torch.from_numpy(compared.distances))
+
+
+def given(settings: FedLEASESettings, seed: int, groups: Mapping[ClientId, str]) -> dict[ClientId, int]:
+    """The clusters of a control, which needs no LoRA: clients that missed the warm-up get one too."""
     names = _shuffled(sorted(groups), settings.most, seed) if settings.allocation == "random" else groups
     numbers = {name: e for e, name in enumerate(dict.fromkeys(names[c] for c in sorted(groups)))}
-    return Allocation({c: numbers[names[c]] for c in sorted(groups)}, {}, order, torch.from_numpy(compared.distances))
+    return {c: numbers[names[c]] for c in sorted(groups)}
 
 
 def _by_texts_and_loras(settings: FedLEASESettings, order: tuple[ClientId, ...], sent: Sequence[Tensors]) -> Allocation:

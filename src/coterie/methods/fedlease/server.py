@@ -64,8 +64,13 @@ class Server:
     def groups(
         self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
     ) -> Sequence[Group]:
-        """The clusters. Warm-up LoRAs have none yet: :meth:`aggregate` groups them once it has clustered them."""
-        cluster = {c: str(e) for c in replies if (e := state.cluster_of(c)) is not None}
+        """The clusters. Warm-up LoRAs have none yet: :meth:`aggregate` groups them once it has clustered them.
+
+        Secure sums, which are opened before that, need the clusters of a control from the start.
+        """
+        given = allocation.given(self.settings, self.plan.seed, state.groups) if self.plan.secure.enabled else {}
+        known = state.allocation.clusters if state.allocation else given
+        cluster = {c: str(known[c]) for c in replies if c in known}
         return grouped(without_representation(replies), cluster, spaces, private=True)
 
     def instruction(self, state: FedLEASEState, client: ClientId, rnd: int) -> Instruction:

@@ -1,0 +1,48 @@
+"""The server's side of secure sums over sites: a message per step to each site that is in a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coterie.deploy.remote import RemoteEngine
+from coterie.deploy.secure_site import run_name
+from coterie.flower.message import Message
+from coterie.secure.collector import Opened
+from coterie.secure.session import Session, Site
+from coterie.secure.steps import sums
+from coterie.types import ClientId, Reply, Tensors
+
+_KEYS_BYTES = 2**12  # per pair of sites and session: keys, sealed shares, signatures, in hexadecimal digits
+_BESIDE = 2**20
+_VALUE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RemoteSums:
+    """Opens the secure sums of the sites of ``engine``, which keep their tensors."""
+
+    engine: RemoteEngine
+    apart: bool = True
+
+    @property
+    def run(self) -> str:
+        agreement = self.engine.sites.agreement
+        return run_name(agreement.run, agreement.attempt)
+
+    def open(
+        self,
+        sessions: Mapping[str, Session],
+        replies: Mapping[ClientId, Reply],
+        starts: Mapping[ClientId, Tensors],
+        rnd: int,
+    ) -> Mapping[str, Opened | str]:
+        """The opened sums, or why they are not opened."""
+        limit = _BESIDE + sum(_VALUE_BYTES * s.length + _KEYS_BYTES * len(s.members) for s in sessions.values())
+
+        def ask(step: str, messages: Mapping[Site, bytes]) -> dict[Site, bytes]:
+            limits = dict.fromkeys(messages, limit)
+            arrivals = self.engine.exchange("query.sum", messages, rnd, {"step": step}, limits)
+            return {each.client: each.answer.body for each in arrivals if isinstance(each.answer, Message)}
+
+        return sums(sessions, ask)

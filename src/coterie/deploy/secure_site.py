@@ -1,0 +1,99 @@
+"""A site's side of secure sums: it keeps the tensors of its reply, and answers the steps with masked vectors.
+
+What it keeps is in memory alone. A worker that is started again has nothing left of a session, and takes part in the
+next one. On the disk is over which sites it has opened the sums of a round: a server that repeats a round, over other
+sites, could subtract one sum from another and see a single site's update. It gets no second sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from coterie import codec
+from coterie.config.deployment import SiteSettings
+from coterie.deploy.head import Head
+from coterie.deploy.keys import known_sites, load_private, load_public
+from coterie.engines.client import LocalClient
+from coterie.files import read_json, write_json
+from coterie.methods.base import Method
+from coterie.methods.secure import check_session, update_of, vector_of, without_statistics
+from coterie.secure.identity import Identity
+from coterie.secure.session import SecureSumError, Session, Site
+from coterie.secure.steps import Party
+from coterie.types import CoterieError, Instruction, Reply
+
+_OPENED = "opened.json"
+
+
+@dataclass(frozen=True)
+class Held:
+    """This site in the sums of one round of one attempt."""
+
+    run: str
+    rnd: int
+    party: Party
+
+    def answer(self, head: Head, body: bytes) -> bytes:
+        """The answers in a step. Raises as :meth:`coterie.secure.steps.Party.answer`."""
+        if (run_name(head.run, head.attempt), head.rnd) != (self.run, self.rnd):
+            raise SecureSumError(f"this site holds nothing of round {head.rnd}; it may have been restarted since")
+        return self.party.answer(head.step, body)
+
+
+def run_name(run: str, attempt: int) -> str:
+    """The name of a run in its sessions: another attempt is another run."""
+    return f"{run} {attempt}"
+
+
+def identity_of(site: SiteSettings, root: Path) -> Identity:
+    """The site's registered key and those of its peers. Raises :class:`CoterieError` where they are missing."""
+    if not site.site.key or not site.site.peers:
+        raise CoterieError(
+            "secure aggregation signs with [site] key and checks the other sites' signatures with [site] peers, the "
+            "folder of their public keys; set both"
+        )
+    private = load_private(root / site.site.key)
+    peers = {name: load_public(path) for name, path in known_sites(root / site.site.peers).items()}
+    return Identity(private, {**peers, site.site.id: private.public_key()})
+
+
+def hold(
+    client: LocalClient, method: Method, identity: Identity, folder: Path, head: Head, body: bytes, blob: bytes
+) -> tuple[Held, bytes]:
+    """What this site keeps of its encoded reply, ``blob``, to the instruction in ``body``; and the reply that it sends.
+
+    The reply has no tensors, and of its statistics those that the server needs of each site.
+    """
+    settings, reply = method.plan.secure, codec.decode(Reply, blob)
+    ins = codec.decode(Instruction, body)
+    start = method.started_from(client.workplace.base.spec, None, client.info, ins, reply)
+    update, name = update_of(reply, start, settings.clip), run_name(head.run, head.attempt)
+    party = Party(
+        client.id,
+        identity,
+        partial(vector_of, update),
+        lambda session: check_session(settings, session, name, head.rnd),
+        lambda session, survivors: note_opened(folder / _OPENED, session, survivors),
+    )
+    sent = without_statistics(replace(reply, tensors={}), method.releases())
+    return Held(name, head.rnd, party), codec.encode(sent)
+
+
+def note_opened(path: Path, session: Session, survivors: tuple[Site, ...]) -> None:
+    """Note that the sum of ``session`` is opened over ``survivors``.
+
+    Raises :class:`SecureSumError` where it was opened over other sites before, by an earlier attempt.
+    """
+    opened = read_json(path, "delete the folder of the run at this site") if path.exists() else {}
+    layout = hashlib.sha256(json.dumps(session.layout).encode()).hexdigest()[:16]
+    name, now = f"{session.rnd} {layout}", sorted(survivors)
+    if opened.setdefault(name, now) != now:
+        raise SecureSumError(
+            f"round {session.rnd} was opened over {', '.join(opened[name])} before; over {', '.join(now)} too, the "
+            "difference would be the update of single sites"
+        )
+    write_json(path, opened)

@@ -1,0 +1,282 @@
+"""Secure aggregation: of each group that shares an expert the server learns a sum, and no client's update by itself.
+
+It is applied where the rules of ``[robust]`` are (:mod:`coterie.methods.robust`), to the same groups: a cluster, the
+holders of an expert, or all. Every member sends, masked (:mod:`coterie.secure`),
+
+    (p_i u_i, p_i),   u_i = min(1, clip / |u_i|) (x_i - start_i),   p_i = w_i / sum over the members of w_j
+
+as integers, with |u_i| the norm of all that it sends, taken as one vector. Members' tensors are then replaced with
+sum p_i (start_i + u_i) / sum p_i over the survivors, so any mean over the group is that result, and no method needs to
+know of sums. The weight w_i is the number of examples, at most what the server allows to anybody, or 1.
+
+A group whose sum is not opened keeps what it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from coterie.methods.releases import Release, each_of
+from coterie.methods.robust import Group
+from coterie.ops.mean import mean
+from coterie.secure import fixed_point
+from coterie.secure.collector import Opened
+from coterie.secure.session import SecureSumError, Session, needed_of
+from coterie.types import ClientId, CoterieError, Key, Reply, Section, Tensors
+
+_BESIDE = 2  # numbers beside the tensors' values: p_i, and whether the update was shortened
+
+
+class SecureAggregationSettings(Section):
+    """Whether the server sees sums over groups of clients alone, and when it may open one."""
+
+    enabled: bool = Field(
+        False, description="hide each client's update: the server learns sums over groups that share an expert"
+    )
+    threshold: float = Field(
+        0.66, gt=0.5, le=1, description="share of a group's clients that must be left, or its sum is not opened"
+    )
+    min_group: int = Field(
+        3, ge=2, description="fewest clients in a sum; of two, each can compute the other's update from it"
+    )
+    clip: float = Field(
+        100.0, gt=0, description="clients shorten updates with a larger norm to it; the range of the sums"
+    )
+    bits: int = Field(
+        40, ge=16, le=56, description="bits of a value in a sum: the grid has 2 ** (bits - 1) steps from 0 to clip"
+    )
+    neighbours: int = Field(
+        50,
+        ge=0,
+        description="other clients that each one shares masks and keys with (rounded up to an even number); 0: all. A "
+        "group that is not larger shares with all",
+    )
+
+
+def refusal(settings: SecureAggregationSettings, releases: Sequence[Release], robust: bool) -> str | None:
+    """Why a method with these ``releases`` has no secure sums, with the alternative; None if it has."""
+    if not settings.enabled:
+        return None
+    if robust:
+        return (
+            "[robust] compares the clients' updates, which are hidden: leave [robust] out. [secure_aggregation] clip "
+            "then bounds what honest clients send; a client that ignores it is not caught"
+        )
+    if not releases:
+        return "the method sends nothing that could be added up; leave [secure_aggregation] out"
+    for release in each_of(releases):
+        if release.carried == "tensors":
+            why = f": {release.why}" if release.why else ""
+            fix = f"set {release.instead}" if release.instead else "choose a method that averages, such as fedit"
+            return f"the server needs each client's own {release.what}{why}; {fix}, or leave [secure_aggregation] out"
+    return None
+
+
+def in_the_clear(releases: Sequence[Release]) -> frozenset[str]:
+    """The names in a reply's ``info`` that the server needs of each client: they are sent as they are."""
+    return frozenset(name for release in each_of(releases) if release.carried == "info" for name in release.names)
+
+
+# the server ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What became of a group's sum: its members, who is in it, how many shortened their update; or why it is closed.
+
+    ``vanished`` has the step before which each other member was lost.
+    """
+
+    members: Sequence[ClientId]
+    survivors: Sequence[ClientId] = ()
+    vanished: Mapping[ClientId, str] | None = None
+    shortened: int = 0
+    error: str | None = None
+
+
+def sessions_of(
+    settings: SecureAggregationSettings,
+    groups: Sequence[Group],
+    replies: Mapping[ClientId, Reply],
+    uniform: bool,
+    run: str,
+    rnd: int,
+) -> dict[str, Session]:
+    """A session for each set of members, by a name; ``replies`` have the shapes of what the members hold.
+
+    A client weighs as many examples as its reply says, or with ``uniform`` 1.
+    """
+    keys: dict[tuple[ClientId, ...], set[Key]] = {}
+    for group in groups:
+        keys.setdefault(tuple(sorted(group.members)), set()).update(group.keys)
+    made = {}
+    for number, members in enumerate(sorted(keys), start=1):
+        tensors = {key: replies[members[0]].tensors[key] for key in sorted(keys[members])}
+        most = 0 if uniform else max(replies[c].num_examples for c in members)
+        made[f"{number}"] = Session(
+            run=run,
+            rnd=rnd,
+            group=f"{number}: {', '.join(members)}",
+            members=members,
+            length=sum(value.numel() for value in tensors.values()) + _BESIDE,
+            layout=tuple(f"{key} {'x'.join(map(str, value.shape))}" for key, value in tensors.items()),
+            most_examples=most,
+            total=float(len(members) if uniform else sum(replies[c].num_examples for c in members)),
+            bound=settings.clip,
+            bits=settings.bits,
+            threshold=settings.threshold,
+            min_group=settings.min_group,
+            neighbours=settings.neighbours,
+        )
+    return made
+
+
+def too_small(settings: SecureAggregationSettings, groups: Sequence[Group]) -> str | None:
+    """Which group could never be opened, and the fix; None if all could."""
+    for group in groups:
+        if len(group.members) < (needed := needed_of(len(group.members), settings.threshold, settings.min_group)):
+            return (
+                f"[secure_aggregation] the sum over {', '.join(group.members)} would never be opened: {needed} clients "
+                "are needed ([secure_aggregation] min_group); make the groups larger, or keep what they share personal"
+            )
+    return None
+
+
+def applied(
+    sessions: Mapping[str, Session],
+    opened: Mapping[str, Opened | str],
+    replies: Mapping[ClientId, Reply],
+    starts: Mapping[ClientId, Tensors],
+) -> tuple[dict[ClientId, Reply], dict[str, Sum]]:
+    """``replies`` with the mean of each sum that was opened and the start of each other, and what became of the sums.
+
+    A client that is in no opened sum, though one that it belongs to was opened, is left out.
+    """
+    changed: dict[ClientId, dict[Key, Tensor]] = {c: dict(reply.tensors) for c, reply in replies.items()}
+    left_out: set[ClientId] = set()
+    done: dict[str, Sum] = {}
+    for name, session in sessions.items():
+        result, keys = opened[name], [key for key, _ in layout_of(session)]
+        if isinstance(result, str):
+            done[session.group] = Sum(session.members, error=result)
+            for client in session.members:
+                changed[client] |= {key: _start(starts, client, key, replies) for key in keys}
+            continue
+        means, shortened = _means(session, result, replies, starts)
+        left_out |= {*session.members} - {*result.survivors}
+        done[session.group] = Sum(session.members, result.survivors, result.vanished, shortened)
+        for client in session.members:
+            changed[client] |= means
+    return {c: replace(r, tensors=changed[c]) for c, r in replies.items() if c not in left_out}, done
+
+
+def _means(
+    session: Session, result: Opened, replies: Mapping[ClientId, Reply], starts: Mapping[ClientId, Tensors]
+) -> tuple[dict[Key, Tensor], int]:
+    """The survivors' mean of each tensor, and how many of them shortened their update."""
+    numbers = fixed_point.decode(result.total, session.bound, session.bits)
+    weight, shortened = numbers[-2] / session.bound, numbers[-1] / session.bound
+    if not 0 < weight <= 1 + 1e-6:
+        raise SecureSumError(f"the weights in the sum over {', '.join(session.members)} make no sense: {weight:g}")
+    shares = [_weight(session, replies[c].num_examples) for c in result.survivors]
+    means, at = {}, 0
+    for key, shape in layout_of(session):
+        size = int(np.prod(shape))
+        update = torch.from_numpy(numbers[at : at + size] / weight).reshape(shape)
+        before = [_start(starts, c, key, replies) for c in result.survivors]
+        same = all(torch.equal(before[0], other) for other in before[1:])
+        start = before[0] if same else mean([{key: each} for each in before], shares)[key]
+        means[key] = (start.double() + update).to(start.dtype)
+        at += size
+    return means, round(shortened)
+
+
+def _start(starts: Mapping[ClientId, Tensors], client: ClientId, key: Key, replies: Mapping[ClientId, Reply]) -> Tensor:
+    start = starts[client].get(key)
+    return torch.zeros_like(replies[client].tensors[key]) if start is None else start
+
+
+# a client ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's update of a round, in float64, shortened as one vector; and the examples that it may count for."""
+
+    tensors: Tensors
+    examples: int
+    shortened: bool
+
+
+def update_of(reply: Reply, start: Tensors, clip: float) -> Update:
+    """What ``reply`` changes beside ``start``, at most ``clip`` long. Raises :class:`SecureSumError` if not finite."""
+    moved = {k: v.double() - start[k].double() if k in start else v.double() for k, v in reply.tensors.items()}
+    norm = float(sum(float(value.square().sum()) for value in moved.values())) ** 0.5
+    if not norm < float("inf"):
+        raise SecureSumError("the update has values that are not finite")
+    factor = min(1.0, clip / norm) if norm else 1.0
+    tensors = {key: value * factor for key, value in moved.items()} if factor < 1 else moved
+    return Update(tensors, reply.num_examples, factor < 1)
+
+
+def vector_of(update: Update, session: Session) -> fixed_point.Integers:
+    """A client's vector for ``session``. Raises :class:`SecureSumError` if the session is not about its update."""
+    share = _weight(session, update.examples) / session.total
+    pieces = []
+    for key, shape in layout_of(session):
+        value = update.tensors.get(key)
+        if value is None or tuple(value.shape) != shape:
+            raise SecureSumError(f"the session wants {key} of the shape {list(shape)}, which this client does not have")
+        pieces.append(value.flatten().numpy() * share)
+    if not 0 < share <= 1:
+        raise SecureSumError(
+            f"the session gives this client a weight of {share:g}, which must be above 0 and at most 1"
+        )
+    beside = np.array([share, float(update.shortened)]) * session.bound
+    return fixed_point.encode(
+        np.concatenate([*pieces, beside]).clip(-session.bound, session.bound), session.bound, session.bits
+    )
+
+
+def check_session(settings: SecureAggregationSettings, session: Session, run: str, rnd: int) -> None:
+    """Raises :class:`SecureSumError` at a client for a session of another run, round or setting."""
+    wanted = (settings.clip, settings.bits, settings.threshold, settings.min_group, settings.neighbours)
+    if (session.bound, session.bits, session.threshold, session.min_group, session.neighbours) != wanted:
+        raise SecureSumError("the session has other settings than [secure_aggregation] of the run")
+    if (session.run, session.rnd) != (run, rnd):
+        raise SecureSumError(f"the session is of round {session.rnd} of another run or attempt, not of round {rnd}")
+
+
+def without_statistics(reply: Reply, releases: Sequence[Release]) -> Reply:
+    """``reply`` with nothing in ``info`` but what the server needs of each client."""
+    kept = in_the_clear(releases)
+    return replace(reply, info={name: value for name, value in reply.info.items() if name in kept})
+
+
+def layout_of(session: Session) -> Iterator[tuple[Key, tuple[int, ...]]]:
+    """The tensors in a session's vector, in order, with their shapes. Raises :class:`SecureSumError`."""
+    for text in session.layout:
+        name, _, shape = text.rpartition(" ")
+        try:
+            yield Key.parse(name), tuple(int(size) for size in shape.split("x"))
+        except ValueError as fault:
+            raise SecureSumError(f"the session's layout has {text[:80]!r}, which names no tensor") from fault
+
+
+def _weight(session: Session, examples: int) -> float:
+    return float(min(examples, session.most_examples)) if session.most_examples else 1.0
+
+
+def check_members(settings: SecureAggregationSettings, clients: int) -> None:
+    """Raises :class:`CoterieError` where the sum over all clients could overflow 64 bits."""
+    if settings.enabled and clients > fixed_point.most_members(settings.bits):
+        raise CoterieError(
+            f"[secure_aggregation] bits = {settings.bits}: {clients} such values could overflow 64 bits; set bits to "
+            f"{63 - clients.bit_length()} or less"
+        )

@@ -1,0 +1,162 @@
+"""The secure sums of a round: which there are, who opens them, and what comes of it.
+
+In a simulation the clients' replies are in this process, and :class:`Simulated` takes every client's side. In a real
+federation the replies come without tensors, and the sites keep theirs (:mod:`coterie.deploy`). Both run the same code
+of :mod:`coterie.secure` over bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from coterie.engines.base import Delivery
+from coterie.methods.base import Method
+from coterie.methods.findings import AggregationError, Finding
+from coterie.methods.parts import label_space
+from coterie.methods.robust import Group
+from coterie.methods.secure import (
+    SecureAggregationSettings,
+    Sum,
+    applied,
+    check_members,
+    sessions_of,
+    too_small,
+    update_of,
+    vector_of,
+    without_statistics,
+)
+from coterie.runs.agreed import Agreed
+from coterie.secure.collector import Opened
+from coterie.secure.identity import Identity, identities
+from coterie.secure.session import SecureSumError, Session
+from coterie.secure.steps import Ask, Party, in_process, sums
+from coterie.types import ClientId, ClientInfo, CoterieError, Key, Reply, Tensors
+
+
+class Sums(Protocol):
+    """Opens the secure sums of a round.
+
+    ``run`` names the run and its attempt: no two sessions are alike. ``apart``: replies come without their tensors.
+    """
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def apart(self) -> bool: ...
+
+    def open(
+        self,
+        sessions: Mapping[str, Session],
+        replies: Mapping[ClientId, Reply],
+        starts: Mapping[ClientId, Tensors],
+        rnd: int,
+    ) -> Mapping[str, Opened | str]: ...
+
+
+@dataclass
+class Simulated:
+    """All clients' sides in this process, with keys of their own that last as long as the process."""
+
+    settings: SecureAggregationSettings
+    run: str = "simulation"
+    apart: bool = False
+    _known: dict[ClientId, Identity] = field(default_factory=dict)
+
+    def open(
+        self,
+        sessions: Mapping[str, Session],
+        replies: Mapping[ClientId, Reply],
+        starts: Mapping[ClientId, Tensors],
+        rnd: int,
+    ) -> Mapping[str, Opened | str]:
+        """The opened sums, or why they are not opened."""
+        if not {*replies} <= {*self._known}:
+            self._known = identities({*replies, *self._known})
+        return sums(sessions, self.ask({c: self._party(c, replies[c], starts[c]) for c in sorted(replies)}))
+
+    def ask(self, parties: Mapping[ClientId, Party]) -> Ask:
+        """What carries the steps to the clients."""
+        return in_process(parties)
+
+    def _party(self, client: ClientId, reply: Reply, start: Tensors) -> Party:
+        update = update_of(reply, start, self.settings.clip)
+        return Party(client, self._known[client], lambda session: vector_of(update, session))
+
+
+def summed(
+    method: Method,
+    opener: Sums,
+    groups: Sequence[Group],
+    replies: Mapping[ClientId, Reply],
+    starts: Mapping[ClientId, Tensors],
+    rnd: int,
+) -> Agreed:
+    """Open the sum of every group, and give its mean to its members."""
+    settings, uniform = method.plan.secure, method.weighting == "uniform"
+    sessions = sessions_of(settings, groups, replies, uniform, opener.run, rnd)
+    try:
+        changed, done = applied(sessions, opener.open(sessions, replies, starts, rnd), replies, starts)
+    except SecureSumError as fault:  # a sum that makes no sense: somebody has sent a wrong vector
+        nothing: dict[str, Opened | str] = dict.fromkeys(sessions, str(fault))
+        changed, done = applied(sessions, nothing, replies, starts)
+    steps = {client: step for of in done.values() for client, step in (of.vanished or {}).items()}
+    failed = {c: f"gone before the step {steps.get(c, 'values')!r} of its secure sum" for c in replies.keys() - changed}
+    not_opened = [
+        f"the sum over {', '.join(of.members)} was not opened: {of.error}. What they share stays as it was"
+        for of in done.values()
+        if of.error
+    ]
+    return Agreed(changed, failed, sums=done, notes=not_opened, once=_shortened(settings, done))
+
+
+def _shortened(settings: SecureAggregationSettings, done: Mapping[str, Sum]) -> dict[str, str]:
+    number, among = sum(of.shortened for of in done.values()), sum(len(of.survivors) for of in done.values())
+    subject = "updates are shortened before they are added up"
+    of_round = f"{number} of {among} of this round were longer than [secure_aggregation] clip = {settings.clip:g}"
+    return {subject: f"{subject}: {of_round}; if they are honest, raise it"} if number else {}
+
+
+def check_start(method: Method, clients: Sequence[ClientInfo], state: object, rnd: int) -> None:
+    """Raises :class:`CoterieError` where a sum could overflow, or one of round ``rnd`` could never be opened."""
+    settings = method.plan.secure
+    check_members(settings, len(clients))
+    if any(not of.optional for c in clients for of in method.expects_info(state, c, rnd).values()):
+        return  # who is in which group is known once clients have replied
+    replies = {c.id: _blank(Reply(num_examples=c.num_train), method.expects(state, c, rnd)) for c in clients}
+    groups = method.groups(state, replies, {c.id: label_space(c) for c in clients})
+    if fault := too_small(settings, groups):
+        raise CoterieError(fault)
+
+
+def apart(sums: Sums | None) -> bool:
+    """Whether replies come without tensors, which their clients keep."""
+    return sums is not None and sums.apart
+
+
+def received(sums: Sums | None, method: Method, delivery: Delivery) -> Delivery:
+    """``delivery``; where updates are hidden, with nothing in a reply's ``info`` but what the server needs."""
+    if sums is None or delivery.reply is None:
+        return delivery
+    return replace(delivery, reply=without_statistics(delivery.reply, method.releases()))
+
+
+def held(sums: Sums | None, reply: Reply, expected: Mapping[Key, tuple[int, ...]]) -> Reply:
+    """``reply``; where its client keeps the tensors, with zeros of the shapes of what it holds."""
+    return _blank(reply, expected) if apart(sums) else reply
+
+
+def _blank(reply: Reply, expected: Mapping[Key, tuple[int, ...]]) -> Reply:
+    return replace(reply, tensors={key: torch.zeros(shape) for key, shape in expected.items()})
+
+
+def known(method: Method, state: object) -> Sequence[Finding]:
+    """What the method found, without what nobody can know of hidden updates: what averaging A and B apart loses."""
+    found = method.describe(state)
+    if not method.plan.secure.enabled:
+        return found
+    return [each for each in found if not isinstance(each, AggregationError)]
