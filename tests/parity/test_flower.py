@@ -45,7 +45,7 @@ def events(folder: Path) -> list[Any]:
 
 
 NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
-USED = {"download": "used", "download_threshold": 0.4}
+USED = {"download": "used", "download_threshold": 0.4, "experts_per_cluster": 2}
 EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
 EVERY += [("fedlease", "shared", {"distance": "representation", **USED}, "classification")]
 EVERY += [("fedlease", "personal", {}, "dpo")]

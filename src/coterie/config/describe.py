@@ -55,6 +55,8 @@ def type_in_words(annotation: object) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " | ".join(map(str, inner))
+    if origin is typing.Annotated:
+        return type_in_words(inner[0])
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(map(type_in_words, inner))
     if origin is tuple:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster
+from scipy.cluster.hierarchy import fcluster, leaves_list
 from scipy.cluster.hierarchy import linkage as tree_of
 from scipy.spatial.distance import squareform
 from torch import Tensor
@@ -72,6 +72,17 @@ def merges(d: Array, linkage: Linkage = "average") -> Array:
     """The tree of ``d`` [N, N] as its N - 1 merges [N - 1, 4], as :func:`scipy.cluster.hierarchy.linkage` has it."""
     tree: Array = tree_of(squareform(np.asarray(d, dtype=np.float64), checks=False), method=linkage)
     return tree
+
+
+def leaves(d: Array) -> list[int]:
+    """The numbers 0 to N - 1 in the order of the leaves of the tree of ``d`` [N, N].
+
+    Of the orders that a tree allows, the one in which neighbours are closest in all.
+    """
+    if len(d) < 2:
+        return list(range(len(d)))
+    condensed = squareform(np.asarray(d, dtype=np.float64), checks=False)
+    return [int(i) for i in leaves_list(tree_of(condensed, method="average", optimal_ordering=True))]
 
 
 def silhouettes(d: Array, ks: Iterable[int], linkage: Way = "average") -> dict[int, float]:

@@ -91,6 +91,7 @@ def test_types_and_defaults_are_in_the_words_of_toml() -> None:
         "data.clients": ("list of section", "[]"),
         "data.datasets": ("list of text or section", "[]"),
         "engine.clients_per_batch": ("whole number, or auto", "1"),
+        "method[fedlease].experts_per_cluster": ("whole number, or auto", "1"),
     }
     assert {key: BY_KEY[key][1:3] for key in expected} == expected
     site = {row[0]: row for row in describe_site()}

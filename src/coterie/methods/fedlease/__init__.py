@@ -12,7 +12,9 @@ Differs from the published code (commit cf18cd6), whose behaviour ``examples/fed
 start as the cluster means (there, each client from its own warm-up LoRA, the other experts at B = 0:
 ``expert_start = "own"``); the head is trained (there, frozen at its random start: ``head = "frozen"``); all clients
 start from one A by the run's seed (there, by an accident of random state).
-Ours: a client that missed the warm-up makes it up in the next round it takes part in and joins the nearest cluster.
+Ours: clusters may have several experts, each trained by a share of the clients (:mod:`.dealing`); a client may be sent
+only the experts that it uses (:mod:`.download`); a client that missed the warm-up makes it up in the next round it
+takes part in and joins the nearest cluster.
 """
 
 from coterie.methods.fedlease.method import FedLEASE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from coterie.types import ClientId, ClientInfo, CoterieError, Part, Tensors
 class Allocation:
     """Who is in which cluster, and what decided it. ``distances`` [n, n] are between the clients in ``order``.
 
-    With ``distance = "auto"``, ``text_clusters[e]`` is the cluster of texts that cluster e is, or is a part of, and
-    ``grounds`` says how both were chosen.
+    Every client trains one expert: the one of its cluster's number or, where clusters have several, that in ``own``.
+    With ``distance = "auto"``, ``text_clusters[e]`` is the cluster of texts that expert e belongs to, and ``grounds``
+    says how clusters by texts and by LoRAs were chosen.
     """
 
     clusters: Mapping[ClientId, int]
@@ -35,13 +36,33 @@ class Allocation:
     distances: Tensor
     text_clusters: tuple[int, ...] = ()
     grounds: str = ""
+    own: Mapping[ClientId, int] = field(default_factory=dict)
+
+    @property
+    def num_clusters(self) -> int:
+        return max(self.clusters.values()) + 1
 
     @property
     def num_experts(self) -> int:
-        return max(self.clusters.values()) + 1
+        return max(self.experts.values()) + 1
+
+    @property
+    def experts(self) -> Mapping[ClientId, int]:
+        """The expert that each client trains."""
+        return self.own or self.clusters
 
     def members(self, expert: int) -> list[ClientId]:
-        return sorted(c for c, e in self.clusters.items() if e == expert)
+        """The clients that train ``expert``."""
+        return sorted(c for c, e in self.experts.items() if e == expert)
+
+    def cluster_of(self, expert: int) -> int:
+        """The cluster that ``expert`` belongs to."""
+        return self.clusters[self.members(expert)[0]]
+
+    def moved(self, experts: Mapping[ClientId, int]) -> Allocation:
+        """The allocation with these clients at these experts, and in the clusters of these."""
+        clusters = {**self.clusters, **{c: self.cluster_of(e) for c, e in experts.items()}}
+        return replace(self, clusters=clusters, own={**self.own, **experts} if self.own else {})
 
 
 def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo]) -> None:
@@ -139,7 +160,7 @@ def compare(settings: FedLEASESettings, sent: Sequence[Tensors]) -> Compared:
 
 
 def nearest(settings: FedLEASESettings, starts: Tensors, allocation: Allocation, late: Sequence[Tensors]) -> list[int]:
-    """The cluster of ``allocation`` whose mean in ``starts`` is nearest to what each ``late`` client sent."""
+    """The expert of ``allocation`` whose mean in ``starts`` is nearest to what each ``late`` client sent."""
     experts = range(allocation.num_experts)
     loras = [*(lora_of(starts, e, new=0) for e in experts), *late]
     if settings.represents:
@@ -160,15 +181,15 @@ def drifted(
 ) -> dict[ClientId, int]:
     """The clients whose representation, as now ``sent``, is nearer to another cluster's mean than to their own's.
 
-    With their new cluster's number. Clusters of the same texts do not count as others, and no cluster loses its last
-    client: its expert would have nobody to train it.
+    With their new expert's number. Clusters of the same texts do not count as others, and no expert loses its last
+    client: it would have nobody to train it.
     """
     joined = nearest(settings, starts, allocation, list(sent.values()))
     left = {e: len(allocation.members(e)) for e in range(allocation.num_experts)}
-    text = allocation.text_clusters or tuple(left)
+    text = allocation.text_clusters or tuple(allocation.cluster_of(e) for e in left)
     moves: dict[ClientId, int] = {}
     for client, e in zip(sent, joined, strict=True):
-        own = allocation.clusters[client]
+        own = allocation.experts[client]
         if text[e] != text[own] and left[own] > 1:
             moves[client] = e
             left[own] -= 1

@@ -89,20 +89,20 @@ class FedLEASE(Method[FedLEASEState]):
     def expects(self, state: FedLEASEState, me: ClientInfo, rnd: int) -> Shapes:
         travels = self.plan.head == "shared" and self.settings.head == "trained"
         head = head_shapes(state.base, me) if travels else {}
-        own = state.cluster_of(me.id)
-        if own is None:
+        own, cluster = state.expert_of(me.id), state.cluster_of(me.id)
+        if own is None or cluster is None:
             if rnd < self.settings.clustered_after:
                 return {}
             representation = representation_shapes(state.base) if self.settings.represents else {}
             return lora_shapes(state.base, self.plan) | head | representation
-        router = state.routers[own] if self.settings.router == "cluster" else {}
+        router = state.routers[cluster] if self.settings.router == "cluster" else {}
         again = representation_shapes(state.base) if self.settings.reclusters(rnd) else {}
         return lora_shapes(state.base, self.plan, own) | shapes_of(router) | head | again
 
     def expects_info(self, state: FedLEASEState, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
         """How much the client uses each expert, with ``download = "used"``."""
         reports = self.settings.download == "used" and state.cluster_of(me.id) is not None
-        return use_range(len(state.routers)) if reports else {}
+        return use_range(state.num_experts) if reports else {}
 
     def releases(self) -> Sequence[Release]:
         return released(self.settings, self.plan.head == "shared")
@@ -126,7 +126,8 @@ class FedLEASE(Method[FedLEASEState]):
         a = state.allocation
         clusters = Clusters(a.clusters, a.silhouettes, a.order, a.distances.tolist(), self.settings.linkage, a.grounds)
         kept_back = {"withheld_experts": self._server.withheld(state), "outlying_warm_up": list(state.outlying)}
-        values = Values({"phase": "experts"} | {name: of for name, of in kept_back.items() if of})
+        several = {"own_experts": dict(a.own)} if a.own else {}
+        values = Values({"phase": "experts"} | several | {name: of for name, of in kept_back.items() if of})
         return [values, clusters, AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.dealing import dealt
 from coterie.methods.fedlease.download import reported, wanted
 from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
 from coterie.methods.fedlease.representation import mean_representations, without_representation
@@ -64,22 +65,22 @@ class Server:
     def groups(
         self, state: FedLEASEState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
     ) -> Sequence[Group]:
-        """The clusters. Warm-up LoRAs have none yet: :meth:`aggregate` groups them once it has clustered them.
+        """The clients of an expert, and those of a cluster. Before there are any, :meth:`aggregate` groups them.
 
         Secure sums, which are opened before that, need the clusters of a control from the start.
         """
+        if state.allocation is not None:
+            return _grouped(state.allocation, replies, spaces)
         given = allocation.given(self.settings, self.plan.seed, state.groups) if self.plan.secure.enabled else {}
-        known = state.allocation.clusters if state.allocation else given
-        cluster = {c: str(known[c]) for c in replies if c in known}
+        cluster = {c: str(given[c]) for c in replies if c in given}
         return grouped(without_representation(replies), cluster, spaces, private=True)
 
     def instruction(self, state: FedLEASEState, client: ClientId, rnd: int) -> Instruction:
         """What ``client`` is sent for round ``rnd``."""
-        own = state.cluster_of(client)
-        if own is None:
+        own, cluster, number = state.expert_of(client), state.cluster_of(client), state.num_experts
+        if own is None or cluster is None:
             return Instruction({}, {"phase": "warm-up", "send": rnd >= self.settings.clustered_after})
-        router = state.routers[own] if self.settings.router == "cluster" else {}
-        number = len(state.routers)
+        router = state.routers[cluster] if self.settings.router == "cluster" else {}
         numbers = [own] if self.settings.routing == "own" else self._sent(state, client, rnd)
         experts = {key: v for key, v in self._visible_to(state, own).items() if key.expert in numbers}
         info: dict[str, Json] = {"phase": "experts", "own": own}
@@ -88,7 +89,7 @@ class Server:
         return Instruction({**experts, **router, **state.heads.of(client)}, info)
 
     def withheld(self, state: FedLEASEState) -> list[int]:
-        """The experts of clusters that are too small to be sent to other clusters (``[robust] min_group``)."""
+        """The experts of too few clients to be sent to others (``[robust] min_group``)."""
         if state.allocation is None or not self.plan.robust.active:
             return []
         least, number = self.plan.robust.min_group, state.allocation.num_experts
@@ -96,9 +97,9 @@ class Server:
 
     def _sent(self, state: FedLEASEState, client: ClientId, rnd: int) -> list[int]:
         """The numbers of the experts that ``client`` is sent in round ``rnd``."""
-        own = state.cluster_of(client)
+        own = state.expert_of(client)
         assert own is not None
-        return wanted(self.settings, state.use.get(client), own, rnd, len(state.routers))
+        return wanted(self.settings, state.use.get(client), own, rnd, state.num_experts)
 
     def _with_use(self, state: FedLEASEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedLEASEState:
         """The state with what clients of clusters reported of their use of the experts in round ``rnd``."""
@@ -106,13 +107,13 @@ class Server:
             return state
         use = {client: of for client, of in state.use.items() if client not in replies}
         for client, reply in replies.items():
-            all_sent = len(self._sent(state, client, rnd)) == len(state.routers)
+            all_sent = len(self._sent(state, client, rnd)) == state.num_experts
             if report := reported(state.use.get(client), reply, rnd, all_sent):
                 use[client] = report
         return replace(state, use=dict(sorted(use.items())))
 
     def _visible_to(self, state: FedLEASEState, own: int) -> Tensors:
-        """All experts; those that are withheld from the cluster ``own`` at their start, where B = 0."""
+        """All experts; those that are withheld from the clients of expert ``own`` at their start, where B = 0."""
         withheld = [e for e in self.withheld(state) if e != own]
         starts = {k: v for e in withheld for k, v in start_lora(state.base, self.plan, e).items()}
         return {**state.experts, **starts}
@@ -136,13 +137,14 @@ class Server:
             return replies
         replies = without_representation(replies)
         spaces = {c: label_space(ClientInfo(c, 0, labels=state.labels.get(c))) for c in replies}
-        groups = grouped(replies, {c: str(allocated.clusters[c]) for c in replies}, spaces, private=True)
+        groups = _grouped(allocated, replies, spaces)
         return aggregated(self.plan.robust, groups, replies, self._warm_starts(state, replies))[0]
 
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
-        """Cluster the clients that sent a warm-up LoRA, and start an expert, a router and heads for each cluster."""
+        """Cluster the clients that sent a warm-up LoRA, and start experts, a router and heads for each cluster."""
         warm = {c: r.tensors for c, r in replies.items()}
         allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
+        allocated = dealt(self.settings, allocated, {c: r.num_examples for c, r in replies.items()})
         replies = self._agreed(state, allocated, replies)
         number = allocated.num_experts
         routed = self.settings.routing != "own"
@@ -151,18 +153,21 @@ class Server:
             state,
             allocation=allocated,
             experts={k: v for e in range(number) for k, v in start_lora(state.base, self.plan, e).items()},
-            routers=dict.fromkeys(range(number), router),
+            routers=dict.fromkeys(range(allocated.num_clusters), router),
             heads=averaged_heads(
                 cluster_heads(state.base, self.plan, state.labels, allocated.clusters), replies, self.settings.weighting
             ),
         )
-        sent = {c: Reply(lora_of(r.tensors, 0, new=allocated.clusters[c]), r.num_examples) for c, r in replies.items()}
+        sent = {c: Reply(lora_of(r.tensors, 0, new=allocated.experts[c]), r.num_examples) for c, r in replies.items()}
         averaged = self._average(state, sent)
         started = state if self.settings.expert_start == "own" else averaged
-        return replace(started, starts={**averaged.experts, **mean_representations(allocated.clusters, warm)})
+        return replace(started, starts={**averaged.experts, **mean_representations(allocated.experts, warm)})
 
     def _average(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
-        """Every cluster's expert, router and head as the mean over its members that replied; if none did, they stay."""
+        """Every expert as the mean over its clients that replied, every router and head as that over its cluster's.
+
+        Where none replied, they stay.
+        """
         assert state.allocation is not None
         weight = weights_of(replies, self.settings.weighting)
         experts, routers, errors = dict(state.experts), dict(state.routers), []
@@ -174,13 +179,16 @@ class Server:
             uploads = [lora_of(replies[c].tensors) for c in members]
             experts |= mean(uploads, weights)
             errors += mean_error(uploads, weights)
+        for k in routers:
+            members = [c for c in replies if state.cluster_of(c) == k]
             sent = [router_of(replies[c].tensors) for c in members]
-            routers[e] = mean(sent, weights) if all(sent) else routers[e]
+            if sent and all(sent):
+                routers[k] = mean(sent, [weight[c] for c in members])
         heads = averaged_heads(state.heads, replies, self.settings.weighting)
         return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
 
     def add_late(self, state: FedLEASEState, late: Mapping[ClientId, Reply]) -> FedLEASEState:
-        """Clients that made up their warm-up join the cluster whose mean is nearest to what they sent."""
+        """Clients that made up their warm-up join the expert, and its cluster, whose mean is nearest to theirs."""
         if not late or state.allocation is None:
             return state
         sent = [reply.tensors for reply in late.values()]
@@ -195,17 +203,29 @@ class Server:
         moves = allocation.drifted(self.settings, state.starts, state.allocation, sent)
         state = self._move(state, moves, replies)
         assert state.allocation is not None
-        now = mean_representations(state.allocation.clusters, sent)
+        now = mean_representations(state.allocation.experts, sent)
         return replace(state, starts={**state.starts, **now})
 
     def _move(
         self, state: FedLEASEState, moves: Mapping[ClientId, int], replies: Mapping[ClientId, Reply]
     ) -> FedLEASEState:
-        """Clients in other clusters than before."""
+        """Clients with other experts than before, and in the clusters of these."""
         if not moves or state.allocation is None:
             return state
-        clusters = {**state.allocation.clusters, **moves}
-        regrouped = cluster_heads(state.base, self.plan, state.labels, clusters)
+        moved = state.allocation.moved(moves)
+        regrouped = cluster_heads(state.base, self.plan, state.labels, moved.clusters)
         heads = moved_heads(state.heads, regrouped, {c: replies[c] for c in moves}, self.settings.weighting)
         use = {client: of for client, of in state.use.items() if client not in moves}
-        return replace(state, allocation=replace(state.allocation, clusters=clusters), heads=heads, use=use)
+        return replace(state, allocation=moved, heads=heads, use=use)
+
+
+def _grouped(allocated: Allocation, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]) -> list[Group]:
+    """What is averaged together: of a cluster with one expert everything, else experts by their clients, the rest
+    by cluster."""
+    sent = without_representation(replies)
+    own, cluster = ({c: str(of[c]) for c in replies if c in of} for of in (allocated.experts, allocated.clusters))
+    if not allocated.own:
+        return grouped(sent, cluster, spaces, private=True)
+    loras = {c: replace(reply, tensors=lora_of(reply.tensors)) for c, reply in sent.items()}
+    rest = {c: replace(reply, tensors=part_of(reply.tensors, Part.ROUTER, Part.HEAD)) for c, reply in sent.items()}
+    return [*grouped(loras, own, spaces, private=True), *grouped(rest, cluster, spaces, private=True)]

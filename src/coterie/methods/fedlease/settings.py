@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,11 @@ class FedLEASESettings(MethodSettings):
     )
     one_cluster_below: float = Field(0.1, description="min_experts = 1: one cluster if every silhouette is below this")
     experts: int = Field(0, ge=0, description="a fixed number of clusters; 0: chosen by silhouette")
+    experts_per_cluster: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="experts of each cluster, each trained by a share of its clients; auto: by the cluster's rows, at "
+        "most one for two clients",
+    )
     linkage: Literal["average", "complete", "single", "kmeans", "spectral"] = Field(
         "average", description="linkage of the clusters' tree; or clusters by k-means or spectral clustering"
     )

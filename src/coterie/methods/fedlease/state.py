@@ -13,7 +13,7 @@ from coterie.types import BaseSpec, ClientId, Reply, Tensors
 
 @dataclass(frozen=True)
 class FedLEASEState:
-    """The server's state: the clusters, and an expert and a router for each.
+    """The server's state: the clusters, their experts, and a router for each.
 
     ``warm`` holds warm-up LoRAs until there are enough of them to cluster, ``starts`` their means by cluster.
     ``outlying`` names the clients whose warm-up LoRA resembled too few others to be clustered (``[robust]``).
@@ -36,3 +36,12 @@ class FedLEASEState:
     def cluster_of(self, client: ClientId) -> int | None:
         """The cluster of ``client``; None before the clients are clustered, and for one that has not joined any."""
         return self.allocation.clusters.get(client) if self.allocation else None
+
+    def expert_of(self, client: ClientId) -> int | None:
+        """The expert that ``client`` trains; None as for :meth:`cluster_of`."""
+        return self.allocation.experts.get(client) if self.allocation else None
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, 0 before the clients are clustered."""
+        return self.allocation.num_experts if self.allocation else 0
