@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench docs site clean
+.PHONY: help venv demo test test-slow test-flower fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench docs gallery site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	  mv docs/reference/.$$page.tmp docs/reference/$$page.md; \
 	done
 	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie site config --markdown; } > docs/reference/site.md
+
+gallery: $(STAMP)  ## the pictures of docs/gallery.md, from the demo; Chromium for screenshots
+	$(BIN)/python docs/make_gallery.py
 
 site: .venv-site/bin/zensical  ## the documentation as a website, in build/site
 	.venv-site/bin/python docs/make_site.py

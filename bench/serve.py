@@ -50,6 +50,7 @@ from coterie.nn.locate import resolve
 from coterie.types import NO_EXPERT, Bank, GateSpec, Key, Part, TaskKind
 
 RANK, EXPERTS, ROWS, LABELS = 8, 4, 16, ("a", "b", "c", "d")
+TASKS = "classification,generation"
 LIMITS = Limits(rows=ROWS, waiting=512, per_key=512)
 SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
 
@@ -185,7 +186,7 @@ def measure(
     task: TaskKind, options: argparse.Namespace, folder: Path, pool: ProcessPoolExecutor
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of a task, one for each engine, for one number of clients after another."""
-    numbers = (1, 2) if options.quick else (1, 4, 16)
+    numbers = [1, 2] if options.quick else [int(number) for number in options.clients.split(",")]
     requests = 8 if options.quick else options.requests // (1 if task == "classification" else 2)
     path, route = make_base(folder, task, options.quick), "classify" if task == "classification" else "completions"
     with ExitStack() as stack:
@@ -315,6 +316,10 @@ def main() -> None:
         )
         parser.add_argument("--repeats", type=int, default=3)
         parser.add_argument("--requests", type=int, default=64, help="for a round of classification; half to generate")
+        parser.add_argument("--clients", default="1,4,16", help="numbers of clients, separated by commas")
+        parser.add_argument(
+            "--tasks", default=TASKS, help="classification, generation; one alone has a file of its own"
+        )
 
     options = arguments(__doc__ or "", add)
     with tempfile.TemporaryDirectory() as name:
@@ -325,11 +330,11 @@ def main() -> None:
             return
         rows: list[dict[str, Any]] = []
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            tasks: tuple[TaskKind, ...] = ("classification", "generation")
-            for task in tasks:
+            file = "serve" if options.tasks == TASKS else f"serve-{options.tasks}"
+            for task in options.tasks.split(","):
                 for measured in measure(task, options, Path(name), pool):
                     rows += measured
-                    write("serve", options, {"rows": rows})  # so far
+                    write(file, options, {"rows": rows})  # so far
         table("coterie api", rows)
 
 

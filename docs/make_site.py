@@ -30,6 +30,7 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/run-folder.md",
         "docs/using-a-run.md",
         "docs/serving.md",
+        "docs/gallery.md",
         "docs/formats.md",
         "docs/comparing.md",
         "docs/simulation.md",
@@ -44,6 +45,13 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/methods/fedamole.md",
         "docs/methods/smartfed.md",
         "docs/methods/baselines.md",
+        *(
+            f"docs/methods/{name}.md"
+            for name in (
+                *("fedit", "fedprox", "ffa_lora", "fedsa_lora", "rolora", "flexlora", "hetlora", "flora", "fedex_lora"),
+                *("ifca", "fdlora", "feddpa", "fedalt", "local", "centralised"),
+            )
+        ),
     ],
     "Measured": [
         "docs/results/README.md",

@@ -373,3 +373,28 @@ def test_a_reference_page_is_what_the_command_prints_now(page: str, capsys: pyte
     app([*(["site", "config"] if page == "site" else [page]), "--markdown"], standalone_mode=False)
     found = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
     assert found == f"<!-- Made by `make docs`: do not edit. -->\n\n{capsys.readouterr().out}", "run `make docs`"
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_has_a_page_with_its_settings_and_what_travels(name: str) -> None:
+    """Settings are on the page itself; for the larger methods with the table of all keys beside."""
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    assert re.search(r"\by +=.*W0", page), "no formula"
+    assert re.search(r"^## (What travels, and what it tells|What a client gives away)$", page, re.MULTILINE)
+    assert "\n## When to use it\n" in page
+    missing = [
+        key for key in methods()[name].Settings.model_fields if f"`{key}`" not in page and f"{key} =" not in page
+    ]
+    assert missing == []
+
+
+def test_every_picture_is_on_a_page_and_small() -> None:
+    pictures = sorted((ROOT / "docs" / "pictures").iterdir())
+    assert len(pictures) >= 6
+    pages = [
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8"),
+    ]
+    for path in pictures:
+        assert any(f"pictures/{path.name})" in page for page in pages), path.name
+        assert path.stat().st_size < 160_000
