@@ -68,7 +68,7 @@ def look(address: str, name: str, width: int, height: int, scheme: str, until: s
 
 
 def small(path: Path, name: str) -> None:
-    """Write the picture at ``path`` as ``name`` in docs/pictures: no wider than WIDTH, cut at HEIGHT, with few colours."""
+    """Write the picture at ``path`` as ``name`` in docs/pictures: at most WIDTH by HEIGHT, with few colours."""
     with Image.open(path) as image:
         plain = image.convert("RGB")
         if plain.width > WIDTH:
