@@ -1,7 +1,7 @@
 # All set-up happens by itself, in .venv: Python 3.11 or newer and make are all that is needed.
 
 VENV ?= .venv
-EXTRAS ?= demo,flower,flower-sim,metrics,quant,hub,tables,tracking,api,dev
+EXTRAS ?= demo,flower,flower-sim,metrics,quant,hub,tables,tracking,api,privacy,dev
 WORKERS ?= 2
 # The first of these that is new enough makes the environment; name your own with `make venv PYTHON=/path/to/python`.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3

@@ -37,6 +37,7 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/deploy.md",
         "docs/robustness.md",
         "docs/secure-aggregation.md",
+        "docs/privacy.md",
         "SECURITY.md",
         "examples/README.md",
     ],

@@ -28,6 +28,7 @@ from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.events import METRICS, Listener, Note, Ready, read_events
 from coterie.runs.extend import extend, rounds_before
 from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder, plain
+from coterie.runs.private import Private
 from coterie.runs.rounds import Runner
 from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import PRIMARY, SUMMARY, Summary, read_summary, summarise
@@ -103,7 +104,8 @@ def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener, bef
         with tracked(config, folder, resume, listen) as listening:
             listening(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
             runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listening, opened.federation.notes)
-            return finish(opened, runner.exported(runner.run()), folder, listening)
+            exported = runner.exported(runner.run())
+            return finish(opened, exported, folder, listening, runner.private)
 
 
 def tracked(config: Config, folder: Path, resumed: bool, listen: Listener) -> AbstractContextManager[Listener]:
@@ -122,7 +124,9 @@ def open_run(config: Config, folder: Path, root: Path, cache: dict[str, object])
     return Opened(config, method, engine, federation, root)
 
 
-def finish(opened: Opened, exported: Checkpoint[object], folder: Path, listen: Listener) -> Summary:
+def finish(
+    opened: Opened, exported: Checkpoint[object], folder: Path, listen: Listener, private: Private | None = None
+) -> Summary:
     """Write the experts and the clients' bundles of the round ``exported``, ``summary.json`` and the report.
 
     Returns the summary.
@@ -139,10 +143,13 @@ def finish(opened: Opened, exported: Checkpoint[object], folder: Path, listen: L
         seed=config.run.seed,
         exported_round=exported.rnd,
     )
+    summary = replace(summary, privacy=private.guarantee() if private else None)
     as_set = config.run.export == "last" or exported.rnd == summary.best_round
     about = about_export(config, opened.root, exported.rnd, config.run.export if as_set else "last")
     _export(opened, exported, about, folder)
     write_json(folder / SUMMARY, summary.to_json())  # a run with a summary is finished
+    if private:
+        private.finish()
     _report(folder, listen)
     return summary
 
@@ -234,5 +241,6 @@ def rounds_of(config: Config) -> RoundSettings:
         run.evaluate_every,
         run.keep_checkpoints,
         run.export,
+        run.sampling,
         PRIMARY[config.task.kind],
     )

@@ -31,6 +31,7 @@ _EXTRAS = {  # what pip installs: what it is for
     "wandb": "figures in Weights & Biases",
     "trackio": "figures in trackio",
     "pandas": "the results of many runs as a table",
+    "dp-accounting": "differential privacy, [privacy]",
     "fastapi": "serving models with `coterie api`",
     "uvicorn": "serving models with `coterie api`",
 }

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from coterie.cli.plain import escape
 from coterie.deploy.status import Status, spans
+from coterie.ops.accounting import spent_text
 from coterie.units import clock, size
 
 
@@ -19,6 +20,8 @@ def show(console: Console, status: Status) -> None:
     console.print(
         f"{escape(status.phase)}; {status.round} of {status.rounds} rounds done{loss}{again}", highlight=False
     )
+    if status.spent:
+        console.print(f"privacy: {spent_text(status.spent)} spent", highlight=False)
     table = Table(box=None, header_style="bold")
     for column in ("site", "state", "took part in", "missed", "sent", "received", "seconds", "of these working"):
         table.add_column(column, justify="left" if column in ("site", "state", "took part in") else "right")

@@ -9,10 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from coterie.config.check import checked
 from coterie.config.deployment import FederationSettings
+from coterie.config.privacy import check_privacy
 from coterie.data.dpo import Objective, Reference
 from coterie.data.settings import DataSettings
 from coterie.methods.base import Method
 from coterie.methods.plan import MethodSettings, Plan
+from coterie.methods.privacy import PrivacySettings
 from coterie.methods.registry import method_named
 from coterie.methods.robust import RobustSettings
 from coterie.methods.secure import SecureAggregationSettings, refusal
@@ -130,6 +132,11 @@ class RunSettings(Section):
     rounds: int = Field(10, ge=1, description="communication rounds")
     seed: int = Field(0, ge=0, description="seed of every random stream")
     cohort: float = Field(1.0, gt=0, le=1, description="share of the clients that take part in a round")
+    sampling: Literal["fixed", "poisson"] = Field(
+        "fixed",
+        description="how a cohort is drawn: fixed: always as many clients; poisson: each client by itself, with the "
+        "probability cohort",
+    )
     quorum: float = Field(0.5, ge=0, le=1, description="share of the cohort that must reply, or the run stops")
     norm_bound: float = Field(1e4, gt=0, description="replies whose tensors have a larger norm are left out")
     update_bound: float = Field(
@@ -238,6 +245,7 @@ class Config(Section):
     run: RunSettings = Field(default_factory=RunSettings)
     robust: RobustSettings = Field(default_factory=RobustSettings)
     secure_aggregation: SecureAggregationSettings = Field(default_factory=SecureAggregationSettings)
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     federation: FederationSettings = Field(default_factory=FederationSettings)
 
@@ -270,6 +278,7 @@ class Config(Section):
         method = kind(self.method_settings().located(root), self.plan())
         if fault := refusal(self.secure_aggregation, method.releases(), self.robust.active):
             raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")
+        check_privacy(method, self.run.cohort < 1 or self.run.sampling == "poisson", self.run.export)
         return method
 
     def plan(self) -> Plan:
@@ -285,4 +294,5 @@ class Config(Section):
             seed=self.run.seed,
             robust=self.robust,
             secure=self.secure_aggregation,
+            privacy=self.privacy,
         )

@@ -25,7 +25,7 @@ _SENT = {
     "run": ("rounds", "seed", "evaluate", "export", "eval_batch_size"),
     "engine": ("precision",),
 }
-_SENT_WHOLE = ("task", "lora", "train", "method", "secure_aggregation")
+_SENT_WHOLE = ("task", "lora", "train", "method", "secure_aggregation", "privacy")
 _GRACE = 60.0  # seconds after the deadline for which Flower keeps a message, so that late answers are noticed
 
 
@@ -134,6 +134,10 @@ def federation_config(raw: Mapping[str, Json]) -> Config:
     clients = [{"id": site, "train": "at the site"} for site in sites] or [{"id": "any", "train": "at the site"}]
     config = check_config({**raw, "data": {"clients": clients}})
     _check_scores(config.task.model_dump())
+    if config.privacy.active and config.privacy.metrics != "none":
+        raise CoterieError(
+            f'[privacy] metrics = "{config.privacy.metrics}": sites would send metrics without noise; set it to "none"'
+        )
     if method_named(config.method_name).needs_all_rows:
         raise CoterieError(
             f"[method] {config.method_name} trains on all clients' rows in one place, and sites keep theirs: choose "

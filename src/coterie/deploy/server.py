@@ -107,7 +107,8 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
         runner = Runner(method, engine, rounds_of(config), folder, listen, sums=hidden)
         exported = runner.exported(runner.run())
     write_sites(folder)
-    summary = finish(Opened(config, method, engine, FederatedData((), {}), root), exported, folder, journal)
+    opened = Opened(config, method, engine, FederatedData((), {}), root)
+    summary = finish(opened, exported, folder, journal, runner.private)
     journal(Finished())
     return summary
 

@@ -18,6 +18,7 @@ from coterie.deploy.events import (
 )
 from coterie.deploy.journal import Entry, read_journal
 from coterie.files import write_json
+from coterie.ops.accounting import Spent
 from coterie.report.read import SITES
 from coterie.runs.events import (
     Evaluated,
@@ -57,6 +58,7 @@ class Status:
     rounds: int = 0
     attempts: int = 0
     loss: float | None = None
+    spent: Spent | None = None
     mean: Scores = field(default_factory=dict)
     sites: dict[ClientId, Site] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -130,6 +132,7 @@ def _exchanged(site: Site, event: Exchanged, at: float) -> None:
 def _round_done(status: Status, event: RoundDone) -> None:
     """Add a round's outcome, as the server judged it: a repeated round counts once."""
     status.round, status.phase, status.loss = event.round, f"round {event.round}: evaluation", event.loss
+    status.spent = event.privacy
     for client in event.clients:
         site = status.sites.setdefault(client, Site())
         site.rounds = [rnd for rnd in site.rounds if rnd < event.round]

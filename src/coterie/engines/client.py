@@ -20,6 +20,7 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.engines.base import SAMPLES, Delivery, Evaluation
+from coterie.engines.privacy import hidden
 from coterie.engines.store import ClientStates
 from coterie.methods.base import Compute, Method, drive, returning
 from coterie.requests import Answer, BankProgram, Observe, Observed, Sample, Score, Scored
@@ -97,7 +98,7 @@ def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> 
     compute = LocalCompute(client.workplace, client.data, rnd)
     try:
         result = drive(method.client(start.ins, client.info, start.personal), client.guard.compute(compute))
-        reply = encoded_reply(client, result)
+        reply = encoded_reply(start, method, result, rnd)
     except FAULTS as fault:
         return failed(client, fault, time.perf_counter() - started)
     for save in saves_of(client, compute, result):
@@ -158,9 +159,11 @@ def begin(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Start:
     return Start(client, _instruction(client, blob), client.personal(method, rnd - 1))
 
 
-def encoded_reply(client: LocalClient, result: ClientResult) -> bytes:
+def encoded_reply(start: Start, method: Method, result: ClientResult, rnd: int) -> bytes:
     """The reply as it is sent. Raises :class:`CoterieError` where the client keeps it to itself."""
-    return codec.encode(client.guard.release(result.reply))
+    client = start.client
+    reply = hidden(method, client.workplace.base.spec, client.info, start.ins, result.reply, rnd)
+    return codec.encode(client.guard.release(reply))
 
 
 def saves_of(client: LocalClient, compute: LocalCompute, result: ClientResult) -> list[Callable[[], None]]:

@@ -178,7 +178,7 @@ class Together:
             if isinstance(result, Exception):
                 ended.append((client.id, failed(client, result, 0.0).delivery(bytes_down), ()))
             else:
-                delivery = Outcome(encoded_reply(client, result)).delivery(bytes_down)
+                delivery = Outcome(encoded_reply(start, method, result, rnd)).delivery(bytes_down)
                 ended.append((client.id, delivery, saves_of(client, compute, result)))
         seconds = (time.perf_counter() - started) / len(starts)
         return [(client, replace(delivery, seconds=seconds), saves) for client, delivery, saves in ended]

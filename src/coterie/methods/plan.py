@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from coterie.methods.privacy import PrivacySettings
 from coterie.methods.robust import RobustSettings
 from coterie.methods.secure import SecureAggregationSettings
 from coterie.requests import Optim
@@ -42,6 +43,7 @@ class Plan:
     seed: int = 0
     robust: RobustSettings = field(default_factory=RobustSettings)
     secure: SecureAggregationSettings = field(default_factory=SecureAggregationSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
 
     @property
     def max_rank(self) -> int:

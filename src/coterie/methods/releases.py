@@ -27,7 +27,9 @@ class Release:
     in an evaluation, when a client joins, or with the bank that is exported. ``reads``: whether the server needs the
     sum over a group, each client's own value, or nothing of it (then it can be left out). ``to``: who receives it, or
     what is made of it. ``when``: how often. ``why``: for what the server reads it by client. ``instead``: the setting
-    under which it is not sent, or not read by client; "" if there is none.
+    under which it is not sent, or not read by client; "" if there is none. ``measured``: it is no trained tensor, and
+    starts from nothing. ``of_rows``: it is made from the client's rows. It is sent in the rounds ``first``, ``first`` +
+    ``every``, ... up to ``last``, which counts from the end where it is 0 (the last round) or negative.
     """
 
     what: str
@@ -38,6 +40,16 @@ class Release:
     names: tuple[str, ...] = ()
     why: str = ""
     instead: str = ""
+    measured: bool = False
+    of_rows: bool = True
+    first: int = 1
+    every: int = 1
+    last: int = 0
+
+    def sent_in(self, rnd: int, rounds: int) -> bool:
+        """Whether it is sent in round ``rnd`` of ``rounds``."""
+        last = self.last if self.last > 0 else rounds + self.last
+        return self.first <= rnd <= last and (rnd - self.first) % self.every == 0
 
 
 COMMON: Sequence[Release] = (

@@ -21,6 +21,7 @@ from coterie.files import write_atomic
 from coterie.methods.findings import Finding
 from coterie.report import plots
 from coterie.report.plots import Picture
+from coterie.report.privacy import privacy_tables
 from coterie.report.read import Run, read_run
 from coterie.report.results import result_pictures, sample_tables
 from coterie.report.robust import robust_tables
@@ -56,7 +57,7 @@ def write_report(folder: Path, pictures: bool = False, summary: Summary | None =
             results=results,
             samples=sample_tables(run),
             method=method,
-            state=[*robust_tables(run), *(item for item in shown if isinstance(item, Table))],
+            state=[*privacy_tables(run), *robust_tables(run), *(item for item in shown if isinstance(item, Table))],
             settings=tables(run.config, "Settings"),
             data=[*tables(run.sites, "Over the network"), *tables(run.manifest, "Data")],
             machine=_machine(run),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from coterie.engines.bounds import capped_examples
 from coterie.methods.robust import Group, RobustSettings, Weighed, aggregated
 from coterie.methods.secure import Sum
 from coterie.types import ClientId, Reply, Tensors
@@ -39,3 +40,16 @@ def by_rule(
         subject = f"{client}'s update points away from what its group agrees on"
         once[subject] = f"{subject}: {weighed[client]} ([robust] rule = {settings.rule!r})"
     return Agreed(agreed, weighed=weighed, once=once)
+
+
+def with_shares(
+    groups: Sequence[Group], replies: Mapping[ClientId, Reply], max_share: float
+) -> tuple[dict[ClientId, Reply], dict[str, str]]:
+    """``replies`` with the training examples that each counts for, and whose are fewer, to be said once."""
+    examples = capped_examples(replies, max_share, [group.members for group in groups])
+    total, once = sum(reply.num_examples for reply in replies.values()), {}
+    for client in [c for c in replies if examples[c] < replies[c].num_examples]:
+        subject = f"{client} has more than its share of the training examples"
+        has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
+        once[subject] = f"{subject}: {has:.0%} of the round's, counted as {counts:.0%} ([run] max_share)"
+    return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}, once

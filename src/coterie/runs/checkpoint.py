@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from coterie import codec
 from coterie.files import write_atomic
-from coterie.types import ClientId, CoterieError, Section
+from coterie.runs.ledger import Ledger, ledger_from
+from coterie.types import ClientId, CoterieError, Json, Section
 
 S = TypeVar("S")  # a method's state
 _MAGIC = b"coterie checkpoint 1\n"
@@ -28,13 +29,14 @@ class Checkpoint(Generic[S]):
     """The state of a method after ``rnd`` rounds, and the state of the rest of the run at that time.
 
     ``metrics_bytes`` is the length of ``metrics.jsonl``; ``held`` has the newest round of every client's state, by
-    kind of state.
+    kind of state. ``ledger``: what the run has released under ``[privacy]``.
     """
 
     rnd: int
     state: S
     metrics_bytes: int
     held: Mapping[str, Mapping[ClientId, int]] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def save(folder: Path, checkpoint: Checkpoint[S], keep: int, kept_rounds: Collection[int] = ()) -> Path:
@@ -43,6 +45,7 @@ def save(folder: Path, checkpoint: Checkpoint[S], keep: int, kept_rounds: Collec
     Raises :class:`OSError`.
     """
     info = {"rnd": checkpoint.rnd, "metrics_bytes": checkpoint.metrics_bytes, "held": checkpoint.held}
+    info |= {"ledger": checkpoint.ledger.to_json()} if checkpoint.ledger.entries else {}
     body = json.dumps(info).encode() + b"\n" + codec.encode(checkpoint.state)
     path = _path(folder, checkpoint.rnd)
     write_atomic(path, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -109,7 +112,8 @@ def _read(path: Path, state: type[S]) -> Checkpoint[S]:
         raise CorruptCheckpointError("its SHA-256 differs")
     line, _, rest = body.partition(b"\n")
     header = _header(line)
-    return Checkpoint(header.rnd, codec.decode(state, rest), header.metrics_bytes, header.held)
+    ledger = ledger_from(header.ledger, str(path))
+    return Checkpoint(header.rnd, codec.decode(state, rest), header.metrics_bytes, header.held, ledger)
 
 
 class _Header(Section):
@@ -118,6 +122,7 @@ class _Header(Section):
     rnd: int
     metrics_bytes: int
     held: Mapping[str, Mapping[ClientId, int]] = {}
+    ledger: tuple[Json, ...] = ()
 
 
 def _header(line: bytes) -> _Header:

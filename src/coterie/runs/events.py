@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from coterie.methods.robust import Weighed
 from coterie.methods.secure import Sum
+from coterie.ops.accounting import Spent
 from coterie.ops.metrics import Metrics
 from coterie.requests import Sample, Usage
 from coterie.text import parse_json
@@ -187,7 +188,8 @@ class RoundDone(Event):
     """A round is averaged: every client's part, why some replies were not used, and what changed in the findings.
 
     ``robust``: what the rule of ``[robust]`` made of every update; None without a rule. ``sums``: what became of every
-    group's secure sum; None where clients' updates are in the clear.
+    group's secure sum; None where clients' updates are in the clear. ``privacy``: what the run has spent so far; None
+    without ``[privacy]``.
     """
 
     event = "round"
@@ -200,6 +202,7 @@ class RoundDone(Event):
     peak_memory_bytes: int = 0
     robust: Mapping[ClientId, Weighed] | None = None
     sums: Mapping[str, Sum] | None = None
+    privacy: Spent | None = None
 
     @property
     def loss(self) -> float | None:

@@ -17,10 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
-
 from coterie.engines.base import Delivery, Engine, Evaluation
-from coterie.engines.bounds import Sizes, capped_examples, large_updates, reply_limit, update_sizes
+from coterie.engines.bounds import Sizes, large_updates, reply_limit, update_sizes
 from coterie.engines.checks import fault_of
 from coterie.machine import peak_memory
 from coterie.methods.base import Method
@@ -28,9 +26,8 @@ from coterie.methods.findings import Notes, find, to_json
 from coterie.methods.parts import label_space
 from coterie.methods.robust import Group
 from coterie.ops.metrics import mean_metrics
-from coterie.ops.streams import stream
 from coterie.runs import checkpoint as checkpoints
-from coterie.runs.agreed import Agreed, by_rule
+from coterie.runs.agreed import Agreed, by_rule, with_shares
 from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.events import (
     METRICS,
@@ -51,6 +48,8 @@ from coterie.runs.events import (
     read_events,
 )
 from coterie.runs.health import loss_note, quorum_fault
+from coterie.runs.ledger import Ledger
+from coterie.runs.private import Private, drawn
 from coterie.runs.secure import Simulated, Sums, apart, check_start, held, known, received, summed
 from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import best_round
@@ -75,10 +74,14 @@ class Runner(Generic[S]):
     sums: Sums | None = None
     _noted: list[str] = field(default_factory=list)  # so far
     _evaluated: list[Evaluated] = field(default_factory=list)  # so far
+    _last: int = 0  # the last round that is done
+    private: Private | None = None
 
     def __post_init__(self) -> None:
         if self.method.plan.secure.enabled and self.sums is None:
             self.sums = Simulated(self.method.plan.secure)
+        if self.method.plan.privacy.active:
+            self.private = Private(self.method, self.engine.clients, self.settings, self.folder)
 
     def run(self) -> S:
         """Do all remaining rounds; returns the final state.
@@ -87,11 +90,15 @@ class Runner(Generic[S]):
         the last checkpoint is kept.
         """
         start = self._restore()
-        state = start.state
+        state, self._last = start.state, start.rnd
         if self.sums is not None:
             check_start(self.method, self.engine.clients, state, start.rnd + 1)
         for rnd in range(start.rnd + 1, self.settings.rounds + 1):
+            if self.private and (stopped := self.private.stops(state, rnd)):
+                self._note([stopped], rnd - 1)
+                break
             state = self._round(state, rnd)
+            self._last = rnd
         return state
 
     def exported(self, state: S) -> Checkpoint[S]:
@@ -99,7 +106,7 @@ class Runner(Generic[S]):
 
         The last one too where the checkpoint of the chosen one, or a client's state of it, is lost; a note says so.
         """
-        last = Checkpoint(self.settings.rounds, state, self.metrics.stat().st_size)
+        last = Checkpoint(self._last, state, self.metrics.stat().st_size)
         chosen = self._round_to_export(last.rnd)
         if chosen is None or chosen == last.rnd:
             return last
@@ -132,6 +139,8 @@ class Runner(Generic[S]):
             self._log(StartState(describe=to_json(found)))
             self._say_what_is_cut()
             return self._commit(state, 0)
+        if self.private:
+            self.private.add(saved.ledger)
         os.truncate(self.metrics, saved.metrics_bytes)
         events = read_events(self.metrics)
         self._evaluated = [event for event in events if isinstance(event, Evaluated)]
@@ -144,10 +153,9 @@ class Runner(Generic[S]):
 
     def _say_what_is_cut(self) -> None:
         truncation = self.engine.truncation()
-        if truncation.rows:
+        if truncation.rows and not self.private:  # exact counts over everyone's rows
             self._log(Truncated(truncation.rows, truncation.cut, truncation.tokens))
-        if truncation.cut:
-            self._note([str(truncation)], 0)
+            self._note([str(truncation)] if truncation.cut else [], 0)
 
     def _check_new(self) -> None:
         """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""
@@ -181,17 +189,19 @@ class Runner(Generic[S]):
         self._check_quorum(RoundDone(rnd, entries, failed, time.perf_counter() - started), len(cohort), len(replies))
         before = to_json(known(self.method, state))
         spaces = {client.id: label_space(client) for client in self.engine.clients}
+        replies = self.private.released(self.engine.spec, state, replies, spaces, rnd) if self.private else replies
         groups = self.method.groups(state, replies, spaces)
-        agreed = self._agreed(groups, self._with_shares(groups, replies, rnd), starts, rnd)
+        agreed = self._agreed(groups, replies, starts, rnd)
         failed |= agreed.failed
         entries |= {client: replace(entries[client], said={}) for client in agreed.failed}
         late = RoundDone(rnd, entries, failed, time.perf_counter() - started)
         self._check_quorum(late, len(cohort), len(agreed.replies))
-        state = self.method.aggregate(state, agreed.replies, rnd)
+        state = self.method.aggregate(state, agreed.replies, rnd) if agreed.replies else state
         after = to_json(known(self.method, state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         seconds = time.perf_counter() - started
-        made = RoundDone(rnd, entries, failed, seconds, changed, peak_memory(), agreed.weighed, agreed.sums)
+        spent = self.private.spent() if self.private else None
+        made = RoundDone(rnd, entries, failed, seconds, changed, peak_memory(), agreed.weighed, agreed.sums, spent)
         self._log(made)
         self._evaluate(state, rnd)
         self._commit(state, rnd)
@@ -210,6 +220,8 @@ class Runner(Generic[S]):
         sizes: dict[ClientId, Sizes] = {}
         starts: dict[ClientId, Tensors] = {}
         instructions, infos = self.method.configure(state, cohort, rnd), {client.id: client for client in cohort}
+        if self.private:
+            self.private.begin(state, rnd)
         limits = {client.id: reply_limit(self.method.expects(state, client, rnd)) for client in cohort}
         with closing(self.engine.train(self.method, instructions, rnd, limits)) as deliveries:
             for client, delivery in deliveries:
@@ -224,7 +236,8 @@ class Runner(Generic[S]):
                     reply = held(self.sums, delivery.reply, self.method.expects(state, info, rnd))
                     start = self.method.started_from(self.engine.spec, state, info, instructions[client], reply)
                     replies[client] = reply
-                    sizes |= {client: update_sizes(reply, start)} if self.sums is None else {}
+                    bounded = self.sums or self.method.plan.privacy.by_server  # by a clip
+                    sizes |= {} if bounded else {client: update_sizes(reply, start)}
                     starts |= {client: start} if self.method.plan.robust.active or self.sums else {}
                 self.listen(ClientDone(rnd, client, entries[client], fault))
         steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
@@ -234,11 +247,8 @@ class Runner(Generic[S]):
         return replies, entries, failed, starts
 
     def _cohort(self, rnd: int) -> list[ClientInfo]:
-        """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
-        clients = sorted(self.engine.clients, key=lambda client: client.id)
-        size = max(1, round(self.settings.cohort * len(clients)))
-        chosen = torch.randperm(len(clients), generator=stream(self.settings.seed, rnd, "cohort"))[:size]
-        return [clients[i] for i in sorted(chosen.tolist())]
+        """The clients of a round, sorted by id; with ``[privacy]``, only the server can know them."""
+        return self.private.drawn(rnd) if self.private else drawn(self.engine.clients, self.settings, rnd)
 
     def _fault(self, state: S, reply: Reply | None, client: ClientInfo, rnd: int) -> str | None:
         if reply is None:
@@ -249,19 +259,6 @@ class Runner(Generic[S]):
         rows = [each.num_train for each in together]  # of every client that it trains on
         return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim, rows)
 
-    def _with_shares(
-        self, groups: Sequence[Group], replies: Mapping[ClientId, Reply], rnd: int
-    ) -> dict[ClientId, Reply]:
-        """``replies`` with the training examples that each counts for."""
-        examples = capped_examples(replies, self.settings.max_share, [group.members for group in groups])
-        total = sum(reply.num_examples for reply in replies.values())
-        for client in [c for c in replies if examples[c] < replies[c].num_examples]:
-            subject = f"{client} has more than its share of the training examples"
-            if not any(text.startswith(subject) for text in self._noted):
-                has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
-                self._note([f"{subject}: {has:.0%} of the round's, counted as {counts:.0%} ([run] max_share)"], rnd)
-        return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}
-
     def _agreed(
         self,
         groups: Sequence[Group],
@@ -271,23 +268,29 @@ class Runner(Generic[S]):
     ) -> Agreed:
         """``replies`` after secure sums or the rule of ``[robust]``; as they are without either."""
         robust = self.method.plan.robust
+        replies, capped = with_shares(groups, replies, self.settings.max_share)
         if self.sums is not None:
             agreed = summed(self.method, self.sums, groups, replies, starts, rnd)
         else:
             agreed = by_rule(robust, groups, replies, starts) if robust.active else Agreed(replies)
-        once = [text for subject, text in agreed.once.items() if not any(t.startswith(subject) for t in self._noted)]
+        texts = {**capped, **agreed.once}
+        once = [text for subject, text in texts.items() if not any(t.startswith(subject) for t in self._noted)]
         self._note([*agreed.notes, *once], rnd)
         return agreed
 
     def _check_quorum(self, made: RoundDone, cohort: int, replies: int) -> None:
         """Raises :class:`CoterieError`, and logs the round, where too few of its clients' replies can be used."""
-        needed = max(1, math.ceil(self.settings.quorum * cohort))
+        needed = max(bool(cohort), math.ceil(self.settings.quorum * cohort))
         if fault := quorum_fault(made.round, replies, cohort, made.failed, needed):
             self._log(replace(made, peak_memory_bytes=peak_memory()))
             raise CoterieError(fault)
 
     def _evaluate(self, state: S, rnd: int) -> None:
         if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:
+            return
+        if self.private and self.private.settings.metrics == "none":
+            self._evaluated.append(Evaluated(rnd))
+            self._log(self._evaluated[-1])
             return
         started = time.perf_counter()
         instructions = self.method.configure(state, self.engine.clients, rnd + 1)
@@ -312,7 +315,8 @@ class Runner(Generic[S]):
         """Everything of round ``rnd`` is on the disk once this returns."""
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
-        made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.state_rounds(rnd))
+        ledger = self.private.ledger if self.private else Ledger()
+        made = Checkpoint(rnd, state, self.metrics.stat().st_size, self.engine.state_rounds(rnd), ledger)
         checkpoints.save(self.folder / "checkpoints", made, self.settings.keep_checkpoints, self._rounds_to_keep(rnd))
         self._prune(rnd)
         self.listen(CheckpointSaved(rnd))

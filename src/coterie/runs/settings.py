@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Sampling = Literal["fixed", "poisson"]
+
 
 @dataclass(frozen=True)
 class RoundSettings:
@@ -20,4 +22,5 @@ class RoundSettings:
     evaluate_every: int = 1
     keep_checkpoints: int = 2
     export: Literal["best", "last"] = "best"
+    sampling: Sampling = "fixed"
     primary: str = "accuracy"  # the metric that chooses the best round

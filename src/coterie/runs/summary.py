@@ -20,6 +20,7 @@ from coterie.methods.findings import Finding
 from coterie.ops.metrics import Metrics, better, mean_metrics, percentiles, worst_client
 from coterie.requests import ExpertUse, Usage
 from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, Truncated, plain
+from coterie.runs.guarantee import Guarantee
 from coterie.types import ClientId, ClientInfo, CoterieError, Number
 
 SUMMARY = "summary.json"
@@ -87,7 +88,8 @@ class Summary:
     ``evaluated`` says which model was measured: the one that a client receives, or the one that it trained last.
     ``best_round`` is the round of the metrics, ``exported_round`` that of the experts and the clients' bundles.
     ``describe`` has the findings by their names in JSON, :attr:`findings` has them as types. ``usage`` is each
-    client's use of its experts in the last round, by module or under :data:`ALL_MODULES`.
+    client's use of its experts in the last round, by module or under :data:`ALL_MODULES`. ``privacy``: what
+    ``[privacy]`` guarantees; None without it.
     """
 
     coterie: str = ""
@@ -112,6 +114,7 @@ class Summary:
     usage: Annotated[Mapping[ClientId, Usage], BeforeValidator(_fields_of_usage)] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)
     machine: Mapping[str, object] | None = None
+    privacy: Guarantee | None = None
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:

@@ -13,6 +13,8 @@ def released(settings: FedAMoLESettings, shared_heads: bool) -> tuple[Release, .
         reads="each",
         to=SERVER,
         when="every round but the last",
+        measured=True,
+        last=-1,
         why="experts choose clients by them",
         instead='[method] assignment = "static"',
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from coterie.methods.fedlease.download import USE
 from coterie.methods.fedlease.settings import FedLEASESettings
@@ -12,35 +13,43 @@ from coterie.methods.releases import SERVER, Release, head_release
 def released(settings: FedLEASESettings, shared_heads: bool) -> tuple[Release, ...]:
     """The releases of a client: before the clusters are known, the server reads each client's by itself."""
     shared = shared_heads and settings.head == "trained"
-    return (*_before_clusters(settings), *_in_clusters(settings), *head_release(shared))
+    heads = [replace(head, first=settings.clustered_after) for head in head_release(shared)]
+    return (*_before_clusters(settings), *_in_clusters(settings), *heads)
 
 
 def _before_clusters(settings: FedLEASESettings) -> Iterator[Release]:
-    when = f"once, in round {settings.clustered_after}"
+    clustered = settings.clustered_after
+    representation = Release(
+        "mean inputs of the targets over its rows",
+        reads="each",
+        to=SERVER,
+        when=f"once, in round {clustered}",
+        why="clients are clustered by them",
+        instead='[method] distance = "B", or allocation = "oracle"',
+        measured=True,
+        first=clustered,
+        last=clustered,
+    )
     if settings.represents:
-        again = f", then every {settings.recluster_every} rounds" if settings.recluster_every else ""
-        yield Release(
-            "mean inputs of the targets over its rows",
-            reads="each",
-            to=SERVER,
-            when=when + again,
-            why="clients are clustered by them",
-            instead='[method] distance = "B", or allocation = "oracle"',
-        )
+        yield representation
+        if every := settings.recluster_every:
+            yield replace(representation, when=f"every {every} rounds", first=every, every=every, last=0)
     learned = settings.allocation == "learned"
     yield Release(
         "A and B after the warm-up, and the head if heads are shared",
         reads="each" if learned else "sum",
         to="its cluster, and as an expert all clients",
-        when=when,
+        when=f"once, in round {clustered}",
         why="clients are clustered by them" if learned else "",
         instead='[method] allocation = "oracle"' if learned else "",
+        first=clustered,
+        last=clustered,
     )
 
 
 def _in_clusters(settings: FedLEASESettings) -> Iterator[Release]:
-    alone = settings.routing == "own"
-    yield Release("A and B of its cluster's expert", to="its cluster" if alone else "all clients")
+    first, alone = settings.clustered_after + 1, settings.routing == "own"
+    yield Release("A and B of its cluster's expert", to="its cluster" if alone else "all clients", first=first)
     if settings.download == "used":
         yield Release(
             "the weight of each expert over its rows",
@@ -52,4 +61,4 @@ def _in_clusters(settings: FedLEASESettings) -> Iterator[Release]:
             instead='[method] download = "all"',
         )
     if settings.router == "cluster" and not alone:
-        yield Release("router", to="its cluster", instead='[method] router = "personal"')
+        yield Release("router", to="its cluster", instead='[method] router = "personal"', first=first)

@@ -18,7 +18,7 @@ def released(settings: SmartFedSettings, shared_heads: bool) -> tuple[Release, .
         names=("importance", "use"),
         instead="[policy] upload_usage = false",
     )
-    lacking = Release("that it lost the pool", "info", "each", SERVER, "if it did", ("lacks_pool",))
+    lacking = Release("that it lost the pool", "info", "each", SERVER, "if it did", ("lacks_pool",), of_rows=False)
     return (
         Release("routers"),
         *((Release("A and B of the adapters that train"),) if trains else ()),

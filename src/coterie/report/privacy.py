@@ -1,0 +1,30 @@
+"""Shows what a run with ``[privacy]`` guarantees."""
+
+from __future__ import annotations
+
+from coterie.report.read import Run
+from coterie.report.tables import Table
+
+METRICS = {"none": "not sent", "unprotected": "as they are, outside the guarantee: of a simulation, not to be shown"}
+SOURCES = {
+    "secure": "the operating system's randomness",
+    "seeded": "the run's seed, for tests: whoever knows it sees through",
+}
+
+
+def privacy_tables(run: Run) -> list[Table]:
+    """One table; none for a run without ``[privacy]``."""
+    made = run.summary.privacy if run.summary else None
+    if made is None:
+        return []
+    rows: list[tuple[object, ...]] = [
+        ("epsilon, delta", f"{made.epsilon:.4g}, {made.delta:g} ({made.accountant})"),
+        ("what it compares", made.neighbours),
+        ("noise", f"{made.noise_multiplier:.4g} times the clip {made.clip:g}, added by the {made.noise_at}"),
+        ("noise comes from", SOURCES[made.noise_source]),
+        ("clients of a round", made.cohort),
+        ("releases counted", ", ".join(f"{number} of {kind}" for kind, number in made.releases.items())),
+        ("metrics", METRICS[made.metrics]),
+        *([("ended", made.stopped)] if made.stopped else []),
+    ]
+    return [Table("Differential privacy of each client", ("what", "of this run"), rows)]

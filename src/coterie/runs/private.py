@@ -1,0 +1,210 @@
+"""The rounds of a run with ``[privacy]``: who takes part, what the server adds noise to, and what is left to spend."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coterie.methods.base import Method
+from coterie.methods.privacy import PrivacySettings, Released, kinds_of, planned_kinds
+from coterie.methods.robust import Group
+from coterie.ops.accounting import Noised, Spent, multiplier_for
+from coterie.ops.noise import KEY_BYTES, SecureNoise, SeededNoise
+from coterie.ops.streams import stream
+from coterie.runs.guarantee import Guarantee
+from coterie.runs.ledger import Entry, Ledger, read_ledger, write_ledger
+from coterie.runs.settings import RoundSettings
+from coterie.types import BaseSpec, ClientId, ClientInfo, Reply, Tensors
+
+KEY = "privacy.key"
+
+
+@dataclass
+class Private:
+    """The privacy of one run in ``folder``. ``ledger`` grows before anything is released."""
+
+    method: Method
+    clients: Sequence[ClientInfo]
+    rounds: RoundSettings
+    folder: Path
+    ledger: Ledger = field(default_factory=Ledger)
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        self.settings: PrivacySettings = self.method.plan.privacy
+        self.noise = self._noise()
+        self.multiplier = multiplier_of(self.settings, self.method, len(self.clients), self.rounds)
+        self.ledger = read_ledger(self.folder)
+
+    def _noise(self) -> SecureNoise | SeededNoise:
+        if self.settings.noise_source == "seeded":
+            return SeededNoise(self.rounds.seed)
+        path = self.folder / KEY
+        if not path.exists():
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(secrets.token_bytes(KEY_BYTES))
+        return SecureNoise(path.read_bytes())
+
+    @property
+    def size(self) -> float:
+        """The clients of a round; with Poisson sampling, as expected."""
+        return cohort_size(self.rounds, len(self.clients))
+
+    def drawn(self, rnd: int) -> list[ClientInfo]:
+        """The cohort of a round, which only the server knows; the same one if the round is done again."""
+        ordered = sorted(self.clients, key=lambda client: client.id)
+        return chosen(ordered, self.rounds, self.noise.uniform(len(ordered), "cohort", rnd))
+
+    def kinds(self, state: object, rnd: int) -> frozenset[str]:
+        """What round ``rnd`` releases."""
+        return kinds_of(key for client in self.clients for key in self.method.expects(state, client, rnd))
+
+    def stops(self, state: object, rnd: int) -> str:
+        """Why round ``rnd`` does not begin; "" if it may."""
+        kinds = self.kinds(state, rnd)
+        if not self.settings.epsilon or not kinds:
+            return ""
+        after = self.ledger.spent(self.settings.delta, [self._noised() for _ in kinds]).epsilon
+        if after <= self.settings.epsilon * (1 + 1e-9):
+            return ""
+        self.stopped = (
+            f"stopped before round {rnd}: with it the run would have spent epsilon = {after:.3g}, more than [privacy] "
+            f"epsilon = {self.settings.epsilon:g}"
+        )
+        return self.stopped
+
+    def begin(self, state: object, rnd: int) -> None:
+        """Count what clients themselves add noise to in round ``rnd``, each time that they are sent instructions."""
+        if self.settings.by_client:
+            again = "seeded" if self.settings.noise_source == "seeded" else secrets.token_hex(16)
+            self._count(self.kinds(state, rnd), rnd, f"round {rnd} {again}")
+
+    def released(
+        self,
+        spec: BaseSpec,
+        state: object,
+        replies: dict[ClientId, Reply],
+        spaces: Mapping[ClientId, str],
+        rnd: int,
+    ) -> dict[ClientId, Reply]:
+        """``replies`` with the noise that the server adds; as they are where clients have added it."""
+        if not self.settings.by_server:
+            return replies
+        everyone, starts = self.everyone(spec, state, replies, rnd)
+        return self.release(self.method.groups(state, everyone, spaces), replies, everyone, starts, rnd)
+
+    def release(
+        self,
+        groups: Sequence[Group],
+        replies: Mapping[ClientId, Reply],
+        everyone: Mapping[ClientId, Reply],
+        starts: Mapping[ClientId, Tensors],
+        rnd: int,
+    ) -> dict[ClientId, Reply]:
+        """``replies`` with noisy sums of their groups; on the ledger, and on the disk, before this returns."""
+        made = Released(self.settings, self.multiplier, self.noise, self.size / len(self.clients))(
+            groups, replies, everyone, starts, rnd
+        )
+        self._count(made.kinds, rnd, self.noise.name(made.digest))
+        return dict(made.replies)
+
+    def everyone(
+        self, spec: BaseSpec, state: object, replies: Mapping[ClientId, Reply], rnd: int
+    ) -> tuple[dict[ClientId, Reply], dict[ClientId, Tensors]]:
+        """A reply of every client, and what each started from: who sent nothing did not move."""
+        method = self.method
+        instructions = method.configure(state, self.clients, rnd)
+        made, starts = dict(replies), {}
+        for me in self.clients:
+            expected = method.expects(state, me, rnd)
+            still = Reply({key: torch.zeros(shape) for key, shape in expected.items()}, 1)
+            start = method.started_from(spec, state, me, instructions[me.id], replies.get(me.id, still))
+            tensors = {key: start.get(key, value) for key, value in still.tensors.items()}
+            made.setdefault(me.id, replace(still, tensors=tensors))
+            starts[me.id] = start
+        return made, starts
+
+    def add(self, ledger: Ledger) -> None:
+        """Count what a checkpoint's ledger has, too."""
+        self.ledger = ledger.with_entries(self.ledger.entries)
+
+    def _noised(self) -> Noised:
+        return noised(self.settings, self.rounds, len(self.clients), self.multiplier)
+
+    def _count(self, kinds: frozenset[str], rnd: int, name: str) -> None:
+        entries = [Entry(rnd, kind, self._noised(), name) for kind in sorted(kinds)]
+        self.ledger = self.ledger.with_entries(entries)
+        write_ledger(self.folder, self.ledger, self.spent())
+
+    def spent(self) -> Spent:
+        """What the run has spent so far."""
+        return self.ledger.spent(self.settings.delta)
+
+    def finish(self) -> None:
+        """Forget the key of the noise: the run is over."""
+        (self.folder / KEY).unlink(missing_ok=True)
+
+    def guarantee(self) -> Guarantee:
+        """What the run guarantees."""
+        s, spent, entries = self.settings, self.spent(), self.ledger.entries
+        exchanged = any(entry.noised.sampled == "fixed" for entry in entries)
+        return Guarantee(
+            s.unit,
+            spent.epsilon,
+            spent.delta,
+            spent.accountant,
+            "one client exchanged for another" if exchanged else "one client's contribution replaced by none",
+            self.multiplier,
+            s.clip,
+            s.noise_at,
+            s.noise_source,
+            f"{self.size:g} of {len(self.clients)}, {self.rounds.sampling}",
+            {kind: sum(entry.kind == kind for entry in entries) for kind in sorted({entry.kind for entry in entries})},
+            s.metrics,
+            self.stopped,
+        )
+
+
+def drawn(clients: Sequence[ClientInfo], rounds: RoundSettings, rnd: int) -> list[ClientInfo]:
+    """The clients of a round: a seeded sample that does not depend on their order, sorted by id."""
+    ordered = sorted(clients, key=lambda client: client.id)
+    random = stream(rounds.seed, rnd, "cohort")
+    if rounds.sampling == "poisson":
+        return chosen(ordered, rounds, torch.rand(len(ordered), generator=random))
+    places = torch.randperm(len(ordered), generator=random)[: int(cohort_size(rounds, len(ordered)))]
+    return [ordered[i] for i in sorted(places.tolist())]
+
+
+def chosen(ordered: Sequence[ClientInfo], rounds: RoundSettings, values: Tensor) -> list[ClientInfo]:
+    """The cohort by a value from 0 to 1 for each client: those with a small one, or a fixed number of the smallest."""
+    if rounds.sampling == "poisson":
+        return [client for client, value in zip(ordered, values.tolist(), strict=True) if value < rounds.cohort]
+    return [ordered[i] for i in sorted(values.argsort(stable=True)[: int(cohort_size(rounds, len(ordered)))].tolist())]
+
+
+def cohort_size(rounds: RoundSettings, clients: int) -> float:
+    """The clients of a round, of so many; with Poisson sampling, as expected."""
+    return rounds.cohort * clients if rounds.sampling == "poisson" else max(1, round(rounds.cohort * clients))
+
+
+def noised(settings: PrivacySettings, rounds: RoundSettings, clients: int, multiplier: float) -> Noised:
+    """One release of a run with so many clients. Who adds its own noise is known to take part."""
+    size = cohort_size(rounds, clients)
+    if settings.by_client or size >= clients:
+        return Noised(multiplier)
+    return Noised(multiplier, rounds.sampling, clients, size)
+
+
+def multiplier_of(settings: PrivacySettings, method: Method, clients: int, rounds: RoundSettings) -> float:
+    """``noise_multiplier``, or the least with which all planned releases keep to ``epsilon``."""
+    if settings.noise_multiplier:
+        return settings.noise_multiplier
+    planned = tuple(noised(settings, rounds, clients, 1.0) for _ in planned_kinds(method.releases(), rounds.rounds))
+    return multiplier_for(settings.epsilon, settings.delta, planned)
