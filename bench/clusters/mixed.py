@@ -5,7 +5,7 @@ is, and six of its intents in a sixth domain. Every task has most of the rows of
 two others. Clusters are known (``allocation = "oracle"``, by the task with most of the rows), so that the variants
 differ in routing alone.
 
-    python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2
+    python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2    # goes on where it was stopped
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ ROWS = {"train": 80, "validation": 30, "test": 80}
 VARIANTS = (
     "fedlease:routing=adaptive",
     "fedlease:routing=own",
-    "fedlease:routing=top_k:top_k=1",
-    "fedlease:routing=top_k:top_k=2",
+    *(f"fedlease:routing=top_k:top_k={k}" for k in range(1, len(TASKS) + 1)),
+    "fedlease:download=used",
+    "fedlease:download=used:router=personal",
+    "fedlease:router=personal",
 )
+QUICK = {"run": {"rounds": 3, "evaluate_every": 3}, "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 1}}
 CONFIG = {
     "model": {"path": "minilm", "max_length": 48},
     "lora": {"rank": 4},
@@ -58,7 +61,7 @@ def rows_of(data: Path, task: str, split: str) -> list[dict[str, str]]:
     return rows
 
 
-def write_clients(data: Path, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+def write_clients(data: Path, folder: Path, seed: int, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """Write every client's rows; yields the entries of ``[data] clients``. No row goes to two clients."""
     draw, folder = random.Random(seed), folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def write_clients(data: Path, folder: Path, seed: int) -> Iterator[dict[str, Any
     for number, share in enumerate(SHARES):
         first, second = TASKS[number % 4], TASKS[(number + (1 if number < 4 else 2)) % 4]
         labels: list[str] = []
-        for split, size in ROWS.items():
+        for split, size in sizes.items():
             main = round(share * size)
             rows = [left[first, split].pop() for _ in range(main)]
             rows += [left[second, split].pop() for _ in range(size - main)]
@@ -79,10 +82,12 @@ def write_clients(data: Path, folder: Path, seed: int) -> Iterator[dict[str, Any
         yield {"id": f"{number}-{first}-{second}", "group": first, "labels": labels, **files}
 
 
-def write_config(data: Path, folder: Path, seed: int) -> Path:
+def write_config(data: Path, folder: Path, seed: int, quick: bool) -> Path:
     """The config of one seed's federation, with its rows beside it."""
-    lines = [f"[[data.clients]]\n{_keys(entry)}" for entry in write_clients(data, folder / f"rows-{seed}", seed)]
-    for name, keys in CONFIG.items():
+    sizes = {split: size // 8 for split, size in ROWS.items()} if quick else ROWS
+    clients = write_clients(data, folder / f"rows-{seed}", seed, sizes)
+    lines = [f"[[data.clients]]\n{_keys(entry)}" for entry in clients]
+    for name, keys in (CONFIG | QUICK if quick else CONFIG).items():
         nested = {f"{name}.{key}": value for key, value in keys.items() if isinstance(value, dict)}
         flat = {key: value for key, value in keys.items() if not isinstance(value, dict)}
         lines += [f"[{title}]\n{_keys(of)}" for title, of in ({name: flat} if flat else nested).items()]
@@ -113,16 +118,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the public datasets")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(VARIANTS))
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few rows and rounds, no figures")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for seed in map(int, options.seeds.split(",")):
-        config, folder = write_config(datasets(options.data), options.out, seed), options.out / f"seed-{seed}"
+        config, folder = (
+            write_config(datasets(options.data), options.out, seed, options.quick),
+            options.out / f"seed-{seed}",
+        )
         compare(config, folder, methods=options.methods.split(","), seeds=[seed])
         for method in options.methods.split(","):
             summary = json.loads((folder / folder_of(method, seed) / "summary.json").read_text())
             rows.append({"method": method, **row(summary)})
     table("routing where clients have two jobs", [{k: v for k, v in of.items() if k != "clients"} for of in rows])
-    found = {"config": CONFIG, "shares": SHARES, "rows": rows, "measured_on": measured_on()}
+    found = {"quick": options.quick, "config": CONFIG, "shares": SHARES, "rows": rows, "measured_on": measured_on()}
     (options.out / "mixed.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
+PUBLIC = ("examples/data", "../shared/data")
 BENCHES = sorted(path for path in BENCH.glob("*.py") if not path.name.startswith("_"))
 # Several processes, or several whole runs.
 SLOW = {
@@ -54,6 +55,28 @@ def test_quick_form(bench: Path, tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "peft", "coterie"} <= found["measured_on"]["versions"].keys()
     assert {"cpu", "cores", "threads", "memory_bytes", "gpus", "load"} <= found["measured_on"]["machine"].keys()
     assert found["measured_on"]["machine"]["threads"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bench", ["skills/active", "clusters/mixed"])
+def test_quick_form_of_a_comparison(bench: str, tmp_path: Path) -> None:
+    if bench == "clusters/mixed" and not any((BENCH.parent / place).exists() for place in PUBLIC):
+        pytest.skip("the public datasets are not here")
+    command = [sys.executable, str(BENCH / f"{bench}.py"), "--quick", "--out", str(tmp_path)]
+    command += ["--work", str(tmp_path)] if bench == "skills/active" else ["--seeds", "0"]
+    for _ in range(2):  # the second goes on where the first one ended
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / f"{Path(bench).name}.json").read_text())
+    assert found["quick"] is True
+    assert len(found["rows"]) >= 2
 
 
 @pytest.mark.parametrize("name", ["layer", "cluster", "assign"])
