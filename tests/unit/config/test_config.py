@@ -142,7 +142,7 @@ WRONG = {  # what is wrong: (the config, what the error says)
     "type": ({**DATA, "run": {"rounds": "ten"}}, r"^\[run\] rounds: .*integer.* \(found 'ten'\)$"),
     "choice": ({**DATA, "train": {"schedule": "no"}}, r"^\[train\] schedule: .*'constant', 'linear' or 'cosine'.*'no'"),
     "range": ({**DATA, "lora": {"dropout": 1.0}}, r"^\[lora\] dropout: .*less than 1 \(found 1\.0\)$"),
-    "no section": ({**DATA, "run": 3}, r"^run: .*\(found 3\)$"),
+    "no section": ({**DATA, "run": 3}, r"^run = 3 .*must be a section$"),
     "method is no section": ({**DATA, "method": "fedit"}, r"^method = 'fedit' .*must be a section$"),
     "two faults": (
         {**DATA, "run": {"rounds": 0, "sed": 1}},
