@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.adapters.about import About
 from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
-from coterie.adapters.model import base_of
+from coterie.adapters.model import Placing, base_of
 from coterie.nn.attach_many import AttachedMany, attached_many
 from coterie.nn.base import Base
 from coterie.nn.build import build_layers
@@ -61,10 +61,17 @@ class Served:
 
 
 @contextmanager
-def served(run: Path, clients: Sequence[str] = (), *, base: str | None = None, device: str = "cpu") -> Iterator[Served]:
+def served(
+    run: Path,
+    clients: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Served]:
     """The models of ``clients`` (none named: all) of the run in the folder ``run``, for a ``with`` block.
 
-    ``run`` may be the folder of a single bundle. ``base`` is as in :func:`coterie.load`.
+    ``run`` may be the folder of a single bundle. ``base``, ``device`` and ``dtype`` are as in :func:`coterie.load`.
     Raises :class:`CoterieError` for a folder without bundles, an unknown client, banks that cannot share a pass, and a
     base that is missing or has other weights.
     """
@@ -72,7 +79,7 @@ def served(run: Path, clients: Sequence[str] = (), *, base: str | None = None, d
     read = [read_bundle(folder) for folder in folders.values()]
     names, banks, abouts = tuple(folders), [bank for bank, _ in read], [about for _, about in read]
     _check_alike(run, names, abouts)
-    loaded = base_of(banks[0], abouts[0], base, device=device)
+    loaded = base_of(banks[0], abouts[0], base, placing=Placing(device, dtype))
     loaded.model.eval()
     encoder = _sees_all(loaded)
     layers = [build_layers(loaded.model, _without_dropout(bank)) for bank in banks]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import uvicorn
 
 from coterie.api.app import make_app
@@ -31,7 +32,7 @@ _STOP_SECONDS = 10  # for answers that are under way when the service stops
 
 @dataclass(frozen=True)
 class Service:
-    """What to serve, and where. ``certificate`` and ``private_key`` are PEM files for TLS."""
+    """What to serve, and where. ``dtype`` is the base's; ``certificate`` and ``private_key`` are PEM files for TLS."""
 
     run: Path
     clients: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Service:
     private_key: Path | None = None
     base: str | None = None
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     limits: Limits = field(default_factory=Limits)
 
 
@@ -72,7 +74,7 @@ def ready(service: Service) -> Iterator[Ready]:
     keys = Keys() if service.keys is None else read_keys(service.keys, names)  # before the models: they take long
     with (
         _listening(service.host, service.port) as sock,
-        served(service.run, service.clients, base=service.base, device=service.device) as models,
+        served(service.run, service.clients, base=service.base, device=service.device, dtype=service.dtype) as models,
     ):
         worker = worker_for(models, service.limits)
         hosts = (*_NAMES, service.host.lower()) if open_to_all else None

@@ -21,6 +21,7 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")]
 KeysFile = Annotated[Path | None, typer.Option("--keys", help="a file of API keys, made of entries by coterie api-key")]
 Base = Annotated[str | None, typer.Option(help="the base's folder or hub name; default what the bundles name")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Precision = Annotated[str, typer.Option(help="of the base's weights: float32, or bfloat16 for half the memory")]
 Rows = Annotated[int, typer.Option(min=1, help="texts that share a pass")]
 Waiting = Annotated[int, typer.Option(min=1, help="requests that may wait for a pass; more are refused")]
 PerKey = Annotated[int, typer.Option(min=1, help="requests of one key that may run or wait at once")]
@@ -46,6 +47,7 @@ def api(
     keys: KeysFile = None,
     base: Base = None,
     device: Device = "cpu",
+    precision: Precision = "float32",
     rows: Rows = 16,
     waiting: Waiting = 64,
     per_key: PerKey = 64,
@@ -58,9 +60,14 @@ def api(
 ) -> None:
     """Serve the clients' models of a run: OpenAI's routes under /v1, and a page at /."""
     _check_installed()
+    if precision not in ("float32", "bfloat16"):
+        raise CoterieError(f"--precision is float32 or bfloat16, not {precision!r}")
+    import torch
+
     from coterie.api.limits import Limits
     from coterie.api.server import Service, ready
 
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     limits = Limits(
         rows=rows, waiting=waiting, per_key=per_key, max_tokens=max_tokens, prompt_tokens=prompt_tokens,
         body_bytes=1024 * body_kib, seconds=seconds,
@@ -69,7 +76,7 @@ def api(
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("coterie.api").setLevel(logging.INFO)
     say(f"loading the models of {run}")
-    with ready(Service(run, names, host, port, keys, certificate, private_key, base, device, limits)) as service:
+    with ready(Service(run, names, host, port, keys, certificate, private_key, base, device, dtype, limits)) as service:
         prose(f"models: {', '.join(service.models.names)}")
         say(f"open {service.address} in a browser, or give {service.address}v1 to a client of OpenAI's; Ctrl-C stops")
         sys.stdout.flush()  # a pipe would keep the address to itself

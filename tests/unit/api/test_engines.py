@@ -81,6 +81,23 @@ def test_every_client_classifies_as_it_does_alone(gate: str, tmp_path: Path) -> 
             assert not answer.cut
 
 
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_a_base_in_half_precision_answers_nearly_alike(arch: str, tmp_path: Path) -> None:
+    run, logs = make_run(tmp_path, arch), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        with served(run, dtype=dtype) as models:
+            assert {p.dtype for p in models.base.model.parameters() if p.is_floating_point()} == {dtype}
+            if arch == "bert":
+                requests = [Encode(i % 3, ((text, None),)) for i, text in enumerate(TEXTS)]
+                logs[dtype] = [log[0][0].values for log in run_all(Encoding(models, rows=8), requests)]  # type: ignore[index, union-attr]
+            else:  # the trial compares rows together with rows alone
+                writes = [Generate(i % 3, text, 4) for i, text in enumerate(TEXTS)]
+                assert all(isinstance(log[-1], Written) for log in run_all(Decoding(models, rows=8), writes))
+    for exact, half in zip(*logs.values(), strict=True) if logs else ():
+        assert half == pytest.approx(exact, abs=0.05)
+        assert half != exact
+
+
 def test_an_embedding_is_the_mean_over_the_texts_own_tokens(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with served(run) as models:

@@ -52,6 +52,12 @@ def test_clients_that_name_nobody_are_an_error_rather_than_all(
     assert said.getvalue() == ""
 
 
+def test_an_unknown_precision_is_an_error(said: io.StringIO, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["api", str(tmp_path), "--precision", "float16"])
+    assert "--precision is float32 or bfloat16, not 'float16'" in str(result.exception)
+    assert said.getvalue() == ""
+
+
 def test_without_fastapi_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CoterieError, match=r"needs fastapi and uvicorn: pip install 'coterie\[api\]'"):
