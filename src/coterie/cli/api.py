@@ -6,13 +6,16 @@ import importlib.util
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli.console import prose, say
 from coterie.text import printable
 from coterie.types import CoterieError
+
+if TYPE_CHECKING:
+    import torch
 
 RunFolder = Annotated[Path, typer.Argument(help="the folder of a finished run, or of a client's bundle")]
 Clients = Annotated[str | None, typer.Option(help="clients, separated by commas; default all")]
@@ -60,21 +63,16 @@ def api(
 ) -> None:
     """Serve the clients' models of a run: OpenAI's routes under /v1, and a page at /."""
     _check_installed()
-    if precision not in ("float32", "bfloat16"):
-        raise CoterieError(f"--precision is float32 or bfloat16, not {precision!r}")
-    import torch
-
     from coterie.api.limits import Limits
     from coterie.api.server import Service, ready
 
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = _dtype(precision)
     limits = Limits(
         rows=rows, waiting=waiting, per_key=per_key, max_tokens=max_tokens, prompt_tokens=prompt_tokens,
         body_bytes=1024 * body_kib, seconds=seconds,
     )  # fmt: skip
     names = _names(clients)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("coterie.api").setLevel(logging.INFO)
+    _start_log()
     say(f"loading the models of {run}")
     with ready(Service(run, names, host, port, keys, certificate, private_key, base, device, dtype, limits)) as service:
         prose(f"models: {', '.join(service.models.names)}")
@@ -103,6 +101,19 @@ def _names(clients: str | None) -> tuple[str, ...]:
     if clients is not None and not names:
         raise CoterieError("--clients names no client; name some, separated by commas, or leave it out for all clients")
     return names
+
+
+def _dtype(precision: str) -> torch.dtype:
+    import torch
+
+    if precision not in ("float32", "bfloat16"):
+        raise CoterieError(f"--precision is float32 or bfloat16, not {precision!r}")
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def _start_log() -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("coterie.api").setLevel(logging.INFO)
 
 
 def _check_installed() -> None:
