@@ -5,6 +5,9 @@ EXTRAS ?= demo,flower,flower-sim,metrics,quant,hub,tables,tracking,api,privacy,d
 WORKERS ?= 2
 # The first of these that is new enough makes the environment; name your own with `make venv PYTHON=/path/to/python`.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
+# How often `make test-kill` kills: simulations, and processes of a federation over Flower.
+KILLS ?= 100
+FEDERATION_KILLS ?= 20
 # More for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu for the CPU build of torch.
 PIP_FLAGS ?=
 # constraints-hashed.txt: check the SHA-256 of every package but torch (Python 3.11 on Linux).
@@ -18,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench docs gallery site clean
+.PHONY: help venv demo test test-slow test-flower test-secure test-kill fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench docs gallery site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,11 +35,17 @@ test: lint types  ## lint, types and all tests but the slow ones
 	$(PYTEST) -m 'not slow'
 
 test-slow: lint types  ## lint, types and all tests but those of real processes
-	$(PYTEST) -m 'not flower and not ray'
+	$(PYTEST) -m 'not flower and not ray and not secure and not kill'
 
 test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; under five minutes
 	@# Three at a time: they wait more than they work.
 	$(PYTEST) -n 3 -m flower tests/e2e
+
+test-secure: $(STAMP)  ## secure aggregation with six sites of real processes, two killed before each step; some minutes
+	$(PYTEST) -n 1 -m secure tests/e2e
+
+test-kill: $(STAMP)  ## random kills of simulations (KILLS) and of a federation (FEDERATION_KILLS), each resumed
+	KILLS=$(KILLS) FEDERATION_KILLS=$(FEDERATION_KILLS) $(PYTEST) -n 1 -m kill tests/e2e/test_kills.py
 
 fuzz: $(STAMP)  ## an hour of bad input for every reader; what shows a fault is kept in runs/fuzz
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/support/fuzz.py --seconds 3600

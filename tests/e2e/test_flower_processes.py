@@ -7,42 +7,19 @@ import socket
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("flwr")
 
 import sites
-from coterie.config.load import load_config
 from coterie.deploy.keys import site_key
-from coterie.experiment import run
-from flower_processes import Processes, processes, write_site
+from flower_processes import Processes, experts, in_process, newest_state, processes, write_site
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
 A, B, STRANGER = "mood-0", "size-0", "place-0"
 
 
-def in_process(folder: Path) -> Path:
-    """The same federation, of the same two clients, by `coterie run`."""
-    torch.set_num_threads(1)
-    for other in (folder / "clients").iterdir():
-        if other.name not in (A, B):
-            other.rename(folder / f"unused-{other.name}")
-    run(load_config(folder / "run.toml"), folder / "whole", root=folder)
-    return folder / "whole"
-
-
-def experts(run: Path) -> dict[str, bytes]:
-    found = {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "experts").rglob("*.safetensors"))}
-    assert len(found) >= 2
-    return found
-
-
-def newest_state(run: Path) -> bytes:
-    return max((run / "checkpoints").glob("*.ckpt")).read_bytes().split(b"\n", 3)[3]
-
-
 def same_as_in_process(made: Processes) -> None:
-    whole = in_process(made.folder)
+    whole = in_process(made.folder, (A, B))
     assert experts(made.run) == experts(whole)
     assert newest_state(made.run) == newest_state(whole)
     for client in (A, B):

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 import sites
+from coterie.config.load import load_config
 from coterie.deploy.journal import read_journal
 from coterie.deploy.processes import free_port
+from coterie.experiment import run as experiment_run
 
 MISBEHAVING = [sys.executable, str(Path(__file__).parent / "misbehaving.py")]
 COTERIE = [sys.executable, "-c", "from coterie.cli.main import main; main()"]
@@ -225,3 +228,23 @@ def write_site(folder: Path, site: str, port: int, key: str | None = None) -> No
     }
     lines = [f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in s.items()) for name, s in sections.items()]
     (folder / f"{site}.toml").write_text("\n".join(lines))
+
+
+def in_process(folder: Path, clients: tuple[str, ...]) -> Path:
+    """The same federation, of the same clients, by `coterie run`."""
+    torch.set_num_threads(1)
+    for other in (folder / "clients").iterdir():
+        if other.name not in clients:
+            other.rename(folder / f"unused-{other.name}")
+    experiment_run(load_config(folder / "run.toml"), folder / "whole", root=folder)
+    return folder / "whole"
+
+
+def experts(run: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "experts").rglob("*.safetensors"))}
+    assert len(found) >= 2
+    return found
+
+
+def newest_state(run: Path) -> bytes:
+    return max((run / "checkpoints").glob("*.ckpt")).read_bytes().split(b"\n", 3)[3]
