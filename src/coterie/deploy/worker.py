@@ -134,7 +134,10 @@ class Worker:
         """This site's answer in a step of the round's secure sums."""
         if self.held is None:
             raise CoterieError("this site holds no update for a secure sum; it may have been restarted")
-        return Message({}, self.held.answer(head, body))
+        answer = self.held.answer(head, body)
+        while self.held.party.refusals:
+            log.warning("refused in a secure sum: %s", self.held.party.refusals.pop(0))
+        return Message({}, answer)
 
     def _evaluate(self, run: Run, head: Head, body: bytes) -> Message:
         if not self.site.policy.upload_metrics:
