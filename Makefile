@@ -102,6 +102,8 @@ docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	  { echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie $$page --markdown; } > docs/reference/.$$page.tmp; \
 	  mv docs/reference/.$$page.tmp docs/reference/$$page.md; \
 	done
+	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie methods --releases --markdown; } \
+	  > docs/reference/releases.md
 	@{ echo "<!-- Made by \`make docs\`: do not edit. -->"; echo; $(BIN)/coterie site config --markdown; } > docs/reference/site.md
 
 gallery: $(STAMP)  ## the pictures of docs/gallery.md, from the demo; Chromium for screenshots

@@ -63,7 +63,13 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/performance-batched.md",
         "bench/README.md",
     ],
-    "Reference": ["docs/reference/config.md", "docs/reference/site.md", "docs/reference/methods.md", "CHANGELOG.md"],
+    "Reference": [
+        "docs/reference/config.md",
+        "docs/reference/site.md",
+        "docs/reference/methods.md",
+        "docs/reference/releases.md",
+        "CHANGELOG.md",
+    ],
     "Work on it": [
         "docs/architecture.md",
         "docs/decisions/README.md",

@@ -368,9 +368,10 @@ def test_a_methods_page_has_every_setting_with_its_default(method: str) -> None:
     assert rows == {name: str(field.default) for name, field in fields.items()}
 
 
-@pytest.mark.parametrize("page", ["methods", "config", "site"])
+@pytest.mark.parametrize("page", ["methods", "config", "site", "releases"])
 def test_a_reference_page_is_what_the_command_prints_now(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    app([*(["site", "config"] if page == "site" else [page]), "--markdown"], standalone_mode=False)
+    command = {"site": ["site", "config"], "releases": ["methods", "--releases"]}.get(page, [page])
+    app([*command, "--markdown"], standalone_mode=False)
     found = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
     assert found == f"<!-- Made by `make docs`: do not edit. -->\n\n{capsys.readouterr().out}", "run `make docs`"
 

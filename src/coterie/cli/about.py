@@ -19,8 +19,16 @@ def register(app: typer.Typer) -> None:
     app.command()(version)
 
 
-def methods(markdown: Markdown = False) -> None:
+def methods(
+    markdown: Markdown = False,
+    releases: Annotated[bool, typer.Option(help="what each lets leave a client, and how it is protected")] = False,
+) -> None:
     """List the methods."""
+    if releases:
+        from coterie.config.released import HEAD, table
+
+        show_table(HEAD, table(), markdown)
+        return
     from coterie.methods.registry import methods as known
 
     rows = [(name, method.title, method.summary, method.paper) for name, method in known().items()]

@@ -49,7 +49,10 @@ def _before_clusters(settings: FedLEASESettings) -> Iterator[Release]:
 
 def _in_clusters(settings: FedLEASESettings) -> Iterator[Release]:
     first, alone = settings.clustered_after + 1, settings.routing == "own"
-    yield Release("A and B of its cluster's expert", to="its cluster" if alone else "all clients", first=first)
+    later = f"every round from {first} on"
+    yield Release(
+        "A and B of its cluster's expert", to="its cluster" if alone else "all clients", when=later, first=first
+    )
     if settings.download == "used":
         yield Release(
             "the weight of each expert over its rows",
@@ -61,4 +64,4 @@ def _in_clusters(settings: FedLEASESettings) -> Iterator[Release]:
             instead='[method] download = "all"',
         )
     if settings.router == "cluster" and not alone:
-        yield Release("router", to="its cluster", instead='[method] router = "personal"', first=first)
+        yield Release("router", to="its cluster", when=later, instead='[method] router = "personal"', first=first)
