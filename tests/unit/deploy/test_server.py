@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ pytest.importorskip("flwr")
 
 from flwr.app import Message as FlowerMessage
 
+import coterie
 import flower_sites
 import sites
 from coterie import codec
+from coterie.artifacts.onboard import onboard
 from coterie.deploy import server
 from coterie.deploy.attempt import begin_attempt
 from coterie.deploy.base_digest import digest_here
@@ -119,6 +122,22 @@ def test_a_site_that_connects_too_late_for_fedamole_is_refused_and_the_run_goes_
     sites.config(tmp_path, method="fedamole")
     attempt(tmp_path, FIRST, listed, comes=LATE)
     assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY['fedamole']}"})
+
+
+def test_a_site_that_comes_after_the_end_joins_with_three_files_of_the_server(tmp_path: Path) -> None:
+    """Also in FedAMoLE, which takes no site into a run that has begun."""
+    sites.config(tmp_path, method="fedamole")
+    attempt(tmp_path, FIRST, FIRST)
+    given = tmp_path / "given"
+    for name in ("config.json", "summary.json"):
+        given.mkdir(exist_ok=True)
+        shutil.copyfile(tmp_path / "out" / name, given / name)
+    shutil.copytree(tmp_path / "out" / "checkpoints", given / "checkpoints")
+    own_base = str((tmp_path / "model").rename(tmp_path / "base-of-the-site"))
+    joined = onboard(given, tmp_path / "clients" / LATE, tmp_path / "joined", epochs=1, base=own_base)
+    assert joined.client == LATE
+    assert joined.before["loss"] != joined.after["loss"]
+    assert coterie.load(tmp_path / "joined", base=own_base).bank.gate.name == "scaled_dot_product"
 
 
 LIES: dict[str, Callable[[Hello], Hello]] = {
