@@ -132,7 +132,9 @@ def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ..
     for base in bases:
         if precision == "bfloat16":
             base.hold_linears(torch.bfloat16)
-        if base.device.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
+        if config.engine.attention != "auto":
+            base.use_attention(config.engine.attention)
+        elif base.device.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
             base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
         if config.engine.compile:
             compile_frozen(base)

@@ -205,6 +205,13 @@ class EngineSettings(Section):
         description="clients that share a forward pass; 1: one after another, the reference; auto: the number that is "
         "estimated to be fastest, padding included, and fits in memory as measured; a resumed run decides again",
     )
+    attention: Literal[
+        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = Field(
+        "auto",
+        description="the implementation of attention, by transformers' name; flash attention needs its package and a "
+        "GPU; auto: the model's own, usually sdpa, or eager for short rows in bfloat16 on a CPU",
+    )
     compile: bool = Field(
         False, description="torch.compile the modules between the adapters; needs a compiler, and changes the last bits"
     )

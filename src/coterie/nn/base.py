@@ -46,8 +46,15 @@ class Base:
         return input_device(self.model)
 
     def use_attention(self, name: str | None) -> None:
-        """Switch the model's implementation of attention; None: the one that it was loaded with."""
-        self.model.set_attn_implementation(name or self.attention)
+        """Switch the model's implementation of attention; None: the one that it was loaded with.
+
+        Raises :class:`CoterieError` for one that the model or this machine does not have.
+        """
+        try:
+            self.model.set_attn_implementation(name or self.attention)
+        except (ImportError, ValueError) as fault:
+            reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+            raise CoterieError(f"[engine] attention = {name!r} does not work here: {reason}") from fault
 
     def hold_linears(self, dtype: torch.dtype) -> None:
         """Keep the frozen Linears in the dtype in which autocast computes them.
