@@ -90,3 +90,28 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
             tmp_path / "here" / "personal" / client / "000003.safetensors"
         ).read_bytes()
         assert list((staff[client].state / "run" / "export").iterdir())
+
+
+@pytest.mark.parametrize("noise_at", ["server", "client"])
+def test_noise_is_the_same_over_flower(noise_at: str, tmp_path: Path) -> None:
+    """With the noise of tests: the same experts, the same ledger, and nothing that sites keep to themselves."""
+    pytest.importorskip("dp_accounting")
+    path = sites.config(tmp_path, "bert", method="fedit", kind="classification")
+    privacy = {"unit": "client", "clip": 0.1, "noise_multiplier": 1.0, "noise_source": "seeded", "noise_at": noise_at}
+    config = flower_sites.local_config(path, CLIENTS, tmp_path, privacy=privacy)
+    federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
+    reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
+    staff = flower_sites.workers(tmp_path, CLIENTS)
+    remote = flower_sites.engine_over(flower_sites.server_config(path, privacy=privacy), staff, sites=tuple(CLIENTS))
+    remote.sites.gather(0, 10)
+    method, states, spent = flower_sites.method_of(config), {}, {}
+    for place, engine in (("here", reference), ("there", remote)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        runner = Runner(method, engine, RoundSettings(2, 0), tmp_path / place)
+        states[place] = runner.run()
+        assert runner.private is not None
+        spent[place] = runner.private.guarantee()
+    assert codec.encode(states["here"]) == codec.encode(states["there"])
+    assert spent["here"] == spent["there"]
+    assert spent["here"].releases == {"updates": 2}
+    assert '"loss"' not in (tmp_path / "there" / "metrics.jsonl").read_text(encoding="utf-8")
