@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie.compute.passes import Passes
 from coterie.compute.statistics import Collector
 from coterie.compute.workplace import StoppedError
-from coterie.data.examples import IGNORE, Batch, Example, completion_losses, padded_inputs
+from coterie.data.examples import Example, answers_of, completion_losses, prompts_of
 from coterie.nn.prompt_cache import PromptCache
 
 
@@ -43,7 +43,7 @@ def _score(passes: Passes, cache: PromptCache, clients: dict[int, Choosing], row
     pad = workplace.task.tokenizer.pad_token_id
     model = workplace.base.model
 
-    joined = passes.join(active, [_prompts(examples[i], pad) for i in active], left=True)
+    joined = passes.join(active, [prompts_of(examples[i], pad) for i in active], left=True)
     passes.choose(joined)
     for at, client in enumerate(clients.values()):
         _collect(client, joined.mask(at, padding=False))
@@ -52,7 +52,7 @@ def _score(passes: Passes, cache: PromptCache, clients: dict[int, Choosing], row
     with workplace.autocast():
         prompts = cache.read(model, joined.inputs)
     for number in range(max(len(e.choices) for of in examples.values() for e in of)):
-        answers = passes.join(active, [_answers(examples[i], number, pad) for i in active])
+        answers = passes.join(active, [answers_of(examples[i], number, pad) for i in active])
         passes.choose(answers)
         for at, (i, client) in enumerate(clients.items()):
             _collect(client, answers.mask(at, padding=False), [e.label == number for e in examples[i]])
@@ -74,22 +74,6 @@ def _collect(client: Choosing, mask: Tensor | None, right: Sequence[bool] | None
         counts = torch.tensor(right, device=mask.device).unsqueeze(1)
         mask = torch.cat([mask[: len(right)] * counts, torch.zeros_like(mask[len(right) :])])
     client.collector.begin_pass(mask, mask.sum())
-
-
-def _prompts(examples: Sequence[Example], pad: int) -> Batch:
-    """The rows' prompts [b, t], padded on the left."""
-    inputs = padded_inputs([Example(e.ids[: e.prompt]) for e in examples], pad, left=True)
-    return Batch(inputs, inputs["input_ids"], 0)
-
-
-def _answers(examples: Sequence[Example], number: int, pad: int) -> Batch:
-    """Candidate ``number`` of each row [b, t], or its first one where it has fewer. The labels [b, 1 + t] begin with
-    the prompt's last token."""
-    chosen = [Example(e.choices[number] if number < len(e.choices) else e.choices[0]) for e in examples]
-    inputs = padded_inputs(chosen, pad, left=False)
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
-    start = torch.full_like(labels[:, :1], IGNORE)
-    return Batch(inputs, torch.cat([start, labels], dim=1), sum(len(e.ids) for e in chosen))
 
 
 def _by_length(examples: Sequence[Example]) -> list[int]:

@@ -112,6 +112,22 @@ def completion_losses(output: Output, batch: Batch) -> Tensor:
     return by_row.sum(1)
 
 
+def prompts_of(examples: Sequence[Example], pad: int) -> Batch:
+    """The rows' prompts [b, t], padded on the left."""
+    inputs = padded_inputs([Example(e.ids[: e.prompt]) for e in examples], pad, left=True)
+    return Batch(inputs, inputs["input_ids"], 0)
+
+
+def answers_of(examples: Sequence[Example], number: int, pad: int) -> Batch:
+    """Candidate ``number`` of each row [b, t], or its first one where it has fewer. The labels [b, 1 + t] begin with
+    the prompt's last token."""
+    chosen = [Example(e.choices[number] if number < len(e.choices) else e.choices[0]) for e in examples]
+    inputs = padded_inputs(chosen, pad, left=False)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
+    start = torch.full_like(labels[:, :1], IGNORE)
+    return Batch(inputs, torch.cat([start, labels], dim=1), sum(len(e.ids) for e in chosen))
+
+
 def batches(examples: Sequence[Example], size: int, generator: torch.Generator) -> list[list[Example]]:
     """Every example once, in random batches of similar length: sorted within random chunks of four batches."""
     order = torch.randperm(len(examples), generator=generator).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.data.conversations import unanswered
-from coterie.data.examples import Example, candidate, completion_losses
+from coterie.data.examples import Example, answers_of, candidate, completion_losses, prompts_of
 from coterie.data.files import RowTable
 from coterie.data.parse import CHOICES, parse
 from coterie.data.rows import ChoiceRow, Row
@@ -21,6 +22,7 @@ from coterie.inference.answers import Answer, ChoiceAnswer, LabelAnswer, Rejecte
 from coterie.inference.generate import new_tokens, texts_of
 from coterie.inference.records import Located, Read
 from coterie.nn.pretrained import PreTrainedModel
+from coterie.nn.prompt_cache import PromptCache, prompt_cache
 from coterie.nn.rows import RowMask
 from coterie.types import CoterieError, DataError
 
@@ -115,6 +117,40 @@ class Predictor:
         return map(TextAnswer, self._by_length(examples, lambda e: len(e.ids), of))
 
     def _choices(self, task: MultipleChoice, rows: Sequence[tuple[Row, Example]]) -> Iterator[ChoiceAnswer]:
+        examples = [example for _, example in rows]
+        cache = self._prompt_cache
+        scores = self._after_prompts(task, examples, cache) if cache else self._whole(task, examples)
+        for (row, _), own in zip(rows, scores, strict=True):
+            assert isinstance(row, ChoiceRow)
+            best = own.index(min(own))
+            yield ChoiceAnswer(row.choices[best].strip(), best, tuple(-loss for loss in own))
+
+    @cached_property
+    def _prompt_cache(self) -> PromptCache | None:
+        return prompt_cache(self.model)
+
+    def _after_prompts(
+        self, task: MultipleChoice, examples: Sequence[Example], cache: PromptCache
+    ) -> list[list[float]]:
+        """The mean loss per token of every candidate; those of a row share its prompt's keys and values."""
+        pad = task.tokenizer.pad_token_id
+
+        def of(batch: Sequence[Example]) -> list[list[float]]:
+            prompts = cache.read(self.model, prompts_of(batch, pad).to(self.model.device).inputs)
+            made: list[list[float]] = [[] for _ in batch]
+            for number in range(max(len(e.choices) for e in batch)):
+                answers = answers_of(batch, number, pad).to(self.model.device)
+                after = cache.follow(self.model, prompts, answers.inputs)
+                losses = completion_losses(torch.cat([prompts.logits.unsqueeze(1), after], dim=1), answers).tolist()
+                for own, e, loss in zip(made, batch, losses, strict=True):
+                    own += [loss / len(e.choices[number])] if number < len(e.choices) else []
+            return made
+
+        return self._by_length(examples, lambda e: e.prompt, of)
+
+    def _whole(self, task: MultipleChoice, examples: Sequence[Example]) -> Iterator[list[float]]:
+        """The same, each candidate with its prompt in a row of its own."""
+
         def of(batch: Sequence[Example]) -> Iterable[float]:
             collated = task.collate(batch).to(self.model.device)
             if self.row_mask.used:
@@ -123,13 +159,10 @@ class Predictor:
             self.row_mask.prompt = None
             return (losses.cpu() / torch.tensor([len(e.ids) - e.prompt for e in batch])).tolist()
 
-        all_candidates = [candidate(e, i) for _, e in rows for i in range(len(e.choices))]
+        all_candidates = [candidate(e, i) for e in examples for i in range(len(e.choices))]
         losses = iter(self._by_length(all_candidates, lambda e: len(e.ids), of))
-        for row, example in rows:
-            assert isinstance(row, ChoiceRow)
-            own = [next(losses) for _ in example.choices]
-            best = own.index(min(own))
-            yield ChoiceAnswer(row.choices[best].strip(), best, tuple(-loss for loss in own))
+        for example in examples:
+            yield [next(losses) for _ in example.choices]
 
     def _by_length(
         self, items: Sequence[Example], length: Callable[[Example], int], of: Callable[[Sequence[Example]], Iterable[T]]
