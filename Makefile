@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 	-n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-flower test-secure test-kill fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench docs gallery site clean
+.PHONY: help venv demo test test-slow test-flower test-secure test-kill fuzz test-ray test-tracking test-lowest lowest-tests lint types format hooks bench gpu docs gallery site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ hooks: $(STAMP)  ## run the lint before every commit
 
 bench: $(STAMP)  ## measure speed and memory; see bench/README.md
 	@set -e; for script in bench/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+gpu: $(STAMP)  ## on a machine with a GPU: tests on it, then its figures against those required; under ten minutes
+	$(BIN)/python bench/gpu.py $(GPU_FLAGS)
 
 docs: $(STAMP)  ## write the tables of methods and of config keys anew
 	@mkdir -p docs/reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -136,5 +137,7 @@ def measured_on() -> dict[str, Any]:
 
 
 def _git(*command: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True, check=False)
     return done.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from coterie.nn.base import Base
 from coterie.nn.locate import resolve
@@ -33,16 +34,22 @@ LLAMAS: dict[str, dict[str, int]] = {  # random weights: speed and memory do not
 MODELS = ("minilm", *LLAMAS)
 
 
-def path_of(name: str, folder: Path) -> str:
-    """What to load for a name of ``MODELS``; a Llama is made in ``folder``, in bfloat16, with minilm's tokenizer."""
+def path_of(name: str, folder: Path, device: str = "cpu") -> str:
+    """What to load for a name of ``MODELS``; a Llama is made on ``device``, in bfloat16, with minilm's tokenizer.
+
+    It is written to the folder that ``COTERIE_BENCH_MODELS`` names, where several benches use it, or to ``folder``.
+    """
     if name == "minilm":
         return name
-    made = folder / name
+    made = Path(os.environ.get("COTERIE_BENCH_MODELS", folder)) / name
     if not made.exists():
         tokenizer = AutoTokenizer.from_pretrained(resolve("minilm"))
         pad, size = tokenizer.pad_token_id, len(tokenizer)
         config = LlamaConfig(vocab_size=size, pad_token_id=pad, bos_token_id=None, eos_token_id=None, **LLAMAS[name])
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(made)
+        config.dtype = torch.bfloat16
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config)
+        model.to(torch.bfloat16).save_pretrained(made)
         tokenizer.save_pretrained(made)
     return str(made)
 

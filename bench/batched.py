@@ -215,7 +215,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     profiles: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        path = path_of(options.model, Path(name))
+        path = path_of(options.model, Path(name), options.device)
         for precision in options.precisions:
             for rows, tokens in sizes:
                 case = Case(rows, tokens, precision, where, path)

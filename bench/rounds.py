@@ -240,7 +240,8 @@ def main() -> None:
     quiet()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = Size(options.clients, **rows, device=options.device, model=path_of(options.model, folder))
+        model = path_of(options.model, folder, options.device)
+        size = Size(options.clients, **rows, device=options.device, model=model)
         place = Place(folder, made_clients(folder, size), size, options.precision, {})
         apart = check(place, (options.experts or [4])[0])
         found = [rounds(place, experts, options.repeats) for experts in options.experts]

@@ -95,7 +95,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        where = {"device": options.device, "model": path_of(options.model, folder)}
+        where = {"device": options.device, "model": path_of(options.model, folder, options.device)}
         entries = made_clients(folder, Size(max(options.clients), **rows))
         (folder / "entries.json").write_text(json.dumps(entries))
         for clients in options.clients:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,15 @@ MODULES: dict[str, list[Task]] = {
 }
 
 
-def make_base(folder: Path, steps: int, seed: int = 0, batch: int = 64) -> Path:
-    """Train the decoder on the general skills, once."""
+def single(draw: random.Random) -> dict[str, str]:
+    """A row of a general skill."""
+    return row(draw.choice(LEARNED), draw)
+
+
+def make_base(
+    folder: Path, steps: int, seed: int = 0, batch: int = 64, sample: Callable[[random.Random], Any] = single
+) -> Path:
+    """Train the decoder on the general skills, once: on rows that ``sample`` draws."""
     if (folder / "config.json").exists():
         return folder
     words = tokenizer()
@@ -48,7 +55,7 @@ def make_base(folder: Path, steps: int, seed: int = 0, batch: int = 64) -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     draw = random.Random(f"base {seed}")
     for _ in range(steps):
-        loss = model(**_batch([row(draw.choice(LEARNED), draw) for _ in range(batch)], words)).loss
+        loss = model(**_batch([sample(draw) for _ in range(batch)], words)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tiny
 from coterie.nn.attach import Attached, attach
 from coterie.types import NO_EXPERT, SHARED, Bank, GateSpec, Key, Part
 
@@ -110,10 +111,11 @@ def gradients(golden: dict[str, Tensor], attached: Attached, x: Tensor, prefix: 
 
 def attach_golden(path: Path) -> tuple[dict[str, Tensor], nn.Sequential, Attached]:
     file = np.load(path, allow_pickle=False)
-    arrays = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files if file[name].dtype.kind == "f"}
-    module = nn.Sequential(nn.Linear(12, 10, dtype=arrays["x"].dtype)).requires_grad_(False)
+    names = [name for name in file.files if file[name].dtype.kind == "f"]
+    arrays = {name: torch.from_numpy(np.asarray(file[name])).to(tiny.DEVICE) for name in names}
+    module = nn.Sequential(nn.Linear(12, 10, dtype=arrays["x"].dtype)).requires_grad_(False).to(tiny.DEVICE)
     module[0].weight.copy_(arrays["W"])
-    module[0].bias.copy_(arrays.get("bias", torch.zeros(10)))
+    module[0].bias.copy_(arrays.get("bias", torch.zeros(10, device=tiny.DEVICE)))
     tensors = {ROUTER: arrays["token_proj"]}
     tensors |= {Key("0", SHARED, Part.A): arrays["A_shared"], Key("0", SHARED, Part.B): arrays["B_shared"]}
     for e in range(len(arrays["A"])):

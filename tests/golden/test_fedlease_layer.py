@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tiny
 from coterie.nn.attach import attach
 from coterie.types import NO_EXPERT, Bank, GateSpec, Key, Part
 
@@ -81,7 +82,9 @@ def run(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def attach_golden(path: Path):
     file = np.load(path, allow_pickle=False)
     arrays = {
-        name: torch.from_numpy(file[name]) for name in file.files if file[name].ndim and file[name].dtype.kind == "f"
+        name: torch.from_numpy(file[name]).to(tiny.DEVICE)
+        for name in file.files
+        if file[name].ndim and file[name].dtype.kind == "f"
     }
     experts, scaling = int(file["M"]), float(file["scaling"])
     gate = (
@@ -89,7 +92,7 @@ def attach_golden(path: Path):
         if file["adaptive"]
         else GateSpec("top_k", {"k": int(file["k"])})
     )
-    module = nn.Sequential(nn.Linear(12, 10, dtype=arrays["x"].dtype)).requires_grad_(False)
+    module = nn.Sequential(nn.Linear(12, 10, dtype=arrays["x"].dtype)).requires_grad_(False).to(tiny.DEVICE)
     module[0].weight.copy_(arrays["W"])
     module[0].bias.copy_(arrays["bias"])
     tensors = {Key("0", NO_EXPERT, Part.ROUTER): arrays["router"]}

@@ -66,7 +66,7 @@ def loaded(kind: str, dtype: torch.dtype, arch: str = "") -> tuple[Base, tuple[C
         config = check_config({"data": {"folder": "clients"}, "task": {"kind": kind}})
         federation = load_data(config.data, kind, 0, Path(folder))  # type: ignore[arg-type]
         path = tiny.folder(Path(folder) / "model", arch)
-        base = load_base(str(path), kind, dtype=dtype)  # type: ignore[arg-type]
+        base = load_base(str(path), kind, dtype=dtype, device=tiny.DEVICE)  # type: ignore[arg-type]
     clients = [cut(c, CHOSEN[c.info.id]) for c in federation.clients if c.info.id in CHOSEN]
     assert len(clients) == 5
     return base, tuple(clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from coterie.nn.spec import describe
 from coterie.ops.streams import stream
 from coterie.types import NO_EXPERT, SHARED, Bank, GateSpec, Key, Part, Target
 
+DEVICE = os.environ.get("COTERIE_TEST_DEVICE", "cpu")  # of the tests of layers and of shared passes; bench/gpu.py
 ENCODERS = ("bert", "roberta")
 DECODERS = ("llama", "qwen2", "gpt2")
 ARCHITECTURES = (*ENCODERS, *DECODERS)
