@@ -22,7 +22,6 @@ _EXTRAS = {  # what pip installs: what it is for
     "flwr==1.41.0": "federations over Flower",
     "ray==2.55.1": "Flower's simulation runtime, the engine flower-sim",
     "protobuf": "messages of Flower",
-    "cryptography": "keys and certificates of a real federation (extra flower)",
     "starlette": "the server of a real federation (extra flower)",
     "tensorboard": "TensorBoard logs",
     "mlflow-skinny": "figures in MLflow",
