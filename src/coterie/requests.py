@@ -120,7 +120,8 @@ class Trained:
     A label is an example in classification, a pair of answers in DPO, and otherwise a token of the completion or of the
     right candidate. The loss
     is the task's alone; ``balance`` is the mean over the steps of the load-balance loss before its weight, 0 without
-    such a loss.
+    such a loss. ``flops`` are the floating-point operations, counted from shapes and tokens
+    (:mod:`coterie.compute.flops`).
     """
 
     tensors: Tensors
@@ -129,6 +130,7 @@ class Trained:
     tokens: int
     steps: int
     balance: float = 0.0
+    flops: int = 0
 
 
 @dataclass(frozen=True)

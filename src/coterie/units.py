@@ -14,6 +14,16 @@ def size(value: float) -> str:
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
 
 
+def operations(gflop: float) -> str:
+    """Billions of floating-point operations in words: ``0.5 GFLOP``, ``12.3 TFLOP``, ``450 PFLOP``."""
+    unit = "GFLOP"
+    for unit in ("GFLOP", "TFLOP", "PFLOP"):
+        if gflop < 1000 or unit == "PFLOP":
+            break
+        gflop /= 1000
+    return f"{gflop:.0f} {unit}" if gflop >= 100 else f"{gflop:.3g} {unit}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: ``3.2 s``, ``59 s``, ``2 min 05 s``, ``1 h 02 min``."""
     if seconds < 60:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coterie.units import clock, duration, size
+from coterie.units import clock, duration, operations, size
 
 
 def test_sizes() -> None:
@@ -13,6 +13,12 @@ def test_sizes() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0, 3.21, 59.4, 125, 3725)] == ["0.0 s", "3.2 s", "59 s", "2 min 05 s", "1 h 02 min"]
+
+
+def test_operations() -> None:
+    assert [operations(n) for n in (0, 0.52, 12.34, 999, 12_345, 4.5e9)] == [
+        "0 GFLOP", "0.52 GFLOP", "12.3 GFLOP", "999 GFLOP", "12.3 TFLOP", "4500 PFLOP",
+    ]  # fmt: skip
 
 
 def test_clock() -> None:

@@ -112,7 +112,7 @@ class Method(ABC, Generic[S]):
         """
 
     def expects_info(self, state: S, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
-        """The numbers in a valid reply's ``info``, beside the loss, tokens and steps of its training.
+        """The numbers in a valid reply's ``info``, beside the loss, tokens, steps and operations of its training.
 
         :meth:`aggregate` may rely on what is declared here. Other keys are allowed. Nothing by default.
         """

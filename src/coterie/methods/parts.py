@@ -191,8 +191,9 @@ def settle(
 
 
 def statistics(trained: Trained) -> dict[str, float]:
-    """What a reply reports of its training."""
-    return {"loss": trained.loss, "tokens": trained.tokens, "steps": trained.steps}
+    """What a reply reports of its training; ``gflop`` in billions of operations."""
+    said = {"loss": trained.loss, "tokens": trained.tokens, "steps": trained.steps}
+    return {**said, "gflop": trained.flops / 1e9} if trained.flops else said
 
 
 def weights_of(

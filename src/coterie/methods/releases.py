@@ -53,7 +53,13 @@ class Release:
 
 
 COMMON: Sequence[Release] = (
-    Release("loss, tokens and steps of its training", "info", "nothing", SERVER, names=("loss", "tokens", "steps")),
+    Release(
+        "loss, tokens, steps and operations of its training",
+        "info",
+        "nothing",
+        SERVER,
+        names=("loss", "tokens", "steps", "gflop"),
+    ),
     Release("number of training examples, a weight in means", "count", "sum", SERVER),
     Release(
         "metrics of validation and test rows",

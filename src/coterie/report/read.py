@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -141,6 +142,7 @@ class Run:
                 bytes_down=sum(entry.bytes_down for entry in entries),
                 seconds=sum(entry.seconds for entry in entries),
                 rounds_missed=sum(client in event.failed for event in events),
+                gflop=math.fsum(entry.gflop for entry in entries),
             )
         return made
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.units import duration, size
+from coterie.units import duration, operations, size
 
 MISSING = "-"
 PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match", "token_f1", "numeric", "reward_accuracy"}
@@ -119,6 +119,8 @@ def _number(value: float, name: str) -> str:
         return f"{100 * value:.1f}%"
     if name.startswith("bytes") or name.endswith("bytes"):
         return size(value)
+    if name == "gflop":
+        return operations(value)
     if name == "seconds" or name.startswith("seconds "):
         return duration(value)
     if isinstance(value, int) or not math.isfinite(value):

@@ -135,6 +135,12 @@ class ClientRound:
         value = self.said.get("tokens")
         return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
 
+    @property
+    def gflop(self) -> float:
+        """Billions of floating-point operations of its training; 0 where the client did not report them."""
+        value = self.said.get("gflop")
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+
     def to_json(self) -> dict[str, object]:
         own = {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up, "seconds": self.seconds}
         return {**{name: plain(value) for name, value in self.said.items()}, **own}

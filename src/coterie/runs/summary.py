@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -30,7 +31,8 @@ ALL_MODULES = ""  # stands for the mean over modules, where all modules have the
 
 @dataclass(frozen=True)
 class ClientSummary:
-    """A client's rows, its metrics at the best round, and what it cost: bytes as encoded, seconds."""
+    """A client's rows, its metrics at the best round, and what it cost: bytes as encoded, seconds, and billions of
+    floating-point operations of training, as its replies report them."""
 
     group: str | None = None
     labels: Sequence[str] | None = None
@@ -43,6 +45,7 @@ class ClientSummary:
     bytes_down: int = 0
     seconds: float = 0.0
     rounds_missed: int = 0
+    gflop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Summary:
     truncated: Truncation | None = None
     bytes: Traffic = Traffic()
     seconds: float = 0.0
+    gflop: float = 0.0
     peak_memory_bytes: int = 0
     describe: Mapping[str, object] = field(default_factory=dict)
     usage: Annotated[Mapping[ClientId, Usage], BeforeValidator(_fields_of_usage)] = field(default_factory=dict)
@@ -214,6 +218,7 @@ def _over_clients(summary: Summary, scores: Mapping[ClientId, Scores]) -> Summar
         worst=Worst(worst[0], primary, worst[1]) if worst else None,
         percentiles=percentiles(primary, tests),
         bytes=Traffic(sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)),
+        gflop=math.fsum(row.gflop for row in rows),
     )
 
 
@@ -231,6 +236,7 @@ def _client(client: ClientInfo, scores: Scores, rounds: Sequence[RoundDone]) -> 
         bytes_down=sum(entry.bytes_down for entry in entries),
         seconds=sum(entry.seconds for entry in entries),
         rounds_missed=sum(client.id in event.failed for event in rounds),
+        gflop=math.fsum(entry.gflop for entry in entries),
     )
 
 

@@ -181,7 +181,7 @@ def test_optional_parts_may_be_missing(tmp_path, monkeypatch):
     untuned = {**whole, "mean": {"test": scores(0.2)}}
     assert "round 3, the last one." in Page(write_report(make_run(tmp_path / "untuned", [], untuned))).text
     bare = {"clients": {"a": {}}, "primary": "accuracy"}
-    assert "a 0 / 0 / 0 0 B 0 B 0.0 s" in Page(write_report(make_run(tmp_path / "bare", [], bare))).text
+    assert "a 0 / 0 / 0 0 B 0 B 0 GFLOP 0.0 s" in Page(write_report(make_run(tmp_path / "bare", [], bare))).text
     emptied = {**whole, "worst": {}, "percentiles": {}, "usage": {}, "describe": {}, "machine": None}
     page = Page(write_report(make_run(tmp_path / "emptied", [], emptied)))
     assert "worst client" not in page.text
