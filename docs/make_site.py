@@ -27,6 +27,7 @@ NAVIGATION: dict[str, str | list[str]] = {
     "Learn": ["docs/tutorial-paper.md", "docs/tutorial-federation.md"],
     "Use": [
         "docs/data.md",
+        "docs/llm.md",
         "docs/run-folder.md",
         "docs/using-a-run.md",
         "docs/serving.md",
