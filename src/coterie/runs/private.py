@@ -20,7 +20,7 @@ from coterie.ops.streams import stream
 from coterie.runs.guarantee import Guarantee
 from coterie.runs.ledger import Entry, Ledger, read_ledger, write_ledger
 from coterie.runs.settings import RoundSettings
-from coterie.types import BaseSpec, ClientId, ClientInfo, Reply, Tensors
+from coterie.types import BaseSpec, ClientId, ClientInfo, CoterieError, Reply, Tensors
 
 KEY = "privacy.key"
 
@@ -108,7 +108,12 @@ class Private:
         starts: Mapping[ClientId, Tensors],
         rnd: int,
     ) -> dict[ClientId, Reply]:
-        """``replies`` with noisy sums of their groups; on the ledger, and on the disk, before this returns."""
+        """``replies`` with noisy sums of their groups; on the ledger, and on the disk, before this returns.
+
+        Raises :class:`CoterieError` where drawing a cohort would hide nobody.
+        """
+        if self._noised().sampled != "all":
+            check_grouped(groups, everyone, rnd)
         made = Released(self.settings, self.multiplier, self.noise, self.size / len(self.clients))(
             groups, replies, everyone, starts, rnd
         )
@@ -170,6 +175,18 @@ class Private:
             s.metrics,
             self.stopped,
         )
+
+
+def check_grouped(groups: Sequence[Group], everyone: Mapping[ClientId, Reply], rnd: int) -> None:
+    """Raise :class:`CoterieError` for tensors in no group: noised one by one, they show who was drawn."""
+    shared = {(client, key) for group in groups for client in group.members for key in group.keys}
+    for client, reply in sorted(everyone.items()):
+        alone = sorted(key for key in reply.tensors if (client, key) not in shared)
+        if alone:
+            raise CoterieError(
+                f"[privacy] round {rnd} would release {alone[0]} of client {client} by itself, which shows who was "
+                'drawn; set [run] cohort = 1 and sampling = "fixed"'
+            )
 
 
 def drawn(clients: Sequence[ClientInfo], rounds: RoundSettings, rnd: int) -> list[ClientInfo]:

@@ -67,11 +67,14 @@ class Server:
     ) -> Sequence[Group]:
         """The clients of an expert, and those of a cluster. Before there are any, :meth:`aggregate` groups them.
 
-        Secure sums, which are opened before that, need the clusters of a control from the start.
+        Secure sums, which are opened before that, and noise at the server, which is added before that, need the
+        clusters of a control from the start.
         """
         if state.allocation is not None:
             return _grouped(state.allocation, replies, spaces)
-        given = allocation.given(self.settings, self.plan.seed, state.groups) if self.plan.secure.enabled else {}
+        early = self.plan.secure.enabled or self.plan.privacy.by_server
+        control = early and self.settings.allocation != "learned"
+        given = allocation.given(self.settings, self.plan.seed, state.groups) if control else {}
         cluster = {c: str(given[c]) for c in replies if c in given}
         return grouped(without_representation(replies), cluster, spaces, private=True)
 
