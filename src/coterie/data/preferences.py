@@ -64,7 +64,20 @@ def _answered(
         raise DataError(f"{where}: {prompts} is {str(prompt)[:60]!r}, neither a text nor a list of turns")
     if isinstance(prompt, str) and answer and role_of(answer[0]) == ASSISTANT:
         prompt = [{"role": "user", "content": prompt}]
-    return chat_row([*prompt, *answer] if isinstance(prompt, list) else answer, where, column, bounded)
+    row = chat_row([*prompt, *answer] if isinstance(prompt, list) else answer, where, column, bounded)
+    if isinstance(prompt, str):
+        _check_prompt(prompt, row, where, column, prompts)
+    return row
+
+
+def _check_prompt(prompt: str, row: ChatRow, where: str, column: str, prompts: str) -> None:
+    """Raise :class:`DataError` where no turn of the user before the answer is the prompt."""
+    before = row.turns[: row.last]
+    if not any(turn.role == "user" and turn.text.strip() == prompt.strip() for turn in before):
+        raise DataError(
+            f"{where}: {prompts} is {prompt[:60]!r}, and no user turn before the answer in {column} has this text; make "
+            f"them the same, or leave out the column {prompts!r}"
+        )
 
 
 def _turns(value: object) -> object:

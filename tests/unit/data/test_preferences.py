@@ -53,6 +53,7 @@ def test_texts(record: dict[str, Any], columns: dict[str, Any]) -> None:
     [
         {"chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
         {"prompt": "Why?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+        {"prompt": " Why?\n", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
         {"prompt": "Why?", "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [QUESTION], "chosen": "So.", "rejected": "No."},
@@ -80,6 +81,7 @@ def test_a_column_of_completions_comes_first() -> None:
         ({"prompt": "Why?", "chosen": "So.", "rejected": 3}, "rejected is '3', neither a text nor"),
         ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "prompt is '3', neither a text nor"),
         ({"chosen": [QUESTION, GOOD], "rejected": [{**QUESTION, "content": "How?"}, BAD]}, "before the assistant's"),
+        ({"prompt": "How?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, "no user turn before the answer"),
     ],
 )
 def test_faults_name_the_row(record: dict[str, Any], fault: str) -> None:
