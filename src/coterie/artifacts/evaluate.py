@@ -23,7 +23,7 @@ from coterie.data.examples import Batch
 from coterie.data.files import read_table
 from coterie.data.outputs import Output
 from coterie.data.parse import parse
-from coterie.data.rows import ClientData, client_data
+from coterie.data.rows import ClientData, PreferenceRow, client_data
 from coterie.data.settings import Columns
 from coterie.data.tasks import make_task
 from coterie.experiment import set_threads
@@ -55,12 +55,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Client:
-    """A client's exported bank on its base, ready to score: ``workplace`` has the run's precision and task."""
+    """A client's exported bank on its base, ready to score: ``workplace`` has the run's precision and task.
+
+    ``alone``: without the run, whose objective is then not known.
+    """
 
     bank: Bank
     about: About
     workplace: Workplace
     columns: Columns | None
+    alone: bool = False
 
     def evaluate(self, rows: ClientData, data: str, split: str = TEST) -> Evaluation:
         """What the bank scores on a split of ``rows``, which ``data`` names."""
@@ -89,11 +93,16 @@ class Client:
     def rows_of(self, file: Path) -> ClientData:
         """The labelled rows of a file, as the client's test rows. Raises :class:`DataError` for a bad row.
 
-        Raises :class:`CoterieError` where the columns are not known.
+        Raises :class:`CoterieError` where the columns are not known, and for preferences without the run.
         """
         if self.columns is None:
             raise unclear_columns(self.about.client)
         rows, labels = parse({"train": read_table(file, TEST)}, self.columns, self.about.task, self.about.labels)
+        if self.alone and any(isinstance(row, PreferenceRow) for row in rows["train"]):
+            raise CoterieError(
+                f"{file} has preferences, and a bundle without its run does not say how the run measured them; give "
+                f"the folder of the run, or --column completion={self.columns.chosen} for the loss of the chosen answers"
+            )
         return client_data(self.about.client, None, {"train": (), "validation": (), TEST: rows["train"]}, labels)
 
 
@@ -162,7 +171,7 @@ def open_client(
         loaded = base_of(bank, about, base, device=device or "cpu")
         task = make_task(about.task, loaded.tokenizer, about.max_length)
         place = Workplace(loaded, task, 0, eval_batch_size=eval_rows("auto", loaded.device))
-        return Client(bank, about, place, columns)
+        return Client(bank, about, place, columns, alone=True)
     raw, root = read_config(folder)
     config = check_config(raw)
     if base:

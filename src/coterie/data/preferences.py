@@ -75,8 +75,8 @@ def _check_prompt(prompt: str, row: ChatRow, where: str, column: str, prompts: s
     before = row.turns[: row.last]
     if not any(turn.role == "user" and turn.text.strip() == prompt.strip() for turn in before):
         raise DataError(
-            f"{where}: {prompts} is {prompt[:60]!r}, and no user turn before the answer in {column} has this text; make "
-            f"them the same, or leave out the column {prompts!r}"
+            f"{where}: {prompts} is {prompt[:60]!r}, and no user turn before the answer in {column} has this text; "
+            f"make them the same, or leave out the column {prompts!r}"
         )
 
 

@@ -15,6 +15,7 @@ from coterie.artifacts.cross import cross_table
 from coterie.artifacts.evaluate import evaluate, plain
 from coterie.cli.main import app
 from coterie.comparison.cross import CROSS
+from coterie.data.settings import Columns
 from coterie.ops.metrics import classification_metrics
 from coterie.runs.summary import read_summary
 from coterie.types import CoterieError, DataError
@@ -81,6 +82,14 @@ def test_text_is_scored_by_its_loss(tmp_path: Path) -> None:
     result = evaluate(folder, "north", data=tmp_path / "rows.jsonl")
     assert set(result.metrics) == {"loss", "perplexity"}
     assert (result.labels, result.confusion, result.calibration_error) == (None, None, None)
+
+
+def test_preferences_need_the_run_or_a_column_of_completions(tmp_path: Path) -> None:
+    folder, rows = bundles.finished(tmp_path, "generation"), tmp_path / "rows.jsonl"
+    sites.write_rows(rows, [{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    with pytest.raises(CoterieError, match=r"give the folder of the run, or --column completion=chosen"):
+        evaluate(folder, "north", data=rows)
+    assert set(evaluate(folder, "north", data=rows, columns=Columns(completion="chosen")).metrics) >= {"loss"}
 
 
 def test_what_cannot_be_scored_is_said(finished: Path, tmp_path: Path) -> None:
