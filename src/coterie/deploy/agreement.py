@@ -15,6 +15,7 @@ from coterie import __version__
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.config.sections import Config
+from coterie.deploy.private_site import check_privacy_of_sites
 from coterie.flower.message import Message
 from coterie.methods.registry import method_named
 from coterie.runs.folder import plain
@@ -96,7 +97,10 @@ def digest_of(terms: Mapping[str, object]) -> str:
 
 
 def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
-    """The config of the run at ``site``. Raises :class:`CoterieError` if the server runs another version."""
+    """The config of the run at ``site``.
+
+    Raises :class:`CoterieError` if the server runs another version, or for settings that only a simulation may have.
+    """
     if not isinstance(terms, dict) or not all(isinstance(terms.get(name), dict) for name in (*_SENT_WHOLE, *_SENT)):
         raise CoterieError(
             "these are not the terms of a Coterie server; check that [site] server is the address of one"
@@ -110,7 +114,9 @@ def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
     raw["model"] = {**raw["model"], "path": site.model.path, "chat_template": site.model.chat_template}
     raw["engine"] = {**raw["engine"], "device": site.engine.device, "threads": site.engine.threads}
     raw["data"] = site.data.settings(site.site.id).model_dump(mode="json", exclude_none=True)
-    return check_config(raw)
+    config = check_config(raw)
+    check_privacy_of_sites(config.privacy)
+    return config
 
 
 def _check_scores(task: Mapping[str, object]) -> None:
@@ -134,10 +140,7 @@ def federation_config(raw: Mapping[str, Json]) -> Config:
     clients = [{"id": site, "train": "at the site"} for site in sites] or [{"id": "any", "train": "at the site"}]
     config = check_config({**raw, "data": {"clients": clients}})
     _check_scores(config.task.model_dump())
-    if config.privacy.active and config.privacy.metrics != "none":
-        raise CoterieError(
-            f'[privacy] metrics = "{config.privacy.metrics}": sites would send metrics without noise; set it to "none"'
-        )
+    check_privacy_of_sites(config.privacy)
     if method_named(config.method_name).needs_all_rows:
         raise CoterieError(
             f"[method] {config.method_name} trains on all clients' rows in one place, and sites keep theirs: choose "

@@ -18,6 +18,7 @@ from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import Head, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import check_policy, guard_of
+from coterie.deploy.private_site import Releases
 from coterie.deploy.received import received_file
 from coterie.deploy.secure_site import Held, hold, identity_of
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
@@ -121,9 +122,15 @@ class Worker:
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
         self.held = None
-        outcome = train_client(run.client, run.method, body, head.rnd)
+        releases = Releases(run.folder, run.method, run.config.run.rounds) if run.config.privacy.by_client else None
+        if releases:
+            releases.check(head, body)
+        outcome = train_client(run.client, run.method, body, head.rnd)  # again too: its personal state is needed
         if outcome.error:
             return Message({"error": outcome.error}, outcome.blob)
+        if releases:
+            releases.prune(head.keep)
+            return Message({}, releases.once(head, body, outcome.blob))
         if not run.config.secure_aggregation.enabled:
             return Message({}, outcome.blob)
         identity = identity_of(self.site, self.root)
@@ -140,6 +147,8 @@ class Worker:
         return Message({}, answer)
 
     def _evaluate(self, run: Run, head: Head, body: bytes) -> Message:
+        if run.config.privacy.active:
+            raise CoterieError("this site sends no metrics in a run with [privacy]: they would have no noise")
         if not self.site.policy.upload_metrics:
             raise CoterieError("this site sends no metrics ([policy] upload_metrics)")
         usage = head.usage and self.site.policy.upload_usage

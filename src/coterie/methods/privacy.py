@@ -133,6 +133,7 @@ def cut(settings: PrivacySettings, tensors: Tensors, start: Tensors) -> Vector:
     """The client's update, no longer than the clip, and what it measured, no longer than its own."""
     update = {key: tensors[key].double() - start[key].double() if key in start else tensors[key].double()
               for key in sorted(tensors)}  # fmt: skip
+    update = {key: value.nan_to_num(0.0, 0.0, 0.0) for key, value in update.items()}  # nan has no length to cut
     factors = {
         kind: min(1.0, most / max(_norm(update, kind), 1e-300))
         for kind, most in ((UPDATES, settings.clip), (EMBEDDINGS, settings.embedding_clip))
