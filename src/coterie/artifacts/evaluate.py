@@ -100,8 +100,9 @@ class Client:
         rows, labels = parse({"train": read_table(file, TEST)}, self.columns, self.about.task, self.about.labels)
         if self.alone and any(isinstance(row, PreferenceRow) for row in rows["train"]):
             raise CoterieError(
-                f"{file} has preferences, and a bundle without its run does not say how the run measured them; give "
-                f"the folder of the run, or --column completion={self.columns.chosen} for the loss of the chosen answers"
+                f"{file} has preferences, and a bundle without its run does not say how the run measured them; "
+                f"give the folder of the run, or --column completion={self.columns.chosen} for the loss of the chosen "
+                "answers"
             )
         return client_data(self.about.client, None, {"train": (), "validation": (), TEST: rows["train"]}, labels)
 
