@@ -43,13 +43,14 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
     bases = cast(tuple[Base, ...], cache[key])
     _check_positions(config, bases[0])
     _check_rank(config.plan().max_rank, bases[0])
-    if config.train.packing:
-        for base in bases:
-            check_packs(base)
     task = _task(config, bases[0].tokenizer)
     first = Workplace(
         bases[0], task, config.run.seed, precision=_precision(config, bases), loss_chunk=config.engine.loss_chunk
     )
+    if config.train.packing:
+        for base in bases:
+            with replace(first, base=base).autocast():
+                check_packs(base)
     rows = config.run.eval_batch_size
     return tuple(replace(first, base=base, eval_batch_size=eval_rows(rows, base.device)) for base in bases)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 import tiny
 from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
+from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
 from coterie.data.packing import first_fit, packed
 from coterie.data.rows import PromptRow
@@ -95,6 +97,24 @@ def test_packed_rows_do_not_see_each_other_in_the_trial() -> None:
     base = replace(workplace.base, model=bloom.eval().requires_grad_(False))
     with pytest.raises(CoterieError, match=r"cannot be packed.*leave out \[train\] packing"):
         check_packs(base)
+
+
+@pytest.mark.parametrize("arch", tiny.DECODERS)
+def test_the_trial_runs_in_the_precision_of_the_run(arch: str, tmp_path: Path) -> None:
+    config = check_config({
+        "data": {"folder": "c"}, "model": {"path": str(tiny.folder(tmp_path / "model", arch)), "max_length": 32},
+        "task": {"kind": "generation"}, "train": {"packing": True},
+        "engine": {"precision": "bfloat16", "device": "cpu"},
+    })  # fmt: skip
+    (workplace,) = workplaces(config, tmp_path, {})
+    assert workplace.precision == "bfloat16"
+    held = any(parameter.dtype == torch.bfloat16 for parameter in workplace.base.model.parameters())
+    assert held == (arch != "gpt2")  # which has Conv1D in place of Linears
+    small = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=300, initializer_range=0.5)
+    bloom = AutoModelForCausalLM.from_config(small)
+    other = replace(workplace.base, model=bloom.eval().requires_grad_(False))
+    with workplace.autocast(), pytest.raises(CoterieError, match="cannot be packed"):
+        check_packs(other)
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
