@@ -29,7 +29,11 @@ class Joined:
 
 
 def join(method: Method, state: object, compute: LocalCompute, epochs: int) -> Joined:
-    """Find the client's experts, train its router and head, and score it before and after."""
+    """Find the client's experts, train its router and head, and score it before and after.
+
+    The learning rate is that of a first round: the client is new, whatever the run's rates have decayed to.
+    """
+    method = replace(method, plan=replace(method.plan, optim=method.plan.optim.model_copy(update={"round_decay": 1.0})))
     spec, me = compute.workplace.base.spec, compute.client.info
     found: Onboarded = drive(method.onboard(state, spec, me), compute)
     before = _score(compute, found.bank)

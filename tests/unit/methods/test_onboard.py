@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,19 @@ def test_fedlease_finds_the_cluster_of_clients_with_the_same_rows(tmp_path: Path
     for client in short_runs.clients("mood-0", "size-0"):  # in round 1, so its warm-up is the one that it sent
         joined = join(run.method, run.state, LocalCompute(run.engine.workplace, client, 1), epochs=1)
         assert joined.bank.gate.options["own"] == run.state.allocation.clusters[client.info.id]
+
+
+@pytest.mark.parametrize("name", ["fedlease", "fedit"])
+def test_a_newcomers_learning_rate_is_not_what_the_runs_has_decayed_to(name: str, tmp_path: Path) -> None:
+    run = ended(name, tmp_path)
+    (new,) = short_runs.clients("size-1")
+    made = []
+    for decay in (1.0, 0.1):
+        plan = replace(run.method.plan, optim=run.method.plan.optim.model_copy(update={"round_decay": decay}))
+        compute = LocalCompute(run.engine.workplace, new, 3)
+        made.append(join(replace(run.method, plan=plan), run.state, compute, epochs=1).bank)
+    assert made[0].tensors.keys() == made[1].tensors.keys()
+    assert all(torch.equal(value, made[1].tensors[key]) for key, value in made[0].tensors.items())
 
 
 def test_fedamole_gives_a_newcomer_as_many_experts_as_others_have(tmp_path: Path) -> None:
