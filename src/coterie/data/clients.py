@@ -53,9 +53,12 @@ def load_data(settings: DataSettings, kind: TaskKind, seed: int, root: Path) -> 
     if apart:
         about = {**about, "newcomers": {name: entries.pop(name) for name in apart}}
     manifest = {"kind": kind, "seed": seed, **about, "clients": entries}
-    notes = (f"{duplicates_text(twice)}; manifest.json has the numbers",) if twice else ()
+    notes = [f"{duplicates_text(twice)}; manifest.json has the numbers"] if twice else []
+    if apart:
+        take, them = ("takes", "it") if len(apart) == 1 else ("take", "them")
+        notes.append(f"{listing(apart)} {take} no part ([data] newcomers); coterie compare lets {them} join afterwards")
     there, late = ([c for c, _ in clients if (c.info.id in apart) is out] for out in (False, True))
-    return FederatedData(tuple(there), manifest, notes, tuple(late))
+    return FederatedData(tuple(there), manifest, tuple(notes), tuple(late))
 
 
 def _newcomers(settings: DataSettings, clients: Collection[str]) -> list[str]:

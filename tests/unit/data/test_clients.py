@@ -386,6 +386,16 @@ def test_rows_to_measure_on_that_are_elsewhere_too_are_counted(tmp_path: Path) -
         load(tmp_path, folder="clients", duplicates="refuse")
 
 
+@pytest.mark.parametrize(("newcomers", "said"), [(["a"], "a takes"), (["c", "a"], "a, c take")])
+def test_clients_that_take_no_part_are_noted(newcomers: list[str], said: str, tmp_path: Path) -> None:
+    for client in "abc":
+        for split in ("train", "validation", "test"):
+            texts_in(tmp_path / client / f"{split}.jsonl", [f"{client} {split} {i}" for i in range(4)])
+    (note,) = load(tmp_path, folder=".", newcomers=newcomers).notes
+    assert note.startswith(f"{said} no part ([data] newcomers); coterie compare lets ")
+    assert load(tmp_path, folder=".").notes == ()
+
+
 @pytest.mark.parametrize("column", ["text_pair", "other"])
 def test_a_row_is_the_same_where_all_that_a_model_reads_is(column: str, tmp_path: Path) -> None:
     for split, value in (("train", "x"), ("validation", "y"), ("test", "z")):
