@@ -27,7 +27,7 @@ def session(sites: int, **changes: Any) -> Session:
         "total": float(sites),
         "bound": 1.0,
         "bits": 40,
-        "threshold": 0.66,
+        "threshold": 2 / 3,
         "min_group": 3,
         "neighbours": 0,
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.secure_site import run_name
 from coterie.flower.message import Message
+from coterie.methods.secure_start import Begun
 from coterie.secure.collector import Opened
 from coterie.secure.session import Session, Site
 from coterie.secure.steps import sums
@@ -28,13 +29,14 @@ class RemoteSums:
     @property
     def run(self) -> str:
         agreement = self.engine.sites.agreement
-        return run_name(agreement.run, agreement.attempt)
+        return run_name(agreement.run, agreement.attempt, agreement.digest)
 
     def open(
         self,
         sessions: Mapping[str, Session],
         replies: Mapping[ClientId, Reply],
         starts: Mapping[ClientId, Tensors],
+        sent: Mapping[ClientId, Begun],
         rnd: int,
     ) -> Mapping[str, Opened | str]:
         """The opened sums, or why they are not opened."""

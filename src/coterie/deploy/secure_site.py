@@ -1,26 +1,27 @@
 """A site's side of secure sums: it keeps the tensors of its reply, and answers the steps with masked vectors.
 
 What it keeps is in memory alone. A worker that is started again has nothing left of a session, and takes part in the
-next one. On the disk is over which sites it has opened the sums of a round: a server that repeats a round, over other
-sites, could subtract one sum from another and see a single site's update. It gets no second sum.
+next one. On the disk is which sums of a round it has opened, over which sites: a server that repeats a round with other
+sites, weights, tensors or experts could subtract one sum from another and see a single site's update. It gets no second
+sum.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from coterie import codec
 from coterie.config.deployment import SiteSettings
+from coterie.deploy.agreement import digest_of
 from coterie.deploy.head import Head
 from coterie.deploy.keys import known_sites, load_private, load_public
 from coterie.engines.client import LocalClient
 from coterie.files import read_json, write_json
 from coterie.methods.base import Method
 from coterie.methods.secure import check_session, update_of, vector_of, without_statistics
+from coterie.methods.secure_start import begun
 from coterie.secure.identity import Identity
 from coterie.secure.session import SecureSumError, Session, Site
 from coterie.secure.steps import Party
@@ -39,14 +40,14 @@ class Held:
 
     def answer(self, head: Head, body: bytes) -> bytes:
         """The answers in a step. Raises as :meth:`coterie.secure.steps.Party.answer`."""
-        if (run_name(head.run, head.attempt), head.rnd) != (self.run, self.rnd):
+        if (run_name(head.run, head.attempt, digest_of(head.terms)), head.rnd) != (self.run, self.rnd):
             raise SecureSumError(f"this site holds nothing of round {head.rnd}; it may have been restarted since")
         return self.party.answer(head.step, body)
 
 
-def run_name(run: str, attempt: int) -> str:
-    """The name of a run in its sessions: another attempt is another run."""
-    return f"{run} {attempt}"
+def run_name(run: str, attempt: int, terms: str) -> str:
+    """The name of a run in its sessions: another attempt is another run, and so are other terms, by their digest."""
+    return f"{run} {attempt} {terms}"
 
 
 def identity_of(site: SiteSettings, root: Path) -> Identity:
@@ -71,29 +72,38 @@ def hold(
     settings, reply = method.plan.secure, codec.decode(Reply, blob)
     ins = codec.decode(Instruction, body)
     start = method.started_from(client.workplace.base.spec, None, client.info, ins, reply)
-    update, name = update_of(reply, start, settings.clip), run_name(head.run, head.attempt)
+    update, name = update_of(reply, start, settings.clip), run_name(head.run, head.attempt, digest_of(head.terms))
+    sent, uniform = begun(ins, start, method.instructs_alike), method.weighting == "uniform"
     party = Party(
         client.id,
         identity,
         partial(vector_of, update),
-        lambda session: check_session(settings, session, name, head.rnd),
-        lambda session, survivors: note_opened(folder / _OPENED, session, survivors),
+        lambda session: check_session(settings, session, name, head.rnd, uniform, sent),
+        lambda session, survivors: note_opened(folder / _OPENED, session, survivors, sent.whole),
     )
-    sent = without_statistics(replace(reply, tensors={}), method.releases())
-    return Held(name, head.rnd, party), codec.encode(sent)
+    without = without_statistics(replace(reply, tensors={}), method.releases())
+    return Held(name, head.rnd, party), codec.encode(without)
 
 
-def note_opened(path: Path, session: Session, survivors: tuple[Site, ...]) -> None:
-    """Note that the sum of ``session`` is opened over ``survivors``.
+def note_opened(path: Path, session: Session, survivors: tuple[Site, ...], instruction: str) -> None:
+    """Note that the sum of ``session`` is opened over ``survivors``, after this site got ``instruction`` (a digest).
 
-    Raises :class:`SecureSumError` where it was opened over other sites before, by an earlier attempt.
+    Raises :class:`SecureSumError` where the round had another instruction before, or a sum over one of the tensors was
+    opened that is not this one again.
     """
     opened = read_json(path, "delete the folder of the run at this site") if path.exists() else {}
-    layout = hashlib.sha256(json.dumps(session.layout).encode()).hexdigest()[:16]
-    name, now = f"{session.rnd} {layout}", sorted(survivors)
-    if opened.setdefault(name, now) != now:
-        raise SecureSumError(
-            f"round {session.rnd} was opened over {', '.join(opened[name])} before; over {', '.join(now)} too, the "
-            "difference would be the update of single sites"
-        )
+    of_round = opened.setdefault(str(session.rnd), {"instruction": instruction, "sums": []})
+    if of_round["instruction"] != instruction:
+        raise SecureSumError(f"round {session.rnd} was opened after another instruction before")
+    now = {"survivors": sorted(survivors), "tensors": sorted(session.tensors), "terms": session.terms}
+    for before in of_round["sums"]:
+        if before == now:
+            return
+        if {*before["tensors"]} & {*session.tensors}:
+            over = f"over {', '.join(before['survivors'])} before; over {', '.join(sorted(survivors))}"
+            other = "" if before["terms"] == now["terms"] else " and with other members, weights or tensors"
+            raise SecureSumError(
+                f"round {session.rnd} was opened {over}{other} too, the difference would be the update of single sites"
+            )
+    of_round["sums"].append(now)
     write_json(path, opened)

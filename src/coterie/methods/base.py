@@ -65,7 +65,8 @@ class Method(ABC, Generic[S]):
     ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do. ``usage``:
     the names, in a reply's ``info``, of numbers that say how the client's rows use the experts. A site may keep these
     to itself, so the server has to work without them. ``no_rules``: why the rules of ``[robust]`` do not apply, "" if
-    they do.
+    they do. ``instructs_alike``: whether all clients of a round are sent the same beside heads; with secure sums each
+    client checks it.
     """
 
     settings: Any
@@ -83,6 +84,7 @@ class Method(ABC, Generic[S]):
     needs_all_rows: ClassVar[bool] = False
     usage: ClassVar[Sequence[str]] = ()
     no_rules: ClassVar[str] = ""
+    instructs_alike: ClassVar[bool] = True
 
     @property
     def max_rank(self) -> int:

@@ -19,17 +19,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from coterie.methods.releases import Release, each_of
 from coterie.methods.robust import Group
+from coterie.methods.secure_start import Begun
 from coterie.ops.mean import mean
 from coterie.secure import fixed_point
 from coterie.secure.collector import Opened
 from coterie.secure.session import SecureSumError, Session, needed_of
 from coterie.types import ClientId, CoterieError, Key, Reply, Section, Tensors
 
+_FEWEST_NEIGHBOURS = 10
+_ROUNDING = 1e-9
 _BESIDE = 2  # numbers beside the tensors' values: p_i, and whether the update was shortened
 
 
@@ -40,7 +43,7 @@ class SecureAggregationSettings(Section):
         False, description="hide each client's update: the server learns sums over groups that share an expert"
     )
     threshold: float = Field(
-        0.66, gt=0.5, le=1, description="share of a group's clients that must be left, or its sum is not opened"
+        2 / 3, gt=0.5, le=1, description="share of a group's clients that must be left, or its sum is not opened"
     )
     min_group: int = Field(
         3, ge=2, description="fewest clients in a sum; of two, each can compute the other's update from it"
@@ -57,6 +60,15 @@ class SecureAggregationSettings(Section):
         description="other clients that each one shares masks and keys with (rounded up to an even number); 0: all. A "
         "group that is not larger shares with all",
     )
+
+    @field_validator("neighbours")
+    @classmethod
+    def _enough_neighbours(cls, neighbours: int) -> int:
+        if 0 < neighbours < _FEWEST_NEIGHBOURS:
+            raise ValueError(
+                f"must be 0 or at least {_FEWEST_NEIGHBOURS}: with fewer, sites that vanish cut a group into parts"
+            )
+        return neighbours
 
 
 def refusal(settings: SecureAggregationSettings, releases: Sequence[Release], robust: bool) -> str | None:
@@ -107,10 +119,11 @@ def sessions_of(
     uniform: bool,
     run: str,
     rnd: int,
+    begun: Mapping[ClientId, Begun] | None = None,
 ) -> dict[str, Session]:
     """A session for each set of members, by a name; ``replies`` have the shapes of what the members hold.
 
-    A client weighs as many examples as its reply says, or with ``uniform`` 1.
+    A client weighs as many examples as its reply says, or with ``uniform`` 1. ``begun`` has what each was sent.
     """
     keys: dict[tuple[ClientId, ...], set[Key]] = {}
     for group in groups:
@@ -125,7 +138,7 @@ def sessions_of(
             group=f"{number}: {', '.join(members)}",
             members=members,
             length=sum(value.numel() for value in tensors.values()) + _BESIDE,
-            layout=tuple(f"{key} {'x'.join(map(str, value.shape))}" for key, value in tensors.items()),
+            layout=tuple(_entry(key, value.shape) for key, value in tensors.items()),
             most_examples=most,
             total=float(len(members) if uniform else sum(replies[c].num_examples for c in members)),
             bound=settings.clip,
@@ -133,6 +146,8 @@ def sessions_of(
             threshold=settings.threshold,
             min_group=settings.min_group,
             neighbours=settings.neighbours,
+            start=tuple(begun[members[0]].of(key) for key in tensors) if begun else (),
+            instruction=begun[members[0]].instruction if begun else "",
         )
     return made
 
@@ -168,7 +183,13 @@ def applied(
             for client in session.members:
                 changed[client] |= {key: _start(starts, client, key, replies) for key in keys}
             continue
-        means, shortened = _means(session, result, replies, starts)
+        try:
+            means, shortened = _means(session, result, replies, starts)
+        except SecureSumError as fault:
+            done[session.group] = Sum(session.members, error=str(fault))
+            for client in session.members:
+                changed[client] |= {key: _start(starts, client, key, replies) for key in keys}
+            continue
         left_out |= {*session.members} - {*result.survivors}
         done[session.group] = Sum(session.members, result.survivors, result.vanished, shortened)
         for client in session.members:
@@ -182,9 +203,13 @@ def _means(
     """The survivors' mean of each tensor, and how many of them shortened their update."""
     numbers = fixed_point.decode(result.total, session.bound, session.bits)
     weight, shortened = numbers[-2] / session.bound, numbers[-1] / session.bound
-    if not 0 < weight <= 1 + 1e-6:
-        raise SecureSumError(f"the weights in the sum over {', '.join(session.members)} make no sense: {weight:g}")
     shares = [_weight(session, replies[c].num_examples) for c in result.survivors]
+    grid = len(session.members) * 2.0 ** (1 - session.bits)
+    if abs(weight - sum(shares) / session.total) > grid + _ROUNDING:
+        raise SecureSumError(f"its weights add up to {weight:g} in place of {sum(shares) / session.total:g}")
+    longest = session.bound * (1 + _ROUNDING + grid * session.length**0.5 / weight)
+    if (norm := float(np.linalg.norm(numbers[:-_BESIDE] / weight))) > longest:
+        raise SecureSumError(f"its mean is {norm:.3g} long, and no client may send more than {session.bound:g}")
     means, at = {}, 0
     for key, shape in layout_of(session):
         size = int(np.prod(shape))
@@ -244,13 +269,21 @@ def vector_of(update: Update, session: Session) -> fixed_point.Integers:
     )
 
 
-def check_session(settings: SecureAggregationSettings, session: Session, run: str, rnd: int) -> None:
-    """Raises :class:`SecureSumError` at a client for a session of another run, round or setting."""
+def check_session(
+    settings: SecureAggregationSettings, session: Session, run: str, rnd: int, uniform: bool, begun: Begun
+) -> None:
+    """Raises :class:`SecureSumError` at a client for a session of another run, round, setting, weighting or start."""
     wanted = (settings.clip, settings.bits, settings.threshold, settings.min_group, settings.neighbours)
     if (session.bound, session.bits, session.threshold, session.min_group, session.neighbours) != wanted:
         raise SecureSumError("the session has other settings than [secure_aggregation] of the run")
     if (session.run, session.rnd) != (run, rnd):
         raise SecureSumError(f"the session is of round {session.rnd} of another run or attempt, not of round {rnd}")
+    if uniform != (session.most_examples == 0) or (uniform and session.total != len(session.members)):
+        raise SecureSumError("the session weighs clients in another way than the method does")
+    if session.start != tuple(begun.of(key) for key, _ in layout_of(session)):
+        raise SecureSumError("the session's sites start from other values than this site was sent")
+    if session.instruction != begun.instruction:
+        raise SecureSumError("the session's sites were sent another instruction than this site")
 
 
 def without_statistics(reply: Reply, releases: Sequence[Release]) -> Reply:
@@ -264,9 +297,16 @@ def layout_of(session: Session) -> Iterator[tuple[Key, tuple[int, ...]]]:
     for text in session.layout:
         name, _, shape = text.rpartition(" ")
         try:
-            yield Key.parse(name), tuple(int(size) for size in shape.split("x"))
+            key, sizes = Key.parse(name), tuple(int(size) for size in shape.split("x"))
         except ValueError as fault:
             raise SecureSumError(f"the session's layout has {text[:80]!r}, which names no tensor") from fault
+        if text != _entry(key, sizes):  # two ways to write a key would be two tensors
+            raise SecureSumError(f"the session's layout has {text[:80]!r} in place of {_entry(key, sizes)!r}")
+        yield key, sizes
+
+
+def _entry(key: Key, shape: Sequence[int]) -> str:
+    return f"{key} {'x'.join(map(str, shape))}"
 
 
 def _weight(session: Session, examples: int) -> float:

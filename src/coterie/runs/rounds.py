@@ -53,7 +53,7 @@ from coterie.runs.private import Private, drawn
 from coterie.runs.secure import Simulated, Sums, apart, check_start, held, known, received, summed
 from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import best_round
-from coterie.types import ClientId, ClientInfo, CoterieError, Reply, Tensors
+from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Reply, Tensors
 
 S = TypeVar("S")  # the method's state
 
@@ -76,6 +76,7 @@ class Runner(Generic[S]):
     _evaluated: list[Evaluated] = field(default_factory=list)  # so far
     _last: int = 0  # the last round that is done
     private: Private | None = None
+    _sent: Mapping[ClientId, Instruction] = field(default_factory=dict)  # in this round
 
     def __post_init__(self) -> None:
         if self.method.plan.secure.enabled and self.sums is None:
@@ -220,6 +221,7 @@ class Runner(Generic[S]):
         sizes: dict[ClientId, Sizes] = {}
         starts: dict[ClientId, Tensors] = {}
         instructions, infos = self.method.configure(state, cohort, rnd), {client.id: client for client in cohort}
+        self._sent = instructions
         if self.private:
             self.private.begin(state, rnd)
         limits = {client.id: reply_limit(self.method.expects(state, client, rnd)) for client in cohort}
@@ -270,7 +272,7 @@ class Runner(Generic[S]):
         robust = self.method.plan.robust
         replies, capped = with_shares(groups, replies, self.settings.max_share)
         if self.sums is not None:
-            agreed = summed(self.method, self.sums, groups, replies, starts, rnd)
+            agreed = summed(self.method, self.sums, groups, replies, starts, self._sent, rnd)
         else:
             agreed = by_rule(robust, groups, replies, starts) if robust.active else Agreed(replies)
         texts = {**capped, **agreed.once}

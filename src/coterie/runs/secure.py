@@ -23,18 +23,20 @@ from coterie.methods.secure import (
     Sum,
     applied,
     check_members,
+    check_session,
     sessions_of,
     too_small,
     update_of,
     vector_of,
     without_statistics,
 )
+from coterie.methods.secure_start import Begun, begun
 from coterie.runs.agreed import Agreed
 from coterie.secure.collector import Opened
 from coterie.secure.identity import Identity, identities
-from coterie.secure.session import SecureSumError, Session
+from coterie.secure.session import Session
 from coterie.secure.steps import Ask, Party, in_process, sums
-from coterie.types import ClientId, ClientInfo, CoterieError, Key, Reply, Tensors
+from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Key, Reply, Tensors
 
 
 class Sums(Protocol):
@@ -54,6 +56,7 @@ class Sums(Protocol):
         sessions: Mapping[str, Session],
         replies: Mapping[ClientId, Reply],
         starts: Mapping[ClientId, Tensors],
+        sent: Mapping[ClientId, Begun],
         rnd: int,
     ) -> Mapping[str, Opened | str]: ...
 
@@ -72,20 +75,25 @@ class Simulated:
         sessions: Mapping[str, Session],
         replies: Mapping[ClientId, Reply],
         starts: Mapping[ClientId, Tensors],
+        sent: Mapping[ClientId, Begun],
         rnd: int,
     ) -> Mapping[str, Opened | str]:
         """The opened sums, or why they are not opened."""
         if not {*replies} <= {*self._known}:
             self._known = identities({*replies, *self._known})
-        return sums(sessions, self.ask({c: self._party(c, replies[c], starts[c]) for c in sorted(replies)}))
+        return sums(sessions, self.ask({c: self._party(c, replies[c], starts[c], sent[c]) for c in sorted(replies)}))
 
     def ask(self, parties: Mapping[ClientId, Party]) -> Ask:
         """What carries the steps to the clients."""
         return in_process(parties)
 
-    def _party(self, client: ClientId, reply: Reply, start: Tensors) -> Party:
+    def _party(self, client: ClientId, reply: Reply, start: Tensors, sent: Begun) -> Party:
         update = update_of(reply, start, self.settings.clip)
-        return Party(client, self._known[client], lambda session: vector_of(update, session))
+
+        def admit(session: Session) -> None:
+            check_session(self.settings, session, self.run, session.rnd, session.most_examples == 0, sent)
+
+        return Party(client, self._known[client], lambda session: vector_of(update, session), admit)
 
 
 def summed(
@@ -94,16 +102,14 @@ def summed(
     groups: Sequence[Group],
     replies: Mapping[ClientId, Reply],
     starts: Mapping[ClientId, Tensors],
+    instructions: Mapping[ClientId, Instruction],
     rnd: int,
 ) -> Agreed:
     """Open the sum of every group, and give its mean to its members."""
     settings, uniform = method.plan.secure, method.weighting == "uniform"
-    sessions = sessions_of(settings, groups, replies, uniform, opener.run, rnd)
-    try:
-        changed, done = applied(sessions, opener.open(sessions, replies, starts, rnd), replies, starts)
-    except SecureSumError as fault:  # a sum that makes no sense: somebody has sent a wrong vector
-        nothing: dict[str, Opened | str] = dict.fromkeys(sessions, str(fault))
-        changed, done = applied(sessions, nothing, replies, starts)
+    sent = {c: begun(instructions[c], starts[c], method.instructs_alike) for c in replies}
+    sessions = sessions_of(settings, groups, replies, uniform, opener.run, rnd, sent)
+    changed, done = applied(sessions, opener.open(sessions, replies, starts, sent, rnd), replies, starts)
     steps = {client: step for of in done.values() for client, step in (of.vanished or {}).items()}
     failed = {c: f"gone before the step {steps.get(c, 'values')!r} of its secure sum" for c in replies.keys() - changed}
     not_opened = [

@@ -27,7 +27,7 @@ from coterie.secure.messages import (
     Shares,
     Survivors,
 )
-from coterie.secure.session import SecureSumError, Session, Site, neighbours_of, points_of
+from coterie.secure.session import SecureSumError, Session, Site, check_connected, neighbours_of, points_of
 
 _TRIES = 200  # sets of shares that are tried where some are wrong
 
@@ -79,6 +79,7 @@ class Collector:
         """What follows step 3: the list of those whose vectors arrived. Adds the vectors up."""
         fit = {site: of.values for site, of in masked.items() if self._fits(of.values)}
         self._survivors = self._enough(fit, self._dealers, "values")
+        check_connected(self._neighbours, self._survivors, self._survivors)
         self._total = np.zeros(self.session.length, np.uint64)
         for site in self._survivors:
             self._total += fit[site].numpy().view(np.uint64)
@@ -87,6 +88,7 @@ class Collector:
     def confirmations(self, confirmed: Mapping[Site, Confirmed]) -> dict[Site, Confirmations]:
         """What follows step 4: the signatures, to those who signed."""
         signers = self._enough(confirmed, self._survivors, "survivors")
+        check_connected(self._neighbours, self._survivors, signers)
         return dict.fromkeys(signers, Confirmations({site: confirmed[site].signature for site in signers}))
 
     def opened(self, revealed: Mapping[Site, Revealed]) -> Opened:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -28,7 +28,7 @@ from coterie.secure.messages import (
     signed_keys,
     signed_survivors,
 )
-from coterie.secure.session import SecureSumError, Session, Site, neighbours_of, points_of
+from coterie.secure.session import SecureSumError, Session, Site, check_connected, neighbours_of, points_of
 
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ class Member:
     _received: dict[str, object] = field(default_factory=dict, repr=False)
     _answered: dict[str, object] = field(default_factory=dict, repr=False)
     _neighbours: tuple[Site, ...] = ()
+    _graph: Mapping[Site, tuple[Site, ...]] = field(default_factory=dict, repr=False)
     _own_shares: tuple[bytes, bytes] = field(default=(b"", b""), repr=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +111,8 @@ class Member:
             signed = signed_keys(self.session, site, keys.masks, keys.seals, keys.seed)
             self.identity.check(site, signed, keys.signature)
         publics = {site: keys.masks for site, keys in roster.keys.items()}
-        self._neighbours = neighbours_of(publics, self.session.neighbours)[self.site]
+        self._graph = neighbours_of(publics, self.session.neighbours)
+        self._neighbours = self._graph[self.site]
         points = points_of(roster.keys)
         own = [points[site] for site in self._holders]
         needed = self.session.shares_needed(len(own))
@@ -135,6 +137,7 @@ class Member:
 
     def _make_confirmation(self, survivors: Survivors) -> Confirmed:
         self._check_list(survivors.sites, cast(Inbox, self._received["values"]).dealers, "values")
+        check_connected(self._graph, survivors.sites, survivors.sites)
         return Confirmed(self.identity.sign(signed_survivors(self.session, survivors.sites)))
 
     def _make_reveal(self, confirmations: Confirmations) -> Revealed:
@@ -142,6 +145,7 @@ class Member:
         self._check_list(confirmations.signatures, self.agreed, "signatures", own=False)
         for site, signature in sorted(confirmations.signatures.items()):
             self.identity.check(site, signed_survivors(self.session, self.agreed), signature)
+        check_connected(self._graph, self.agreed, confirmations.signatures)
         seeds, keys = {}, {}
         for site in {*self._holders} & {*inbox.dealers}:
             share = self._share_of(site, roster, inbox)

@@ -26,7 +26,10 @@ class Session:
     ``layout`` names what the vector holds, in order. A site weighs its vector with its number of examples, at
     most ``most_examples`` (0: with 1), divided by ``total``. ``bound`` and ``bits`` are those of
     :mod:`coterie.secure.fixed_point`. All of it is in :attr:`digest`, which every key and signature depends on: a
-    server that says something else to one site spoils the sum and learns nothing.
+    server that says something else to one site spoils the sum.
+
+    ``start`` has a digest of what each tensor of the layout starts from, and ``instruction`` one of what all members
+    were sent alike ("" where each gets its own). Sites check them against what they received.
     """
 
     run: str
@@ -42,6 +45,19 @@ class Session:
     threshold: float
     min_group: int
     neighbours: int
+    start: tuple[str, ...] = ()
+    instruction: str = ""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names in the layout, without their shapes."""
+        return tuple(text.rpartition(" ")[0] for text in self.layout)
+
+    @property
+    def terms(self) -> str:
+        """A digest of all but the run, the round and the group's name."""
+        parts = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("run", "rnd", "group")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def digest(self) -> bytes:
@@ -60,6 +76,8 @@ class Session:
         """Raises :class:`SecureSumError` for a session that no site may take part in."""
         if len(set(self.members)) != len(self.members) or self.length < 1 or not 0 < self.total < math.inf:
             raise SecureSumError("the session names a site twice, or has no values")
+        if len(set(self.tensors)) != len(self.tensors):
+            raise SecureSumError("the session names a tensor twice")
         if not 0.5 < self.threshold <= 1 or self.min_group < 2 or len(self.members) < self.needed:
             raise SecureSumError(f"the group has {len(self.members)} sites, and {self.needed} are needed")
         if not 1 < self.bits < 63 or not 0 < self.bound < math.inf or len(self.members) > most_members(self.bits):
@@ -89,6 +107,27 @@ def neighbours_of(keys: Mapping[Site, str], wanted: int) -> dict[Site, tuple[Sit
     n = len(circle)
     steps = [step for step in range(-each_side, each_side + 1) if step]
     return {site: tuple(sorted(circle[(i + step) % n] for step in steps)) for i, site in enumerate(circle)}
+
+
+def check_connected(
+    neighbours: Mapping[Site, Collection[Site]], survivors: Collection[Site], signers: Collection[Site]
+) -> None:
+    """Raises :class:`SecureSumError` where the survivors fall apart into parts whose sums could be told apart.
+
+    Only pairs with at least one of ``signers`` count: a signer has seen every survivor's shares, so the pair's mask is
+    in its vector. Between two others a server may have left it out.
+    """
+    seen, todo = set(), [min(survivors)]
+    while todo:
+        site = todo.pop()
+        if site not in seen:
+            seen.add(site)
+            todo += [o for o in neighbours[site] if o in survivors and (site in signers or o in signers)]
+    if len(seen) < len({*survivors}):
+        raise SecureSumError(
+            f"the {len(survivors)} sites that are left share too few masks: the sum of some of them could be opened "
+            "alone; raise [secure_aggregation] neighbours"
+        )
 
 
 def points_of(sites: Collection[Site]) -> dict[Site, int]:

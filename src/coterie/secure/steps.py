@@ -159,6 +159,11 @@ class Party:
     def _begun(self, name: str, session: Session) -> Member:
         if name not in self._members:
             self.admit(session)
+            taken = {tensor for member in self._members.values() for tensor in member.session.tensors}
+            if both := sorted(taken & {*session.tensors}):
+                raise SecureSumError(
+                    f"{both[0]} is in another sum of this round; from two sums over it, the server could subtract one"
+                )
             self._members[name] = Member(session, self.site, self.identity)
         if self._members[name].session != session:
             raise SecureSumError("the server has begun another session of that name")

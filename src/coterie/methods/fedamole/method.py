@@ -94,6 +94,7 @@ class FedAMoLE(Method[FedAMoLEState]):
     newcomers = "FedAMoLE's experts choose among the sites that take part from the start"
     Settings = FedAMoLESettings
     State = FedAMoLEState
+    instructs_alike = False
 
     # server ------------------------------------------------------------------------------------------------------
 

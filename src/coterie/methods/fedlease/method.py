@@ -69,6 +69,7 @@ class FedLEASE(Method[FedLEASEState]):
     summary = "one LoRA expert per cluster of clients, adaptive top-M routing over all experts"
     Settings = FedLEASESettings
     State = FedLEASEState
+    instructs_alike = False
     usage = (USE,)
 
     @property

@@ -89,6 +89,7 @@ class SmartFed(Method[SmartFedState]):
     summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
     Settings = SmartFedSettings
     State = SmartFedState
+    instructs_alike = False
     usage = ("importance", "use")
 
     @property
