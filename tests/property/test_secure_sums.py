@@ -41,7 +41,7 @@ def test_the_sum_is_that_of_the_survivors_or_is_not_opened(case: tuple[int, int,
     survivors = sorted({*of.members} - {site for step in BEFORE_VALUES for site in gone[step]})
     if isinstance(result, str):  # a site may have lost most of its few neighbours, but not where all are neighbours
         assert neighbours
-        assert "are too few" in result
+        assert "are too few" in result or "share too few masks" in result
         return
     assert result.survivors == tuple(survivors)
     assert (result.total == sum(own[site] for site in survivors)).all()

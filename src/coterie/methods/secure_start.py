@@ -1,7 +1,7 @@
-"""What the clients of a secure sum were sent, as digests: a server that sends each its own learns one's update from a sum.
+"""What the clients of a secure sum were sent, as digests: all must have been sent the same.
 
-If all but one start from zeros, they send nothing of weight, and the sum is the last one's update (Pasquini et al. 2022,
-https://arxiv.org/abs/2111.07380). So a session names what its members start from, and each compares.
+If the server sends zeros to all but one, their updates are zero, and the sum is the last one's update (Pasquini et al.
+2022, https://arxiv.org/abs/2111.07380). So a session names what its members start from, and each compares.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from coterie.types import Instruction, Key, Part, Tensors
 class Begun:
     """Digests of what a client was sent in a round.
 
-    ``start``: of the values that it starts from, by tensor. ``instruction``: of the rest that all clients get alike, the
-    frozen tensors and ``info``; "" for a method that sends each client its own. ``whole``: of everything.
+    ``start``: of the values that it starts from, by tensor. ``instruction``: of what all clients get alike, tensors
+    but heads and ``info``; "" for a method that sends each client its own. ``whole``: of everything.
     """
 
     start: Mapping[Key, str]

@@ -19,7 +19,7 @@ from coterie import codec
 from coterie.config.load import check_config, load_raw
 from coterie.deploy.keys import init_keys
 from coterie.deploy.secure_server import RemoteSums
-from coterie.deploy.secure_site import note_opened
+from coterie.deploy.secure_site import note_opened, run_name
 from coterie.deploy.serve import serve
 from coterie.deploy.worker import Worker
 from coterie.experiment import open_run, rounds_of
@@ -27,7 +27,7 @@ from coterie.flower.message import Message
 from coterie.runs.events import Note, RoundDone
 from coterie.runs.rounds import Runner
 from coterie.secure.session import SecureSumError
-from coterie.types import CoterieError, Reply
+from coterie.types import CoterieError, Instruction, Reply
 from secure_sums import session
 
 NAMES = ["mood-0", "mood-1", "place-0", "size-0"]
@@ -71,13 +71,16 @@ def run(
     config = flower_sites.server_config(made, secure_aggregation=SECURE, run={"rounds": 1}, federation={"sites": NAMES})
     seen: list[Any] = []
 
-    class Watched(Worker):
+    class Watching(Worker):
         def answer(self, message: Message) -> Message:
             answer = change(self.site.site.id, message, super().answer(message))
             seen.append((self.site.site.id, message.head["kind"], message.head.get("step"), answer))
             return answer
 
-    watched = {c: Watched(w.site, w.root, w.cache) for c, w in there.items()}
+    watched = {}
+    for c, worker in there.items():
+        kind = type("Watched", (Watching, type(worker)), {})
+        watched[c] = kind(worker.site, worker.root, worker.cache)
     engine = flower_sites.engine_over(config, watched, **agreed)
     engine.sites.gather(len(NAMES), 5)
     out.mkdir()
@@ -154,12 +157,57 @@ def test_a_restarted_worker_and_another_round_get_no_answer(made: Path, tmp_path
 
 
 def test_a_round_is_opened_over_one_set_of_sites_alone(tmp_path: Path) -> None:
+    of, path, three = session(4), tmp_path / "opened.json", ("s0", "s1", "s2")
+    again = replace(of, run="run 1 again")
+    note_opened(path, of, three, "sent")
+    note_opened(path, again, ("s2", "s1", "s0"), "sent")
+    note_opened(path, replace(of, rnd=2), of.members, "sent")
+    note_opened(path, replace(of, layout=("other numbers",)), of.members, "sent")
+    with pytest.raises(SecureSumError, match="round 1 was opened over s0, s1, s2 before; over s0, s1, s2, s3 too"):
+        note_opened(path, again, of.members, "sent")
+    with pytest.raises(SecureSumError, match="after another instruction"):
+        note_opened(path, again, three, "sent otherwise")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"most_examples": 39},
+        {"total": 5.0},
+        {"members": ("s0", "s1", "s2")},
+        {"layout": ("more numbers", "five numbers")},
+        {"start": ("another",)},
+    ],
+)
+def test_a_round_is_opened_once_for_each_tensor_whatever_the_session_says(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     of = session(4)
-    note_opened(tmp_path / "opened.json", of, ("s0", "s1", "s2"))
-    note_opened(tmp_path / "opened.json", replace(of, run="run 1 again"), ("s2", "s1", "s0"))
-    note_opened(tmp_path / "opened.json", replace(of, rnd=2), of.members)
-    with pytest.raises(SecureSumError, match="round 1 was opened over s0, s1, s2 before"):
-        note_opened(tmp_path / "opened.json", replace(of, run="run 1 again"), of.members)
+    note_opened(tmp_path / "opened.json", of, ("s0", "s1", "s2"), "sent")
+    with pytest.raises(SecureSumError, match="with other members, weights or tensors"):
+        note_opened(tmp_path / "opened.json", replace(of, **changes), ("s0", "s1", "s2"), "sent")
+
+
+def test_sites_that_were_sent_other_experts_open_no_sum(made: Path, tmp_path: Path) -> None:
+    there = staff(made.parent, tmp_path)
+
+    class Lied(Worker):
+        def answer(self, message: Message) -> Message:
+            if message.head["kind"] == "train" and self.site.site.id != "size-0":
+                ins = codec.decode(Instruction, message.body)
+                zeros = {key: torch.zeros_like(value) for key, value in ins.tensors.items()}
+                message = Message(message.head, codec.encode(replace(ins, tensors=zeros)))
+            return super().answer(message)
+
+    lied = {c: Lied(w.site, w.root, w.cache) for c, w in there.items()}
+    _, heard, seen = run(made, tmp_path / "run", lied)
+    ((_, of),) = (done(heard).sums or {}).items()
+    assert "1 of its 4 sites were left after the step 'keys'" in str(of.error)
+    assert not [step for _, _, step, _ in seen if step in ("shares", "values", "survivors", "reveal")]
+
+
+def test_sites_with_other_terms_open_no_sum() -> None:
+    assert run_name("run", 1, "one") != run_name("run", 1, "other")
 
 
 def test_what_a_site_needs_and_what_it_refuses(made: Path, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from coterie import codec
+from coterie.methods.secure import SecureAggregationSettings
 from coterie.secure.collector import Collector, Opened
 from coterie.secure.identity import identities
 from coterie.secure.member import Member
 from coterie.secure.messages import Confirmations, Inbox, Revealed, Roster, Survivors
-from coterie.secure.session import SecureSumError, Session
+from coterie.secure.session import SecureSumError, Session, check_connected, needed_of, neighbours_of
 from coterie.secure.steps import Ask, in_process, sums
-from secure_sums import KNOWN, parties, session, vectors
+from secure_sums import KNOWN, opened, parties, session, vectors
 
 
 def members(of: Session) -> dict[str, Member]:
@@ -164,3 +165,57 @@ def test_a_site_that_sends_nonsense_has_vanished(step: str) -> None:
     assert result.survivors == ("s0", "s2", "s3", "s4", "s5")
     assert result.vanished == {"s1": step}
     assert (result.total == sum(own[site] for site in result.survivors)).all()
+
+
+def test_a_second_sum_over_a_tensor_is_refused() -> None:
+    """With weights capped at 39 in place of 40, or over one site fewer, the difference would be one site's update."""
+    of = replace(session(4, min_group=3), layout=("A 3", "B 2"))
+    fewer = replace(of, members=of.members[:3], layout=("B 2", "A 3"), total=3.0)
+    own = vectors(of)
+    for second in (replace(of, most_examples=39), fewer, replace(fewer, layout=("A 5",))):
+        out = sums({"one": of, "two": second}, in_process(parties(of, own)))
+        assert isinstance(out["one"], Opened)
+        assert "0 of its" in str(out["two"])
+    both = sums({"one": of, "two": replace(of, layout=("C 5",))}, in_process(parties(of, own)))
+    assert all(isinstance(result, Opened) for result in both.values())
+    with pytest.raises(SecureSumError, match="names a tensor twice"):
+        Member(replace(of, layout=("A 3", "A 2")), "s0", KNOWN["s0"])
+
+
+def circle_of(of: Session, group: Mapping[str, Member]) -> list[str]:
+    """The sites, each beside its neighbours, for sessions with two neighbours each."""
+    graph = neighbours_of({site: m.keys().masks for site, m in group.items()}, of.neighbours)
+    circle = [of.members[0]]
+    while len(circle) < len(of.members):
+        circle.append(next(site for site in graph[circle[-1]] if site not in circle))
+    return circle
+
+
+def test_survivors_that_fall_apart_are_refused_by_sites_and_server() -> None:
+    """Two lost sites cut a circle into two arcs, and the masks of each arc add up to nothing by themselves."""
+    of = session(8, neighbours=2)
+    group = up_to_values(of)
+    circle = circle_of(of, group)
+    left = tuple(sorted({*circle} - {circle[0], circle[3]}))
+    with pytest.raises(SecureSumError, match="share too few masks"):
+        group[left[0]].survivors(Survivors(left))
+    beside = tuple(sorted({*circle} - {circle[0], circle[1]}))
+    group[beside[0]].survivors(Survivors(beside))
+    result = opened(of, vectors(of), {"values": ()})
+    assert isinstance(result, Opened)
+
+
+def test_a_pair_that_has_signed_nothing_does_not_hold_survivors_together() -> None:
+    """The server may have told each of the two that the other is gone, so that neither masked for the other."""
+    line = {"a": ("b",), "b": ("a", "c"), "c": ("b", "d"), "d": ("c",)}
+    check_connected(line, line, ["a", "b", "d"])
+    with pytest.raises(SecureSumError, match="share too few masks"):
+        check_connected(line, line, ["a", "d"])
+
+
+@pytest.mark.parametrize("threshold", [2 / 3, SecureAggregationSettings().threshold])
+def test_two_lists_of_survivors_need_a_third_of_the_sites_to_sign_both(threshold: float) -> None:
+    for n in range(3, 1001):
+        needed = needed_of(n, threshold, 3)
+        assert 3 * (2 * needed - n) >= n
+        assert 3 * (needed - 1) < 2 * n or n < 5  # and no more than that
