@@ -120,10 +120,12 @@ def sessions_of(
     run: str,
     rnd: int,
     begun: Mapping[ClientId, Begun] | None = None,
+    examples: Mapping[ClientId, int] | None = None,
 ) -> dict[str, Session]:
     """A session for each set of members, by a name; ``replies`` have the shapes of what the members hold.
 
-    A client weighs as many examples as its reply says, or with ``uniform`` 1. ``begun`` has what each was sent.
+    A client weighs as many examples as its reply says, or with ``uniform`` 1. ``begun`` has what each was sent,
+    ``examples`` how many each has, where its reply says fewer because another group limits it: each caps itself here.
     """
     keys: dict[tuple[ClientId, ...], set[Key]] = {}
     for group in groups:
@@ -140,7 +142,7 @@ def sessions_of(
             length=sum(value.numel() for value in tensors.values()) + _BESIDE,
             layout=tuple(_entry(key, value.shape) for key, value in tensors.items()),
             most_examples=most,
-            total=float(len(members) if uniform else sum(replies[c].num_examples for c in members)),
+            total=float(sum(_weighs(most, _has(c, replies, examples)) for c in members)),
             bound=settings.clip,
             bits=settings.bits,
             threshold=settings.threshold,
@@ -168,6 +170,7 @@ def applied(
     opened: Mapping[str, Opened | str],
     replies: Mapping[ClientId, Reply],
     starts: Mapping[ClientId, Tensors],
+    examples: Mapping[ClientId, int] | None = None,
 ) -> tuple[dict[ClientId, Reply], dict[str, Sum]]:
     """``replies`` with the mean of each sum that was opened and the start of each other, and what became of the sums.
 
@@ -184,7 +187,7 @@ def applied(
                 changed[client] |= {key: _start(starts, client, key, replies) for key in keys}
             continue
         try:
-            means, shortened = _means(session, result, replies, starts)
+            means, shortened = _means(session, result, replies, starts, examples)
         except SecureSumError as fault:
             done[session.group] = Sum(session.members, error=str(fault))
             for client in session.members:
@@ -198,12 +201,16 @@ def applied(
 
 
 def _means(
-    session: Session, result: Opened, replies: Mapping[ClientId, Reply], starts: Mapping[ClientId, Tensors]
+    session: Session,
+    result: Opened,
+    replies: Mapping[ClientId, Reply],
+    starts: Mapping[ClientId, Tensors],
+    examples: Mapping[ClientId, int] | None,
 ) -> tuple[dict[Key, Tensor], int]:
     """The survivors' mean of each tensor, and how many of them shortened their update."""
     numbers = fixed_point.decode(result.total, session.bound, session.bits)
     weight, shortened = numbers[-2] / session.bound, numbers[-1] / session.bound
-    shares = [_weight(session, replies[c].num_examples) for c in result.survivors]
+    shares = [_weighs(session.most_examples, _has(c, replies, examples)) for c in result.survivors]
     grid = len(session.members) * 2.0 ** (1 - session.bits)
     if abs(weight - sum(shares) / session.total) > grid + _ROUNDING:
         raise SecureSumError(f"its weights add up to {weight:g} in place of {sum(shares) / session.total:g}")
@@ -220,6 +227,10 @@ def _means(
         means[key] = (start.double() + update).to(start.dtype)
         at += size
     return means, round(shortened)
+
+
+def _has(client: ClientId, replies: Mapping[ClientId, Reply], examples: Mapping[ClientId, int] | None) -> int:
+    return replies[client].num_examples if examples is None else examples[client]
 
 
 def _start(starts: Mapping[ClientId, Tensors], client: ClientId, key: Key, replies: Mapping[ClientId, Reply]) -> Tensor:
@@ -252,7 +263,7 @@ def update_of(reply: Reply, start: Tensors, clip: float) -> Update:
 
 def vector_of(update: Update, session: Session) -> fixed_point.Integers:
     """A client's vector for ``session``. Raises :class:`SecureSumError` if the session is not about its update."""
-    share = _weight(session, update.examples) / session.total
+    share = _weighs(session.most_examples, update.examples) / session.total
     pieces = []
     for key, shape in layout_of(session):
         value = update.tensors.get(key)
@@ -309,8 +320,8 @@ def _entry(key: Key, shape: Sequence[int]) -> str:
     return f"{key} {'x'.join(map(str, shape))}"
 
 
-def _weight(session: Session, examples: int) -> float:
-    return float(min(examples, session.most_examples)) if session.most_examples else 1.0
+def _weighs(most: int, examples: int) -> float:
+    return float(min(examples, most)) if most else 1.0
 
 
 def check_members(settings: SecureAggregationSettings, clients: int) -> None:

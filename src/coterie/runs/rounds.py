@@ -270,9 +270,10 @@ class Runner(Generic[S]):
     ) -> Agreed:
         """``replies`` after secure sums or the rule of ``[robust]``; as they are without either."""
         robust = self.method.plan.robust
+        examples = {client: reply.num_examples for client, reply in replies.items()}
         replies, capped = with_shares(groups, replies, self.settings.max_share)
         if self.sums is not None:
-            agreed = summed(self.method, self.sums, groups, replies, starts, self._sent, rnd)
+            agreed = summed(self.method, self.sums, groups, replies, starts, self._sent, examples, rnd)
         else:
             agreed = by_rule(robust, groups, replies, starts) if robust.active else Agreed(replies)
         texts = {**capped, **agreed.once}

@@ -103,13 +103,14 @@ def summed(
     replies: Mapping[ClientId, Reply],
     starts: Mapping[ClientId, Tensors],
     instructions: Mapping[ClientId, Instruction],
+    examples: Mapping[ClientId, int],
     rnd: int,
 ) -> Agreed:
-    """Open the sum of every group, and give its mean to its members."""
+    """Open the sum of every group, and give its mean to its members, that have as many ``examples``."""
     settings, uniform = method.plan.secure, method.weighting == "uniform"
     sent = {c: begun(instructions[c], starts[c], method.instructs_alike) for c in replies}
-    sessions = sessions_of(settings, groups, replies, uniform, opener.run, rnd, sent)
-    changed, done = applied(sessions, opener.open(sessions, replies, starts, sent, rnd), replies, starts)
+    sessions = sessions_of(settings, groups, replies, uniform, opener.run, rnd, sent, examples)
+    changed, done = applied(sessions, opener.open(sessions, replies, starts, sent, rnd), replies, starts, examples)
     steps = {client: step for of in done.values() for client, step in (of.vanished or {}).items()}
     failed = {c: f"gone before the step {steps.get(c, 'values')!r} of its secure sum" for c in replies.keys() - changed}
     not_opened = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,13 +17,17 @@ from coterie.config.load import check_config
 from coterie.methods.base import Method
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
+from coterie.methods.robust import Group
 from coterie.methods.secure import SecureAggregationSettings, refusal
+from coterie.runs.agreed import Agreed
 from coterie.runs.events import Note, RoundDone
 from coterie.runs.rounds import Runner
-from coterie.runs.secure import Simulated
+from coterie.runs.secure import Simulated, summed
 from coterie.runs.settings import RoundSettings
-from coterie.secure.steps import Ask, in_process
-from coterie.types import CoterieError
+from coterie.secure import fixed_point
+from coterie.secure.fixed_point import Integers
+from coterie.secure.steps import Ask, Party, in_process
+from coterie.types import CoterieError, Instruction, Key, Part, Reply
 from few_rounds import OPTIM, ROUNDS, SETTINGS
 from secure_sums import vanishing
 
@@ -193,3 +199,78 @@ def test_a_vector_is_masked_on_its_way(tmp_path: Path) -> None:
     for blob in seen:
         high = torch.frombuffer(bytearray(blob[-800:]), dtype=torch.uint8).double()
         assert 90 < float(high.mean()) < 165  # bytes as random ones; those of small integers are 0 or 255
+
+
+ONE, OTHER = Key("a", 0, Part.A), Key("b", 0, Part.A)
+GROUPS = [Group(("a", "b", "c"), frozenset({ONE})), Group(("d", "e", "f"), frozenset({OTHER}))]
+
+
+def two_groups(lie: Callable[[Integers], Integers], method: Method[Any], liar: str = "a") -> Agreed:
+    """The sums over a, b, c and over d, e, f, all of whose tensors went from 0 to 1; the liar changes its vector."""
+
+    class Lying(Simulated):
+        def ask(self, parties: Mapping[str, Party]) -> Ask:
+            honest = parties[liar].vector
+            parties[liar].vector = lambda session: lie(honest(session).copy())
+            return in_process(parties)
+
+    replies = {c: Reply({ONE if c in "abc" else OTHER: torch.ones(3)}, 10) for c in "abcdef"}
+    starts = {c: {key: torch.zeros(3) for key in reply.tensors} for c, reply in replies.items()}
+    sent = {c: Instruction(starts[c]) for c in replies}
+    opener = Lying(ON)
+    return summed(method, opener, GROUPS, replies, starts, sent, dict.fromkeys(replies, 10), 1)
+
+
+def placed(at: int, value: float) -> Callable[[Integers], Integers]:
+    def lie(vector: Integers) -> Integers:
+        vector[at] = fixed_point.encode(np.array([value]), ON.clip, ON.bits)[0]
+        return vector
+
+    return lie
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (placed(-2, -90.0), "its weights add up to"),
+        (placed(-2, (-2 / 3 + 1e-9) * 100), "its weights add up to 1.0"),
+        (placed(-2, 34.0), "its weights add up to"),
+        (placed(0, 100.0), "its mean is 101 long, and no client may send more than 100"),
+    ],
+)
+def test_one_lying_site_spoils_its_own_sum_at_most_and_not_beyond_clip(lie: Any, reason: str) -> None:
+    agreed = two_groups(lie, made("fedsa_lora", ON))
+    mine, theirs = (agreed.sums or {}).values()
+    assert reason in str(mine.error)
+    assert theirs.error is None
+    assert agreed.replies["b"].tensors[ONE].tolist() == [0, 0, 0]
+    assert torch.allclose(agreed.replies["e"].tensors[OTHER], torch.ones(3))
+
+
+def test_a_client_that_another_group_limits_is_weighed_as_it_weighs_itself() -> None:
+    """``[run] max_share`` leaves it 10 of its 50 examples, and the session allows 20: it counts for 20."""
+    replies = {c: Reply({ONE: torch.full((3,), float(v))}, n) for c, v, n in (("a", 1, 10), ("b", 0, 20), ("c", 0, 20))}
+    starts = {c: {ONE: torch.zeros(3)} for c in replies}
+    sent, has = {c: Instruction(starts[c]) for c in replies}, {"a": 50, "b": 20, "c": 20}
+    opener = Spoken(ON, has=has)
+    agreed = summed(made("fedsa_lora", ON), opener, GROUPS[:1], replies, starts, sent, has, 1)
+    assert [of.error for of in (agreed.sums or {}).values()] == [None]
+    assert torch.allclose(agreed.replies["b"].tensors[ONE], torch.full((3,), 1 / 3), atol=1e-6)
+
+
+@dataclass
+class Spoken(Simulated):
+    """Clients that weigh themselves, as sites do, by all the examples that they have."""
+
+    has: Mapping[str, int] = field(default_factory=dict)
+
+    def open(self, sessions: Any, replies: Mapping[str, Reply], *rest: Any) -> Any:
+        return super().open(sessions, {c: replace(r, num_examples=self.has[c]) for c, r in replies.items()}, *rest)
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 9])
+def test_too_few_neighbours_are_refused(neighbours: int) -> None:
+    with pytest.raises(ValueError, match="must be 0 or at least 10"):
+        SecureAggregationSettings(neighbours=neighbours)
+    SecureAggregationSettings(neighbours=0)
+    SecureAggregationSettings(neighbours=10)
