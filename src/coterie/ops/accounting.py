@@ -104,6 +104,24 @@ def multiplier_for(epsilon: float, delta: float, planned: tuple[Noised, ...]) ->
     return high
 
 
+def of_one_draw(releases: Sequence[Noised]) -> list[Noised]:
+    """``releases`` to the same draw of members, as the accountant has to see them.
+
+    Counted one by one they would look as if each had a draw of its own, which hides more. To one draw, they are one
+    Gaussian mechanism of 1 / z^2 = the sum of theirs.
+    """
+    drawn: dict[tuple[Sampled, int, float], list[float]] = {}
+    for release in releases:
+        drawn.setdefault((release.sampled, release.members, release.drawn), []).append(release.multiplier)
+    return [Noised(_one(of), *draw) for draw, of in drawn.items()]
+
+
+def _one(multipliers: Sequence[float]) -> float:
+    if len(multipliers) == 1 or min(multipliers) <= 0:
+        return min(multipliers)
+    return float(sum(of**-2 for of in multipliers) ** -0.5)
+
+
 def _together(releases: Sequence[Noised]) -> list[Noised]:
     """``releases`` with those of all members as one: Gaussian mechanisms compose to one, mu^2 = sum of 1 / z^2."""
     whole = [release.multiplier for release in releases if release.sampled == "all"]

@@ -7,14 +7,14 @@ the same noise is counted once, because it has the same name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.files import read_json, write_json
-from coterie.ops.accounting import Noised, Spent, spent
+from coterie.ops.accounting import Noised, Spent, of_one_draw, spent
 from coterie.types import CoterieError
 
 LEDGER = "privacy.json"
@@ -40,9 +40,15 @@ class Ledger:
         """This ledger and ``entries``; one that it has already counts once."""
         return Ledger(tuple(dict.fromkeys([*self.entries, *entries])))
 
-    def spent(self, delta: float, more: Sequence[Noised] = ()) -> Spent:
-        """What all releases cost, and ``more`` beside them."""
-        return spent([*(entry.noised for entry in self.entries), *more], delta)
+    def spent(self, delta: float, more: Iterable[Entry] = ()) -> Spent:
+        """What all releases cost, and ``more`` beside them.
+
+        Those of one round saw the same cohort, so sampling hides it once: they count as one with less noise.
+        """
+        rounds: dict[int, list[Noised]] = {}
+        for entry in self.with_entries(more).entries:
+            rounds.setdefault(entry.round, []).append(entry.noised)
+        return spent([noised for of in rounds.values() for noised in of_one_draw(of)], delta)
 
     def to_json(self) -> list[Mapping[str, object]]:
         return [asdict(entry) for entry in self.entries]

@@ -25,6 +25,10 @@ from coterie.types import BaseSpec, ClientId, ClientInfo, CoterieError, Reply, T
 KEY = "privacy.key"
 
 
+class BudgetSpentError(CoterieError):
+    """A round would spend more than ``epsilon``: the run ends with the one before."""
+
+
 @dataclass
 class Private:
     """The privacy of one run in ``folder``. ``ledger`` grows before anything is released."""
@@ -66,19 +70,25 @@ class Private:
         """What round ``rnd`` releases."""
         return kinds_of(key for client in self.clients for key in self.method.expects(state, client, rnd))
 
-    def stops(self, state: object, rnd: int) -> str:
-        """Why round ``rnd`` does not begin; "" if it may."""
-        kinds = self.kinds(state, rnd)
-        if not self.settings.epsilon or not kinds:
-            return ""
-        after = self.ledger.spent(self.settings.delta, [self._noised() for _ in kinds]).epsilon
-        if after <= self.settings.epsilon * (1 + 1e-9):
-            return ""
-        self.stopped = (
-            f"stopped before round {rnd}: with it the run would have spent epsilon = {after:.3g}, more than [privacy] "
-            f"epsilon = {self.settings.epsilon:g}"
-        )
-        return self.stopped
+    def check_budget(self, state: object, rnd: int) -> None:
+        """Raise :class:`BudgetSpentError` where round ``rnd`` may not begin.
+
+        What the server has released of it before costs nothing again, if it turns out to have the same values.
+        """
+        before = {entry.kind for entry in self.ledger.entries if entry.round == rnd and self.settings.by_server}
+        self._check([Entry(rnd, kind, self._noised(), "") for kind in sorted(self.kinds(state, rnd) - before)], rnd)
+
+    def _check(self, entries: Sequence[Entry], rnd: int) -> None:
+        """Raise :class:`BudgetSpentError` where ``entries``, as far as they are new, cost more than is left."""
+        if not self.settings.epsilon or not set(entries) - set(self.ledger.entries):
+            return
+        after = self.ledger.spent(self.settings.delta, entries).epsilon
+        if after > self.settings.epsilon * (1 + 1e-9):
+            self.stopped = (
+                f"stopped before round {rnd}: with it the run would have spent epsilon = {after:.3g}, more than "
+                f"[privacy] epsilon = {self.settings.epsilon:g}"
+            )
+            raise BudgetSpentError(self.stopped)
 
     def begin(self, state: object, rnd: int) -> None:
         """Count what clients themselves add noise to in round ``rnd``, each time that they are sent instructions."""
@@ -145,6 +155,7 @@ class Private:
 
     def _count(self, kinds: frozenset[str], rnd: int, name: str) -> None:
         entries = [Entry(rnd, kind, self._noised(), name) for kind in sorted(kinds)]
+        self._check(entries, rnd)
         self.ledger = self.ledger.with_entries(entries)
         write_ledger(self.folder, self.ledger, self.spent())
 

@@ -49,7 +49,7 @@ from coterie.runs.events import (
 )
 from coterie.runs.health import loss_note, quorum_fault
 from coterie.runs.ledger import Ledger
-from coterie.runs.private import Private, drawn
+from coterie.runs.private import BudgetSpentError, Private, drawn
 from coterie.runs.secure import Simulated, Sums, apart, check_start, held, known, received, summed
 from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import best_round
@@ -95,10 +95,11 @@ class Runner(Generic[S]):
         if self.sums is not None:
             check_start(self.method, self.engine.clients, state, start.rnd + 1)
         for rnd in range(start.rnd + 1, self.settings.rounds + 1):
-            if self.private and (stopped := self.private.stops(state, rnd)):
-                self._note([stopped], rnd - 1)
+            try:
+                state = self._round(state, rnd)
+            except BudgetSpentError as spent:
+                self._note([str(spent)], rnd - 1)
                 break
-            state = self._round(state, rnd)
             self._last = rnd
         return state
 
@@ -183,6 +184,8 @@ class Runner(Generic[S]):
 
     def _round(self, state: S, rnd: int) -> S:
         started = time.perf_counter()
+        if self.private:
+            self.private.check_budget(state, rnd)
         cohort = self._cohort(rnd)
         self.listen(RoundStart(rnd, [client.id for client in cohort]))
         self.engine.watch(lambda steps: self.listen(ClientSteps(rnd, list(steps.clients), steps.taken, steps.of)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import tiny
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.experiment import run
+from coterie.ops.accounting import Noised, Sampled, spent
 from coterie.runs.ledger import LEDGER, read_ledger
 from coterie.runs.private import KEY
 from coterie.runs.rounds import Runner
@@ -106,7 +107,8 @@ def test_a_killed_round_is_released_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     """Killed after the noisy model went out and before the checkpoint: the same noise again, counted once."""
-    mine, out = config(folder, {**SEEDED, "noise_source": source, "metrics": "unprotected"}), tmp_path / "run"
+    privacy = {**SEEDED, "noise_source": source, "metrics": "unprotected", "noise_multiplier": 0.0, "epsilon": 9.0}
+    mine, out = config(folder, privacy), tmp_path / "run"  # nothing is left of the budget after the last round
     commit = Runner._commit
 
     def killed(self: Runner[Any], state: Any, rnd: int) -> Any:
@@ -129,6 +131,7 @@ def test_a_killed_round_is_released_once(
     made = run(mine, out, root=folder, resume=True)
     assert made.privacy is not None
     assert made.privacy.releases == {"updates": 2}
+    assert (made.rounds, made.privacy.stopped) == (2, "")
     assert all(torch.equal(seen[-1].lora[key], value) for key, value in states[0].items())
 
 
@@ -195,7 +198,9 @@ def test_noise_that_was_calculated_spends_the_budget_and_no_more(folder: Path, t
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "poisson"])
-def test_a_sampled_cohort_costs_less_and_every_group_gets_noise(folder: Path, tmp_path: Path, sampling: str) -> None:
+def test_a_sampled_cohort_costs_what_the_accountant_says_and_every_group_gets_noise(
+    folder: Path, tmp_path: Path, sampling: str
+) -> None:
     """Poisson cohorts may be empty: a round of noise alone."""
     of = {"cohort": 0.25, "sampling": sampling, "rounds": 4, "head": "shared"}
     made = run(config(folder, SEEDED, **of), tmp_path / "run", root=folder)
@@ -204,7 +209,9 @@ def test_a_sampled_cohort_costs_less_and_every_group_gets_noise(folder: Path, tm
     everyone = run(config(folder, SEEDED, rounds=4, head="shared"), tmp_path / "all", root=folder)
     assert everyone.privacy is not None
     assert made.privacy.cohort == f"1 of 4, {sampling}"
-    if sampling == "poisson":
+    drawn = [Noised(0.5, cast(Sampled, sampling), 4, 1.0)] * 4
+    assert made.privacy.epsilon == pytest.approx(spent(drawn, 1e-5).epsilon)
+    if sampling == "poisson":  # a fixed size protects from more: one client exchanged for another
         assert made.privacy.epsilon < everyone.privacy.epsilon
 
 

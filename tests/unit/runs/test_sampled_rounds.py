@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from coterie.methods.plan import Plan
 from coterie.methods.privacy import PrivacySettings
 from coterie.methods.registry import method_named, methods
 from coterie.methods.robust import Group
-from coterie.runs.private import Private
+from coterie.ops.accounting import Noised, Sampled, spent
+from coterie.runs.ledger import Entry, Ledger
+from coterie.runs.private import BudgetSpentError, Private
 from coterie.runs.settings import RoundSettings
 from coterie.types import ClientInfo, CoterieError, Reply
 
@@ -35,12 +38,14 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, SMALL.get(name, {}) | ({setting: choice} if setting else {})
 
 
-def private(folder: Path, name: str, settings: dict[str, Any], cohort: float = 0.5) -> Private:
+def private(
+    folder: Path, name: str, settings: dict[str, Any], cohort: float = 0.5, privacy: PrivacySettings = PRIVACY
+) -> Private:
     kind = method_named(name)
     if name == "smartfed":
         write_pool(folder / "pool", pools.made(halves.BASE.targets, {"one": 3, "two": 2}, prefix=""))
         settings = {"pool": str(folder / "pool")}
-    method = kind(kind.Settings(**settings), Plan(rank=2, rounds=5, head="shared", privacy=PRIVACY))
+    method = kind(kind.Settings(**settings), Plan(rank=2, rounds=5, head="shared", privacy=privacy))
     check_privacy(method, cohort < 1, "last")
     return Private(method, CLIENTS, RoundSettings(5, 0, cohort, sampling="poisson"), folder)
 
@@ -87,3 +92,37 @@ def test_a_release_that_would_show_who_was_drawn_is_an_error_and_is_not_counted(
     assert private(tmp_path / "all", "fedit", {}, cohort=1.0).size == 6
     made.release(whole, {"a": everyone["a"]}, everyone, starts, 1)
     assert [entry.kind for entry in made.ledger.entries] == ["updates"]
+
+
+@pytest.mark.parametrize("sampled", ["all", "fixed", "poisson"])
+def test_two_releases_of_one_round_share_its_draw(sampled: Sampled) -> None:
+    """A round that is done again with other values has the same cohort, so sampling hides it once."""
+    pytest.importorskip("dp_accounting")
+    one = Noised(0.8, sampled, 20, 2.0 if sampled != "all" else 20.0)
+    again = Ledger((Entry(1, "updates", one, "a"), Entry(1, "updates", one, "b")))
+    apart = Ledger((Entry(1, "updates", one, "a"), Entry(2, "updates", one, "b")))
+    folded = replace(one, multiplier=0.8 / 2**0.5)
+    assert again.spent(1e-5).epsilon == pytest.approx(spent([folded], 1e-5).epsilon)
+    assert again.spent(1e-5).epsilon == apart.spent(1e-5).epsilon or sampled != "all"
+    assert Ledger(again.entries[:1]).spent(1e-5, again.entries[1:]) == again.spent(1e-5)
+    if sampled == "poisson":
+        assert again.spent(1e-5).epsilon > apart.spent(1e-5).epsilon
+
+
+def test_a_round_done_again_with_other_values_stops_the_run_before_it_exceeds_its_budget(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    budget = spent([Noised(1.0)], 1e-5).epsilon * 1.05
+    made = private(tmp_path, "fedit", {}, 1.0, PRIVACY.model_copy(update={"epsilon": budget}))
+    state = made.method.init(halves.BASE, CLIENTS)
+    everyone, starts = made.everyone(halves.BASE, state, {}, 1)
+    groups = made.method.groups(state, everyone, {client.id: label_space(client) for client in CLIENTS})
+    made.check_budget(state, 1)
+    made.release(groups, {"a": everyone["a"]}, everyone, starts, 1)
+    made.check_budget(state, 1)  # the same values would cost nothing
+    made.release(groups, {"a": everyone["a"]}, everyone, starts, 1)
+    moved = Reply({key: value + 1 for key, value in everyone["a"].tensors.items()}, 1)
+    with pytest.raises(BudgetSpentError, match="stopped before round 1"):
+        made.release(groups, {"a": moved}, everyone, starts, 1)
+    with pytest.raises(BudgetSpentError, match="stopped before round 2"):
+        made.check_budget(state, 2)
+    assert len(made.ledger.entries) == 1
