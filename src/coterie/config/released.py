@@ -78,6 +78,8 @@ def _protected(release: Release, mode: str) -> str:
         return _with_noise(release, mode)
     if release.carried == "count":
         return "in the clear; rules count all alike" if mode == "robust" else CLEAR
+    if mode == "secure" and release.carried == "info" and release.reads == "nothing":
+        return NOT_SENT
     if release.carried != "tensors":
         return CLEAR
     if mode == "robust":

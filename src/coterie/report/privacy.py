@@ -10,6 +10,7 @@ SOURCES = {
     "secure": "the operating system's randomness",
     "seeded": "the run's seed, for tests: whoever knows it sees through",
 }
+DRAWN = "has to stay secret: epsilon is for whoever sees the experts alone, not the run's folder or a tracker"
 
 
 def privacy_tables(run: Run) -> list[Table]:
@@ -23,6 +24,7 @@ def privacy_tables(run: Run) -> list[Table]:
         ("noise", f"{made.noise_multiplier:.4g} times the clip {made.clip:g}, added by the {made.noise_at}"),
         ("noise comes from", SOURCES[made.noise_source]),
         ("clients of a round", made.cohort),
+        *([("who was drawn", DRAWN)] if made.accountant != "exact" else []),
         ("releases counted", ", ".join(f"{number} of {kind}" for kind, number in made.releases.items())),
         ("metrics", METRICS[made.metrics]),
         *([("ended", made.stopped)] if made.stopped else []),

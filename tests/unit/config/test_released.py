@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coterie.config.load import check_config
-from coterie.config.released import HEAD, REFUSED, table
+from coterie.config.released import HEAD, NOT_SENT, REFUSED, table
 from coterie.methods.registry import methods
 from coterie.types import CoterieError
 
@@ -20,6 +21,20 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "secure aggregation": {"secure_aggregation": {"enabled": True}},
     "DP with secure aggregation": {"privacy": DP, "secure_aggregation": {"enabled": True}},
 }
+
+
+def test_statistics_that_the_server_does_not_need_are_not_sent_beside_secure_sums() -> None:
+    column = HEAD.index("secure aggregation")
+    said = {row[1]: row[column] for row in table() if row[0] == "every method"}
+    assert next(said[what] for what in said if what.startswith("loss, tokens")) == NOT_SENT
+    assert said["number of training examples, a weight in means"] == "in the clear"
+
+
+def test_the_page_is_the_table() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reference" / "releases.md").read_text(encoding="utf-8")
+    rows = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in page.splitlines() if "|" in line]
+    assert rows[0] == HEAD
+    assert rows[2:] == table(), "docs/reference/releases.md is stale; write it anew with `make docs`"
 
 
 @pytest.mark.parametrize("mode", SECTIONS)
