@@ -38,8 +38,8 @@ def newcomer_bank(banks: Banks) -> Bank:
     """What the ``banks`` of all clients have in common, without a head.
 
     - One LoRA, or a sum of LoRAs, each: the mean of their products B A, exactly.
-    - FedLEASE: the experts that all clients have, weighed by a softmax over the mean of the clients' routers. The slots
-      that stand for a client's own expert are left out: a newcomer has none.
+    - FedLEASE: every expert as its own clients have it, weighed by a softmax over the mean of the clients' routers. The
+      slots that stand for a client's own expert are left out: a newcomer has none.
     - FedAMoLE: the shared expert alone, as each client holds other experts of the pool.
     - SmartFed, and other gates over experts that all have: the experts with the mean of the routers.
     - FedDPA: what all clients have, with a gate of 1.
@@ -67,16 +67,37 @@ def _mean_lora(banks: Banks) -> Bank:
 
 
 def _without_own(banks: Banks) -> Bank:
-    return Bank(_common_routed(banks), GateSpec("softmax"), banks[0].scaling)
+    return Bank(_routed(banks, _owned(banks)), GateSpec("softmax"), banks[0].scaling)
 
 
 def _mean_router(banks: Banks) -> Bank:
-    return Bank(_common_routed(banks), banks[0].gate, banks[0].scaling)
+    return Bank(_routed(banks, _common(banks)), banks[0].gate, banks[0].scaling)
 
 
-def _common_routed(banks: Banks) -> dict[Key, Tensor]:
-    """The experts that all clients have, and of the routers the mean of these experts' rows."""
-    experts = _common(banks)
+def _owned(banks: Banks) -> dict[Key, Tensor]:
+    """Every expert as the clients hold it whose own it is: others may hold an older copy (``download = "used"``).
+
+    An expert that is withheld from all others, who hold it with B = 0, is left out.
+    """
+    experts: dict[Key, Tensor] = {}
+    for a in sorted({key for bank in banks for key in bank.tensors if key.part is Part.A}):
+        b = a._replace(part=Part.B)
+        own = [bank.tensors for bank in banks if bank.gate.options.get("own") == a.expert]
+        others = [bank.tensors for bank in banks if bank.gate.options.get("own") != a.expert]
+        if own and others and own[0][b].any() and not any(tensors[b].any() for tensors in others):
+            continue
+        first, *rest = own or others
+        if not all(torch.equal(tensors[key], first[key]) for tensors in rest for key in (a, b)):
+            raise CoterieError(
+                f"the clients hold different versions of expert {a.expert} in {a.module}, so there is no model for a "
+                "newcomer; name a client"
+            )
+        experts |= {a: first[a], b: first[b]}
+    return experts
+
+
+def _routed(banks: Banks, experts: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """The ``experts``, which all clients have, and of the routers the mean of these experts' rows."""
     numbers = [_numbers(bank.tensors) for bank in banks]
     routers: dict[Key, Tensor] = {}
     for module, kept in _numbers(experts).items():

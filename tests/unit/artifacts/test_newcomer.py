@@ -65,16 +65,28 @@ def test_fedleases_newcomer_has_no_expert_of_its_own() -> None:
     logits(made)
 
 
-def test_fedleases_newcomer_weighs_each_expert_by_its_own_slot() -> None:
+def owned_by(bank: Bank, own: int, changed: dict[Key, torch.Tensor]) -> Bank:
+    return replace(bank, tensors={**bank.tensors, **changed}, gate=GateSpec("slot_top_k", {"own": own}))
+
+
+def test_fedleases_newcomer_has_no_older_copies() -> None:
     bank = tiny.bank(OVER, 3, gate="slot_top_k", options={"own": 0})
-    first, second = OVER[0].name, OVER[1].name
-    changed = {Key(first, 0, Part.B), *(Key(second, expert, Part.A) for expert in range(3))}
-    other = replace(bank, tensors={key: v + 1 if key in changed else v for key, v in bank.tensors.items()})
-    made = newcomer_bank([bank, other])
-    assert {key.expert for key in made.tensors if key.module == first and key.part is Part.A} == {1, 2}
-    router = Key(first, NO_EXPERT, Part.ROUTER)
-    assert torch.equal(made.tensors[router], bank.tensors[router][1:3])
-    assert not any(key.module == second for key in made.tensors)
+    copies = [{key: v + 1 for key, v in bank.tensors.items() if key.expert in numbers} for numbers in ((1, 2), (0,))]
+    made = newcomer_bank([owned_by(bank, 0, copies[0]), owned_by(bank, 1, copies[1]), owned_by(bank, 2, copies[1])])
+    experts = {key: value for key, value in made.tensors.items() if key.part in (Part.A, Part.B)}
+    assert {key.expert for key in experts} == {0, 1, 2}
+    assert all(torch.equal(value, bank.tensors[key]) for key, value in experts.items())
+
+
+def test_fedleases_newcomer_weighs_each_expert_by_its_own_slot() -> None:
+    """Expert 0 is withheld from those that have another."""
+    bank = tiny.bank(OVER, 3, gate="slot_top_k", options={"own": 0})
+    starts = {key: torch.zeros_like(v) for key, v in bank.tensors.items() if key.expert == 0 and key.part is Part.B}
+    made = newcomer_bank([bank, owned_by(bank, 1, starts), owned_by(bank, 2, starts)])
+    for target in OVER:
+        assert {key.expert for key in made.tensors if key.module == target.name and key.part is Part.A} == {1, 2}
+        router = Key(target.name, NO_EXPERT, Part.ROUTER)
+        assert torch.allclose(made.tensors[router], bank.tensors[router][1:3])
     logits(made)
 
 
@@ -115,6 +127,10 @@ def test_a_router_keeps_the_rows_of_the_experts_that_all_have(gate: GateSpec) ->
     [
         ([tiny.bank(OVER), tiny.bank(OVER, 2, gate="softmax")], "the clients' gates differ"),
         ([tiny.bank(OVER, 2, gate="softmax", seed=i) for i in (0, 1)], "have no expert in common"),
+        (
+            [tiny.bank(OVER, 2, gate="slot_top_k", options={"own": 0}, seed=i) for i in (0, 1)],
+            r"hold different versions of expert 0 in .*; name a client",
+        ),
         ([tiny.bank(OVER, 2, gate="scaled_dot_product", options={"k": 1})], "have no shared expert"),
     ],
 )
