@@ -39,7 +39,7 @@ def score(scorings: Sequence[Scoring]) -> list[Scored]:
         return []
     workplace, size = scorings[0].workplace, scorings[0].workplace.rows_of_each(len(scorings))
     with on_base(workplace, [scoring.layers for scoring in scorings]) as passes, evaluating(workplace.base.model):
-        cache, choosing = workplace.base.prompt_cache, [each for each in scorings if isinstance(each, ChoiceScoring)]
+        cache, choosing = workplace.prompt_cache, [each for each in scorings if isinstance(each, ChoiceScoring)]
         if cache and choosing:
             share_prompts(passes, cache, choosing)
         else:

@@ -16,6 +16,7 @@ from coterie.data.rows import ClientData
 from coterie.data.tasks import Task
 from coterie.data.truncation import Truncation, truncation_of_all
 from coterie.nn.base import Base
+from coterie.nn.prompt_cache import PromptCache
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut
 from coterie.types import ClientId, CoterieError
@@ -71,6 +72,12 @@ class Workplace:
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def prompt_cache(self) -> PromptCache | None:
+        """How candidates share a prompt; None: not at all, with rows of this task."""
+        cache = self.base.prompt_cache
+        return cache and cache.up_to(self.task.max_length)
 
     def current(self) -> AbstractContextManager[object]:
         """Makes the device the thread's current one, for kernels that do not name a device."""

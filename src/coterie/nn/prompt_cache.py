@@ -32,10 +32,18 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """How a decoder is called: ``positions``: with each token's position; ``last``: for the last logits alone."""
+    """How a decoder is called: ``positions``: with each token's position; ``last``: for the last logits alone.
+
+    ``longest``: the most tokens of prompt and answer that share prompts; None: any number.
+    """
 
     positions: bool
     last: bool
+    longest: int | None = None
+
+    def up_to(self, tokens: int) -> PromptCache | None:
+        """This cache for rows of at most so many ``tokens``; None where longer ones would get other logits."""
+        return self if self.longest is None or tokens <= self.longest else None
 
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Prompts:
         """Pass prompts [b, t], padded on the left."""
@@ -65,7 +73,7 @@ def prompt_cache(model: nn.Module) -> PromptCache | None:
     if int(config.get_text_config().vocab_size) <= max(*_ANSWERS[0], *_ANSWERS[1]):
         return None
     known = inspect.signature(model.forward).parameters
-    made = PromptCache("position_ids" in known, "logits_to_keep" in known)
+    made = PromptCache("position_ids" in known, "logits_to_keep" in known, _unscaled(model))
     was = model.training
     model.eval()  # in training mode, a model with gradient checkpointing has no cache
     try:
@@ -76,6 +84,25 @@ def prompt_cache(model: nn.Module) -> PromptCache | None:
     finally:
         model.train(was)
     return made if off <= _TOLERANCE else None
+
+
+def _unscaled(model: nn.Module) -> int | None:
+    """The most tokens for which rotary positions do not depend on the text's length; None: they never do.
+
+    Beyond, an answer gets other frequencies than the cached keys of its prompt have, and the trial is too short for it.
+    """
+    original = []
+    for module in model.modules():
+        of_layers = getattr(module, "rope_type", None)
+        types = of_layers.values() if isinstance(of_layers, Mapping) else [of_layers]
+        if not any("dynamic" in str(each) or each == "longrope" for each in types):
+            continue
+        stated: Any = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        of_rope = [stated, *(each for each in stated.values() if isinstance(each, Mapping))]
+        own = [each.get("original_max_position_embeddings") for each in of_rope]
+        known = [n for n in (*own, getattr(module, "original_max_seq_len", None)) if isinstance(n, int)]
+        original.append(min(known, default=0))
+    return min(original, default=None)
 
 
 def _differences(cache: PromptCache, model: nn.Module) -> list[float]:

@@ -254,6 +254,15 @@ def test_candidates_share_their_prompt(arch: str, gate: str) -> None:
                 assert other.observed.usage[module].weight == pytest.approx(list(use.weight), rel=1e-9)
 
 
+def test_a_prompt_is_not_shared_where_rows_may_be_too_long_for_it() -> None:
+    workplace = make_workplace("llama")
+    cache, most = workplace.base.prompt_cache, workplace.task.max_length
+    assert cache is not None
+    for longest, shares in ((most, True), (most - 1, False)):
+        workplace.base = replace(workplace.base, prompt_cache=replace(cache, longest=longest))
+        assert (workplace.prompt_cache is not None) == shares
+
+
 def test_on_a_tie_the_first_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     workplace = make_workplace("llama")
     workplace.base = replace(workplace.base, prompt_cache=None)

@@ -22,6 +22,27 @@ def test_decoders_share_prompts(arch: str) -> None:
     assert model.training
 
 
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 160),
+        ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, 40),
+        ({"rope_type": "linear", "factor": 2.0}, None),
+    ],
+)
+def test_rows_that_change_the_positions_frequencies_are_read_whole(
+    scaling: dict[str, Any], longest: int | None
+) -> None:
+    if scaling["rope_type"] == "longrope":
+        scaling = {**scaling, "original_max_position_embeddings": 40}
+    model = tiny.model("llama", "generation", rope_parameters={**scaling, "rope_theta": 1e4})
+    cache = prompt_cache(model)
+    assert cache is not None
+    assert cache.longest == longest
+    assert cache.up_to(40) is cache
+    assert (cache.up_to(161) is None) == (longest is not None)
+
+
 def test_a_decoder_without_a_cache_reads_whole_rows() -> None:
     class Bare(torch.nn.Module):
         def __init__(self) -> None:
