@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from coterie.types import CoterieError
 
 Numbers = Mapping[str, float]  # by name, as in "test accuracy/mean"
 _PROJECT = "coterie"
+_METRICS, _PARAMS = 1_000, 100  # the most that MLflow takes at once
 _PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
 
 
@@ -41,11 +43,11 @@ class Tracked:
 
 
 class Sink(Protocol):
-    """Where figures go."""
+    """Where figures go. ``failed``: the run ends with an error."""
 
     def log(self, numbers: Numbers, rnd: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 def check_tracker(name: Tracker) -> None:
@@ -65,11 +67,13 @@ def opened(name: Tracker, run: Tracked) -> Iterator[Sink]:
         sink = _OPEN[name](run)
     except faults_of(name) as fault:
         raise CoterieError(f"{name} cannot start ({_line(fault)}); see what it needs, or leave it out") from fault
+    failed = True
     try:
         yield sink
+        failed = False
     finally:
         with suppress(*faults_of(name)):
-            sink.close()
+            sink.close(failed)
 
 
 def faults_of(name: Tracker) -> tuple[type[Exception], ...]:
@@ -92,7 +96,7 @@ class _TensorBoard:
             self.writer.add_scalar(name, value, rnd)
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.writer.close()
 
 
@@ -108,17 +112,22 @@ class _MLflow:
     run: str
 
     def log(self, numbers: Numbers, rnd: int) -> None:
-        for name, value in numbers.items():
-            self.client.log_metric(self.run, name, value, step=rnd)
+        from mlflow.entities import Metric
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+        now = time.time_ns() // 1_000_000
+        made = [Metric(name, value, now, rnd) for name, value in numbers.items()]
+        for start in range(0, len(made), _METRICS):
+            self.client.log_batch(self.run, metrics=made[start : start + _METRICS])
+
+    def close(self, failed: bool = False) -> None:
+        self.client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
 
 
 def _mlflow(run: Tracked) -> Sink:
     """A run in a database of its own, or where MLFLOW_TRACKING_URI says; a run that goes on has one there already."""
     for name in ("mlflow", "alembic"):  # each says at length that it makes tables
         logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow.entities import Param
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.resolve() / 'mlflow.db'}")
@@ -128,8 +137,9 @@ def _mlflow(run: Tracked) -> Sink:
     if run.resumed and (before := client.search_runs([experiment], f"tags.folder = '{folder}'", max_results=1)):
         return _MLflow(client, before[0].info.run_id)
     made = client.create_run(experiment, run_name=run.name, tags={"folder": folder})
-    for name, value in run.settings.items():
-        client.log_param(made.info.run_id, name, value)
+    params = [Param(name, str(value)) for name, value in run.settings.items()]
+    for start in range(0, len(params), _PARAMS):
+        client.log_batch(made.info.run_id, params=params[start : start + _PARAMS])
     return _MLflow(client, made.info.run_id)
 
 
@@ -142,7 +152,7 @@ class _Run:
     def log(self, numbers: Numbers, rnd: int) -> None:
         self.run.log(dict(numbers), step=rnd)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         with redirect_stdout(io.StringIO()):  # trackio says that it ends
             self.run.finish()
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -155,6 +156,34 @@ def test_trackio_has_one_run_in_its_own_folder(tmp_path: Path, monkeypatch: pyte
     assert found == EXPECTED
 
 
+def test_mlflow_takes_a_round_in_one_transaction_and_is_told_of_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Client:
+        def log_batch(self, run: str, metrics: Any) -> None:
+            calls.append((run, [metric[:2] for metric in metrics], {metric[3] for metric in metrics}))
+
+        def set_terminated(self, run: str, status: str) -> None:
+            calls.append((run, status))
+
+    entities = SimpleNamespace(Metric=lambda *given: given)
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(entities=entities))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    monkeypatch.setattr(trackers, "_OPEN", {"mlflow": lambda _: trackers._MLflow(Client(), "7")})
+    monkeypatch.setattr(trackers, "_METRICS", 2)
+    monkeypatch.setattr(trackers, "check_tracker", lambda _: None)
+    monkeypatch.setattr(trackers, "faults_of", lambda _: (OSError,))
+    numbers = {"a": 1.0, "b": 2.0, "c": 3.0}
+    with trackers.opened("mlflow", Tracked(tmp_path, SETTINGS, False)) as sink:
+        sink.log(numbers, 4)
+    assert calls == [("7", [("a", 1.0), ("b", 2.0)], {4}), ("7", [("c", 3.0)], {4}), ("7", "FINISHED")]
+    with pytest.raises(KeyError), trackers.opened("mlflow", Tracked(tmp_path, SETTINGS, False)):
+        raise KeyError("the run ends")
+    assert calls[-1] == ("7", "FAILED")
+
+
 class Full:
     """A tracker whose disk is full after the first round."""
 
@@ -166,7 +195,7 @@ class Full:
             raise OSError("no space left")
         self.rounds.append(rnd)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         raise OSError("no space left")
 
 
