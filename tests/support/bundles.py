@@ -24,12 +24,14 @@ def finished(
     options: Mapping[str, Any] | None = None,
     arch: str = "",
     targets: tuple[str, ...] = (),
+    slots: int | None = None,
+    experts: int = 3,
     **sizes: Any,
 ) -> Path:
-    """``folder/run`` with ``clients/north`` and ``clients/south``: three experts each, weighed by ``gate``.
+    """``folder/run`` with ``clients/north`` and ``clients/south``: ``experts`` each, weighed by ``gate``.
 
     The base is in ``folder/model``, of another ``arch`` or with other ``sizes`` on request; the experts are on
-    ``targets``, by default PEFT's.
+    ``targets``, by default PEFT's. A router has ``slots`` rows, by default what ``gate`` wants.
     """
     base = tiny.folder(folder / "model", arch or ARCHITECTURES[kind], **sizes)
     made = load_base(str(base), kind, targets=targets).model  # type: ignore[arg-type]
@@ -37,7 +39,7 @@ def finished(
     about = tiny.about(base="model", base_path=str(base), task=kind, method="fedlease", labels=LABELS if head else None)
     for seed, client in enumerate(("north", "south")):
         own = {"own": seed} if gate == "slot_top_k" else options
-        experts = tiny.bank(tiny.targets(made, targets), 3, gate=gate, options=own, seed=seed)
-        bank = Bank({**experts.tensors, **head}, experts.gate, experts.scaling)
+        made_bank = tiny.bank(tiny.targets(made, targets), experts, gate=gate, options=own, slots=slots, seed=seed)
+        bank = Bank({**made_bank.tensors, **head}, made_bank.gate, made_bank.scaling)
         write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client))
     return folder / "run"

@@ -20,6 +20,7 @@ from coterie.nn.base import Base, load_base
 from coterie.nn.locate import hub_name
 from coterie.nn.placement import DeviceMap
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize
+from coterie.nn.prompt_cache import PromptCache
 from coterie.nn.rows import RowMask
 from coterie.nn.weights import digests, fingerprint
 from coterie.types import Bank, CoterieError, DataError, Part, TaskKind
@@ -48,6 +49,7 @@ class ClientModel:
     row_mask: RowMask = field(default_factory=RowMask, repr=False)
     columns: Columns | None = field(default_factory=Columns)
     max_new_tokens: int = 64
+    prompt_cache: PromptCache | None = field(default=None, repr=False)
 
     def predict(
         self, rows: Iterable[Mapping[str, object]], *, columns: Columns | None = None, batch_size: int | None = None
@@ -76,7 +78,7 @@ class ClientModel:
             raise unclear_columns(self.client)
         task = make_task(self.task, self.tokenizer, self.max_length, max_new_tokens or self.max_new_tokens)
         size = batch_size or (16 if self.model.device.type == "cpu" else 64)
-        return Predictor(self.model, task, self.labels, columns, size, self.row_mask)
+        return Predictor(self.model, task, self.labels, columns, size, self.row_mask, self.prompt_cache)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def model_of(bank: Bank, about: About, base: str | None, placing: Placing) -> Cl
         loaded.tokenizer.model_max_length = min(known)
     return ClientModel(
         loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank,
-        about.max_length, carried.now.rows,
+        about.max_length, carried.now.rows, prompt_cache=loaded.prompt_cache,
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from coterie.inference.answers import Answer, ChoiceAnswer, LabelAnswer, Rejecte
 from coterie.inference.generate import new_tokens, texts_of
 from coterie.inference.records import Located, Read
 from coterie.nn.pretrained import PreTrainedModel
-from coterie.nn.prompt_cache import PromptCache, prompt_cache
+from coterie.nn.prompt_cache import PromptCache
 from coterie.nn.rows import RowMask
 from coterie.types import CoterieError, DataError
 
@@ -35,7 +34,7 @@ class Predictor:
     """A model with what it takes to answer rows: the task, the labels, the columns' names.
 
     ``row_mask`` is that of the bank on the model, for a gate that weighs whole rows. ``batch_size`` is in rows, or in
-    candidates of multiple choice.
+    candidates of multiple choice, which share their prompt through the ``prompt_cache`` of the base, if it has one.
     """
 
     model: PreTrainedModel
@@ -44,6 +43,7 @@ class Predictor:
     columns: Columns = field(default_factory=Columns)
     batch_size: int = 16
     row_mask: RowMask = field(default_factory=RowMask)
+    prompt_cache: PromptCache | None = None
 
     def answers(self, rows: Iterable[Read]) -> Iterator[tuple[Read, Answer | Rejected]]:
         """Every row with its answer, or with the reason why there is none, in the rows' order.
@@ -118,16 +118,12 @@ class Predictor:
 
     def _choices(self, task: MultipleChoice, rows: Sequence[tuple[Row, Example]]) -> Iterator[ChoiceAnswer]:
         examples = [example for _, example in rows]
-        cache = self._prompt_cache
+        cache = self.prompt_cache and self.prompt_cache.up_to(task.max_length)
         scores = self._after_prompts(task, examples, cache) if cache else self._whole(task, examples)
         for (row, _), own in zip(rows, scores, strict=True):
             assert isinstance(row, ChoiceRow)
             best = own.index(min(own))
             yield ChoiceAnswer(row.choices[best].strip(), best, tuple(-loss for loss in own))
-
-    @cached_property
-    def _prompt_cache(self) -> PromptCache | None:
-        return prompt_cache(self.model)
 
     def _after_prompts(
         self, task: MultipleChoice, examples: Sequence[Example], cache: PromptCache

@@ -121,6 +121,20 @@ def test_a_choice_has_the_least_mean_loss(tmp_path: Path) -> None:
     assert answer.choice in ("yes", "no")
 
 
+def test_a_gate_by_row_answers_with_shared_prompts_what_whole_rows_get(tmp_path: Path) -> None:
+    north = coterie.load(
+        bundles.finished(tmp_path, "multiple_choice", gate="similarity", options={"scale": 1.0}, slots=1, experts=2),
+        "north",
+    )
+    rows = [{"prompt": text, "choices": [" yes", " no, never", " so"]} for text in TEXTS]
+    assert north.predictor().prompt_cache is not None
+    shared, whole = north.predict(rows), replace(north, prompt_cache=None).predict(rows)
+    for one, other in zip(shared, whole, strict=True):
+        assert isinstance(one, ChoiceAnswer)
+        assert isinstance(other, ChoiceAnswer)
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
 # files ----------------------------------------------------------------------------------------------------------------
 
 
