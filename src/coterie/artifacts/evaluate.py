@@ -178,7 +178,7 @@ def open_client(
     if base:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
     if device:
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
+        config = config.model_copy(update={"engine": config.engine.on(device)})
     set_threads(config)
     place = workplaces(config, root, {})[0]
     check_base(place.base, bank, about)

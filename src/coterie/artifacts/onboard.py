@@ -67,7 +67,7 @@ def _placed(config: Config, base: str | None, device: str | None) -> Config:
     if base:
         updates["model"] = config.model.model_copy(update={"path": base})
     if device:
-        updates["engine"] = config.engine.model_copy(update={"device": device})
+        updates["engine"] = config.engine.on(device)
     return config.model_copy(update=updates)
 
 

@@ -232,6 +232,11 @@ class EngineSettings(Section):
 
     _checked = field_validator("clients_per_batch")(at_least_one)
 
+    def on(self, device: str) -> EngineSettings:
+        """The same on another device. Flash attention, which a CPU does not have, becomes ``auto`` there."""
+        lacks = device == "cpu" and self.attention.startswith("flash")
+        return self.model_copy(update={"device": device, **({"attention": "auto"} if lacks else {})})
+
     @field_validator("loss_chunk")
     @classmethod
     def _some_tokens(cls, value: int | str) -> int | str:

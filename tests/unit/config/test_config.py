@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from coterie.config.describe import describe_config, describe_site, value_in_words
 from coterie.config.load import check_config, differences, load_config, load_site, override
-from coterie.config.sections import Config
+from coterie.config.sections import Config, EngineSettings
 from coterie.methods.registry import methods
 from coterie.types import CoterieError, Part
 
@@ -313,3 +313,10 @@ def test_a_setting_of_another_method_says_where_it_belongs(tmp_path: Path) -> No
         check_config({"data": {"folder": "x"}, "methods": {"fedit": {"assignment": "static"}}})
     with pytest.raises(CoterieError, match=r"\[method\] unknown key 'warm_rounds'; did you mean 'warmup_rounds'"):
         check_config({"data": {"folder": "x"}, "method": {"name": "fedlease", "warm_rounds": 2}})
+
+
+def test_flash_attention_is_left_out_on_a_cpu() -> None:
+    flash = EngineSettings(device="cuda", attention="flash_attention_2")
+    assert flash.on("cpu") == EngineSettings(device="cpu", attention="auto")
+    assert flash.on("cuda:1") == EngineSettings(device="cuda:1", attention="flash_attention_2")
+    assert EngineSettings(attention="eager").on("cpu").attention == "eager"
