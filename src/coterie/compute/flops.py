@@ -3,8 +3,9 @@
 A matrix of n numbers costs 2 n operations for a token in the forward pass, and 2 n for the gradient of its input. One
 that trains costs 2 n more for its own gradient. The base's Linear layers do not train. All experts of a bank count,
 whatever the gate picks: the layer multiplies with all of them. Left out are attention's products of tokens, norms,
-embeddings, padding, and what gradient checkpointing computes again; the operations for layers below the lowest target,
-whose gradients nobody needs, are in.
+embeddings, padding, what gradient checkpointing computes again, and the base's own experts where it is a mixture of
+experts that keeps them in one tensor; the operations for layers below the lowest target, whose gradients nobody needs,
+are in.
 """
 
 from __future__ import annotations

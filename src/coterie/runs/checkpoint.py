@@ -102,6 +102,14 @@ def load_newest(
     return None
 
 
+def check_new(folder: Path, metrics: Path) -> None:
+    """Raises :class:`CoterieError` where ``metrics`` lists rounds, but ``folder`` has no checkpoint."""
+    if metrics.exists() and '"event": "round"' in metrics.read_text(encoding="utf-8", errors="replace"):
+        raise CoterieError(
+            f"{metrics} lists rounds, but {folder} has no checkpoint; restore one, or start a new run with --out"
+        )
+
+
 def _read(path: Path, state: type[S]) -> Checkpoint[S]:
     blob = path.read_bytes()
     head = len(_MAGIC) + 65

@@ -131,7 +131,7 @@ class Runner(Generic[S]):
         notes: list[str] = []
         saved = checkpoints.load_newest(self.folder / "checkpoints", self.method.State, notes.append, self._lacks)
         if saved is None:
-            self._check_new()
+            checkpoints.check_new(self.folder / "checkpoints", self.metrics)
             state = self.method.init(self.engine.spec, self.engine.clients)
             self.metrics.write_bytes(b"")
             self.engine.restore(0)
@@ -158,14 +158,6 @@ class Runner(Generic[S]):
         if truncation.rows and not self.private:  # exact counts over everyone's rows
             self._log(Truncated(truncation.rows, truncation.cut, truncation.tokens))
             self._note([str(truncation)] if truncation.cut else [], 0)
-
-    def _check_new(self) -> None:
-        """Raises :class:`CoterieError` where rounds were run whose checkpoints are gone."""
-        if self.metrics.exists() and '"event": "round"' in self.metrics.read_text(encoding="utf-8", errors="replace"):
-            raise CoterieError(
-                f"{self.metrics} lists rounds, but {self.folder / 'checkpoints'} has no checkpoint; restore one, "
-                "or start a new run with --out"
-            )
 
     def _lacks(self, checkpoint: Checkpoint[S]) -> str | None:
         """What a whole checkpoint needs but is missing from the run's folder, or None."""
