@@ -700,6 +700,8 @@ def test_programs_end_on_their_own_and_are_closed() -> None:
 
 def test_no_instruction_is_shared_between_clients_of_a_group(tmp_path: Path) -> None:
     class Writer:
+        plan = Plan()
+
         def begin(self, base: Any, me: Any) -> Personal:
             return Personal()
 

@@ -199,6 +199,7 @@ class Careless:
 
     fails: Mapping[ClientId, Exception] = field(default_factory=dict)
     sent: list[Any] = field(default_factory=list)
+    plan: Plan = field(default_factory=Plan)
 
     def begin(self, base: Any, me: ClientInfo) -> Personal:
         return Personal({STAYS: torch.zeros(2)})
