@@ -56,7 +56,6 @@ def run_demo(folder: Path, console: Console) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).touch()
-    console.print(f"{', '.join(map(title_of, METHODS))} on eight organisations; loading the model", highlight=False)
     started = time.perf_counter()
     comparison = carry_out(Study(CONFIG, METHODS, (0,), folder, Path.cwd()), partial(listener, console))
     seconds = time.perf_counter() - started

@@ -109,7 +109,8 @@ def demo(
     ),
 ) -> None:
     """Run FedLEASE, FedIT and local on organisations with different jobs, in a few minutes."""
-    from coterie.cli.demo import run_demo
+    say("FedLEASE, FedIT and local on eight organisations; loading the model")
+    from coterie.cli.demo import run_demo  # takes seconds
 
     run_demo(folder, console.out)
 
