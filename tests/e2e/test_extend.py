@@ -50,10 +50,8 @@ def left_by(out: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [("fedlease", ""), ("fedlease", "run.evaluate_every=2"), ("fedamole", ""), ("fedsa_lora", ""), ("ifca", "")],
-)
+@pytest.mark.parametrize("more", ["", "run.evaluate_every=2"])
+@pytest.mark.parametrize("method", ["fedlease", "fedamole", "fedsa_lora", "ifca"])
 def test_an_extended_run_is_the_longer_run(method: str, more: str, tmp_path: Path) -> None:
     path, changes = sites.config(tmp_path, method=method), [more] if more else []
     run(path, tmp_path / "whole", "run.rounds=5", *changes)

@@ -10,7 +10,7 @@ import pytest
 import fuzz
 from coterie.types import CoterieError
 
-INPUTS = 40
+INPUTS = 60
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS, ids=lambda reader: reader.name)

@@ -17,6 +17,8 @@ from rich.table import Table
 from coterie.cli.plain import escape, one_line
 from coterie.text import printable
 
+_LINE = 120  # characters of the line that names a key
+
 out = Console(emoji=False)  # used as ``console.out``, so that a test can replace it in one place
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the file; repeatable")]
@@ -83,8 +85,12 @@ def show_keys(rows: Sequence[tuple[str, str, str, str]], markdown: bool) -> None
         show_table(("key", "type", "default", "meaning"), rows, markdown)
         return
     for key, kind, default, meaning in rows:
-        label = "" if default == "required" else "default "
-        out.print(f"[bold]{escape(key)}[/]  {escape(kind)}  {label}{escape(default)}", highlight=False, soft_wrap=True)
+        default = default if default == "required" else f"default {default}"
+        if len(f"{key}  {kind}  {default}") <= _LINE:
+            out.print(f"[bold]{escape(key)}[/]  {escape(kind)}  {escape(default)}", highlight=False, soft_wrap=True)
+        else:
+            out.print(f"[bold]{escape(key)}[/]  {escape(default)}", highlight=False, soft_wrap=True)
+            out.print(Padding(escape(kind), (0, 0, 0, 4), expand=False), highlight=False)
         out.print(Padding(escape(meaning), (0, 0, 0, 4), expand=False), highlight=False)
 
 

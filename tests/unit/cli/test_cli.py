@@ -133,7 +133,7 @@ def test_config_shows_every_key_whole_even_on_a_narrow_screen(coterie_command: C
     assert code == 0
     heads = [line for line in text.splitlines() if not line.startswith(" ")]
     assert [line.split()[0] for line in heads] == keys
-    assert max(map(len, text.splitlines())) <= 140
+    assert max(map(len, text.splitlines())) <= 120
     assert max(len(line) for line in text.splitlines() if line.startswith(" ")) <= 80
     assert 'model.dtype  float32 | bfloat16  default "float32"' in heads
     rows = markdown(coterie_command("config", "--markdown")[1])
