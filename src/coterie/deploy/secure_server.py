@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.secure_site import run_name
 from coterie.flower.message import Message
-from coterie.methods.secure_start import Begun
-from coterie.secure.collector import Opened
+from coterie.methods.secure import Members
 from coterie.secure.session import Session, Site
-from coterie.secure.steps import sums
-from coterie.types import ClientId, Reply, Tensors
+from coterie.secure.steps import Ask
 
 _KEYS_BYTES = 2**12  # per pair of sites and session: keys, sealed shares, signatures, in hexadecimal digits
 _BESIDE = 2**20
@@ -21,7 +19,7 @@ _VALUE_BYTES = 8
 
 @dataclass(frozen=True)
 class RemoteSums:
-    """Opens the secure sums of the sites of ``engine``, which keep their tensors."""
+    """Reaches the sites of ``engine``, which keep their tensors, for secure sums."""
 
     engine: RemoteEngine
     apart: bool = True
@@ -31,20 +29,13 @@ class RemoteSums:
         agreement = self.engine.sites.agreement
         return run_name(agreement.run, agreement.attempt, agreement.digest)
 
-    def open(
-        self,
-        sessions: Mapping[str, Session],
-        replies: Mapping[ClientId, Reply],
-        starts: Mapping[ClientId, Tensors],
-        sent: Mapping[ClientId, Begun],
-        rnd: int,
-    ) -> Mapping[str, Opened | str]:
-        """The opened sums, or why they are not opened."""
+    def carrier(self, sessions: Mapping[str, Session], clients: Members) -> Ask:
+        """What takes a step to each site that is in a sum, in one message."""
         limit = _BESIDE + sum(_VALUE_BYTES * s.length + _KEYS_BYTES * len(s.members) for s in sessions.values())
 
         def ask(step: str, messages: Mapping[Site, bytes]) -> dict[Site, bytes]:
             limits = dict.fromkeys(messages, limit)
-            arrivals = self.engine.exchange("query.sum", messages, rnd, {"step": step}, limits)
+            arrivals = self.engine.exchange("query.sum", messages, clients.rnd, {"step": step}, limits)
             return {each.client: each.answer.body for each in arrivals if isinstance(each.answer, Message)}
 
-        return sums(sessions, ask)
+        return ask

@@ -112,21 +112,36 @@ class Sum:
     error: str | None = None
 
 
-def sessions_of(
-    settings: SecureAggregationSettings,
-    groups: Sequence[Group],
-    replies: Mapping[ClientId, Reply],
-    uniform: bool,
-    run: str,
-    rnd: int,
-    begun: Mapping[ClientId, Begun] | None = None,
-    examples: Mapping[ClientId, int] | None = None,
-) -> dict[str, Session]:
-    """A session for each set of members, by a name; ``replies`` have the shapes of what the members hold.
+@dataclass(frozen=True)
+class Members:
+    """The clients that the sums of round ``rnd`` are over.
 
-    A client weighs as many examples as its reply says, or with ``uniform`` 1. ``begun`` has what each was sent,
-    ``examples`` how many each has, where its reply says fewer because another group limits it: each caps itself here.
+    ``replies``: what each sent; where sites keep their tensors, these have the right shapes alone. Their numbers of
+    examples are those that a client may count for. ``starts``: what each started from; ``begun``: digests of what each
+    was sent. ``examples``: how many each has, which may be more than its reply says.
     """
+
+    rnd: int
+    replies: Mapping[ClientId, Reply]
+    starts: Mapping[ClientId, Tensors]
+    begun: Mapping[ClientId, Begun]
+    examples: Mapping[ClientId, int]
+
+    def start(self, client: ClientId, key: Key) -> Tensor:
+        """Where ``key`` starts at ``client``: zeros where the client makes the start by itself."""
+        start = self.starts[client].get(key)
+        return torch.zeros_like(self.replies[client].tensors[key]) if start is None else start
+
+
+def sessions_of(
+    settings: SecureAggregationSettings, groups: Sequence[Group], clients: Members, uniform: bool, run: str
+) -> dict[str, Session]:
+    """A session for each set of members, by a name.
+
+    A client weighs as many examples as it has, at most as many as the replies of the session's members allow to
+    anybody; with ``uniform`` it weighs 1.
+    """
+    replies = clients.replies
     keys: dict[tuple[ClientId, ...], set[Key]] = {}
     for group in groups:
         keys.setdefault(tuple(sorted(group.members)), set()).update(group.keys)
@@ -136,20 +151,20 @@ def sessions_of(
         most = 0 if uniform else max(replies[c].num_examples for c in members)
         made[f"{number}"] = Session(
             run=run,
-            rnd=rnd,
+            rnd=clients.rnd,
             group=f"{number}: {', '.join(members)}",
             members=members,
             length=sum(value.numel() for value in tensors.values()) + _BESIDE,
             layout=tuple(_entry(key, value.shape) for key, value in tensors.items()),
             most_examples=most,
-            total=float(sum(_weighs(most, _has(c, replies, examples)) for c in members)),
+            total=float(sum(_weighs(most, clients.examples[c]) for c in members)),
             bound=settings.clip,
             bits=settings.bits,
             threshold=settings.threshold,
             min_group=settings.min_group,
             neighbours=settings.neighbours,
-            start=tuple(begun[members[0]].of(key) for key in tensors) if begun else (),
-            instruction=begun[members[0]].instruction if begun else "",
+            start=tuple(clients.begun[members[0]].of(key) for key in tensors),
+            instruction=clients.begun[members[0]].instruction,
         )
     return made
 
@@ -166,51 +181,36 @@ def too_small(settings: SecureAggregationSettings, groups: Sequence[Group]) -> s
 
 
 def applied(
-    sessions: Mapping[str, Session],
-    opened: Mapping[str, Opened | str],
-    replies: Mapping[ClientId, Reply],
-    starts: Mapping[ClientId, Tensors],
-    examples: Mapping[ClientId, int] | None = None,
+    sessions: Mapping[str, Session], opened: Mapping[str, Opened | str], clients: Members
 ) -> tuple[dict[ClientId, Reply], dict[str, Sum]]:
-    """``replies`` with the mean of each sum that was opened and the start of each other, and what became of the sums.
+    """The clients' replies with the mean of each sum that was opened and the start of each other; and the sums.
 
     A client that is in no opened sum, though one that it belongs to was opened, is left out.
     """
-    changed: dict[ClientId, dict[Key, Tensor]] = {c: dict(reply.tensors) for c, reply in replies.items()}
+    changed: dict[ClientId, dict[Key, Tensor]] = {c: dict(reply.tensors) for c, reply in clients.replies.items()}
     left_out: set[ClientId] = set()
     done: dict[str, Sum] = {}
     for name, session in sessions.items():
-        result, keys = opened[name], [key for key, _ in layout_of(session)]
-        if isinstance(result, str):
-            done[session.group] = Sum(session.members, error=result)
-            for client in session.members:
-                changed[client] |= {key: _start(starts, client, key, replies) for key in keys}
-            continue
         try:
-            means, shortened = _means(session, result, replies, starts, examples)
+            means, done[session.group] = _opened(session, opened[name], clients)
         except SecureSumError as fault:
             done[session.group] = Sum(session.members, error=str(fault))
             for client in session.members:
-                changed[client] |= {key: _start(starts, client, key, replies) for key in keys}
+                changed[client] |= {key: clients.start(client, key) for key, _ in layout_of(session)}
             continue
-        left_out |= {*session.members} - {*result.survivors}
-        done[session.group] = Sum(session.members, result.survivors, result.vanished, shortened)
+        left_out |= {*session.members} - {*done[session.group].survivors}
         for client in session.members:
             changed[client] |= means
-    return {c: replace(r, tensors=changed[c]) for c, r in replies.items() if c not in left_out}, done
+    return {c: replace(r, tensors=changed[c]) for c, r in clients.replies.items() if c not in left_out}, done
 
 
-def _means(
-    session: Session,
-    result: Opened,
-    replies: Mapping[ClientId, Reply],
-    starts: Mapping[ClientId, Tensors],
-    examples: Mapping[ClientId, int] | None,
-) -> tuple[dict[Key, Tensor], int]:
-    """The survivors' mean of each tensor, and how many of them shortened their update."""
+def _opened(session: Session, result: Opened | str, clients: Members) -> tuple[dict[Key, Tensor], Sum]:
+    """The survivors' mean of each tensor, and the sum. Raises :class:`SecureSumError` where there is none."""
+    if isinstance(result, str):
+        raise SecureSumError(result)
     numbers = fixed_point.decode(result.total, session.bound, session.bits)
     weight, shortened = numbers[-2] / session.bound, numbers[-1] / session.bound
-    shares = [_weighs(session.most_examples, _has(c, replies, examples)) for c in result.survivors]
+    shares = [_weighs(session.most_examples, clients.examples[c]) for c in result.survivors]
     grid = len(session.members) * 2.0 ** (1 - session.bits)
     if abs(weight - sum(shares) / session.total) > grid + _ROUNDING:
         raise SecureSumError(f"its weights add up to {weight:g} in place of {sum(shares) / session.total:g}")
@@ -221,21 +221,12 @@ def _means(
     for key, shape in layout_of(session):
         size = int(np.prod(shape))
         update = torch.from_numpy(numbers[at : at + size] / weight).reshape(shape)
-        before = [_start(starts, c, key, replies) for c in result.survivors]
+        before = [clients.start(c, key) for c in result.survivors]
         same = all(torch.equal(before[0], other) for other in before[1:])
         start = before[0] if same else mean([{key: each} for each in before], shares)[key]
         means[key] = (start.double() + update).to(start.dtype)
         at += size
-    return means, round(shortened)
-
-
-def _has(client: ClientId, replies: Mapping[ClientId, Reply], examples: Mapping[ClientId, int] | None) -> int:
-    return replies[client].num_examples if examples is None else examples[client]
-
-
-def _start(starts: Mapping[ClientId, Tensors], client: ClientId, key: Key, replies: Mapping[ClientId, Reply]) -> Tensor:
-    start = starts[client].get(key)
-    return torch.zeros_like(replies[client].tensors[key]) if start is None else start
+    return means, Sum(session.members, result.survivors, result.vanished, round(shortened))
 
 
 # a client ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import label_space
 from coterie.methods.robust import Group
 from coterie.methods.secure import (
+    Members,
     SecureAggregationSettings,
     Sum,
     applied,
@@ -30,9 +31,8 @@ from coterie.methods.secure import (
     vector_of,
     without_statistics,
 )
-from coterie.methods.secure_start import Begun, begun
+from coterie.methods.secure_start import begun
 from coterie.runs.agreed import Agreed
-from coterie.secure.collector import Opened
 from coterie.secure.identity import Identity, identities
 from coterie.secure.session import Session
 from coterie.secure.steps import Ask, Party, in_process, sums
@@ -40,7 +40,7 @@ from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Key, 
 
 
 class Sums(Protocol):
-    """Opens the secure sums of a round.
+    """Reaches the clients of a round's secure sums.
 
     ``run`` names the run and its attempt: no two sessions are alike. ``apart``: replies come without their tensors.
     """
@@ -51,14 +51,9 @@ class Sums(Protocol):
     @property
     def apart(self) -> bool: ...
 
-    def open(
-        self,
-        sessions: Mapping[str, Session],
-        replies: Mapping[ClientId, Reply],
-        starts: Mapping[ClientId, Tensors],
-        sent: Mapping[ClientId, Begun],
-        rnd: int,
-    ) -> Mapping[str, Opened | str]: ...
+    def carrier(self, sessions: Mapping[str, Session], clients: Members) -> Ask:
+        """What carries the steps of ``sessions`` to the clients and their answers back."""
+        ...
 
 
 @dataclass
@@ -70,25 +65,19 @@ class Simulated:
     apart: bool = False
     _known: dict[ClientId, Identity] = field(default_factory=dict)
 
-    def open(
-        self,
-        sessions: Mapping[str, Session],
-        replies: Mapping[ClientId, Reply],
-        starts: Mapping[ClientId, Tensors],
-        sent: Mapping[ClientId, Begun],
-        rnd: int,
-    ) -> Mapping[str, Opened | str]:
-        """The opened sums, or why they are not opened."""
-        if not {*replies} <= {*self._known}:
-            self._known = identities({*replies, *self._known})
-        return sums(sessions, self.ask({c: self._party(c, replies[c], starts[c], sent[c]) for c in sorted(replies)}))
+    def carrier(self, sessions: Mapping[str, Session], clients: Members) -> Ask:
+        """What takes the steps to the clients' sides in this process."""
+        if not {*clients.replies} <= {*self._known}:
+            self._known = identities({*clients.replies, *self._known})
+        return self.ask({client: self._party(client, clients) for client in sorted(clients.replies)})
 
     def ask(self, parties: Mapping[ClientId, Party]) -> Ask:
         """What carries the steps to the clients."""
         return in_process(parties)
 
-    def _party(self, client: ClientId, reply: Reply, start: Tensors, sent: Begun) -> Party:
-        update = update_of(reply, start, self.settings.clip)
+    def _party(self, client: ClientId, clients: Members) -> Party:
+        update = update_of(clients.replies[client], clients.starts[client], self.settings.clip)
+        sent = clients.begun[client]
 
         def admit(session: Session) -> None:
             check_session(self.settings, session, self.run, session.rnd, session.most_examples == 0, sent)
@@ -109,8 +98,9 @@ def summed(
     """Open the sum of every group, and give its mean to its members, that have as many ``examples``."""
     settings, uniform = method.plan.secure, method.weighting == "uniform"
     sent = {c: begun(instructions[c], starts[c], method.instructs_alike) for c in replies}
-    sessions = sessions_of(settings, groups, replies, uniform, opener.run, rnd, sent, examples)
-    changed, done = applied(sessions, opener.open(sessions, replies, starts, sent, rnd), replies, starts, examples)
+    clients = Members(rnd, replies, starts, sent, examples)
+    sessions = sessions_of(settings, groups, clients, uniform, opener.run)
+    changed, done = applied(sessions, sums(sessions, opener.carrier(sessions, clients)), clients)
     steps = {client: step for of in done.values() for client, step in (of.vanished or {}).items()}
     failed = {c: f"gone before the step {steps.get(c, 'values')!r} of its secure sum" for c in replies.keys() - changed}
     not_opened = [

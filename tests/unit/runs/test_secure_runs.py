@@ -18,7 +18,7 @@ from coterie.methods.base import Method
 from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
 from coterie.methods.robust import Group
-from coterie.methods.secure import SecureAggregationSettings, refusal
+from coterie.methods.secure import Members, SecureAggregationSettings, refusal
 from coterie.runs.agreed import Agreed
 from coterie.runs.events import Note, RoundDone
 from coterie.runs.rounds import Runner
@@ -264,8 +264,9 @@ class Spoken(Simulated):
 
     has: Mapping[str, int] = field(default_factory=dict)
 
-    def open(self, sessions: Any, replies: Mapping[str, Reply], *rest: Any) -> Any:
-        return super().open(sessions, {c: replace(r, num_examples=self.has[c]) for c, r in replies.items()}, *rest)
+    def carrier(self, sessions: Any, clients: Members) -> Ask:
+        replies = {c: replace(r, num_examples=self.has[c]) for c, r in clients.replies.items()}
+        return super().carrier(sessions, replace(clients, replies=replies))
 
 
 @pytest.mark.parametrize("neighbours", [1, 2, 9])
