@@ -118,7 +118,6 @@ class Timed:
 
     def round(self) -> None:
         """The next round."""
-        runner = Runner(self.opened.method, self.opened.engine, rounds_of(self.opened.config), self.folder)
         if self.rnd == 0:
             self.state = self.opened.method.init(self.engine.spec, self.engine.clients)
         marks = {"start": time.perf_counter()}
@@ -126,7 +125,7 @@ class Timed:
         def listen(event: Event) -> None:
             marks[event.event] = time.perf_counter()
 
-        runner.listen = listen
+        runner = Runner(self.opened.method, self.opened.engine, rounds_of(self.opened.config), self.folder, listen)
         self.rnd += 1
         self.state = runner._round(self.state, self.rnd)
         evaluated = marks.get("evaluation", marks["round"])

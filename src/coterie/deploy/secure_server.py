@@ -22,7 +22,7 @@ class RemoteSums:
     """Reaches the sites of ``engine``, which keep their tensors, for secure sums."""
 
     engine: RemoteEngine
-    apart: bool = True
+    tensors_stay: bool = True
 
     @property
     def run(self) -> str:

@@ -42,14 +42,14 @@ from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Key, 
 class Sums(Protocol):
     """Reaches the clients of a round's secure sums.
 
-    ``run`` names the run and its attempt: no two sessions are alike. ``apart``: replies come without their tensors.
+    ``run`` names the run and its attempt: no two sessions are alike. ``tensors_stay``: replies come without their tensors.
     """
 
     @property
     def run(self) -> str: ...
 
     @property
-    def apart(self) -> bool: ...
+    def tensors_stay(self) -> bool: ...
 
     def carrier(self, sessions: Mapping[str, Session], clients: Members) -> Ask:
         """What carries the steps of ``sessions`` to the clients and their answers back."""
@@ -62,7 +62,7 @@ class Simulated:
 
     settings: SecureAggregationSettings
     run: str = "simulation"
-    apart: bool = False
+    tensors_stay: bool = False
     _known: dict[ClientId, Identity] = field(default_factory=dict)
 
     def carrier(self, sessions: Mapping[str, Session], clients: Members) -> Ask:
@@ -124,15 +124,15 @@ def check_start(method: Method, clients: Sequence[ClientInfo], state: object, rn
     check_members(settings, len(clients))
     if any(not of.optional for c in clients for of in method.expects_info(state, c, rnd).values()):
         return  # who is in which group is known once clients have replied
-    replies = {c.id: _blank(Reply(num_examples=c.num_train), method.expects(state, c, rnd)) for c in clients}
+    replies = {c.id: _with_zeros(Reply(num_examples=c.num_train), method.expects(state, c, rnd)) for c in clients}
     groups = method.groups(state, replies, {c.id: label_space(c) for c in clients})
     if fault := too_small(settings, groups):
         raise CoterieError(fault)
 
 
-def apart(sums: Sums | None) -> bool:
+def tensors_stay(sums: Sums | None) -> bool:
     """Whether replies come without tensors, which their clients keep."""
-    return sums is not None and sums.apart
+    return sums is not None and sums.tensors_stay
 
 
 def received(sums: Sums | None, method: Method, delivery: Delivery) -> Delivery:
@@ -142,18 +142,18 @@ def received(sums: Sums | None, method: Method, delivery: Delivery) -> Delivery:
     return replace(delivery, reply=without_statistics(delivery.reply, method.releases()))
 
 
-def held(sums: Sums | None, reply: Reply, expected: Mapping[Key, tuple[int, ...]]) -> Reply:
-    """``reply``; where its client keeps the tensors, with zeros of the shapes of what it holds."""
-    return _blank(reply, expected) if apart(sums) else reply
+def filled(sums: Sums | None, reply: Reply, expected: Mapping[Key, tuple[int, ...]]) -> Reply:
+    """``reply``; where its client keeps the tensors, with zeros of their shapes."""
+    return _with_zeros(reply, expected) if tensors_stay(sums) else reply
 
 
-def _blank(reply: Reply, expected: Mapping[Key, tuple[int, ...]]) -> Reply:
+def _with_zeros(reply: Reply, expected: Mapping[Key, tuple[int, ...]]) -> Reply:
     return replace(reply, tensors={key: torch.zeros(shape) for key, shape in expected.items()})
 
 
-def known(method: Method, state: object) -> Sequence[Finding]:
+def findings(method: Method, state: object) -> Sequence[Finding]:
     """What the method found, without what nobody can know of hidden updates: what averaging A and B apart loses."""
-    found = method.describe(state)
+    everything = method.describe(state)
     if not method.plan.secure.enabled:
-        return found
-    return [each for each in found if not isinstance(each, AggregationError)]
+        return everything
+    return [each for each in everything if not isinstance(each, AggregationError)]
