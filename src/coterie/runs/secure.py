@@ -42,7 +42,7 @@ from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Key, 
 class Sums(Protocol):
     """Reaches the clients of a round's secure sums.
 
-    ``run`` names the run and its attempt: no two sessions are alike. ``tensors_stay``: replies come without their tensors.
+    ``run`` names the run and its attempt: no two sessions are alike. ``tensors_stay``: replies have no tensors.
     """
 
     @property
