@@ -175,7 +175,6 @@ def test_sites_export_the_round_that_the_server_names(
     method: str, lost: bool, tmp_path: Path, chosen: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best round, or the last one where the checkpoint of the best one is lost."""
-    pytest.importorskip("flwr")
     from coterie.deploy import server
     from coterie.deploy.attempt import begin_attempt
     from coterie.deploy.journal import JOURNAL, Journal

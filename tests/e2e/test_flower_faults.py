@@ -9,9 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-pytest.importorskip("flwr")
-
 from safetensors.torch import load_file
 
 from coterie.deploy.journal import read_journal

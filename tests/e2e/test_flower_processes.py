@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
-
 import sites
 from coterie.deploy.keys import site_key
 from flower_processes import Processes, experts, in_process, newest_state, processes, write_site

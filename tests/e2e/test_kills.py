@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("flwr")
-
 import sites
 from flower_processes import Processes, experts, in_process, newest_state, processes
 from killed_runs import go_on, killed, results, run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import subprocess
 import sys
@@ -33,9 +32,6 @@ from coterie.adapters.read import build_pool
 
 build_pool(sys.argv[1:])
 """
-QUANTISED = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quant)"
-)
 
 
 def printed(program: str, *arguments: Path) -> str:
@@ -44,9 +40,7 @@ def printed(program: str, *arguments: Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "quantize", ["none", pytest.param("nf4", marks=QUANTISED), pytest.param("int8", marks=QUANTISED)]
-)
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 def test_a_run_and_what_is_loaded_from_it_print_nothing(quantize: str, tmp_path: Path) -> None:
     path = sites.config(tmp_path, "llama", kind="classification", method="fedit")
     tiny.folder(

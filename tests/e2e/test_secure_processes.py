@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
-
 import sites
 from coterie.secure.steps import STEPS
 from flower_processes import Processes, processes

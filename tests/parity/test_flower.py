@@ -95,7 +95,6 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
 @pytest.mark.parametrize("noise_at", ["server", "client"])
 def test_noise_is_the_same_over_flower(noise_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the noise of tests: the same experts, the same ledger, and nothing that sites keep to themselves."""
-    pytest.importorskip("dp_accounting")
     monkeypatch.setattr("coterie.deploy.agreement.check_privacy_of_sites", lambda settings: None)  # refuses it
     path = sites.config(tmp_path, "bert", method="fedit", kind="classification")
     privacy = {"unit": "client", "clip": 0.1, "noise_multiplier": 1.0, "noise_source": "seeded", "noise_at": noise_at}

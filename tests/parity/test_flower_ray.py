@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,9 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-
-if importlib.util.find_spec("ray") is None:  # not loaded here: it reads its environment when it is
-    pytest.skip("needs ray", allow_module_level=True)
 
 import pools
 import sites

@@ -259,7 +259,6 @@ def test_the_method_of_the_contributing_page_runs(plugged: Path) -> None:
 
 
 def test_the_method_of_the_contributing_page_serves_a_federation(plugged: Path) -> None:
-    pytest.importorskip("flwr")
     import flower_sites
     from coterie.deploy import server
     from coterie.deploy.attempt import begin_attempt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ import bundles
 import coterie
 import tiny
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quant)"
-)
 TEXTS = ["a b c", "one two three four five", "x"]
 
 
@@ -57,7 +53,6 @@ def test_a_base_in_half_precision_gives_nearly_the_same_logits(generator: Path) 
     assert 0 < float((expected - found)[real].abs().mean()) < 0.1
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_a_quantised_base_carries_the_bank(how: Any, tmp_path: Path) -> None:
     folder = bundles.finished(tmp_path, "generation", hidden_size=64, intermediate_size=128)

@@ -81,7 +81,6 @@ def test_a_difference_has_both_values(folder: Path) -> None:
 
 
 def test_results_are_a_row_per_client(folder: Path) -> None:
-    pytest.importorskip("pandas")
     table = coterie.results(folder)
     assert len(table) == 10
     summary = read_summary(folder / "a" / "summary.json")

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from coterie.deploy.keys import add_site, check_private, init_keys, key_digest, known_sites, load_public, site_key
 from coterie.deploy.superlink import check_server_keys
 from coterie.types import CoterieError

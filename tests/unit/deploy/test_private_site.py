@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("flwr")
-pytest.importorskip("dp_accounting")
-
 import torch
 
 import flower_sites

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("flwr")
-
 from flwr.app import ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 

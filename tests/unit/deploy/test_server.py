@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("flwr")
-
 from flwr.app import Message as FlowerMessage
 
 import coterie

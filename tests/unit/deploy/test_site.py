@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("flwr")
-
-
 import flower_sites
 import pools
 import sites

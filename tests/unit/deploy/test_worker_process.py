@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from coterie.deploy.worker_process import serve_forever
 from coterie.flower.local_socket import hand_over
 from coterie.flower.message import BrokenMessageError, Message

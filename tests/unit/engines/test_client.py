@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("flwr")
-
 import flower_sites
 import sites
 from coterie import codec

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("flwr")
-
 import sites
 from coterie.config.load import check_config, load_config
 from coterie.data.clients import load_data

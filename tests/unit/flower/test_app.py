@@ -6,9 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("flwr")
-
 from flwr.app import Context, RecordDict
 
 from coterie.flower import app

@@ -11,8 +11,6 @@ from typing import Any, cast
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from coterie.flower import commands
 from coterie.flower.commands import LocalOnly
 from coterie.flower.refused import RefusedKey, RefusedKeys

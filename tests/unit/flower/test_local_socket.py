@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from coterie.flower.local_socket import listening, receive, send
 from coterie.flower.message import BrokenMessageError, Message
 

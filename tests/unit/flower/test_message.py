@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("flwr")
-
 from flwr.app import ConfigRecord, RecordDict
 
 from coterie.flower.message import BrokenMessageError, Message, pack, unpack

@@ -7,8 +7,6 @@ import random
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from coterie.flower.guard import MAX_HEAD, PullGuard, TooLargeError
 from coterie.flower.message import Message
 from http_grid import Store, transport_over

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import dp_accounting as dp
 import pytest
 import torch
 from torch import Tensor
@@ -134,7 +135,6 @@ def test_secure_noise_is_normal_and_goes_by_key_and_purpose() -> None:
 
 
 def test_epsilon_is_exact_for_gaussians_and_bounded_by_rdp() -> None:
-    dp = pytest.importorskip("dp_accounting")
     made = spent([Noised(3.0)] * 4 + [Noised(2.0)], 1e-5)
     one = (4 / 9 + 1 / 4) ** -0.5
     assert made.epsilon == pytest.approx(dp.get_epsilon_gaussian(one, 1e-5))
@@ -146,14 +146,12 @@ def test_epsilon_is_exact_for_gaussians_and_bounded_by_rdp() -> None:
 
 @pytest.mark.parametrize("of", [Noised(1.0), pytest.param(Noised(1.0, "fixed", 100, 10), marks=pytest.mark.slow)])
 def test_a_calculated_multiplier_spends_the_budget_and_hardly_less(of: Noised) -> None:
-    pytest.importorskip("dp_accounting")
     multiplier = multiplier_for(3.0, 1e-5, (of,) * 5)
     made = [Noised(multiplier, of.sampled, of.members, of.drawn)] * 5
     assert 2.98 < spent(made, 1e-5).epsilon <= 3.0
 
 
 def test_sampling_amplifies_less_where_a_cohort_has_a_fixed_size() -> None:
-    pytest.importorskip("dp_accounting")
     whole, fixed, poisson = (
         spent([Noised(2.0, sampled, 100, 5)] * 10, 1e-5) for sampled in ("all", "fixed", "poisson")
     )

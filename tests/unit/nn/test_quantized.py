@@ -18,9 +18,6 @@ from coterie.types import NO_EXPERT, Bank, CoterieError, Key
 
 torch.set_num_threads(1)
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quant)"
-)
 HIDDEN = 64  # NF4 packs blocks of 64
 
 
@@ -45,7 +42,6 @@ def content(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@needs_bitsandbytes
 def test_the_linears_are_quantised_and_found(tmp_path: Path) -> None:
     from bitsandbytes.nn import Linear4bit
 
@@ -63,7 +59,6 @@ def test_the_linears_are_quantised_and_found(tmp_path: Path) -> None:
     assert 0.7 < float(torch.cosine_similarity(ours, theirs, dim=0)) < 0.9999
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("arch", ["llama", "roberta"])
 def test_the_linears_are_held_in_8_bits_and_found(arch: str, tmp_path: Path) -> None:
     from bitsandbytes.nn import Linear8bitLt
@@ -82,7 +77,6 @@ def test_the_linears_are_held_in_8_bits_and_found(arch: str, tmp_path: Path) -> 
     assert 0.95 < float(torch.cosine_similarity(ours, theirs, dim=0)) < 1 - 1e-7
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["classification", "generation"])
@@ -119,7 +113,6 @@ def test_training_on_it(kind: Any, dtype: torch.dtype, how: Any, tmp_path: Path)
     assert torch.equal(base.model(**tiny.batch()).logits, start)
 
 
-@needs_bitsandbytes
 def test_gradients_are_those_of_a_base_of_the_dequantised_weights(tmp_path: Path) -> None:
     """Through every layer above: a 4-bit product without a gradient (a shortcut of bitsandbytes on some processors)
     would leave zeros, or wrong numbers, in all layers but the last."""
@@ -145,7 +138,6 @@ def test_gradients_are_those_of_a_base_of_the_dequantised_weights(tmp_path: Path
     assert len(grads[0]) == 3 * len(base.spec.targets)
 
 
-@needs_bitsandbytes
 def test_gradients_on_8_bits_come_near_those_on_the_plain_base(tmp_path: Path) -> None:
     """Near only: the inputs of an 8-bit product are rounded too."""
     base = quantised(tmp_path, "generation", how="int8")
@@ -160,7 +152,6 @@ def test_gradients_on_8_bits_come_near_those_on_the_plain_base(tmp_path: Path) -
         assert float(torch.cosine_similarity(grads[0][key], grad, dim=0)) > 0.95, key
 
 
-@needs_bitsandbytes
 def test_the_bank_adds_the_same_as_on_a_base_that_is_not_quantised(tmp_path: Path) -> None:
     base = quantised(tmp_path, "generation")
     plain = load_base(base.path, "generation")
@@ -176,7 +167,6 @@ def test_the_bank_adds_the_same_as_on_a_base_that_is_not_quantised(tmp_path: Pat
     assert bool(added[0].any())
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("arch", ["llama", "roberta", "bert"])
 def test_the_head_is_not_quantised(arch: str, tmp_path: Path) -> None:
     """Left alone, transformers would quantise RoBERTa's inner head layer, which every client trains."""
@@ -188,7 +178,6 @@ def test_the_head_is_not_quantised(arch: str, tmp_path: Path) -> None:
         assert base.model(**tiny.batch()).logits.shape == (3, 3)
 
 
-@needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradient_checkpointing(tmp_path: Path) -> None:
     path, found = folder(tmp_path, "llama"), []
@@ -213,7 +202,6 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path: Path, monkeypatc
         quantised(tmp_path, "generation")
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("fault", [RuntimeError("none of the devices is supported\nSee the docs."), ImportError()])
 def test_a_bitsandbytes_that_will_not_do_is_a_fault_in_one_line(
     fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from coterie.ops.scores import exact_match, numeric, score_named, text_metrics, 
 from coterie.types import CoterieError
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="needs the extra metrics")
 def test_text_metrics_by_hand() -> None:
     """ROUGE-L of (reference, text): F of the longest common subsequence of stemmed words."""
     pairs = {

@@ -20,7 +20,6 @@ from coterie.runs.private import KEY
 from coterie.runs.rounds import Runner
 from coterie.types import CoterieError
 
-pytest.importorskip("dp_accounting")
 SEEDED = {"unit": "client", "clip": 0.1, "noise_multiplier": 0.5, "noise_source": "seeded"}
 
 

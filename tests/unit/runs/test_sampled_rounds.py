@@ -52,7 +52,6 @@ def private(
 
 @pytest.mark.parametrize(("name", "settings"), cases(), ids=str)
 def test_what_a_sampled_cohort_sends_is_in_a_group(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    pytest.importorskip("dp_accounting")
     try:
         made = private(tmp_path, name, settings)
     except CoterieError:
@@ -97,7 +96,6 @@ def test_a_release_that_would_show_who_was_drawn_is_an_error_and_is_not_counted(
 @pytest.mark.parametrize("sampled", ["all", "fixed", "poisson"])
 def test_two_releases_of_one_round_share_its_draw(sampled: Sampled) -> None:
     """A round that is done again with other values has the same cohort, so sampling hides it once."""
-    pytest.importorskip("dp_accounting")
     one = Noised(0.8, sampled, 20, 2.0 if sampled != "all" else 20.0)
     again = Ledger((Entry(1, "updates", one, "a"), Entry(1, "updates", one, "b")))
     apart = Ledger((Entry(1, "updates", one, "a"), Entry(2, "updates", one, "b")))
@@ -110,7 +108,6 @@ def test_two_releases_of_one_round_share_its_draw(sampled: Sampled) -> None:
 
 
 def test_a_round_done_again_with_other_values_stops_the_run_before_it_exceeds_its_budget(tmp_path: Path) -> None:
-    pytest.importorskip("dp_accounting")
     budget = spent([Noised(1.0)], 1e-5).epsilon * 1.05
     made = private(tmp_path, "fedit", {}, 1.0, PRIVACY.model_copy(update={"epsilon": budget}))
     state = made.method.init(halves.BASE, CLIENTS)

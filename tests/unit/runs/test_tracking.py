@@ -68,7 +68,6 @@ def tracked(name: Tracker, folder: Path, each: list[list[Event]]) -> list[Event]
     return heard
 
 
-@needs("tensorboard")
 def test_tensorboard_has_scalars_by_round(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
