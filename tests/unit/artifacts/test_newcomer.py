@@ -86,7 +86,7 @@ def test_fedleases_newcomer_weighs_each_expert_by_its_own_slot() -> None:
     for target in OVER:
         assert {key.expert for key in made.tensors if key.module == target.name and key.part is Part.A} == {1, 2}
         router = Key(target.name, NO_EXPERT, Part.ROUTER)
-        assert torch.allclose(made.tensors[router], bank.tensors[router][1:3])
+        assert torch.allclose(made.tensors[router], bank.tensors[router][1:3], rtol=1e-6, atol=0)  # a mean of three
     logits(made)
 
 
