@@ -27,8 +27,9 @@ from coterie import codec
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.data.clients import load_data
-from coterie.deploy.agreement import digest_of, federation_config, terms_of
+from coterie.deploy.agreement import federation_config, terms_of
 from coterie.deploy.events import Exchanged
+from coterie.deploy.head import digest_of
 from coterie.deploy.journal import read_journal
 from coterie.deploy.processes import free_port, start, stop, tail
 from coterie.deploy.superlink import _PYPROJECT, SuperLink

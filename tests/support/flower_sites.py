@@ -11,7 +11,8 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
 from coterie.data.settings import DataSettings
-from coterie.deploy.agreement import Agreement, digest_of, federation_config, terms_of
+from coterie.deploy.agreement import Agreement, federation_config, terms_of
+from coterie.deploy.head import digest_of
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.sites import Sites
 from coterie.deploy.worker import Worker

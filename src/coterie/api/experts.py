@@ -48,13 +48,13 @@ def token_experts(served: Served, client: int, gates: Gates, ids: Sequence[int])
     """What ``gates`` collected, by layer, for the tokens ``ids`` of a row."""
     named: list[str | None] = served.base.tokenizer.convert_ids_to_tokens(list(ids))
     tokens = tuple(f"<{id_}>" if name is None else name for id_, name in zip(ids, named, strict=True))  # a spare id
-    place = layers_and_matrices(gates.weights)
+    positions = layers_and_matrices(gates.weights)
     by_layer: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
     for module, parts in gates.weights.items():
         layer = served.banks.layers[module].layers[client]
         if layer is not None and (layer.slots or layer.table is not None):
             weights = torch.cat(parts)[:, : len(layer.experts)]
-            by_layer.setdefault((place[module][0], layer.experts), []).append(weights)
+            by_layer.setdefault((positions[module][0], layer.experts), []).append(weights)
     return TokenExperts(tokens, tuple(_layer(*key, weights) for key, weights in by_layer.items()))
 
 

@@ -17,7 +17,7 @@ class GrowingText:
 
     def grow(self, whole: str, last: bool = False) -> str:
         """The next piece, given the ``whole`` text so far. ``last``: no more will come."""
-        at = min((place for stop in self.stop if (place := whole.find(stop)) >= 0), default=-1)
+        at = min((start for stop in self.stop if (start := whole.find(stop)) >= 0), default=-1)
         if at >= 0:
             self.stopped, whole, last = True, whole[:at], True
         if not last:

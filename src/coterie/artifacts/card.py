@@ -99,8 +99,8 @@ def _results(facts: Facts) -> list[EvalResult]:
 
 def licence_of(about: About) -> str | None:
     """The licence in the metadata of the base's own card, where that is on this machine."""
-    for place in (about.base_path, hub_name(about.base)):
-        folder = folder_here(place) if place else None
+    for base in (about.base_path, hub_name(about.base)):
+        folder = folder_here(base) if base else None
         card = folder / CARD if folder else None
         if card is None or not card.is_file():
             continue

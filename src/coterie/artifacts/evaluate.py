@@ -171,8 +171,8 @@ def open_client(
     if not (folder / "config.json").is_file():
         loaded = base_of(bank, about, base, device=device or "cpu")
         task = make_task(about.task, loaded.tokenizer, about.max_length)
-        place = Workplace(loaded, task, 0, eval_batch_size=eval_rows("auto", loaded.device))
-        return Client(bank, about, place, columns, alone=True)
+        workplace = Workplace(loaded, task, 0, eval_batch_size=eval_rows("auto", loaded.device))
+        return Client(bank, about, workplace, columns, alone=True)
     raw, root = read_config(folder)
     config = check_config(raw)
     if base:
@@ -180,9 +180,9 @@ def open_client(
     if device:
         config = config.model_copy(update={"engine": config.engine.on(device)})
     set_threads(config)
-    place = workplaces(config, root, {})[0]
-    check_base(place.base, bank, about)
-    return Client(bank, about, place, columns)
+    workplace = workplaces(config, root, {})[0]
+    check_base(workplace.base, bank, about)
+    return Client(bank, about, workplace, columns)
 
 
 def own_rows(folder: Path, client: str) -> ClientData:

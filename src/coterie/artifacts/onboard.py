@@ -54,11 +54,11 @@ def onboard(
         raise unclear_columns("")
     own = _rows(config, columns, Path(data), client or Path(data).resolve().name)
     set_threads(config)
-    place = workplaces(config, root, {})[0]
-    compute = LocalCompute(place, own, start.rnd + 1)
+    workplace = workplaces(config, root, {})[0]
+    compute = LocalCompute(workplace, own, start.rnd + 1)
     joined = join(method, start.state, compute, epochs)
     about = about_export(config, root, start.rnd, config.run.export)
-    write_own(target, joined.bank, about, place.base.spec, own.info)
+    write_own(target, joined.bank, about, workplace.base.spec, own.info)
     return joined
 
 

@@ -6,8 +6,6 @@ makes the run's config from them and from its own file: data, model folder and d
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,11 +87,6 @@ def terms_of(config: Config) -> dict[str, Json]:
     terms = {name: whole[name] for name in _SENT_WHOLE}
     terms |= {section: {key: whole[section][key] for key in keys} for section, keys in _SENT.items()}
     return {"coterie": __version__, **terms}
-
-
-def digest_of(terms: Mapping[str, object]) -> str:
-    """SHA-256 of the terms, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
 def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:

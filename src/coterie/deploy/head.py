@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,3 +78,8 @@ def read_head(head: Mapping[str, Json]) -> Head:
         export=export,
         step=step,
     )
+
+
+def digest_of(terms: Mapping[str, object]) -> str:
+    """SHA-256 of the terms, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()

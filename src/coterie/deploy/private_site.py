@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from coterie import codec
-from coterie.deploy.head import Head
+from coterie.deploy.head import Head, digest_of
 from coterie.files import write_atomic
 from coterie.methods.base import Method
 from coterie.methods.privacy import PrivacySettings, kinds_of, planned_kinds
-from coterie.types import CoterieError, Json, Reply
+from coterie.types import CoterieError, Reply
 
 _FOLDER = "released"
 
@@ -108,11 +107,7 @@ class Releases:
 
 
 def _sent(head: Head, body: bytes, kinds: tuple[str, ...] = ()) -> Sent:
-    return Sent(head.rnd, hashlib.sha256(body).hexdigest(), _digest(head.terms), kinds)
-
-
-def _digest(terms: Mapping[str, Json]) -> str:
-    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+    return Sent(head.rnd, hashlib.sha256(body).hexdigest(), digest_of(head.terms), kinds)
 
 
 def _encoded(sent: Sent, blob: bytes) -> bytes:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from coterie import codec
 from coterie.config.deployment import SiteSettings
-from coterie.deploy.agreement import digest_of
-from coterie.deploy.head import Head
+from coterie.deploy.head import Head, digest_of
 from coterie.deploy.keys import known_sites, load_private, load_public
 from coterie.engines.client import LocalClient
 from coterie.files import read_json, write_json
@@ -31,7 +30,7 @@ _OPENED = "opened.json"
 
 
 @dataclass(frozen=True)
-class Held:
+class SiteSums:
     """This site in the sums of one round of one attempt."""
 
     run: str
@@ -40,7 +39,7 @@ class Held:
 
     def answer(self, head: Head, body: bytes) -> bytes:
         """The answers in a step. Raises as :meth:`coterie.secure.steps.Party.answer`."""
-        if (run_name(head.run, head.attempt, digest_of(head.terms)), head.rnd) != (self.run, self.rnd):
+        if (_run_of(head), head.rnd) != (self.run, self.rnd):
             raise SecureSumError(f"this site holds nothing of round {head.rnd}; it may have been restarted since")
         return self.party.answer(head.step, body)
 
@@ -48,6 +47,10 @@ class Held:
 def run_name(run: str, attempt: int, terms: str) -> str:
     """The name of a run in its sessions: another attempt is another run, and so are other terms, by their digest."""
     return f"{run} {attempt} {terms}"
+
+
+def _run_of(head: Head) -> str:
+    return run_name(head.run, head.attempt, digest_of(head.terms))
 
 
 def identity_of(site: SiteSettings, root: Path) -> Identity:
@@ -62,9 +65,9 @@ def identity_of(site: SiteSettings, root: Path) -> Identity:
     return Identity(private, {**peers, site.site.id: private.public_key()})
 
 
-def hold(
+def keep_for_sums(
     client: LocalClient, method: Method, identity: Identity, folder: Path, head: Head, body: bytes, blob: bytes
-) -> tuple[Held, bytes]:
+) -> tuple[SiteSums, bytes]:
     """What this site keeps of its encoded reply, ``blob``, to the instruction in ``body``; and the reply that it sends.
 
     The reply has no tensors, and of its statistics those that the server needs of each site.
@@ -72,7 +75,7 @@ def hold(
     settings, reply = method.plan.secure, codec.decode(Reply, blob)
     ins = codec.decode(Instruction, body)
     start = method.started_from(client.workplace.base.spec, None, client.info, ins, reply)
-    update, name = update_of(reply, start, settings.clip), run_name(head.run, head.attempt, digest_of(head.terms))
+    update, name = update_of(reply, start, settings.clip), _run_of(head)
     sent, uniform = begun(ins, start, method.instructs_alike), method.weighting == "uniform"
     party = Party(
         client.id,
@@ -82,7 +85,7 @@ def hold(
         lambda session, survivors: note_opened(folder / _OPENED, session, survivors, sent.whole),
     )
     without = without_statistics(replace(reply, tensors={}), method.releases())
-    return Held(name, head.rnd, party), codec.encode(without)
+    return SiteSums(name, head.rnd, party), codec.encode(without)
 
 
 def note_opened(path: Path, session: Session, survivors: tuple[Site, ...], instruction: str) -> None:

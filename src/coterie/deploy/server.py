@@ -14,10 +14,11 @@ from coterie import codec
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
-from coterie.deploy.agreement import Agreement, digest_of, terms_of
+from coterie.deploy.agreement import Agreement, terms_of
 from coterie.deploy.attempt import Attempt, read_attempt
 from coterie.deploy.base_digest import digest_here
 from coterie.deploy.events import Finished, Joined, ServerStarted, Stopped
+from coterie.deploy.head import digest_of
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal
 from coterie.deploy.remote import RemoteEngine

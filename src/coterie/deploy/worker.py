@@ -13,14 +13,14 @@ from coterie.config.deployment import SiteSettings
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import FederatedData
-from coterie.deploy.agreement import config_at, digest_of
+from coterie.deploy.agreement import config_at
 from coterie.deploy.base_digest import files_digest
-from coterie.deploy.head import Head, read_head
+from coterie.deploy.head import Head, digest_of, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import check_policy, guard_of
 from coterie.deploy.private_site import Releases
 from coterie.deploy.received import received_file
-from coterie.deploy.secure_site import Held, hold, identity_of
+from coterie.deploy.secure_site import SiteSums, identity_of, keep_for_sums
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
 from coterie.engines.store import ClientStates
@@ -52,7 +52,7 @@ class Worker:
     cache: dict[str, object] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     unsaved: dict[Path, bytes] = field(default_factory=dict)  # what a full disk did not take
-    held: Held | None = field(default=None, repr=False)  # for the secure sums of the round
+    sums: SiteSums | None = field(default=None, repr=False)  # for the secure sums of the round
 
     @property
     def state(self) -> Path:
@@ -121,7 +121,7 @@ class Worker:
             raise CoterieError(
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
-        self.held = None
+        self.sums = None
         releases = Releases(run.folder, run.method, run.config.run.rounds) if run.config.privacy.by_client else None
         if releases:
             releases.check(head, body)
@@ -134,16 +134,16 @@ class Worker:
         if not run.config.secure_aggregation.enabled:
             return Message({}, outcome.blob)
         identity = identity_of(self.site, self.root)
-        self.held, sent = hold(run.client, run.method, identity, run.folder, head, body, outcome.blob)
+        self.sums, sent = keep_for_sums(run.client, run.method, identity, run.folder, head, body, outcome.blob)
         return Message({}, sent)
 
     def _sum(self, run: Run, head: Head, body: bytes) -> Message:
         """This site's answer in a step of the round's secure sums."""
-        if self.held is None:
+        if self.sums is None:
             raise CoterieError("this site holds no update for a secure sum; it may have been restarted")
-        answer = self.held.answer(head, body)
-        while self.held.party.refusals:
-            log.warning("refused in a secure sum: %s", self.held.party.refusals.pop(0))
+        answer = self.sums.answer(head, body)
+        while self.sums.party.refusals:
+            log.warning("refused in a secure sum: %s", self.sums.party.refusals.pop(0))
         return Message({}, answer)
 
     def _evaluate(self, run: Run, head: Head, body: bytes) -> Message:

@@ -113,9 +113,9 @@ class Assignment:
     pool: ExpertPool | None = None
 
     def to_json(self) -> dict[str, object]:
-        held = {module: {c: list(of) for c, of in clients.items()} for module, clients in self.experts.items()}
+        experts = {module: {c: list(of) for c, of in clients.items()} for module, clients in self.experts.items()}
         pool = {name: value for name, value in asdict(self.pool).items() if value is not None} if self.pool else {}
-        return {"assignment": held} | ({"pool": pool} if pool else {})
+        return {"assignment": experts} | ({"pool": pool} if pool else {})
 
 
 class Adapter(NamedTuple):

@@ -240,19 +240,19 @@ class ManyLayer:
         result: tuple[Tensor, ...] = ProjectMany.apply(x, weight, keep, scale, sizes, trained, *trained.parameters)  # type: ignore[no-untyped-call]
         return result
 
-    def _keep(self, x: Tensor, place: int | None = None) -> Tensor:
+    def _keep(self, x: Tensor, position: int | None = None) -> Tensor:
         """Which numbers of x [c, n, i] dropout keeps: for each client the mask that it would draw alone.
 
-        ``place``: the position of the client's expert that the mask is for.
+        ``position``: the position of the client's expert that the mask is for.
         """
         keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
         per_row = x.shape[1] // self.now.rows  # 1 for a module that takes no tokens
         for at, (c, (rows, tokens)) in enumerate(zip(self.now.active, self.now.own, strict=True)):
             layer = self.layers[c]
-            if layer is None or not layer.now.training or (place is not None and place >= len(layer.experts)):
+            if layer is None or not layer.now.training or (position is not None and position >= len(layer.experts)):
                 continue
             kept = min(tokens, per_row)
-            expert = () if place is None else (layer.experts[place],)
+            expert = () if position is None else (layer.experts[position],)
             mask = layer._keep(x.new_empty(rows * kept, x.shape[2]), *expert)
             keep[at].view(self.now.rows, per_row, -1)[:rows, :kept] = mask.view(rows, kept, -1)
         return keep
@@ -265,7 +265,7 @@ class ManyLayer:
         if like is None:
             return None
         full = [
-            like.new_ones(len(group.places), like.shape[1], self.experts)
+            like.new_ones(len(group.positions), like.shape[1], self.experts)
             if g is None
             else functional.pad(g, (0, self.experts - g.shape[-1]))
             for group, g in zip(groups, of_groups, strict=True)
@@ -275,7 +275,7 @@ class ManyLayer:
 
     def _weights_of(self, group: Group, p: Tensor | None, routed: Tensor | None, h: Tensor) -> Tensor | None:
         """g [c, n, e] of clients with the same gate and ranks, weighed together."""
-        mine = [self.layers[self.now.active[at]] for at in group.places]
+        mine = [self.layers[self.now.active[at]] for at in group.positions]
         one = mine[0]
         if one is None:
             return None
@@ -299,7 +299,7 @@ class ManyLayer:
             by_kind: dict[object, list[int]] = {}
             for at, c in enumerate(self.now.active):
                 by_kind.setdefault(_kind(self.layers[c]), []).append(at)
-            order = [at for places in by_kind.values() for at in places]
+            order = [at for positions in by_kind.values() for at in positions]
             straight, device = order == sorted(order), self.rows.device
             alone = len(by_kind) == 1
             groups = [Group(tuple(at), None if alone else torch.tensor(at, device=device)) for at in by_kind.values()]
@@ -325,9 +325,9 @@ class ManyLayer:
 
 @dataclass(frozen=True)
 class Group:
-    """Active clients by their places in the batch. ``index``: the same as a tensor, None for all of them."""
+    """Active clients by their positions in the batch. ``index``: the same as a tensor, None for all of them."""
 
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     index: Tensor | None
 
     def of(self, values: Tensor) -> Tensor:

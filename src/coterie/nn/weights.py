@@ -33,10 +33,10 @@ def digests(path: str, modules: Iterable[str]) -> dict[str, str]:
             for ending in endings(stored):
                 where[ending].append((file, stored))
     for module in modules:
-        shorter = (place for ending in endings(module)[1:] for place in where[ending] if place[1] == ending)
-        places = {*where[module], *shorter}
-        if len(places) == 1:
-            by_module[module] = _digest(*places.pop())
+        shorter = (entry for ending in endings(module)[1:] for entry in where[ending] if entry[1] == ending)
+        matches = {*where[module], *shorter}
+        if len(matches) == 1:
+            by_module[module] = _digest(*matches.pop())
     return by_module
 
 

@@ -181,8 +181,8 @@ def _stack(matrices: list[Tensor], rank: int) -> Tensor:
     if len({matrix.shape[1] for matrix in matrices}) != 1:
         raise ValueError(f"distances between matrices of widths {sorted({m.shape[1] for m in matrices})}")
     stacked = torch.zeros(len(matrices), rank, matrices[0].shape[1], dtype=torch.float64)
-    for place, matrix in zip(stacked, matrices, strict=True):
-        place[: matrix.shape[0]] = matrix
+    for rows, matrix in zip(stacked, matrices, strict=True):
+        rows[: matrix.shape[0]] = matrix
     return stacked.flatten(0, 1)
 
 

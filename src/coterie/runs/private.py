@@ -206,8 +206,8 @@ def drawn(clients: Sequence[ClientInfo], rounds: RoundSettings, rnd: int) -> lis
     random = stream(rounds.seed, rnd, "cohort")
     if rounds.sampling == "poisson":
         return chosen(ordered, rounds, torch.rand(len(ordered), generator=random))
-    places = torch.randperm(len(ordered), generator=random)[: int(cohort_size(rounds, len(ordered)))]
-    return [ordered[i] for i in sorted(places.tolist())]
+    picked = torch.randperm(len(ordered), generator=random)[: int(cohort_size(rounds, len(ordered)))]
+    return [ordered[i] for i in sorted(picked.tolist())]
 
 
 def chosen(ordered: Sequence[ClientInfo], rounds: RoundSettings, values: Tensor) -> list[ClientInfo]:

@@ -114,18 +114,18 @@ class Collector:
         """
         points = points_of(self._roster)
         holders = {*self._neighbours[site], site}
-        held = {points[h]: share for h, text in shares.items() if h in holders and (share := _share(text))}
+        by_point = {points[h]: share for h, text in shares.items() if h in holders and (share := _share(text))}
         needed = self.session.shares_needed(len(holders))
-        for chosen in islice(combinations(sorted(held), needed), _TRIES):
+        for chosen in islice(combinations(sorted(by_point), needed), _TRIES):
             try:
-                secret = shamir.join({x: held[x] for x in chosen})
+                secret = shamir.join({x: by_point[x] for x in chosen})
             except ValueError:
                 continue
             public = hashlib.sha256(secret).digest() if own else masks.public_key(secret)
             if public.hex() == (self._roster[site].seed if own else self._roster[site].masks):
                 return secret
-        what = "are too few" if len(held) < needed else "do not fit what it signed"
-        raise SecureSumError(f"the shares of {site} {what}: {len(held)}, and {needed} are needed")
+        what = "are too few" if len(by_point) < needed else "do not fit what it signed"
+        raise SecureSumError(f"the shares of {site} {what}: {len(by_point)}, and {needed} are needed")
 
     def _fits(self, values: torch.Tensor) -> bool:
         return values.dtype == torch.int64 and tuple(values.shape) == (self.session.length,)

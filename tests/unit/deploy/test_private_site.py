@@ -13,7 +13,8 @@ import flower_sites
 import sites
 from coterie import codec
 from coterie.config.sections import Config
-from coterie.deploy.agreement import Agreement, config_at, digest_of, terms_of
+from coterie.deploy.agreement import Agreement, config_at, terms_of
+from coterie.deploy.head import digest_of
 from coterie.deploy.hello import Hello
 from coterie.deploy.worker import Worker
 from coterie.flower.message import Message

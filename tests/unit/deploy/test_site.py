@@ -20,8 +20,9 @@ import sites
 from coterie import codec
 from coterie.config.deployment import Policy
 from coterie.config.load import load_site
-from coterie.deploy.agreement import digest_of, federation_config, terms_of
+from coterie.deploy.agreement import federation_config, terms_of
 from coterie.deploy.base_digest import files_digest
+from coterie.deploy.head import digest_of
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import without_usage
 from coterie.deploy.site_check import check as check_site

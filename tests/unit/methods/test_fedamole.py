@@ -150,7 +150,7 @@ def test_an_expert_is_the_mean_over_its_holders_that_replied_and_stays_where_non
     away = {state.clients[i] for i in state.holds["q"][3].nonzero().flatten().tolist()}
     came = [c for c in CLIENTS if c.id not in away]
     replies = {
-        c.id: Reply({k: train_value(c, k, v) for k, v in method._held(state, c.id).items()}, c.num_train) for c in came
+        c.id: Reply({k: train_value(c, k, v) for k, v in method._part_of_pool(state, c.id).items()}, c.num_train) for c in came
     }
     after = method.aggregate(state, replies, 1)
     checked = 0
@@ -172,7 +172,7 @@ def test_by_examples_a_larger_client_weighs_more() -> None:
     held = state.holds["q"][0].nonzero().flatten().tolist()
     a, b = (state.clients[i] for i in held)
     key = Key("q", 0, Part.A)
-    sent = {c: {k: train_value(INFO[c], k, v) for k, v in method._held(state, c).items()} for c in (a, b)}
+    sent = {c: {k: train_value(INFO[c], k, v) for k, v in method._part_of_pool(state, c).items()} for c in (a, b)}
     after = method.aggregate(state, {a: Reply(sent[a], 30), b: Reply(sent[b], 10)}, 1)
     torch.testing.assert_close(after.pool[key], 0.75 * sent[a][key] + 0.25 * sent[b][key])
 

@@ -123,16 +123,16 @@ class FedAMoLE(Method[FedAMoLEState]):
         self, state: FedAMoLEState, clients: Sequence[ClientInfo], rnd: int
     ) -> Mapping[ClientId, Instruction]:
         info = {"embed": self._embeds(rnd)}
-        return {c.id: Instruction({**self._held(state, c.id), **state.heads.of(c.id)}, info) for c in clients}
+        return {c.id: Instruction({**self._part_of_pool(state, c.id), **state.heads.of(c.id)}, info) for c in clients}
 
     def expects(self, state: FedAMoLEState, me: ClientInfo, rnd: int) -> Shapes:
-        held = self._held(state, me.id)
+        part = self._part_of_pool(state, me.id)
         embeddings = {
             key._replace(part=Part.EMBEDDING): (self.plan.rank,)
-            for key in held
+            for key in part
             if self._embeds(rnd) and (key.part is Part.ROUTER or (key.part is Part.A and key.expert != SHARED))
         }
-        return shapes_of(held, state.heads.of(me.id)) | embeddings
+        return shapes_of(part, state.heads.of(me.id)) | embeddings
 
     def releases(self) -> Sequence[Release]:
         return released(self.settings, self.plan.head == "shared")
@@ -146,13 +146,13 @@ class FedAMoLE(Method[FedAMoLEState]):
             c: replace(r, tensors={k: v for k, v in r.tensors.items() if k.expert < 0 and k.part is not Part.EMBEDDING})
             for c, r in replies.items()
         }
-        held = [Key(key.module, key.expert, Part.A) for key in sorted(numbered) if key.part is Part.A]
+        firsts = [Key(key.module, key.expert, Part.A) for key in sorted(numbered) if key.part is Part.A]
         return grouped(rest, dict.fromkeys(replies, ""), spaces) + [
             Group(
                 tuple(c for c in sorted(replies) if a in replies[c].tensors),
                 frozenset({a, a._replace(part=Part.B)}),
             )
-            for a in held
+            for a in firsts
         ]
 
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
@@ -169,12 +169,12 @@ class FedAMoLE(Method[FedAMoLEState]):
 
     def describe(self, state: FedAMoLEState) -> Sequence[Finding]:
         s = self.settings
-        held = {
+        assigned = {
             module: {c: z[:, i].nonzero().flatten().tolist() for i, c in enumerate(state.clients)}
             for module, z in state.holds.items()
         }
         pool = ExpertPool(self._number(len(state.clients)), s.clients_per_expert, s.max_experts, s.assignment)
-        return [Assignment(held, pool), AggregationError(state.error)]
+        return [Assignment(assigned, pool), AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
 
@@ -208,13 +208,15 @@ class FedAMoLE(Method[FedAMoLEState]):
         personal = Personal(start_head(base, self.plan, me))
         shared = self.bank(Instruction(fixed), me, personal)
         observed = yield Observe(shared, "train", ("embeddings",))
-        held = dict(fixed)
+        received = dict(fixed)
         for module, z in state.holds.items():
             number = min(max(round(float(z.sum()) / len(state.clients)), self._limits.min_experts), len(z))
             token = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
             chosen = fitting(state.expert_embeddings[module], state.token_embeddings[module], token, number)
-            held |= {key: state.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))}
-        bank = self.bank(Instruction(held), me, personal)
+            received |= {
+                key: state.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))
+            }
+        bank = self.bank(Instruction(received), me, personal)
         return Onboarded(bank, newcomers_own(bank))
 
     # steps of the server -----------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ class FedAMoLE(Method[FedAMoLEState]):
                     'embed_rows = "all"'
                 )
 
-    def _held(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
+    def _part_of_pool(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
         """The part of the pool that the client holds: the server's own tensors, not copies."""
         if client not in state.clients:
             raise CoterieError(
@@ -251,12 +253,12 @@ class FedAMoLE(Method[FedAMoLEState]):
                 "remove it from [federation] sites, or start a new run"
             )
         column = state.clients.index(client)
-        held: dict[Key, Tensor] = {}
+        part: dict[Key, Tensor] = {}
         for module, z in state.holds.items():
             numbers = [*z[:, column].nonzero().flatten().tolist(), SHARED]
             keys = [Key(module, e, part) for e in numbers for part in (Part.A, Part.B)]
-            held |= {key: state.pool[key] for key in [*keys, Key(module, NO_EXPERT, Part.ROUTER)]}
-        return held
+            part |= {key: state.pool[key] for key in [*keys, Key(module, NO_EXPERT, Part.ROUTER)]}
+        return part
 
     def _average(
         self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], weight: Mapping[ClientId, float]

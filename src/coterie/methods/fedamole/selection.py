@@ -45,16 +45,16 @@ def by_group(random: Scores, clients: Sequence[ClientInfo]) -> Scores:
     return raised
 
 
-def with_inertia(prob: Scores, held: Sequence[Tensor], inertia: float) -> Scores:
+def with_inertia(prob: Scores, holds: Sequence[Tensor], inertia: float) -> Scores:
     """``prob`` [m, E, n], more by ``inertia`` standard deviations of its module where the client holds the expert.
 
-    ``held`` [E, n] by module. What :func:`coterie.ops.assign.assign` makes of this is optimal for affinity and bonus
+    ``holds`` [E, n] by module. What :func:`coterie.ops.assign.assign` makes of this is optimal for affinity and bonus
     together. In standard deviations, because a module's prob can differ by a few per cent among all clients.
     """
     if inertia == 0:
         return prob
     bonus = inertia * prob.std(axis=(1, 2), keepdims=True)
-    return cast(Scores, prob + bonus * torch.stack(list(held)).numpy())
+    return cast(Scores, prob + bonus * torch.stack(list(holds)).numpy())
 
 
 def running_mean(before: Tensor, new: Tensor, memory: float) -> Tensor:
