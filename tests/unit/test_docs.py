@@ -48,6 +48,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 FENCE = re.compile(r"^```(\w*) ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`((?:src|tests|docs|examples|bench)/[\w./-]*)`")
 TUTORIAL = ROOT / "docs" / "tutorial-paper.md"
+USING = ROOT / "docs" / "using-a-run.md"
 DATASETS = next(filter(Path.is_dir, (ROOT / "examples" / "data", ROOT.parent / "shared" / "data")), None)
 
 
@@ -178,8 +179,8 @@ def test_the_readme_from_files_to_a_loaded_expert(
     monkeypatch.chdir(tmp_path)
     app(["run", "triage.toml", "--set", "run.export=last"], standalone_mode=False)
     app(["run", "triage.toml", "--set", "method.name=fedit"], standalone_mode=False)
-    runnable = [block for block in blocks("python", "run") if block.page == readme]
-    assert len(runnable) >= 3
+    runnable = [block for block in blocks("python", "run") if block.page in (readme, USING)]
+    assert len(runnable) >= 4
     for block in runnable:
         capsys.readouterr()
         exec(compile(block.text, str(block), "exec"), {})
@@ -231,7 +232,7 @@ def test_the_tutorial_from_a_csv_to_a_table(
 def test_python_on_a_page_compiles(block: Block) -> None:
     compile(block.text, str(block), "exec")
     assert block.mark in ("", "run", "method", "gate", "source")
-    assert block.mark != "run" or block.page in (ROOT / "README.md", TUTORIAL), "nothing runs it there"
+    assert block.mark != "run" or block.page in (ROOT / "README.md", USING, TUTORIAL), "nothing runs it there"
     for name in re.findall(r"^from (coterie[\w.]*) import", block.text, re.MULTILINE):
         importlib.import_module(name)
 
