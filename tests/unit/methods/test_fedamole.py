@@ -150,7 +150,8 @@ def test_an_expert_is_the_mean_over_its_holders_that_replied_and_stays_where_non
     away = {state.clients[i] for i in state.holds["q"][3].nonzero().flatten().tolist()}
     came = [c for c in CLIENTS if c.id not in away]
     replies = {
-        c.id: Reply({k: train_value(c, k, v) for k, v in method._part_of_pool(state, c.id).items()}, c.num_train) for c in came
+        c.id: Reply({k: train_value(c, k, v) for k, v in method._part_of_pool(state, c.id).items()}, c.num_train)
+        for c in came
     }
     after = method.aggregate(state, replies, 1)
     checked = 0
