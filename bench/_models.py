@@ -23,6 +23,13 @@ LLAMAS: dict[str, dict[str, int]] = {  # random weights: speed and memory do not
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "llama-small": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "llama-tiny": {  # to try the way there
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -34,8 +41,8 @@ LLAMAS: dict[str, dict[str, int]] = {  # random weights: speed and memory do not
 MODELS = ("minilm", *LLAMAS)
 
 
-def path_of(name: str, folder: Path, device: str = "cpu") -> str:
-    """What to load for a name of ``MODELS``; a Llama is made on ``device``, in bfloat16, with minilm's tokenizer.
+def path_of(name: str, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
+    """What to load for a name of ``MODELS``; a Llama is made on ``device``, in ``dtype``, with minilm's tokenizer.
 
     It is written to the folder that ``COTERIE_BENCH_MODELS`` names, where several benches use it, or to ``folder``.
     """
@@ -46,10 +53,10 @@ def path_of(name: str, folder: Path, device: str = "cpu") -> str:
         tokenizer = AutoTokenizer.from_pretrained(resolve("minilm"))
         pad, size = tokenizer.pad_token_id, len(tokenizer)
         config = LlamaConfig(vocab_size=size, pad_token_id=pad, bos_token_id=None, eos_token_id=None, **LLAMAS[name])
-        config.dtype = torch.bfloat16
+        config.dtype = dtype
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config)
-        model.to(torch.bfloat16).save_pretrained(made)
+        model.to(dtype).save_pretrained(made)
         tokenizer.save_pretrained(made)
     return str(made)
 
