@@ -1,11 +1,11 @@
 """The same federated work by Coterie and by its peers: seconds of a round, of the start, memory and bytes.
 
 FedIT on the packaged encoder and on a small decoder: the same base, rows, steps, rank and threads, with every client's
-test rows in every round. Coterie one client at a time, many in a pass, and over Flower's simulation; Flower's simulation with
-Trainer and PEFT at the clients, as its LLM examples have it (:mod:`peer_flower`); NVFlare's simulator with its patch of
-Trainer (:mod:`peer_nvflare`). Each run is a process of its own. Memory is the sum of what it and its descendants hold
-(pages that several share are divided among them), looked at twice a second. FedLEASE's published loop is measured in
-``published_code.py``.
+test rows in every round. Coterie runs one client at a time, many in a pass, and over Flower's simulation. Flower's
+simulation has Trainer and PEFT at the clients, as in its LLM examples (:mod:`peer_flower`); NVFlare's simulator has its
+patch of Trainer (:mod:`peer_nvflare`). Each run is a process of its own. Memory is the sum of what it and its
+descendants hold (pages that several share are divided among them), looked at twice a second. FedLEASE's published loop
+is measured in ``published_code.py``.
 
     bench/peers/setup.sh runs/peers                     # once: an environment for each peer
     taskset -c 0 python bench/peers/run.py --threads 1 --clients 4,16

@@ -25,7 +25,6 @@ SLOW = {
     "rounds",
     "published_code",
     "flower",
-    "flower_trainer",
     "scaling",
     "uneven",
     "serve",
@@ -102,3 +101,21 @@ def test_the_public_datasets_are_named_or_the_script_that_downloads_them(
     assert harness.datasets() == tmp_path / "examples"
     with pytest.raises(SystemExit, match=r"there is no .*elsewhere"):
         harness.datasets(tmp_path / "elsewhere")
+
+
+@pytest.mark.slow
+def test_quick_form_of_the_peers(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "peers" / "run.py"), "--quick", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--environments", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "make it with bench/peers/setup.sh" in done.stdout
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["Coterie, one at a time", "Coterie, batched", "Coterie, batched, bfloat16"]
+    assert all(row["round_s"] > 0 and row["loss"] > 0 for row in rows)
