@@ -62,6 +62,7 @@ NAVIGATION: dict[str, str | list[str]] = {
         "docs/results/smartfed.md",
         "docs/performance.md",
         "docs/performance-batched.md",
+        "docs/peers.md",
         "bench/README.md",
     ],
     "Reference": [
