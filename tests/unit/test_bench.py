@@ -23,6 +23,7 @@ SLOW = {
     "cluster",
     "assignment",
     "rounds",
+    "privacy",
     "published_code",
     "flower",
     "scaling",

@@ -112,6 +112,8 @@ def _fewer_rows(client_request: ClientRequest) -> ClientRequest:
 
 def _together(requests: list[ClientRequest], note: Note) -> list[Answer | Exception]:
     """The answers to requests of one kind, in shared passes."""
+    if any(compute.private for compute, _ in requests):
+        return [_alone(each, note) for each in requests]
     match requests[0][1]:
         case Train():
             return [*train_together([(c, r) for c, r in requests if isinstance(r, Train)])]

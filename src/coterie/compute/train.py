@@ -77,6 +77,8 @@ def train_steps(trainings: Sequence[Training], passes: Passes) -> None:
             outputs = passes.outputs(joined)
             losses = [trainings[i].loss(mine, of) for i, mine, of in zip(active, outputs, joined.parts, strict=True)]
             torch.stack(losses).sum().backward()
+            for i in active:
+                trainings[i].end_pass()
         for i in going:
             trainings[i].clip()
         optimisers.step({pace: trainings[i].step for i in going for pace in trainings[i].paces})
@@ -207,6 +209,9 @@ class Training:
         penalty = self.penalties.loss()
         return loss if penalty is None else loss + penalty / micro
 
+    def end_pass(self) -> None:
+        """Whatever follows the backward pass of a micro-batch: nothing."""
+
     def clip(self) -> None:
         """Note the step's loss, and clip its gradients."""
         self.losses.append(torch.stack(self._parts).sum(0))
@@ -269,4 +274,4 @@ class Training:
 def _means(losses: Sequence[Tensor], counts: Sequence[int]) -> tuple[float, float]:
     """The mean task loss over all labels (step i has ``counts[i]``), and the mean balance loss over steps."""
     task, balance = torch.stack(list(losses)).cpu().double().unbind(1)
-    return float((task * torch.tensor(counts)).sum()) / sum(counts), float(balance.mean())
+    return float((task * torch.tensor(counts)).sum()) / max(1, sum(counts)), float(balance.mean())

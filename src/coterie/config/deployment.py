@@ -119,6 +119,13 @@ class Policy(Section):
     max_rank: int = Field(
         256, ge=1, description="largest rank of an expert sent to this site, and of an adapter of a pool"
     )
+    max_epsilon: float = Field(
+        0.0,
+        ge=0,
+        description="take part only in a run whose noise is this site's own ([privacy] unit = example, or noise_at = "
+        "client) and costs it at most this epsilon, by its own calculation; 0: any run",
+    )
+    max_delta: float = Field(1e-5, gt=0, lt=1, description="the delta of max_epsilon")
     upload: tuple[Part, ...] = Field(
         tuple(Part), description="the parts that a reply may hold: A, B, router, embedding, head"
     )

@@ -18,7 +18,7 @@ def check_privacy(method: Method, samples: bool, export: Literal["best", "last"]
     settings = method.plan.privacy
     if not settings.active:
         return
-    for fault in _faults(method, samples):
+    for fault in (_by_row if settings.by_row else _faults)(method, samples):
         raise CoterieError(f"[privacy] does not work with {method.name} here: {fault}")
     if settings.metrics == "unprotected" and export == "best":
         raise CoterieError(
@@ -48,6 +48,45 @@ def _faults(method: Method, samples: bool) -> Iterator[str]:
     by_client = [release for release in each_of(releases) if release.carried == "tensors"]
     if samples and settings.by_server and by_client:
         yield _sampled(by_client[0])
+
+
+def _by_row(method: Method, samples: bool) -> Iterator[str]:
+    """What keeps ``unit = "example"`` from covering all that leaves a client."""
+    releases, plan = method.releases(), method.plan
+    if not any(release.carried == "tensors" for release in releases):
+        yield "it sends no tensors, so there is nothing to hide; leave [privacy] out"
+    if method.needs_all_rows:
+        yield "it trains on all clients' rows in one place; choose another method, such as fedit"
+    if method.beyond_training:
+        yield f"its clients {method.beyond_training}, which would have no noise; choose another method, such as fedit"
+    for release in releases:
+        if release.of_rows and (release.measured or (release.carried == "info" and release.reads == "each")):
+            how = f"set {release.instead}" if release.instead else "choose another method, such as fedit"
+            yield f"each client sends {release.what}, which is measured and not trained; {how}"
+    if getattr(method.settings, "weighting", "uniform") == "examples":
+        yield 'it would weigh clients by their rows, whose count it does not get; set [method] weighting = "uniform"'
+    if getattr(method.settings, "balance", 0):
+        yield "its load-balance loss mixes the rows of a batch; set [method] balance = 0"
+    if getattr(method.settings, "embed_rows", "all") == "held_out":
+        yield 'the noise is for training on all rows, and it sets some aside; set [method] embed_rows = "all"'
+    if plan.secure.enabled:
+        yield "its noise does not go together with secure aggregation yet; leave [secure_aggregation] out, or [privacy]"
+    if plan.dropout:
+        yield "dropout of a row goes by its place in the batch, and so by the other rows; set [lora] dropout = 0"
+    if plan.optim.packing:
+        yield "packing puts rows together; set [train] packing = false"
+
+
+def check_training(by_row: bool, clients_per_batch: int | str, checkpointing: bool, objective: str) -> None:
+    """Raise :class:`CoterieError` for settings of a run with which the gradients of rows cannot be cut one by one."""
+    faults = {
+        "clients cannot share a forward pass yet; set [engine] clients_per_batch = 1": clients_per_batch != 1,
+        "layers that run again count twice; set [model] gradient_checkpointing = false": checkpointing,
+        'it trains on rows and not on pairs; set [task] objective = "likelihood"': objective == "dpo",
+    }
+    for why, wrong in faults.items():
+        if by_row and wrong:
+            raise CoterieError(f'[privacy] unit = "example" does not work here: {why}')
 
 
 def _sampled(release: Release) -> str:

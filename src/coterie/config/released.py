@@ -23,6 +23,7 @@ HEAD = (
     "robust",
     "DP at the server",
     "DP at the client",
+    "DP of each row",
     "secure aggregation",
     "DP with secure aggregation",
 )
@@ -32,6 +33,7 @@ _MODES = {
     "robust": Plan(head="shared", robust=RobustSettings(rule="median")),
     "server": Plan(head="shared", privacy=_SERVER),
     "client": Plan(head="shared", privacy=_SERVER.model_copy(update={"noise_at": "client"})),
+    "row": Plan(head="shared", dropout=0.0, privacy=_SERVER.model_copy(update={"unit": "example"})),
     "secure": Plan(head="shared", secure=SecureAggregationSettings(enabled=True)),
     "both": Plan(head="shared", privacy=_SERVER, secure=SecureAggregationSettings(enabled=True)),
 }
@@ -74,7 +76,7 @@ def _protected(release: Release, mode: str) -> str:
         return CLEAR
     if release.carried == "bank":
         return "in the clear, if the site allows it"
-    if mode in ("server", "client", "both"):
+    if mode in ("server", "client", "row", "both"):
         return _with_noise(release, mode)
     if release.carried == "count":
         return "in the clear; rules count all alike" if mode == "robust" else CLEAR
@@ -91,6 +93,8 @@ def _protected(release: Release, mode: str) -> str:
 def _with_noise(release: Release, mode: str) -> str:
     if release.carried != "tensors":
         return NOT_SENT
+    if mode == "row":
+        return "noise in every step of its training"
     if mode == "client":
         return "cut, with the client's own noise"
     return "cut; noise in the group's sum" if release.reads == "sum" else "cut; noise in each client's own"

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coterie.config.check import checked
 from coterie.config.deployment import FederationSettings
-from coterie.config.privacy import check_privacy
+from coterie.config.privacy import check_privacy, check_training
 from coterie.data.dpo import Objective, Reference
 from coterie.data.settings import DataSettings
 from coterie.methods.base import Method
@@ -290,6 +290,12 @@ class Config(Section):
         method = kind(self.method_settings().located(root), self.plan())
         if fault := refusal(self.secure_aggregation, method.releases(), self.robust.active):
             raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")
+        check_training(
+            self.privacy.by_row,
+            self.engine.clients_per_batch,
+            self.model.gradient_checkpointing,
+            self.task.objective,
+        )
         check_privacy(method, self.run.cohort < 1 or self.run.sampling == "poisson", self.run.export)
         return method
 

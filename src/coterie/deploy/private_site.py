@@ -3,6 +3,10 @@
 A server that sends an instruction twice would otherwise get two replies with fresh noise, whose mean hides less. So the
 reply to a round is on the disk before it is sent; the same instruction gets the same bytes again, and any other
 instruction for that round gets none. The files are the site's ledger: it sends no more than its noise is for.
+
+Where the noise is in training (``unit = "example"``), what a client keeps of a round has that noise too, and shows in
+what it sends later. So no round is trained anew once its reply is on the disk, or a later one's: the states come from
+there.
 """
 
 from __future__ import annotations
@@ -15,13 +19,18 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from coterie import codec
+from coterie.config.deployment import Policy
 from coterie.deploy.head import Head, digest_of
+from coterie.engines.client import LocalClient
 from coterie.files import write_atomic
 from coterie.methods.base import Method
-from coterie.methods.privacy import PrivacySettings, kinds_of, planned_kinds
-from coterie.types import CoterieError, Reply
+from coterie.methods.privacy import PrivacySettings, client_multiplier, kinds_of, planned_kinds
+from coterie.methods.row_privacy import row_multiplier, step_of
+from coterie.ops.accounting import Noised, spent
+from coterie.types import Bank, CoterieError, Personal, Reply
 
 _FOLDER = "released"
+_PERSONAL, _TRAINED = ".personal", ".trained"
 
 
 def check_privacy_of_sites(settings: PrivacySettings) -> None:
@@ -36,6 +45,33 @@ def check_privacy_of_sites(settings: PrivacySettings) -> None:
         raise CoterieError(
             f'[privacy] noise_source = "{settings.noise_source}": whoever knows the seed could subtract the noise; set '
             'it to "secure"'
+        )
+
+
+def check_cost(policy: Policy, method: Method, rows: int) -> None:
+    """Raise :class:`CoterieError` where the noise that this site adds itself is less than its policy wants.
+
+    The cost is that of all planned rounds, calculated here: a server cannot make it look smaller.
+    """
+    settings, plan = method.plan.privacy, method.plan
+    if not policy.max_epsilon:
+        return
+    if settings.by_row:
+        step = step_of(row_multiplier(settings, plan.optim, rows, plan.rounds), plan.optim, rows)
+        releases = [step] * (plan.optim.steps_on(rows) * plan.rounds)
+    elif settings.by_client:
+        noised = Noised(client_multiplier(settings, method.releases(), plan.rounds))
+        releases = [noised] * len(planned_kinds(method.releases(), plan.rounds))
+    else:
+        raise CoterieError(
+            "this site takes part only with noise of its own ([policy] max_epsilon); set [privacy] unit = "
+            '"example", or noise_at = "client", at the server'
+        )
+    cost = spent(releases, policy.max_delta).epsilon
+    if cost > policy.max_epsilon * (1 + 1e-9):
+        raise CoterieError(
+            f"the run would cost this site epsilon = {cost:.3g} at delta = {policy.max_delta:g}, and it allows "
+            f"{policy.max_epsilon:g} ([policy] max_epsilon); set [privacy] epsilon or noise_multiplier so at the server"
         )
 
 
@@ -56,6 +92,7 @@ class Releases:
     folder: Path
     method: Method
     rounds: int
+    client: LocalClient
 
     def check(self, head: Head, body: bytes) -> None:
         """Raise :class:`CoterieError` for an instruction that gets no reply, before anything is trained."""
@@ -69,6 +106,11 @@ class Releases:
                     "this site has added noise in this run under other terms; begin a new run, and count what both "
                     "have spent"
                 )
+            if self.by_row and sent.round > head.rnd and not self._path(head.rnd).exists():
+                raise CoterieError(
+                    f"this site has answered round {sent.round}, and trains no earlier one: [privacy] counts each "
+                    "round once"
+                )
             if sent.round == head.rnd and (sent.instruction != now.instruction or not blob):
                 raise CoterieError(
                     f"this site has answered round {head.rnd} before, to another instruction or too long ago; a second "
@@ -80,19 +122,44 @@ class Releases:
 
         Raises :class:`CoterieError` where it would be more than the site's noise is for.
         """
-        path = self.folder / _FOLDER / f"{head.rnd:06}"
+        path = self._path(head.rnd)
         if path.exists():
             return _read(path)[1]
         kinds = tuple(sorted(kinds_of(codec.decode(Reply, blob).tensors)))
-        if not kinds:
+        if not kinds and not self.by_row:
             return blob
-        planned = len(planned_kinds(self.method.releases(), self.rounds))
-        made = sum(len(_read(file)[0].kinds) for file in self._files())
-        if made + len(kinds) > planned:
+        by_row = self.by_row  # a reply is one release there, of all that training has made
+        planned = self.rounds if by_row else len(planned_kinds(self.method.releases(), self.rounds))
+        made = sum(1 if by_row else len(_read(file)[0].kinds) for file in self._files())
+        if made + (1 if by_row else len(kinds)) > planned:
             raise CoterieError(f"this site has made {made} noisy releases, and its noise is for {planned} in this run")
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        if by_row:
+            self._keep_states(head.rnd)
         write_atomic(path, _encoded(_sent(head, body, kinds), blob))
         return blob
+
+    def answered(self, rnd: int) -> bytes | None:
+        """The reply to a round that is not trained anew, whose states are put back; None for any other round."""
+        path = self._path(rnd)
+        if not self.by_row or not path.exists():
+            return None
+        name, states = self.client.id, self.client.states
+        states.personal.save(name, rnd, codec.decode(Personal, path.with_suffix(_PERSONAL).read_bytes()))
+        if states.trained:
+            states.trained.save(name, rnd, codec.decode(Bank, path.with_suffix(_TRAINED).read_bytes()))
+        return _read(path)[1]
+
+    def _keep_states(self, rnd: int) -> None:
+        path, name, states = self._path(rnd), self.client.id, self.client.states
+        if personal := states.personal.load(name, rnd):
+            write_atomic(path.with_suffix(_PERSONAL), codec.encode(personal))
+        if states.trained and (bank := states.trained.load(name, rnd)):
+            write_atomic(path.with_suffix(_TRAINED), codec.encode(bank))
+
+    @property
+    def by_row(self) -> bool:
+        return self.method.plan.privacy.by_row
 
     def prune(self, oldest: int) -> None:
         """Drop the bytes of replies to rounds before ``oldest``; that they were sent stays on record."""
@@ -101,6 +168,11 @@ class Releases:
                 sent, blob = _read(path)
                 if blob:
                     write_atomic(path, _encoded(sent, b""))
+                for suffix in (_PERSONAL, _TRAINED):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+
+    def _path(self, rnd: int) -> Path:
+        return self.folder / _FOLDER / f"{rnd:06}"
 
     def _files(self) -> list[Path]:
         return sorted((self.folder / _FOLDER).glob("[0-9]" * 6))

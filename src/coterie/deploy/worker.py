@@ -18,7 +18,7 @@ from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import Head, digest_of, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.policy import check_policy, guard_of
-from coterie.deploy.private_site import Releases
+from coterie.deploy.private_site import Releases, check_cost
 from coterie.deploy.received import received_file
 from coterie.deploy.secure_site import SiteSums, identity_of, keep_for_sums
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
@@ -122,9 +122,12 @@ class Worker:
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
         self.sums = None
-        releases = Releases(run.folder, run.method, run.config.run.rounds) if run.config.privacy.by_client else None
+        own_noise = run.config.privacy.by_client or run.config.privacy.by_row
+        releases = Releases(run.folder, run.method, run.config.run.rounds, run.client) if own_noise else None
         if releases:
             releases.check(head, body)
+            if (sent := releases.answered(head.rnd)) is not None:
+                return Message({}, sent)
         outcome = train_client(run.client, run.method, body, head.rnd)  # again too: its personal state is needed
         if outcome.error:
             return Message({"error": outcome.error}, outcome.blob)
@@ -160,7 +163,8 @@ class Worker:
             bank = self.export(run, body, head.rnd, head.export)
         except OSError as fault:
             raise CoterieError(f"{disk_text(fault)}; `coterie site export` there writes the bundle later") from fault
-        return Message({}, codec.encode(bank) if self.site.policy.upload_bank else b"")
+        counted = not run.config.privacy.by_row  # a bank would be one more release
+        return Message({}, codec.encode(bank) if self.site.policy.upload_bank and counted else b"")
 
     def export(self, run: Run, body: bytes, rnd: int, export: ExportedAs) -> Bank:
         """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""
@@ -208,6 +212,7 @@ class Worker:
             self.cache.pop(next(iter(self.cache)))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (rows,) = federation.clients
+        check_cost(self.site.policy, method, rows.info.num_train)
         guard = guard_of(self.site.policy, method, public_text)
         return Run(config, method, LocalClient(workplace, rows, ClientStates.of(config, folder), guard), folder)
 

@@ -20,7 +20,7 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.engines.base import SAMPLES, Delivery, Evaluation
-from coterie.engines.privacy import hidden
+from coterie.engines.privacy import hidden, row_privacy
 from coterie.engines.store import ClientStates
 from coterie.methods.base import Compute, Method, drive, returning
 from coterie.requests import Answer, BankProgram, Observe, Observed, Sample, Score, Scored
@@ -95,7 +95,7 @@ def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> 
     """
     start = begin(client, method, blob, rnd)
     started = time.perf_counter()
-    compute = LocalCompute(client.workplace, client.data, rnd)
+    compute = LocalCompute(client.workplace, client.data, rnd, private=row_privacy(method, client.info))
     try:
         result = drive(method.client(start.ins, client.info, start.personal), client.guard.compute(compute))
         reply = encoded_reply(start, method, result, rnd)

@@ -1,9 +1,13 @@
-"""What a client takes out of a reply, or adds to it, before it is sent: see :mod:`coterie.methods.privacy`."""
+"""What a client takes out of a reply, or adds to it, before it is sent, and how its training hides its rows.
+
+See :mod:`coterie.methods.privacy` and :mod:`coterie.methods.row_privacy`.
+"""
 
 from __future__ import annotations
 
 from coterie.methods.base import Method
 from coterie.methods.privacy import client_multiplier, private_reply
+from coterie.methods.row_privacy import RowPrivacy, row_multiplier
 from coterie.ops.noise import SecureNoise, SeededNoise
 from coterie.types import BaseSpec, ClientInfo, Instruction, Reply
 
@@ -21,3 +25,16 @@ def hidden(method: Method, spec: BaseSpec, me: ClientInfo, ins: Instruction, rep
     noise = SeededNoise(method.plan.seed) if settings.noise_source == "seeded" else SecureNoise()
     start = method.started_from(spec, None, me, ins, reply)
     return private_reply(settings, multiplier, reply, start, noise, kept, rnd, me.id)
+
+
+def row_privacy(method: Method, me: ClientInfo) -> RowPrivacy | None:
+    """How the client's training of a round hides its rows; None where that is not what is protected.
+
+    Its noise comes from a key of its own, which nobody keeps: a round that is done again has other noise.
+    """
+    settings, plan = method.plan.privacy, method.plan
+    if not settings.by_row:
+        return None
+    multiplier = row_multiplier(settings, plan.optim, me.num_train, plan.rounds)
+    noise = SeededNoise(plan.seed) if settings.noise_source == "seeded" else SecureNoise()
+    return RowPrivacy(settings.clip, multiplier, noise, plan.optim, me.num_train)

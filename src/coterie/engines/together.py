@@ -34,6 +34,7 @@ from coterie.engines.client import (
 )
 from coterie.engines.encode_once import EncodedOnce
 from coterie.engines.grouping import Load, evaluation_load, grouped, schedule, training_load
+from coterie.engines.privacy import row_privacy
 from coterie.engines.schedule import disk_thread, run_on
 from coterie.machine import releasing_memory
 from coterie.methods.base import Method, drive
@@ -169,7 +170,10 @@ class Together:
     ) -> list[tuple[ClientId, Delivery, Saves]]:
         """The outcomes of clients whose programs run together; each takes an equal part of the time."""
         started = time.perf_counter()
-        computes = [LocalCompute(workplace, start.client.data, rnd) for start, _ in starts]
+        computes = [
+            LocalCompute(workplace, of.client.data, rnd, private=row_privacy(method, of.client.info))
+            for of, _ in starts
+        ]
         programs = [method.client(start.ins, start.client.info, start.personal) for start, _ in starts]
         results = self._results(programs, computes)
         ended: list[tuple[ClientId, Delivery, Saves]] = []

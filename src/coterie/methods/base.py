@@ -65,8 +65,9 @@ class Method(ABC, Generic[S]):
     ``needs_all_rows``: whether it trains on several clients' rows together, which only a simulation can do. ``usage``:
     the names, in a reply's ``info``, of numbers that say how the client's rows use the experts. A site may keep these
     to itself, so the server has to work without them. ``no_rules``: why the rules of ``[robust]`` do not apply, "" if
-    they do. ``instructs_alike``: whether all clients of a round are sent the same beside heads; with secure sums each
-    client checks it.
+    they do. ``beyond_training``: what its clients do with their rows beside one training in a round, "" if nothing:
+    ``[privacy] unit = "example"`` puts noise in that training alone. ``instructs_alike``: whether all clients of a
+    round are sent the same beside heads; with secure sums each client checks it.
     """
 
     settings: Any
@@ -84,6 +85,7 @@ class Method(ABC, Generic[S]):
     needs_all_rows: ClassVar[bool] = False
     usage: ClassVar[Sequence[str]] = ()
     no_rules: ClassVar[str] = ""
+    beyond_training: ClassVar[str] = ""
     instructs_alike: ClassVar[bool] = True
 
     @property

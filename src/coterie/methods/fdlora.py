@@ -99,6 +99,7 @@ class FDLoRA(Method[FDLoRAState]):
     summary = "a personal and a global LoRA, fused by two weights that each client searches for"
     Settings = FDLoRASettings
     State = FDLoRAState
+    beyond_training = "train twice in some rounds"
 
     # server ----------------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ class FedDPA(Method[FedDPAState]):
     summary = "a global LoRA and a local one, weighted for each row by its similarity to local data"
     Settings = FedDPASettings
     State = FedDPAState
+    beyond_training = "train twice in a round, and measure what their rows look like"
 
     # server ----------------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,7 @@ class IFCA(Method[IFCAState]):
     summary = "K LoRAs; each client trains the one that fits its rows best, averaged in clusters"
     Settings = IFCASettings
     State = IFCAState
+    beyond_training = "choose a cluster by the losses of their rows"
 
     # server ----------------------------------------------------------------------------------------------------------
 

@@ -37,10 +37,17 @@ Vector = dict[Key, Tensor]  # float64
 class PrivacySettings(Section):
     """What a run guarantees about its data. By default nothing."""
 
-    unit: Literal["none", "client"] = Field(
-        "none", description="whose data is protected: none, or client: all that one client contributes"
+    unit: Literal["none", "client", "example"] = Field(
+        "none",
+        description="whose data is protected: none; client: all that one client contributes; example: one training row "
+        "of a client, by noise that the client adds in every step of its training",
     )
-    clip: float = Field(0.0, ge=0, description="largest length of a client's whole update; longer ones are cut to it")
+    clip: float = Field(
+        0.0,
+        ge=0,
+        description="largest length of a client's whole update, or with unit = example of a row's gradient; what is "
+        "longer is cut to it",
+    )
     embedding_clip: float = Field(
         1.0, gt=0, description="the same for what a client measures and does not train, such as mean embeddings"
     )
@@ -54,7 +61,7 @@ class PrivacySettings(Section):
     noise_at: Literal["server", "client"] = Field(
         "server",
         description="server: it sees clipped updates and adds noise to each group's sum; client: each client clips and "
-        "adds the whole noise itself, so that the server need not be trusted",
+        "adds the whole noise itself, so that the server need not be trusted; with unit = example it always does",
     )
     metrics: Literal["none", "unprotected"] = Field(
         "none",
@@ -73,21 +80,30 @@ class PrivacySettings(Section):
     @property
     def by_server(self) -> bool:
         """Whether the server adds the noise."""
-        return self.active and self.noise_at == "server"
+        return self.unit == "client" and self.noise_at == "server"
 
     @property
     def by_client(self) -> bool:
-        """Whether clients add the noise."""
-        return self.active and self.noise_at == "client"
+        """Whether clients add the noise to their updates."""
+        return self.unit == "client" and self.noise_at == "client"
+
+    @property
+    def by_row(self) -> bool:
+        """Whether clients add the noise in training, where it hides each row."""
+        return self.unit == "example"
 
     @model_validator(mode="after")
     def _complete(self) -> PrivacySettings:
         if not self.active:
             if self.clip or self.noise_multiplier or self.epsilon:
-                raise ValueError('clip, noise_multiplier and epsilon protect nobody without unit = "client"')
+                raise ValueError(
+                    'clip, noise_multiplier and epsilon protect nobody without unit = "client" or "example"'
+                )
             return self
         if not self.clip:
-            raise ValueError("noise without a clip hides nothing: set clip to the length of a usual update")
+            raise ValueError(
+                "noise without a clip hides nothing: set clip to the length of a usual update (or row's gradient)"
+            )
         if not self.noise_multiplier and not self.epsilon:
             raise ValueError("set noise_multiplier, or epsilon and delta, from which it is calculated")
         return self

@@ -10,7 +10,7 @@ as they do without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.nn.gates import balance_loss, gate_named, routes_by_output, routes_by_row
+from coterie.nn.per_row import PerRow, watched
 from coterie.nn.products import Add, Project, Ranks, Span, padded
 from coterie.nn.rows import RowMask, RowScores, row_directions
 from coterie.ops.streams import stream
@@ -45,6 +46,7 @@ class Pass:
 
     ``rows`` marks the tokens that a gate by row averages. ``head`` is the number of the head in use, if the bank has
     several. ``probe`` receives every layer with its gate weights [n, e], and returns the weights to continue with.
+    ``per_row`` collects what the gradient of each row is made of; parameters then get no gradient from the layers.
     """
 
     training: bool = False
@@ -59,6 +61,7 @@ class Pass:
     balance: list[Tensor] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
     probe: Callable[[BankLayer, Tensor], Tensor] | None = None
+    per_row: PerRow | None = None
 
     @property
     def collects(self) -> bool:
@@ -178,6 +181,8 @@ class BankLayer:
         spans = [(lo - start, hi - start) for (lo, hi), _ in inside]
         weight = self.rows[start : None if slots else stop].to(x.dtype)
         scale = 1 / (1 - self.dropout)
+        if self.now.per_row is not None:
+            return self._part_by_row(x, weight, (rank, slots), spans, start, self.now.per_row)
         h, p = Project.apply(x, weight, keep, scale, (rank, slots), spans, *(p for _, p in inside))  # type: ignore[no-untyped-call]
         return h, p
 
@@ -186,8 +191,51 @@ class BankLayer:
         columns = self.columns.to(y.dtype)
         if g is not None and self._few_active(y):
             return self._add_active(y, h, g, columns)
+        if self.now.per_row is not None:
+            return self._add_by_row(y, h, g, columns, self.now.per_row)
         result: Tensor = Add.apply(y, h, g, columns, again, self.ranks, self.scaling, self.column_spans, *trained)  # type: ignore[no-untyped-call]
         return result
+
+    def _part_by_row(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        sizes: tuple[int, int],
+        spans: Sequence[Span],
+        start: int,
+        rows: PerRow,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`_part` without dropout; the gradients of its parameters go to ``rows``."""
+        rows.check(x, self.module)
+        h, p = Project.apply(x, weight, None, 1.0, sizes, [])  # type: ignore[no-untyped-call]
+        trained = [key for key in self.parameters if key.part is not Part.B]
+        keys = [key for span, key in zip(self.row_spans, trained, strict=True) if start <= span[0] < start + sum(sizes)]
+        flat, version = x.detach().reshape(-1, x.shape[-1]), x._version
+        for values, low, high in ((h, 0, sizes[0]), (p, sizes[0], sum(sizes))):
+            mine = [(k, lo - low, hi - low) for k, (lo, hi) in zip(keys, spans, strict=True) if low <= lo < high]
+            if values is None or not mine:
+                continue
+
+            def add(grad: Tensor, mine: list[tuple[Key, int, int]] = mine) -> None:
+                assert x._version == version, f"the input of {self.module} was overwritten"
+                for key, lo, hi in mine:
+                    rows.add(key, grad[:, lo:hi], flat)
+
+            watched(values, add)
+        return h, p
+
+    def _add_by_row(self, y: Tensor, h: Tensor, g: Tensor | None, columns: Tensor, rows: PerRow) -> Tensor:
+        """As :meth:`_add`; the gradients of B go to ``rows``."""
+        result: Tensor = Add.apply(y, h, g, columns, None, self.ranks, self.scaling, [])  # type: ignore[no-untyped-call]
+        keys = [key for key in self.parameters if key.part is Part.B]
+
+        def add(grad: Tensor) -> None:
+            u = self.scaling * self.ranks.weigh(h.detach(), None if g is None else g.detach())
+            flat = grad.reshape(-1, grad.shape[-1])
+            for key, (lo, hi) in zip(keys, self.column_spans, strict=True):
+                rows.add(key, flat, u[:, lo:hi])
+
+        return watched(result, add) if keys else result
 
     def _again(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """x and the last rows of A, whose product the backward pass computes again; None: the product is kept.

@@ -24,9 +24,9 @@ def privacy_tables(run: Run) -> list[Table]:
         ("noise", f"{made.noise_multiplier:.4g} times the clip {made.clip:g}, added by the {made.noise_at}"),
         ("noise comes from", SOURCES[made.noise_source]),
         ("clients of a round", made.cohort),
-        *([("who was drawn", DRAWN)] if made.accountant != "exact" else []),
+        *([("who was drawn", DRAWN)] if made.unit == "client" and made.accountant != "exact" else []),
         ("releases counted", ", ".join(f"{number} of {kind}" for kind, number in made.releases.items())),
         ("metrics", METRICS[made.metrics]),
         *([("ended", made.stopped)] if made.stopped else []),
     ]
-    return [Table("Differential privacy of each client", ("what", "of this run"), rows)]
+    return [Table(f"Differential privacy of each {made.unit}", ("what", "of this run"), rows)]

@@ -7,6 +7,7 @@ the same noise is counted once, because it has the same name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +23,18 @@ LEDGER = "privacy.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """A release: its round, its kind (updates, embeddings), how it was hidden, and a name that no other release has."""
+    """A release: its round, its kind (updates, embeddings), how it was hidden, and a name that no other release has.
+
+    ``rows``: it concerns only the rows of clients that have so many, and is ``times`` steps of their training, each
+    with rows drawn anew; 0: it concerns every client.
+    """
 
     round: int
     kind: str
     noised: Noised
     name: str
+    rows: int = 0
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,35 @@ class Ledger:
     def spent(self, delta: float, more: Iterable[Entry] = ()) -> Spent:
         """What all releases cost, and ``more`` beside them.
 
-        Those of one round saw the same cohort, so sampling hides it once: they count as one with less noise.
+        Those of one round saw the same cohort, so sampling hides it once: they count as one with less noise. Steps of
+        training cost the rows of whoever they cost most.
         """
-        rounds: dict[int, list[Noised]] = {}
-        for entry in self.with_entries(more).entries:
-            rounds.setdefault(entry.round, []).append(entry.noised)
-        return spent([noised for of in rounds.values() for noised in of_one_draw(of)], delta)
+        entries = self.with_entries(more).entries
+        each = {entry.rows for entry in entries if entry.rows} or {0}
+        return max((_spent(entries, rows, delta) for rows in sorted(each)), key=lambda of: of.epsilon)
+
+    def steps(self) -> int:
+        """The most steps of training that any client's rows are counted in."""
+        each: Counter[int] = Counter()
+        for entry in self.entries:
+            each[entry.rows] += entry.times if entry.rows else 0
+        return max(each.values(), default=0)
 
     def to_json(self) -> list[Mapping[str, object]]:
-        return [asdict(entry) for entry in self.entries]
+        of_rows = ("rows", "times")
+        return [{k: v for k, v in asdict(e).items() if e.rows or k not in of_rows} for e in self.entries]
+
+
+def _spent(entries: Iterable[Entry], rows: int, delta: float) -> Spent:
+    """What those of ``entries`` cost that concern a client of so many ``rows``."""
+    rounds: dict[int, list[Noised]] = {}
+    steps: list[Noised] = []
+    for entry in entries:
+        if entry.rows:
+            steps += [entry.noised] * (entry.times if entry.rows == rows else 0)
+        else:
+            rounds.setdefault(entry.round, []).append(entry.noised)
+    return spent([*steps, *(noised for of in rounds.values() for noised in of_one_draw(of))], delta)
 
 
 def ledger_from(lines: object, where: str) -> Ledger:

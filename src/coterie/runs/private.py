@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from coterie.methods.base import Method
 from coterie.methods.privacy import PrivacySettings, Released, kinds_of, planned_kinds
 from coterie.methods.robust import Group
+from coterie.methods.row_privacy import row_multiplier, step_of
 from coterie.ops.accounting import Noised, Spent, multiplier_for
 from coterie.ops.noise import KEY_BYTES, SecureNoise, SeededNoise
 from coterie.ops.streams import stream
@@ -23,6 +25,7 @@ from coterie.runs.settings import RoundSettings
 from coterie.types import BaseSpec, ClientId, ClientInfo, CoterieError, Reply, Tensors
 
 KEY = "privacy.key"
+STEPS = "steps of a client"
 
 
 class BudgetSpentError(CoterieError):
@@ -43,8 +46,20 @@ class Private:
     def __post_init__(self) -> None:
         self.settings: PrivacySettings = self.method.plan.privacy
         self.noise = self._noise()
-        self.multiplier = multiplier_of(self.settings, self.method, len(self.clients), self.rounds)
+        if self.settings.by_row:
+            self.multiplier = max(self._of_rows(rows).multiplier for rows in self._row_counts)
+        else:
+            self.multiplier = multiplier_of(self.settings, self.method, len(self.clients), self.rounds)
         self.ledger = read_ledger(self.folder)
+
+    @property
+    def _row_counts(self) -> list[int]:
+        return sorted({client.num_train for client in self.clients})
+
+    def _of_rows(self, rows: int) -> Noised:
+        """One step of a client with so many ``rows``."""
+        plan = self.method.plan
+        return step_of(row_multiplier(self.settings, plan.optim, rows, plan.rounds), plan.optim, rows)
 
     def _noise(self) -> SecureNoise | SeededNoise:
         if self.settings.noise_source == "seeded":
@@ -75,6 +90,9 @@ class Private:
 
         What the server has released of it before costs nothing again, if it turns out to have the same values.
         """
+        if self.settings.by_row:
+            self._check(self._steps(rnd, ""), rnd)
+            return
         before = {entry.kind for entry in self.ledger.entries if entry.round == rnd and self.settings.by_server}
         self._check([Entry(rnd, kind, self._noised(), "") for kind in sorted(self.kinds(state, rnd) - before)], rnd)
 
@@ -92,9 +110,16 @@ class Private:
 
     def begin(self, state: object, rnd: int) -> None:
         """Count what clients themselves add noise to in round ``rnd``, each time that they are sent instructions."""
+        again = "seeded" if self.settings.noise_source == "seeded" else secrets.token_hex(16)
         if self.settings.by_client:
-            again = "seeded" if self.settings.noise_source == "seeded" else secrets.token_hex(16)
             self._count(self.kinds(state, rnd), rnd, f"round {rnd} {again}")
+        if self.settings.by_row:
+            self._add(self._steps(rnd, f"round {rnd} {again}"), rnd)
+
+    def _steps(self, rnd: int, name: str) -> list[Entry]:
+        """The training of a round: every client's, whoever takes part, for who takes part is no secret here."""
+        optim = self.method.plan.optim
+        return [Entry(rnd, STEPS, self._of_rows(n), name, n, optim.steps_on(n)) for n in self._row_counts]
 
     def released(
         self,
@@ -154,7 +179,9 @@ class Private:
         return noised(self.settings, self.rounds, len(self.clients), self.multiplier)
 
     def _count(self, kinds: frozenset[str], rnd: int, name: str) -> None:
-        entries = [Entry(rnd, kind, self._noised(), name) for kind in sorted(kinds)]
+        self._add([Entry(rnd, kind, self._noised(), name) for kind in sorted(kinds)], rnd)
+
+    def _add(self, entries: Sequence[Entry], rnd: int) -> None:
         self._check(entries, rnd)
         self.ledger = self.ledger.with_entries(entries)
         write_ledger(self.folder, self.ledger, self.spent())
@@ -176,13 +203,15 @@ class Private:
             spent.epsilon,
             spent.delta,
             spent.accountant,
-            "one client exchanged for another" if exchanged else "one client's contribution replaced by none",
+            "one client exchanged for another" if exchanged else f"one {s.unit}'s contribution replaced by none",
             self.multiplier,
             s.clip,
-            s.noise_at,
+            "client" if s.by_row else s.noise_at,
             s.noise_source,
             f"{self.size:g} of {len(self.clients)}, {self.rounds.sampling}",
-            {kind: sum(entry.kind == kind for entry in entries) for kind in sorted({entry.kind for entry in entries})},
+            {STEPS: self.ledger.steps()}
+            if s.by_row
+            else dict(sorted(Counter(entry.kind for entry in entries).items())),
             s.metrics,
             self.stopped,
         )

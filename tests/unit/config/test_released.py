@@ -18,6 +18,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "robust": {"robust": {"rule": "median"}},
     "DP at the server": {"privacy": DP},
     "DP at the client": {"privacy": {**DP, "noise_at": "client"}},
+    "DP of each row": {"privacy": {**DP, "unit": "example"}, "lora": {"dropout": 0.0}},
     "secure aggregation": {"secure_aggregation": {"enabled": True}},
     "DP with secure aggregation": {"privacy": DP, "secure_aggregation": {"enabled": True}},
 }

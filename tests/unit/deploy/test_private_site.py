@@ -123,3 +123,70 @@ def test_sites_refuse_what_only_a_simulation_may(path: Path, tmp_path: Path, set
     terms["privacy"] = {**terms["privacy"], setting: value}  # a server that does not check
     with pytest.raises(CoterieError, match=f'{setting} = "{value}"'):
         config_at(flower_sites.site_settings(tmp_path, SITE), terms)
+
+
+ROWS = {"unit": "example", "clip": 0.5, "epsilon": 2.0}
+
+
+def by_row(path: Path, privacy: dict[str, Any], rounds: int = 2, **changes: Any) -> Config:
+    run = {"rounds": rounds, "export": "last"}
+    return flower_sites.server_config(
+        path, privacy=privacy, run=run, lora={"dropout": 0.0}, federation={"sites": [SITE]}, **changes
+    )
+
+
+def test_a_round_that_hides_rows_is_trained_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = by_row(path, ROWS, rounds=3)
+    of = agreement(config)
+    (worker,) = flower_sites.workers(tmp_path, [SITE]).values()
+    body = instruction(worker, config, of)
+    message = of.message("train", SITE, 1, body=body)
+    first = worker.answer(message)
+    reply = codec.decode(Reply, first.body)
+    assert reply.tensors
+    assert not reply.info
+    assert reply.num_examples == 1
+    (personal,) = (tmp_path / "states" / SITE / "run" / "personal" / SITE).glob("000001*")
+    kept = personal.read_bytes()
+    (again,) = flower_sites.workers(tmp_path, [SITE]).values()
+    monkeypatch.setattr("coterie.deploy.worker.train_client", lambda *of: pytest.fail("it trains again"))
+    later = replace(of, attempt=2)  # the server has lost the round: the site's state of it goes, and comes back
+    assert again.answer(later.message("train", SITE, 1, body=body)).body == first.body
+    assert personal.read_bytes() == kept
+    assert "to another instruction" in error(again.answer(later.message("train", SITE, 1, body=other(body))))
+
+
+def test_no_round_before_one_that_was_answered_is_trained(path: Path, tmp_path: Path) -> None:
+    config = by_row(path, ROWS, rounds=3)
+    of = agreement(config)
+    (worker,) = flower_sites.workers(tmp_path, [SITE]).values()
+    body = instruction(worker, config, of)
+    assert worker.answer(of.message("train", SITE, 2, body=body)).body
+    assert "trains no earlier one" in error(worker.answer(of.message("train", SITE, 1, body=body)))
+    assert "3 rounds of the run" in error(worker.answer(of.message("train", SITE, 4, body=body)))
+    message = of.message("evaluate", SITE, 1, {"splits": ["test"], "usage": False}, body)
+    assert "no metrics" in error(worker.answer(message))
+
+
+@pytest.mark.parametrize(
+    ("privacy", "says"),
+    [
+        ({}, "only with noise of its own"),
+        ({**PRIVACY, "noise_at": "server"}, "only with noise of its own"),
+        ({**ROWS, "epsilon": 3.0}, "would cost this site epsilon = "),
+        ({**ROWS, "delta": 1e-2}, "would cost this site epsilon = "),
+        ({**ROWS, "noise_multiplier": 0.3}, "would cost this site epsilon = "),
+        ({**PRIVACY, "epsilon": 3.0}, "would cost this site epsilon = "),
+        (ROWS, ""),
+        (PRIVACY, ""),
+    ],
+)
+def test_a_site_calculates_itself_what_a_run_would_cost(
+    path: Path, tmp_path: Path, privacy: dict[str, Any], says: str
+) -> None:
+    of = agreement(by_row(path, privacy))
+    (worker,) = flower_sites.workers(tmp_path, [SITE]).values()
+    worker.site = worker.site.model_copy(update={"policy": worker.site.policy.model_copy(update={"max_epsilon": 2.0})})
+    answer = worker.answer(of.message("query.hello", SITE))
+    assert says in str(answer.head.get("error", ""))
+    assert bool(answer.body) == (not says)

@@ -91,6 +91,7 @@ class SmartFed(Method[SmartFedState]):
     State = SmartFedState
     instructs_alike = False
     usage = ("importance", "use")
+    beyond_training = "measure the importance of adapters on their rows"
 
     @property
     def max_rank(self) -> int:
@@ -204,8 +205,7 @@ class SmartFed(Method[SmartFedState]):
             return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
         trainable = sent.trainable(bank)
-        rates = {key: self.settings.rate_of(key) for key in trainable}
-        trained = yield Train(bank, trainable, self.plan.optim, rates=rates)
+        trained = yield Train(bank, trainable, self.plan.optim, rates={k: self.settings.rate_of(k) for k in trainable})
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
         own = {key: v for key, v in trained.tensors.items() if key.part in WHOLE or key.expert == SHARED}
         own |= sent.stacked(after)
