@@ -6,7 +6,7 @@ import copy
 import gc
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -96,17 +96,22 @@ def double(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     return {key: value.double() for key, value in tensors.items()}
 
 
-def in_double(program: ClientProgram) -> ClientProgram:
-    """The program, training in float64 also what it makes itself."""
+def with_training(program: ClientProgram, change: Callable[[Train], Train]) -> ClientProgram:
+    """The program with every request to train as ``change`` makes it."""
     answer: Any = None
     while True:
         try:
             request = program.send(answer)
         except StopIteration as stop:
             return stop.value
-        if isinstance(request, Train):
-            request = replace(request, bank=replace(request.bank, tensors=double(request.bank.tensors)))
-        answer = yield request
+        answer = yield change(request) if isinstance(request, Train) else request
+
+
+def in_double(program: ClientProgram) -> ClientProgram:
+    """The program, training in float64 also what it makes itself."""
+    return with_training(
+        program, lambda train: replace(train, bank=replace(train.bank, tensors=double(train.bank.tensors)))
+    )
 
 
 def furthest(one: Any, other: Any) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from test_batched import double, floats, furthest, in_double, loaded, make_workplace, method_of
+from test_batched import double, floats, furthest, in_double, loaded, make_workplace, method_of, with_training
 
 from coterie.compute.client import LocalCompute
 from coterie.methods.base import drive
@@ -21,17 +20,13 @@ NAMES = sorted(methods())
 def prepared(program: ClientProgram, packing: bool) -> ClientProgram:
     """The program with or without packing, and without what depends on the rows of a batch: dropout's masks, and
     padding in statistics."""
-    answer: Any = None
-    while True:
-        try:
-            request = program.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        if isinstance(request, Train):
-            optim = request.optim.model_copy(update={"packing": packing, "steps": 2})
-            balance = request.balance and replace(request.balance, padding=False)
-            request = replace(request, optim=optim, balance=balance, bank=replace(request.bank, dropout=0.0))
-        answer = yield request
+
+    def change(train: Train) -> Train:
+        optim = train.optim.model_copy(update={"packing": packing, "steps": 2})
+        balance = train.balance and replace(train.balance, padding=False)
+        return replace(train, optim=optim, balance=balance, bank=replace(train.bank, dropout=0.0))
+
+    return with_training(program, change)
 
 
 @pytest.mark.parametrize("name", NAMES)

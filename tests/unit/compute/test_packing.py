@@ -15,6 +15,7 @@ from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
+from coterie.data.examples import IGNORE
 from coterie.data.packing import first_fit, packed
 from coterie.data.rows import PromptRow
 from coterie.nn.base import Base
@@ -55,6 +56,17 @@ def test_a_packed_batch_has_the_same_tokens_and_labels_in_fewer_rows() -> None:
     assert sum(number) == 4
     assert [int(row.max()) for row in made.segments] == number
     assert not made.inputs["position_ids"][made.segments == 0].any()
+
+
+def test_the_first_token_of_a_packed_row_is_not_predicted_from_the_row_before_it() -> None:
+    task = make_workplace("llama").task
+    batch = task.collate([task.encode(PromptRow(text, " z")) for text in ("a", "b c", "a longer text")])
+    made = packed(replace(batch, labels=batch.inputs["input_ids"]), 0)  # every token has a label
+    assert made.segments is not None
+    first = (made.inputs["position_ids"] == 0) & (made.segments > 0)
+    assert int(first.sum()) == 3
+    assert (made.labels[first] == IGNORE).all()
+    assert (made.labels[(made.segments > 0) & ~first] != IGNORE).all()
 
 
 @pytest.mark.parametrize("arch", tiny.DECODERS)

@@ -45,7 +45,7 @@ class Use:
 
 
 def wanted(settings: FedLEASESettings, use: Use | None, own: int, rnd: int, experts: int) -> list[int]:
-    """The numbers of the experts that a client of cluster ``own`` is sent in round ``rnd``, of ``experts`` in all."""
+    """The numbers of the experts that a client of expert ``own`` is sent in round ``rnd``, of ``experts`` in all."""
     if settings.download == "all" or use is None or rnd - use.all_sent >= settings.download_every:
         return list(range(experts))
     return [e for e in range(experts) if e == own or use.weight.get(e, 0.0) >= settings.download_threshold]
