@@ -71,7 +71,7 @@ def check_cost(policy: Policy, method: Method, rows: int) -> None:
     if cost > policy.max_epsilon * (1 + 1e-9):
         raise CoterieError(
             f"the run would cost this site epsilon = {cost:.3g} at delta = {policy.max_delta:g}, and it allows "
-            f"{policy.max_epsilon:g} ([policy] max_epsilon); set [privacy] epsilon or noise_multiplier so at the server"
+            f"{policy.max_epsilon:g} ([policy] max_epsilon); lower [privacy] epsilon, or raise noise_multiplier, at the server"
         )
 
 

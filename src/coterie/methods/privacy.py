@@ -60,8 +60,9 @@ class PrivacySettings(Section):
     delta: float = Field(1e-5, gt=0, lt=1, description="the delta of epsilon; well below 1 / the number of clients")
     noise_at: Literal["server", "client"] = Field(
         "server",
-        description="server: it sees clipped updates and adds noise to each group's sum; client: each client clips and "
-        "adds the whole noise itself, so that the server need not be trusted; with unit = example it always does",
+        description="server: it receives updates as they are, clips them and adds noise to each group's sum; client: "
+        "each client clips and adds the whole noise itself, so that the server need not be trusted; with unit = "
+        "example it always does",
     )
     metrics: Literal["none", "unprotected"] = Field(
         "none",
