@@ -70,8 +70,8 @@ def check_cost(policy: Policy, method: Method, rows: int) -> None:
     cost = spent(releases, policy.max_delta).epsilon
     if cost > policy.max_epsilon * (1 + 1e-9):
         raise CoterieError(
-            f"the run would cost this site epsilon = {cost:.3g} at delta = {policy.max_delta:g}, and it allows "
-            f"{policy.max_epsilon:g} ([policy] max_epsilon); lower [privacy] epsilon, or raise noise_multiplier, at the server"
+            f"the run would cost this site epsilon = {cost:.3g} at delta = {policy.max_delta:g}, more than [policy] "
+            f"max_epsilon = {policy.max_epsilon:g}; lower [privacy] epsilon, or raise noise_multiplier, at the server"
         )
 
 
