@@ -39,16 +39,21 @@ def test_the_benches_are_found() -> None:
     assert {"layer", "gather", *SLOW} <= {path.stem for path in BENCHES}
 
 
+def printed(script: Path, *options: str, seconds: int = 300) -> str:
+    """What the quick form of a bench prints."""
+    command, env = [sys.executable, str(script), "--quick", *options], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     "bench",
     [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in BENCHES],
 )
 def test_quick_form(bench: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(bench), "--quick", "--threads", "1", "--out", str(tmp_path)]
     seconds = 900 if bench.stem == "gpu" else 300  # it runs several of the others
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env, check=False)
-    assert done.returncode == 0, done.stderr
+    printed(bench, "--threads", "1", "--out", str(tmp_path), seconds=seconds)
     (path,) = tmp_path.glob("*.json")
     assert path.stem == bench.stem
     found = json.loads(path.read_text())
@@ -64,18 +69,9 @@ def test_quick_form(bench: Path, tmp_path: Path) -> None:
 def test_quick_form_of_a_comparison(bench: str, tmp_path: Path) -> None:
     if bench == "clusters/mixed" and not any((BENCH.parent / place).exists() for place in PUBLIC):
         pytest.skip("the public datasets are not here")
-    command = [sys.executable, str(BENCH / f"{bench}.py"), "--quick", "--out", str(tmp_path)]
-    command += ["--work", str(tmp_path)] if bench == "skills/active" else ["--seeds", "0"]
+    more = ["--work", str(tmp_path)] if bench == "skills/active" else ["--seeds", "0"]
     for _ in range(2):  # the second goes on where the first one ended
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        printed(BENCH / f"{bench}.py", "--out", str(tmp_path), *more)
     found = json.loads((tmp_path / f"{Path(bench).name}.json").read_text())
     assert found["quick"] is True
     assert len(found["rows"]) >= 2
@@ -106,17 +102,9 @@ def test_the_public_datasets_are_named_or_the_script_that_downloads_them(
 
 @pytest.mark.slow
 def test_quick_form_of_the_peers(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH / "peers" / "run.py"), "--quick", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--environments", str(tmp_path / "none")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "make it with bench/peers/setup.sh" in done.stdout
+    none = str(tmp_path / "none")
+    said = printed(BENCH / "peers" / "run.py", "--threads", "1", "--out", str(tmp_path), "--environments", none)
+    assert "make it with bench/peers/setup.sh" in said
     rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
     assert [row["way"] for row in rows] == ["Coterie, one at a time", "Coterie, batched", "Coterie, batched, bfloat16"]
     assert all(row["round_s"] > 0 and row["loss"] > 0 for row in rows)
