@@ -23,6 +23,7 @@ SLOW = {
     "cluster",
     "assignment",
     "rounds",
+    "membership",
     "privacy",
     "published_code",
     "flower",
