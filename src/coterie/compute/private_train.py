@@ -20,6 +20,7 @@ from coterie.data.examples import Batch, Example
 from coterie.data.outputs import Output
 from coterie.methods.row_privacy import RowPrivacy
 from coterie.nn.per_row import PerRow, watch_head
+from coterie.requests import Trained
 from coterie.types import CoterieError, Key, Part
 
 
@@ -115,6 +116,13 @@ class PrivateTraining(Training):
         if (penalty := self.penalties.loss()) is not None:  # of the tensors alone: it says nothing of the rows
             penalty.backward()
         super().clip()
+
+    def result(self, tensors: Mapping[Key, Tensor]) -> Trained | CoterieError:
+        """The trained ``tensors``, or why there are none. What training measured beside them has no noise: it is 0."""
+        made = super().result(tensors)
+        if isinstance(made, CoterieError):
+            return made
+        return Trained(made.tensors, 0.0, self.private.rows, 0, made.steps)
 
     def _loss_fault(self) -> CoterieError | None:
         return None  # whether the loss is a number depends on the rows, and has no noise
