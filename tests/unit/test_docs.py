@@ -11,7 +11,6 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import click
 import pytest
 import torch
 import typer
-from transformers import pipeline
 
 import coterie
 import coterie.methods
@@ -39,13 +37,9 @@ from coterie.methods.registry import methods
 from coterie.nn import gates
 from coterie.nn.attach import attached
 from coterie.types import CoterieError
+from doc_blocks import PAGES, ROOT, Block, blocks
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(page for folder in ("docs", "examples", "bench") for page in (ROOT / folder).rglob("*.md"))]
-)
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
-FENCE = re.compile(r"^```(\w*) ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`((?:src|tests|docs|examples|bench)/[\w./-]*)`")
 TUTORIAL = ROOT / "docs" / "tutorial-paper.md"
 USING = ROOT / "docs" / "using-a-run.md"
@@ -55,31 +49,6 @@ DATASETS = next(filter(Path.is_dir, (ROOT / "examples" / "data", ROOT.parent / "
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page: its language, the word after it, its text, and where it starts."""
-
-    page: Path
-    line: int
-    language: str
-    mark: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks(language: str, mark: str | None = None) -> list[Block]:
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert text.count("\n```") % 2 == 0, f"{page}: a fence is not closed"
-        for match in FENCE.finditer(text):
-            block = Block(page, text[: match.start()].count("\n") + 2, match[1], match[2], match[3])
-            found += [block] if block.language == language and mark in (None, block.mark) else []
-    return found
 
 
 def the_block(mark: str) -> Block:
@@ -153,45 +122,6 @@ def test_an_example_gets_the_rows_it_asks_for(path: Path) -> None:
 # what the README tells a stranger to do ------------------------------------------------------------------------------
 
 CLIENTS = [f"{trade}-{place}" for trade in ("it", "clinic") for place in ("north", "east", "south")]
-SMALLER = {
-    'path = "minilm"': 'path = "model"',
-    "rank = 8": "rank = 2",
-    "batch_size = 16": "batch_size = 4",
-    "epochs = 2": "epochs = 1",
-    "warmup_rounds = 2": "warmup_rounds = 1",
-    "rounds = 8": "rounds = 3",
-}
-
-
-def test_the_readme_from_files_to_a_loaded_expert(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = ROOT / "README.md"
-    (config,) = [block.text for block in blocks("toml") if block.page == readme]
-    for large, small in SMALLER.items():
-        assert large in config
-        config = config.replace(large, small)
-    tiny.folder(tmp_path / "model", "bert")
-    places = iter(sites.federation(tmp_path / "clients").values())
-    for name in ("north", "south", "east"):
-        next(places).rename(tmp_path / "clients" / name)
-    (tmp_path / "triage.toml").write_text(config + '[engine]\nthreads = 1\ndevice = "cpu"\n', encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    app(["run", "triage.toml", "--set", "run.export=last"], standalone_mode=False)
-    app(["run", "triage.toml", "--set", "method.name=fedit"], standalone_mode=False)
-    runnable = [block for block in blocks("python", "run") if block.page in (readme, USING)]
-    assert len(runnable) >= 4
-    for block in runnable:
-        capsys.readouterr()
-        exec(compile(block.text, str(block), "exec"), {})
-        if "PeftModel" in block.text:
-            north = coterie.load("runs/triage-fedit-0", client="north")
-            classify = pipeline("text-classification", model=north.model, tokenizer=north.tokenizer)
-            assert capsys.readouterr().out == f"{classify('the printer on floor two smokes')[0]['label']}\n"
-    kept = {path.relative_to(tmp_path).parts[2] for path in tmp_path.glob("runs/triage-fedlease-0/*")}
-    page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^\| `([\w.]+)", page.partition("## In a tracker")[0], re.MULTILINE))
-    assert kept == named - {"tensorboard", "mlflow.db", "wandb", "trained", "kept"}
 
 
 def test_the_tutorial_from_a_csv_to_a_table(
@@ -232,7 +162,7 @@ def test_the_tutorial_from_a_csv_to_a_table(
 def test_python_on_a_page_compiles(block: Block) -> None:
     compile(block.text, str(block), "exec")
     assert block.mark in ("", "run", "method", "gate", "source")
-    assert block.mark != "run" or block.page in (ROOT / "README.md", USING, TUTORIAL), "nothing runs it there"
+    assert (block.mark == "run") == (block.page in (ROOT / "README.md", USING, TUTORIAL)), "nothing runs it there"
     for name in re.findall(r"^from (coterie[\w.]*) import", block.text, re.MULTILINE):
         importlib.import_module(name)
 

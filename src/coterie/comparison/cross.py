@@ -95,8 +95,11 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
 def data_of(folder: Path, config: Config, root: Path) -> FederatedData:
     """The data of the run in ``folder``, loaded again. Raises :class:`CoterieError` where they have changed since."""
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
-    if json.loads(json.dumps(federation.manifest)) != read_json(folder / "manifest.json"):
-        raise CoterieError(f"the data are not those of {folder} (see manifest.json); restore them")
+    now, then = json.loads(json.dumps(federation.manifest)), read_json(folder / "manifest.json")
+    if now != then:
+        new = ", ".join(sorted(set(now["clients"]) - set(then["clients"])))
+        what = f"{new} came after it; move the new rows to another folder" if new else "see manifest.json; restore them"
+        raise CoterieError(f"the data are not those of {folder}: {what}")
     return federation
 
 
