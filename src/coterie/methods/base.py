@@ -57,7 +57,8 @@ class Method(ABC, Generic[S]):
     """One federated method. ``S`` is its server state: a frozen dataclass that :mod:`coterie.codec` can encode.
 
     A method is a frozen dataclass that subclasses this one for its defaults, and for nothing else: what methods share
-    are functions (:mod:`coterie.methods.parts`). ``Settings`` are the keys of ``[method]``, ``State`` is ``S``.
+    are functions (:mod:`coterie.methods.parts`). ``Settings`` are the keys of ``[method]``, ``State`` is ``S``,
+    ``Welcome`` the type of what a newcomer is given.
 
     ``evaluates``: what a client is meant to use, the bank that the server sends after averaging ("received") or the one
     that it trained last itself ("trained"); ``[run] evaluate`` overrides it. ``newcomers``: why no client can join
@@ -78,6 +79,7 @@ class Method(ABC, Generic[S]):
     paper: ClassVar[str]
     summary: ClassVar[str]
     State: ClassVar[type[Any]]
+    Welcome: ClassVar[type[Any]] = Instruction
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     evaluates: ClassVar[Literal["received", "trained"]] = "received"
     newcomers: ClassVar[str] = ""
@@ -180,20 +182,27 @@ class Method(ABC, Generic[S]):
         tensors = with_head({**lora_of(personal.tensors), **lora_of(ins.tensors)}, ins, personal)
         return Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
 
-    def onboard(self, state: S, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
-        """A program that finds the bank of ``me``, a client that was not there, after the last round.
+    def welcome(self, state: S, me: ClientInfo) -> Any:
+        """What ``me``, a client that was not there, needs of the ``state`` after the last round: a ``Welcome``.
 
-        It may request compute on the client's rows. By default the client gets what the server sends, keeps what the
-        method keeps on a client, and chooses as a client does. What came from the server is frozen; the router, the
-        head and what stays on the client train afterwards. Raises :class:`CoterieError` where no client can join.
+        By default an instruction, as the server sends one to a client that joins. It names no other client. Raises
+        :class:`CoterieError` where no client can join.
         """
         if self.newcomers:
             raise CoterieError(f"{self.name} takes no client after the start: {self.newcomers}")
+        return self.configure(state, [me], self.plan.rounds + 1)[me.id]
+
+    def onboard(self, welcome: Any, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """A program that finds the bank of ``me``, a client that was not there, from what :meth:`welcome` gave.
+
+        It may request compute on the client's rows. By default the client keeps what the method keeps on a client, and
+        chooses as a client does. What came from the server is frozen; the router, the head and what stays on the client
+        train afterwards.
+        """
         own = self.begin(base, me)
         personal = replace(own, tensors={**start_head(base, self.plan, me), **own.tensors})
-        ins = self.configure(state, [me], self.plan.rounds + 1)[me.id]
-        bank = yield from self.choose(ins, me, personal)
-        mine = (personal.tensors.keys() - ins.tensors.keys()) & bank.tensors.keys()
+        bank = yield from self.choose(welcome, me, personal)
+        mine = (personal.tensors.keys() - welcome.tensors.keys()) & bank.tensors.keys()
         return Onboarded(bank, newcomers_own(bank) | mine)
 
     def choose(self, ins: Instruction, me: ClientInfo, personal: Personal) -> BankProgram:

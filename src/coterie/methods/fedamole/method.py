@@ -94,6 +94,7 @@ class FedAMoLE(Method[FedAMoLEState]):
     newcomers = "FedAMoLE's experts choose among the sites that take part from the start"
     Settings = FedAMoLESettings
     State = FedAMoLEState
+    Welcome = FedAMoLEState
     instructs_alike = False
 
     # server ------------------------------------------------------------------------------------------------------
@@ -202,19 +203,23 @@ class FedAMoLE(Method[FedAMoLEState]):
         own_masks = self.settings.dropout_masks == "per_expert"
         return Bank(tensors, gate, self.plan.scaling, self.plan.dropout, own_masks)
 
-    def onboard(self, state: FedAMoLEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+    def welcome(self, state: FedAMoLEState, me: ClientInfo) -> FedAMoLEState:
+        """The pool, all embeddings, and who holds what, by number: no client's name and no head."""
+        return replace(state, clients=tuple(str(i) for i in range(len(state.clients))), heads=Heads(), error=0.0)
+
+    def onboard(self, welcome: FedAMoLEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """In every module the experts that the client's tokens fit best, as many as a client holds on average."""
-        fixed = {key: state.pool[key] for key in state.pool if key.expert in (SHARED, NO_EXPERT)}
+        fixed = {key: welcome.pool[key] for key in welcome.pool if key.expert in (SHARED, NO_EXPERT)}
         personal = Personal(start_head(base, self.plan, me))
         shared = self.bank(Instruction(fixed), me, personal)
         observed = yield Observe(shared, "train", ("embeddings",))
         received = dict(fixed)
-        for module, z in state.holds.items():
-            number = min(max(round(float(z.sum()) / len(state.clients)), self._limits.min_experts), len(z))
+        for module, z in welcome.holds.items():
+            number = min(max(round(float(z.sum()) / len(welcome.clients)), self._limits.min_experts), len(z))
             token = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
-            chosen = fitting(state.expert_embeddings[module], state.token_embeddings[module], token, number)
+            chosen = fitting(welcome.expert_embeddings[module], welcome.token_embeddings[module], token, number)
             received |= {
-                key: state.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))
+                key: welcome.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))
             }
         bank = self.bank(Instruction(received), me, personal)
         return Onboarded(bank, newcomers_own(bank))

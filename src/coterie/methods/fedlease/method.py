@@ -19,7 +19,7 @@ from coterie.methods.fedlease.representation import (
 from coterie.methods.fedlease.routing import gate_of, slots_of
 from coterie.methods.fedlease.server import Server, warm_start
 from coterie.methods.fedlease.settings import FedLEASESettings
-from coterie.methods.fedlease.state import FedLEASEState
+from coterie.methods.fedlease.state import FedLEASEState, without_names
 from coterie.methods.findings import AggregationError, Clusters, Finding, Values
 from coterie.methods.parts import (
     Shapes,
@@ -69,6 +69,7 @@ class FedLEASE(Method[FedLEASEState]):
     summary = "one LoRA expert per cluster of clients, adaptive top-M routing over all experts"
     Settings = FedLEASESettings
     State = FedLEASEState
+    Welcome = FedLEASEState
     instructs_alike = False
     usage = (USE,)
 
@@ -168,14 +169,18 @@ class FedLEASE(Method[FedLEASEState]):
         experts = {**ins.tensors, **stand_ins(ins, personal, self.plan)}
         return Bank(with_head({**experts, **mine}, ins, personal), gate_of(self.settings, own), scaling, dropout)
 
-    def onboard(self, state: FedLEASEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
-        """A warm-up as in a round, then the nearest cluster's expert and router beside all other experts."""
+    def welcome(self, state: FedLEASEState, me: ClientInfo) -> FedLEASEState:
+        """The experts, the routers, the means of the clusters' warm-ups, and how many clients each expert has."""
         if state.allocation is None:
             raise CoterieError("fedlease has no clusters to join yet: the exported round is one of its warm-up")
+        return without_names(state)
+
+    def onboard(self, welcome: FedLEASEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """A warm-up as in a round, then the nearest cluster's expert and router beside all other experts."""
         own = self.begin(base, me)
         personal = replace(own, tensors={**start_head(base, self.plan, me), **own.tensors})
         warm = yield from self.client(Instruction({}, {"phase": "warm-up", "send": True}), me, personal)
-        known = replace(state, labels={**state.labels, me.id: me.labels or ()})
+        known = replace(welcome, labels={**welcome.labels, me.id: me.labels or ()})
         joined = self._server.add_late(known, {me.id: warm.reply})
         bank = self.bank(self._server.instruction(joined, me.id, self.plan.rounds + 1), me, warm.personal)
         return Onboarded(bank, newcomers_own(bank))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from coterie.methods.fedlease.allocation import Allocation
 from coterie.methods.fedlease.download import Use
@@ -45,3 +47,34 @@ class FedLEASEState:
     def num_experts(self) -> int:
         """The number of experts, 0 before the clients are clustered."""
         return self.allocation.num_experts if self.allocation else 0
+
+
+def without_names(state: FedLEASEState) -> FedLEASEState:
+    """What a newcomer needs of ``state``: numbers in place of the clients' names, and nothing else about clients.
+
+    Their labels stay where they say which shared head is whose.
+    """
+    allocation = state.allocation
+    if allocation is None:
+        return FedLEASEState(state.base, {}, {})
+    number = {client: f"client {i}" for i, client in enumerate(sorted(allocation.clusters))}  # no client's id: a space
+    alias = Allocation(
+        {number[c]: cluster for c, cluster in allocation.clusters.items()},
+        {},
+        (),
+        torch.zeros(0, 0),
+        allocation.text_clusters,
+        own={number[c]: expert for c, expert in allocation.own.items()},
+    )
+    shared = bool(state.heads.values)
+    return replace(
+        state,
+        groups={},
+        labels={number[c]: labels for c, labels in state.labels.items() if shared and c in number},
+        warm={},
+        allocation=alias,
+        heads=Heads(state.heads.values, {number[c]: name for c, name in state.heads.group.items() if c in number}),
+        error=0.0,
+        outlying=(),
+        use={},
+    )
