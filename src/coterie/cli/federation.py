@@ -44,6 +44,9 @@ def serve(
     resume: Resume = False,
     insecure: Insecure = False,
     superlink: Annotated[str | None, typer.Option(help="HOST:PORT of a SuperLink that is already running")] = None,
+    onboard: Annotated[
+        str, typer.Option(help="of a finished run: ids of sites that get a model of it now, separated by commas")
+    ] = "",
 ) -> None:
     """Run a federation of sites: wait for them, run the rounds, write the experts and the report."""
     _need_flower()
@@ -62,8 +65,17 @@ def serve(
             show(event)
 
         summary = run(
-            settings, folder, root=config.parent, resume=resume, insecure=insecure, superlink=superlink, listen=listen
+            settings,
+            folder,
+            root=config.parent,
+            resume=resume,
+            insecure=insecure,
+            superlink=superlink,
+            onboard=_listed(onboard),
+            listen=listen,
         )
+    if onboard:
+        return
     show_summary(console.out, summary, folder)
 
 
@@ -181,7 +193,7 @@ def _need_flower() -> None:
 
 def _say(event: Event) -> None:
     """Print what the network does; the listener of every run prints the rounds."""
-    from coterie.deploy.events import Back, Joined, Late, Refused
+    from coterie.deploy.events import Back, Joined, Late, Onboarded, Refused
 
     match event:
         case Back():
@@ -192,6 +204,9 @@ def _say(event: Event) -> None:
             say(f"node {event.node} was refused: {event.reason}")
         case Late():
             say(event.text)
+        case Onboarded():
+            change = [f"{m} {event.before[m]:.3f} -> {v:.3f}" for m, v in event.after.items() if m in event.before]
+            say(f"{event.client} has its model: {', '.join(change) or 'it sends no metrics'}")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coterie.cli.plain import escape
-from coterie.deploy.status import Status, spans
+from coterie.deploy.status import Status, took_part
 from coterie.ops.accounting import spent_text
 from coterie.units import clock, size
 
@@ -28,7 +28,7 @@ def show(console: Console, status: Status) -> None:
     for client, site in sorted(status.sites.items()):
         missed = len({rnd for kind, rnd, _ in site.failures if kind == "train" and rnd not in site.rounds})
         state = f"{site.state}, {clock(time.time() - site.seen)} ago" if site.state == "connected" else site.state
-        row = (client, state, spans(site.rounds), str(missed), size(site.bytes_down), size(site.bytes_up))
+        row = (client, state, took_part(site), str(missed), size(site.bytes_down), size(site.bytes_up))
         table.add_row(*map(escape, row), f"{site.seconds:.1f}", f"{site.site_seconds:.1f}")
     console.print(table)
     for client, site in sorted(status.sites.items()):

@@ -46,7 +46,8 @@ def join_with(
 ) -> Joined:
     """Find the client's experts by the method's ``welcome``, train its router and head, score it before and after.
 
-    ``guarded`` wraps the compute, as :class:`coterie.engines.client.Guard` does. The learning rate is that of a first round: the client is new, whatever the run's rates have decayed to.
+    ``guarded`` wraps the compute, as a site's policy does. The learning rate is that of a first round: the client is
+    new, whatever the run's rates have decayed to.
     """
     method = replace(method, plan=replace(method.plan, optim=method.plan.optim.model_copy(update={"round_decay": 1.0})))
     spec, me, compute = local.workplace.base.spec, local.client.info, guarded(local)

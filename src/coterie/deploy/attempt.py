@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,26 +18,28 @@ _EARLIER_FILE = "deal.json"  # what versions before 0.1.0 called it
 class Attempt:
     """``number`` counts the starts; the sites keep the run's personal state under the id ``run``.
 
-    ``keys`` is the site that owns a key, by the key's SHA-256.
+    ``keys`` is the site that owns a key, by the key's SHA-256. ``onboard``: the sites that join the run after its end.
     """
 
     run: str
     number: int
     keys: Mapping[str, ClientId]
+    onboard: Sequence[ClientId] = ()
 
 
 def read_attempt(folder: Path) -> Attempt:
     """The newest attempt of the run in ``folder``."""
     saved = read_json(folder / _FILE)
-    return Attempt(saved["run"], saved["attempt"], saved["keys"])
+    return Attempt(saved["run"], saved["attempt"], saved["keys"], saved.get("onboard", []))
 
 
-def begin_attempt(folder: Path, keys: Mapping[str, ClientId]) -> Attempt:
+def begin_attempt(folder: Path, keys: Mapping[str, ClientId], onboard: Sequence[ClientId] = ()) -> Attempt:
     """Record that the run in ``folder`` is started once more."""
     if (folder / _EARLIER_FILE).exists():
         (folder / _EARLIER_FILE).rename(folder / _FILE)
     old = read_attempt(folder) if (folder / _FILE).exists() else None
     run = old.run if old else f"{folder.name[:60]}-{secrets.token_hex(8)}"
-    attempt = Attempt(run, old.number + 1 if old else 1, dict(keys))
-    write_json(folder / _FILE, {"run": attempt.run, "attempt": attempt.number, "keys": dict(keys)})
+    attempt = Attempt(run, old.number + 1 if old else 1, dict(keys), onboard)
+    saved = {"run": attempt.run, "attempt": attempt.number, "keys": dict(keys)}
+    write_json(folder / _FILE, saved | ({"onboard": list(onboard)} if onboard else {}))
     return attempt

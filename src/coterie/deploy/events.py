@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coterie.ops.metrics import Metrics
 from coterie.runs.events import RUN, Event, kinds
 from coterie.types import ClientId
 
@@ -91,6 +92,20 @@ class Unreadable(Event):
 
 
 @dataclass(frozen=True)
+class Onboarded(Event):
+    """A site joined the finished run: ``trained`` of its tensors were trained; its test metrics before and after."""
+
+    event = "onboarded"
+
+    client: ClientId
+    round: int
+    rows: int
+    trained: int
+    before: Metrics = field(default_factory=dict)
+    after: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Stopped(Event):
     """The server stopped with an error."""
 
@@ -106,4 +121,7 @@ class Finished(Event):
     event = "finished"
 
 
-FEDERATION = {**RUN, **kinds(ServerStarted, Joined, Back, Refused, Exchanged, Late, Unreadable, Stopped, Finished)}
+FEDERATION = {
+    **RUN,
+    **kinds(ServerStarted, Joined, Back, Refused, Exchanged, Late, Unreadable, Onboarded, Stopped, Finished),
+}

@@ -61,6 +61,10 @@ def _malformed(hello: Hello) -> str | None:
 
 
 def _not_invited(client: ClientId, agreement: Agreement, key: str) -> str | None:
+    if agreement.finished and client not in agreement.sites:
+        return (
+            f"the run is finished, and only {', '.join(agreement.sites)} can join it now; {client} is not among these"
+        )
     if agreement.closed and client not in agreement.sites:
         return f"{client} did not take part from the start, and {agreement.closed}"
     if agreement.sites and client not in agreement.sites:

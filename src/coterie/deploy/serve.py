@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from coterie.deploy.attempt import begin_attempt
 from coterie.deploy.events import Finished, Stopped
 from coterie.deploy.journal import JOURNAL, Journal, Reader
 from coterie.deploy.metrics import exporter
+from coterie.deploy.onboard import check_newcomers
 from coterie.deploy.processes import private_files
 from coterie.deploy.superlink import SuperLink, check_server_keys
 from coterie.files import write_json
 from coterie.runs.events import CheckpointSaved, Listener, Note
 from coterie.runs.folder import check_folder, lock_folder, plain, read_config
 from coterie.runs.summary import SUMMARY, Summary, read_summary
-from coterie.types import CoterieError
+from coterie.types import ClientId, CoterieError
 
 _POLL = 0.5  # seconds between reads of the journal
 _STATUS_PAUSE = 15.0  # seconds between two status requests to Flower, each of which takes a process
@@ -34,15 +36,19 @@ def serve(
     resume: bool = False,
     insecure: bool = False,
     superlink: str | None = None,
+    onboard: Sequence[ClientId] = (),
     listen: Listener = lambda event: None,
 ) -> Summary:
     """Run the federation of ``config`` in ``folder`` to its end and return its summary.
 
-    ``superlink`` is the address of one that is running already. Raises :class:`CoterieError`; the last checkpoint
+    ``superlink`` is the address of one that is running already. ``onboard``: the run is finished, and these sites join
+    it now (:mod:`coterie.deploy.onboard`). Raises :class:`CoterieError`; the last checkpoint
     is kept.
     """
-    _check(config, folder, resume)
-    if (folder / SUMMARY).exists():
+    _check(config, folder, resume or bool(onboard))
+    if onboard:
+        check_newcomers(folder, onboard)
+    elif (folder / SUMMARY).exists():
         listen(Note(f"{folder} is finished; nothing to do"))
         return read_summary(folder / SUMMARY)
     if insecure and config.secure_aggregation.enabled:
@@ -63,7 +69,7 @@ def serve(
             stack.enter_context(exporter(folder, settings.metrics_port))
         write_json(folder / "config.json", {"root": str(root.resolve()), "config": plain(config)})
         stack.callback(link.stop)
-        Supervisor(link, folder, settings.restarts, listen).run()
+        Supervisor(link, folder, settings.restarts, listen, onboard).run()
     return read_summary(folder / SUMMARY)
 
 
@@ -88,6 +94,7 @@ class Supervisor:
     folder: Path
     restarts: int
     listen: Listener
+    onboard: Sequence[ClientId] = ()
     committed: int = 0  # the newest round whose checkpoint this process saw
 
     def run(self) -> None:
@@ -121,7 +128,7 @@ class Supervisor:
             self.link.stop()
             self.link.start()
         try:
-            begin_attempt(self.folder, self.link.register())
+            begin_attempt(self.folder, self.link.register(), self.onboard)
             run = self.link.submit(self.folder)
         except CoterieError:
             if self.link.alive():

@@ -21,9 +21,10 @@ from coterie.deploy.events import Finished, Joined, ServerStarted, Stopped
 from coterie.deploy.head import digest_of
 from coterie.deploy.hello import Hello
 from coterie.deploy.journal import JOURNAL, Journal
+from coterie.deploy.onboard import onboard
 from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.secure_server import RemoteSums
-from coterie.deploy.sites import Sites
+from coterie.deploy.sites import KNOWN, Sites, read_known
 from coterie.deploy.status import write_sites
 from coterie.experiment import Opened, finish, rounds_of, set_threads, tracked
 from coterie.files import remove_parts, write_atomic, write_json
@@ -35,7 +36,6 @@ from coterie.runs.rounds import Runner
 from coterie.runs.summary import Summary
 from coterie.types import ClientId, CoterieError
 
-_KNOWN = "sites.safetensors"
 # A shared head is averaged over the sites that the method's state lists for it, and this list is fixed at the start.
 _SHARED = 'with [task] head = "shared" no site can join later'
 _EXIT_SECONDS = 5.0  # in which Flower may end by itself
@@ -43,7 +43,8 @@ _LOCK_SECONDS = 90.0  # in which the server of an earlier attempt may still be e
 
 
 def main(transport: Transport, run_config: Mapping[str, object]) -> None:
-    """Continue the run in ``run_config["folder"]`` from its last checkpoint to its end."""
+    """Continue the run in ``run_config["folder"]`` from its last checkpoint to its end, or let sites join a finished
+    one."""
     _end_with_parent()
     folder = Path(str(run_config["folder"]))
     journal = Journal(folder / JOURNAL)
@@ -52,7 +53,13 @@ def main(transport: Transport, run_config: Mapping[str, object]) -> None:
             _lock(stack, folder)
             stack.enter_context(explain_full_disk(folder))
             remove_parts(folder)
-            run(transport, folder, journal)
+            attempt = read_attempt(folder)
+            if attempt.onboard:
+                config = check_config(read_config(folder)[0])
+                agreement = replace(agreement_of(config, attempt), sites=tuple(attempt.onboard))
+                onboard(transport, folder, journal, agreement)
+            else:
+                run(transport, folder, journal)
     except CoterieError as fault:
         journal(Stopped(str(fault)))
         raise
@@ -84,7 +91,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     base = config.federation.base or digest_here(config, root, folder)
     agreement = replace(agreement_of(config, read_attempt(folder)), base=base)
     begun = newest_round(folder / "checkpoints") is not None
-    known = _read_known(folder) if begun else {}
+    known = read_known(folder) if begun else {}
     closed = method.newcomers or (_SHARED if config.task.head == "shared" else "")
     if closed and begun:
         agreement = _closed(agreement, known, closed)
@@ -154,14 +161,9 @@ def _lock(stack: ExitStack, folder: Path) -> None:
             return
 
 
-def _read_known(folder: Path) -> dict[ClientId, Hello]:
-    path = folder / _KNOWN
-    return codec.decode(dict[str, Hello], path.read_bytes()) if path.exists() else {}
-
-
 def _write_known(folder: Path, known: Mapping[ClientId, Hello], config: Config) -> None:
     """Who ever joined, for the next attempt; and the manifest: counts and label names, as the sites reported them."""
-    write_atomic(folder / _KNOWN, codec.encode(known))
+    write_atomic(folder / KNOWN, codec.encode(known))
     clients = {
         c: {
             "labels": list(h.info.labels) if h.info.labels else None,

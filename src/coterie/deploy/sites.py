@@ -10,7 +10,9 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from coterie import codec
 from coterie.deploy.agreement import Agreement
 from coterie.deploy.answers import answered
 from coterie.deploy.events import Back, Joined, Refused
@@ -20,7 +22,14 @@ from coterie.flower.message import Message, Transport
 from coterie.runs.events import Listener, Note
 from coterie.types import ClientId, ClientInfo, CoterieError
 
+KNOWN = "sites.safetensors"
 _RETRY = 30.0  # seconds before a node that was refused gets another request
+
+
+def read_known(folder: Path) -> dict[ClientId, Hello]:
+    """The introductions of the sites that ever joined the run in ``folder``."""
+    path = folder / KNOWN
+    return codec.decode(dict[str, Hello], path.read_bytes()) if path.exists() else {}
 
 
 @dataclass

@@ -11,6 +11,7 @@ from coterie.deploy.events import (
     Finished,
     Joined,
     Late,
+    Onboarded,
     Refused,
     ServerStarted,
     Stopped,
@@ -43,6 +44,7 @@ class Site:
     failures: list[tuple[str, int, str]] = field(default_factory=list)  # kind, round, reason
     replies: dict[str, int] = field(default_factory=dict)
     late: int = 0
+    onboarded: int | None = None  # after the end, from this round's state
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
@@ -76,7 +78,7 @@ def _add(status: Status, event: Event, at: float) -> None:
     match event:
         case ServerStarted():
             status.attempts = event.attempt
-            status.phase = "waiting for sites"
+            status.phase = "waiting for sites" if status.phase != "finished" else "finished; sites join"
             for client in event.sites:
                 status.sites.setdefault(client, Site())
         case Joined():
@@ -97,6 +99,8 @@ def _add(status: Status, event: Event, at: float) -> None:
             site.failures.append((event.kind, event.round, event.reason))
         case Evaluated():
             status.mean = event.mean
+        case Onboarded():
+            status.sites.setdefault(event.client, Site()).onboarded = event.round
         case Stopped():
             status.phase = f"stopped: {event.error}"
         case Finished():
@@ -146,7 +150,7 @@ def table_of(status: Status) -> dict[str, Json]:
     """What the report shows: a row per site, and notes."""
     sites = {
         client: {
-            "took part in": spans(site.rounds),
+            "took part in": took_part(site),
             "missed": "; ".join(f"{kind} of round {rnd}: {reason}" for kind, rnd, reason in site.failures) or "-",
             "bytes_down": site.bytes_down,
             "bytes_up": site.bytes_up,
@@ -156,6 +160,11 @@ def table_of(status: Status) -> dict[str, Json]:
         for client, site in sorted(status.sites.items())
     }
     return {"sites": sites, "starts of the server": status.attempts, "notes": status.notes}
+
+
+def took_part(site: Site) -> str:
+    """The rounds that a site took part in, or the one after which it joined the finished run."""
+    return spans(site.rounds) if site.onboarded is None else f"joined after {site.onboarded}"
 
 
 def write_sites(folder: Path) -> None:

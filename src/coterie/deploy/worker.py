@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie import codec
+from coterie.compute.batched import FAULTS
+from coterie.compute.client import LocalCompute
+from coterie.compute.join import EPOCHS, join_with
 from coterie.compute.loading import workplaces
 from coterie.config.deployment import SiteSettings
 from coterie.config.sections import Config
@@ -17,12 +20,13 @@ from coterie.deploy.agreement import config_at
 from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import Head, digest_of, read_head
 from coterie.deploy.hello import Hello
+from coterie.deploy.onboard import Answer
 from coterie.deploy.policy import check_policy, guard_of
 from coterie.deploy.private_site import Releases, check_cost
 from coterie.deploy.received import received_file
 from coterie.deploy.secure_site import SiteSums, identity_of, keep_for_sums
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
-from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
+from coterie.engines.client import LocalClient, client_bank, evaluate_client, failed, train_client
 from coterie.engines.store import ClientStates
 from coterie.experiment import about_export, set_threads, write_own
 from coterie.files import read_json, write_atomic, write_json
@@ -30,7 +34,7 @@ from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
 from coterie.methods.base import Method
 from coterie.nn.locate import resolve
-from coterie.types import Bank, CoterieError, DataError, ExportedAs, Json
+from coterie.types import Bank, CoterieError, DataError, ExportedAs, Instruction, Json
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Worker:
             "query.sum": self._sum,
             "evaluate": self._evaluate,
             "query.bank": self._bank,
+            "query.onboard": self._onboard,
         }
         if head.kind in ("evaluate", "query.bank"):
             self.unsaved = received_file(run.folder, head, message.body)
@@ -165,6 +170,22 @@ class Worker:
             raise CoterieError(f"{disk_text(fault)}; `coterie site export` there writes the bundle later") from fault
         counted = not run.config.privacy.by_row  # a bank would be one more release
         return Message({}, codec.encode(bank) if self.site.policy.upload_bank and counted else b"")
+
+    def _onboard(self, run: Run, head: Head, body: bytes) -> Message:
+        """Join a finished run: write this site's bundle to its own disk, and send a count and metrics."""
+        client, guard = run.client, run.client.guard
+        welcome = codec.decode(run.method.Welcome, body)
+        compute = LocalCompute(client.workplace, client.data, head.rnd + 1)
+        try:
+            joined = join_with(run.method, welcome, compute, EPOCHS, guard.compute)
+            guard.admit(Instruction(joined.bank.tensors))
+        except FAULTS as fault:
+            return Message({"error": failed(client, fault, 0.0).error})
+        about = about_export(run.config, self.root, head.rnd, head.export)
+        write_own(run.folder / "export", joined.bank, about, client.workplace.base.spec, client.info)
+        shown = self.site.policy.upload_metrics and not run.config.privacy.active
+        before, after = (joined.before, joined.after) if shown else ({}, {})
+        return Message({}, codec.encode(Answer(joined.trained, before, after)))
 
     def export(self, run: Run, body: bytes, rnd: int, export: ExportedAs) -> Bank:
         """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-KINDS = ("query.hello", "train", "evaluate", "query.bank", "query.sum")
+KINDS = ("query.hello", "train", "evaluate", "query.bank", "query.sum", "query.onboard")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""A site that comes after the end of a federation of real processes gets its model by message: `make test-flower`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+import coterie
+from flower_processes import processes, write_site
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
+A, B, LATE = "mood-0", "size-0", "mood-1"
+
+
+def test_a_third_site_joins_a_finished_federation_and_its_model_predicts(tmp_path: Path) -> None:
+    settings = "wait = 300\ndeadline = 300\ngreeting = 100"
+    run = "rounds = 2\nevaluate_every = 2"
+    with processes(tmp_path, [A, B], insecure=True, run=run, federation=settings) as made:
+        made.serve()
+        for site in (A, B):
+            made.join(site)
+        made.finished()
+        files = ["summary.json", *(str(p.relative_to(made.run)) for p in (made.run / "checkpoints").glob("*.ckpt"))]
+        before = {name: (made.run / name).read_bytes() for name in files}
+        assert len(before) >= 2
+
+        port = int(re.search(r"port = (\d+)", (tmp_path / "serve.toml").read_text())[1])  # type: ignore[index]
+        write_site(tmp_path, LATE, port)
+        made.join(LATE)  # A and B still wait, and stay as they are
+        made.serve("--onboard", LATE)
+        made.finished()
+        assert {name: (made.run / name).read_bytes() for name in files} == before
+        (joined,) = [event for event in made.lines() if event["event"] == "onboarded"]
+        assert joined["client"] == LATE
+        assert {"loss", "accuracy"} <= joined["after"].keys()
+        assert f"{LATE} has its model: loss" in (tmp_path / "serve.out").read_text()
+        (bundle,) = (tmp_path / f"state-{LATE}").glob("run-*/export")
+        model = coterie.load(bundle)
+        assert (model.client, model.labels) == (LATE, ("bad", "good"))
+        assert len(model.predict([{"text": "awful"}, {"text": "great"}])) == 2
+        assert "joined after 2" in made.coterie("status", "run").stdout
