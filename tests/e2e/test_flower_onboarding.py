@@ -42,4 +42,6 @@ def test_a_third_site_joins_a_finished_federation_and_its_model_predicts(tmp_pat
         model = coterie.load(bundle)
         assert (model.client, model.labels) == (LATE, ("bad", "good"))
         assert len(model.predict([{"text": "awful"}, {"text": "great"}])) == 2
-        assert "joined after 2" in made.coterie("status", "run").stdout
+        said = made.coterie("status", "run").stdout
+        assert "finished; 2 of 2 rounds done" in said
+        assert f"only {LATE} can join it now" in said
