@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import coterie.adapters.bundle  # noqa: F401  (imported late otherwise, while calls are counted)
 import flower_sites
 import sites
 from coterie import codec
