@@ -111,8 +111,13 @@ class TaskSettings(Section):
             raise ValueError(f"generate works only with kind = generation, not {self.kind}; leave it out")
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError("top_p counts only where tokens are drawn; set temperature above 0, or leave top_p out")
+        if self.temperature > 0 and not self.generate:
+            raise ValueError("temperature counts only where text is generated; set generate = true, or leave it out")
         if self.objective == "dpo" and self.kind != "generation":
             raise ValueError(f"objective = dpo works only with kind = generation, not {self.kind}; leave it out")
+        for name in ("beta", "reference"):
+            if self.objective != "dpo" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'{name} counts only with objective = "dpo"; set that, or leave {name} out')
         return self
 
 

@@ -80,6 +80,19 @@ def test_without_a_temperature_the_most_likely_tokens() -> None:
 
 
 def test_top_p_alone_would_do_nothing() -> None:
-    assert TaskSettings(kind="generation", temperature=0.7, top_p=0.9).top_p == 0.9
+    assert TaskSettings(kind="generation", generate=True, temperature=0.7, top_p=0.9).top_p == 0.9
     with pytest.raises(ValueError, match="top_p counts only where tokens are drawn"):
         TaskSettings(kind="generation", top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "mends"),
+    [
+        ({"temperature": 0.7}, "temperature counts only where text is generated; set generate = true"),
+        ({"beta": 0.2}, 'beta counts only with objective = "dpo"'),
+        ({"reference": "base"}, 'reference counts only with objective = "dpo"'),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(setting: dict[str, Any], mends: str) -> None:
+    with pytest.raises(ValueError, match=mends):
+        TaskSettings(kind="generation", **setting)
