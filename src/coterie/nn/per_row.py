@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from coterie.types import CoterieError, Key
 
+_ROUNDINGS = 16  # of a product of l and r in their dtype, which the cut allows for
+
 
 @dataclass
 class PerRow:
@@ -45,19 +47,36 @@ class PerRow:
         """The sum over rows of their gradients, each over all tensors together cut to the length ``clip``."""
         parts = {key: (_joined(of, 0), _joined(of, 1)) for key, of in self.parts.items()}
         norms = torch.stack([squared_norms(left, right) for left, right in parts.values()]).sum(0).sqrt()
-        factors = (clip / norms.clamp_min(1e-30)).clamp_max(1.0)
+        norms = norms + sum(_rounding(left, right) for left, right in parts.values())
+        factors = (clip / norms.clamp_min(1e-300)).clamp_max(1.0)
         whole = torch.isfinite(norms)  # a row whose gradient is not a number has none
         return {key: _sum(left, right, factors, whole) for key, (left, right) in parts.items()}
 
 
 def squared_norms(left: Tensor, right: Tensor) -> Tensor:
-    """||left_b^T right_b||^2 of each row. Shapes: left [b, t, k], right [b, t, d], result [b], in float64."""
+    """||left_b^T right_b||^2 of each row. Shapes: left [b, t, k], right [b, t, d], result [b], in float64.
+
+    Where tokens take each other off, Grams in float32 would lose all of it, and the row would not be cut: they are in
+    float64, and what even that may lose is added.
+    """
     _, tokens, k = left.shape
     d = right.shape[-1]
     if tokens * (k + d) <= k * d:
-        grams = left @ left.mT, right @ right.mT
-        return (grams[0].double() * grams[1].double()).sum((1, 2)).clamp_min(0)
+        wide = left.double(), right.double()
+        lost = _ROUNDINGS * torch.finfo(torch.float64).eps * _sizes(left, right).square()
+        return ((wide[0] @ wide[0].mT) * (wide[1] @ wide[1].mT)).sum((1, 2)).clamp_min(0) + lost
     return (left.mT @ right).double().square().sum((1, 2))
+
+
+def _rounding(left: Tensor, right: Tensor) -> Tensor:
+    """By how much rounding may make each row's part longer than it is: [b]."""
+    return _ROUNDINGS * torch.finfo(left.dtype).eps * _sizes(left, right)
+
+
+def _sizes(left: Tensor, right: Tensor) -> Tensor:
+    """sum_t ||l_bt|| ||r_bt||, the length of each row's part if no token took off another's: [b], in float64."""
+    squares = [of.double().square().sum(-1) for of in (left, right)]
+    return (squares[0] * squares[1]).sqrt().sum(1)
 
 
 def watched(values: Tensor, add: Callable[[Tensor], None]) -> Tensor:
@@ -125,5 +144,5 @@ def _sum(left: Tensor, right: Tensor, factors: Tensor, whole: Tensor) -> Tensor:
         rows = whole[:, None, None]
         left, right = torch.where(rows, left, 0.0), torch.where(rows, right, 0.0)
         factors = torch.where(whole, factors, 0.0)
-    weighed = left * factors.to(left.dtype)[:, None, None]
+    weighed = (left.double() * factors[:, None, None]).to(left.dtype)  # a tiny factor has few digits in float32
     return weighed.flatten(0, 1).T @ right.flatten(0, 1)

@@ -138,7 +138,23 @@ def test_norms_of_uses_one_after_another(tokens: int) -> None:
 def test_a_row_whose_gradient_is_not_a_number_counts_as_none() -> None:
     of, key = PerRow(2), Key("m", 0, Part.A)
     of.add(key, torch.tensor([[torch.nan], [2.0]]), torch.tensor([[1.0, 1.0], [3.0, 4.0]]))
-    assert of.clipped(5.0)[key].tolist() == [[3.0, 4.0]]
+    torch.testing.assert_close(of.clipped(5.0)[key], torch.tensor([[3.0, 4.0]]), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [1e4, 1e12])
+def test_a_row_whose_tokens_nearly_take_each_other_off_is_cut(seed: int, size: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    left, right, other = (torch.randn(1, 30, generator=draw) for _ in range(3))
+    of, key = PerRow(1), Key("m", 0, Part.A)  # float32 Grams of these have a length of 0, or of anything
+    of.add(key, torch.cat([left, -left]) * size, torch.cat([right, right + 1e-5 * other]))
+    assert 0.01 < float(of.clipped(1.0)[key].double().norm()) <= 1 + 1e-5
+
+
+def test_a_row_far_beyond_the_clip_is_cut_to_it() -> None:
+    of, key = PerRow(1), Key("m", 0, Part.A)  # its factor is 1 / 1.33e45, which in float32 has one digit
+    of.add(key, torch.full((1, 4), 1.33e22 / 2), torch.full((1, 4), 1e23 / 2))
+    torch.testing.assert_close(float(of.clipped(1.0)[key].double().norm()), 1.0, rtol=1e-5, atol=0.0)
 
 
 def test_noise_of_the_multiplier_times_the_clip_is_added_to_the_sum() -> None:
