@@ -32,6 +32,7 @@ from coterie.ops.noise import Noise
 from coterie.types import ClientId, Key, Part, Reply, Section, Tensors
 
 Vector = dict[Key, Tensor]  # float64
+_SMALLEST, _LARGEST = 1e-9, 1e9  # of a clip: beyond, products with float32 tensors lose digits
 
 
 class PrivacySettings(Section):
@@ -45,17 +46,21 @@ class PrivacySettings(Section):
     clip: float = Field(
         0.0,
         ge=0,
+        le=_LARGEST,
         description="largest length of a client's whole update, or with unit = example of a row's gradient; what is "
         "longer is cut to it",
     )
     embedding_clip: float = Field(
-        1.0, gt=0, description="the same for what a client measures and does not train, such as mean embeddings"
+        1.0,
+        ge=_SMALLEST,
+        le=_LARGEST,
+        description="the same for what a client measures and does not train, such as mean embeddings",
     )
     noise_multiplier: float = Field(
-        0.0, ge=0, description="standard deviation of the noise, times clip; 0: the least that keeps to epsilon"
+        0.0, ge=0, le=1e5, description="standard deviation of the noise, times clip; 0: the least that keeps to epsilon"
     )
     epsilon: float = Field(
-        0.0, ge=0, description="budget of the whole run: it stops before it would exceed this; 0: none"
+        0.0, ge=0, le=1e5, description="budget of the whole run: it stops before it would exceed this; 0: none"
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="the delta of epsilon; well below 1 / the number of clients")
     noise_at: Literal["server", "client"] = Field(
@@ -105,6 +110,8 @@ class PrivacySettings(Section):
             raise ValueError(
                 "noise without a clip hides nothing: set clip to the length of a usual update (or row's gradient)"
             )
+        if self.clip < _SMALLEST:
+            raise ValueError(f"clip is {self.clip:g}: floats round too coarsely below {_SMALLEST:g}")
         if not self.noise_multiplier and not self.epsilon:
             raise ValueError("set noise_multiplier, or epsilon and delta, from which it is calculated")
         return self

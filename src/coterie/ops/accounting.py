@@ -27,6 +27,8 @@ _FINEST = 1e-3  # relative, of a calibrated multiplier
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)  # of RDP; dp-accounting's fractions need not converge
 _INTERVAL = 1e-3  # of PLD's grid; its epsilon is an upper bound on any grid
 _MOST = 1e5  # a multiplier beyond which nothing is left of any sum
+_LEAST = 1e-3  # a multiplier below which nothing is hidden: one release costs more than 10**5
+_TIGHT_UP_TO = 100.0  # the epsilon of RDP beyond which PLD's grid would fill the memory, for a figure that says nothing
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def spent(releases: Sequence[Noised], delta: float) -> Spent:
     """What ``releases`` cost together, each made after the others are known."""
     if not releases:
         return Spent(0.0, delta, "exact", 0.0, 0.0)
-    if any(release.multiplier <= 0 for release in releases):
+    if any(release.multiplier < _LEAST for release in releases):
         return Spent(math.inf, delta, "exact", math.inf)
     return _spent(tuple(sorted(Counter(_together(releases)).items(), key=repr)), delta)
 
@@ -74,7 +76,7 @@ def _spent(counts: tuple[tuple[Noised, int], ...], delta: float) -> Spent:
     if sampled == {"all"}:
         ((whole, _),) = counts
         return Spent(float(_library().get_epsilon_gaussian(whole.multiplier, delta)), delta, "exact", rdp)
-    tight = None if "fixed" in sampled else _epsilon("PLD", counts, delta)
+    tight = None if "fixed" in sampled or rdp > _TIGHT_UP_TO else _epsilon("PLD", counts, delta)
     if tight is None or rdp < tight:
         return Spent(rdp, delta, "RDP", rdp, tight)
     return Spent(tight, delta, "PLD", rdp, tight)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import dp_accounting as dp
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from coterie.methods.privacy import PrivacySettings, Released, cut, private_reply
 from coterie.methods.robust import Group
-from coterie.ops.accounting import Noised, multiplier_for, spent
+from coterie.ops.accounting import Noised, Sampled, multiplier_for, spent
 from coterie.ops.noise import SecureNoise, SeededNoise
 from coterie.types import NO_EXPERT, Key, Part, Reply
 
@@ -157,3 +158,20 @@ def test_sampling_amplifies_less_where_a_cohort_has_a_fixed_size() -> None:
     )
     assert poisson.epsilon < fixed.epsilon < whole.epsilon
     assert (whole.accountant, fixed.accountant, poisson.accountant) == ("exact", "RDP", "PLD")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("clip", 1e-44), ("clip", 1e30), ("noise_multiplier", 1e300), ("epsilon", 1e9)]
+)
+def test_numbers_with_which_rounding_decides_are_refused(setting: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=setting):
+        PrivacySettings(**{"unit": "example", "clip": 1.0, "noise_multiplier": 1.0, setting: value})
+
+
+@pytest.mark.parametrize("sampled", ["all", "poisson"])
+def test_noise_that_hides_nothing_costs_no_memory(sampled: Sampled) -> None:
+    none, little = (Noised(of, sampled, 100, 4) for of in (1e-200, 0.05))
+    assert spent([none], 1e-5).epsilon == math.inf
+    cost = spent([little] * 50, 1e-5)
+    assert 100 < cost.epsilon < math.inf
+    assert cost.accountant == ("exact" if sampled == "all" else "RDP")
