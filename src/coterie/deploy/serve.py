@@ -42,8 +42,7 @@ def serve(
     """Run the federation of ``config`` in ``folder`` to its end and return its summary.
 
     ``superlink`` is the address of one that is running already. ``onboard``: the run is finished, and these sites join
-    it now (:mod:`coterie.deploy.onboard`). Raises :class:`CoterieError`; the last checkpoint
-    is kept.
+    it now (:mod:`coterie.deploy.onboard`). Raises :class:`CoterieError`; the last checkpoint is kept.
     """
     _check(config, folder, resume or bool(onboard))
     if onboard:
@@ -51,13 +50,7 @@ def serve(
     elif (folder / SUMMARY).exists():
         listen(Note(f"{folder} is finished; nothing to do"))
         return read_summary(folder / SUMMARY)
-    if insecure and config.secure_aggregation.enabled:
-        raise CoterieError(
-            "[secure_aggregation] needs the sites' keys, which --insecure leaves out; make them: `coterie keys init`"
-        )
-    keys = None if insecure else (root / config.federation.keys).resolve()
-    if keys is not None:
-        check_server_keys(keys)
+    keys = _keys(config, root, insecure)
     settings = config.federation
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)  # every site's tensors pass through it
@@ -71,6 +64,19 @@ def serve(
         stack.callback(link.stop)
         Supervisor(link, folder, settings.restarts, listen, onboard).run()
     return read_summary(folder / SUMMARY)
+
+
+def _keys(config: Config, root: Path, insecure: bool) -> Path | None:
+    """The folder of the server's keys, checked; None without keys."""
+    if insecure and config.secure_aggregation.enabled:
+        raise CoterieError(
+            "[secure_aggregation] needs the sites' keys, which --insecure leaves out; make them: `coterie keys init`"
+        )
+    if insecure:
+        return None
+    keys = (root / config.federation.keys).resolve()
+    check_server_keys(keys)
+    return keys
 
 
 def _check(config: Config, folder: Path, resume: bool) -> None:
