@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
-
 import coterie
 from flower_processes import processes, write_site
 

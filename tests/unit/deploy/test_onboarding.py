@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("flwr")
-
 import coterie
 import flower_sites
 import sites
