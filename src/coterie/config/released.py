@@ -75,7 +75,7 @@ def _protected(release: Release, mode: str) -> str:
     if release.carried == "joining" or not release.of_rows:
         return CLEAR
     if release.carried == "bank":
-        return "in the clear, if the site allows it"
+        return NOT_SENT if mode in ("client", "row") else "in the clear, if the site allows it"
     if mode in ("server", "client", "row", "both"):
         return _with_noise(release, mode)
     if release.carried == "count":

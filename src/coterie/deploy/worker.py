@@ -168,7 +168,7 @@ class Worker:
             bank = self.export(run, body, head.rnd, head.export)
         except OSError as fault:
             raise CoterieError(f"{disk_text(fault)}; `coterie site export` there writes the bundle later") from fault
-        counted = not run.config.privacy.by_row  # a bank would be one more release
+        counted = not (run.config.privacy.by_client or run.config.privacy.by_row)  # a bank would be one more release
         return Message({}, codec.encode(bank) if self.site.policy.upload_bank and counted else b"")
 
     def _onboard(self, run: Run, head: Head, body: bytes) -> Message:

@@ -190,3 +190,15 @@ def test_a_site_calculates_itself_what_a_run_would_cost(
     answer = worker.answer(of.message("query.hello", SITE))
     assert says in str(answer.head.get("error", ""))
     assert bool(answer.body) == (not says)
+
+
+@pytest.mark.parametrize("privacy", [ROWS, PRIVACY], ids=["rows", "client"])
+def test_a_site_with_its_own_noise_sends_no_bank(path: Path, tmp_path: Path, privacy: dict[str, Any]) -> None:
+    config = by_row(path, privacy)
+    of = agreement(config)
+    (worker,) = flower_sites.workers(tmp_path, [SITE], policy={"upload_bank": True}).values()
+    body = instruction(worker, config, of)
+    assert worker.answer(of.message("train", SITE, 1, body=body)).body
+    answer = worker.answer(of.message("query.bank", SITE, 1, {"export": "last"}, body))
+    assert "error" not in answer.head
+    assert not answer.body
