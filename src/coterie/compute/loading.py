@@ -98,6 +98,11 @@ def _task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     return make_task(task.kind, tokenizer, length, new, task.generate, task.turns, task.scores, dpo, sampling)
 
 
+def task_for(config: Config, tokenizer: PreTrainedTokenizerBase, root: Path) -> Task:
+    """The task of ``config`` with a tokenizer that has not got ``[model] chat_template`` yet."""
+    return _task(config, _with_template(tokenizer, config, root))
+
+
 def chat_template_of(config: Config, root: Path) -> str:
     """The text of ``[model] chat_template``; "" without one. Raises :class:`CoterieError` for one that is not valid."""
     if config.model.chat_template is None:
@@ -131,15 +136,20 @@ def _bases(config: Config, root: Path, names: tuple[str, ...]) -> tuple[Base, ..
     bases = tuple(_load(config, root, name) for name in names)
     precision = _precision(config, bases)
     for base in bases:
-        if precision == "bfloat16":
-            base.hold_linears(torch.bfloat16)
-        if config.engine.attention != "auto":
-            base.use_attention(config.engine.attention)
-        elif base.device.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
-            base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
+        prepare(base, config, precision)
         if config.engine.compile:
             compile_frozen(base)
     return bases
+
+
+def prepare(base: Base, config: Config, precision: str) -> None:
+    """Set the dtype of the base's Linears and the implementation of its attention as ``[engine]`` has them."""
+    if precision == "bfloat16":
+        base.hold_linears(torch.bfloat16)
+    if config.engine.attention != "auto":
+        base.use_attention(config.engine.attention)
+    elif base.device.type == "cpu" and precision == "bfloat16" and config.model.max_length <= 256:
+        base.use_attention("eager")  # torch's fused attention takes 1.5x as long there: docs/decisions/0008
 
 
 def _check_rank(rank: int, base: Base) -> None:

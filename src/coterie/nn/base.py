@@ -113,7 +113,7 @@ def load_base(
     path = files_of(path, root)
     model, tokenizer = load_model(path, kind, dtype, quantize, device, device_map)
     if gradient_checkpointing:
-        _use_checkpointing(model)
+        use_checkpointing(model)
     if kind != "classification":
         _check_causal(model, path)
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
@@ -133,7 +133,8 @@ def spec_at(name: str, kind: TaskKind, targets: tuple[str, ...] = ()) -> BaseSpe
     return identified(describe(outline(path, kind), targets), path)
 
 
-def _use_checkpointing(model: PreTrainedModel) -> None:
+def use_checkpointing(model: PreTrainedModel) -> None:
+    """Have ``model`` compute activations again in the backward pass. Raises :class:`CoterieError` where it cannot."""
     if not model.supports_gradient_checkpointing:
         raise CoterieError(f"{type(model).__name__} does not support gradient_checkpointing; leave it out of [model]")
     model.gradient_checkpointing_enable({"use_reentrant": False})

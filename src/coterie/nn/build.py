@@ -211,7 +211,8 @@ def _head(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict
     wanted = {_split(key)[0] for key in keys}
     for name in sorted(wanted):
         _module(model, name)
-    heads = {name: copy.deepcopy(child) for name, child in model.named_children() if name in wanted}
+    own = {id(parameter): parameter for name in wanted for parameter in model.get_submodule(name).parameters()}
+    heads = {name: copy.deepcopy(child, dict(own)) for name, child in model.named_children() if name in wanted}
     last = [m for head in heads.values() for m in head.modules() if isinstance(m, nn.Linear)][-1:]
     labels = [id(parameter) for linear in last for parameter in linear.parameters()]
     for key in keys:

@@ -284,6 +284,11 @@ def _slots(serves: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(serves, device=device)
 
 
+def forget_slots() -> None:
+    """Drop what is cached: tensors without numbers may be among it (:mod:`coterie.nn.unloaded`)."""
+    _slots.cache_clear()
+
+
 class _Kept(FunctionCtx):
     """What the softmax keeps for its backward: weights, picks and what the slots serve; p's shape and dtype."""
 

@@ -110,6 +110,21 @@ def outline(path: str, kind: TaskKind) -> nn.Module:
         return _on_meta(config, kind)
 
 
+def unloaded_model(path: str, kind: TaskKind, dtype: torch.dtype, pad: int) -> PreTrainedModel:
+    """The frozen model of the files at ``path`` as :func:`load_model` makes it, with weights that were not read."""
+    with _quiet(path):
+        config: PretrainedConfig = _loaded(AutoConfig.from_pretrained, path)
+        _disable_dropout(config)
+        config.pad_token_id = pad
+        if kind == "classification":
+            config.num_labels = _PROBE_LABELS
+        auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    for module in model.modules():
+        _disable_dropout(module)
+    return model.requires_grad_(False).eval()
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the files at ``path``. Raises :class:`CoterieError` for one that is missing or cannot pad."""
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer.from_pretrained, path)
