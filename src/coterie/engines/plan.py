@@ -102,13 +102,12 @@ def plan(config: Config, root: Path) -> Plan:
             "the [train] batch_size"
         )
     workplace, mode, clients = _workplace(config, root)
-    request = _request(config, root, clients)
-    client = max(clients, key=lambda each: _tokens(_largest(workplace, each, request)))
-    examples = _largest(workplace, client, request)
+    request = largest_request(config, root, clients)
+    client, examples = largest_batch(workplace, clients, request)
     together = 1 if config.engine.clients_per_batch == "auto" else min(config.engine.clients_per_batch, len(clients))
 
     def step(workplace: Workplace) -> Footprint:
-        return training_footprint([_training(workplace, client, request, examples) for _ in range(together)], mode)
+        return training_footprint([training_on(workplace, client, request, examples) for _ in range(together)], mode)
 
     try:
         training = step(workplace)
@@ -161,7 +160,7 @@ def _workplace(config: Config, root: Path) -> tuple[Workplace, torch._subclasses
     return workplace, mode, clients
 
 
-def _request(config: Config, root: Path, clients: Sequence[ClientData]) -> Train:
+def largest_request(config: Config, root: Path, clients: Sequence[ClientData]) -> Train:
     """The largest of the clients' first requests to train."""
     method, infos = config.make_method(root), [client.info for client in clients]
     spec = spec_at(resolve(config.model.path, root), config.task.kind, config.lora.targets)
@@ -185,13 +184,19 @@ def _tokens(examples: Sequence[Example]) -> int:
     return len(examples) * max((len(example.ids) for example in examples), default=0)
 
 
-def _largest(workplace: Workplace, client: ClientData, request: Train) -> list[Example]:
-    """A batch of the client's longest rows."""
-    examples = workplace.examples(client, "train")
-    return sorted(examples, key=lambda example: -len(example.ids))[: request.optim.batch_size]
+def largest_batch(
+    workplace: Workplace, clients: Sequence[ClientData], request: Train
+) -> tuple[ClientData, list[Example]]:
+    """The client whose longest rows make the largest batch, and that batch."""
+
+    def longest(client: ClientData) -> list[Example]:
+        examples = workplace.examples(client, "train")
+        return sorted(examples, key=lambda example: -len(example.ids))[: request.optim.batch_size]
+
+    return max(((client, longest(client)) for client in clients), key=lambda pair: _tokens(pair[1]))
 
 
-def _training(workplace: Workplace, client: ClientData, request: Train, examples: list[Example]) -> Training:
+def training_on(workplace: Workplace, client: ClientData, request: Train, examples: list[Example]) -> Training:
     """A training whose one step is on ``examples``."""
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1})
     made = Training(workplace, client, 1, replace(request, optim=optim, hold_out=None, rows_of={}))
