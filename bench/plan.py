@@ -88,7 +88,9 @@ def compared(name: str, root: Path, quick: bool, threads: int) -> dict[str, Any]
     make(root, name, quick)
     planned = plan(_config(root), root)
     command = [sys.executable, __file__, "--measure", str(root), "--threads", str(threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+    )
     real = json.loads(done.stdout.splitlines()[-1])
     return {
         "rows": planned.rows,

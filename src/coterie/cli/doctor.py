@@ -63,14 +63,13 @@ def planned(file: Path) -> list[Check]:
     set_threads(config)
     made = plan(config, file.parent)
     logits = [] if config.task.kind == "classification" else [Check("logits and the loss", size(made.logits))]
-    most = "at most " if config.model.gradient_checkpointing else ""  # what is computed again is counted too long
     on = "memory" if made.device == "cpu" else f"memory of {made.device}"
     return [
         Check("Python and its libraries", size(made.process)),
         Check("base", size(made.base)),
         Check("banks and gradients", size(made.banks)),
         Check("optimiser", size(made.optimiser)),
-        Check("activations", f"{most}{size(made.activations)} for {made.rows} rows of up to {made.tokens} tokens"),
+        Check("activations", f"{size(made.activations)} for {made.rows} rows of up to {made.tokens} tokens"),
         *logits,
         Check("the clients' replies", size(made.replies)),
         Check(f"{on} in all", f"{size(made.total)} of {size(made.free)}", made.fits, "; ".join(made.advice)),

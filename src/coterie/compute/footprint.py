@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import set_checkpoint_early_stop
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from coterie.compute.optimisers import Optimisers
 from coterie.compute.passes import evaluating, on_base
@@ -30,12 +29,13 @@ from coterie.types import Bank
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they exist: ``now``, and ``peak``.
 
-    ``made`` is the sum of all of them, ``operations`` the number of those that made one.
+    ``made`` is the sum of all of them, ``operations`` the number of those that made one, ``flops`` the work of products.
+    torch's FlopCounterMode is not used: it tracks modules, and so keeps what gradient checkpointing drops.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = self.made = self.operations = 0
+        self.now = self.peak = self.made = self.operations = self.flops = 0
         self._known: set[int] = set()
 
     def reset(self) -> None:
@@ -45,6 +45,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count what it returns."""
         out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         for each in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(each, Tensor):
                 self._count(each.untyped_storage())
@@ -89,10 +91,9 @@ class Footprint:
 def training_footprint(trainings: Sequence[Training], mode: AbstractContextManager[object]) -> Footprint:
     """The first optimiser step of clients that share passes. ``mode``: as the base was made in, of
     :func:`~coterie.nn.unloaded.shapes_alone`; a null context for a base with numbers."""
-    workplace, live, flops = trainings[0].workplace, LiveBytes(), FlopCounterMode(display=False)
+    workplace, live = trainings[0].workplace, LiveBytes()
     micro = [training.begin_step()[0].to(torch.device("cpu")) for training in trainings]  # what counts is found here
-    # Stopping early ends in an exception, whose frames would keep tensors for longer than a run does.
-    with set_checkpoint_early_stop(False), mode, live, flops:
+    with mode, live:
         layers = [build_layers(t.workplace.base.model, t.request.bank, t.request.trainable) for t in trainings]
         with on_base(workplace, layers) as passes:
             for training, built in zip(trainings, layers, strict=True):
@@ -115,16 +116,16 @@ def training_footprint(trainings: Sequence[Training], mode: AbstractContextManag
             optimisers = Optimisers.of([pair for t in trainings for pair in t.paces.items()], fused=False)
             optimisers.step({pace: 0 for t in trainings for pace in t.paces})
             state = live.now - before
-    return Footprint(banks, state, batch, made, flops.get_total_flops(), live.made, live.operations)
+    return Footprint(banks, state, batch, made, live.flops, live.made, live.operations)
 
 
 def evaluation_footprint(
     workplace: Workplace, bank: Bank, examples: Sequence[Example], mode: AbstractContextManager[object]
 ) -> Footprint:
     """One pass of evaluation on ``examples`` with ``bank``; ``mode`` as in :func:`training_footprint`."""
-    live, flops = LiveBytes(), FlopCounterMode(display=False)
+    live = LiveBytes()
     batch = workplace.task.collate(examples).to(torch.device("cpu"))
-    with mode, live, flops:
+    with mode, live:
         layers = build_layers(workplace.base.model, bank)
         with on_base(workplace, [layers]) as passes, evaluating(workplace.base.model):
             banks = live.now
@@ -135,4 +136,4 @@ def evaluation_footprint(
             (output,) = passes.outputs(joined)
             workplace.task.loss(output, joined.parts[0])
             held = live.peak - banks - size
-    return Footprint(banks, 0, size, held, flops.get_total_flops(), live.made, live.operations)
+    return Footprint(banks, 0, size, held, live.flops, live.made, live.operations)
