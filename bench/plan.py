@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from _harness import arguments, table, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -29,15 +28,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from coterie.compute.client import LocalCompute
 from coterie.compute.loading import workplaces
-from coterie.compute.score import score
 from coterie.compute.preferences import scoring_of
+from coterie.compute.score import score
 from coterie.compute.train import train
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
-from coterie.engines.batch_size import first_request
 from coterie.engines.plan import largest_batch, largest_request, plan, training_on
 from coterie.requests import Score
 

@@ -29,7 +29,7 @@ from coterie.types import Bank
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they exist: ``now``, and ``peak``.
 
-    ``made`` is the sum of all of them, ``operations`` the number of those that made one, ``flops`` the work of products.
+    ``made`` is the sum of all of them, ``operations`` the number of those that made one, ``flops`` the products' work.
     torch's FlopCounterMode is not used: it tracks modules, and so keeps what gradient checkpointing drops.
     """
 
