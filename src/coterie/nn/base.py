@@ -66,7 +66,8 @@ class Base:
         heads = set(head_modules(self.model))
         for name, module in self.model.named_modules():
             if type(module) is nn.Linear and id(module.weight) not in shared and name.split(".")[0] not in heads:
-                module.to(dtype)
+                for part, value in list(module.named_parameters(recurse=False)):
+                    setattr(module, part, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad))
 
     @property
     def packs_flat(self) -> bool:

@@ -29,7 +29,7 @@ WORDS = "one two three four five six seven eight nine ten"
 SIZES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "decoder": ("llama", {"hidden_size": 64, "num_hidden_layers": 3}, {}),
     "chunks": ("llama", {"hidden_size": 64}, {"engine": {"loss_chunk": 8}}),
-    "bfloat16": ("gpt2", {}, {"engine": {"precision": "bfloat16"}}),
+    "bfloat16": ("llama", {"hidden_size": 64}, {"engine": {"precision": "bfloat16"}}),
     "packed": ("llama", {"hidden_size": 64}, {"train": {"packing": True}}),
     "checkpointing": (
         "llama", {"hidden_size": 64, "num_hidden_layers": 4}, {"model": {"gradient_checkpointing": True}},
