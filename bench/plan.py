@@ -1,8 +1,8 @@
 """The plan of `coterie doctor --config` against what a run takes: the peak of a fresh process for each case.
 
-Small decoders and encoders with random weights, sized so that a step takes a hundred megabytes and more. A process of its
-own loads each, trains one step on the largest batch of any client and evaluates, as a run does; the peak of its memory
-above what it held with the base loaded is compared with the plan's. Target: within 20% in every case.
+Small decoders and encoders with random weights, sized so that a step takes a hundred megabytes and more. A process of
+its own loads each, trains one step on the largest batch of any client and evaluates, as a run does; the peak of its
+memory above what it held with the base loaded is compared with the plan's. Target: within 20% in every case.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, dict[str, Any]]]] = {
     "rank 64": ("llama", DECODER, {"lora": {"rank": 64, "alpha": 64.0}}),
     "checkpointing": ("llama", {**DECODER, "num_hidden_layers": 8}, {"model": {"gradient_checkpointing": True}}),
     "checkpointing, wider": (
-        "llama", {**DECODER, "hidden_size": 512}, {"model": {"gradient_checkpointing": True}, "engine": {"loss_chunk": 64}},
+        "llama", {**DECODER, "hidden_size": 512},
+        {"model": {"gradient_checkpointing": True}, "engine": {"loss_chunk": 64}},
     ),
     "bfloat16": ("llama", DECODER, {"engine": {"precision": "bfloat16"}}),
     "packing": ("llama", DECODER, {"train": {"packing": True, "batch_size": 16}}),
