@@ -7,6 +7,7 @@ memory above what it held with the base loaded is compared with the plan's. Targ
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -66,14 +67,19 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, dict[str, Any]]]] = {
 QUICK = {"decoder": 32, "checkpointing": 32}
 
 
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", help="names, separated by semicolons; default: all")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+
+
 def main() -> None:
-    options = arguments(__doc__ or "", lambda parser: parser.add_argument("--measure", type=Path))
+    options = arguments(__doc__ or "", add)
     if options.measure:
         print(json.dumps(measured(options.measure)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in QUICK if options.quick else CASES:
+        for name in QUICK if options.quick else options.cases.split(";") if options.cases else CASES:
             root = Path(folder) / name.replace(" ", "-")
             rows.append({"case": name, **compared(name, root, options.quick, options.threads)})
             print(json.dumps(rows[-1]), flush=True)

@@ -94,12 +94,16 @@ def plan(config: Config, root: Path) -> Plan:
     """The plan of a run on this machine. Relative paths start at ``root``.
 
     Reads the data, the tokenizer, and the weights for their digest alone. Raises :class:`CoterieError` as a run does,
-    and for preferences, whose passes are not planned.
+    and for preferences and ``unit = "example"``, whose passes are not planned.
     """
     if config.task.objective == "dpo":
         raise CoterieError(
             "a run with [task] objective = dpo cannot be planned yet; plan it on prompts and completions, with twice "
             "the [train] batch_size"
+        )
+    if config.privacy.by_row:
+        raise CoterieError(
+            'a run with [privacy] unit = "example" cannot be planned: its passes keep more; plan it without [privacy]'
         )
     workplace, mode, clients = _workplace(config, root)
     request = largest_request(config, root, clients)
