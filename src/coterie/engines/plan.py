@@ -96,15 +96,7 @@ def plan(config: Config, root: Path) -> Plan:
     Reads the data, the tokenizer, and the weights for their digest alone. Raises :class:`CoterieError` as a run does,
     and for preferences and ``unit = "example"``, whose passes are not planned.
     """
-    if config.task.objective == "dpo":
-        raise CoterieError(
-            "a run with [task] objective = dpo cannot be planned yet; plan it on prompts and completions, with twice "
-            "the [train] batch_size"
-        )
-    if config.privacy.by_row:
-        raise CoterieError(
-            'a run with [privacy] unit = "example" cannot be planned: its passes keep more; plan it without [privacy]'
-        )
+    _check_planned(config)
     workplace, mode, clients = _workplace(config, root)
     request = largest_request(config, root, clients)
     client, examples = largest_batch(workplace, clients, request)
@@ -137,6 +129,18 @@ def plan(config: Config, root: Path) -> Plan:
         rows=len(examples),
         tokens=max(len(example.ids) for example in examples),
     ))  # fmt: skip
+
+
+def _check_planned(config: Config) -> None:
+    if config.task.objective == "dpo":
+        raise CoterieError(
+            "a run with [task] objective = dpo cannot be planned yet; plan it on prompts and completions, with twice "
+            "the [train] batch_size"
+        )
+    if config.privacy.by_row:
+        raise CoterieError(
+            'a run with [privacy] unit = "example" cannot be planned: its passes keep more; plan it without [privacy]'
+        )
 
 
 def _workplace(config: Config, root: Path) -> tuple[Workplace, torch._subclasses.FakeTensorMode, Sequence[ClientData]]:
