@@ -122,7 +122,8 @@ class ManyLayer:
             self.rows[c, :rank] = layer.rows[:rank]
             self.rows[c, self.rank : self.rank + layer.slots] = layer.rows[rank : rank + layer.slots]
             self.columns[c, :rank] = layer.columns
-            experts = torch.arange(len(layer.experts)).repeat_interleave(torch.tensor(layer.ranks.each))
+            ranks = layer.ranks.each
+            experts = torch.arange(len(layer.experts)).repeat_interleave(torch.tensor(ranks), output_size=sum(ranks))
             self.owner[c, :rank] = experts.to(self.owner.device)
             self._share(c, layer, rank)
             layer.rows, layer.columns = self.rows[c], self.columns[c]  # the client's own storage is given up

@@ -23,7 +23,8 @@ class Ranks:
     def of(each: tuple[int, ...], device: torch.device) -> Ranks:
         if len(set(each)) == 1:
             return Ranks(each, None)
-        return Ranks(each, torch.arange(len(each)).repeat_interleave(torch.tensor(each)).to(device))
+        owner = torch.arange(len(each)).repeat_interleave(torch.tensor(each), output_size=sum(each))
+        return Ranks(each, owner.to(device))
 
     def weigh(self, z: Tensor, g: Tensor | None) -> Tensor:
         """z [n, R] with the columns of expert e multiplied by g[:, e]."""
