@@ -153,7 +153,9 @@ def _row(arch: str, tokens: int, number: int) -> dict[str, Any]:
     """A row of at most ``tokens``: every third is about as long, the others half of it."""
     words = [f"w{(number * 31 + i * 7) % WORDS}" for i in range((tokens if number % 3 == 0 else tokens // 2) - 8)]
     text, last = " ".join(words[: -len(words) // 2]), " ".join(words[-len(words) // 2 :])
-    return {"text": f"{text} {last}", "label": number // 4 % 2} if arch == "bert" else {"prompt": text, "completion": last}
+    if arch == "bert":
+        return {"text": f"{text} {last}", "label": number // 4 % 2}
+    return {"prompt": text, "completion": last}
 
 
 def _config(root: Path) -> Config:

@@ -32,6 +32,7 @@ SLOW = {
     "serve",
     "onboard",
     "gpu",
+    "plan",
     "instructions",
 }
 
