@@ -57,6 +57,7 @@ NAVIGATION: dict[str, str | list[str]] = {
     ],
     "Measured": [
         "docs/results/README.md",
+        "docs/results/study.md",
         "docs/results/fedlease.md",
         "docs/results/fedamole.md",
         "docs/results/smartfed.md",
