@@ -125,8 +125,8 @@ def _closed(agreement: Agreement, members: Collection[ClientId], reason: str) ->
     """The agreement of a run that only ``members``, the sites that it began with, can take part in."""
     if new := sorted({*agreement.sites} - {*members}):
         raise CoterieError(
-            f"{', '.join(new)} cannot join now: {reason}; remove the new sites from [federation] sites, or start a new "
-            "run"
+            f"{', '.join(new)} cannot join now: {reason}; remove the new sites from [federation] sites, and let them "
+            f"join after the end with --onboard {','.join(new)}"
         )
     return replace(agreement, sites=tuple(sorted({*members} & {*(agreement.sites or members)})), closed=reason)
 

@@ -132,6 +132,7 @@ def plan(config: Config, root: Path) -> Plan:
 
 
 def _check_planned(config: Config) -> None:
+    """Raise :class:`CoterieError` for a run whose passes are not those of a plan."""
     if config.task.objective == "dpo":
         raise CoterieError(
             "a run with [task] objective = dpo cannot be planned yet; plan it on prompts and completions, with twice "

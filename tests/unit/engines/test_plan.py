@@ -62,7 +62,7 @@ def config_of(path: Path, arch: str, **sections: Any) -> Config:
         "train": {"batch_size": 8, "steps": 1}, "engine": {"device": "cpu"},
     }  # fmt: skip
     for name, keys in sections.items():
-        made[name] = {**made[name], **keys}
+        made[name] = {**made.get(name, {}), **keys}
     return check_config(made)
 
 
@@ -130,7 +130,17 @@ def test_the_doctor_prints_the_parts(tmp_path: Path) -> None:
     assert checks["memory in all"].ok == (psutil.virtual_memory().available > 2**29)
 
 
-def test_preferences_are_not_planned(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "llama", task={"objective": "dpo"})
-    with pytest.raises(CoterieError, match="cannot be planned yet"):
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"task": {"objective": "dpo"}}, "objective = dpo cannot be planned yet"),
+        (
+            {"privacy": {"unit": "example", "clip": 1.0, "noise_multiplier": 1.0}, "lora": {"dropout": 0.0}},
+            r'\[privacy\] unit = "example" cannot be planned: .* plan it without \[privacy\]',
+        ),
+    ],
+)
+def test_what_cannot_be_planned_says_what_to_plan_instead(sections: dict[str, Any], why: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, "llama", **sections)
+    with pytest.raises(CoterieError, match=why):
         plan(config, tmp_path)

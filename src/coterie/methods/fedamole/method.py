@@ -258,12 +258,12 @@ class FedAMoLE(Method[FedAMoLEState]):
                 "remove it from [federation] sites, or start a new run"
             )
         column = state.clients.index(client)
-        part: dict[Key, Tensor] = {}
+        chosen: dict[Key, Tensor] = {}
         for module, z in state.holds.items():
             numbers = [*z[:, column].nonzero().flatten().tolist(), SHARED]
             keys = [Key(module, e, part) for e in numbers for part in (Part.A, Part.B)]
-            part |= {key: state.pool[key] for key in [*keys, Key(module, NO_EXPERT, Part.ROUTER)]}
-        return part
+            chosen |= {key: state.pool[key] for key in [*keys, Key(module, NO_EXPERT, Part.ROUTER)]}
+        return chosen
 
     def _average(
         self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], weight: Mapping[ClientId, float]
