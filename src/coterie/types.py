@@ -125,7 +125,8 @@ class ClientInfo:
     """What the server may know about a client: counts of rows, its label space, never a row.
 
     ``group`` is the client's domain, which a simulation knows (the dataset that its rows come from). ``oracle``
-    controls and pictures use it, never a method's own decisions.
+    controls and pictures use it, never a method's own decisions. ``active``: the most experts per matrix, on average,
+    that the client wants to activate; None: as many as the run does.
     """
 
     id: ClientId
@@ -134,6 +135,7 @@ class ClientInfo:
     num_test: int = 0
     labels: tuple[str, ...] | None = None
     group: str | None = None
+    active: int | None = None
 
 
 @dataclass(frozen=True)

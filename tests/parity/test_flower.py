@@ -14,8 +14,10 @@ import pools
 import sites
 from coterie import codec
 from coterie.data.clients import load_data
+from coterie.deploy.events import Joined
 from coterie.engines import local
 from coterie.methods.registry import methods
+from coterie.runs.events import Event
 from coterie.runs.rounds import Runner
 from coterie.runs.settings import RoundSettings
 
@@ -48,7 +50,7 @@ NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
 USED = {"download": "used", "download_threshold": 0.4, "experts_per_cluster": 2}
 EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
 EVERY += [("fedlease", "shared", {"distance": "representation", **USED}, "classification")]
-EVERY += [("fedlease", "personal", {}, "dpo")]
+EVERY += [("fedlease", "personal", {}, "dpo"), ("smartfed", "shared", {"budgets": {"mood-1": 1}}, "classification")]
 
 
 @pytest.mark.parametrize(("name", "head", "settings", "kind"), EVERY)
@@ -57,7 +59,7 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
 ) -> None:
     path = sites.config(tmp_path, "llama" if kind == "dpo" else "bert", method=name, kind=kind)
     changes: dict[str, Any] = {"task": {"head": head}} | ({"method": settings} if settings else {})
-    changes |= {"method": {"pool": pools.for_tiny()}} if name == "smartfed" else {}
+    changes |= {"method": {"pool": pools.for_tiny(), **settings}} if name == "smartfed" else {}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
@@ -90,6 +92,27 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
             tmp_path / "here" / "personal" / client / "000003.safetensors"
         ).read_bytes()
         assert list((staff[client].state / "run" / "export").iterdir())
+
+
+def test_a_site_with_few_active_experts_trains_as_a_client_with_a_budget(tmp_path: Path) -> None:
+    path, changes = sites.config(tmp_path, method="smartfed"), {"method": {"pool": pools.for_tiny(), "active": 3}}
+    states, joined = {}, {}
+    for place, budgets, active in (("site", {}, 1), ("server", {"mood-1": 1}, None)):
+        config = flower_sites.server_config(path, **{**changes, "method": {**changes["method"], "budgets": budgets}})
+        limited = {"mood-1": {"active": active}} if active else {}
+        staff = {
+            c: flower_sites.workers(tmp_path, [c], site={**limited.get(c, {}), "state": f"{place}/{c}"})[c]
+            for c in CLIENTS
+        }
+        heard: list[Event] = []
+        engine = flower_sites.engine_over(config, staff, sites=tuple(CLIENTS), note=heard.append)
+        engine.sites.gather(0, 10)
+        (tmp_path / place).mkdir(exist_ok=True)
+        states[place] = Runner(flower_sites.method_of(config), engine, RoundSettings(3, 0), tmp_path / place).run()
+        joined[place] = {e.client: e.active for e in heard if isinstance(e, Joined)}
+    assert states["site"].budgets == {"mood-1": 1}
+    assert codec.encode(states["site"]) == codec.encode(states["server"])
+    assert joined["site"] == {**dict.fromkeys(CLIENTS), "mood-1": 1}
 
 
 @pytest.mark.parametrize("noise_at", ["server", "client"])

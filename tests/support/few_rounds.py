@@ -13,7 +13,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fedlease": {"warmup_rounds": 1, "experts": 3, "download": "used", "download_threshold": 0.25},
     "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
     "hetlora": {"prune": 0.7, "penalty": 1.0},
-    "smartfed": {"active": 3, "fresh_rank": 2, "train_experts": ("two",), "drop_below": 0.1},
+    "smartfed": {
+        "active": 3,
+        "budgets": {"mood-0": 1},
+        "fresh_rank": 2,
+        "train_experts": ("two",),
+        "drop_below": 0.1,
+    },
 }
 
 

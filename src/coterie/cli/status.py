@@ -23,13 +23,16 @@ def show(console: Console, status: Status) -> None:
     if status.spent:
         console.print(f"privacy: {spent_text(status.spent)} spent", highlight=False)
     table = Table(box=None, header_style="bold")
-    for column in ("site", "state", "took part in", "missed", "sent", "received", "seconds", "of these working"):
+    limited = any(site.active is not None for site in status.sites.values())
+    columns = ["site", "state", "took part in", "missed", "sent", "received", "seconds", "of these working"]
+    for column in columns + ["active experts"] * limited:
         table.add_column(column, justify="left" if column in ("site", "state", "took part in") else "right")
     for client, site in sorted(status.sites.items()):
         missed = len({rnd for kind, rnd, _ in site.failures if kind == "train" and rnd not in site.rounds})
         state = f"{site.state}, {clock(time.time() - site.seen)} ago" if site.state == "connected" else site.state
         row = (client, state, took_part(site), str(missed), size(site.bytes_down), size(site.bytes_up))
-        table.add_row(*map(escape, row), f"{site.seconds:.1f}", f"{site.site_seconds:.1f}")
+        active = ["all" if site.active is None else f"at most {site.active}"] * limited
+        table.add_row(*map(escape, row), f"{site.seconds:.1f}", f"{site.site_seconds:.1f}", *active)
     console.print(table)
     for client, site in sorted(status.sites.items()):
         for kind, rnd, reason in site.failures[-5:]:

@@ -59,6 +59,12 @@ class SiteIdentity(Section):
         "trust; with it, this site takes part only in runs with secure aggregation",
     )
     state: str = Field("state", description="folder for what stays at the site: personal state, exports, the log")
+    active: int | None = Field(
+        None,
+        ge=1,
+        description="for a weak machine: the most experts per matrix and token that this site activates, on average "
+        "(SmartFed); without it, as many as the run",
+    )
 
 
 class SiteModel(Section):

@@ -22,7 +22,10 @@ class ServerStarted(Event):
 
 @dataclass(frozen=True)
 class Joined(Event):
-    """A site joined the run as a node; ``instead_of`` is the node that it was before, if Flower still lists that."""
+    """A site joined the run as a node; ``instead_of`` is the node that it was before, if Flower still lists that.
+
+    ``active``: the most experts per matrix that it activates on average; None: as many as the run.
+    """
 
     event = "joined"
 
@@ -32,6 +35,7 @@ class Joined(Event):
     base: str = ""
     rows: int = 0
     instead_of: str | None = None
+    active: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coterie.data.clients import SAFE_ID
 from coterie.deploy.agreement import Agreement
@@ -96,8 +96,9 @@ def _too_many_rows(info: ClientInfo, most: int) -> str | None:
 
 
 def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:
+    """What a site may change is how many experts it activates: its next instruction follows that."""
     client = hello.info.id
-    if client not in others or hello.info == others[client].info:
+    if client not in others or hello.info == replace(others[client].info, active=hello.info.active):
         return None
     return f"the rows or labels of {client} have changed since the run began; restore them, or start a new run"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from coterie.compute.client import LocalCompute
-from coterie.config.deployment import Policy
+from coterie.config.deployment import Policy, SiteIdentity
 from coterie.config.sections import Config
 from coterie.engines.client import Guard
 from coterie.methods.base import Method
@@ -34,6 +34,12 @@ def check_policy(policy: Policy, config: Config, method: Method) -> None:
             actual = actual.get(part) if isinstance(actual, dict) else None
         if actual not in (wanted if isinstance(wanted, list) else [wanted]):
             raise CoterieError(f"this site requires {key} = {wanted!r}, but the run has {actual!r} ([policy] settings)")
+
+
+def check_active(site: SiteIdentity, method: Method) -> None:
+    """Raises :class:`CoterieError` if this site wants fewer active experts than the run, and the method has no such."""
+    if site.active is not None and (fault := method.active_fault()):
+        raise CoterieError(f"[site] active = {site.active} at {site.id}: {fault}")
 
 
 def check_ranks(policy: Policy, ins: Instruction) -> None:

@@ -171,6 +171,7 @@ def _write_known(folder: Path, known: Mapping[ClientId, Hello], config: Config) 
             "base": h.base,
             "versions": dict(h.versions),
         }
+        | ({} if h.info.active is None else {"active": h.info.active})
         for c, h in sorted(known.items())
     }
     write_json(folder / "manifest.json", {"kind": config.task.kind, "seed": config.run.seed, "clients": clients})

@@ -14,7 +14,7 @@ from coterie.config.load import check_config, load_raw
 from coterie.config.sections import Config
 from coterie.deploy.agreement import config_at, terms_of
 from coterie.deploy.base_digest import base_digest, files_digest
-from coterie.deploy.policy import check_policy
+from coterie.deploy.policy import check_active, check_policy
 from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker
 from coterie.machine import Check, version, versions
@@ -79,6 +79,11 @@ def _policy_checks(site: SiteSettings, root: Path, run: Config) -> Iterator[Chec
         check_policy(site.policy, run, method)
     except CoterieError as fault:
         yield Check("policy", str(fault), False, "change [policy], or ask whoever runs the server to change its config")
+        return
+    try:
+        check_active(site.site, method)
+    except CoterieError as fault:
+        yield Check("active", str(fault), False, "leave [site] active out, or ask whoever runs the server")
     else:
         yield Check("policy", f"allows {run.method_name}, rank {method.max_rank}, {run.run.rounds} rounds")
 

@@ -161,8 +161,8 @@ class Sites:
         self._refused.pop(node, None)
         came = Back if back else Joined
         instead_of = str(before) if before is not None else None
-        versions = plain_versions(hello.versions)
-        self.note(came(client, str(node), versions, hello.base, hello.info.num_train, instead_of))
+        versions, info = plain_versions(hello.versions), hello.info
+        self.note(came(client, str(node), versions, hello.base, info.num_train, instead_of, info.active))
 
     def _to_match(self, client: ClientId) -> dict[ClientId, Hello]:
         """The introductions that a new one of ``client`` has to match.

@@ -36,7 +36,10 @@ from coterie.types import ClientId, Json
 
 @dataclass
 class Site:
-    """One site's part in the run so far. Bytes are as encoded; seconds are from a message to its answer."""
+    """One site's part in the run so far. Bytes are as encoded; seconds are from a message to its answer.
+
+    ``active``: the most experts per matrix that the site activates on average; None: as many as the run.
+    """
 
     state: str = "never seen"
     seen: float = 0.0
@@ -49,6 +52,7 @@ class Site:
     bytes_up: int = 0
     seconds: float = 0.0
     site_seconds: float = 0.0
+    active: int | None = None
 
 
 @dataclass
@@ -83,7 +87,7 @@ def _add(status: Status, event: Event, at: float) -> None:
                 status.sites.setdefault(client, Site())
         case Joined():
             site = status.sites.setdefault(event.client, Site())
-            site.state, site.seen = "connected", at
+            site.state, site.seen, site.active = "connected", at, event.active
         case Ready():
             status.rounds, status.phase = event.rounds, "running"
         case Resumed():
@@ -148,6 +152,7 @@ def _round_done(status: Status, event: RoundDone) -> None:
 
 def table_of(status: Status) -> dict[str, Json]:
     """What the report shows: a row per site, and notes."""
+    limited = any(site.active is not None for site in status.sites.values())
     sites = {
         client: {
             "took part in": took_part(site),
@@ -156,6 +161,7 @@ def table_of(status: Status) -> dict[str, Json]:
             "bytes_up": site.bytes_up,
             "seconds": site.seconds,
             "seconds at work": site.site_seconds,
+            **({"active experts": site.active} if limited else {}),
         }
         for client, site in sorted(status.sites.items())
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coterie import codec
@@ -21,7 +21,7 @@ from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import Head, digest_of, read_head
 from coterie.deploy.hello import Hello
 from coterie.deploy.onboard import Answer
-from coterie.deploy.policy import check_policy, guard_of
+from coterie.deploy.policy import check_active, check_policy, guard_of
 from coterie.deploy.private_site import Releases, check_cost
 from coterie.deploy.received import received_file
 from coterie.deploy.secure_site import SiteSums, identity_of, keep_for_sums
@@ -217,6 +217,7 @@ class Worker:
         config = config_at(self.site, terms)
         method = config.make_method(self.root)
         check_policy(self.site.policy, config, method)
+        check_active(self.site.site, method)
         if config.secure_aggregation.enabled:
             identity_of(self.site, self.root)  # raises where a key is missing, before anything is loaded
         elif self.site.site.peers:
@@ -233,6 +234,7 @@ class Worker:
             self.cache.pop(next(iter(self.cache)))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (rows,) = federation.clients
+        rows = replace(rows, info=replace(rows.info, active=self.site.site.active))
         check_cost(self.site.policy, method, rows.info.num_train)
         guard = guard_of(self.site.policy, method, public_text)
         return Run(config, method, LocalClient(workplace, rows, ClientStates.of(config, folder), guard), folder)

@@ -187,6 +187,8 @@ def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
     """Why a site's description of itself is refused, or None: its counts of rows, labels and targets have bounds."""
     if not all(0 <= count < _ROWS for count in (info.num_train, info.num_validation, info.num_test)):
         return "its numbers of rows are out of range"
+    if info.active is not None and not 1 <= info.active <= _SIZE:
+        return "its number of active experts is out of range"
     texts = [*(info.labels or ()), *([info.group] if info.group else []), *(t.name for t in spec.targets)]
     texts += [*(t.weights for t in spec.targets), *(p.name for p in spec.head)]
     if len(texts) > _ITEMS or len(info.labels or ()) > 10_000 or any(len(text) > TEXT for text in texts):

@@ -100,6 +100,10 @@ class Method(ABC, Generic[S]):
         """How its means weigh clients: by ``[method] weighting`` where it has that setting, else by their examples."""
         return "uniform" if getattr(self.settings, "weighting", "examples") == "uniform" else "examples"
 
+    def active_fault(self) -> str:
+        """Why no client can activate fewer experts than the run (``[site] active``); "" if one can."""
+        return f"{self.name} activates the same experts at every client; leave it out"
+
     # server ----------------------------------------------------------------------------------------------------------
 
     @abstractmethod

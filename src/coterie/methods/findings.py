@@ -132,6 +132,7 @@ class Quotas:
     ``sizes`` has the number of experts of a module, ``active`` how many of them a token uses. ``use`` is the share of
     the gates' weight that goes to an adapter, ``importance`` that of a module as the clients in ``measured_by``
     measured it. ``dropped`` names the adapters that were taken out of use; ``pool`` is the SHA-256 of the pool.
+    ``budgets`` has the clients that activate another number of experts per module, on average, than the run's.
     """
 
     adapters: Annotated[Mapping[str, Adapter], Field(min_length=1)]
@@ -142,9 +143,10 @@ class Quotas:
     use: Mapping[str, Number] = field(default_factory=dict)
     dropped: Sequence[str] = ()
     pool: str = ""
+    budgets: Mapping[ClientId, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        return {
+        made: dict[str, object] = {
             "pool": self.pool,
             "adapters": {name: list(adapter) for name, adapter in self.adapters.items()},
             "sizes": dict(self.sizes),
@@ -154,6 +156,7 @@ class Quotas:
             "use": dict(self.use),
             "dropped": list(self.dropped),
         }
+        return {**made, "budgets": dict(self.budgets)} if self.budgets else made
 
 
 @dataclass(frozen=True)

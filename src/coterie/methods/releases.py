@@ -70,7 +70,7 @@ COMMON: Sequence[Release] = (
     ),
     Release("use of the experts", "evaluation", "nothing", SERVER, when="after the last round"),
     Release(
-        "counts of rows, names of labels",
+        "counts of rows, names of labels, [site] active",
         "joining",
         "each",
         SERVER,

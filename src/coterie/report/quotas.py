@@ -29,6 +29,10 @@ def show(quotas: Quotas, run: Run) -> Iterator[Picture | Table]:
         figure = plots.adapter_use(use, list(quotas.adapters))
         yield Picture("adapter-use", "Which client uses which adapter", figure, note)
     yield from _by_round(run.history(Quotas), matrices)
+    if quotas.budgets:
+        run_budget = sum(quotas.active.values()) / len(quotas.active)
+        rows = [(client, budget, run_budget) for client, budget in sorted(quotas.budgets.items())]
+        yield Table("Budgets of clients", ["client", "active experts per matrix", "the run's"], rows)
     yield Table("Pool of adapters", ["", ""], _rows(quotas))
 
 

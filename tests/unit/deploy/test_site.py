@@ -20,20 +20,22 @@ import sites
 from coterie import codec
 from coterie.config.deployment import Policy
 from coterie.config.load import load_site
-from coterie.deploy.agreement import federation_config, terms_of
+from coterie.deploy.agreement import Agreement, federation_config, terms_of
 from coterie.deploy.base_digest import files_digest
 from coterie.deploy.head import digest_of
 from coterie.deploy.hello import Hello
+from coterie.deploy.hello import refusal as refusal_of
 from coterie.deploy.policy import without_usage
 from coterie.deploy.site_check import check as check_site
 from coterie.deploy.site_log import log_without_text
 from coterie.deploy.worker import Worker
+from coterie.engines.checks import site_fault
 from coterie.flower.message import Message
 from coterie.methods.plan import Plan
 from coterie.methods.smartfed.method import SmartFed
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.requests import Optim
-from coterie.types import FOLDED, CoterieError, Instruction, Part, Reply
+from coterie.types import FOLDED, BaseSpec, ClientInfo, CoterieError, Instruction, Part, Reply
 
 CLIENT = "mood-0"
 
@@ -367,6 +369,54 @@ def test_site_check_quotes_a_row_that_cannot_be_tokenised(tmp_path: Path) -> Non
     failed = {check.name: check.value for check in check_site(path, run, insecure=True) if not check.ok}
     assert failed.keys() == {"server", "rows"}
     assert "two candidates have the same tokens" in failed["rows"]
+
+
+# how many experts are active -----------------------------------------------------------------------------------------
+
+
+def test_a_sites_limit_of_active_experts_is_in_what_it_reports(tmp_path: Path) -> None:
+    config = flower_sites.server_config(
+        sites.config(tmp_path, method="smartfed"), method={"pool": pools.for_tiny(), "active": 3}
+    )
+    worker = flower_sites.workers(tmp_path, [CLIENT], site={"active": 1})[CLIENT]
+    hello = codec.decode(Hello, worker.answer(Message(head(config, "query.hello"))).body)
+    assert hello.info.active == 1
+    assert site_fault(hello.info, hello.spec) is None
+    for wrong in (0, -3, 2**40):
+        assert "active experts is out of range" in str(site_fault(replace(hello.info, active=wrong), hello.spec))
+    method = flower_sites.method_of(config)
+    ins = method.configure(method.init(hello.spec, [hello.info]), [hello.info], 1)[CLIENT]
+    assert {*ins.info["quotas"].values()} == {1}
+    reply = codec.decode(Reply, worker.answer(Message(head(config), codec.encode(ins))).body)
+    assert reply.info["active"] == 1
+
+
+def test_a_site_with_a_limit_of_active_experts_joins_no_other_method(tmp_path: Path) -> None:
+    run = sites.config(tmp_path, method="fedit")
+    hello = Message(head(flower_sites.server_config(run), "query.hello"))
+    assert refusal(tmp_path, hello, site={"active": 2}) == (
+        f"[site] active = 2 at {CLIENT}: fedit activates the same experts at every client; leave it out"
+    )
+    dense = {"pool": pools.for_tiny(), "router": "signed"}
+    config = flower_sites.server_config(sites.config(tmp_path / "dense", method="smartfed"), method=dense)
+    assert "every expert is active; set [method] sparse = true" in refusal(
+        tmp_path, Message(head(config, "query.hello")), site={"active": 2}
+    )
+    path = tmp_path / "SITE.toml"
+    path.write_text(
+        f'[site]\nid = "{CLIENT}"\nserver = "127.0.0.1:9"\nactive = 2\n[model]\npath = "gone"\n[data]\ntrain = "x"\n'
+    )
+    failed = {check.name for check in check_site(path, run, insecure=True) if not check.ok}
+    assert "active" in failed
+
+
+def test_a_site_may_change_its_limit_but_not_its_rows() -> None:
+    known = Hello(ClientInfo(CLIENT, 9, labels=("no", "yes"), active=4), BaseSpec(()), "terms", "0" * 64, {})
+    agreement = Agreement("run", {}, "terms", 1)
+    lower = replace(known, info=replace(known.info, active=None))
+    assert refusal_of(lower, agreement, "", {CLIENT: known}) is None
+    fewer = replace(known, info=replace(known.info, num_train=8))
+    assert "rows or labels" in str(refusal_of(fewer, agreement, "", {CLIENT: known}))
 
 
 # SITE.toml -----------------------------------------------------------------------------------------------------------

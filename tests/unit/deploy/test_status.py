@@ -16,7 +16,7 @@ from coterie.cli.status import show
 from coterie.deploy.events import Exchanged, Finished, Joined, Late, ServerStarted, Unreadable
 from coterie.deploy.journal import JOURNAL, Entry, Journal, Reader, read_journal
 from coterie.deploy.metrics import exporter, render
-from coterie.deploy.status import spans, status_of
+from coterie.deploy.status import spans, status_of, table_of
 from coterie.runs.events import ClientDone, ClientRound, Event, Note, Ready, Resumed, RoundDone
 from pages import Page, make_run
 
@@ -89,6 +89,19 @@ def test_the_report_shows_who_took_part_over_the_network(tmp_path: Path) -> None
         "b 1 train of round 2: no reply within 9 s; train of round 2: b's norm 300 B 20 B 4.0 s 1.0 s",
     ):
         assert part in text, part
+
+
+def test_a_sites_limit_of_active_experts_is_shown_where_there_is_one() -> None:
+    status = status_of(entries([Joined("a"), Joined("b", active=2), Ready(2, 4)]))
+    assert [site.active for site in status.sites.values()] == [None, 2]
+    out = StringIO()
+    show(Console(file=out, width=200), status)
+    assert "active experts" in out.getvalue()
+    assert "at most 2" in out.getvalue()
+    assert table_of(status)["sites"]["b"]["active experts"] == 2
+    without = StringIO()
+    show(Console(file=without, width=200), status_of(entries(EVENTS)))
+    assert "active" not in without.getvalue()
 
 
 def test_spans_of_rounds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from torch import Tensor
 
 import pools
 import tiny
+from coterie import codec
 from coterie.adapters.pool import cut, read_pool
+from coterie.engines.checks import fault_of
 from coterie.methods.base import drive
+from coterie.methods.fedit import FedIT
+from coterie.methods.findings import Quotas, find
 from coterie.methods.plan import Plan
+from coterie.methods.smartfed.budgets import budgets_of
 from coterie.methods.smartfed.method import SmartFed, SmartFedState
 from coterie.methods.smartfed.routers import comparable, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
@@ -155,6 +161,7 @@ def test_a_weak_client_activates_fewer_experts_and_the_federation_still_averages
     ]
     assert ks == [{4}, {1}]
     moved = {c: {key: value + i for key, value in state.routers.items()} for i, c in enumerate(sent)}
+    assert sent["weak"].info["active"] == 1
     after = method.aggregate(state, {c: Reply(tensors, 10) for c, tensors in moved.items()}, 1)
     assert all(torch.allclose(after.routers[key], value + 0.5) for key, value in state.routers.items())
 
@@ -164,8 +171,10 @@ def test_importance_of_fewer_active_experts_counts_as_that_of_all() -> None:
     modules = sorted(state.quotas)
     use = {"one": 0.5, "two": 0.5}
     of = {"a": 4.0, "weak": 2.0}  # every active expert matters alike: the sum grows with their number
+    own = {"weak": {"active": 2}}
     replies = {
-        c: Reply(state.routers, 10, {"importance": dict.fromkeys(modules, v), "use": use}) for c, v in of.items()
+        c: Reply(state.routers, 10, {"importance": dict.fromkeys(modules, v), "use": use, **own.get(c, {})})
+        for c, v in of.items()
     }
     after = method.aggregate(state, replies, 1)
     assert set(after.importance.values()) == {1.0}
@@ -182,3 +191,58 @@ def test_importance_of_fewer_active_experts_counts_as_that_of_all() -> None:
 def test_budgets_that_cannot_work_say_so(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CoterieError, match=message):
         made(**settings)
+
+
+def test_the_smaller_of_a_sites_own_limit_and_the_servers_counts() -> None:
+    settings = SmartFedSettings(active=4, budgets={"both": 3, "more": 9})
+    clients = [ClientInfo(c, 10, active=active) for c, active in (("a", None), ("b", 2), ("both", 2), ("more", 6))]
+    assert budgets_of(settings, clients) == {"b": 2, "both": 2, "more": 6}
+    assert budgets_of(settings, [ClientInfo("a", 10, active=4), ClientInfo("both", 10, active=8)]) == {"both": 3}
+
+
+def test_a_site_that_joins_late_or_changes_its_limit_is_followed() -> None:
+    method, state, _ = made(active=4, clients=[ME, WEAK])
+    assert state.budgets == {}
+    for active, quota, budgets in ((1, 1, {"weak": 1}), (3, 3, {"weak": 3}), (None, 4, {})):
+        weak = replace(WEAK, active=active)
+        ins = method.configure(state, [ME, weak], 1)["weak"]
+        assert {*ins.info["quotas"].values()} == {quota}
+        own = {name: ins.info[name] for name in ("active",) if name in ins.info}
+        assert method.expects_info(state, weak, 1).keys() == {"importance", "use", *own}
+        state = method.aggregate(state, {"weak": Reply(state.routers, 10, own)}, 1)
+        assert state.budgets == budgets
+        found = find(method.describe(state), Quotas)
+        assert found is not None
+        assert found.budgets == budgets
+
+
+def test_a_client_must_answer_for_the_budget_that_it_was_sent() -> None:
+    method, state, _ = made(active=4, budgets={"weak": 1}, clients=[ME, WEAK])
+    for info, fault in (({"active": 1}, None), ({}, "lacks active"), ({"active": 4}, "active is 4, not an integer")):
+        found = fault_of(
+            Reply(state.routers, 10, info),
+            {k: tuple(v.shape) for k, v in state.routers.items()},
+            1e9,
+            10,
+            method.expects_info(state, WEAK, 1),
+        )
+        assert (found is None) if fault is None else (found is not None and fault in found)
+
+
+def test_budgets_that_all_equal_the_runs_change_nothing() -> None:
+    """Every instruction has the same bytes, and so has all that follows from it."""
+    plain, state, _ = made(active=3, clients=[ME, WEAK])
+    alike, other, _ = made(active=3, budgets={"a": 3, "weak": 3}, clients=[ME, replace(WEAK, active=3)])
+    assert codec.encode(state) == codec.encode(other)
+    for rnd in (1, 2):
+        assert codec.encode(plain.configure(state, [ME, WEAK], rnd)) == codec.encode(
+            alike.configure(other, [ME, replace(WEAK, active=3)], rnd)
+        )
+
+
+def test_methods_without_quotas_say_so() -> None:
+    assert made()[0].active_fault() == ""
+    assert "sparse = true" in made(router="signed")[0].active_fault()
+    assert FedIT(FedIT.Settings(), Plan()).active_fault() == (
+        "fedit activates the same experts at every client; leave it out"
+    )

@@ -58,6 +58,12 @@ def test_the_pictures_are_there_and_the_tables_do_not_repeat_them(tmp_path: Path
     assert MODULES[0] not in page.text
 
 
+def test_clients_with_a_budget_of_their_own_are_listed(tmp_path: Path) -> None:
+    assert "Budgets of clients" not in Page(write_report(a_run(tmp_path / "none"))).text
+    page = Page(write_report(a_run(tmp_path / "some", {**START, "budgets": {"b": 1}})))
+    assert "client active experts per matrix the run's b 1 2.5" in page.text
+
+
 def test_its_pictures_draw_without_a_warning() -> None:
     places = {(str(layer), matrix): layer + 1 for layer in range(12) for matrix in ("query", "value")}
     assert drawn(plots.quota_map(places, dict.fromkeys(places, 16))).any()

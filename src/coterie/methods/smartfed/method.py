@@ -24,13 +24,21 @@ from coterie.methods.parts import (
 )
 from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
+from coterie.methods.smartfed.budgets import (
+    BUDGET,
+    active_fault,
+    budget_of,
+    budgets_of,
+    check_budgets,
+    quotas_of,
+    reported,
+)
 from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
 from coterie.methods.smartfed.released import released
 from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.ops.mean import mean
-from coterie.ops.quota import RULES
 from coterie.ops.robust import capped
 from coterie.requests import ClientProgram, Train
 from coterie.types import (
@@ -61,6 +69,7 @@ class SmartFedState:
 
     ``quotas`` and ``importance`` are by matrix, ``use`` by adapter: its share of the gates' weight. ``trained`` holds
     the adapters that train, each as in the pool; ``fresh`` is the expert beside the pool. ``holders`` have the pool.
+    ``budgets`` are those of clients whose budget of active experts is not the run's.
     """
 
     pool: str
@@ -75,6 +84,7 @@ class SmartFedState:
     dropped: tuple[str, ...] = ()
     holders: tuple[ClientId, ...] = ()
     notes: tuple[str, ...] = ()
+    budgets: Mapping[ClientId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,15 @@ class SmartFed(Method[SmartFedState]):
     def max_rank(self) -> int:
         return max(self.plan.max_rank, self.settings.fresh_rank)
 
+    def active_fault(self) -> str:
+        return active_fault(self.settings)
+
     # server ------------------------------------------------------------------------------------------------------
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> SmartFedState:
         pool = self._pool()
         self._check(pool)
+        check_budgets(self.settings, clients)
         names = names_in(pool, base)
         width = {t.name: t.d_in for t in base.targets}
         shape = {names[m]: (len(numbers(pool.adapters, m, self._whole)), width[names[m]]) for m in pool.modules}
@@ -113,9 +127,9 @@ class SmartFed(Method[SmartFedState]):
             fresh=fresh if self.settings.fresh_rank else {},
             trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
             notes=check_base(pool, names, base),
+            budgets=budgets_of(self.settings, clients),
         )
-        self._check_budgets(clients)
-        return replace(state, quotas=self._quotas(state, "uniform"))
+        return replace(state, quotas=quotas_of(self.settings, state.routers, {}))
 
     def configure(
         self, state: SmartFedState, clients: Sequence[ClientInfo], rnd: int
@@ -131,7 +145,7 @@ class SmartFed(Method[SmartFedState]):
         return {
             c.id: Instruction(
                 {**_travels(state), **state.heads.of(c.id), **({} if c.id in without else frozen)},
-                {**info, "quotas": self._quotas_of(state, c.id), "sent": c.id not in without},
+                {**info, **self._budgeted(state, c), "sent": c.id not in without},
             )
             for c in clients
         }
@@ -140,10 +154,11 @@ class SmartFed(Method[SmartFedState]):
         return shapes_of(_travels(state), state.heads.of(me.id))
 
     def expects_info(self, state: SmartFedState, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
-        """Importance by matrix and use by adapter; optional, because a site may keep them to itself."""
+        """Importance by matrix and use by adapter; optional, because a site may keep them to itself. And its budget."""
         adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
         modules = {key.module for key in state.routers}
-        return {
+        budget = budget_of(self.settings, me)
+        return ({} if budget is None else {BUDGET: Range(budget, budget, whole=True)}) | {
             "importance": Range(names=frozenset(modules), optional=True),
             "use": Range(names=frozenset(adapters), optional=True),
         }
@@ -173,6 +188,7 @@ class SmartFed(Method[SmartFedState]):
             trained={key: merged[key] for key in state.trained},
             heads=mean_heads(state.heads, replies, weight),
             holders=tuple(sorted({*state.holders, *replies})),
+            budgets=reported(state.budgets, replies),
         )
         measured = {c: replies[c].info for c in weight if {"importance", "use"} <= replies[c].info.keys()}
         return self._eeqa(state, measured, weight) if measured else state
@@ -190,19 +206,20 @@ class SmartFed(Method[SmartFedState]):
             state.use,
             state.dropped,
             state.pool,
+            state.budgets,
         )
         return [quotas, Notes(state.notes)]
 
     # client ------------------------------------------------------------------------------------------------------
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
-        sent = self._sent(ins)
+        sent, budget = self._sent(ins), {BUDGET: ins.info[BUDGET]} if BUDGET in ins.info else {}
         if ins.info["sent"]:  # store the pool: later instructions only name it
             frozen = sent.frozen
             about = {**personal.info, "pool": ins.info["pool"]}
             personal = Personal(personal.tensors, about, Kept(name_of(frozen), frozen))
         elif self._lacks_pool(ins, personal):  # it returns the tensors untrained, and the server ignores them
-            return ClientResult(Reply(ins.tensors, me.num_train, {"lacks_pool": True}), personal)
+            return ClientResult(Reply(ins.tensors, me.num_train, {**budget, "lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
         trainable = sent.trainable(bank)
         trained = yield Train(bank, trainable, self.plan.optim, rates={k: self.settings.rate_of(k) for k in trainable})
@@ -211,12 +228,12 @@ class SmartFed(Method[SmartFedState]):
         own |= sent.stacked(after)
         travels = [key for key in own if key.part is not Part.HEAD]
         result = settle(self.plan, replace(trained, tensors=own), me, personal, travels)
-        if not ins.info["measure"]:
-            return result
-        measured = yield from measure(
-            after, self.settings.importance, self.settings.measure_examples, ins.info["adapters"]
-        )
-        return replace(result, reply=replace(result.reply, info={**result.reply.info, **measured}))
+        info: dict[str, Json] = {**result.reply.info, **budget}
+        if ins.info["measure"]:
+            info |= yield from measure(
+                after, self.settings.importance, self.settings.measure_examples, ins.info["adapters"]
+            )
+        return replace(result, reply=replace(result.reply, info=info))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         """The pool's experts and the fresh one. If there is one, s is its scale, and the pool's B is divided by s."""
@@ -245,33 +262,14 @@ class SmartFed(Method[SmartFedState]):
                 f"[method] floor = {s.floor} is above active = {s.active}, the mean over matrices; lower it"
             )
 
-    def _check_budgets(self, clients: Sequence[ClientInfo]) -> None:
-        s = self.settings
-        if unknown := sorted(s.budgets.keys() - {c.id for c in clients}):
-            raise CoterieError(f"[method] budgets names {unknown[0]!r}, which is not a client of this run; remove it")
-        if s.budgets and s.routes_all:
-            raise CoterieError(
-                f'[method] budgets: with router = "{s.router}" every expert is active; set sparse = true, or leave '
-                "budgets out"
-            )
-
-    def _quotas_of(self, state: SmartFedState, client: ClientId) -> dict[str, int]:
+    def _budgeted(self, state: SmartFedState, client: ClientInfo) -> dict[str, Json]:
         """The quotas of one client: the run's, or by the same rule and importance those of its own budget."""
-        if client not in self.settings.budgets:
-            return dict(state.quotas)
-        rule = self.settings.quota if state.importance else "uniform"
-        return self._quotas(state, rule, self.settings.budgets[client])
+        budget = budget_of(self.settings, client)
+        return {"quotas": self._quotas(state, budget)} | ({} if budget is None else {BUDGET: budget})
 
-    def _quotas(self, state: SmartFedState, rule: str, active: int = 0) -> dict[str, int]:
-        """The quotas of a budget of ``active`` experts per matrix, 0: the run's."""
-        sizes = {key.module: len(value) for key, value in sorted(state.routers.items())}
-        if self.settings.routes_all:
-            return sizes
-        importance = [state.importance.get(module, 0.0) for module in sizes]
-        active = active or self.settings.active
-        floor = min(self.settings.floor, active)
-        quotas = RULES[rule](importance, list(sizes.values()), active * len(sizes), floor)
-        return dict(zip(sizes, quotas, strict=True))
+    def _quotas(self, state: SmartFedState, budget: int | None) -> dict[str, int]:
+        own = budget is not None
+        return quotas_of(self.settings, state.routers, state.importance, budget) if own else {**state.quotas}
 
     def _eeqa(
         self, state: SmartFedState, infos: Mapping[ClientId, Mapping[str, Json]], weight: Mapping[ClientId, float]
@@ -289,13 +287,13 @@ class SmartFed(Method[SmartFedState]):
         if self.settings.per_active:
             importance = {module: value / state.quotas[module] for module, value in importance.items()}
         state = self._drop(replace(state, importance=importance, use=use, measured_by=tuple(sorted(infos))))
-        return replace(state, quotas=self._quotas(state, self.settings.quota))
+        return replace(state, quotas=quotas_of(self.settings, state.routers, state.importance))
 
     def _as_all(self, state: SmartFedState, client: ClientId, measured: Mapping[str, float]) -> Mapping[str, float]:
         """A client's importance as with the run's quotas: the sum over a matrix grows with its active experts."""
-        if client not in self.settings.budgets or not self.settings.per_active:
+        if client not in state.budgets or not self.settings.per_active:
             return measured
-        own = self._quotas_of(state, client)
+        own = self._quotas(state, state.budgets[client])
         return {module: value * state.quotas[module] / own[module] for module, value in measured.items()}
 
     def _drop(self, state: SmartFedState) -> SmartFedState:

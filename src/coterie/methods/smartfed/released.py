@@ -19,10 +19,21 @@ def released(settings: SmartFedSettings, shared_heads: bool) -> tuple[Release, .
         instead="[policy] upload_usage = false",
     )
     lacking = Release("that it lost the pool", "info", "each", SERVER, "if it did", ("lacks_pool",), of_rows=False)
+    budget = Release(
+        "its budget of active experts",
+        "info",
+        "each",
+        SERVER,
+        "if it has one of its own",
+        ("active",),
+        "importance grows with the number of active experts",
+        of_rows=False,
+    )
     return (
         Release("routers"),
         *((Release("A and B of the adapters that train"),) if trains else ()),
         measured,
         lacking,
+        budget,
         *head_release(shared_heads),
     )
