@@ -1,4 +1,4 @@
-"""A site that comes after the end of a federation of real processes gets its model by message: `make test-flower`."""
+"""Sites that come late to a federation of real processes, during the run or after its end: `make test-flower`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import coterie
+from coterie.methods.fedamole import FedAMoLEState
+from coterie.runs import checkpoint
 from flower_processes import processes, write_site
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
@@ -43,3 +45,36 @@ def test_a_third_site_joins_a_finished_federation_and_its_model_predicts(tmp_pat
         said = made.coterie("status", "run").stdout
         assert "finished; 2 of 2 rounds done" in said
         assert f"only {LATE} can join it now" in said
+
+
+def test_a_third_site_joins_fedamole_during_the_run_and_experts_choose_it(tmp_path: Path) -> None:
+    settings = "wait = 300\ndeadline = 300\ngreeting = 100"
+    run = "rounds = 4\nevaluate_every = 4"
+    with processes(tmp_path, [A, B], insecure=True, run=run, federation=settings, method="fedamole") as made:
+        made.serve()
+        for site in (A, B):
+            made.join(site)
+        made.event("round", round=1)
+        made.end("serve")
+        assert not (made.run / "summary.json").exists()
+        path = tmp_path / "serve.toml"
+        text = path.read_text()
+        path.write_text(text.replace(f'sites = ["{A}", "{B}"]', f'sites = ["{A}", "{B}", "{LATE}"]'))
+        port = int(re.search(r"port = (\d+)", text)[1])  # type: ignore[index]
+        write_site(tmp_path, LATE, port)
+        made.join(LATE)
+        made.serve("--resume")
+        made.finished()
+
+        rounds = {e["round"] for e in made.lines() if e["event"] == "exchange" and e["client"] == LATE}
+        assert len(rounds) >= 2
+        assert max(rounds) == 4
+        state = checkpoint.load(made.run / "checkpoints", 4, FedAMoLEState).state
+        assert state.clients == (A, B, LATE)
+        assert all((z.sum(0) >= 2).all() and (z.sum(1) == 2).all() for z in state.holds.values())
+        assert LATE in (made.run / "report.html").read_text()
+        (bundle,) = (tmp_path / f"state-{LATE}").glob("run-*/export")
+        model = coterie.load(bundle)
+        assert (model.client, model.method) == (LATE, "fedamole")
+        assert len({key.expert for key in model.bank.tensors if key.expert >= 0}) >= 2
+        assert len(model.predict([{"text": "awful"}])) == 1

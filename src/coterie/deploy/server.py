@@ -108,7 +108,8 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     if closed:
         sites.agreement = replace(agreement, sites=tuple(c.id for c in engine.clients), closed=closed)
     _write_known(folder, sites.known, config)
-    method.init(engine.spec, engine.clients)
+    if not begun:  # later sites join a state that there is
+        method.init(engine.spec, engine.clients)
     journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
     hidden = RemoteSums(engine) if config.secure_aggregation.enabled else None
     with tracked(config, folder, begun, journal) as listen:

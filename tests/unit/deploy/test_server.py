@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,16 +27,15 @@ from coterie.deploy.journal import JOURNAL, Journal, read_journal
 from coterie.files import write_json
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message
+from coterie.methods.fedamole import FedAMoLEState
+from coterie.runs import checkpoint
 from coterie.runs.folder import plain
 from coterie.types import CoterieError
 from grid import InProcessGrid
 
 FIRST, LATE = ["mood-0", "place-0", "size-0"], "mood-1"
 SHARED: dict[str, Any] = {"task": {"head": "shared"}}
-WHY = {
-    "fedit": 'with [task] head = "shared" no site can join later',
-    "fedamole": "FedAMoLE's experts choose among the sites that take part from the start",
-}
+WHY = 'with [task] head = "shared" no site can join later'
 
 
 class DiedError(Exception):
@@ -94,35 +94,64 @@ def who_took_part(folder: Path) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("dies_in", ["1", "2"])
 @pytest.mark.parametrize("listed", [FIRST, []], ids=["sites by name", "any site"])
-@pytest.mark.parametrize("method", ["fedit", "fedamole"])
 def test_nobody_joins_later_where_that_cannot_be_and_it_says_so(
-    method: str, listed: list[str], dies_in: str, tmp_path: Path
+    listed: list[str], dies_in: str, tmp_path: Path
 ) -> None:
-    sites.config(tmp_path, method=method)
-    changes = SHARED if method == "fedit" else {}
+    sites.config(tmp_path, method="fedit")
     with pytest.raises(DiedError):
-        attempt(tmp_path, FIRST, listed, dies_in=dies_in, **changes)
+        attempt(tmp_path, FIRST, listed, dies_in=dies_in, **SHARED)
     for _ in range(2):  # what the first try left behind must not let it in at the second
         with pytest.raises(CoterieError) as told:
-            attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], **changes)
-        assert f"mood-1 cannot join now: {WHY[method]}; remove" in str(told.value)
-    attempt(tmp_path, [LATE, *FIRST], listed, **changes)
-    there, refused = who_took_part(tmp_path)
-    assert there == {*FIRST}
-    assert refused == {f"mood-1 did not take part from the start, and {WHY[method]}"}
+            attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], **SHARED)
+        assert f"mood-1 cannot join now: {WHY}; remove" in str(told.value)
+    attempt(tmp_path, [LATE, *FIRST], listed, **SHARED)
+    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY}"})
 
 
 @pytest.mark.parametrize("listed", [[*FIRST, LATE], []], ids=["missed the start", "any site"])
-def test_a_site_that_connects_too_late_for_fedamole_is_refused_and_the_run_goes_on(
+def test_a_site_that_connects_too_late_for_shared_heads_is_refused_and_the_run_goes_on(
     listed: list[str], tmp_path: Path
 ) -> None:
+    sites.config(tmp_path, method="fedit")
+    attempt(tmp_path, FIRST, listed, comes=LATE, **SHARED)
+    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY}"})
+
+
+def test_a_site_that_connects_late_takes_part_in_fedamole_from_the_next_round_on(tmp_path: Path) -> None:
     sites.config(tmp_path, method="fedamole")
-    attempt(tmp_path, FIRST, listed, comes=LATE)
-    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY['fedamole']}"})
+    attempt(tmp_path, FIRST, [], comes=LATE)
+    assert_it_joined_fedamole(tmp_path)
+
+
+def test_a_server_that_dies_goes_on_with_the_late_site_of_fedamole(tmp_path: Path) -> None:
+    """From a checkpoint with more clients than the run began with."""
+    sites.config(tmp_path, method="fedamole")
+    for there, dies_in in ((FIRST, "2"), ([*FIRST, LATE], "3")):
+        with pytest.raises(DiedError):
+            attempt(tmp_path, there, there, dies_in=dies_in)
+    attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE])
+    assert_it_joined_fedamole(tmp_path)
+
+
+def assert_it_joined_fedamole(folder: Path) -> None:
+    """``LATE`` took part in rounds 2 and 3, held experts of the pool in the second of them, and is in the report."""
+    there, refused = who_took_part(folder)
+    assert (there, refused) == ({*FIRST, LATE}, set())
+    events = [entry.event for entry in read_journal(folder / "out")]
+    trained = {str(e.round) for e in events if isinstance(e, Exchanged) and e.client == LATE and e.kind == "train"}
+    assert trained == {"2", "3"}
+    state = checkpoint.load(folder / "out" / "checkpoints", 3, FedAMoLEState).state
+    assert state.clients == (*FIRST, LATE)
+    for z in state.holds.values():  # chosen after its first round
+        assert z.shape == (8, 4)
+        assert (z.sum(1) == 2).all()
+        assert (z.sum(0) >= 2).all()
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert set(summary["clients"]) == {*FIRST, LATE}
+    assert LATE in (folder / "out" / "report.html").read_text()
 
 
 def test_a_site_that_comes_after_the_end_joins_with_three_files_of_the_server(tmp_path: Path) -> None:
-    """Also in FedAMoLE, which takes no site into a run that has begun."""
     sites.config(tmp_path, method="fedamole")
     attempt(tmp_path, FIRST, FIRST)
     given = tmp_path / "given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -60,11 +61,14 @@ def observe(request: Observe, client: ClientInfo) -> Observed:
     return Observed({}, 10, {key._replace(part=Part.EMBEDDING): place + aside[key] for key in keys})
 
 
-def one_round(method: FedAMoLE, state: FedAMoLEState, rnd: int, only: Any = None) -> FedAMoLEState:
-    cohort = [c for c in CLIENTS if only is None or c.id in only]
+def one_round(
+    method: FedAMoLE, state: FedAMoLEState, rnd: int, only: Any = None, late: Sequence[ClientInfo] = ()
+) -> FedAMoLEState:
+    cohort = [c for c in (*CLIENTS, *late) if only is None or c.id in only]
+    infos = {c.id: c for c in cohort}
     replies: dict[str, Reply] = {}
     for client, ins in method.configure(state, cohort, rnd).items():
-        me = INFO[client]
+        me = infos[client]
         program = method.client(ins, me, method.begin(BASE, me))
         request = next(program)
         assert isinstance(request, Train)
@@ -114,10 +118,77 @@ def test_everyone_starts_with_experts_within_the_bounds_and_other_ones_in_each_m
     assert state.pool[Key("q", NO_EXPERT, Part.ROUTER)].shape == (RANK, 6)
 
 
-def test_who_was_not_there_at_the_start_is_refused() -> None:
+LATE = [ClientInfo("late", 9, labels=("a", "no"), group="a")]
+
+
+@pytest.mark.parametrize("embed", ["after", "before"])
+def test_a_late_client_starts_with_the_shared_expert_and_is_chosen_like_the_others_from_then_on(embed: str) -> None:
+    method, state = make(experts=None)
+    state = one_round(method, state, 1)
+    sent = method.configure(state, [*CLIENTS, *LATE], 2)["late"].tensors
+    kinds = {(key.expert, key.part) for key in sent}
+    assert kinds == {(SHARED, Part.A), (SHARED, Part.B), (NO_EXPERT, Part.ROUTER)}
+    assert all(value is state.pool[key] for key, value in sent.items())
+    replied = [key for key in method.expects(state, LATE[0], 2) if key.part is Part.EMBEDDING]
+    assert replied == [Key("q", NO_EXPERT, Part.EMBEDDING), Key("v", NO_EXPERT, Part.EMBEDDING)]
+
+    state = one_round(method, state, 2, late=LATE)
+    assert state.clients == (*sorted(INFO), "late")
+    for module, z in state.holds.items():
+        assert z.shape == (27, 10)
+        assert (z.sum(1) == 2).all()
+        assert 2 <= z[:, -1].sum() <= 8
+        assert state.token_embeddings[module][-1].any()
+    held = {key.expert for key in method.configure(state, LATE, 3)["late"].tensors if key.module == "q"}
+    assert held == {SHARED, NO_EXPERT, *state.holds["q"][:, -1].nonzero().flatten().tolist()}
+    state = one_round(method, one_round(method, state, 3, late=LATE), 4)  # it is away in round 4
+    with_others = [state.clients[i] for z in state.holds.values() for e in z if e[-1] for i in e.nonzero().flatten()]
+    near = [INFO[c].group == "a" for c in with_others if c != "late"]
+    assert len(near) >= 4
+    assert sum(near) / len(near) > 0.75
+    found = find(method.describe(state), Assignment)
+    assert found is not None
+    assert found.pool is not None
+    assert found.pool.experts == 27  # that of the start, not three for each of ten
+    assert set(found.experts["q"]) == {*INFO, "late"}
+
+
+def test_a_late_client_of_the_last_round_and_one_that_has_not_replied_hold_the_shared_expert() -> None:
     method, state = make()
-    with pytest.raises(CoterieError, match="late joined after the start"):
-        method.configure(state, [*CLIENTS, ClientInfo("late", 9)], 2)
+    state = one_round(method, state, ROUNDS, late=LATE)
+    assert not any(z[:, -1].any() for z in state.holds.values())
+    for me in (*LATE, ClientInfo("never", 3)):
+        assert {key.expert for key in method.configure(state, [me], ROUNDS + 1)[me.id].tensors} == {SHARED, NO_EXPERT}
+
+
+@pytest.mark.parametrize("mode", ["static", "oracle", "random", "homogeneous"])
+def test_late_clients_of_the_controls(mode: str) -> None:
+    """Where experts are assigned once, a late client keeps to the shared expert."""
+    method, state = make(assignment=mode, experts=18)
+    for rnd in range(1, 4):
+        state = one_round(method, state, rnd, late=LATE)
+    numbers = torch.stack([z.sum(0) for z in state.holds.values()])
+    assert (numbers[:, :-1] >= 2).all()
+    assert (numbers[:, -1] == 0).all() if mode in ("static", "oracle") else (numbers[:, -1] >= 2).all()
+    if mode == "homogeneous":  # 36 picks for 10 clients
+        assert {int(n) for n in numbers.flatten()} == {3, 4}
+
+
+@pytest.mark.parametrize(("number", "numbers"), [(3, {2}), (9, {1, 2}), (20, {0, 1})])
+def test_where_the_pool_is_too_small_for_all_late_clients_each_holds_an_equal_share_at_least(
+    number: int, numbers: set[int]
+) -> None:
+    many = [ClientInfo(f"late-{i:02}", 9, group="abc"[i % 3]) for i in range(number)]
+    method, state = make(max_experts=3)  # 24 picks for 9 clients
+    state = one_round(method, state, 1, late=many)
+    for z in state.holds.values():
+        assert (z.sum(1) == 2).all()
+        least, most = int(z.sum(0).min()), int(z.sum(0).max())
+        assert least == 24 // (9 + number)
+        assert most <= 3
+    assert numbers == {24 // (9 + number), -(-24 // (9 + number))}
+    state = one_round(method, state, 2, late=many)
+    assert len(state.clients) == 9 + number
 
 
 def test_experts_choose_the_clients_whose_data_fits_them() -> None:

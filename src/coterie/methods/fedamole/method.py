@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from coterie.methods.fedamole.selection import (
     fitting,
     running_mean,
     with_inertia,
+    within_reach,
 )
 from coterie.methods.fedamole.settings import FedAMoLESettings
 from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
@@ -67,7 +68,8 @@ class FedAMoLEState:
 
     ``pool`` holds the experts 0..E-1, the shared expert and the projection of every module. By module: ``holds``
     [E, n] says which client (in the order of ``clients``) holds which expert; ``expert_embeddings`` [E, r] and
-    ``token_embeddings`` [n, r] are the latest, 0 where there is none yet.
+    ``token_embeddings`` [n, r] are the latest, 0 where there is none yet. ``clients`` are those of the start, by id,
+    then those that came later, in the order in which they first replied.
     """
 
     base: BaseSpec
@@ -78,6 +80,11 @@ class FedAMoLEState:
     token_embeddings: Mapping[str, Tensor]
     heads: Heads = field(default_factory=Heads)
     error: float = 0.0
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of experts in each module's pool."""
+        return next(iter(self.expert_embeddings.values())).shape[0]
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,6 @@ class FedAMoLE(Method[FedAMoLEState]):
     paper = "arXiv 2411.19128 (WWW 2026)"
     summary = "experts of a pool choose the clients whose data fits them; architectures differ by client"
     evaluates = "trained"
-    newcomers = "FedAMoLE's experts choose among the sites that take part from the start"
     Settings = FedAMoLESettings
     State = FedAMoLEState
     Welcome = FedAMoLEState
@@ -157,15 +163,14 @@ class FedAMoLE(Method[FedAMoLEState]):
         ]
 
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
-        weight = weights_of(replies, self.settings.weighting)
+        weight, state = weights_of(replies, self.settings.weighting), with_late(state, replies)
         state = replace(state, heads=mean_heads(state.heads, replies, weight), **self._average(state, replies, weight))
         if rnd >= self.plan.rounds or self.settings.assignment in ("static", "oracle"):
             return state
         return self._assign(state, self._chosen(state, rnd) if self.settings.chooses else self._random(state, rnd))
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
-        number = len(next(iter(state.holds.values())))
-        numbered = {f"expert-{e}": e for e in range(number)}
+        numbered = {f"expert-{e}": e for e in range(state.num_experts)}
         return {name: lora_of(state.pool, e, new=0) for name, e in {**numbered, "shared": SHARED}.items()}
 
     def describe(self, state: FedAMoLEState) -> Sequence[Finding]:
@@ -174,7 +179,7 @@ class FedAMoLE(Method[FedAMoLEState]):
             module: {c: z[:, i].nonzero().flatten().tolist() for i, c in enumerate(state.clients)}
             for module, z in state.holds.items()
         }
-        pool = ExpertPool(self._number(len(state.clients)), s.clients_per_expert, s.max_experts, s.assignment)
+        pool = ExpertPool(state.num_experts, s.clients_per_expert, s.max_experts, s.assignment)
         return [Assignment(assigned, pool), AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
@@ -251,16 +256,14 @@ class FedAMoLE(Method[FedAMoLEState]):
                 )
 
     def _part_of_pool(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
-        """The part of the pool that the client holds: the server's own tensors, not copies."""
-        if client not in state.clients:
-            raise CoterieError(
-                f"{client} joined after the start, but FedAMoLE's experts choose only among the first clients; "
-                "remove it from [federation] sites, or start a new run"
-            )
-        column = state.clients.index(client)
+        """The part of the pool that the client holds: the server's own tensors, not copies.
+
+        A client that has not replied yet, and was not there at the start, holds no numbered expert.
+        """
+        columns = [i for i, name in enumerate(state.clients) if name == client]
         chosen: dict[Key, Tensor] = {}
         for module, z in state.holds.items():
-            numbers = [*z[:, column].nonzero().flatten().tolist(), SHARED]
+            numbers = [*z[:, columns].nonzero()[:, 0].tolist(), SHARED]
             keys = [Key(module, e, part) for e in numbers for part in (Part.A, Part.B)]
             chosen |= {key: state.pool[key] for key in [*keys, Key(module, NO_EXPERT, Part.ROUTER)]}
         return chosen
@@ -312,10 +315,21 @@ class FedAMoLE(Method[FedAMoLEState]):
 
     def _random(self, state: FedAMoLEState, rnd: int) -> Scores:
         """Random scores [m, E, n]."""
-        shape = len(state.base.targets), self._number(len(state.clients)), len(state.clients)
+        shape = len(state.base.targets), state.num_experts, len(state.clients)
         return at_random(shape, self.plan.seed, rnd)
 
     def _assign(self, state: FedAMoLEState, scores: Scores) -> FedAMoLEState:
         """The state with every expert at the clients that it picks by ``scores`` [m, E, n]."""
-        chosen = torch.from_numpy(assign(scores, self._limits))
+        limits = within_reach(self._limits, state.num_experts, len(state.clients))
+        chosen = torch.from_numpy(assign(scores, limits))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})
+
+
+def with_late(state: FedAMoLEState, replies: Collection[ClientId]) -> FedAMoLEState:
+    """``state`` with the clients that replied for the first time: without numbered experts, and embeddings of 0."""
+    late = tuple(sorted(set(replies) - set(state.clients)))
+    if not late:
+        return state
+    holds = {m: torch.cat([z, z.new_zeros(len(z), len(late))], dim=1) for m, z in state.holds.items()}
+    tokens = {m: torch.cat([t, t.new_zeros(len(late), t.shape[1])]) for m, t in state.token_embeddings.items()}
+    return replace(state, clients=state.clients + late, holds=holds, token_embeddings=tokens)

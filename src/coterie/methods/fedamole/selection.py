@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coterie.ops.assign import Limits
 from coterie.ops.streams import stream
 from coterie.types import ClientInfo, CoterieError
 
@@ -55,6 +57,20 @@ def with_inertia(prob: Scores, holds: Sequence[Tensor], inertia: float) -> Score
         return prob
     bonus = inertia * prob.std(axis=(1, 2), keepdims=True)
     return cast(Scores, prob + bonus * torch.stack(list(holds)).numpy())
+
+
+def within_reach(limits: Limits, experts: int, clients: int) -> Limits:
+    """``limits``, lowered where E ``experts`` cannot meet them for more ``clients`` than there were at the start.
+
+    All experts together make E * ``clients_per_expert`` picks. Where these are too few for every client's least, the
+    least is an equal share, rounded down. Homogeneous, where clients cannot share them evenly: their numbers of experts
+    differ by at most one.
+    """
+    picks = experts * limits.clients_per_expert
+    least, most = picks // clients, -(-picks // clients)
+    if limits.homogeneous and least < most:
+        return replace(limits, homogeneous=False, min_experts=least, max_experts=most)
+    return replace(limits, min_experts=min(limits.min_experts, least))
 
 
 def running_mean(before: Tensor, new: Tensor, memory: float) -> Tensor:
