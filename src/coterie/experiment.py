@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from coterie.adapters.about import About
+from coterie.adapters.about import About, Texts
 from coterie.config.load import flat, load_config
 from coterie.config.sections import Config
 from coterie.data.clients import load_data
@@ -180,6 +180,25 @@ def about_export(config: Config, root: Path, rnd: int, export: ExportedAs) -> Ab
         here,
         max_length=config.model.max_length,
         chat_template=chat_template_of(config, root),
+        texts=_about_texts(config),
+    )
+
+
+def _about_texts(config: Config) -> Texts | None:
+    """How a run of generation treats texts; None for other tasks."""
+    task = config.task
+    if task.kind != "generation":
+        return None
+    scores = tuple(name for name in task.scores if ":" not in name) if task.generate else ()
+    return Texts(
+        task.turns,
+        task.objective,
+        task.beta,
+        scores,
+        task.max_new_tokens,
+        task.temperature,
+        task.top_p,
+        config.run.seed,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 import coterie
 import tiny
+from coterie.adapters.bundle import read_bundle, write_bundle
+from coterie.artifacts.evaluate import evaluate
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import load_config
 from coterie.deploy.agreement import config_at, federation_config, terms_of
@@ -78,6 +81,24 @@ def test_from_conversations_to_a_model_that_answers(folder: Path) -> None:
     with torch.no_grad():
         made = north.model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert answer.text == north.tokenizer.decode(made, skip_special_tokens=True)
+    measured_alike_without_the_run(folder)
+
+
+def measured_alike_without_the_run(folder: Path) -> None:
+    """A bundle alone measures as the run does: the last turn's loss, the same scores of texts of the same length."""
+    said = [("user", "north 1"), ("assistant", "so 1"), ("user", "and 2"), ("assistant", "so 2")]
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in said]}) + "\n", encoding="utf-8")
+    bundle = folder / "run" / "clients" / "north"
+    measured = evaluate(folder / "run", "north", data=rows).metrics
+    assert measured.keys() == {"loss", "perplexity", "token_f1", "numeric"}
+    assert evaluate(bundle, data=rows).metrics == measured
+    bank, about = read_bundle(bundle)
+    assert about.texts is not None
+    assert coterie.load(bundle).max_new_tokens == about.texts.max_new_tokens == 4
+    write_bundle(bundle, bank, replace(about, texts=replace(about.texts, turns="all")))
+    assert evaluate(bundle, data=rows).metrics["loss"] != measured["loss"]
+    assert evaluate(folder / "run", "north", data=rows).metrics == measured
 
 
 @pytest.mark.parametrize(

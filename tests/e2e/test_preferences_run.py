@@ -45,6 +45,8 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(reference: str, tmp_path: P
     assert "reward accuracy" in (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
     measured = evaluate(tmp_path / "whole", client="mood-0")
     assert measured.metrics["reward_accuracy"] == whole.clients["mood-0"].test["reward_accuracy"]
+    own, bundle = tmp_path / "clients" / "mood-0" / "test.jsonl", tmp_path / "whole" / "clients" / "mood-0"
+    assert evaluate(bundle, data=own).metrics == pytest.approx(dict(measured.metrics))
     (answer,) = coterie.load(tmp_path / "whole", "mood-0").predict([{"prompt": "one awful 3"}])
     assert isinstance(answer, TextAnswer)
 

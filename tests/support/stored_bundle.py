@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from coterie.adapters.about import About
+from coterie.adapters.about import About, Texts
 from coterie.adapters.bundle import write_bundle
 from coterie.nn.base import load_base
 from coterie.nn.weights import digests, fingerprint
@@ -22,6 +22,7 @@ STORED = Path(__file__).parents[1] / "unit" / "adapters" / "bundles"  # a folder
 LABELS = ("calm", "urgent", "spam")
 OVER = ("encoder.layer.0.attention.self.query", "encoder.layer.1.attention.self.value")
 TEXTS = ("the printer smokes", "a very long day indeed", "x")
+TREATED = Texts("last", "dpo", 0.25, ("exact_match", "numeric"), 17, 0.5, 0.75, 11)  # no use to a classifier
 
 
 def wave(step: float, *shape: int) -> Tensor:
@@ -58,7 +59,7 @@ def about(folder: Path) -> About:
     """What is said of the bundle; ``folder`` is the base's."""
     modules = [f"bert.{module}" for module in OVER]
     weights = fingerprint(digests(str(folder), modules), modules)
-    return About("fedlease", 7, "best", "classification", "a/base", "", weights, 24, "north", LABELS)
+    return About("fedlease", 7, "best", "classification", "a/base", "", weights, 24, "north", LABELS, texts=TREATED)
 
 
 def logits(folder: Path) -> list[list[float]]:

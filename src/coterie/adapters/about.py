@@ -7,10 +7,33 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from coterie.data.chat import TrainedTurns
+from coterie.data.dpo import Objective
 from coterie.files import read_json, write_json
 from coterie.types import CoterieError, ExportedAs, TaskKind
 
 ABOUT_FILE = "coterie.json"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How a run of generation read, wrote and scored texts, by its ``[task]``.
+
+    ``turns`` are the assistant's turns of a conversation that the loss counts. ``objective`` says what rows of
+    preferences are measured by: the loss of the chosen answers ("likelihood"), or the margin of rewards with ``beta``
+    ("dpo"). ``scores`` names the scores of generated text, and is empty where none was generated; those of the kind
+    ``module:function`` are left out, because whoever uses a bundle imports nothing that it names. ``max_new_tokens``,
+    ``temperature`` and ``top_p`` say how text is generated, ``seed`` which tokens are drawn.
+    """
+
+    turns: TrainedTurns
+    objective: Objective
+    beta: float
+    scores: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -22,6 +45,7 @@ class About:
     ``base_path`` its folder on the machine that wrote this, ``base_sha256`` a digest of its weights
     (:func:`coterie.nn.weights.fingerprint`), "" if unknown. ``max_length`` is in tokens. ``client`` and ``labels``, in
     the order of the logits, are those of a client's bank. ``chat_template`` is the run's own, "" for the tokenizer's.
+    ``texts`` is None for other tasks than generation, and for exports of older versions, which did not say.
     """
 
     method: str
@@ -35,6 +59,7 @@ class About:
     client: str = ""
     labels: tuple[str, ...] | None = None
     chat_template: str = ""
+    texts: Texts | None = None
 
 
 def read_about(folder: Path) -> About | None:

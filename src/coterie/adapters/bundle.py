@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.adapters.about import About
-from coterie.adapters.older import Bundle2
+from coterie.adapters.older import Bundle2, Bundle3
 from coterie.codec import CodecError, decode, encode, plain_field
 from coterie.files import write_atomic
 from coterie.nn.gates import signed
@@ -22,7 +22,7 @@ from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part
 
 BUNDLE_FILE = "bundle.safetensors"
 ADAPTER_FOLDER = "adapter"
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,14 @@ def _format_2(blob: bytes) -> Bundle:
     return Bundle(older.bank, older.now)
 
 
+def _format_3(blob: bytes) -> Bundle:
+    older = decode(Bundle3, blob)
+    return Bundle(older.bank, older.now)
+
+
 # A reader for every format that a released version wrote, forever. A change of Bundle, Bank or About is a new format,
 # with a reader that fills in what older ones lack, and a bundle of it in tests/unit/adapters/bundles.
-_READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _format_2, 3: _present}
+_READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _format_2, 3: _format_3, 4: _present}
 
 
 def one_lora(bank: Bank) -> dict[Key, Tensor]:

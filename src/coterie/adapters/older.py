@@ -23,11 +23,29 @@ class _About2:
 
 
 @dataclass(frozen=True)
+class _About3(_About2):
+    chat_template: str
+
+
+@dataclass(frozen=True)
 class Bundle2:
     """Format 2: without ``chat_template``, so that the tokenizer's own is the one that training used."""
 
     bank: Bank
     about: _About2
+    format: int
+
+    @property
+    def now(self) -> About:
+        return About(**asdict(self.about))
+
+
+@dataclass(frozen=True)
+class Bundle3:
+    """Format 3: without ``texts``."""
+
+    bank: Bank
+    about: _About3
     format: int
 
     @property

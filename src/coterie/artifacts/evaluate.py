@@ -19,15 +19,17 @@ from coterie.compute.preferences import scoring_of
 from coterie.compute.score import ChoiceScoring, Scoring, score
 from coterie.compute.workplace import Workplace
 from coterie.config.load import check_config
+from coterie.data.dpo import Dpo
 from coterie.data.examples import Batch
 from coterie.data.files import read_table
 from coterie.data.outputs import Output
 from coterie.data.parse import parse
 from coterie.data.rows import ClientData, PreferenceRow, client_data
 from coterie.data.settings import Columns
-from coterie.data.tasks import make_task
+from coterie.data.tasks import Task, Tokenizer, make_task
 from coterie.experiment import set_threads
 from coterie.ops.metrics import Metrics, calibration_error, confusion
+from coterie.ops.sampling import Sampling
 from coterie.requests import Score
 from coterie.runs.folder import read_config
 from coterie.types import Bank, CoterieError
@@ -57,14 +59,14 @@ class Evaluation:
 class Client:
     """A client's exported bank on its base, ready to score: ``workplace`` has the run's precision and task.
 
-    ``alone``: without the run, whose objective is then not known.
+    ``unclear``: the run's objective is not known, because its bundle is of an older format and there is no run.
     """
 
     bank: Bank
     about: About
     workplace: Workplace
     columns: Columns | None
-    alone: bool = False
+    unclear: bool = False
 
     def evaluate(self, rows: ClientData, data: str, split: str = TEST) -> Evaluation:
         """What the bank scores on a split of ``rows``, which ``data`` names."""
@@ -93,14 +95,14 @@ class Client:
     def rows_of(self, file: Path) -> ClientData:
         """The labelled rows of a file, as the client's test rows. Raises :class:`DataError` for a bad row.
 
-        Raises :class:`CoterieError` where the columns are not known, and for preferences without the run.
+        Raises :class:`CoterieError` where the columns are not known, and for preferences where the objective is not.
         """
         if self.columns is None:
             raise unclear_columns(self.about.client)
         rows, labels = parse({"train": read_table(file, TEST)}, self.columns, self.about.task, self.about.labels)
-        if self.alone and any(isinstance(row, PreferenceRow) for row in rows["train"]):
+        if self.unclear and any(isinstance(row, PreferenceRow) for row in rows["train"]):
             raise CoterieError(
-                f"{file} has preferences, and a bundle without its run does not say how the run measured them; "
+                f"{file} has preferences, and a bundle of this older format does not say how its run measured them; "
                 f"give the folder of the run, or --column completion={self.columns.chosen} for the loss of the chosen "
                 "answers"
             )
@@ -170,9 +172,10 @@ def open_client(
     columns = columns or reading_of(folder, about.client)[0]
     if not (folder / "config.json").is_file():
         loaded = base_of(bank, about, base, device=device or "cpu")
-        task = make_task(about.task, loaded.tokenizer, about.max_length)
-        workplace = Workplace(loaded, task, 0, eval_batch_size=eval_rows("auto", loaded.device))
-        return Client(bank, about, workplace, columns, alone=True)
+        seed = about.texts.seed if about.texts else 0
+        size = eval_rows("auto", loaded.device)
+        workplace = Workplace(loaded, task_of(about, loaded.tokenizer), seed, eval_batch_size=size)
+        return Client(bank, about, workplace, columns, unclear=about.task == "generation" and about.texts is None)
     raw, root = read_config(folder)
     config = check_config(raw)
     if base:
@@ -183,6 +186,34 @@ def open_client(
     workplace = workplaces(config, root, {})[0]
     check_base(workplace.base, bank, about)
     return Client(bank, about, workplace, columns)
+
+
+def task_of(about: About, tokenizer: Tokenizer) -> Task:
+    """The task that a bundle was trained on, as far as the bundle says.
+
+    Raises :class:`CoterieError` for a score that would be imported by the bundle's word.
+    """
+    texts = about.texts
+    if texts is None:
+        return make_task(about.task, tokenizer, about.max_length)
+    if code := [name for name in texts.scores if ":" in name]:
+        raise CoterieError(
+            f"this bundle names the function {code[0]} as a score, and nothing is imported by a bundle's word; "
+            "ask for a bundle that Coterie wrote"
+        )
+    dpo = Dpo(texts.beta) if texts.objective == "dpo" else None
+    sampling, generates = Sampling(texts.temperature, texts.top_p), bool(texts.scores)
+    return make_task(
+        about.task,
+        tokenizer,
+        about.max_length,
+        texts.max_new_tokens,
+        generates,
+        texts.turns,
+        texts.scores,
+        dpo,
+        sampling,
+    )
 
 
 def own_rows(folder: Path, client: str) -> ClientData:

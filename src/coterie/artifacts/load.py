@@ -58,7 +58,7 @@ def load(
     else:
         loaded = model_of(*read_bundle(bundle_folder(path, client)), base, placing)
     columns, tokens = reading_of(path, loaded.client)
-    return replace(loaded, columns=columns, max_new_tokens=tokens)
+    return replace(loaded, columns=columns, max_new_tokens=tokens or loaded.max_new_tokens)
 
 
 def _newcomer(folder: Path, labels: Sequence[str] | None, base: str | None, placing: Placing) -> ClientModel:
@@ -89,13 +89,13 @@ def with_fresh_head(bank: Bank, about: About, base: str | None, labels: Sequence
     return replace(bank, tensors={**others, **head})
 
 
-def reading_of(folder: Path, client: str) -> tuple[Columns | None, int]:
+def reading_of(folder: Path, client: str) -> tuple[Columns | None, int | None]:
     """How the run in ``folder`` reads the rows of ``client`` (:func:`columns_of`), and the most tokens it generates.
 
-    The defaults where the folder holds a bundle alone, without the config of a run.
+    The default columns and None where the folder holds a bundle alone, without the config of a run.
     """
     if not (folder / "config.json").is_file():
-        return Columns(), TaskSettings().max_new_tokens
+        return Columns(), None
     raw, _ = read_config(folder)
     task = checked(TaskSettings, section_of(raw, "task"), "task")
     data = section_of(raw, "data")

@@ -15,7 +15,7 @@ import torch
 
 import coterie
 import stored_bundle
-from coterie.adapters.about import ABOUT_FILE, About
+from coterie.adapters.about import ABOUT_FILE, About, Texts, read_about
 from coterie.adapters.bundle import ADAPTER_FOLDER, BUNDLE_FILE, Bundle, read_bundle, write_bundle
 from coterie.adapters.write import CONFIG_FILE, WEIGHTS_FILE
 from coterie.codec import encode
@@ -49,6 +49,7 @@ def test_the_present_format_is_stored(tmp_path: Path) -> None:
     write_bundle(tmp_path, bank, about)
     assert (tmp_path / BUNDLE_FILE).read_bytes() == (stored / BUNDLE_FILE).read_bytes(), "the format changed"
     assert about.base_sha256 == stored_bundle.about(stored_bundle.base(tmp_path / "base")).base_sha256 != ""
+    assert about.texts == stored_bundle.TREATED
     made = stored_bundle.bank()
     assert (bank.gate, bank.scaling, bank.dropout) == (made.gate, made.scaling, made.dropout)
     assert bank.tensors.keys() == made.tensors.keys()
@@ -58,7 +59,7 @@ def test_the_present_format_is_stored(tmp_path: Path) -> None:
 def test_a_bundle_of_a_format_to_come_says_what_to_do(tmp_path: Path) -> None:
     bank, about = read_bundle(stored_bundle.STORED / FORMATS[-1])
     (tmp_path / BUNDLE_FILE).write_bytes(encode(Bundle(bank, about, 99)))
-    with pytest.raises(CoterieError, match=r"has format 99, and this Coterie reads up to 3; install a newer one"):
+    with pytest.raises(CoterieError, match=r"has format 99, and this Coterie reads up to 4; install a newer one"):
         read_bundle(tmp_path)
 
 
@@ -91,6 +92,7 @@ def test_the_page_has_every_field_of_a_bundle() -> None:
     assert list(tree) == fields(Bundle)
     assert list(tree["bank"]) == fields(Bank)  # type: ignore[call-overload]
     assert list(tree["about"]) == fields(About)  # type: ignore[call-overload]
+    assert rows("Texts") == fields(Texts) == list(tree["about"]["texts"])  # type: ignore[call-overload,index]
 
 
 def test_the_page_has_every_gate_and_every_part() -> None:
@@ -107,5 +109,6 @@ def test_the_page_has_every_file_of_an_adapter(tmp_path: Path) -> None:
     write_bundle(tmp_path, Bank(one, scaling=2.0), replace(about, task="generation", labels=None))
     written = {path.name for path in (tmp_path / ADAPTER_FOLDER).iterdir()}
     assert written == {CONFIG_FILE, WEIGHTS_FILE, ABOUT_FILE} == set(rows("An adapter"))
+    assert read_about(tmp_path / ADAPTER_FOLDER) == replace(about, task="generation", labels=None)
     config = json.loads((tmp_path / ADAPTER_FOLDER / CONFIG_FILE).read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 1, 2.0)

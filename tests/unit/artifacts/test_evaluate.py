@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ import bundles
 import coterie
 import finished_runs
 import sites
+from coterie.adapters.about import Texts
+from coterie.adapters.bundle import read_bundle, write_bundle
 from coterie.artifacts.cross import cross_table
 from coterie.artifacts.evaluate import evaluate, plain
 from coterie.cli.main import app
 from coterie.comparison.cross import CROSS
+from coterie.config.load import check_config
 from coterie.data.settings import Columns
+from coterie.experiment import about_export
 from coterie.ops.metrics import classification_metrics
 from coterie.runs.summary import read_summary
 from coterie.types import CoterieError, DataError
@@ -84,7 +89,23 @@ def test_text_is_scored_by_its_loss(tmp_path: Path) -> None:
     assert (result.labels, result.confusion, result.calibration_error) == (None, None, None)
 
 
+def test_a_bundle_names_no_function_to_import_as_a_score(tmp_path: Path) -> None:
+    bundle, rows = bundles.finished(tmp_path, "generation") / "clients" / "north", tmp_path / "rows.jsonl"
+    sites.write_rows(rows, [{"prompt": "a", "completion": " b"}])
+    bank, about = read_bundle(bundle)
+    texts = Texts("all", "likelihood", 0.1, ("os:system",), 4, 0.0, 1.0, 0)
+    write_bundle(bundle, bank, replace(about, texts=texts))
+    with pytest.raises(CoterieError, match="names the function os:system as a score"):
+        evaluate(bundle, data=rows)
+    task = {"kind": "generation", "generate": True, "scores": ["numeric", "my.code:score"]}
+    config = check_config({"task": task, "data": {"folder": "clients"}, "model": {"path": "model"}})
+    written = about_export(config, tmp_path, 1, "last").texts
+    assert written is not None
+    assert written.scores == ("numeric",)
+
+
 def test_preferences_need_the_run_or_a_column_of_completions(tmp_path: Path) -> None:
+    """Of a bundle of an older format, which does not say how its run measured them."""
     folder, rows = bundles.finished(tmp_path, "generation"), tmp_path / "rows.jsonl"
     sites.write_rows(rows, [{"prompt": "a", "chosen": " b", "rejected": " c"}])
     with pytest.raises(CoterieError, match=r"give the folder of the run, or --column completion=chosen"):
