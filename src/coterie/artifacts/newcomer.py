@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from coterie.adapters.about import About
 from coterie.adapters.bundle import BUNDLE_FILE, one_lora, read_bundle
+from coterie.adapters.read import read_adapter
+from coterie.methods.parts import lora_of
 from coterie.ops.lowrank import compact, stacked
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part, Tensors
 
 Banks = Sequence[Bank]
+Served = Mapping[int, Mapping[tuple[str, Part], Tensor]]  # the server's experts by number, with the scale in B
+
+K = TypeVar("K")
 
 
 def newcomer_bundle(folder: Path) -> tuple[Bank, About]:
     """The bank of a newcomer to the run in ``folder``, and what to know of it.
 
     Its labels, and a head for them, are the clients' where all have the same; else it has neither.
-    Raises :class:`CoterieError` for a folder without clients' bundles, and for gates without a newcomer's form.
+    Raises :class:`CoterieError` for a folder without clients' bundles, for gates without a newcomer's form, and where
+    nothing says which of the clients' versions of an expert is the newest.
     """
     folders = sorted(path.parent for path in (folder / "clients").glob(f"*/{BUNDLE_FILE}"))
     if not folders:
@@ -30,18 +38,27 @@ def newcomer_bundle(folder: Path) -> tuple[Bank, About]:
     banks, about = [bank for bank, _ in read], read[0][1]
     labels = about.labels if len({of.labels for _, of in read}) == 1 else None
     head = _mean_part(banks, Part.HEAD) if labels or about.task != "classification" else {}
-    bank = newcomer_bank(banks)
+    served = _served(folder) if _versions(banks) else {}
+    if about.method == "fedlease" and (lost := _unclear(banks, served)):  # with download = "used"
+        raise CoterieError(
+            f"the clients hold different versions of expert {min(lost)}, and {folder / 'experts'} does not have one of "
+            "them: restore that folder of the run, or name a client"
+        )
+    bank = newcomer_bank(banks, served)
     return replace(bank, tensors={**bank.tensors, **head}), replace(about, client="", labels=labels)
 
 
-def newcomer_bank(banks: Banks) -> Bank:
+def newcomer_bank(banks: Banks, served: Served | None = None) -> Bank:
     """What the ``banks`` of all clients have in common, without a head.
+
+    Of an expert of which clients hold several versions, the newest is the one that the server has, if ``served`` says.
 
     - One LoRA, or a sum of LoRAs, each: the mean of their products B A, exactly.
     - FedLEASE: every expert as its own clients have it, weighed by a softmax over the mean of the clients' routers. The
       slots that stand for a client's own expert are left out: a newcomer has none.
     - FedAMoLE: the shared expert alone, as each client holds other experts of the pool.
-    - SmartFed, and other gates over experts that all have: the experts with the mean of the routers.
+    - SmartFed, FedLEASE with plain top-k or a softmax, and other gates over experts that all have: the experts with the
+      mean of the routers.
     - FedDPA: what all clients have, with a gate of 1.
     """
     names = {bank.gate.name for bank in banks}
@@ -49,8 +66,8 @@ def newcomer_bank(banks: Banks) -> Bank:
         raise CoterieError(
             f"the clients' gates differ ({', '.join(sorted(names))}), so there is no model for a newcomer"
         )
-    make = _BY_GATE.get(names.pop(), _mean_router)
-    return make(banks)
+    make = _BY_GATE.get(names.pop())
+    return make(banks) if make else _mean_router(banks, served or {})
 
 
 def _mean_lora(banks: Banks) -> Bank:
@@ -70,8 +87,55 @@ def _without_own(banks: Banks) -> Bank:
     return Bank(_routed(banks, _owned(banks)), GateSpec("softmax"), banks[0].scaling)
 
 
-def _mean_router(banks: Banks) -> Bank:
-    return Bank(_routed(banks, _common(banks)), banks[0].gate, banks[0].scaling)
+def _mean_router(banks: Banks, served: Served) -> Bank:
+    experts = _alike(banks)
+    for number, newest in _newest(banks, served).items():
+        if not _withheld(banks, number, newest):
+            experts |= newest
+    return Bank(_routed(banks, _some(experts)), banks[0].gate, banks[0].scaling)
+
+
+def _unclear(banks: Banks, served: Served) -> set[int]:
+    """The experts of which nothing says which version is the newest. With FedLEASE's own gate, its clients do."""
+    return set() if banks[0].gate.name in _BY_GATE else _versions(banks) - _newest(banks, served).keys()
+
+
+def _served(folder: Path) -> Served:
+    """The numbered experts that the server of the run in ``folder`` exported; none where there is no such folder."""
+    found = {path: re.fullmatch(r"expert-(\d+)", path.name) for path in sorted((folder / "experts").glob("expert-*"))}
+    return {int(match[1]): read_adapter(path).tensors for path, match in found.items() if match}
+
+
+def _versions(banks: Banks) -> set[int]:
+    """The numbers of the experts that all ``banks`` hold, but not with the same values."""
+    numbers = [{key.expert for key in bank.tensors if key.part is Part.A and key.expert >= 0} for bank in banks]
+    first, *others = banks
+    return {
+        number
+        for number in set.intersection(*numbers)
+        if not all(_equal(lora_of(bank.tensors, number), lora_of(first.tensors, number)) for bank in others)
+    }
+
+
+def _newest(banks: Banks, served: Served) -> dict[int, dict[Key, Tensor]]:
+    """Of the experts with several versions, the one that the server has, as a client holds it."""
+    newest: dict[int, dict[Key, Tensor]] = {}
+    for number in sorted(_versions(banks) & served.keys()):
+        for bank in banks:
+            expert = lora_of(bank.tensors, number)
+            with_scale = {
+                (key.module, key.part): value * bank.scaling if key.part is Part.B else value
+                for key, value in expert.items()
+            }
+            if _equal(with_scale, served[number]):
+                newest[number] = expert
+    return newest
+
+
+def _withheld(banks: Banks, number: int, newest: Tensors) -> bool:
+    """Whether all clients that do not hold the ``newest`` version of an expert hold it with B = 0."""
+    others = [held for bank in banks if not _equal(held := lora_of(bank.tensors, number), newest)]
+    return not any(value.any() for held in others for key, value in held.items() if key.part is Part.B)
 
 
 def _owned(banks: Banks) -> dict[Key, Tensor]:
@@ -131,10 +195,10 @@ def _shared_alone(banks: Banks) -> Bank:
 
 
 def _common_alone(banks: Banks) -> Bank:
-    return Bank(_common(banks), scaling=banks[0].scaling)
+    return Bank(_some(_alike(banks)), scaling=banks[0].scaling)
 
 
-def _common(banks: Banks) -> dict[Key, Tensor]:
+def _alike(banks: Banks) -> dict[Key, Tensor]:
     """The experts that all clients have, with the same values."""
     first, *others = banks
     experts = {
@@ -143,14 +207,17 @@ def _common(banks: Banks) -> dict[Key, Tensor]:
         if key.part in (Part.A, Part.B)
         and all(key in other.tensors and torch.equal(other.tensors[key], value) for other in others)
     }
-    whole = {
+    return {
         key: value
         for key, value in experts.items()
         if {key._replace(part=Part.A), key._replace(part=Part.B)} <= experts.keys()
     }
-    if not whole:
+
+
+def _some(experts: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    if not experts:
         raise CoterieError("the clients have no expert in common, so there is no model for a newcomer; name a client")
-    return whole
+    return experts
 
 
 def _mean_part(banks: Banks, part: Part) -> dict[Key, Tensor]:
@@ -159,7 +226,7 @@ def _mean_part(banks: Banks, part: Part) -> dict[Key, Tensor]:
     return {key: torch.stack([bank.tensors[key] for bank in banks if key in bank.tensors]).mean(0) for key in keys}
 
 
-def _equal(one: Tensors, other: Tensors) -> bool:
+def _equal(one: Mapping[K, Tensor], other: Mapping[K, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 

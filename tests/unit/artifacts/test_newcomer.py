@@ -13,8 +13,10 @@ import torch
 import bundles
 import coterie
 import tiny
-from coterie.adapters.bundle import read_bundle, write_bundle
+from coterie.adapters.bundle import BUNDLE_FILE, read_bundle, write_bundle
+from coterie.adapters.write import write_adapter
 from coterie.artifacts.newcomer import newcomer_bank
+from coterie.methods.parts import lora_of
 from coterie.nn.attach import attached
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part
 
@@ -120,6 +122,44 @@ def test_a_router_keeps_the_rows_of_the_experts_that_all_have(gate: GateSpec) ->
         expected = (first.tensors[key][[0, 3]] + drawn[key][[0, 3]]) / 2
         assert torch.allclose(made.tensors[key], expected)
     logits(made)
+
+
+COPIES = {0: (1,), 1: (0, 2), 2: (0, 1)}  # by client, whose own expert has its number: those it holds an older copy of
+
+
+@pytest.mark.parametrize("gate", [GateSpec("top_k", {"k": 2}), GateSpec("softmax")])
+def test_of_older_copies_the_newcomer_has_the_version_of_the_server(gate: GateSpec, tmp_path: Path) -> None:
+    """FedLEASE's with ``download = "used"`` and another routing, whose gates do not say which expert is a client's."""
+    run = bundles.finished(tmp_path, gate=gate.name, options=gate.options)
+    bank, about = read_bundle(run / "clients" / "north")
+    for client, older in COPIES.items():
+        copies = {key: value + 1 for key, value in bank.tensors.items() if key.expert in older}
+        held = replace(bank, tensors={**bank.tensors, **copies})
+        write_bundle(run / "clients" / f"c{client}", held, replace(about, client=f"c{client}"))
+    for client in ("north", "south"):
+        (run / "clients" / client / BUNDLE_FILE).unlink()
+    with pytest.raises(CoterieError, match=r"hold different versions of expert 0, and .*experts does not have one of"):
+        coterie.load(run)
+    for number in range(3):
+        expert = lora_of(bank.tensors, number, new=0)
+        write_adapter(run / "experts" / f"expert-{number}", expert, rank=2, alpha=2 * bank.scaling, about=about)
+    new = coterie.load(run).bank
+    assert new.gate == gate
+    experts, others = lora_of(bank.tensors), lora_of(new.tensors)
+    assert experts.keys() == others.keys()
+    assert all(torch.equal(value, others[key]) for key, value in experts.items())
+    routers = {key: value for key, value in new.tensors.items() if key.part is Part.ROUTER}
+    assert {len(value) for value in routers.values()} == {3}
+
+
+def test_a_withheld_expert_is_left_out_whatever_the_gate() -> None:
+    bank = tiny.bank(OVER, 3, gate="softmax")
+    starts = {key: torch.zeros_like(v) for key, v in bank.tensors.items() if key.expert == 0 and key.part is Part.B}
+    scaled = {
+        (k.module, k.part): v * (bank.scaling if k.part is Part.B else 1) for k, v in lora_of(bank.tensors, 0).items()
+    }
+    made = newcomer_bank([bank, replace(bank, tensors={**bank.tensors, **starts})], {0: scaled})
+    assert {key.expert for key in made.tensors if key.part is Part.A} == {1, 2}
 
 
 @pytest.mark.parametrize(
