@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol
 from typing_extensions import TypeVar
 
 from coterie.methods.findings import Finding
-from coterie.methods.parts import lora_of, start_head, with_head
+from coterie.methods.parts import Heads, lora_of, start_head, with_head
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.releases import Release, head_release
 from coterie.methods.robust import Group, grouped
@@ -189,12 +189,14 @@ class Method(ABC, Generic[S]):
     def welcome(self, state: S, me: ClientInfo) -> Any:
         """What ``me``, a client that was not there, needs of the ``state`` after the last round: a ``Welcome``.
 
-        By default an instruction, as the server sends one to a client that joins. It names no other client. Raises
-        :class:`CoterieError` where no client can join.
+        By default an instruction, as the server sends one to a client that joins, with the shared head of its labels if
+        there is one. It names no other client. Raises :class:`CoterieError` where no client can join.
         """
         if self.newcomers:
             raise CoterieError(f"{self.name} takes no client after the start: {self.newcomers}")
-        return self.configure(state, [me], self.plan.rounds + 1)[me.id]
+        ins = self.configure(state, [me], self.plan.rounds + 1)[me.id]
+        heads: Heads = getattr(state, "heads", Heads())
+        return replace(ins, tensors={**ins.tensors, **heads.for_newcomer(me)})
 
     def onboard(self, welcome: Any, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """A program that finds the bank of ``me``, a client that was not there, from what :meth:`welcome` gave.

@@ -101,6 +101,10 @@ class Heads:
         """The head that the server sends to ``client``; empty if heads are personal."""
         return self.values[self.group[client]] if client in self.group else {}
 
+    def for_newcomer(self, me: ClientInfo) -> Tensors:
+        """The head of the clients with the labels of ``me``, which was not there; empty where there are none."""
+        return self.values.get(label_space(me), {})
+
 
 def label_space(me: ClientInfo) -> str:
     """A name for the client's label space: clients with the same labels in the same order share it."""

@@ -11,6 +11,8 @@ import torch
 import short_runs
 from coterie.artifacts.onboard import join
 from coterie.compute.client import LocalCompute
+from coterie.methods.base import drive
+from coterie.methods.parts import head_of
 from coterie.methods.registry import methods
 from coterie.types import CoterieError, Part
 
@@ -19,10 +21,10 @@ THERE = ("mood-0", "size-0", "place-0", "mood-1")
 JOINABLE = sorted(set(methods()) - {"smartfed", "centralised"})
 
 
-def ended(name: str, folder: Path) -> short_runs.Ended:
+def ended(name: str, folder: Path, head: str = "personal") -> short_runs.Ended:
     torch.set_num_threads(1)
     rounds, there = (2, THERE) if name == "fedlease" else (1, THERE[:2])
-    method = short_runs.make(name, rounds=rounds, **SETTINGS.get(name, {}))
+    method = short_runs.make(name, rounds=rounds, head=head, **SETTINGS.get(name, {}))
     return short_runs.run(method, short_runs.clients(*there), folder, rounds=rounds)
 
 
@@ -46,6 +48,28 @@ def test_a_newcomer_joins_with_the_experts_frozen(name: str, tmp_path: Path) -> 
         own = [value for key, value in joined.bank.tensors.items() if key.part in (Part.A, Part.B)]
         assert own
         assert {tuple(value.flatten().tolist()) for value in own} <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "client", "known"),
+    [
+        *((name, "mood-1", True) for name in ("fedit", "fedamole", "ifca")),
+        ("fedlease", "size-1", True),
+        ("fedit", "place-0", False),  # nobody there has its labels
+    ],
+)
+def test_a_newcomer_starts_with_the_shared_head_of_its_labels(
+    name: str, client: str, known: bool, tmp_path: Path
+) -> None:
+    run = ended(name, tmp_path, head="shared")
+    (new,) = short_runs.clients(client)
+    welcome, compute = run.method.welcome(run.state, new.info), LocalCompute(run.engine.workplace, new, 3)
+    found = drive(run.method.onboard(welcome, run.engine.spec, new.info), compute)
+    head = head_of(found.bank.tensors)
+    assert head
+    assert head.keys() <= found.trainable
+    shared = [all(torch.equal(value, of[key]) for key, value in head.items()) for of in run.state.heads.values.values()]
+    assert any(shared) == known
 
 
 def test_fedlease_finds_the_cluster_of_clients_with_the_same_rows(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from coterie.methods.findings import AggregationError, Assignment, ExpertPool, F
 from coterie.methods.parts import (
     Heads,
     Shapes,
+    label_space,
     lora_of,
     mean_heads,
     router_of,
@@ -209,8 +210,10 @@ class FedAMoLE(Method[FedAMoLEState]):
         return Bank(tensors, gate, self.plan.scaling, self.plan.dropout, own_masks)
 
     def welcome(self, state: FedAMoLEState, me: ClientInfo) -> FedAMoLEState:
-        """The pool, all embeddings, and who holds what, by number: no client's name and no head."""
-        return replace(state, clients=tuple(str(i) for i in range(len(state.clients))), heads=Heads(), error=0.0)
+        """The pool, all embeddings, who holds what, by number, and the shared head of its labels: no client's name."""
+        head = state.heads.for_newcomer(me)
+        heads = Heads({label_space(me): head}) if head else Heads()
+        return replace(state, clients=tuple(str(i) for i in range(len(state.clients))), heads=heads, error=0.0)
 
     def onboard(self, welcome: FedAMoLEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """In every module the experts that the client's tokens fit best, as many as a client holds on average."""
@@ -218,7 +221,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         personal = Personal(start_head(base, self.plan, me))
         shared = self.bank(Instruction(fixed), me, personal)
         observed = yield Observe(shared, "train", ("embeddings",))
-        received = dict(fixed)
+        received = {**fixed, **welcome.heads.for_newcomer(me)}
         for module, z in welcome.holds.items():
             number = min(max(round(float(z.sum()) / len(welcome.clients)), self._limits.min_experts), len(z))
             token = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
