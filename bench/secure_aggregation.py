@@ -16,7 +16,8 @@ from _harness import arguments, interleaved, table, write
 
 from coterie import codec
 from coterie.methods.robust import Group
-from coterie.methods.secure import Members, SecureAggregationSettings, applied, sessions_of, update_of, vector_of
+from coterie.methods.secure import Members, SecureAggregationSettings, applied, sessions_of
+from coterie.methods.secure_client import update_of, vector_of
 from coterie.methods.secure_start import Begun
 from coterie.ops.mean import mean
 from coterie.secure.identity import identities
@@ -70,7 +71,7 @@ def secure(replies: Mapping[str, Reply], known: Any, neighbours: int, gone: Sequ
     clients = Members(1, replies, {c: {} for c in replies}, dict.fromkeys(replies, nothing), examples)
     sessions = sessions_of(settings, groups, clients, uniform=False, run="bench")
     updates = {c: update_of(reply, {}, settings.clip) for c, reply in replies.items()}
-    parties = {c: Party(c, known[c], lambda of, c=c: vector_of(updates[c], of)) for c in replies}  # type: ignore[misc]
+    parties = {c: Party(c, known[c], lambda of, c=c: vector_of(updates[c], c, of)) for c in replies}  # type: ignore[misc]
     counted = Counted(in_process(parties), gone)
     _, done = applied(sessions, sums(sessions, counted), clients)
     (result,) = done.values()

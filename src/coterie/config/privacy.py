@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 from coterie.methods.base import Method
+from coterie.methods.privacy import PrivacySettings
 from coterie.methods.releases import Release, each_of
+from coterie.methods.secure import SecureAggregationSettings
+from coterie.methods.sum_noise import MOST_BITS
 from coterie.types import CoterieError
 
 
@@ -43,11 +46,34 @@ def _faults(method: Method, samples: bool) -> Iterator[str]:
         )
     if method.plan.robust.active and settings.by_server:
         yield 'the rules of [robust] change what the noise is for; set noise_at = "client", or leave [robust] out'
-    if method.plan.secure.enabled:
-        yield "its noise does not go together with secure aggregation yet; leave [secure_aggregation] out, or [privacy]"
+    yield from _in_sums(settings, method.plan.secure)
     by_client = [release for release in each_of(releases) if release.carried == "tensors"]
     if samples and settings.by_server and by_client:
         yield _sampled(by_client[0])
+
+
+def _in_sums(settings: PrivacySettings, secure: SecureAggregationSettings) -> Iterator[str]:
+    """What keeps the noise of ``noise_at = "sum"`` out of the sums, or sums without it in the server's hands."""
+    if secure.enabled and settings.by_server:
+        yield (
+            'the server would learn sums before they have noise; set noise_at = "sum", or leave [secure_aggregation] '
+            "out"
+        )
+    if not settings.by_sum:
+        return
+    if not secure.enabled:
+        yield (
+            'with noise_at = "sum" each client adds a part of the noise, which hides nothing by itself; set '
+            "[secure_aggregation] enabled = true"
+        )
+    most = 2 * secure.threshold - 1
+    if settings.colluding > most + 1e-9:
+        yield (
+            f"secure sums protect from fewer than {most:.3g} of their clients (2 * threshold - 1), and colluding is "
+            f"{settings.colluding:.3g}; lower it, or raise [secure_aggregation] threshold"
+        )
+    if secure.bits > MOST_BITS:
+        yield f"the noise is no finer than {MOST_BITS} bits; set [secure_aggregation] bits = {MOST_BITS} or less"
 
 
 def _by_row(method: Method, samples: bool) -> Iterator[str]:
@@ -69,8 +95,6 @@ def _by_row(method: Method, samples: bool) -> Iterator[str]:
         yield "its load-balance loss mixes the rows of a batch; set [method] balance = 0"
     if getattr(method.settings, "embed_rows", "all") == "held_out":
         yield 'the noise is for training on all rows, and it sets some aside; set [method] embed_rows = "all"'
-    if plan.secure.enabled:
-        yield "its noise does not go together with secure aggregation yet; leave [secure_aggregation] out, or [privacy]"
     if plan.dropout:
         yield "dropout of a row goes by its place in the batch, and so by the other rows; set [lora] dropout = 0"
     if plan.optim.packing:

@@ -35,14 +35,18 @@ _MODES = {
     "client": Plan(head="shared", privacy=_SERVER.model_copy(update={"noise_at": "client"})),
     "row": Plan(head="shared", dropout=0.0, privacy=_SERVER.model_copy(update={"unit": "example"})),
     "secure": Plan(head="shared", secure=SecureAggregationSettings(enabled=True)),
-    "both": Plan(head="shared", privacy=_SERVER, secure=SecureAggregationSettings(enabled=True)),
+    "both": Plan(
+        head="shared",
+        privacy=_SERVER.model_copy(update={"noise_at": "sum"}),
+        secure=SecureAggregationSettings(enabled=True),
+    ),
 }
 
 
 def table() -> list[tuple[str, ...]]:
     """A row for every release of every method with default settings and shared heads, under :data:`HEAD`."""
     rows = [row for kind in methods().values() for row in rows_of(kind)]
-    common = {**dict.fromkeys(_MODES, ""), "both": "no method has both"}
+    common = dict.fromkeys(_MODES, "")
     return rows + [("every method", *_texts(release, common)) for release in COMMON]
 
 
@@ -75,7 +79,7 @@ def _protected(release: Release, mode: str) -> str:
     if release.carried == "joining" or not release.of_rows:
         return CLEAR
     if release.carried == "bank":
-        return NOT_SENT if mode in ("client", "row") else "in the clear, if the site allows it"
+        return NOT_SENT if mode in ("client", "row", "both") else "in the clear, if the site allows it"
     if mode in ("server", "client", "row", "both"):
         return _with_noise(release, mode)
     if release.carried == "count":
@@ -93,6 +97,8 @@ def _protected(release: Release, mode: str) -> str:
 def _with_noise(release: Release, mode: str) -> str:
     if release.carried != "tensors":
         return NOT_SENT
+    if mode == "both":
+        return "cut; only a group's sum, with noise"
     if mode == "row":
         return "noise in every step of its training"
     if mode == "client":

@@ -9,7 +9,6 @@ sum.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from coterie import codec
@@ -19,8 +18,12 @@ from coterie.deploy.keys import known_sites, load_private, load_public
 from coterie.engines.client import LocalClient
 from coterie.files import read_json, write_json
 from coterie.methods.base import Method
-from coterie.methods.secure import check_session, update_of, vector_of, without_statistics
+from coterie.methods.secure_client import check_session, update_of, vector_of, without_statistics
 from coterie.methods.secure_start import begun
+from coterie.methods.sum_noise import SumNoise
+from coterie.ops.noise import SeededNoise
+from coterie.runs.private import KEY, kept_noise
+from coterie.runs.secure import noise_of
 from coterie.secure.identity import Identity
 from coterie.secure.session import SecureSumError, Session, Site
 from coterie.secure.steps import Party
@@ -75,17 +78,27 @@ def keep_for_sums(
     settings, reply = method.plan.secure, codec.decode(Reply, blob)
     ins = codec.decode(Instruction, body)
     start = method.started_from(client.workplace.base.spec, None, client.info, ins, reply)
-    update, name = update_of(reply, start, settings.clip), _run_of(head)
+    noise = _noise(method, folder)
+    update, name = update_of(reply, start, settings.clip, noise), _run_of(head)
     sent, uniform = begun(ins, start, method.instructs_alike), method.weighting == "uniform"
     party = Party(
         client.id,
         identity,
-        partial(vector_of, update),
-        lambda session: check_session(settings, session, name, head.rnd, uniform, sent),
+        lambda session: vector_of(update, client.id, session, noise),
+        lambda session: check_session(settings, session, name, head.rnd, uniform, sent, noise),
         lambda session, survivors: note_opened(folder / _OPENED, session, survivors, sent.whole),
     )
     without = without_statistics(replace(reply, tensors={}), method.releases())
     return SiteSums(name, head.rnd, party), codec.encode(without)
+
+
+def _noise(method: Method, folder: Path) -> SumNoise | None:
+    """The noise of this site's part in a sum. Its key is kept: a round that is done again has the same noise."""
+    privacy = method.plan.privacy
+    if not privacy.by_sum:
+        return None
+    seeded = privacy.noise_source == "seeded"
+    return noise_of(method, SeededNoise(method.plan.seed) if seeded else kept_noise(folder / KEY))
 
 
 def note_opened(path: Path, session: Session, survivors: tuple[Site, ...], instruction: str) -> None:

@@ -127,23 +127,23 @@ class Worker:
                 f"this site takes part in rounds 1 to {self.site.policy.max_rounds} ([policy] max_rounds)"
             )
         self.sums = None
-        own_noise = run.config.privacy.by_client or run.config.privacy.by_row
+        own_noise = run.config.privacy.at_clients
         releases = Releases(run.folder, run.method, run.config.run.rounds, run.client) if own_noise else None
         if releases:
             releases.check(head, body)
-            if (sent := releases.answered(head.rnd)) is not None:
-                return Message({}, sent)
-        outcome = train_client(run.client, run.method, body, head.rnd)  # again too: its personal state is needed
-        if outcome.error:
-            return Message({"error": outcome.error}, outcome.blob)
-        if releases:
-            releases.prune(head.keep)
-            return Message({}, releases.once(head, body, outcome.blob))
-        if not run.config.secure_aggregation.enabled:
-            return Message({}, outcome.blob)
-        identity = identity_of(self.site, self.root)
-        self.sums, sent = keep_for_sums(run.client, run.method, identity, run.folder, head, body, outcome.blob)
-        return Message({}, sent)
+        blob = releases.answered(head.rnd) if releases else None
+        if blob is None:
+            outcome = train_client(run.client, run.method, body, head.rnd)  # again too: its personal state is needed
+            if outcome.error:
+                return Message({"error": outcome.error}, outcome.blob)
+            blob = outcome.blob
+            if releases:
+                releases.prune(head.keep)
+                blob = releases.once(head, body, blob)
+        if run.config.secure_aggregation.enabled:
+            identity = identity_of(self.site, self.root)
+            self.sums, blob = keep_for_sums(run.client, run.method, identity, run.folder, head, body, blob)
+        return Message({}, blob)
 
     def _sum(self, run: Run, head: Head, body: bytes) -> Message:
         """This site's answer in a step of the round's secure sums."""
@@ -168,7 +168,7 @@ class Worker:
             bank = self.export(run, body, head.rnd, head.export)
         except OSError as fault:
             raise CoterieError(f"{disk_text(fault)}; `coterie site export` there writes the bundle later") from fault
-        counted = not (run.config.privacy.by_client or run.config.privacy.by_row)  # a bank would be one more release
+        counted = not run.config.privacy.at_clients  # a bank would be one more release
         return Message({}, codec.encode(bank) if self.site.policy.upload_bank and counted else b"")
 
     def _onboard(self, run: Run, head: Head, body: bytes) -> Message:

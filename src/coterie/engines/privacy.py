@@ -8,7 +8,7 @@ from __future__ import annotations
 from coterie.methods.base import Method
 from coterie.methods.privacy import client_multiplier, private_reply
 from coterie.methods.row_privacy import RowPrivacy, row_multiplier
-from coterie.ops.noise import SecureNoise, SeededNoise
+from coterie.ops.noise import SecureNoise, noise_from
 from coterie.types import BaseSpec, ClientInfo, Instruction, Reply
 
 
@@ -22,7 +22,7 @@ def hidden(method: Method, spec: BaseSpec, me: ClientInfo, ins: Instruction, rep
     if not settings.by_client:
         return private_reply(settings, 0.0, reply, {}, SecureNoise(), kept)
     multiplier = client_multiplier(settings, releases, method.plan.rounds)
-    noise = SeededNoise(method.plan.seed) if settings.noise_source == "seeded" else SecureNoise()
+    noise = noise_from(settings.noise_source, method.plan.seed)
     start = method.started_from(spec, None, me, ins, reply)
     return private_reply(settings, multiplier, reply, start, noise, kept, rnd, me.id)
 
@@ -36,5 +36,5 @@ def row_privacy(method: Method, me: ClientInfo) -> RowPrivacy | None:
     if not settings.by_row:
         return None
     multiplier = row_multiplier(settings, plan.optim, me.num_train, plan.rounds)
-    noise = SeededNoise(plan.seed) if settings.noise_source == "seeded" else SecureNoise()
+    noise = noise_from(settings.noise_source, plan.seed)
     return RowPrivacy(settings.clip, multiplier, noise, plan.optim, me.num_train)

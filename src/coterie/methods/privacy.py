@@ -63,11 +63,19 @@ class PrivacySettings(Section):
         0.0, ge=0, le=1e5, description="budget of the whole run: it stops before it would exceed this; 0: none"
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="the delta of epsilon; well below 1 / the number of clients")
-    noise_at: Literal["server", "client"] = Field(
+    noise_at: Literal["server", "client", "sum"] = Field(
         "server",
         description="server: it receives updates as they are, clips them and adds noise to each group's sum; client: "
         "each client clips and adds the whole noise itself, so that the server need not be trusted; with unit = "
-        "example it always does",
+        "example it always does; sum: each client clips and adds a part of the noise before secure aggregation, so "
+        "that the sum has the whole",
+    )
+    colluding: float = Field(
+        1 / 3,
+        ge=0,
+        lt=1,
+        description="with noise_at = sum, fewer than this share of a sum's clients may work with the server: the "
+        "others' noise is enough; at most 2 * [secure_aggregation] threshold - 1",
     )
     metrics: Literal["none", "unprotected"] = Field(
         "none",
@@ -92,6 +100,16 @@ class PrivacySettings(Section):
     def by_client(self) -> bool:
         """Whether clients add the noise to their updates."""
         return self.unit == "client" and self.noise_at == "client"
+
+    @property
+    def by_sum(self) -> bool:
+        """Whether clients add parts of the noise, which a secure sum makes whole."""
+        return self.unit == "client" and self.noise_at == "sum"
+
+    @property
+    def at_clients(self) -> bool:
+        """Whether clients add noise of any kind, so that the server gets nothing without it."""
+        return self.by_client or self.by_sum or self.by_row
 
     @property
     def by_row(self) -> bool:

@@ -9,7 +9,8 @@ as integers, with |u_i| the norm of all that it sends, taken as one vector. Memb
 sum p_i (start_i + u_i) / sum p_i over the survivors, so any mean over the group is that result, and no method needs to
 know of sums. The weight w_i is the number of examples, at most what the server allows to anybody, or 1.
 
-A group whose sum is not opened keeps what it had.
+A group whose sum is not opened keeps what it had. What a client does is in :mod:`coterie.methods.secure_client`; with
+``[privacy] noise_at = "sum"`` it adds a part of the noise (:mod:`coterie.methods.sum_noise`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from coterie.methods.releases import Release, each_of
 from coterie.methods.robust import Group
 from coterie.methods.secure_start import Begun
+from coterie.methods.sum_noise import SumNoise
 from coterie.ops.mean import mean
 from coterie.secure import fixed_point
 from coterie.secure.collector import Opened
@@ -95,9 +97,6 @@ def in_the_clear(releases: Sequence[Release]) -> frozenset[str]:
     return frozenset(name for release in each_of(releases) if release.carried == "info" for name in release.names)
 
 
-# the server ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sum:
     """What became of a group's sum: its members, who is in it, how many shortened their update; or why it is closed.
@@ -134,7 +133,12 @@ class Members:
 
 
 def sessions_of(
-    settings: SecureAggregationSettings, groups: Sequence[Group], clients: Members, uniform: bool, run: str
+    settings: SecureAggregationSettings,
+    groups: Sequence[Group],
+    clients: Members,
+    uniform: bool,
+    run: str,
+    noise: SumNoise | None = None,
 ) -> dict[str, Session]:
     """A session for each set of members, by a name.
 
@@ -155,10 +159,10 @@ def sessions_of(
             group=f"{number}: {', '.join(members)}",
             members=members,
             length=sum(value.numel() for value in tensors.values()) + _BESIDE,
-            layout=tuple(_entry(key, value.shape) for key, value in tensors.items()),
+            layout=tuple(entry_of(key, value.shape) for key, value in tensors.items()),
             most_examples=most,
-            total=float(sum(_weighs(most, clients.examples[c]) for c in members)),
-            bound=settings.clip,
+            total=float(sum(weighs(most, clients.examples[c]) for c in members)),
+            bound=bound_of(settings, noise, len(members)),
             bits=settings.bits,
             threshold=settings.threshold,
             min_group=settings.min_group,
@@ -167,6 +171,13 @@ def sessions_of(
             instruction=clients.begun[members[0]].instruction,
         )
     return made
+
+
+def bound_of(settings: SecureAggregationSettings, noise: SumNoise | None, members: int) -> float:
+    """The range of a sum over so many ``members``."""
+    if noise is None:
+        return settings.clip
+    return noise.bound(members, needed_of(members, settings.threshold, settings.min_group))
 
 
 def too_small(settings: SecureAggregationSettings, groups: Sequence[Group]) -> str | None:
@@ -181,7 +192,10 @@ def too_small(settings: SecureAggregationSettings, groups: Sequence[Group]) -> s
 
 
 def applied(
-    sessions: Mapping[str, Session], opened: Mapping[str, Opened | str], clients: Members
+    sessions: Mapping[str, Session],
+    opened: Mapping[str, Opened | str],
+    clients: Members,
+    noise: SumNoise | None = None,
 ) -> tuple[dict[ClientId, Reply], dict[str, Sum]]:
     """The clients' replies with the mean of each sum that was opened and the start of each other; and the sums.
 
@@ -192,7 +206,7 @@ def applied(
     done: dict[str, Sum] = {}
     for name, session in sessions.items():
         try:
-            means, done[session.group] = _opened(session, opened[name], clients)
+            means, done[session.group] = _opened(session, opened[name], clients, noise)
         except SecureSumError as fault:
             done[session.group] = Sum(session.members, error=str(fault))
             for client in session.members:
@@ -204,19 +218,22 @@ def applied(
     return {c: replace(r, tensors=changed[c]) for c, r in clients.replies.items() if c not in left_out}, done
 
 
-def _opened(session: Session, result: Opened | str, clients: Members) -> tuple[dict[Key, Tensor], Sum]:
+def _opened(
+    session: Session, result: Opened | str, clients: Members, noise: SumNoise | None
+) -> tuple[dict[Key, Tensor], Sum]:
     """The survivors' mean of each tensor, and the sum. Raises :class:`SecureSumError` where there is none."""
     if isinstance(result, str):
         raise SecureSumError(result)
     numbers = fixed_point.decode(result.total, session.bound, session.bits)
     weight, shortened = numbers[-2] / session.bound, numbers[-1] / session.bound
-    shares = [_weighs(session.most_examples, clients.examples[c]) for c in result.survivors]
+    shares = [weighs(session.most_examples, clients.examples[c]) for c in result.survivors]
     grid = len(session.members) * 2.0 ** (1 - session.bits)
     if abs(weight - sum(shares) / session.total) > grid + _ROUNDING:
         raise SecureSumError(f"its weights add up to {weight:g} in place of {sum(shares) / session.total:g}")
-    longest = session.bound * (1 + _ROUNDING + grid * session.length**0.5 / weight)
+    most = noise.longest(session, len(result.survivors)) if noise else session.bound
+    longest = most * (1 + _ROUNDING) + session.bound * grid * session.length**0.5 / weight
     if (norm := float(np.linalg.norm(numbers[:-_BESIDE] / weight))) > longest:
-        raise SecureSumError(f"its mean is {norm:.3g} long, and no client may send more than {session.bound:g}")
+        raise SecureSumError(f"its mean is {norm:.3g} long, and no client may send more than {most:g}")
     means, at = {}, 0
     for key, shape in layout_of(session):
         size = int(np.prod(shape))
@@ -229,71 +246,6 @@ def _opened(session: Session, result: Opened | str, clients: Members) -> tuple[d
     return means, Sum(session.members, result.survivors, result.vanished, round(shortened))
 
 
-# a client ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Update:
-    """A client's update of a round, in float64, shortened as one vector; and the examples that it may count for."""
-
-    tensors: Tensors
-    examples: int
-    shortened: bool
-
-
-def update_of(reply: Reply, start: Tensors, clip: float) -> Update:
-    """What ``reply`` changes beside ``start``, at most ``clip`` long. Raises :class:`SecureSumError` if not finite."""
-    moved = {k: v.double() - start[k].double() if k in start else v.double() for k, v in reply.tensors.items()}
-    norm = float(sum(float(value.square().sum()) for value in moved.values())) ** 0.5
-    if not norm < float("inf"):
-        raise SecureSumError("the update has values that are not finite")
-    factor = min(1.0, clip / norm) if norm else 1.0
-    tensors = {key: value * factor for key, value in moved.items()} if factor < 1 else moved
-    return Update(tensors, reply.num_examples, factor < 1)
-
-
-def vector_of(update: Update, session: Session) -> fixed_point.Integers:
-    """A client's vector for ``session``. Raises :class:`SecureSumError` if the session is not about its update."""
-    share = _weighs(session.most_examples, update.examples) / session.total
-    pieces = []
-    for key, shape in layout_of(session):
-        value = update.tensors.get(key)
-        if value is None or tuple(value.shape) != shape:
-            raise SecureSumError(f"the session wants {key} of the shape {list(shape)}, which this client does not have")
-        pieces.append(value.flatten().numpy() * share)
-    if not 0 < share <= 1:
-        raise SecureSumError(
-            f"the session gives this client a weight of {share:g}, which must be above 0 and at most 1"
-        )
-    beside = np.array([share, float(update.shortened)]) * session.bound
-    return fixed_point.encode(
-        np.concatenate([*pieces, beside]).clip(-session.bound, session.bound), session.bound, session.bits
-    )
-
-
-def check_session(
-    settings: SecureAggregationSettings, session: Session, run: str, rnd: int, uniform: bool, begun: Begun
-) -> None:
-    """Raises :class:`SecureSumError` at a client for a session of another run, round, setting, weighting or start."""
-    wanted = (settings.clip, settings.bits, settings.threshold, settings.min_group, settings.neighbours)
-    if (session.bound, session.bits, session.threshold, session.min_group, session.neighbours) != wanted:
-        raise SecureSumError("the session has other settings than [secure_aggregation] of the run")
-    if (session.run, session.rnd) != (run, rnd):
-        raise SecureSumError(f"the session is of round {session.rnd} of another run or attempt, not of round {rnd}")
-    if uniform != (session.most_examples == 0) or (uniform and session.total != len(session.members)):
-        raise SecureSumError("the session weighs clients in another way than the method does")
-    if session.start != tuple(begun.of(key) for key, _ in layout_of(session)):
-        raise SecureSumError("the session's sites start from other values than this site was sent")
-    if session.instruction != begun.instruction:
-        raise SecureSumError("the session's sites were sent another instruction than this site")
-
-
-def without_statistics(reply: Reply, releases: Sequence[Release]) -> Reply:
-    """``reply`` with nothing in ``info`` but what the server needs of each client."""
-    kept = in_the_clear(releases)
-    return replace(reply, info={name: value for name, value in reply.info.items() if name in kept})
-
-
 def layout_of(session: Session) -> Iterator[tuple[Key, tuple[int, ...]]]:
     """The tensors in a session's vector, in order, with their shapes. Raises :class:`SecureSumError`."""
     for text in session.layout:
@@ -302,16 +254,18 @@ def layout_of(session: Session) -> Iterator[tuple[Key, tuple[int, ...]]]:
             key, sizes = Key.parse(name), tuple(int(size) for size in shape.split("x"))
         except ValueError as fault:
             raise SecureSumError(f"the session's layout has {text[:80]!r}, which names no tensor") from fault
-        if text != _entry(key, sizes):  # two ways to write a key would be two tensors
-            raise SecureSumError(f"the session's layout has {text[:80]!r} in place of {_entry(key, sizes)!r}")
+        if text != entry_of(key, sizes):  # two ways to write a key would be two tensors
+            raise SecureSumError(f"the session's layout has {text[:80]!r} in place of {entry_of(key, sizes)!r}")
         yield key, sizes
 
 
-def _entry(key: Key, shape: Sequence[int]) -> str:
+def entry_of(key: Key, shape: Sequence[int]) -> str:
+    """A tensor's entry in a session's layout."""
     return f"{key} {'x'.join(map(str, shape))}"
 
 
-def _weighs(most: int, examples: int) -> float:
+def weighs(most: int, examples: int) -> float:
+    """What a client with so many examples weighs, where ``most`` is the most that count; 0: all weigh 1."""
     return float(min(examples, most)) if most else 1.0
 
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -92,3 +92,8 @@ class SeededNoise:
 
     def _stream(self, purpose: tuple[str | int, ...]) -> torch.Generator:
         return stream(self.seed, "privacy", *purpose)
+
+
+def noise_from(source: Literal["secure", "seeded"], seed: int) -> SecureNoise | SeededNoise:
+    """A client's own noise: from a new key that nobody keeps, or in tests from the run's ``seed``."""
+    return SeededNoise(seed) if source == "seeded" else SecureNoise()

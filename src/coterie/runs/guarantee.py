@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What a run guarantees, as its summary and its report say it."""
+    """What a run guarantees, as its summary and its report say it.
+
+    ``colluding``: where the noise is in secure sums, it holds if fewer than this share of a sum's clients work with the
+    server.
+    """
 
     unit: str
     epsilon: float
@@ -23,3 +27,4 @@ class Guarantee:
     releases: Mapping[str, int]
     metrics: str
     stopped: str = ""
+    colluding: float = 0.0

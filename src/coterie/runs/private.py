@@ -64,12 +64,7 @@ class Private:
     def _noise(self) -> SecureNoise | SeededNoise:
         if self.settings.noise_source == "seeded":
             return SeededNoise(self.rounds.seed)
-        path = self.folder / KEY
-        if not path.exists():
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(secrets.token_bytes(KEY_BYTES))
-        return SecureNoise(path.read_bytes())
+        return kept_noise(self.folder / KEY)
 
     @property
     def size(self) -> float:
@@ -111,7 +106,7 @@ class Private:
     def begin(self, state: object, rnd: int) -> None:
         """Count what clients themselves add noise to in round ``rnd``, each time that they are sent instructions."""
         again = "seeded" if self.settings.noise_source == "seeded" else secrets.token_hex(16)
-        if self.settings.by_client:
+        if self.settings.at_clients and not self.settings.by_row:
             self._count(self.kinds(state, rnd), rnd, f"round {rnd} {again}")
         if self.settings.by_row:
             self._add(self._steps(rnd, f"round {rnd} {again}"), rnd)
@@ -214,7 +209,17 @@ class Private:
             else dict(sorted(Counter(entry.kind for entry in entries).items())),
             s.metrics,
             self.stopped,
+            s.colluding if s.by_sum else 0.0,
         )
+
+
+def kept_noise(path: Path) -> SecureNoise:
+    """Noise from the key in the file ``path``, which is made anew where there is none."""
+    if not path.exists():
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+    return SecureNoise(path.read_bytes())
 
 
 def check_grouped(groups: Sequence[Group], everyone: Mapping[ClientId, Reply], rnd: int) -> None:
@@ -254,7 +259,7 @@ def cohort_size(rounds: RoundSettings, clients: int) -> float:
 def noised(settings: PrivacySettings, rounds: RoundSettings, clients: int, multiplier: float) -> Noised:
     """One release of a run with so many clients. Who adds its own noise is known to take part."""
     size = cohort_size(rounds, clients)
-    if settings.by_client or size >= clients:
+    if settings.at_clients or size >= clients:
         return Noised(multiplier)
     return Noised(multiplier, rounds.sampling, clients, size)
 

@@ -42,7 +42,7 @@ from coterie.runs.health import loss_note, quorum_fault
 from coterie.runs.ledger import Ledger
 from coterie.runs.log import Log
 from coterie.runs.private import BudgetSpentError, Private, drawn
-from coterie.runs.secure import Simulated, Sums, check_start, findings, summed
+from coterie.runs.secure import Sums, check_start, findings, simulated, summed
 from coterie.runs.settings import RoundSettings
 from coterie.runs.summary import best_round
 from coterie.types import ClientId, ClientInfo, CoterieError
@@ -71,7 +71,7 @@ class Runner(Generic[S]):
     def __post_init__(self) -> None:
         self.log = Log(self.folder / METRICS, self.listen)
         if self.method.plan.secure.enabled and self.sums is None:
-            self.sums = Simulated(self.method.plan.secure)
+            self.sums = simulated(self.method)
         if self.method.plan.privacy.active:
             self.private = Private(self.method, self.engine.clients, self.settings, self.folder)
 

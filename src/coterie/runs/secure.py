@@ -24,17 +24,17 @@ from coterie.methods.secure import (
     Sum,
     applied,
     check_members,
-    check_session,
     sessions_of,
     too_small,
-    update_of,
-    vector_of,
-    without_statistics,
 )
+from coterie.methods.secure_client import check_session, update_of, vector_of, without_statistics
 from coterie.methods.secure_start import begun
+from coterie.methods.sum_noise import SumNoise, sum_noise
+from coterie.ops.noise import Noise, noise_from
 from coterie.runs.agreed import Agreed
+from coterie.secure.fixed_point import Integers
 from coterie.secure.identity import Identity, identities
-from coterie.secure.session import Session
+from coterie.secure.session import Session, needed_of
 from coterie.secure.steps import Ask, Party, in_process, sums
 from coterie.types import ClientId, ClientInfo, CoterieError, Instruction, Key, Reply, Tensors
 
@@ -63,6 +63,7 @@ class Simulated:
     settings: SecureAggregationSettings
     run: str = "simulation"
     tensors_stay: bool = False
+    noise: SumNoise | None = None
     _known: dict[ClientId, Identity] = field(default_factory=dict)
 
     def carrier(self, sessions: Mapping[str, Session], clients: Members) -> Ask:
@@ -76,13 +77,28 @@ class Simulated:
         return in_process(parties)
 
     def _party(self, client: ClientId, clients: Members) -> Party:
-        update = update_of(clients.replies[client], clients.starts[client], self.settings.clip)
+        update = update_of(clients.replies[client], clients.starts[client], self.settings.clip, self.noise)
         sent = clients.begun[client]
 
         def admit(session: Session) -> None:
-            check_session(self.settings, session, self.run, session.rnd, session.most_examples == 0, sent)
+            uniform = session.most_examples == 0
+            check_session(self.settings, session, self.run, session.rnd, uniform, sent, self.noise)
 
-        return Party(client, self._known[client], lambda session: vector_of(update, session), admit)
+        def vector(session: Session) -> Integers:
+            return vector_of(update, client, session, self.noise)
+
+        return Party(client, self._known[client], vector, admit)
+
+
+def noise_of(method: Method, source: Noise | None = None) -> SumNoise | None:
+    """The noise of the secure sums of a run of ``method``, drawn from ``source``; None where they have none."""
+    return sum_noise(method.plan.privacy, method.releases(), method.plan.rounds, source)
+
+
+def simulated(method: Method) -> Simulated:
+    """The secure sums of a run of ``method``, all of whose clients are in this process."""
+    plan = method.plan
+    return Simulated(plan.secure, noise=noise_of(method, noise_from(plan.privacy.noise_source, plan.seed)))
 
 
 def summed(
@@ -99,8 +115,9 @@ def summed(
     settings, uniform = method.plan.secure, method.weighting == "uniform"
     sent = {c: begun(instructions[c], starts[c], method.instructs_alike) for c in replies}
     clients = Members(rnd, replies, starts, sent, examples)
-    sessions = sessions_of(settings, groups, clients, uniform, opener.run)
-    changed, done = applied(sessions, sums(sessions, opener.carrier(sessions, clients)), clients)
+    noise = noise_of(method)
+    sessions = sessions_of(settings, groups, clients, uniform, opener.run, noise)
+    changed, done = applied(sessions, sums(sessions, opener.carrier(sessions, clients)), clients, noise)
     steps = {client: step for of in done.values() for client, step in (of.vanished or {}).items()}
     failed = {c: f"gone before the step {steps.get(c, 'values')!r} of its secure sum" for c in replies.keys() - changed}
     not_opened = [
@@ -119,8 +136,11 @@ def _shortened(settings: SecureAggregationSettings, done: Mapping[str, Sum]) -> 
 
 
 def check_start(method: Method, clients: Sequence[ClientInfo], state: object, rnd: int) -> None:
-    """Raises :class:`CoterieError` where a sum could overflow, or one of round ``rnd`` could never be opened."""
-    settings = method.plan.secure
+    """Raises :class:`CoterieError` where a sum could overflow, or one of round ``rnd`` could never be opened.
+
+    And where the grid is too coarse for a client's noise.
+    """
+    settings, noise = method.plan.secure, noise_of(method)
     check_members(settings, len(clients))
     if any(not of.optional for c in clients for of in method.expects_info(state, c, rnd).values()):
         return  # who is in which group is known once clients have replied
@@ -128,6 +148,9 @@ def check_start(method: Method, clients: Sequence[ClientInfo], state: object, rn
     groups = method.groups(state, replies, {c.id: label_space(c) for c in clients})
     if fault := too_small(settings, groups):
         raise CoterieError(fault)
+    for members in {len(group.members) for group in groups}:
+        if noise:
+            noise.check(members, needed_of(members, settings.threshold, settings.min_group), settings.bits)
 
 
 def tensors_stay(sums: Sums | None) -> bool:

@@ -25,6 +25,18 @@ def encode(values: Numbers, bound: float, bits: int) -> Integers:
     return np.rint(values * (2.0 ** (bits - 1) / bound)).astype(np.int64).view(np.uint64)
 
 
+def encode_noisy(values: Numbers, noise: Numbers, bound: float, bits: int) -> Integers:
+    """``values`` [n] rounded toward zero, so that they are no longer, plus ``noise`` [n], rounded whatever the values.
+
+    Raises as :func:`encode`, for a value with its noise.
+    """
+    steps = 2.0 ** (bits - 1) / bound
+    total = np.trunc(values * steps) + np.rint(noise * steps)
+    if not bool((np.abs(total) <= 2.0 ** (bits - 1)).all()):
+        raise ValueError(f"a value is outside the range from {-bound:g} to {bound:g}")
+    return total.astype(np.int64).view(np.uint64)
+
+
 def decode(total: Integers, bound: float, bits: int) -> Numbers:
     """The numbers [n] that the sum of encoded vectors stands for."""
     return total.view(np.int64).astype(np.float64) * (bound / 2.0 ** (bits - 1))
