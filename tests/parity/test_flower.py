@@ -15,6 +15,9 @@ import sites
 from coterie import codec
 from coterie.data.clients import load_data
 from coterie.deploy.events import Joined
+from coterie.deploy.keys import init_keys
+from coterie.deploy.secure_server import RemoteSums
+from coterie.deploy.worker import Worker
 from coterie.engines import local
 from coterie.methods.registry import methods
 from coterie.runs.events import Event
@@ -115,26 +118,47 @@ def test_a_site_with_few_active_experts_trains_as_a_client_with_a_budget(tmp_pat
     assert joined["site"] == {**dict.fromkeys(CLIENTS), "mood-1": 1}
 
 
-@pytest.mark.parametrize("noise_at", ["server", "client"])
-def test_noise_is_the_same_over_flower(noise_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NOISE: dict[str, dict[str, Any]] = {
+    "server": {"noise_at": "server"},
+    "client": {"noise_at": "client"},
+    "sum": {"noise_at": "sum"},
+    "rows in sums": {"unit": "example"},
+}
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_is_the_same_over_flower(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the noise of tests: the same experts, the same ledger, and nothing that sites keep to themselves."""
     monkeypatch.setattr("coterie.deploy.agreement.check_privacy_of_sites", lambda settings: None)  # refuses it
     path = sites.config(tmp_path, "bert", method="fedit", kind="classification")
-    privacy = {"unit": "client", "clip": 0.1, "noise_multiplier": 1.0, "noise_source": "seeded", "noise_at": noise_at}
-    config = flower_sites.local_config(path, CLIENTS, tmp_path, privacy=privacy)
+    privacy = {"unit": "client", "clip": 0.1, "noise_multiplier": 1.0, "noise_source": "seeded", **NOISE[kind]}
+    changes: dict[str, Any] = {"privacy": privacy, "lora": {"dropout": 0.0}}
+    site: dict[str, Any] = {}
+    if hidden := kind in ("sum", "rows in sums"):
+        init_keys(tmp_path / "keys", CLIENTS, ["127.0.0.1"])
+        changes["secure_aggregation"], site = {"enabled": True}, {"peers": str(tmp_path / "keys" / "sites")}
+    config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
-    staff = flower_sites.workers(tmp_path, CLIENTS)
-    remote = flower_sites.engine_over(flower_sites.server_config(path, privacy=privacy), staff, sites=tuple(CLIENTS))
+    cache: dict[str, Any] = {}
+    staff = {
+        c: Worker(
+            flower_sites.site_settings(tmp_path, c, site=site and {**site, "key": f"keys/sites/{c}"}), tmp_path, cache
+        )
+        for c in CLIENTS
+    }
+    remote = flower_sites.engine_over(flower_sites.server_config(path, **changes), staff, sites=tuple(CLIENTS))
     remote.sites.gather(0, 10)
     method, states, spent = flower_sites.method_of(config), {}, {}
     for place, engine in (("here", reference), ("there", remote)):
         (tmp_path / place).mkdir(exist_ok=True)
-        runner = Runner(method, engine, RoundSettings(2, 0), tmp_path / place)
+        sums = RemoteSums(remote) if hidden and place == "there" else None
+        runner = Runner(method, engine, RoundSettings(2, 0), tmp_path / place, sums=sums)
         states[place] = runner.run()
         assert runner.private is not None
         spent[place] = runner.private.guarantee()
     assert codec.encode(states["here"]) == codec.encode(states["there"])
     assert spent["here"] == spent["there"]
-    assert spent["here"].releases == {"updates": 2}
+    (counted,) = spent["here"].releases
+    assert counted == ("steps of a client" if kind == "rows in sums" else "updates")
     assert '"loss"' not in (tmp_path / "there" / "metrics.jsonl").read_text(encoding="utf-8")

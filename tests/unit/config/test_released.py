@@ -20,7 +20,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "DP at the client": {"privacy": {**DP, "noise_at": "client"}},
     "DP of each row": {"privacy": {**DP, "unit": "example"}, "lora": {"dropout": 0.0}},
     "secure aggregation": {"secure_aggregation": {"enabled": True}},
-    "DP with secure aggregation": {"privacy": DP, "secure_aggregation": {"enabled": True}},
+    "DP with secure aggregation": {"privacy": {**DP, "noise_at": "sum"}, "secure_aggregation": {"enabled": True}},
 }
 
 

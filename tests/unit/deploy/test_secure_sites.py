@@ -47,6 +47,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+PRIVATE = {"unit": "client", "noise_at": "sum", "clip": 0.1, "noise_multiplier": 1.0, "colluding": 0.2}
+
+
 def staff(folder: Path, state: Path) -> dict[str, Worker]:
     cache: dict[str, Any] = {}
     return {
@@ -62,10 +65,21 @@ def staff(folder: Path, state: Path) -> dict[str, Worker]:
 
 
 def run(
-    made: Path, out: Path, there: dict[str, Worker], change: Change = lambda c, sent, made: made, **agreed: Any
+    made: Path,
+    out: Path,
+    there: dict[str, Worker],
+    change: Change = lambda c, sent, made: made,
+    privacy: dict[str, Any] | None = None,
+    **agreed: Any,
 ) -> tuple[Any, list[Any], list[Any]]:
     """One round; returns the state, the runner's events and what every site answered."""
-    config = flower_sites.server_config(made, secure_aggregation=SECURE, run={"rounds": 1}, federation={"sites": NAMES})
+    config = flower_sites.server_config(
+        made,
+        secure_aggregation=SECURE,
+        privacy=privacy or {},
+        run={"rounds": 1, **({"export": "last"} if privacy else {})},
+        federation={"sites": NAMES},
+    )
     seen: list[Any] = []
 
     class Watching(Worker):
@@ -151,6 +165,32 @@ def test_a_restarted_worker_and_another_round_get_no_answer(made: Path, tmp_path
     fresh = staff(made.parent, tmp_path)["mood-0"]
     assert "holds no update for a secure sum" in fresh.answer(sent[0]).head["error"]
     assert "not one of keys, shares" in fresh.answer(Message({**sent[0].head, "step": "open"})).head["error"]
+
+
+def test_a_round_that_is_done_again_has_the_same_noise_and_the_same_sum(made: Path, tmp_path: Path) -> None:
+    """A server that starts again learns nothing new; sites whose processes were started anew too."""
+    state, heard, seen = run(made, tmp_path / "run", staff(made.parent, tmp_path), privacy=PRIVATE)
+    ((_, of),) = (done(heard).sums or {}).items()
+    assert (of.error, set(of.survivors)) == (None, set(NAMES))
+    replies = [codec.decode(Reply, answer.body) for _, kind, _, answer in seen if kind == "train"]
+    assert all((reply.tensors, reply.info, reply.num_examples) == ({}, {}, 1) for reply in replies)
+    again, heard, _ = run(made, tmp_path / "again", staff(made.parent, tmp_path), privacy=PRIVATE, attempt=2)
+    assert [of.error for of in (done(heard).sums or {}).values()] == [None]
+    assert all(torch.equal(state.lora[key], again.lora[key]) for key in state.lora)
+    other, _, _ = run(made, tmp_path / "other", staff(made.parent, tmp_path / "others"), privacy=PRIVATE)
+    assert not torch.equal(state.lora[min(state.lora)], other.lora[min(state.lora)])
+
+
+@pytest.mark.parametrize("step", ["values", "reveal"])
+def test_sums_with_noise_do_without_a_site(step: str, made: Path, tmp_path: Path) -> None:
+    def forgets(client: str, sent: Message, answer: Message) -> Message:
+        lost = client == "mood-0" and sent.head.get("step") == step
+        return Message({"error": "gone"}) if lost else answer
+
+    _, heard, _ = run(made, tmp_path / "run", staff(made.parent, tmp_path), forgets, PRIVATE)
+    ((_, of),) = (done(heard).sums or {}).items()
+    assert of.error is None
+    assert set(of.survivors) == set(NAMES) - ({"mood-0"} if step == "values" else set())
 
 
 def test_a_round_is_opened_over_one_set_of_sites_alone(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from coterie.methods.plan import Plan
 from coterie.methods.privacy import PrivacySettings
 from coterie.methods.registry import method_named, methods
 from coterie.methods.robust import Group
-from coterie.methods.secure import SecureAggregationSettings, refusal, sessions_of
-from coterie.methods.secure_client import vector_of
+from coterie.methods.secure import Members, SecureAggregationSettings, refusal, sessions_of
+from coterie.methods.secure_client import Update, vector_of
+from coterie.methods.secure_start import Begun
 from coterie.methods.sum_noise import SumNoise, sum_noise
 from coterie.ops.accounting import Noised, spent
 from coterie.ops.noise import SecureNoise, SeededNoise
@@ -42,13 +43,14 @@ from secure_sums import session, vanishing
 ON = SecureAggregationSettings(enabled=True)
 PRIVACY = PrivacySettings(unit="client", noise_at="sum", clip=0.5, noise_multiplier=2.0, noise_source="seeded")
 SIX = ("mood-0", "mood-1", "mood-2", "size-0", "size-1", "place-0")
+THREE = SIX[:3]
 WITH: dict[str, dict[str, Any]] = {
     "fedlease": {"allocation": "random", "max_experts": 2, "experts": 2, "warmup_rounds": 1},
     "fedamole": {"assignment": "static", "clients_per_expert": 3, "experts": 4, "max_experts": 4},
 }
 BOTH = ["fdlora", "fedamole", "feddpa", "fedit", "fedlease", "fedprox", "fedsa_lora", "ffa_lora", "rolora", "smartfed"]
 ONE, OTHER, SHARED = Key("a", 0, Part.A), Key("a", 1, Part.A), Key("a", 0, Part.B)
-WIDTH = 20_000
+WIDTH = 8_000
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def opened(
     """What sums of ``groups`` make of clients that moved from 0 as far as ``moved``."""
     replies = {c: Reply(dict(tensors), 1) for c, tensors in moved.items()}
     starts = {c: {key: torch.zeros_like(value) for key, value in of.items()} for c, of in moved.items()}
-    sent = {c: Instruction(starts[c]) for c in replies}
+    sent = {c: Instruction() for c in replies}
     opener = simulated(method)
     assert opener.noise is not None
     opener = gone(replace(opener, noise=replace(opener.noise, source=source or opener.noise.source)), away or {})
@@ -95,10 +97,10 @@ def clients(number: int) -> list[str]:
 # the size of the noise -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("members", "away"), [(6, 0), (6, 2), (16, 0), (16, 5), (3, 0)])
+@pytest.mark.parametrize(("members", "away"), [(6, 0), (6, 2), (9, 3), (3, 0)])
 def test_the_sum_has_the_central_noise_where_the_fewest_are_left_less_the_colluding(members: int, away: int) -> None:
     over = clients(members)
-    still = dict.fromkeys(over, {ONE: torch.zeros(WIDTH)})
+    still = {c: {ONE: torch.zeros(WIDTH)} for c in over}
     agreed = opened(
         made("fedsa_lora"), still, [Group(tuple(over), frozenset({ONE}))], {"values": over[:away]}, SecureNoise()
     )
@@ -106,10 +108,10 @@ def test_the_sum_has_the_central_noise_where_the_fewest_are_left_less_the_collud
     colluding = math.ceil(members / 3) - 1
     mean = agreed.replies[over[-1]].tensors[ONE].double()
     central = PRIVACY.noise_multiplier * PRIVACY.clip
-    assert float(mean.std()) * left == pytest.approx(central * math.sqrt(left / (needed - colluding)), rel=0.03)
+    assert float(mean.std()) * left == pytest.approx(central * math.sqrt(left / (needed - colluding)), rel=0.04)
     if away == members - needed:  # what those that do not collude have added is the central mechanism's
         honest = float(mean.std()) * left * math.sqrt((left - colluding) / left)
-        assert honest == pytest.approx(central, rel=0.03)
+        assert honest == pytest.approx(central, rel=0.04)
     assert float(mean.mean()) == pytest.approx(0, abs=5 * float(mean.std()) / math.sqrt(WIDTH))
 
 
@@ -137,7 +139,9 @@ def test_a_client_in_many_groups_moves_all_sums_together_by_no_more_than_the_cli
     draw = torch.Generator().manual_seed(0)
     base = {c: {SHARED: 0.001 * torch.randn(500, generator=draw), own[c]: torch.zeros(500)} for c in over}
     large = {SHARED: torch.randn(500, generator=draw), ONE: torch.randn(500, generator=draw)}
-    method = made("fedsa_lora", PRIVACY.model_copy(update={"noise_multiplier": 1e-5}), ON.model_copy(update={"bits": 40}))
+    method = made(
+        "fedsa_lora", PRIVACY.model_copy(update={"noise_multiplier": 1e-5}), ON.model_copy(update={"bits": 40})
+    )
     one = opened(method, {**base, "c00": large}, groups)
     none = opened(method, {**base, "c00": {key: torch.zeros(500) for key in large}}, groups)
     weigh = {SHARED: 6, ONE: 3}
@@ -168,20 +172,17 @@ def test_rounding_makes_no_update_longer_and_noise_is_rounded_whatever_the_updat
 
 
 def test_a_value_beyond_the_range_is_an_error_at_the_site_and_never_a_wrong_sum() -> None:
-    of = session(3, length=2 + 2, layout=("a/0/A 2",), bound=1.0)
-    (one,) = [Key.parse(text.rpartition(" ")[0]) for text in of.layout]
+    of = session(3, length=2 + 2, layout=(f"{ONE} 2",), bound=1.0)
 
     class Huge(SeededNoise):
         def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
             return torch.full(shape, 1e3, dtype=torch.float64)
 
-    from coterie.methods.secure_client import Update
-
     with pytest.raises(SecureSumError, match="does not fit the sum: a value is outside the range"):
-        vector_of(Update({one: torch.zeros(2)}, 1, False), "s0", of, SumNoise(PRIVACY, 2.0, Huge(0)))
+        vector_of(Update({ONE: torch.zeros(2)}, 1, False), "s0", of, SumNoise(PRIVACY, 2.0, Huge(0)))
     coarse = replace(of, total=1e13)
     with pytest.raises(SecureSumError, match="too coarse"):
-        vector_of(Update({one: torch.zeros(2)}, 1, False), "s0", coarse, SumNoise(PRIVACY, 2.0, SeededNoise(0)))
+        vector_of(Update({ONE: torch.zeros(2)}, 1, False), "s0", coarse, SumNoise(PRIVACY, 2.0, SeededNoise(0)))
 
 
 def test_no_value_of_the_secure_source_is_beyond_the_range() -> None:
@@ -194,9 +195,11 @@ def test_no_value_of_the_secure_source_is_beyond_the_range() -> None:
 # runs ----------------------------------------------------------------------------------------------------------------
 
 
-def run(method: Method[Any], folder: Path, sums: Any = None, rounds: int = 1) -> tuple[Any, list[Any]]:
+def run(
+    method: Method[Any], folder: Path, sums: Any = None, rounds: int = 1, over: Sequence[str] = THREE
+) -> tuple[Any, list[Any]]:
     folder.mkdir(exist_ok=True)
-    engine = short_runs.engine_of(short_runs.clients(*SIX), folder)
+    engine = short_runs.engine_of(short_runs.clients(*over), folder)
     heard: list[Any] = []
     settings = RoundSettings(rounds, 0, quorum=0.1, export="last")
     return Runner(method, engine, settings, folder, heard.append, sums=sums).run(), heard
@@ -204,21 +207,21 @@ def run(method: Method[Any], folder: Path, sums: Any = None, rounds: int = 1) ->
 
 def test_a_sum_is_the_plain_sum_of_cut_updates_and_seeded_noise_to_the_grid(tmp_path: Path) -> None:
     plain = made("fedit", PrivacySettings(), SecureAggregationSettings())
-    engine = short_runs.engine_of(short_runs.clients(*SIX), tmp_path)
+    engine = short_runs.engine_of(short_runs.clients(*THREE), tmp_path)
     state = plain.init(engine.spec, engine.clients)
     instructions = plain.configure(state, engine.clients, 1)
     replies = {c: d.reply for c, d in engine.train(plain, instructions, 1) if d.reply}
     method = made("fedit")
     noise = noise_of(method)
     assert noise is not None
-    own = noise.deviation(6, 4)
+    own = noise.deviation(3, 3)
     expected = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in state.lora.items()}
     for c, reply in replies.items():
         update = {key: reply.tensors[key].double() - state.lora[key].double() for key in expected}
         length = math.sqrt(sum(float(value.square().sum()) for value in update.values()))
         for key, value in update.items():
             drawn = SeededNoise(0).normal(tuple(value.shape), "round 1", c, str(key))
-            expected[key] += (min(1.0, PRIVACY.clip / length) * value + own * drawn) / 6
+            expected[key] += (min(1.0, PRIVACY.clip / length) * value + own * drawn) / 3
     found, heard = run(method, tmp_path / "run")
     assert len(expected) >= 4
     for key, value in expected.items():
@@ -230,35 +233,39 @@ def test_a_sum_is_the_plain_sum_of_cut_updates_and_seeded_noise_to_the_grid(tmp_
         assert entry.loss is None
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_every_method_that_both_allow_runs_with_both(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fedamole", "fedlease", "smartfed"])
+def test_methods_with_groups_and_statistics_of_their_own_run_with_both(name: str, tmp_path: Path) -> None:
     method = made(name)
-    _, heard = run(method, tmp_path / "run", rounds=2)
+    _, heard = run(method, tmp_path / "run", rounds=2, over=SIX)
     done = [event for event in heard if isinstance(event, RoundDone)]
     assert len(done) == 2
     assert all(of.error is None for event in done for of in (event.sums or {}).values())
     assert any(event.sums for event in done)
     assert {entry.kind for entry in read_ledger(tmp_path / "run").entries} == {"updates"}
-    assert all(not event.clients[c].said for event in done for c in SIX)
+    assert all(not event.clients[c].said for event in done for c in event.clients)
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_two_of_six_may_vanish_in_any_step(step: str, tmp_path: Path) -> None:
-    method = made("fedit")
-    _, heard = run(method, tmp_path / "run", gone(simulated(method), {step: SIX[:2]}))
-    (done,) = [event for event in heard if isinstance(event, RoundDone)]
-    ((_, of),) = (done.sums or {}).items()
+def test_two_of_six_may_vanish_in_any_step(step: str) -> None:
+    over = clients(6)
+    still = {c: {ONE: torch.zeros(50)} for c in over}
+    agreed = opened(made("fedsa_lora"), still, [Group(tuple(over), frozenset({ONE}))], {step: over[:2]})
+    (of,) = (agreed.sums or {}).values()
+    left = over[2:] if step in ("keys", "shares", "values") else over
     assert of.error is None
-    assert set(of.survivors) == set(SIX[2:] if step in ("keys", "shares", "values") else SIX)
+    assert list(of.survivors) == left
+    own = 2.0 * 0.5 / math.sqrt(3)
+    drawn = [SeededNoise(0).normal((50,), "round 1", c, str(ONE)) for c in left]
+    expected = own * torch.stack(drawn).mean(0)
+    assert torch.allclose(agreed.replies[over[-1]].tensors[ONE].double(), expected, atol=1e-6)
 
 
 def test_what_is_never_opened_is_counted_all_the_same(tmp_path: Path) -> None:
     method = made("fedit")
-    runner_folder = tmp_path / "run"
-    state, heard = run(method, runner_folder, gone(simulated(method), {"reveal": SIX[:3]}))
+    state, heard = run(method, tmp_path / "run", gone(simulated(method), {"reveal": SIX[:1]}))
     (done,) = [event for event in heard if isinstance(event, RoundDone)]
     assert "are needed" in str(next(iter((done.sums or {}).values())).error)
-    assert [entry.noised for entry in read_ledger(runner_folder).entries] == [Noised(2.0)]
+    assert [entry.noised for entry in read_ledger(tmp_path / "run").entries] == [Noised(2.0)]
     assert all(torch.isfinite(value).all() for value in state.lora.values())
 
 
@@ -344,7 +351,9 @@ def test_a_grid_that_is_too_coarse_for_the_noise_is_refused_at_the_start(tmp_pat
 
 
 def test_methods_run_with_both_if_they_run_with_each() -> None:
-    alone = {n for n in methods() if n not in ("local",) and not refusal(ON, made(n, PrivacySettings()).releases(), False)}
+    alone = {
+        n for n in methods() if n not in ("local",) and not refusal(ON, made(n, PrivacySettings()).releases(), False)
+    }
     assert alone - {"ifca"} == {*BOTH}
     assert sum_noise(PrivacySettings(), (), 1) is None
 
@@ -375,8 +384,5 @@ def test_the_mean_that_liars_can_send_is_bounded_by_clip_and_noise() -> None:
     assert opener.noise.longest(made_of, 6) < 12
 
 
-def _members(replies: Any, starts: Any) -> Any:
-    from coterie.methods.secure import Members
-    from coterie.methods.secure_start import Begun
-
+def _members(replies: Any, starts: Any) -> Members:
     return Members(1, replies, starts, dict.fromkeys(replies, Begun({}, "", "")), dict.fromkeys(replies, 1))
