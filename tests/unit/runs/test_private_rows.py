@@ -158,7 +158,6 @@ def test_a_step_of_all_rows_is_not_sampled() -> None:
         (None, {"engine": {"clients_per_batch": 2}}, r"set \[engine\] clients_per_batch = 1"),
         (None, {"engine": {"clients_per_batch": "auto"}}, r"set \[engine\] clients_per_batch = 1"),
         (None, {"model": {"gradient_checkpointing": True}}, r"set \[model\] gradient_checkpointing = false"),
-        (None, {"secure_aggregation": {"enabled": True}}, r"leave \[secure_aggregation\] out"),
     ],
 )
 def test_what_would_have_no_noise_is_refused(
