@@ -18,7 +18,7 @@ from coterie.inference.predict import Predictor, located
 from coterie.nn.attach import attach
 from coterie.nn.base import Base, load_base
 from coterie.nn.locate import hub_name
-from coterie.nn.placement import DeviceMap
+from coterie.nn.placement import DeviceMap, Placement, input_device
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize
 from coterie.nn.prompt_cache import PromptCache
 from coterie.nn.rows import RowMask
@@ -79,7 +79,7 @@ class ClientModel:
         if columns is None:
             raise unclear_columns(self.client)
         task = make_task(self.task, self.tokenizer, self.max_length, max_new_tokens or self.max_new_tokens)
-        size = batch_size or (16 if self.model.device.type == "cpu" else 64)
+        size = batch_size or (16 if input_device(self.model).type == "cpu" else 64)
         return Predictor(self.model, task, self.labels, columns, size, self.row_mask, self.prompt_cache)
 
 
@@ -132,7 +132,7 @@ def base_of(
             device=how.device,
             dtype=how.dtype,
             quantize=how.quantize,
-            device_map=how.device_map,
+            placement=Placement(how.device_map) if how.device_map is not None else None,
         )
     except CoterieError as fault:
         if base:

@@ -181,7 +181,7 @@ def open_client(
     if base:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
     if device:
-        config = config.model_copy(update={"engine": config.engine.on(device)})
+        config = config.on(device)
     set_threads(config)
     workplace = workplaces(config, root, {})[0]
     check_base(workplace.base, bank, about)

@@ -63,12 +63,9 @@ def onboard(
 
 
 def _placed(config: Config, base: str | None, device: str | None) -> Config:
-    updates: dict[str, object] = {}
     if base:
-        updates["model"] = config.model.model_copy(update={"path": base})
-    if device:
-        updates["engine"] = config.engine.on(device)
-    return config.model_copy(update=updates)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+    return config.on(device) if device else config
 
 
 def _rows(config: Config, columns: Columns, folder: Path, client: ClientId) -> ClientData:

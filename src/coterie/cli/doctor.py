@@ -56,17 +56,21 @@ def examine(folder: Path | None = None) -> list[Check]:
 def planned(file: Path) -> list[Check]:
     """What the run of the config in ``file`` takes on this machine, by parts."""
     from coterie.config.load import load_config
-    from coterie.engines.plan import plan
+    from coterie.engines.plan import devices_of, plan
     from coterie.experiment import set_threads
 
     config = load_config(file)
     set_threads(config)
     made = plan(config, file.parent)
     logits = [] if config.task.kind == "classification" else [Check("logits and the loss", size(made.logits))]
+    devices = ", ".join(map(str, devices_of(config)))
+    whole = f"the base is planned as a whole, in the memory of {devices}; what is on the disk counts too"
+    parts = [] if config.model.device_map is None else [Check("device_map", whole)]
     on = "memory" if made.device == "cpu" else f"memory of {made.device}"
     return [
         Check("Python and its libraries", size(made.process)),
         Check("base", size(made.base)),
+        *parts,
         Check("banks and gradients", size(made.banks)),
         Check("optimiser", size(made.optimiser)),
         Check("activations", f"{size(made.activations)} for {made.rows} rows of up to {made.tokens} tokens"),

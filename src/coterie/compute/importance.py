@@ -43,7 +43,7 @@ def _probe(now: Pass, sums: dict[str, dict[str, Tensor]]) -> Callable[[BankLayer
         """Add up values [n, e] over real tokens and experts."""
         real = values.double().sum(1)
         if now.mask is not None:
-            real = real * now.mask.reshape(-1)
+            real = real * now.mask.reshape(-1).to(real.device)
         sums[statistic][module] = sums[statistic].get(module, 0) + real.sum()
 
     def probe(layer: BankLayer, g: Tensor) -> Tensor:

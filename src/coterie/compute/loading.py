@@ -22,11 +22,16 @@ from coterie.nn.base import Base, load_base
 from coterie.nn.compiled import compile_frozen
 from coterie.nn.locate import files_of, resolve
 from coterie.nn.packs import check_packs
+from coterie.nn.placement import Placement, is_offloaded
 from coterie.nn.pretrained import PreTrainedTokenizerBase, load_tokenizer
 from coterie.ops.sampling import Sampling
 from coterie.ops.scores import score_named
 from coterie.types import CoterieError
 
+_HELD = (
+    "parts of the base are loaded for every pass, and a training pass holds them until its end; with [model] "
+    "gradient_checkpointing = true it holds one layer's at a time"
+)
 _NOT_LOADED = {"clients_per_batch": 1, "threads": 0, "loss_chunk": 0}  # settings of [engine] that do not change a base
 
 
@@ -51,6 +56,8 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
         for base in bases:
             with replace(first, base=base).autocast():
                 check_packs(base)
+    if is_offloaded(bases[0].model) and not config.model.gradient_checkpointing:
+        first.note(_HELD)
     rows = config.run.eval_batch_size
     return tuple(replace(first, base=base, eval_batch_size=eval_rows(rows, base.device)) for base in bases)
 
@@ -182,9 +189,16 @@ def _load(config: Config, root: Path, device: str) -> Base:
         device=device,
         gradient_checkpointing=config.model.gradient_checkpointing,
         root=root,
+        placement=placement_of(config),
     )
     _with_template(base.tokenizer, config, root)
     return base
+
+
+def placement_of(config: Config) -> Placement | None:
+    """Where ``[model]`` puts the parts of the base; None: all of it is on one device."""
+    model = config.model
+    return None if model.device_map is None else Placement(model.device_map, model.max_memory)
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase, config: Config, root: Path) -> PreTrainedTokenizerBase:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from coterie.nn.placement import on_device
 from coterie.requests import Train
 from coterie.types import CoterieError, Key, Part
 
@@ -42,9 +43,15 @@ class Penalties:
 
     def _proximal(self) -> Tensor:
         weight = self.request.proximal.weight if self.request.proximal else 0.0
-        return weight / 2 * torch.stack([(w - start).square().sum() for w, start in self.pulled]).sum()
+        return weight / 2 * _sum((w - start).square().sum() for w, start in self.pulled)
 
     def _last_ranks(self) -> Tensor:
         last = self.request.last_ranks
         weight, kept = (last.weight, last.kept) if last else (0.0, 0)
-        return weight * torch.stack([b[:, kept:].norm() * a[kept:].norm() for b, a in self.pairs]).sum()
+        return weight * _sum(b[:, kept:].norm() * a[kept:].norm() for b, a in self.pairs)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """The sum, on the first term's device: the parameters are where their modules are."""
+    every = list(terms)
+    return torch.stack(on_device(every, every[0].device)).sum()

@@ -25,6 +25,7 @@ from coterie.data.outputs import Output
 from coterie.data.packing import packed
 from coterie.data.rows import ClientData
 from coterie.nn.build import BankLayers, build_layers
+from coterie.nn.placement import on_device
 from coterie.ops.streams import stream_seed
 from coterie.requests import Train, Trained
 from coterie.types import CoterieError, Key
@@ -202,12 +203,12 @@ class Training:
         balance, micro = self.request.balance, len(self.steps[self.step])
         loss = self.workplace.task.loss(output, batch) / self.counts[-1]
         parts = list(self.layers.now.balance or ())  # gradient checkpointing runs the layers again, which adds to it
-        balanced = torch.stack(parts).sum() / micro if parts else loss.new_zeros(())
+        balanced = torch.stack(on_device(parts, loss.device)).sum() / micro if parts else loss.new_zeros(())
         weight = balance.weight if balance else 0.0
         self._parts.append(torch.stack([loss.detach(), balanced.detach()]))
         loss = loss + weight * balanced if parts else loss
         penalty = self.penalties.loss()
-        return loss if penalty is None else loss + penalty / micro
+        return loss if penalty is None else loss + penalty.to(loss.device) / micro
 
     def end_pass(self) -> None:
         """Whatever follows the backward pass of a micro-batch: nothing."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from coterie.config.placement import MAP, MEMORY, MemoryLimits, PlacedParts, check_limits
 from coterie.data.settings import ClientFiles, Columns, DataSettings
 from coterie.types import Json, Part, Section
 
@@ -74,6 +75,13 @@ class SiteModel(Section):
     chat_template: str | None = Field(
         None, description="file with a chat template (Jinja), in place of the tokenizer's own; all sites need the same"
     )
+    device_map: PlacedParts = Field(None, description=MAP)
+    max_memory: MemoryLimits = Field({}, description=MEMORY)
+
+    @model_validator(mode="after")
+    def _limits_that_count(self) -> SiteModel:
+        check_limits(self.device_map, self.max_memory)
+        return self
 
 
 class SiteData(Section):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coterie.config.check import checked
 from coterie.config.deployment import FederationSettings
+from coterie.config.placement import MAP, MEMORY, MemoryLimits, PlacedParts, check_engine, check_limits
 from coterie.config.privacy import check_privacy, check_training
 from coterie.data.dpo import Objective, Reference
 from coterie.data.settings import DataSettings
@@ -37,6 +38,13 @@ class ModelSettings(Section):
         None,
         description="file with a chat template (Jinja), in place of the tokenizer's own; a site names its own",
     )
+    device_map: PlacedParts = Field(None, description=f"{MAP}; a site names its own")
+    max_memory: MemoryLimits = Field({}, description=MEMORY)
+
+    @model_validator(mode="after")
+    def _limits_that_count(self) -> ModelSettings:
+        check_limits(self.device_map, self.max_memory)
+        return self
 
 
 class LoraSettings(Section):
@@ -266,6 +274,11 @@ class Config(Section):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     federation: FederationSettings = Field(default_factory=FederationSettings)
 
+    def on(self, device: str) -> Config:
+        """The same on one device: the base is no longer placed in parts."""
+        model = self.model.model_copy(update={"device_map": None, "max_memory": {}})
+        return self.model_copy(update={"engine": self.engine.on(device), "model": model})
+
     @property
     def method_name(self) -> str:
         return str(self.method.get("name", DEFAULT_METHOD))
@@ -295,6 +308,8 @@ class Config(Section):
         method = kind(self.method_settings().located(root), self.plan())
         if fault := refusal(self.secure_aggregation, method.releases(), self.robust.active):
             raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")
+        engine = self.engine
+        check_engine(self.model.device_map, engine.device, engine.clients_per_batch, engine.compile)
         check_training(
             self.privacy.by_row,
             self.engine.clients_per_batch,

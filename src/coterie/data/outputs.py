@@ -19,8 +19,13 @@ class Hidden:
     losses: Callable[[Tensor, Tensor], Tensor]
 
     def of(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The cross entropy [n] of the ``labels`` [n] after the ``tokens`` [n], numbers into b * t."""
-        return self.losses(self.values.flatten(0, 1).index_select(0, tokens), labels)
+        """The cross entropy [n] of the ``labels`` [n] after the ``tokens`` [n], numbers into b * t.
+
+        It is computed on the device of ``values``, and returned on that of the labels.
+        """
+        here = self.values.device
+        losses = self.losses(self.values.flatten(0, 1).index_select(0, tokens.to(here)), labels.to(here))
+        return losses.to(labels.device)
 
 
 Output = Tensor | Hidden

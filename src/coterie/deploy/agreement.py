@@ -106,7 +106,7 @@ def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
         )
     _check_scores(terms["task"])
     raw = {name: terms[name] for name in (*_SENT_WHOLE, *_SENT)}
-    raw["model"] = {**raw["model"], "path": site.model.path, "chat_template": site.model.chat_template}
+    raw["model"] = {**raw["model"], **site.model.model_dump(mode="json")}  # its path, and what is its machine's own
     raw["engine"] = {**raw["engine"], "device": site.engine.device, "threads": site.engine.threads}
     raw["data"] = site.data.settings(site.site.id).model_dump(mode="json", exclude_none=True)
     config = check_config(raw)

@@ -1,8 +1,9 @@
 """What a run would take on this machine, before it loads its base: memory by parts, seconds a round, what to change.
 
 One training step and one pass of evaluation are run on tensors without numbers (:mod:`coterie.compute.footprint`): the
-method's first request, on the largest batch of any client. Seconds come from how fast this machine multiplies and moves
-numbers, measured for a moment.
+method's first request, on the largest batch of any client. A base with a ``device_map`` is planned as a whole, against
+the memory of its devices together. Seconds come from how fast this machine multiplies and moves numbers, measured for a
+moment.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import psutil
 import torch
 
 from coterie.compute.footprint import Footprint, evaluation_footprint, training_footprint
-from coterie.compute.loading import device_names, eval_rows, prepare, resolve_precision, task_for
+from coterie.compute.loading import device_names, eval_rows, placement_of, prepare, resolve_precision, task_for
 from coterie.compute.train import Training
 from coterie.compute.workplace import Workplace
 from coterie.config.sections import Config
@@ -124,7 +125,7 @@ def plan(config: Config, root: Path) -> Plan:
         logits=max(0, held - training.banks - training.optimiser - training.batch - activations),
         batch=training.batch,
         replies=len(clients) * sum(request.bank.tensors[key].nbytes for key in request.trainable),
-        free=_memory(workplace.device),
+        free=sum(map(_memory, devices_of(config))),
         seconds=_seconds(workplace, clients, request, examples, training, tested, together),
         rows=len(examples),
         tokens=max(len(example.ids) for example in examples),
@@ -147,7 +148,7 @@ def _check_planned(config: Config) -> None:
 def _workplace(config: Config, root: Path) -> tuple[Workplace, torch._subclasses.FakeTensorMode, Sequence[ClientData]]:
     """A workplace whose base has no numbers, the mode that it was made in, and the clients."""
     clients = load_data(config.data, config.task.kind, config.run.seed, root).clients
-    device = torch.device(device_names(config.engine.device)[0])
+    device = devices_of(config)[0]
     mode, precision = shapes_alone(), resolve_precision(config.engine.precision, device)
     path, kind, targets = resolve(config.model.path, root), config.task.kind, config.lora.targets
     base = unloaded_base(
@@ -167,6 +168,12 @@ def _workplace(config: Config, root: Path) -> tuple[Workplace, torch._subclasses
         all_clients={client.info.id: client for client in clients},
     )
     return workplace, mode, clients
+
+
+def devices_of(config: Config) -> tuple[torch.device, ...]:
+    """The devices that one copy of the base is on."""
+    placement = placement_of(config)
+    return placement.devices() if placement else (torch.device(device_names(config.engine.device)[0]),)
 
 
 def largest_request(config: Config, root: Path, clients: Sequence[ClientData]) -> Train:

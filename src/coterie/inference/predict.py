@@ -20,6 +20,7 @@ from coterie.data.tasks import Classification, Generation, MultipleChoice
 from coterie.inference.answers import Answer, ChoiceAnswer, LabelAnswer, Rejected, TextAnswer
 from coterie.inference.generate import new_tokens, texts_of
 from coterie.inference.records import Located, Read
+from coterie.nn.placement import input_device
 from coterie.nn.pretrained import PreTrainedModel
 from coterie.nn.prompt_cache import PromptCache
 from coterie.nn.rows import RowMask
@@ -100,7 +101,7 @@ class Predictor:
 
     def _labels(self, task: Classification, examples: Sequence[Example]) -> Iterator[LabelAnswer]:
         def of(batch: Sequence[Example]) -> Iterable[Sequence[float]]:
-            collated = task.collate(batch).to(self.model.device)
+            collated = task.collate(batch).to(input_device(self.model))
             logits: Tensor = self.model(**collated.inputs).logits
             return [row.tolist() for row in logits.float().softmax(-1).cpu()]
 
@@ -111,7 +112,7 @@ class Predictor:
 
     def _texts(self, task: Generation, examples: Sequence[Example]) -> Iterator[TextAnswer]:
         def of(batch: Sequence[Example]) -> Iterable[str]:
-            prompts = {name: value.to(self.model.device) for name, value in task.pad_prompts(batch).items()}
+            prompts = {name: value.to(input_device(self.model)) for name, value in task.pad_prompts(batch).items()}
             return texts_of(task, new_tokens(self.model, task, prompts))
 
         return map(TextAnswer, self._by_length(examples, lambda e: len(e.ids), of))
@@ -132,10 +133,10 @@ class Predictor:
         pad = task.tokenizer.pad_token_id
 
         def of(batch: Sequence[Example]) -> list[list[float]]:
-            prompts = cache.read(self.model, prompts_of(batch, pad).to(self.model.device).inputs)
+            prompts = cache.read(self.model, prompts_of(batch, pad).to(input_device(self.model)).inputs)
             made: list[list[float]] = [[] for _ in batch]
             for number in range(max(len(e.choices) for e in batch)):
-                answers = answers_of(batch, number, pad).to(self.model.device)
+                answers = answers_of(batch, number, pad).to(input_device(self.model))
                 after = cache.follow(self.model, prompts, answers.inputs)
                 losses = completion_losses(torch.cat([prompts.logits.unsqueeze(1), after], dim=1), answers).tolist()
                 for own, e, loss in zip(made, batch, losses, strict=True):
@@ -148,7 +149,7 @@ class Predictor:
         """The same, each candidate with its prompt in a row of its own."""
 
         def of(batch: Sequence[Example]) -> Iterable[float]:
-            collated = task.collate(batch).to(self.model.device)
+            collated = task.collate(batch).to(input_device(self.model))
             if self.row_mask.used:
                 self.row_mask.prompt = collated.prompt
             losses = completion_losses(self.model(**collated.inputs, use_cache=False).logits, collated)

@@ -296,7 +296,7 @@ class BankLayer:
         return routed.reshape(-1, len(ranks), ranks[0])
 
     def _balance(self, p: Tensor | None, routed: Tensor, g: Tensor) -> Tensor:
-        counted = None if self.now.mask is None else self.now.mask.reshape(-1)
+        counted = None if self.now.mask is None else self.now.mask.reshape(-1).to(g.device)
         return balance_loss(self.gate, p, self._by_expert(routed), g[:, int(self.has_shared) :], counted)
 
     def _record_usage(self, g: Tensor, usage: dict[str, Tensor]) -> None:
@@ -317,4 +317,4 @@ class BankLayer:
     def _counted(self, values: Tensor) -> Tensor:
         """values [n, ...] in float64 with zeros for the tokens that do not count."""
         real = values.detach().double()
-        return real if self.now.mask is None else real * self.now.mask.reshape(-1, 1).to(real.dtype)
+        return real if self.now.mask is None else real * self.now.mask.reshape(-1, 1).to(real)

@@ -12,7 +12,7 @@ from torch import nn
 from coterie.machine import devices
 from coterie.nn.first_token import FirstToken, first_token
 from coterie.nn.locate import MINILM, files_of, resolve
-from coterie.nn.placement import DeviceMap, input_device
+from coterie.nn.placement import Placement, input_device
 from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model, outline
 from coterie.nn.prompt_cache import PromptCache, prompt_cache
 from coterie.nn.spec import describe, head_modules, longest
@@ -42,7 +42,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Where the model's first weights compute, and batches go."""
         return input_device(self.model)
 
     def use_attention(self, name: str | None) -> None:
@@ -94,13 +94,13 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantize: Quantize = "none",
     device: str = "cpu",
-    device_map: DeviceMap | None = None,
+    placement: Placement | None = None,
     gradient_checkpointing: bool = False,
     root: Path | None = None,
 ) -> Base:
     """Load a model from its absolute folder, a hub name or the alias ``minilm``, freeze it, and describe its targets.
 
-    ``root`` is where a relative folder of that name would be. ``device_map`` puts parts of the model on several
+    ``root`` is where a relative folder of that name would be. ``placement`` puts parts of the model on several
     devices, as in transformers, and ``device`` then counts for nothing.
     Dropout of the base is turned off: the only noise in training is the bank's own dropout, whose stream is known.
     Raises :class:`CoterieError` for a name that the hub does not know, a folder that holds no model or only part of
@@ -112,7 +112,7 @@ def load_base(
         raise CoterieError(f"{name!r} is a hub name, and a folder here; give the whole path of the folder, {path}")
     _check_device(device)
     path = files_of(path, root)
-    model, tokenizer = load_model(path, kind, dtype, quantize, device, device_map)
+    model, tokenizer = load_model(path, kind, dtype, quantize, device, placement)
     if gradient_checkpointing:
         use_checkpointing(model)
     if kind != "classification":

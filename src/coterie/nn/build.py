@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coterie.nn.bank import BankLayer, Pass
 from coterie.nn.gates import gate_named, routes_by_expert
-from coterie.nn.placement import device_of
+from coterie.nn.placement import device_of, hooks_of, without_hooks
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Tensors
@@ -211,8 +211,11 @@ def _head(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict
     wanted = {_split(key)[0] for key in keys}
     for name in sorted(wanted):
         _module(model, name)
-    own = {id(parameter): parameter for name in wanted for parameter in model.get_submodule(name).parameters()}
-    heads = {name: copy.deepcopy(child, dict(own)) for name, child in model.named_children() if name in wanted}
+    children = {name: child for name, child in model.named_children() if name in wanted}
+    kept: dict[int, object] = {id(p): p for child in children.values() for p in child.parameters()}
+    kept |= {id(hook): hook for child in children.values() for hook in hooks_of(child)}
+    heads = {name: copy.deepcopy(child, dict(kept)) for name, child in children.items()}
+    devices = {name: device_of(child) for name, child in children.items()}
     last = [m for head in heads.values() for m in head.modules() if isinstance(m, nn.Linear)][-1:]
     labels = [id(parameter) for linear in last for parameter in linear.parameters()]
     for key in keys:
@@ -223,7 +226,7 @@ def _head(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict
         fixed = 1 if id(like) in labels else 0  # the number of labels is the client's own
         if tensors[key].ndim != like.ndim or tensors[key].shape[fixed:] != like.shape[fixed:]:
             raise CoterieError(f"{key.module} is {list(like.shape)}; the bank has {list(tensors[key].shape)}")
-        value = tensors[key].detach().to(device=like.device, copy=True)
+        value = tensors[key].detach().to(device=devices[name], copy=True)
         owner, _, own_name = leaf.rpartition(".")
         setattr(heads[name].get_submodule(owner), own_name, nn.Parameter(value, requires_grad=key in trainable))
     for linear in last:
@@ -233,11 +236,12 @@ def _head(model: nn.Module, tensors: Tensors, trainable: frozenset[Key]) -> dict
                 f"the bank's head has {linear.out_features} labels by weight, {len(linear.bias)} by bias"
             )
     for head in heads.values():
-        head.register_forward_pre_hook(_in_own_dtype)
+        without_hooks(head)
+        head.register_forward_pre_hook(_as_own)
     return heads
 
 
-def _in_own_dtype(head: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-    """Inputs in the head's dtype: it trains in float32 on a base in bfloat16."""
-    dtype = next(head.parameters()).dtype
-    return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+def _as_own(head: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+    """Inputs on the head's device and in its dtype: it trains in float32 on a base in bfloat16."""
+    own = next(head.parameters())
+    return tuple(arg.to(own) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)

@@ -65,7 +65,7 @@ class ManyPass:
 
     def of(self, stack: Tensor) -> Tensor:
         """The active clients' part of a stack [c, ...]."""
-        return stack[self.pick] if isinstance(self.pick, slice) else stack.index_select(0, self.pick)
+        return stack[self.pick] if isinstance(self.pick, slice) else stack.index_select(0, self.pick.to(stack.device))
 
     def split(self, logits: Tensor) -> list[Tensor]:
         """Every active client's own logits: [its rows, its labels], or [its rows, its tokens, vocabulary]."""
@@ -152,7 +152,7 @@ class ManyLayer:
                 f"{self.module} takes {list(x.shape)} where the batch has {rows} rows: this model mixes the rows of a "
                 "batch; set [engine] clients_per_batch = 1"
             )
-        x = x.to(output.dtype)
+        x = x.to(output)
         h, routed, p = self._project(x.reshape(number, -1, x.shape[-1]))
         if p is not None and self.by_row:
             p = self.row_scores.spread(x, p.flatten(0, 1), self.now.row_mask).view_as(p)

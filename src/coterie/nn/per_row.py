@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from coterie.nn.placement import on_device
 from coterie.types import CoterieError, Key
 
 _ROUNDINGS = 16  # of a product of l and r in their dtype, which the cut allows for
@@ -46,11 +47,16 @@ class PerRow:
     def clipped(self, clip: float) -> dict[Key, Tensor]:
         """The sum over rows of their gradients, each over all tensors together cut to the length ``clip``."""
         parts = {key: (_joined(of, 0), _joined(of, 1)) for key, of in self.parts.items()}
-        norms = torch.stack([squared_norms(left, right) for left, right in parts.values()]).sum(0).sqrt()
-        norms = norms + sum(_rounding(left, right) for left, right in parts.values())
+        first = next(left.device for left, _ in parts.values())
+        squares = on_device((squared_norms(left, right) for left, right in parts.values()), first)
+        norms = torch.stack(squares).sum(0).sqrt()
+        norms = norms + sum(on_device((_rounding(left, right) for left, right in parts.values()), first))
         factors = (clip / norms.clamp_min(1e-300)).clamp_max(1.0)
         whole = torch.isfinite(norms)  # a row whose gradient is not a number has none
-        return {key: _sum(left, right, factors, whole) for key, (left, right) in parts.items()}
+        return {
+            key: _sum(left, right, factors.to(left.device), whole.to(left.device))
+            for key, (left, right) in parts.items()
+        }
 
 
 def squared_norms(left: Tensor, right: Tensor) -> Tensor:

@@ -1,26 +1,99 @@
-"""Where a module computes: with a ``device_map``, its weights may wait on another device, or on the disk."""
+"""Where a module computes: with a ``device_map``, its weights may be on another device, or on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from coterie.machine import devices
+from coterie.types import CoterieError
 
 DeviceMap = str | Mapping[str, int | str]  # "auto", "balanced" ..., or the device of each part of the model by name
+_OFFLOADED = ("cpu", "disk")
+_OF_ACCELERATE = ("_hf_hook", "_old_forward", "forward")  # what its hooks add to a module
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The ``device_map`` of a base, and the memory of each device that ``"auto"`` and the like may fill with weights,
+    in bytes or as text (``"20GiB"``). Empty: what is free."""
+
+    device_map: DeviceMap
+    max_memory: Mapping[str, int | str] = field(default_factory=dict)
+
+    def resolved(self) -> tuple[DeviceMap, dict[int | str, int | str] | None]:
+        """Both as accelerate takes them: a CUDA device is a number.
+
+        Raises :class:`CoterieError` for a device that this machine does not have.
+        """
+        limits = {_device(name, "max_memory"): limit for name, limit in self.max_memory.items()}
+        if isinstance(self.device_map, str):
+            return self.device_map, limits or None
+        return {part: _device(name, "device_map") for part, name in self.device_map.items()}, limits or None
+
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that compute: the GPUs of the map, or the CPU where it has none."""
+        device_map, limits = self.resolved()
+        named = limits if isinstance(device_map, str) else dict.fromkeys(device_map.values())
+        names = devices() if named is None else [f"cuda:{each}" for each in named if isinstance(each, int)]
+        gpus = [torch.device(name) for name in sorted(names) if name != "cpu"]
+        return (*gpus,) or (torch.device("cpu"),)
+
+
+def _device(name: int | str, where: str) -> int | str:
+    number = str(name).removeprefix("cuda:")
+    known: int | str = int(number) if number.isdecimal() else str(name)
+    here = devices()
+    if known not in _OFFLOADED and (f"cuda:{known}" if isinstance(known, int) else known) not in here:
+        raise CoterieError(f"[model] {where} names {name!r}; this machine has {', '.join(here)} (and disk)")
+    return known
 
 
 def device_of(module: nn.Module) -> torch.device:
     """The device that ``module`` computes on: accelerate's, where it moves the weights there, else its weights' own."""
     hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    own = next(module.parameters()).device
+    found = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    device = next((each for each in found if each is not None), None)
     if device is None:
-        return own
+        return next(module.parameters()).device
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where inputs of ``model`` may be: with its first weights, or on the CPU where those are loaded for every pass."""
-    own = next(model.parameters()).device
-    return torch.device("cpu") if own.type == "meta" else own
+    """Where inputs of ``model`` belong: the device that its first weights, the embeddings, compute on."""
+    first = next(module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    device = device_of(first)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights are loaded for every pass, because they are on no device of their own."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def on_disk(model: nn.Module, name: str) -> bool:
+    """Whether transformers' map of ``model`` has the parameter ``name``, or what it is in, on the disk."""
+    placed: Mapping[str, object] = getattr(model, "hf_device_map", {})
+    parts = name.split(".")
+    above = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+    return next((placed[part] for part in above if part in placed), None) == "disk"
+
+
+def without_hooks(module: nn.Module) -> None:
+    """Take accelerate's hooks off ``module``, a copy whose weights are on the device that they compute on."""
+    for each in module.modules():
+        for name in _OF_ACCELERATE:
+            each.__dict__.pop(name, None)
+
+
+def hooks_of(module: nn.Module) -> Iterator[object]:
+    """accelerate's hooks on ``module`` and in it, which may hold all offloaded weights."""
+    return (each.__dict__["_hf_hook"] for each in module.modules() if "_hf_hook" in each.__dict__)
+
+
+def on_device(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """``tensors`` on one device, to be added up: they come from modules on several."""
+    return [tensor.to(device) for tensor in tensors]

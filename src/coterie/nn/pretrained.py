@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from coterie.nn.locate import files_of
-from coterie.nn.placement import DeviceMap
+from coterie.nn.placement import DeviceMap, Placement, on_disk
 from coterie.nn.quiet import quiet_bitsandbytes
 from coterie.nn.spec import head_modules, linear_sizes
 from coterie.types import CoterieError, TaskKind
@@ -51,14 +51,15 @@ class _Options(TypedDict):
     dtype: torch.dtype
     quantization_config: NotRequired[BitsAndBytesConfig]
     device_map: NotRequired[DeviceMap]
+    max_memory: NotRequired[dict[int | str, int | str] | None]
 
 
 def load_model(
-    path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str, device_map: DeviceMap | None = None
+    path: str, kind: TaskKind, dtype: torch.dtype, quantize: Quantize, device: str, placement: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model of the files at ``path``, on ``device`` and without dropout, and its tokenizer.
 
-    ``device_map`` puts the parts of the model on several devices instead, as in transformers.
+    ``placement`` puts the parts of the model on several devices instead, as in transformers.
 
     The head's weights, which a base does not have, are drawn from a fixed stream.
     Raises :class:`CoterieError` for files that hold no such model, or not all of one.
@@ -75,14 +76,14 @@ def load_model(
             skip = head_modules(_on_meta(config, kind)) if kind == "classification" else []
             options["quantization_config"] = _quantization(quantize, dtype, skip)
             options["device_map"] = {"": device}
-        if device_map is not None:
+        if placement is not None:
             if importlib.util.find_spec("accelerate") is None:
                 raise CoterieError("device_map needs accelerate: pip install accelerate")
-            options["device_map"] = device_map
+            options["device_map"], options["max_memory"] = placement.resolved()
         model = _model(path, kind, options)
     if quantize != "none":
         model = _differentiable(model)
-    elif device_map is None:
+    elif placement is None:
         model = model.to(device)
     for module in model.modules():
         _disable_dropout(module)
@@ -153,6 +154,11 @@ def _model(path: str, kind: TaskKind, options: _Options) -> PreTrainedModel:
         raise CoterieError(
             f"{path!r} has no matching weights for {lost[0]!r} ({len(lost)} such tensors in all), which a "
             f"{type(model).__name__} needs; is it a whole model, and one for {kind.replace('_', ' ')}?"
+        )
+    if unread := sorted(name for name in names if model.get_parameter(name).is_meta and on_disk(model, name)):
+        raise CoterieError(
+            f"[model] device_map leaves {unread[0]!r} on the disk, but the files at {path!r} do not have it; name a "
+            "device or cpu for that part, or allow more in [model] max_memory"
         )
     return model
 

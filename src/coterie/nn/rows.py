@@ -70,7 +70,7 @@ class RowScores:
         x, counted = _by_row(x, mask.counted)
         rows, tokens = x.shape[0], x.shape[1]
         if mask.segments is not None:
-            return _of_segments(x, p.view(rows, tokens, -1), counted, mask.segments).to(p.dtype)
+            return _of_segments(x, p.view(rows, tokens, -1), counted, mask.segments.to(x.device)).to(p.dtype)
         goes_on = mask.continues or (counted is not None and counted.shape[1] > x.shape[1])
         if goes_on and self.last is not None and len(self.last) == rows:
             scores = self.last
@@ -103,7 +103,8 @@ def _of_segments(x: Tensor, p: Tensor, counted: Tensor | None, segments: Tensor)
 
 def _by_row(x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x [b, t, i] and its mask [b, T]. A module may take all tokens of a batch in one list or in one row, or one vector
-    per row."""
+    per row. Its module may be on another device than the inputs of the model."""
+    counted = None if counted is None else counted.to(x.device)
     if counted is not None and x.ndim == 3 and x.shape[0] == 1 < len(counted) and counted.numel() == x.shape[1]:
         return x.view(*counted.shape, -1), counted
     if x.ndim == 3:

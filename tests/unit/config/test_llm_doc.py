@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def test_every_block_is_valid() -> None:
-    assert sorted(kind for kind, _ in BLOCKS) == ["json", "sh", "text", "toml", "toml"]
+    assert sorted(kind for kind, _ in BLOCKS) == ["json", "sh", "text", "toml", "toml", "toml"]
     for kind, block in BLOCKS:
         if kind == "toml":
             assert check_config(tomllib.loads(block)).task.kind == "generation"

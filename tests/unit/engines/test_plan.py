@@ -127,6 +127,9 @@ def test_the_doctor_prints_the_parts(tmp_path: Path) -> None:
         "Python and its libraries", "base", "banks and gradients", "optimiser", "activations", "logits and the loss",
         "the clients' replies", "memory in all", "a round",
     ]  # fmt: skip
+    placed = (tmp_path / "run.toml").read_text().replace('device = "cpu"\n', "")
+    (tmp_path / "placed.toml").write_text(placed.replace("[data]", 'device_map = {"" = "disk"}\n[data]'))
+    assert "in the memory of cpu" in next(c.value for c in planned(tmp_path / "placed.toml") if c.name == "device_map")
     assert checks["memory in all"].ok == (psutil.virtual_memory().available > 2**29)
 
 
