@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
 import struct
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from api_runs import CLIENTS, LABELS, make_run
 from api_server import running
 from coterie.api.keys import new_key
 from coterie.api.server import Ready, Service
+from doc_blocks import blocks
 
 torch.set_num_threads(1)
 
@@ -53,6 +56,21 @@ def test_a_chat_in_one_piece_and_as_a_stream_are_the_same(generator: Ready) -> N
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_example_of_the_page_runs(generator: Ready, classifier: Ready, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python", "serve")
+    address = "http://127.0.0.1:8000/"
+    assert f'"{address}v1"' in example.text
+    said = [{"role": "user", "content": "the printer on floor two smokes"}]
+    limited = example.text.replace("stream=True", "stream=True, max_tokens=12")
+    exec(limited.replace(address, generator.address), {})
+    whole = client_of(generator).chat.completions.create(model="north", messages=said, max_tokens=12)  # type: ignore[call-overload]
+    assert capsys.readouterr().out == whole.choices[0].message.content
+    (curl,) = [block.text for block in blocks("text") if block.page == example.page and "curl" in block.text]
+    address_of, body = re.search(r"curl (\S+) .*-d '(.*)'", curl, re.DOTALL).groups()  # type: ignore[union-attr]
+    answer = httpx.post(address_of.replace(address, classifier.address), json=json.loads(body))
+    assert [item["label"] in LABELS["north"] for item in answer.json()["data"]] == [True, True]
 
 
 def test_clients_differ_and_so_do_seeds(generator: Ready) -> None:
