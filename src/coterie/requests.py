@@ -121,7 +121,7 @@ class Trained:
     right candidate. The loss
     is the task's alone; ``balance`` is the mean over the steps of the load-balance loss before its weight, 0 without
     such a loss. ``flops`` are the floating-point operations, counted from shapes and tokens
-    (:mod:`coterie.compute.flops`).
+    (:mod:`coterie.compute.flops`); ``active_flops`` those that the experts in use need.
     """
 
     tensors: Tensors
@@ -131,6 +131,7 @@ class Trained:
     steps: int
     balance: float = 0.0
     flops: int = 0
+    active_flops: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from coterie.compute.flops import training_flops
+from coterie.compute.flops import active_flops, training_flops
 from coterie.compute.micro_batches import MicroBatch, examples_by_head, micro_batches
 from coterie.compute.optimisers import Optimisers, Pace
 from coterie.compute.passes import Passes, on_base
@@ -234,8 +234,9 @@ class Training:
         seen, pairs = self.examples, dpo_of(self.workplace.task) is not None
         loss, balance = _means(self.losses, self.counts)
         tokens = sum(tokens_of_pair(e) if pairs else len(e.ids) for e in seen)
-        flops = tokens * training_flops(self.workplace.base.model, self.request)
-        return Trained(tensors, loss, len(seen), tokens, len(self.steps), balance, flops)
+        model = self.workplace.base.model
+        flops, active = (tokens * count(model, self.request) for count in (training_flops, active_flops))
+        return Trained(tensors, loss, len(seen), tokens, len(self.steps), balance, flops, active)
 
     def _steps(self, examples: Mapping[int, list[Example]]) -> Iterator[list[MicroBatch]]:
         """The micro-batches of every optimiser step of the round."""

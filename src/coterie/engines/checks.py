@@ -86,8 +86,9 @@ def _statistics_fault(info: Mapping[str, object], rows: Sequence[int], optim: Op
     for name, most in (("steps", steps), ("tokens", tokens)):
         if name in info and not (isinstance(info[name], int) and is_number(info[name], high=most)):
             return f"the reply's number of {name} is {shown(info[name])}, not an integer from 0 to {most:.3g}"
-    if not is_number(info.get("gflop", 0.0)):
-        return f"the reply's gflop is {shown(info['gflop'])}, not a number from 0 to {MOST:g}"
+    for name in ("gflop", "gflop_active"):
+        if not is_number(info.get(name, 0.0)):
+            return f"the reply's {name} is {shown(info[name])}, not a number from 0 to {MOST:g}"
     for name in ("loss", "balance"):
         value = info.get(name, 0.0)
         if not is_number(value, high=_LOSS) and not (_is_infinite(value) and value != -math.inf):

@@ -195,9 +195,13 @@ def settle(
 
 
 def statistics(trained: Trained) -> dict[str, float]:
-    """What a reply reports of its training; ``gflop`` in billions of operations."""
+    """What a reply reports of its training; ``gflop`` in billions of operations.
+
+    ``gflop_active`` is only there where it is less than ``gflop``: where tokens do not use all experts.
+    """
     said = {"loss": trained.loss, "tokens": trained.tokens, "steps": trained.steps}
-    return {**said, "gflop": trained.flops / 1e9} if trained.flops else said
+    said |= {"gflop": trained.flops / 1e9} if trained.flops else {}
+    return said | ({"gflop_active": trained.active_flops / 1e9} if 0 < trained.active_flops < trained.flops else {})
 
 
 def weights_of(
