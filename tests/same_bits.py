@@ -45,7 +45,20 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
     "smartfed-trained": {"method": {"name": "smartfed", "active": 3, "train_experts": ["two"], "drop_below": 0.1}},
     "fedit-bfloat16": {"method": {"name": "fedit"}, "engine": {"precision": "bfloat16"}},
 }
-IGNORED = {"notes", "seconds", "site_seconds", "at", "peak_memory_bytes", "machine", "versions", "coterie", "report"}
+IGNORED = {
+    "notes",
+    "seconds",
+    "energy",
+    "joules",
+    "joules_from",
+    "site_seconds",
+    "at",
+    "peak_memory_bytes",
+    "machine",
+    "versions",
+    "coterie",
+    "report",
+}
 ADAPTER = (  # what an adapter's config says; versions differ in which of PEFT's defaults they write down
     *("peft_type", "task_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     *("modules_to_save", "base_model_name_or_path", "inference_mode"),

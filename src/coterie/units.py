@@ -24,6 +24,16 @@ def operations(gflop: float) -> str:
     return f"{gflop:.0f} {unit}" if gflop >= 100 else f"{gflop:.3g} {unit}"
 
 
+def energy(joules: float) -> str:
+    """Joules with about three digits: ``0.52 J``, ``12.3 kJ``, ``450 MJ``."""
+    unit = "J"
+    for unit in ("J", "kJ", "MJ"):
+        if joules < 1000 or unit == "MJ":
+            break
+        joules /= 1000
+    return f"{joules:.0f} {unit}" if joules >= 100 else f"{joules:.3g} {unit}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: ``3.2 s``, ``59 s``, ``2 min 05 s``, ``1 h 02 min``."""
     if seconds < 60:

@@ -15,7 +15,7 @@ from coterie.config.load import load_config
 from coterie.runs.events import CheckpointSaved, Event
 from coterie.types import CoterieError
 
-TIMES = ("seconds", "peak_memory_bytes", "machine", "versions")
+TIMES = ("seconds", "energy", "joules", "joules_from", "peak_memory_bytes", "machine", "versions")
 
 
 @pytest.fixture(autouse=True)

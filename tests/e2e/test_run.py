@@ -330,7 +330,11 @@ def test_heads_are_personal_or_shared_by_label_space_and_cluster(done: Any) -> N
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "peak_memory_bytes")}
+        return {
+            k: without_times(v)
+            for k, v in value.items()
+            if k not in ("seconds", "energy", "joules", "joules_from", "peak_memory_bytes")
+        }
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 

@@ -31,7 +31,10 @@ def clients_of(folder: Path, kind: str) -> list[Any]:
     """What a run says of its clients, without the seconds that they took."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     events = [event for event in map(json.loads, lines) if event["event"] == kind]
-    return [{c: {k: v for k, v in of.items() if k != "seconds"} for c, of in e["clients"].items()} for e in events]
+    return [
+        {c: {k: v for k, v in of.items() if k not in ("seconds", "energy")} for c, of in e["clients"].items()}
+        for e in events
+    ]
 
 
 @pytest.mark.parametrize("together", [1, 2])

@@ -25,7 +25,7 @@ from coterie.runs.rounds import Runner
 from coterie.runs.settings import RoundSettings
 
 CLIENTS = ["mood-0", "mood-1", "place-0", "size-0"]
-TIMES = ("seconds", "peak_memory_bytes")
+TIMES = ("seconds", "energy", "joules", "joules_from", "peak_memory_bytes")
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from coterie.types import CoterieError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CLIENTS = 3
-TIMES = ("seconds", "peak_memory_bytes")
+TIMES = ("seconds", "energy", "joules", "joules_from", "peak_memory_bytes")
 
 
 def test_flowers_simulation_runtime(tmp_path: Path) -> None:

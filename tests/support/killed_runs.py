@@ -14,7 +14,7 @@ from coterie import experiment
 from coterie.config.load import load_config
 
 FORK = multiprocessing.get_context("fork")
-TIMES = ("seconds", "peak_memory_bytes", "machine", "versions")
+TIMES = ("seconds", "energy", "joules", "joules_from", "peak_memory_bytes", "machine", "versions")
 
 
 def run(path: Path, out: Path, resume: bool = False, listen: Callable[[Any], None] = lambda event: None) -> Any:

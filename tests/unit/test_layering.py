@@ -41,7 +41,7 @@ LAYERS = (
     {"inference"},
     {"nn", "data"},
     {"ops", "secure"},
-    {"codec", "files", "lifetime", "machine", "plugins", "units"},
+    {"codec", "files", "energy", "lifetime", "machine", "plugins", "units"},
     {"requests", "text"},
     {"types"},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coterie.units import clock, duration, operations, size
+from coterie.units import clock, duration, energy, operations, size
 
 
 def test_sizes() -> None:
@@ -19,6 +19,10 @@ def test_operations() -> None:
     assert [operations(n) for n in (0, 0.52, 12.34, 999, 12_345, 4.5e9)] == [
         "0 GFLOP", "0.52 GFLOP", "12.3 GFLOP", "999 GFLOP", "12.3 TFLOP", "4500 PFLOP",
     ]  # fmt: skip
+
+
+def test_energy() -> None:
+    assert [energy(j) for j in (0, 0.52, 999, 12_345, 4.5e9)] == ["0 J", "0.52 J", "999 J", "12.3 kJ", "4500 MJ"]
 
 
 def test_clock() -> None:

@@ -25,7 +25,7 @@ from coterie.experiment import set_threads
 from coterie.files import read_json, write_json
 from coterie.ops.metrics import Metrics
 from coterie.requests import Score
-from coterie.runs.events import plain
+from coterie.runs.entries import plain
 from coterie.runs.folder import read_config
 from coterie.runs.summary import SUMMARY, read_summary
 from coterie.types import ClientId, CoterieError, Number

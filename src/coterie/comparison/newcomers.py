@@ -17,7 +17,7 @@ from coterie.compute.loading import workplaces
 from coterie.config.load import check_config
 from coterie.experiment import set_threads
 from coterie.files import write_json
-from coterie.runs.events import plain
+from coterie.runs.entries import plain
 from coterie.runs.exported import exported
 from coterie.runs.folder import read_config
 from coterie.types import ClientId, Number

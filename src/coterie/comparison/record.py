@@ -16,7 +16,7 @@ from coterie.comparison.jobs import Missing
 from coterie.comparison.tuning import Choice
 from coterie.files import read_json, write_json
 from coterie.ops.statistics import Interval
-from coterie.runs.events import plain
+from coterie.runs.entries import plain
 from coterie.types import ClientId
 
 RECORD = "compare.json"

@@ -32,7 +32,8 @@ _HELD = (
     "parts of the base are loaded for every pass, and a training pass holds them until its end; with [model] "
     "gradient_checkpointing = true it holds one layer's at a time"
 )
-_NOT_LOADED = {"clients_per_batch": 1, "threads": 0, "loss_chunk": 0}  # settings of [engine] that do not change a base
+# settings of [engine] that do not change a base
+_NOT_LOADED = {"clients_per_batch": 1, "threads": 0, "loss_chunk": 0, "joules_per_tflop": 0.0}
 
 
 def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Workplace, ...]:
@@ -50,7 +51,12 @@ def workplaces(config: Config, root: Path, cache: dict[str, object]) -> tuple[Wo
     _check_rank(config.plan().max_rank, bases[0])
     task = _task(config, bases[0].tokenizer)
     first = Workplace(
-        bases[0], task, config.run.seed, precision=_precision(config, bases), loss_chunk=config.engine.loss_chunk
+        bases[0],
+        task,
+        config.run.seed,
+        precision=_precision(config, bases),
+        loss_chunk=config.engine.loss_chunk,
+        joules_per_tflop=config.engine.joules_per_tflop,
     )
     if config.train.packing:
         for base in bases:

@@ -16,6 +16,7 @@ from coterie.data.rows import ClientData
 from coterie.data.tasks import Task
 from coterie.data.truncation import Truncation, truncation_of_all
 from coterie.nn.base import Base
+from coterie.nn.placement import computing_devices
 from coterie.nn.prompt_cache import PromptCache
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut
@@ -49,7 +50,8 @@ class Workplace:
     ``tokenising`` is held while the tokenizer works: it serves one thread at a time. Once ``stop`` is set, the next
     forward pass raises :class:`StoppedError`. ``all_clients`` is set in a simulation of a method that trains on the
     rows of several clients together. ``loss_chunk`` is the number of tokens whose logits a loss holds at once; 0: all.
-    ``notes`` are what the user should know; who reads them empties the list.
+    ``joules_per_tflop`` estimates energy where it is not measured; 0: no estimate. ``notes`` are what the user should
+    know; who reads them empties the list.
     """
 
     base: Base
@@ -58,6 +60,7 @@ class Workplace:
     eval_batch_size: int = 64
     precision: str = "float32"
     loss_chunk: int | Literal["auto"] = 0
+    joules_per_tflop: float = 0.0
     notes: list[str] = field(default_factory=list)
     noted: set[str] = field(default_factory=set)
     cache: TokenCache = field(default_factory=TokenCache)
@@ -72,6 +75,11 @@ class Workplace:
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that the base computes on."""
+        return computing_devices(self.base.model)
 
     @property
     def prompt_cache(self) -> PromptCache | None:

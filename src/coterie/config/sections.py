@@ -234,6 +234,12 @@ class EngineSettings(Section):
         "or as many as take 64 MiB where all would take more than 256 MiB; 0: all",
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or one per core")
+    joules_per_tflop: float = Field(
+        0.0,
+        ge=0,
+        description="joules for 1e12 operations of training, to estimate energy where no counter of the machine can be "
+        "read; 0: no estimate",
+    )
     ray: RaySettings = Field(default_factory=RaySettings)
 
     @field_validator("device")

@@ -107,7 +107,7 @@ def config_at(site: SiteSettings, terms: Mapping[str, Json]) -> Config:
     _check_scores(terms["task"])
     raw = {name: terms[name] for name in (*_SENT_WHOLE, *_SENT)}
     raw["model"] = {**raw["model"], **site.model.model_dump(mode="json")}  # its path, and what is its machine's own
-    raw["engine"] = {**raw["engine"], "device": site.engine.device, "threads": site.engine.threads}
+    raw["engine"] = {**raw["engine"], **site.engine.model_dump()}
     raw["data"] = site.data.settings(site.site.id).model_dump(mode="json", exclude_none=True)
     config = check_config(raw)
     check_privacy_of_sites(config.privacy)

@@ -18,8 +18,9 @@ from coterie.deploy.events import Unreadable
 from coterie.deploy.exchange import Arrival, Exchange, Unanswered
 from coterie.deploy.limits import EVALUATION, bank_limit
 from coterie.deploy.sites import Sites
+from coterie.energy import SOURCES, Energy
 from coterie.engines.base import Delivery, Evaluation, Stream
-from coterie.engines.checks import bank_fault, evaluation_fault
+from coterie.engines.checks import bank_fault, evaluation_fault, is_number
 from coterie.engines.encode_once import EncodedOnce
 from coterie.flower.message import Message
 from coterie.methods.base import Method
@@ -61,7 +62,17 @@ class RemoteEngine:
         limits = limits or dict.fromkeys(instructions, sys.maxsize)
         for arrival in self._exchange("train", instructions, rnd, {}, limits):
             reply, error = _reply(arrival.answer)
-            yield arrival.client, Delivery(reply, error, arrival.bytes_down, arrival.bytes_up, arrival.seconds)
+            yield (
+                arrival.client,
+                Delivery(
+                    reply,
+                    error,
+                    arrival.bytes_down,
+                    arrival.bytes_up,
+                    arrival.seconds,
+                    energy=energy_in(arrival.answer),
+                ),
+            )
 
     def evaluate(
         self,
@@ -173,6 +184,15 @@ class RemoteEngine:
             else:
                 reason = plain_text(str(fault))
                 self.sites.note(Unreadable(name, rnd, client, reason))
+
+
+def energy_in(answer: Message | str) -> Energy | None:
+    """What the site says that its round took; None where it does not, or says it wrongly."""
+    said = None if isinstance(answer, str) else answer.head.get("energy")
+    if not isinstance(said, Mapping) or not is_number(said.get("joules")):
+        return None
+    source = next((known for known in SOURCES if known == said.get("source")), None)
+    return Energy(float(said["joules"]), source) if source else None
 
 
 def _reply(answer: Message | str) -> Outcome[Reply]:

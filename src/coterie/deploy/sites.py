@@ -27,9 +27,14 @@ _RETRY = 30.0  # seconds before a node that was refused gets another request
 
 
 def read_known(folder: Path) -> dict[ClientId, Hello]:
-    """The introductions of the sites that ever joined the run in ``folder``."""
+    """The introductions of the sites that ever joined the run in ``folder``. Raises :class:`CoterieError`."""
     path = folder / KNOWN
-    return codec.decode(dict[str, Hello], path.read_bytes()) if path.exists() else {}
+    try:
+        return codec.decode(dict[str, Hello], path.read_bytes()) if path.exists() else {}
+    except codec.CodecError as fault:
+        raise CoterieError(
+            f"{path} cannot be read; if another version of coterie began this run, end it with that: {fault}"
+        ) from fault
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from coterie import codec
@@ -26,6 +26,7 @@ from coterie.deploy.private_site import Releases, check_cost
 from coterie.deploy.received import received_file
 from coterie.deploy.secure_site import SiteSums, identity_of, keep_for_sums
 from coterie.deploy.site_log import disk_text, log, private_model_faults, public_text
+from coterie.energy import meter_of
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, failed, train_client
 from coterie.engines.store import ClientStates
 from coterie.experiment import about_export, set_threads, write_own
@@ -131,19 +132,21 @@ class Worker:
         releases = Releases(run.folder, run.method, run.config.run.rounds, run.client) if own_noise else None
         if releases:
             releases.check(head, body)
-        blob = releases.answered(head.rnd) if releases else None
+        blob, said = releases.answered(head.rnd) if releases else None, {}
         if blob is None:
-            outcome = train_client(run.client, run.method, body, head.rnd)  # again too: its personal state is needed
+            meter = meter_of(run.client.workplace.devices)
+            outcome = train_client(run.client, run.method, body, head.rnd, meter)  # again too: it needs its own state
             if outcome.error:
                 return Message({"error": outcome.error}, outcome.blob)
-            blob = outcome.blob
+            blob, said = outcome.blob, {"energy": asdict(outcome.energy)} if outcome.energy else {}
             if releases:
                 releases.prune(head.keep)
                 blob = releases.once(head, body, blob)
         if run.config.secure_aggregation.enabled:
             identity = identity_of(self.site, self.root)
             self.sums, blob = keep_for_sums(run.client, run.method, identity, run.folder, head, body, blob)
-        return Message({}, blob)
+        hides = run.config.secure_aggregation.enabled or run.config.privacy.active  # energy says something of the rows
+        return Message({} if hides else said, blob)
 
     def _sum(self, run: Run, head: Head, body: bytes) -> Message:
         """This site's answer in a step of the round's secure sums."""

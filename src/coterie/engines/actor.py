@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +62,9 @@ def _hello(run: _Run, message: Message) -> Message:
 def _train(run: _Run, message: Message) -> Message:
     head = message.head
     outcome = train_client(run.clients[head["client"]], run.method, message.body, head["round"])
-    return Message({"error": outcome.error, "seconds": outcome.seconds, "note": outcome.note}, outcome.blob)
+    energy = outcome.energy and asdict(outcome.energy)  # an estimate: counters would count other actors too
+    told = {"error": outcome.error, "seconds": outcome.seconds, "note": outcome.note, "energy": energy}
+    return Message(told, outcome.blob)
 
 
 def _evaluate(run: _Run, message: Message) -> Message:

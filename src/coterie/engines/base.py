@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from coterie.compute.workplace import Steps
 from coterie.data.truncation import Truncation
+from coterie.energy import Energy
 from coterie.methods.base import Method
 from coterie.requests import Observed, Sample
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ExportedAs, Instruction, Reply
@@ -21,6 +22,7 @@ class Delivery:
     """The outcome of one client's round: a reply, or the reason why there is none; bytes as encoded, and seconds.
 
     Clients that are simulated together each take an equal part of the time. ``note``: what the user should know.
+    ``energy``: what the round took, if that is known.
     """
 
     reply: Reply | None
@@ -29,6 +31,7 @@ class Delivery:
     bytes_up: int
     seconds: float
     note: str | None = None
+    energy: Energy | None = None
 
 
 SAMPLES = 3  # generated texts of a client that a simulation keeps for its report

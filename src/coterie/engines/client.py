@@ -19,12 +19,15 @@ from coterie.compute.batched import FAULTS, ClientRequest, Note, answer_all
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
+from coterie.energy import Energy, Meter, energy_of
 from coterie.engines.base import SAMPLES, Delivery, Evaluation
 from coterie.engines.privacy import hidden, row_privacy
 from coterie.engines.store import ClientStates
 from coterie.methods.base import Compute, Method, drive, returning
 from coterie.requests import Answer, BankProgram, Observe, Observed, Sample, Score, Scored
 from coterie.types import Bank, ClientId, ClientInfo, ClientResult, CoterieError, Instruction, Personal, Reply
+
+NO_METER = Meter()
 
 
 @dataclass(frozen=True)
@@ -68,42 +71,49 @@ class LocalClient:
 class Outcome:
     """What a client sends back: an encoded reply or evaluation, or the reason why there is none; and its seconds.
 
-    ``note``: what the user should know.
+    ``note``: what the user should know. ``energy``: what training took, if that is known.
     """
 
     blob: bytes
     error: str | None = None
     seconds: float = 0.0
     note: str | None = None
+    energy: Energy | None = None
 
     def delivery(self, bytes_down: int) -> Delivery:
         """The outcome of a round of training, its reply decoded."""
         reply = codec.decode(Reply, self.blob) if self.error is None else None
-        return Delivery(reply, self.error, bytes_down, len(self.blob), self.seconds, self.note)
+        return Delivery(reply, self.error, bytes_down, len(self.blob), self.seconds, self.note, self.energy)
 
     def evaluation(self) -> Evaluation:
         """The evaluation, decoded."""
         return replace(codec.decode(Evaluation, self.blob), note=self.note)
 
 
-def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Outcome:
+def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int, meter: Meter = NO_METER) -> Outcome:
     """Round ``rnd`` of a client: decode the instruction, load its personal state, run the method's program, encode the
-    reply, save the personal state.
+    reply, save the personal state. ``meter`` measures what the program takes.
 
     The client's own faults are the outcome's ``error``. Raises :class:`CoterieError` for an instruction that is refused
     or a state that cannot be read, :class:`codec.CodecError` for bytes that are not an instruction.
     """
     start = begin(client, method, blob, rnd)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), meter.read()
     compute = LocalCompute(client.workplace, client.data, rnd, private=row_privacy(method, client.info))
     try:
         result = drive(method.client(start.ins, client.info, start.personal), client.guard.compute(compute))
+        energy = energy_of(meter.since(before), gflop_in(result), client.workplace.joules_per_tflop)
         reply = encoded_reply(start, method, result, rnd)
     except FAULTS as fault:
         return failed(client, fault, time.perf_counter() - started)
     for save in saves_of(client, compute, result):
         save()
-    return Outcome(reply, None, time.perf_counter() - started, joined(client.workplace.notes))
+    return Outcome(reply, None, time.perf_counter() - started, joined(client.workplace.notes), energy)
+
+
+def gflop_in(result: ClientResult) -> float:
+    """Billions of operations of training, as the client counted them; 0 if it did not."""
+    return float(result.reply.info.get("gflop", 0.0))
 
 
 def evaluate_client(

@@ -22,6 +22,7 @@ from coterie.compute.workplace import Steps
 from coterie.config.sections import Config, RaySettings
 from coterie.data.rows import FederatedData
 from coterie.data.truncation import Truncation
+from coterie.energy import Energy
 from coterie.engines.actor import answer, digest
 from coterie.engines.base import Delivery, Evaluation, Needs
 from coterie.engines.client import Outcome
@@ -132,7 +133,9 @@ class FlowerSimEngine:
     ) -> Iterator[tuple[ClientId, Delivery]]:
         """Every client's delivery for round ``rnd``, in the clients' order."""
         for client, down, message in self._exchange("train", instructions, rnd, {}):
-            yield client, Outcome(message.body, **message.head).delivery(down)
+            energy = message.head.get("energy")
+            head = {**message.head, "energy": energy and Energy(**energy)}
+            yield client, Outcome(message.body, **head).delivery(down)
 
     def evaluate(
         self,

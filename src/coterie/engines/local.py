@@ -15,6 +15,7 @@ from coterie.compute.workplace import Steps, Workplace
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
 from coterie.data.truncation import Truncation
+from coterie.energy import meter_of
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.batch_size import AutoSize
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, train_client
@@ -73,9 +74,10 @@ class LocalEngine:
         if self.together:
             yield from self.together.train(clients, method, instructions, encoded, rnd)
             return
+        meter = meter_of(self.workplace.devices)
         for client in releasing_memory(clients):
             blob = encoded.take(client.id)
-            yield client.id, train_client(client, method, blob, rnd).delivery(len(blob))
+            yield client.id, train_client(client, method, blob, rnd, meter).delivery(len(blob))
 
     def evaluate(
         self,

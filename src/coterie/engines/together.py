@@ -18,6 +18,7 @@ from coterie.compute.batched import FAULTS, drive_together
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
+from coterie.energy import divided, meter_of
 from coterie.engines.base import Delivery, Evaluation, Stream
 from coterie.engines.batch_size import AutoSize, first_request
 from coterie.engines.client import (
@@ -29,6 +30,7 @@ from coterie.engines.client import (
     encoded_reply,
     evaluations,
     failed,
+    gflop_in,
     joined,
     saves_of,
 )
@@ -169,20 +171,23 @@ class Together:
         self, workplace: Workplace, method: Method, starts: Sequence[tuple[Start, int]], rnd: int
     ) -> list[tuple[ClientId, Delivery, Saves]]:
         """The outcomes of clients whose programs run together; each takes an equal part of the time."""
-        started = time.perf_counter()
+        meter = meter_of(workplace.devices, alone=len(self.workplaces) == 1)
+        started, before = time.perf_counter(), meter.read()
         computes = [
             LocalCompute(workplace, of.client.data, rnd, private=row_privacy(method, of.client.info))
             for of, _ in starts
         ]
         programs = [method.client(start.ins, start.client.info, start.personal) for start, _ in starts]
         results = self._results(programs, computes)
+        gflops = [0.0 if isinstance(result, Exception) else gflop_in(result) for result in results]
+        energies = divided(meter.since(before), gflops, workplace.joules_per_tflop)
         ended: list[tuple[ClientId, Delivery, Saves]] = []
-        for (start, bytes_down), compute, result in zip(starts, computes, results, strict=True):
+        for (start, bytes_down), compute, result, energy in zip(starts, computes, results, energies, strict=True):
             client = start.client
             if isinstance(result, Exception):
                 ended.append((client.id, failed(client, result, 0.0).delivery(bytes_down), ()))
             else:
-                delivery = Outcome(encoded_reply(start, method, result, rnd)).delivery(bytes_down)
+                delivery = Outcome(encoded_reply(start, method, result, rnd), energy=energy).delivery(bytes_down)
                 ended.append((client.id, delivery, saves_of(client, compute, result)))
         seconds = (time.perf_counter() - started) / len(starts)
         return [(client, replace(delivery, seconds=seconds), saves) for client, delivery, saves in ended]

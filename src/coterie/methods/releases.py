@@ -54,11 +54,11 @@ class Release:
 
 COMMON: Sequence[Release] = (
     Release(
-        "loss, tokens, steps and operations of its training",
+        "loss, tokens, steps, operations and energy of its training",
         "info",
         "nothing",
         SERVER,
-        names=("loss", "tokens", "steps", "gflop"),
+        names=("loss", "tokens", "steps", "gflop", "gflop_active"),
     ),
     Release("number of training examples, a weight in means", "count", "sum", SERVER),
     Release(

@@ -62,6 +62,15 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
+def computing_devices(model: nn.Module) -> tuple[torch.device, ...]:
+    """All devices that ``model`` computes on: one, unless transformers has put its parts on several."""
+    if len(getattr(model, "hf_device_map", {})) < 2:
+        return (input_device(model),)
+    own = (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    found = {device_of(module) for module in own}
+    return tuple(sorted((device for device in found if device.type != "meta"), key=str))
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where inputs of ``model`` belong: the device that its first weights, the embeddings, compute on."""
     first = next(module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)

@@ -16,7 +16,7 @@ from coterie.ops.metrics import Metrics
 from coterie.report.plots import natural
 from coterie.requests import Usage
 from coterie.runs.events import METRICS, Evaluated, Note, RoundDone, Scores, StartState, read_events
-from coterie.runs.summary import SUMMARY, ClientSummary, Summary, Traffic, read_summary
+from coterie.runs.summary import SUMMARY, ClientSummary, Summary, Traffic, joules_of, read_summary
 from coterie.types import ClientId, CoterieError
 
 SITES = "sites.json"  # the totals of a real federation
@@ -143,6 +143,8 @@ class Run:
                 seconds=sum(entry.seconds for entry in entries),
                 rounds_missed=sum(client in event.failed for event in events),
                 gflop=math.fsum(entry.gflop for entry in entries),
+                gflop_active=math.fsum(entry.gflop_active for entry in entries),
+                **joules_of(entries),
             )
         return made
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.units import duration, operations, size
+from coterie.units import duration, energy, operations, size
 
 MISSING = "-"
 PERCENT = {"accuracy", "macro_f1", "rouge_l", "exact_match", "token_f1", "numeric", "reward_accuracy"}
@@ -121,6 +121,8 @@ def _number(value: float, name: str) -> str:
         return size(value)
     if name == "gflop":
         return operations(value)
+    if name == "joules":
+        return energy(value)
     if name == "seconds" or name.startswith("seconds "):
         return duration(value)
     if isinstance(value, int) or not math.isfinite(value):

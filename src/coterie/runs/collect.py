@@ -11,7 +11,8 @@ from coterie.engines.base import Delivery, Engine
 from coterie.engines.bounds import Sizes, large_updates, reply_limit, update_sizes
 from coterie.engines.checks import fault_of
 from coterie.methods.base import Method
-from coterie.runs.events import ClientDone, ClientRound
+from coterie.runs.entries import ClientRound
+from coterie.runs.events import ClientDone
 from coterie.runs.log import Log
 from coterie.runs.secure import Sums, filled, received, tensors_stay
 from coterie.runs.settings import RoundSettings
@@ -63,7 +64,7 @@ class Training(Generic[S]):
                 self.log.note([delivery.note] if delivery.note else [], rnd)
                 delivery = received(self.sums, self.method, delivery)
                 fault = delivery.error or self._fault(state, delivery.reply, infos[client], rnd)
-                made.entries[client] = _entry(delivery)
+                made.entries[client] = self._entry(delivery)
                 if fault is not None:
                     made.leave_out(client, fault)
                 elif delivery.reply is not None:
@@ -93,8 +94,8 @@ class Training(Generic[S]):
         rows = [each.num_train for each in together]  # of every client that it trains on
         return fault_of(reply, expected, self.settings.norm_bound, client.num_train, info, optim, rows)
 
-
-def _entry(delivery: Delivery) -> ClientRound:
-    """A client's entry in the record."""
-    statistics = dict(delivery.reply.info) if delivery.reply else {}
-    return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, statistics)
+    def _entry(self, delivery: Delivery) -> ClientRound:
+        """A client's entry in the record, without energy where nobody may know how much it trained."""
+        statistics = dict(delivery.reply.info) if delivery.reply else {}
+        energy = None if self.sums or self.method.plan.privacy.active else delivery.energy
+        return ClientRound(delivery.bytes_down, delivery.bytes_up, delivery.seconds, statistics, energy)

@@ -6,19 +6,19 @@ A listener is called with every event as it happens. ``metrics.jsonl`` keeps tho
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from coterie.methods.robust import Weighed
 from coterie.methods.secure import Sum
 from coterie.ops.accounting import Spent
 from coterie.ops.metrics import Metrics
 from coterie.requests import Sample, Usage
+from coterie.runs.entries import EntryLine, plain
 from coterie.text import parse_json
 from coterie.types import ClientId, CoterieError
 
@@ -112,51 +112,6 @@ class RoundStart(Event):
 
 
 @dataclass(frozen=True)
-class ClientRound:
-    """A client's part in a round: bytes as encoded, seconds, and what its reply reports of its training.
-
-    ``said`` is empty where the reply was not used. In JSON its names are beside the others.
-    """
-
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
-    said: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float | None:
-        """The mean training loss; None where the client did not report one."""
-        value = self.said.get("loss")
-        return float(value) if isinstance(value, (int, float)) else None
-
-    @property
-    def tokens(self) -> int:
-        """The tokens that it trained on."""
-        value = self.said.get("tokens")
-        return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
-
-    @property
-    def gflop(self) -> float:
-        """Billions of floating-point operations of its training; 0 where the client did not report them."""
-        value = self.said.get("gflop")
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
-
-    def to_json(self) -> dict[str, object]:
-        own = {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up, "seconds": self.seconds}
-        return {**{name: plain(value) for name, value in self.said.items()}, **own}
-
-
-def _fields_of_entry(line: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a :class:`ClientRound` in a line of JSON: names that are not its own are those of ``said``."""
-    own = {of.name for of in fields(ClientRound)} - {"said"}
-    statistics = {name: value for name, value in line.items() if name not in own}
-    return {**{name: line[name] for name in own if name in line}, "said": statistics}
-
-
-_ClientRound = Annotated[ClientRound, BeforeValidator(_fields_of_entry)]
-
-
-@dataclass(frozen=True)
 class ClientSteps(Event):
     """Clients that train together have taken ``taken`` of their ``of`` optimiser steps. Kept nowhere."""
 
@@ -176,7 +131,7 @@ class ClientDone(Event):
 
     round: int
     client: ClientId
-    entry: _ClientRound
+    entry: EntryLine
     failed: str | None
 
     def to_json(self) -> dict[str, object]:
@@ -201,7 +156,7 @@ class RoundDone(Event):
     event = "round"
 
     round: int
-    clients: Mapping[ClientId, _ClientRound] = field(default_factory=dict)
+    clients: Mapping[ClientId, EntryLine] = field(default_factory=dict)
     failed: Mapping[ClientId, str] = field(default_factory=dict)
     seconds: float = 0.0
     describe: Mapping[str, object] = field(default_factory=dict)
@@ -331,16 +286,3 @@ def read_events(metrics: Path, note: Callable[[str], None] = lambda text: None) 
         if event is not None:
             events.append(event)
     return events
-
-
-def plain(value: object) -> object:
-    """``value`` as ``json.dumps`` takes it: null for a number that is infinite or not a number."""
-    if hasattr(value, "to_json"):
-        return value.to_json()
-    if is_dataclass(value):
-        return {of.name: plain(getattr(value, of.name)) for of in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

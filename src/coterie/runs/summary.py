@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -20,7 +20,8 @@ from coterie.methods import findings
 from coterie.methods.findings import Finding
 from coterie.ops.metrics import Metrics, better, mean_metrics, percentiles, worst_client
 from coterie.requests import ExpertUse, Usage
-from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, Truncated, plain
+from coterie.runs.entries import ClientRound, plain
+from coterie.runs.events import Evaluated, Event, RoundDone, Scores, StartState, Truncated
 from coterie.runs.guarantee import Guarantee
 from coterie.types import ClientId, ClientInfo, CoterieError, Number
 
@@ -32,7 +33,8 @@ ALL_MODULES = ""  # stands for the mean over modules, where all modules have the
 @dataclass(frozen=True)
 class ClientSummary:
     """A client's rows, its metrics at the best round, and what it cost: bytes as encoded, seconds, and billions of
-    floating-point operations of training, as its replies report them."""
+    floating-point operations of training, as its replies report them (``gflop_active``: those that the experts in use
+    need). ``joules`` is None where the energy is not known; ``joules_from`` says where it comes from."""
 
     group: str | None = None
     labels: Sequence[str] | None = None
@@ -46,6 +48,9 @@ class ClientSummary:
     seconds: float = 0.0
     rounds_missed: int = 0
     gflop: float = 0.0
+    gflop_active: float = 0.0
+    joules: float | None = None
+    joules_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class Worst:
 
     def to_json(self) -> dict[str, object]:
         return {"client": self.client, self.metric: plain(self.value)}
+
+
+class JoulesOf(TypedDict):
+    """The fields of a summary that say what energy was used."""
+
+    joules: float | None
+    joules_from: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,9 @@ class Summary:
     bytes: Traffic = Traffic()
     seconds: float = 0.0
     gflop: float = 0.0
+    gflop_active: float = 0.0
+    joules: float | None = None
+    joules_from: str = ""
     peak_memory_bytes: int = 0
     describe: Mapping[str, object] = field(default_factory=dict)
     usage: Annotated[Mapping[ClientId, Usage], BeforeValidator(_fields_of_usage)] = field(default_factory=dict)
@@ -203,7 +218,7 @@ def summarise(
         versions=versions(),
         machine=facts(),
     )
-    return _over_clients(summary, scores)
+    return replace(_over_clients(summary, scores), **joules_of(e for event in rounds for e in event.clients.values()))
 
 
 def _over_clients(summary: Summary, scores: Mapping[ClientId, Scores]) -> Summary:
@@ -219,6 +234,7 @@ def _over_clients(summary: Summary, scores: Mapping[ClientId, Scores]) -> Summar
         percentiles=percentiles(primary, tests),
         bytes=Traffic(sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)),
         gflop=math.fsum(row.gflop for row in rows),
+        gflop_active=math.fsum(row.gflop_active for row in rows),
     )
 
 
@@ -237,7 +253,19 @@ def _client(client: ClientInfo, scores: Scores, rounds: Sequence[RoundDone]) -> 
         seconds=sum(entry.seconds for entry in entries),
         rounds_missed=sum(client.id in event.failed for event in rounds),
         gflop=math.fsum(entry.gflop for entry in entries),
+        gflop_active=math.fsum(entry.gflop_active for entry in entries),
+        **joules_of(entries),
     )
+
+
+def joules_of(entries: Iterable[ClientRound]) -> JoulesOf:
+    """The joules of all ``entries`` that say them, and where these come from; "incomplete" where some do not."""
+    energies = [entry.energy for entry in entries if entry.said or entry.energy]
+    known = [energy for energy in energies if energy]
+    if not known:
+        return {"joules": None, "joules_from": ""}
+    sources = sorted({energy.source for energy in known}) + ["incomplete"] * (len(known) < len(energies))
+    return {"joules": math.fsum(energy.joules for energy in known), "joules_from": ", ".join(sources)}
 
 
 def _usage(usage: Mapping[ClientId, Usage]) -> Mapping[ClientId, Usage]:

@@ -28,11 +28,11 @@ from coterie.comparison.jobs import Missing
 from coterie.comparison.tuning import Choice
 from coterie.config.describe import describe_config
 from coterie.methods.registry import methods
+from coterie.runs.entries import ClientRound
 from coterie.runs.events import (
     CheckpointSaved,
     ClientDone,
     ClientEvaluated,
-    ClientRound,
     ClientSteps,
     Evaluated,
     Listener,

@@ -11,13 +11,17 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from coterie import codec
 from coterie.cli.main import app
 from coterie.cli.status import show
 from coterie.deploy.events import Exchanged, Finished, Joined, Late, ServerStarted, Unreadable
 from coterie.deploy.journal import JOURNAL, Entry, Journal, Reader, read_journal
 from coterie.deploy.metrics import exporter, render
+from coterie.deploy.sites import KNOWN, read_known
 from coterie.deploy.status import spans, status_of, table_of
-from coterie.runs.events import ClientDone, ClientRound, Event, Note, Ready, Resumed, RoundDone
+from coterie.runs.entries import ClientRound
+from coterie.runs.events import ClientDone, Event, Note, Ready, Resumed, RoundDone
+from coterie.types import CoterieError
 from pages import Page, make_run
 
 
@@ -162,3 +166,10 @@ def test_a_journal_is_read_as_it_is_written(tmp_path: Path) -> None:
 def test_an_event_of_a_later_version_is_left_out(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text('{"event": "eclipse", "at": 1.0}\n{"event": "finished", "at": 2.0, "more": 3}\n')
     assert read_journal(tmp_path) == [Entry(2.0, Finished())]
+
+
+def test_introductions_that_another_version_wrote_are_an_error_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / KNOWN).write_bytes(codec.encode({"a": {"info": 1}}))
+    with pytest.raises(CoterieError, match=r"sites\.safetensors cannot be read; if another version of coterie began"):
+        read_known(tmp_path)
+    assert read_known(tmp_path / "none") == {}

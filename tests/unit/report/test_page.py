@@ -188,6 +188,20 @@ def test_optional_parts_may_be_missing(tmp_path, monkeypatch):
     assert page.tags["svg"] == 0
 
 
+def test_energy_and_operations_of_active_experts_are_shown_where_they_are_known(tmp_path):
+    bare = {"clients": {"a": {"gflop": 2.0, "gflop_active": 2.0}, "b": {"gflop": 3.0}}, "primary": "accuracy"}
+    text = Page(write_report(make_run(tmp_path / "bare", [], bare))).text
+    assert "energy" not in text
+    assert "active experts" not in text
+    rich = {"clients": {"a": {"gflop": 2.0, "gflop_active": 1.5, "joules": 1500.0, "joules_from": "estimate"},
+                        "b": {"gflop": 3.0, "gflop_active": 3.0}},
+            "joules": 1500.0, "joules_from": "estimate", "primary": "accuracy"}  # fmt: skip
+    text = Page(write_report(make_run(tmp_path / "rich", [], rich))).text
+    assert "energy 1.5 kJ training, estimate" in text
+    assert "a 0 / 0 / 0 0 B 0 B 2 GFLOP 1.5 GFLOP 1.5 kJ estimate 0.0 s" in text
+    assert "b 0 / 0 / 0 0 B 0 B 3 GFLOP 3 GFLOP - 0.0 s" in text
+
+
 def test_nan_and_null_are_shown_as_a_dash(tmp_path):
     total, lines = summary(), events()
     total["mean"]["test"]["accuracy"] = math.nan

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from coterie.runs.entries import ClientRound
 from coterie.runs.events import (
     RUN,
     CheckpointSaved,
     ClientDone,
     ClientEvaluated,
-    ClientRound,
     ClientSteps,
     Evaluated,
     Event,

@@ -17,7 +17,8 @@ from coterie import experiment
 from coterie.config.load import check_config, load_config
 from coterie.config.sections import Tracker
 from coterie.runs import trackers
-from coterie.runs.events import ClientDone, ClientRound, Evaluated, Event, Note, Ready, RoundDone, RoundStart
+from coterie.runs.entries import ClientRound
+from coterie.runs.events import ClientDone, Evaluated, Event, Note, Ready, RoundDone, RoundStart
 from coterie.runs.trackers import Tracked, check_tracker
 from coterie.runs.tracking import tracking
 from coterie.types import CoterieError
