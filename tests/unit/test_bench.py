@@ -25,6 +25,7 @@ SLOW = {
     "rounds",
     "membership",
     "privacy",
+    "privacy_cost",
     "published_code",
     "flower",
     "scaling",

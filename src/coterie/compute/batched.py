@@ -18,7 +18,7 @@ from coterie.compute.observe import Observation, observe
 from coterie.compute.preferences import scoring_of
 from coterie.compute.score import Scoring, score
 from coterie.compute.statistics import COLLECTED
-from coterie.compute.train import Training, train
+from coterie.compute.train import train
 from coterie.methods.base import answer
 from coterie.nn.many import UnlikeError
 from coterie.requests import Answer, ClientProgram, Observe, Observed, Request, Score, Scored, Train, Trained
@@ -112,7 +112,8 @@ def _fewer_rows(client_request: ClientRequest) -> ClientRequest:
 
 def _together(requests: list[ClientRequest], note: Note) -> list[Answer | Exception]:
     """The answers to requests of one kind, in shared passes."""
-    if any(compute.private for compute, _ in requests):
+    private = {compute.private is not None for compute, _ in requests}
+    if len(private) > 1 or (private == {True} and not isinstance(requests[0][1], Train)):
         return [_alone(each, note) for each in requests]
     match requests[0][1]:
         case Train():
@@ -127,7 +128,7 @@ def _together(requests: list[ClientRequest], note: Note) -> list[Answer | Except
 
 def train_together(requests: Sequence[tuple[LocalCompute, Train]]) -> list[Trained | CoterieError]:
     """What :meth:`LocalCompute.train` returns or raises, for each."""
-    trainings, results = _made(lambda c, r: Training(c.workplace, c.client, c.rnd, r), requests)
+    trainings, results = _made(lambda compute, request: compute.training(request), requests)
     for i, trained in zip(trainings, train([*trainings.values()]), strict=True):
         compute, request = requests[i]
         results[i] = trained if isinstance(trained, CoterieError) else compute.keep(request, trained)

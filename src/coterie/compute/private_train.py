@@ -81,7 +81,9 @@ class PrivateTraining(Training):
     def begin_pass(self, number: int, mask: Tensor | None) -> None:
         super().begin_pass(number, mask)
         self.layers.now.balance = None
-        self.layers.now.per_row = PerRow(len(self.steps[self.step][number]))
+        rows = len(self.steps[self.step][number])
+        held = rows if mask is None else len(mask)  # more where a client of the same pass has more
+        self.layers.now.per_row = PerRow(rows, padding=held - rows)
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
         """The sum over rows of the mean loss of each row's labels."""
@@ -111,7 +113,7 @@ class PrivateTraining(Training):
             noisy = private.multiplier * private.clip * noise.to(parameter.device)
             if key in self.total:
                 noisy = noisy + self.total[key].view(parameter.shape).double()
-            parameter.grad = (noisy / private.lot).to(parameter.dtype)
+            parameter.grad = torch.empty_like(parameter).copy_(noisy / private.lot)  # strides that kernels ask for
         self.total = {}
         if (penalty := self.penalties.loss()) is not None:  # of the tensors alone: it says nothing of the rows
             penalty.backward()

@@ -101,10 +101,9 @@ def _by_row(method: Method, samples: bool) -> Iterator[str]:
         yield "packing puts rows together; set [train] packing = false"
 
 
-def check_training(by_row: bool, clients_per_batch: int | str, checkpointing: bool, objective: str) -> None:
+def check_training(by_row: bool, checkpointing: bool, objective: str) -> None:
     """Raise :class:`CoterieError` for settings of a run with which the gradients of rows cannot be cut one by one."""
     faults = {
-        "clients cannot share a forward pass yet; set [engine] clients_per_batch = 1": clients_per_batch != 1,
         "layers that run again count twice; set [model] gradient_checkpointing = false": checkpointing,
         'it trains on rows and not on pairs; set [task] objective = "likelihood"': objective == "dpo",
     }

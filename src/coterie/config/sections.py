@@ -316,12 +316,7 @@ class Config(Section):
             raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")
         engine = self.engine
         check_engine(self.model.device_map, engine.device, engine.clients_per_batch, engine.compile)
-        check_training(
-            self.privacy.by_row,
-            self.engine.clients_per_batch,
-            self.model.gradient_checkpointing,
-            self.task.objective,
-        )
+        check_training(self.privacy.by_row, self.model.gradient_checkpointing, self.task.objective)
         check_privacy(method, self.run.cohort < 1 or self.run.sampling == "poisson", self.run.export)
         return method
 

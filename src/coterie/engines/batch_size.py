@@ -18,6 +18,7 @@ from coterie.data.examples import Example
 from coterie.data.rows import ClientData
 from coterie.engines.gain import LEAST, PASS_TOKENS, batch_lengths, best_gain
 from coterie.engines.grouping import Load, training_load
+from coterie.methods.row_privacy import RowPrivacy
 from coterie.requests import ClientProgram, Optim, Train
 from coterie.types import Bank, ClientInfo, CoterieError
 
@@ -52,10 +53,12 @@ class AutoSize:
         clients: Sequence[ClientData],
         weight: float,
         request: Callable[[], Train | None],
+        private: RowPrivacy | None = None,
     ) -> Size | None:
         """The new size for a round whose largest client has ``weight``; None if the size stays as it was.
 
-        ``request`` returns the request of that client, or None if no client has one.
+        ``request`` returns the request of that client, or None if no client has one. ``private``: how training hides
+        each row.
         """
         if self.now and weight <= _GROWN * self.weight:
             return None
@@ -64,7 +67,7 @@ class AutoSize:
             return None
         before, bank = self.now, sum(tensor.nbytes for tensor in asked.bank.tensors.values())
         if before is None or not self._still_fits(before, workplaces, bank):
-            sizes = [best_size(workplace, clients, asked) for workplace in workplaces]
+            sizes = [best_size(workplace, clients, asked, private) for workplace in workplaces]
             self.now, self.bank = min(sizes, key=lambda size: size.clients), bank
         self.weight = weight
         return self.now if before is None or (self.now and self.now.clients != before.clients) else None
@@ -90,9 +93,11 @@ def first_request(program: ClientProgram, bank: Callable[[], Bank], optim: Optim
     return Train(whole, frozenset(whole.tensors), optim)
 
 
-def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Train) -> Size:
+def best_size(
+    workplace: Workplace, clients: Sequence[ClientData], request: Train, private: RowPrivacy | None = None
+) -> Size:
     """The number that is fast, padding included, and fits, by the measured memory of a step of ``request`` with two
-    clients. A step is as large as that of the client with the largest batch.
+    clients, which is trained as ``private`` says. A step is as large as that of the client with the largest batch.
     """
     batch, lengths = request.optim.batch_size, dict[int, Sequence[int]]()
     for number, client in enumerate(clients):
@@ -110,7 +115,7 @@ def best_size(workplace: Workplace, clients: Sequence[ClientData], request: Trai
     if size.clients == 1:
         return size
     rows, longest = max(((min(batch, len(of)), max(of)) for of in lengths.values()), key=lambda of: of[0] * of[1])
-    fits, each = _fits(workplace, request, rows, longest)
+    fits, each = _fits(workplace, request, rows, longest, private)
     if size.clients <= fits:
         return replace(size, each=each)
     return Size(fits, f"no more fit in {SHARE:.0%} of the free memory", each)
@@ -132,18 +137,22 @@ def _worthwhile(
     return size if best == size.clients else Size(best, "more would pad more than they gain")
 
 
-def _fits(workplace: Workplace, request: Train, rows: int, tokens: int) -> tuple[int, float]:
+def _fits(
+    workplace: Workplace, request: Train, rows: int, tokens: int, private: RowPrivacy | None
+) -> tuple[int, float]:
     """How many clients' steps of ``rows`` rows and ``tokens`` tokens fit into the free memory, at least 1; and the
     bytes of each. Half of what two take is a little more than one takes: some of it is shared."""
     free = _free(workplace.device)  # before the step, because what it leaves in memory counts too
     try:
-        each = max(_peak(workplace, request, rows, tokens, 2) / 2, 1)
+        each = max(_peak(workplace, request, rows, tokens, 2, private) / 2, 1)
     except torch.OutOfMemoryError:
         return 1, 0.0
     return max(1, int(SHARE * free / each)), each
 
 
-def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients: int) -> int:
+def _peak(
+    workplace: Workplace, request: Train, rows: int, tokens: int, clients: int, private: RowPrivacy | None = None
+) -> int:
     """Bytes that one optimiser step takes beyond those in use before it."""
     made = [ClientData(ClientInfo(f"\0size {i}", rows), {}) for i in range(clients)]
     ids = (workplace.task.tokenizer.pad_token_id,) * tokens
@@ -153,10 +162,11 @@ def _peak(workplace: Workplace, request: Train, rows: int, tokens: int, clients:
         workplace.cache[client.info.id, "train"] = [example] * rows
     optim = request.optim.model_copy(update={"steps": 1, "accumulate": 1, "batch_size": rows})
     once = replace(request, optim=optim, hold_out=None)
+    hidden = None if private is None else replace(private, optim=optim, rows=rows)  # a step of all rows
     machine.release_memory()  # else the step could reuse memory that glibc keeps, and not be measured
     before = _used(workplace.device, reset=True)
     try:
-        train_together([(LocalCompute(workplace, client, 1), once) for client in made])
+        train_together([(LocalCompute(workplace, client, 1, private=hidden), once) for client in made])
     finally:
         for client in made:
             del workplace.cache[client.info.id, "train"]

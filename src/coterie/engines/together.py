@@ -146,7 +146,8 @@ class Together:
 
         heaviest = sorted(clients, key=weight, reverse=True)
         rows = [client.data for client in clients]
-        if size := self.auto.decide(self.workplaces, rows, weight(heaviest[0]), request):
+        private = row_privacy(method, heaviest[0].info)
+        if size := self.auto.decide(self.workplaces, rows, weight(heaviest[0]), request, private):
             number = f"{size.clients} clients share a" if size.clients > 1 else "each client has its own"
             self.notes.append(f"{number} forward pass: {size.reason}")
         return self.clients_per_batch

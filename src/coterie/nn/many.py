@@ -10,7 +10,6 @@ share this storage. Batched products are 1.1x (float32) to 10x (bfloat16) as fas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.nn.bank import BankLayer
-from coterie.nn.gates import routes_by_output, routes_by_row
-from coterie.nn.many_products import AddMany, Picked, ProjectMany
+from coterie.nn.many_gates import Group, gate_kind, routes_by
+from coterie.nn.many_per_row import NOTHING, ByRow, Piece
+from coterie.nn.many_products import AddMany, Picked, ProjectMany, times, weigh
 from coterie.nn.products import padded
 from coterie.nn.rows import RowMask, RowScores, row_directions
-from coterie.types import CoterieError, Part
+from coterie.types import CoterieError, Key, Part
 
 V = TypeVar("V")
 _VIEWS = 256  # what a module keeps for mixes of clients before it starts again: a service sees ever new mixes
@@ -87,7 +87,7 @@ class ManyLayer:
         known = [layer for layer in layers if layer is not None]
         like = known[0]
         settings = {
-            (one.dropout, one.own_masks, _routes_by(one.gate), one.folded_rank, one.columns.dtype) for one in known
+            (one.dropout, one.own_masks, routes_by(one.gate), one.folded_rank, one.columns.dtype) for one in known
         }
         if len(settings) > 1:
             raise UnlikeError(
@@ -95,7 +95,7 @@ class ManyLayer:
             )
         self.layers, self.now, self.module = list(layers), now, like.module
         self.dropout, self.own_masks, self.folded = like.dropout, like.own_masks, like.folded_rank
-        (self.by_output, self.by_row), self.row_scores = _routes_by(like.gate), RowScores()
+        (self.by_output, self.by_row), self.row_scores = routes_by(like.gate), RowScores()
         self.rank = max(one.columns.shape[0] for one in known)
         self.slots = max(one.slots for one in known)
         self.experts = max(len(one.experts) for one in known)
@@ -113,8 +113,8 @@ class ManyLayer:
         self.rows = like.rows.new_zeros(number, padded(self.rank + self.slots), like.rows.shape[1])
         self.columns = like.columns.new_zeros(number, self.rank, like.columns.shape[1])
         self.owner = torch.zeros(number, self.rank, dtype=torch.long, device=like.columns.device)
-        self.pieces: list[list[tuple[int, int, nn.Parameter]]] = [[] for _ in self.layers]  # of rows, then of columns
-        self.column_pieces: list[list[tuple[int, int, nn.Parameter]]] = [[] for _ in self.layers]
+        self.pieces: list[list[tuple[int, int, Key]]] = [[] for _ in self.layers]  # of rows, then of columns
+        self.column_pieces: list[list[tuple[int, int, Key]]] = [[] for _ in self.layers]
         for c, layer in enumerate(self.layers):
             if layer is None:
                 continue
@@ -129,15 +129,15 @@ class ManyLayer:
             layer.rows, layer.columns = self.rows[c], self.columns[c]  # the client's own storage is given up
 
     def _share(self, c: int, layer: BankLayer, rank: int) -> None:
-        of_rows = [parameter for key, parameter in layer.parameters.items() if key.part is not Part.B]
-        of_columns = [parameter for key, parameter in layer.parameters.items() if key.part is Part.B]
-        for (lo, hi), parameter in zip(layer.row_spans, of_rows, strict=True):
+        of_rows = [key for key in layer.parameters if key.part is not Part.B]
+        of_columns = [key for key in layer.parameters if key.part is Part.B]
+        for (lo, hi), key in zip(layer.row_spans, of_rows, strict=True):
             shift = self.rank - rank if lo >= rank else 0
-            parameter.data = self.rows[c, lo + shift : hi + shift]
-            self.pieces[c].append((lo + shift, hi + shift, parameter))
-        for (lo, hi), parameter in zip(layer.column_spans, of_columns, strict=True):
-            parameter.data = self.columns[c, lo:hi].T
-            self.column_pieces[c].append((lo, hi, parameter))
+            layer.parameters[key].data = self.rows[c, lo + shift : hi + shift]
+            self.pieces[c].append((lo + shift, hi + shift, key))
+        for (lo, hi), key in zip(layer.column_spans, of_columns, strict=True):
+            layer.parameters[key].data = self.columns[c, lo:hi].T
+            self.column_pieces[c].append((lo, hi, key))
 
     def __call__(
         self, base: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
@@ -153,6 +153,8 @@ class ManyLayer:
                 "batch; set [engine] clients_per_batch = 1"
             )
         x = x.to(output)
+        if by_row := self._by_row():
+            by_row.check(x, rows)
         h, routed, p = self._project(x.reshape(number, -1, x.shape[-1]))
         if p is not None and self.by_row:
             p = self.row_scores.spread(x, p.flatten(0, 1), self.now.row_mask).view_as(p)
@@ -174,9 +176,19 @@ class ManyLayer:
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
         columns = self.now.of(self.columns).to(y.dtype)
         owner = None if self.each else self.now.of(self.owner)
-        trained = self._trained(of_columns=True, start=0, stop=self.rank)
-        done: Tensor = AddMany.apply(y, h, g, columns, owner, self._scaling(), trained, *trained.parameters)  # type: ignore[no-untyped-call]
-        return done
+        scaling, by_row = self._scaling(), self._by_row()
+        trained = NOTHING if by_row else self._trained(of_columns=True, start=0, stop=self.rank)
+        done: Tensor = AddMany.apply(y, h, g, columns, owner, scaling, trained, *trained.parameters)  # type: ignore[no-untyped-call]
+        if by_row is None:
+            return done
+        pieces = self._pieces(of_columns=True, start=0, stop=self.rank)
+        return by_row.added(done, lambda: times(weigh(h, g, owner), scaling), pieces)
+
+    def _by_row(self) -> ByRow | None:
+        """What collects the gradients of each row of the active clients; None: parameters get them."""
+        mine = [self.layers[c] for c in self.now.active]
+        each = tuple(None if layer is None else layer.now.per_row for layer in mine)
+        return ByRow(each, self.module) if any(rows is not None for rows in each) else None
 
     def _scaling(self) -> float | Tensor:
         """One number, or [c, 1, 1] where the active clients' differ."""
@@ -234,11 +246,14 @@ class ManyLayer:
         """x [c, n, i] (x~ where ``keep`` is given) times the rows from ``start`` on: [c, n, size] for each size."""
         sizes = tuple(size for size in sizes if size)
         stop = start + sum(sizes)
-        trained = self._trained(of_columns=False, start=start, stop=stop)
+        by_row = self._by_row()
+        trained = NOTHING if by_row else self._trained(of_columns=False, start=start, stop=stop)
         whole = stop == self.rank + self.slots  # then with the zeros after it, for a good number of rows
         weight = self.now.of(self.rows)[:, start : None if whole else stop].to(x.dtype)
         scale = 1 / (1 - self.dropout)
         result: tuple[Tensor, ...] = ProjectMany.apply(x, weight, keep, scale, sizes, trained, *trained.parameters)  # type: ignore[no-untyped-call]
+        if by_row is not None:
+            by_row.projected(result, x, self._pieces(of_columns=False, start=start, stop=stop))
         return result
 
     def _keep(self, x: Tensor, position: int | None = None) -> Tensor:
@@ -299,7 +314,7 @@ class ManyLayer:
         def make() -> tuple[list[Group], Tensor | None]:
             by_kind: dict[object, list[int]] = {}
             for at, c in enumerate(self.now.active):
-                by_kind.setdefault(_kind(self.layers[c]), []).append(at)
+                by_kind.setdefault(gate_kind(self.layers[c]), []).append(at)
             order = [at for positions in by_kind.values() for at in positions]
             straight, device = order == sorted(order), self.rows.device
             alone = len(by_kind) == 1
@@ -312,37 +327,21 @@ class ManyLayer:
         """The active clients' trained rows between ``start`` and ``stop``, counted from there."""
 
         def make() -> Picked:
-            pieces = self.column_pieces if of_columns else self.pieces
             chosen = [
-                (at, lo - start, hi - start, parameter)
-                for at, c in enumerate(self.now.active)
-                for lo, hi, parameter in pieces[c]
-                if start <= lo < stop
+                (at, lo, hi, layer.parameters[key])
+                for at, lo, hi, key in self._pieces(of_columns, start, stop)
+                if (layer := self.layers[self.now.active[at]]) is not None
             ]
             return Picked.of(chosen, len(self.now.active), self.rows.device)
 
         return self._view((of_columns, start, stop, self.now.active), make)
 
-
-@dataclass(frozen=True)
-class Group:
-    """Active clients by their positions in the batch. ``index``: the same as a tensor, None for all of them."""
-
-    positions: tuple[int, ...]
-    index: Tensor | None
-
-    def of(self, values: Tensor) -> Tensor:
-        return values if self.index is None else values.index_select(0, self.index)
-
-
-def _routes_by(gate: str) -> tuple[bool, bool]:
-    return routes_by_output(gate), routes_by_row(gate)
-
-
-def _kind(layer: BankLayer | None) -> tuple[object, ...] | None:
-    """What layers must have in common to share a gate. A gate with a table is a client's own."""
-    if layer is None:
-        return None
-    options = json.dumps(layer.options, sort_keys=True)
-    own = None if layer.table is None else id(layer)
-    return layer.gate, options, layer.ranks.each, layer.slots, layer.has_shared, own
+    def _pieces(self, of_columns: bool, start: int, stop: int) -> list[Piece]:
+        """The same as positions of the active clients, spans and keys."""
+        pieces = self.column_pieces if of_columns else self.pieces
+        return [
+            (at, lo - start, hi - start, key)
+            for at, c in enumerate(self.now.active)
+            for lo, hi, key in pieces[c]
+            if start <= lo < stop
+        ]

@@ -136,7 +136,7 @@ class AddMany(torch.autograd.Function):
         ctx.save_for_backward(h, g, columns, owner)
         ctx.trained, ctx.scaling = trained, scaling
         result = y.detach()
-        result.view(h.shape[0], h.shape[1], -1).baddbmm_(_times(_weigh(h, g, owner), scaling), columns)
+        result.view(h.shape[0], h.shape[1], -1).baddbmm_(times(weigh(h, g, owner), scaling), columns)
         return result
 
     @staticmethod
@@ -145,19 +145,20 @@ class AddMany(torch.autograd.Function):
         h, g, columns, owner = ctx.saved_tensors
         scaling = ctx.scaling
         flat = y_grad.reshape(h.shape[0], h.shape[1], -1)
-        u_grad = _times(flat @ columns.mT, scaling)
+        u_grad = times(flat @ columns.mT, scaling)
         g_grad = _per_expert(u_grad * h, g, owner) if g is not None and ctx.needs_input_grad[2] else None
-        h_grad = _weigh(u_grad, g, owner)
-        u = _times(_weigh(h, g, owner), scaling) if ctx.trained.pieces else h
+        h_grad = weigh(u_grad, g, owner)
+        u = times(weigh(h, g, owner), scaling) if ctx.trained.pieces else h
         grads = (grad.T for grad in ctx.trained.grads(u, flat))
         return y_grad, h_grad, g_grad, None, None, None, None, *grads
 
 
-def _times(values: Tensor, scaling: float | Tensor) -> Tensor:
+def times(values: Tensor, scaling: float | Tensor) -> Tensor:
+    """values [c, n, R] * s, in their dtype."""
     return (values * scaling).to(values.dtype)
 
 
-def _weigh(z: Tensor, g: Tensor | None, owner: Tensor | None) -> Tensor:
+def weigh(z: Tensor, g: Tensor | None, owner: Tensor | None) -> Tensor:
     """z [c, n, R] with the columns of expert e multiplied by g[..., e]."""
     if g is None:
         return z

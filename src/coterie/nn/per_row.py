@@ -24,25 +24,32 @@ _ROUNDINGS = 16  # of a product of l and r in their dtype, which the cut allows 
 
 @dataclass
 class PerRow:
-    """Collects l and r of every trained tensor in one backward pass of a batch of so many ``rows``."""
+    """Collects l and r of every trained tensor in one backward pass of a batch of so many ``rows``.
+
+    After them the pass may hold so many rows of ``padding``, of which nothing is collected.
+    """
 
     rows: int
+    padding: int = 0
     parts: dict[Key, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def add(self, key: Key, left: Tensor, right: Tensor) -> None:
         """Note that the gradient of ``key`` has the part left^T right. Shapes: left [n, k], right [n, d]."""
         wide = torch.promote_types(left.dtype, torch.float32)
-        pair = (left.detach().reshape(self.rows, -1, left.shape[-1]).to(wide),
-                right.detach().reshape(self.rows, -1, right.shape[-1]).to(wide))  # fmt: skip
-        self.parts.setdefault(key, []).append(pair)
+        self.parts.setdefault(key, []).append((self._own(left).to(wide), self._own(right).to(wide)))
+
+    def _own(self, values: Tensor) -> Tensor:
+        """``values`` [n, k] as [rows, t, k], without the rows of padding."""
+        return values.detach().reshape(self.held, -1, values.shape[-1])[: self.rows]
+
+    @property
+    def held(self) -> int:
+        """The rows that the pass holds."""
+        return self.rows + self.padding
 
     def check(self, x: Tensor, module: str) -> None:
         """Raise :class:`CoterieError` where it cannot be known which row a part of ``x`` belongs to."""
-        if x.ndim != 3 or x.shape[0] != self.rows:
-            raise CoterieError(
-                f'{module} takes {list(x.shape)} where the batch has {self.rows} rows: [privacy] unit = "example" '
-                "needs the rows apart; choose other [lora] targets"
-            )
+        check_rows(x, self.held, module)
 
     def clipped(self, clip: float) -> dict[Key, Tensor]:
         """The sum over rows of their gradients, each over all tensors together cut to the length ``clip``."""
@@ -57,6 +64,15 @@ class PerRow:
             key: _sum(left, right, factors.to(left.device), whole.to(left.device))
             for key, (left, right) in parts.items()
         }
+
+
+def check_rows(x: Tensor, rows: int, module: str) -> None:
+    """Raise :class:`CoterieError` where ``x``, what ``module`` takes, is not of so many ``rows`` one by one."""
+    if x.ndim != 3 or x.shape[0] != rows:
+        raise CoterieError(
+            f'{module} takes {list(x.shape)} where the batch has {rows} rows: [privacy] unit = "example" '
+            "needs the rows apart; choose other [lora] targets"
+        )
 
 
 def squared_norms(left: Tensor, right: Tensor) -> Tensor:
@@ -124,9 +140,9 @@ class _Watching:
         rows, x = self.now(), args[0]
         if rows is None or not output.requires_grad:
             return
-        if x.shape[0] != rows.rows:
+        if x.shape[0] != rows.held:
             raise CoterieError(
-                f'the head takes {list(x.shape)} where the batch has {rows.rows} rows: [privacy] unit = "example" '
+                f'the head takes {list(x.shape)} where the batch has {rows.held} rows: [privacy] unit = "example" '
                 "needs the rows apart; choose another [model] path"
             )
 

@@ -11,6 +11,8 @@ import torch
 from coterie.compute.workplace import Workplace
 from coterie.engines import batch_size as sizing
 from coterie.engines.batch_size import AutoSize, Size, best_size, first_request
+from coterie.methods.row_privacy import RowPrivacy
+from coterie.ops.noise import SeededNoise
 from coterie.requests import Optim, Score, Train
 from coterie.types import Bank, ClientResult, Personal, Reply
 from workplaces import client_of, make_workplace, plain_bank
@@ -61,7 +63,7 @@ def gaining(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gaining")
 def test_no_more_clients_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "_peak", lambda workplace, request, rows, tokens, clients: 50 * clients)
+    monkeypatch.setattr(sizing, "_peak", lambda workplace, request, rows, tokens, clients, private: 50 * clients)
     for free, clients in ((0, 1), (124, 1), (126, 2), (188, 3), (10_000, 4)):
         monkeypatch.setattr(sizing, "_free", lambda device, free=free: free)
         assert size(Optim()).clients == clients
@@ -94,6 +96,24 @@ def test_a_step_is_really_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
         steps.clear()
 
 
+@pytest.mark.usefixtures("gaining")
+def test_a_step_that_hides_rows_is_measured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, drawn = sizing.train_together, list[list[int]]()
+
+    def seen(asked: Any) -> Any:
+        drawn.append([sum(len(m) for step in c.training(request).steps for m in step) for c, request in asked])
+        answers = real(asked)
+        assert not any(isinstance(each, Exception) for each in answers)
+        return answers
+
+    monkeypatch.setattr(sizing, "train_together", seen)
+    workplace, optim = make_workplace(), Optim(batch_size=3)
+    private = RowPrivacy(1.0, 1.0, SeededNoise(0), optim, 8)
+    clients = [client_of(workplace, name) for name in FOUR]
+    assert best_size(workplace, clients, asked(workplace, optim), private).clients == 4
+    assert drawn == [[3, 3]]
+
+
 def test_a_larger_adapter_takes_more_memory() -> None:
     """What is measured is what the clients carry, also where the process holds free memory that would do for it."""
     workplace = make_workplace(dtype=torch.float32)
@@ -110,7 +130,7 @@ def test_it_is_decided_anew_when_adapters_no_longer_surely_fit(monkeypatch: pyte
     workplace, measured = make_workplace(), list[int]()
     banks = {rank: asked(workplace, Optim(), rank) for rank in (1, 2, 4, 16)}
 
-    def found(workplace: Workplace, clients: Any, request: Train) -> Size:
+    def found(workplace: Workplace, clients: Any, request: Train, private: None) -> Size:
         measured.append(next(rank for rank, one in banks.items() if one is request))
         return Size(2 if request is banks[16] else 4, "measured", 50.0)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sites
 import tiny
@@ -155,8 +156,6 @@ def test_a_step_of_all_rows_is_not_sampled() -> None:
         ({"name": "local"}, {}, "it sends no tensors"),
         ({"name": "centralised"}, {}, "in one place"),
         (None, {"lora": {"dropout": 0.1}}, r"set \[lora\] dropout = 0"),
-        (None, {"engine": {"clients_per_batch": 2}}, r"set \[engine\] clients_per_batch = 1"),
-        (None, {"engine": {"clients_per_batch": "auto"}}, r"set \[engine\] clients_per_batch = 1"),
         (None, {"model": {"gradient_checkpointing": True}}, r"set \[model\] gradient_checkpointing = false"),
     ],
 )
@@ -167,15 +166,14 @@ def test_what_would_have_no_noise_is_refused(
         config(folder, SEEDED, method, **changes).make_method(folder)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"name": "ffa_lora"},
-        {"name": "fedlease", "distance": "B", "warmup_rounds": 1},
-        {"name": "fedamole", "assignment": "static", "balance": 0, "embed_rows": "all"},
-    ],
-    ids=lambda of: of["name"],
-)
+TRAIN_ONCE: list[dict[str, Any]] = [
+    {"name": "ffa_lora"},
+    {"name": "fedlease", "distance": "B", "warmup_rounds": 1},
+    {"name": "fedamole", "assignment": "static", "balance": 0, "embed_rows": "all"},
+]
+
+
+@pytest.mark.parametrize("method", TRAIN_ONCE, ids=lambda of: of["name"])
 def test_methods_that_train_once_run(folder: Path, tmp_path: Path, method: dict[str, Any]) -> None:
     done = run(config(folder, SEEDED, method), tmp_path / "run")
     assert done.privacy is not None
@@ -183,3 +181,23 @@ def test_methods_that_train_once_run(folder: Path, tmp_path: Path, method: dict[
     assert not [
         event for event in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"failed": {"' in event
     ]
+
+
+@pytest.mark.parametrize("size", [CLIENTS, "auto"])
+@pytest.mark.parametrize("method", TRAIN_ONCE, ids=lambda of: of["name"])
+def test_clients_that_share_passes_end_with_the_same_experts(
+    folder: Path, tmp_path: Path, method: dict[str, Any], size: Any
+) -> None:
+    alone = run(config(folder, SEEDED, method), tmp_path / "alone")
+    many = run(config(folder, SEEDED, method, engine={"clients_per_batch": size}), tmp_path / "many")
+    assert many.privacy == alone.privacy
+    one, other = (tensors(tmp_path / name) for name in ("alone", "many"))
+    assert one.keys() == other.keys()
+    assert len(one) >= 4
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+    assert not any('"failed": {"' in event for event in (tmp_path / "many" / "metrics.jsonl").read_text().splitlines())
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    paths = sorted(out.glob("experts/*/adapter_model.safetensors"))
+    return {f"{path.parent.name} {name}": value for path in paths for name, value in load_file(path).items()}

@@ -1,0 +1,36 @@
+"""Which of the clients that share a pass can also share a gate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coterie.nn.bank import BankLayer
+from coterie.nn.gates import routes_by_output, routes_by_row
+
+
+@dataclass(frozen=True)
+class Group:
+    """Active clients by their positions in the batch. ``index``: the same as a tensor, None for all of them."""
+
+    positions: tuple[int, ...]
+    index: Tensor | None
+
+    def of(self, values: Tensor) -> Tensor:
+        return values if self.index is None else values.index_select(0, self.index)
+
+
+def routes_by(gate: str) -> tuple[bool, bool]:
+    """Whether the gate routes by the experts' outputs, and by whole rows."""
+    return routes_by_output(gate), routes_by_row(gate)
+
+
+def gate_kind(layer: BankLayer | None) -> tuple[object, ...] | None:
+    """What layers must have in common to share a gate. A gate with a table is a client's own."""
+    if layer is None:
+        return None
+    options = json.dumps(layer.options, sort_keys=True)
+    own = None if layer.table is None else id(layer)
+    return layer.gate, options, layer.ranks.each, layer.slots, layer.has_shared, own
