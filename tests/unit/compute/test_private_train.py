@@ -20,7 +20,7 @@ from coterie.nn.per_row import PerRow, squared_norms
 from coterie.ops.noise import Noise, SeededNoise
 from coterie.requests import Balance, HoldOut, Observe, Optim, Score, Train
 from coterie.types import Bank, CoterieError, Key, Part
-from workplaces import LABELS, RATE, client_of, largest_difference, make_workplace, plain_bank, sgd
+from workplaces import LABELS, RATE, client_of, make_workplace, plain_bank, sgd
 
 ROWS = 8
 SEED = SeededNoise(0)
@@ -196,21 +196,6 @@ def test_another_row_changes_a_step_by_its_cut_gradient_alone() -> None:
     two = trained(workplace, bank, optim, private_of(optim, clip), client=other)
     moved = norm({key: (one[key] - two[key]) * ROWS / RATE for key in one})
     assert 0 < moved <= 2 * clip * (1 + 1e-9)
-
-
-def test_clients_that_would_share_passes_train_alone() -> None:
-    from coterie.compute.batched import answer_all
-
-    workplace = make_workplace()
-    bank, optim = plain_bank(workplace), one_step(4)
-    asked = []
-    for name in ("north", "south"):
-        compute = LocalCompute(workplace, client_of(workplace, name), 1, private=private_of(optim, 0.1, SEED))
-        asked.append((compute, Train(bank, frozenset(bank.tensors), optim)))
-    answers = answer_all(asked, pytest.fail)
-    for (compute, request), answer in zip(asked, answers, strict=True):
-        alone = replace(compute, trained=None).train(request)
-        assert largest_difference(alone.tensors, answer.tensors) == 0.0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

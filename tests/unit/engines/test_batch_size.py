@@ -154,7 +154,7 @@ def test_where_clients_take_turns_nothing_is_measured_again(monkeypatch: pytest.
 
 
 def test_the_device_with_the_least_room_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "best_size", lambda workplace, clients, request: Size(workplace.seed, "measured"))
+    monkeypatch.setattr(sizing, "best_size", lambda workplace, *_: Size(workplace.seed, "measured"))
     places = [make_workplace(seed=5), make_workplace(seed=3)]
     assert AutoSize().decide(places, [], 1.0, lambda: asked(places[0], Optim())) == Size(3, "measured")
 
