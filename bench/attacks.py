@@ -48,10 +48,11 @@ TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("q
 ATTACKERS = ("travel-3", "banking-3")
 CLAIMED = 10**9  # rows
 METHODS: dict[str, dict[str, Any]] = {
-    "fedit": {},
-    "fedlease": {"warmup_rounds": 1, "distance": "B"},
-    "fedamole": {"experts": 16, "max_experts": 6},
-    "smartfed": {"active": 4},
+    "fedit": {"name": "fedit"},
+    "fedlease": {"name": "fedlease", "warmup_rounds": 1},  # clusters by texts, then by LoRAs: the default
+    "fedamole": {"name": "fedamole", "experts": 16, "max_experts": 6},
+    "smartfed": {"name": "smartfed", "active": 4},
+    "fedlease by B": {"name": "fedlease", "warmup_rounds": 1, "distance": "B"},
 }
 CHOSEN = "clip + multi_krum"  # what docs/robustness.md recommends
 RULES: dict[str, dict[str, Any]] = {
@@ -213,7 +214,9 @@ def plan() -> Iterator[Case]:
 
 def fits(method: str, attack: str) -> bool:
     """A pool is SmartFed's, a cluster FedLEASE's."""
-    return {"poisoned adapter": "smartfed", "lying member": "fedlease"}.get(attack, method) == method
+    return METHODS[method]["name"] == {"poisoned adapter": "smartfed", "lying member": "fedlease"}.get(
+        attack, METHODS[method]["name"]
+    )
 
 
 def texts_of(data: Path | None, size: Size) -> dict[str, dict[str, list[str]]]:
@@ -261,8 +264,8 @@ def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path],
     for entry in clients:
         if case.attack == "flipped labels" and entry["id"] in bad:
             entry["train"] = f"{entry['id']}-train-flipped.jsonl"
-    method = {"name": case.method, **METHODS[case.method]}
-    if case.method == "smartfed":
+    method = {**METHODS[case.method]}
+    if method["name"] == "smartfed":
         method["pool"] = str(pools["poisoned" if case.attack == "poisoned adapter" else "pool"])
     return {
         "model": {"path": "minilm", "max_length": 32},
