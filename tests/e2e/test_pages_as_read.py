@@ -17,6 +17,7 @@ import coterie
 import sites
 import tiny
 from coterie.cli.main import app
+from coterie.runs.summary import read_summary
 from coterie.types import CoterieError
 from doc_blocks import FENCE, ROOT, blocks
 
@@ -109,3 +110,28 @@ def test_the_page_on_using_a_run(
     (reader / "newcomers" / "west").rename(reader / "clients" / "west")
     with pytest.raises(CoterieError, match="fedlease-0: west came after it; move the new rows to another folder"):
         app(["evaluate", "runs/triage-fedlease-0", "--client", "north"], standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_the_way_from_fedlease_to_smartfed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts of one run are the pool of the next, for other clients, with the examples' configs."""
+    examples = tmp_path / "examples"
+    sites.federation(examples / "clients")
+    sites.federation(examples / "later", clients=3)
+    tiny.folder(examples / "model", "bert")
+    less = {'path = "minilm"': 'path = "model"', "rounds = 10": "rounds = 3", "rounds = 8": "rounds = 2"}
+    less |= {"warmup_rounds = 2": "warmup_rounds = 1", "epochs = 2": "epochs = 1", "threads = 2": "threads = 1"}
+    for name in ("own-files.toml", "smartfed.toml"):
+        text = (ROOT / "examples" / name).read_text(encoding="utf-8")
+        for large, small in less.items():
+            text = text.replace(large, small)
+        (examples / name).write_text(text, encoding="utf-8")
+    page = ROOT / "docs" / "methods" / "smartfed.md"
+    (block,) = [of.text for of in blocks("sh") if of.page == page and "--run runs/fedlease" in of.text]
+    monkeypatch.chdir(tmp_path)
+    assert [command(line) for line in block.splitlines()] == ["run", "pool", "run"]
+    experts = {path.name for path in (tmp_path / "runs" / "fedlease" / "experts").iterdir()}
+    (summary,) = (tmp_path / "runs" / "smartfed").rglob("summary.json")
+    found = read_summary(summary)
+    assert {*found.clients} == {"mood-0", "place-0", "size-0"}
+    assert {*found.describe["adapters"]} == experts  # type: ignore[call-overload]
