@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from coterie.compute.observe import Observation, observe
 from coterie.compute.preferences import scoring_of
+from coterie.compute.private_observe import hides, private_embeddings
 from coterie.compute.private_train import PrivateTraining
 from coterie.compute.score import score
 from coterie.compute.train import Training, train
@@ -23,7 +24,8 @@ _BY_ROW = '[privacy] unit = "example" hides each row in training'
 class LocalCompute:
     """Answers the requests of one client in one round, one at a time. ``trained`` is the bank that it trained last.
 
-    ``private``: how training hides each row. It then trains once, and measures nothing on the rows.
+    ``private``: how training hides each row. It then trains once, and measures nothing on the rows but, where that is
+    counted, their mean embeddings, once.
     """
 
     workplace: Workplace
@@ -31,6 +33,7 @@ class LocalCompute:
     rnd: int
     trained: Bank | None = None
     private: RowPrivacy | None = None
+    measured: bool = False
 
     def train(self, request: Train) -> Trained:
         """Train the request's tensors on the client's training split.
@@ -50,9 +53,12 @@ class LocalCompute:
             raise CoterieError(f"{_BY_ROW}, and one training in a round is what is counted")
         return PrivateTraining(self.workplace, self.client, self.rnd, request, private=self.private)
 
-    def _check_measuring(self) -> None:
-        """Raise :class:`CoterieError` where nothing may be measured on the rows: it would have no noise."""
-        if self.private is not None:
+    def _check_measuring(self, counted: bool = False) -> None:
+        """Raise :class:`CoterieError` where this may not be measured on the rows: it would have no noise.
+
+        ``counted``: it has noise, which is counted once in some rounds.
+        """
+        if self.private is not None and not (counted and self.private.measures and not self.measured):
             raise CoterieError(f"{_BY_ROW}, and what else the method measures on the rows would have no noise")
 
     def keep(self, request: Train, trained: Trained) -> Trained:
@@ -73,7 +79,11 @@ class LocalCompute:
 
     def observe(self, request: Observe) -> Observed:
         """Gate usage, mean embeddings and modules' importance of the bank on the split."""
-        self._check_measuring()
+        self._check_measuring(hides(request))
         observation = Observation(self.workplace, self.client, self.rnd, request)
+        if self.private is not None:
+            observed = private_embeddings(observation, self.private)
+            self.measured = True
+            return observed
         (observed,) = observe([observation])
         return replace(observed, importance=observation.importance())

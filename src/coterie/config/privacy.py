@@ -86,7 +86,8 @@ def _by_row(method: Method, samples: bool) -> Iterator[str]:
     if method.beyond_training:
         yield f"its clients {method.beyond_training}, which would have no noise; choose another method, such as fedit"
     for release in releases:
-        if release.of_rows and (release.measured or (release.carried == "info" and release.reads == "each")):
+        measured = release.measured or (release.carried == "info" and release.reads == "each")
+        if release.of_rows and measured and not release.mean_of_rows:
             how = f"set {release.instead}" if release.instead else "choose another method, such as fedit"
             yield f"each client sends {release.what}, which is measured and not trained; {how}"
     if getattr(method.settings, "weighting", "uniform") == "examples":

@@ -100,7 +100,7 @@ def _with_noise(release: Release, mode: str) -> str:
     if mode == "both":
         return "cut; only a group's sum, with noise"
     if mode == "row":
-        return "noise in every step of its training"
+        return "cut by row; noise in their mean" if release.mean_of_rows else "noise in every step of its training"
     if mode == "client":
         return "cut, with the client's own noise"
     return "cut; noise in the group's sum" if release.reads == "sum" else "cut; noise in each client's own"

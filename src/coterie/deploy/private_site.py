@@ -25,7 +25,7 @@ from coterie.engines.client import LocalClient
 from coterie.files import write_atomic
 from coterie.methods.base import Method
 from coterie.methods.privacy import PrivacySettings, client_multiplier, kinds_of, planned_kinds
-from coterie.methods.row_privacy import row_multiplier, step_of
+from coterie.methods.row_privacy import planned_of, row_multiplier
 from coterie.ops.accounting import Noised, spent
 from coterie.types import Bank, CoterieError, Personal, Reply
 
@@ -57,8 +57,8 @@ def check_cost(policy: Policy, method: Method, rows: int) -> None:
     if not policy.max_epsilon:
         return
     if settings.by_row:
-        step = step_of(row_multiplier(settings, plan.optim, rows, plan.rounds), plan.optim, rows)
-        releases = [step] * (plan.optim.steps_on(rows) * plan.rounds)
+        multiplier = row_multiplier(settings, plan.optim, rows, plan.rounds, method.releases())
+        releases = [*planned_of(multiplier, plan.optim, rows, plan.rounds, method.releases())]
     elif settings.by_client:
         noised = Noised(client_multiplier(settings, method.releases(), plan.rounds))
         releases = [noised] * len(planned_kinds(method.releases(), plan.rounds))

@@ -99,7 +99,7 @@ def train_client(client: LocalClient, method: Method, blob: bytes, rnd: int, met
     """
     start = begin(client, method, blob, rnd)
     started, before = time.perf_counter(), meter.read()
-    compute = LocalCompute(client.workplace, client.data, rnd, private=row_privacy(method, client.info))
+    compute = LocalCompute(client.workplace, client.data, rnd, private=row_privacy(method, client.info, rnd))
     try:
         result = drive(method.client(start.ins, client.info, start.personal), client.guard.compute(compute))
         energy = energy_of(meter.since(before), gflop_in(result), client.workplace.joules_per_tflop)

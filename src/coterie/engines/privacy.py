@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from coterie.methods.base import Method
 from coterie.methods.privacy import client_multiplier, private_reply
-from coterie.methods.row_privacy import RowPrivacy, row_multiplier
+from coterie.methods.row_privacy import RowPrivacy, measures_in, row_multiplier
 from coterie.ops.noise import SecureNoise, noise_from
 from coterie.types import BaseSpec, ClientInfo, Instruction, Reply
 
@@ -27,14 +27,16 @@ def hidden(method: Method, spec: BaseSpec, me: ClientInfo, ins: Instruction, rep
     return private_reply(settings, multiplier, reply, start, noise, kept, rnd, me.id)
 
 
-def row_privacy(method: Method, me: ClientInfo) -> RowPrivacy | None:
-    """How the client's training of a round hides its rows; None where that is not what is protected.
+def row_privacy(method: Method, me: ClientInfo, rnd: int) -> RowPrivacy | None:
+    """How the client's training of round ``rnd`` hides its rows; None where that is not what is protected.
 
     Its noise comes from a key of its own, which nobody keeps: a round that is done again has other noise.
     """
     settings, plan = method.plan.privacy, method.plan
     if not settings.by_row:
         return None
-    multiplier = row_multiplier(settings, plan.optim, me.num_train, plan.rounds)
+    releases = method.releases()
+    multiplier = row_multiplier(settings, plan.optim, me.num_train, plan.rounds, releases)
     noise = noise_from(settings.noise_source, plan.seed)
-    return RowPrivacy(settings.clip, multiplier, noise, plan.optim, me.num_train)
+    measures = measures_in(releases, rnd, plan.rounds)
+    return RowPrivacy(settings.clip, multiplier, noise, plan.optim, me.num_train, settings.embedding_clip, measures)

@@ -175,7 +175,7 @@ class Together:
         meter = meter_of(workplace.devices, alone=len(self.workplaces) == 1)
         started, before = time.perf_counter(), meter.read()
         computes = [
-            LocalCompute(workplace, of.client.data, rnd, private=row_privacy(method, of.client.info))
+            LocalCompute(workplace, of.client.data, rnd, private=row_privacy(method, of.client.info, rnd))
             for of, _ in starts
         ]
         programs = [method.client(start.ins, start.client.info, start.personal) for start, _ in starts]

@@ -54,7 +54,8 @@ class PrivacySettings(Section):
         1.0,
         ge=_SMALLEST,
         le=_LARGEST,
-        description="the same for what a client measures and does not train, such as mean embeddings",
+        description="the same for what a client measures and does not train, such as mean embeddings; with unit = "
+        "example, of one row",
     )
     noise_multiplier: float = Field(
         0.0, ge=0, le=1e5, description="standard deviation of the noise, times clip; 0: the least that keeps to epsilon"

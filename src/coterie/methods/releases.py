@@ -28,7 +28,8 @@ class Release:
     sum over a group, each client's own value, or nothing of it (then it can be left out). ``to``: who receives it, or
     what is made of it. ``when``: how often. ``why``: for what the server reads it by client. ``instead``: the setting
     under which it is not sent, or not read by client; "" if there is none. ``measured``: it is no trained tensor, and
-    starts from nothing. ``of_rows``: it is made from the client's rows. It is sent in the rounds ``first``, ``first`` +
+    starts from nothing. ``mean_of_rows``: it is a mean over rows, each of which can be cut and hidden by itself.
+    ``of_rows``: it is made from the client's rows. It is sent in the rounds ``first``, ``first`` +
     ``every``, ... up to ``last``, which counts from the end where it is 0 (the last round) or negative.
     """
 
@@ -41,6 +42,7 @@ class Release:
     why: str = ""
     instead: str = ""
     measured: bool = False
+    mean_of_rows: bool = False
     of_rows: bool = True
     first: int = 1
     every: int = 1

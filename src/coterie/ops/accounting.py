@@ -84,13 +84,13 @@ def _spent(counts: tuple[tuple[Noised, int], ...], delta: float) -> Spent:
 
 @cache
 def multiplier_for(epsilon: float, delta: float, planned: tuple[Noised, ...]) -> float:
-    """The least multiplier with which the ``planned`` releases, whatever theirs, cost at most ``epsilon``.
+    """The least multiplier with which the ``planned`` releases, in proportion to theirs, cost at most ``epsilon``.
 
     Raises :class:`CoterieError` where there is none.
     """
 
     def cost(multiplier: float) -> float:
-        made = [Noised(multiplier, of.sampled, of.members, of.drawn) for of in planned]
+        made = [Noised(multiplier * of.multiplier, of.sampled, of.members, of.drawn) for of in planned]
         return spent(made, delta).epsilon
 
     if not planned:

@@ -26,7 +26,7 @@ class Entry:
     """A release: its round, its kind (updates, embeddings), how it was hidden, and a name that no other release has.
 
     ``rows``: it concerns only the rows of clients that have so many, and is ``times`` steps of their training, each
-    with rows drawn anew; 0: it concerns every client.
+    with rows drawn anew, or what they measure; 0: it concerns every client.
     """
 
     round: int
@@ -57,12 +57,13 @@ class Ledger:
         each = {entry.rows for entry in entries if entry.rows} or {0}
         return max((_spent(entries, rows, delta) for rows in sorted(each)), key=lambda of: of.epsilon)
 
-    def steps(self) -> int:
-        """The most steps of training that any client's rows are counted in."""
-        each: Counter[int] = Counter()
+    def of_rows(self) -> dict[str, int]:
+        """By kind, the most releases that any client's rows are counted in: steps of training, what it measures."""
+        each: Counter[tuple[str, int]] = Counter()
         for entry in self.entries:
-            each[entry.rows] += entry.times if entry.rows else 0
-        return max(each.values(), default=0)
+            each[entry.kind, entry.rows] += entry.times if entry.rows else 0
+        kinds = sorted({kind for kind, _ in each})
+        return {kind: max(number for (of, _), number in each.items() if of == kind) for kind in kinds}
 
     def to_json(self) -> list[Mapping[str, object]]:
         of_rows = ("rows", "times")

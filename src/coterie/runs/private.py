@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from coterie.methods.base import Method
-from coterie.methods.privacy import PrivacySettings, Released, kinds_of, planned_kinds
+from coterie.methods.privacy import EMBEDDINGS, PrivacySettings, Released, kinds_of, planned_kinds
 from coterie.methods.robust import Group
-from coterie.methods.row_privacy import row_multiplier, step_of
+from coterie.methods.row_privacy import measured_of, measures_in, row_multiplier, step_of
 from coterie.ops.accounting import Noised, Spent, multiplier_for
 from coterie.ops.noise import KEY_BYTES, SecureNoise, SeededNoise
 from coterie.ops.streams import stream
@@ -47,7 +47,7 @@ class Private:
         self.settings: PrivacySettings = self.method.plan.privacy
         self.noise = self._noise()
         if self.settings.by_row:
-            self.multiplier = max(self._of_rows(rows).multiplier for rows in self._row_counts)
+            self.multiplier = max(self._row_multiplier(rows) for rows in self._row_counts)
         else:
             self.multiplier = multiplier_of(self.settings, self.method, len(self.clients), self.rounds)
         self.ledger = read_ledger(self.folder)
@@ -56,10 +56,10 @@ class Private:
     def _row_counts(self) -> list[int]:
         return sorted({client.num_train for client in self.clients})
 
-    def _of_rows(self, rows: int) -> Noised:
-        """One step of a client with so many ``rows``."""
+    def _row_multiplier(self, rows: int) -> float:
+        """The multiplier of a client with so many ``rows``."""
         plan = self.method.plan
-        return step_of(row_multiplier(self.settings, plan.optim, rows, plan.rounds), plan.optim, rows)
+        return row_multiplier(self.settings, plan.optim, rows, plan.rounds, self.method.releases())
 
     def _noise(self) -> SecureNoise | SeededNoise:
         if self.settings.noise_source == "seeded":
@@ -112,9 +112,18 @@ class Private:
             self._add(self._steps(rnd, f"round {rnd} {again}"), rnd)
 
     def _steps(self, rnd: int, name: str) -> list[Entry]:
-        """The training of a round: every client's, whoever takes part, for who takes part is no secret here."""
-        optim = self.method.plan.optim
-        return [Entry(rnd, STEPS, self._of_rows(n), name, n, optim.steps_on(n)) for n in self._row_counts]
+        """The training of a round: every client's, whoever takes part, for who takes part is no secret here.
+
+        And what clients measure on their rows in it.
+        """
+        optim, made = self.method.plan.optim, []
+        measures = measures_in(self.method.releases(), rnd, self.method.plan.rounds)
+        for n in self._row_counts:
+            multiplier = self._row_multiplier(n)
+            made.append(Entry(rnd, STEPS, step_of(multiplier, optim, n), name, n, optim.steps_on(n)))
+            if measures:
+                made.append(Entry(rnd, EMBEDDINGS, measured_of(multiplier, optim, n), name, n))
+        return made
 
     def released(
         self,
@@ -204,9 +213,7 @@ class Private:
             "client" if s.by_row else s.noise_at,
             s.noise_source,
             f"{self.size:g} of {len(self.clients)}, {self.rounds.sampling}",
-            {STEPS: self.ledger.steps()}
-            if s.by_row
-            else dict(sorted(Counter(entry.kind for entry in entries).items())),
+            self.ledger.of_rows() if s.by_row else dict(sorted(Counter(entry.kind for entry in entries).items())),
             s.metrics,
             self.stopped,
             s.colluding if s.by_sum else 0.0,

@@ -15,7 +15,7 @@ import tiny
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.experiment import run
-from coterie.methods.row_privacy import lot, row_multiplier, step_of
+from coterie.methods.row_privacy import lot, measured_of, row_multiplier, step_of
 from coterie.ops.accounting import Noised, spent
 from coterie.requests import Optim
 from coterie.runs.ledger import Entry, Ledger, read_ledger
@@ -127,7 +127,7 @@ def test_clients_with_other_numbers_of_rows_are_apart_and_the_highest_cost_count
     assert Ledger((few, many)).spent(1e-5).epsilon == max(cost.values()) == cost[8]
     assert Ledger((many,)).spent(1e-5).epsilon == cost[800] < cost[8]
     assert Ledger((few, many)).spent(1e-5, [Entry(2, "steps", few.noised, "2", 8, 10)]).epsilon > cost[8]
-    assert Ledger((few, many)).steps() == 10
+    assert Ledger((few, many)).of_rows() == {"steps": 10}
 
 
 def test_a_step_of_all_rows_is_not_sampled() -> None:
@@ -147,9 +147,8 @@ def test_a_step_of_all_rows_is_not_sampled() -> None:
     [
         ({"name": "fedlease"}, {}, r"set \[method\] distance = \"B\""),
         ({"name": "fedlease", "distance": "B", "download": "used"}, {}, r"set \[method\] download = \"all\""),
-        ({"name": "fedamole"}, {}, r"set \[method\] assignment = \"static\""),
-        ({"name": "fedamole", "assignment": "static"}, {}, r"set \[method\] balance = 0"),
-        ({"name": "fedamole", "assignment": "static", "balance": 0}, {}, r"set \[method\] embed_rows = \"all\""),
+        ({"name": "fedamole"}, {}, r"set \[method\] balance = 0"),
+        ({"name": "fedamole", "balance": 0}, {}, r"set \[method\] embed_rows = \"all\""),
         ({"name": "ifca"}, {}, "choose a cluster by the losses of their rows"),
         ({"name": "fdlora"}, {}, "train twice in some rounds"),
         ({"name": "feddpa"}, {}, "train twice in a round, and measure"),
@@ -164,6 +163,19 @@ def test_what_would_have_no_noise_is_refused(
 ) -> None:
     with pytest.raises(CoterieError, match=setting):
         config(folder, SEEDED, method, **changes).make_method(folder)
+
+
+def test_embeddings_are_one_more_entry_of_the_ledger(folder: Path, tmp_path: Path) -> None:
+    chooses = {"name": "fedamole", "balance": 0, "embed_rows": "all", "experts": 3, "clients_per_expert": 2}
+    done = run(config(folder, SEEDED, chooses, train={"batch_size": 16}), tmp_path / "run")
+    rows, optim = num_train(tmp_path / "run"), Optim(batch_size=16, epochs=1)
+    steps = optim.steps_on(rows)
+    assert done.privacy is not None
+    assert done.privacy.releases == {"steps of a client": 2 * steps, "embeddings": 1}
+    expected = [*[step_of(1.0, optim, rows)] * (2 * steps), measured_of(1.0, optim, rows)]
+    assert done.privacy.epsilon == pytest.approx(spent(expected, 1e-5).epsilon)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [event["failed"] for event in events if event["event"] == "round"] == [{}, {}]
 
 
 TRAIN_ONCE: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ def released(settings: FedAMoLESettings, shared_heads: bool) -> tuple[Release, .
         to=SERVER,
         when="every round but the last",
         measured=True,
+        mean_of_rows=True,
         last=-1,
         why="experts choose clients by them",
         instead='[method] assignment = "static"',
