@@ -146,7 +146,7 @@ class Together:
 
         heaviest = sorted(clients, key=weight, reverse=True)
         rows = [client.data for client in clients]
-        private = row_privacy(method, heaviest[0].info)
+        private = row_privacy(method, heaviest[0].info, rnd)
         if size := self.auto.decide(self.workplaces, rows, weight(heaviest[0]), request, private):
             number = f"{size.clients} clients share a" if size.clients > 1 else "each client has its own"
             self.notes.append(f"{number} forward pass: {size.reason}")

@@ -167,7 +167,8 @@ def test_what_would_have_no_noise_is_refused(
 
 def test_embeddings_are_one_more_entry_of_the_ledger(folder: Path, tmp_path: Path) -> None:
     chooses = {"name": "fedamole", "balance": 0, "embed_rows": "all", "experts": 3, "clients_per_expert": 2}
-    done = run(config(folder, SEEDED, chooses, train={"batch_size": 16}), tmp_path / "run")
+    changes = {"train": {"batch_size": 16}, "engine": {"clients_per_batch": CLIENTS}}
+    done = run(config(folder, SEEDED, chooses, **changes), tmp_path / "run")
     rows, optim = num_train(tmp_path / "run"), Optim(batch_size=16, epochs=1)
     steps = optim.steps_on(rows)
     assert done.privacy is not None
