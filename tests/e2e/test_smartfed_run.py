@@ -20,7 +20,8 @@ from coterie.cli.main import app
 from coterie.config.load import check_config, load_config
 from coterie.experiment import run
 from coterie.nn.locate import resolve
-from coterie.runs.events import CheckpointSaved, ClientDone, Event
+from coterie.runs.events import METRICS, CheckpointSaved, ClientDone, Event, RoundDone, read_events
+from coterie.runs.summary import read_summary
 from coterie.types import CoterieError, Part
 
 
@@ -95,8 +96,9 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
+    """One client has a budget of its own: it is in its bundle, in the record and in the report."""
     whole, parts = site / "whole", site / "parts"
-    config = load_config(site / "smart.toml")
+    config = load_config(site / "smart.toml", ["method.budgets={mood-0 = 1}"])
     run(config, whole, root=site)
 
     class Stop(Exception):  # noqa: N818
@@ -112,6 +114,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
     for client in (whole / "clients").iterdir():
         ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
         assert codec.encode(ours) == codec.encode(theirs)
+        ks = [options["k"] for options in ours.gate.per_module.values()]
+        assert sum(ks) == len(ks) * (1 if client.name == "mood-0" else 3)
+    summary = read_summary(whole / "summary.json")
+    assert summary.describe["budgets"] == {"mood-0": 1}
+    assert 0 < summary.gflop_active < summary.gflop
+    rounds = [e for e in read_events(whole / METRICS) if isinstance(e, RoundDone)]
+    per_token = [{c: of.gflop_active / of.tokens for c, of in e.clients.items()} for e in rounds]
+    assert all(of["mood-0"] < min(of[c] for c in of if c != "mood-0") for of in per_token)
+    assert "Budgets of clients" in (whole / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_noted(site: Path) -> None:
@@ -133,7 +144,8 @@ def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_not
 @pytest.mark.parametrize(("together", "lost"), [(1, "personal/mood-0"), (5, "personal/mood-0"), (1, "kept")])
 def test_a_client_that_loses_the_pool_takes_part_again(site: Path, together: int, lost: str) -> None:
     out = site / f"lost-{together}-{lost[:4]}"
-    config = load_config(site / "smart.toml", [f"engine.clients_per_batch={together}"])
+    changes = [f"engine.clients_per_batch={together}", "method.budgets={mood-0 = 1}"]
+    config = load_config(site / "smart.toml", changes)
 
     def listen(event: Event) -> None:
         if isinstance(event, CheckpointSaved) and event.round == 1:
@@ -146,6 +158,7 @@ def test_a_client_that_loses_the_pool_takes_part_again(site: Path, together: int
     told = [r["clients"]["mood-0"] for r in rounds]
     assert ["loss" in t for t in told] == [True, False, True]
     assert told[1]["lacks_pool"]
+    assert [t["active"] for t in told] == [1, 1, 1]
     assert told[2]["bytes_down"] > 2 * told[1]["bytes_down"]
     assert all("mood-0" in e["clients"] for e in events if e["event"] == "evaluation")
 
