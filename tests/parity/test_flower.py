@@ -123,16 +123,20 @@ NOISE: dict[str, dict[str, Any]] = {
     "client": {"noise_at": "client"},
     "sum": {"noise_at": "sum"},
     "rows in sums": {"unit": "example"},
+    "rows and embeddings": {"unit": "example"},
 }
+CHOOSES = {"balance": 0, "embed_rows": "all", "experts": 4, "clients_per_expert": 2, "max_experts": 4}
 
 
 @pytest.mark.parametrize("kind", NOISE)
 def test_noise_is_the_same_over_flower(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the noise of tests: the same experts, the same ledger, and nothing that sites keep to themselves."""
     monkeypatch.setattr("coterie.deploy.agreement.check_privacy_of_sites", lambda settings: None)  # refuses it
-    path = sites.config(tmp_path, "bert", method="fedit", kind="classification")
+    embeds = kind == "rows and embeddings"
+    path = sites.config(tmp_path, "bert", method="fedamole" if embeds else "fedit", kind="classification")
     privacy = {"unit": "client", "clip": 0.1, "noise_multiplier": 1.0, "noise_source": "seeded", **NOISE[kind]}
-    changes: dict[str, Any] = {"privacy": privacy, "lora": {"dropout": 0.0}}
+    changes: dict[str, Any] = {"privacy": privacy, "lora": {"dropout": 0.0}, "method": CHOOSES if embeds else {}}
+    changes["train"] = {"batch_size": 64} if embeds else {}  # steps of all rows are accounted for at once
     site: dict[str, Any] = {}
     if hidden := kind in ("sum", "rows in sums"):
         init_keys(tmp_path / "keys", CLIENTS, ["127.0.0.1"])
@@ -159,6 +163,6 @@ def test_noise_is_the_same_over_flower(kind: str, tmp_path: Path, monkeypatch: p
         spent[place] = runner.private.guarantee()
     assert codec.encode(states["here"]) == codec.encode(states["there"])
     assert spent["here"] == spent["there"]
-    (counted,) = spent["here"].releases
-    assert counted == ("steps of a client" if kind == "rows in sums" else "updates")
+    steps = {"steps of a client"} | ({"embeddings"} if embeds else set())
+    assert spent["here"].releases.keys() == (steps if kind.startswith("rows") else {"updates"})
     assert '"loss"' not in (tmp_path / "there" / "metrics.jsonl").read_text(encoding="utf-8")
