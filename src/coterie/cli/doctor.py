@@ -75,6 +75,7 @@ def planned(file: Path) -> list[Check]:
         Check("optimiser", size(made.optimiser)),
         Check("activations", f"{size(made.activations)} for {made.rows} rows of up to {made.tokens} tokens"),
         *logits,
+        Check("gaps between them", size(made.gaps)),
         Check("the clients' replies", size(made.replies)),
         Check(f"{on} in all", f"{size(made.total)} of {size(made.free)}", made.fits, "; ".join(made.advice)),
         Check("a round", f"about {duration(made.seconds)}, from a short measurement of this machine"),

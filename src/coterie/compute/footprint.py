@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from coterie.compute.heap import Block
 from coterie.compute.optimisers import Optimisers
 from coterie.compute.passes import evaluating, on_base
 from coterie.compute.train import Training
@@ -29,13 +30,15 @@ from coterie.types import Bank
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they exist: ``now``, and ``peak``.
 
-    ``made`` is the sum of all of them, ``operations`` the number of those that made one, ``flops`` the products' work.
+    ``blocks`` has each storage's number and bytes when it comes, and its number and 0 when it goes. ``made`` is the sum
+    of all bytes, ``operations`` the number of those that made one, ``flops`` the products' work.
     torch's FlopCounterMode is not used: it tracks modules, and so keeps what gradient checkpointing drops.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.made = self.operations = self.flops = 0
+        self.blocks: list[Block] = []
         self._known: set[int] = set()
 
     def reset(self) -> None:
@@ -61,18 +64,23 @@ class LiveBytes(TorchDispatchMode):
         self.made += size
         self.operations += 1
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        number = len(self.blocks)
+        if size:
+            self.blocks.append((number, size))
+        weakref.finalize(storage, self._gone, key, size, number)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, number: int) -> None:
         self._known.discard(key)
         self.now -= size
+        if size:
+            self.blocks.append((number, 0))
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes at the peak of a step beside the base: the ``banks`` and their gradients, the ``optimiser``'s state, the
     ``batch``, and ``passes``, all that a forward and a backward pass hold at once. And the step's work: ``flops`` of
-    its products, bytes that its operations ``made``, ``operations``.
+    its products, bytes that its operations ``made``, ``operations``. ``blocks``: see :class:`LiveBytes`.
     """
 
     banks: int = 0
@@ -82,6 +90,7 @@ class Footprint:
     flops: int = 0
     made: int = 0
     operations: int = 0
+    blocks: Sequence[Block] = ()
 
     @property
     def total(self) -> int:
@@ -116,7 +125,7 @@ def training_footprint(trainings: Sequence[Training], mode: AbstractContextManag
             optimisers = Optimisers.of([pair for t in trainings for pair in t.paces.items()], fused=False)
             optimisers.step({pace: 0 for t in trainings for pace in t.paces})
             state = live.now - before
-    return Footprint(banks, state, batch, made, live.flops, live.made, live.operations)
+    return Footprint(banks, state, batch, made, live.flops, live.made, live.operations, [*live.blocks])
 
 
 def evaluation_footprint(
@@ -136,4 +145,4 @@ def evaluation_footprint(
             (output,) = passes.outputs(joined)
             workplace.task.loss(output, joined.parts[0])
             held = live.peak - banks - size
-    return Footprint(banks, 0, size, held, live.flops, live.made, live.operations)
+    return Footprint(banks, 0, size, held, live.flops, live.made, live.operations, [*live.blocks])

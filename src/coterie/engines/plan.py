@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from coterie.compute.footprint import Footprint, evaluation_footprint, training_footprint
+from coterie.compute.heap import gaps
 from coterie.compute.loading import device_names, eval_rows, placement_of, prepare, resolve_precision, task_for
 from coterie.compute.train import Training
 from coterie.compute.workplace import Workplace
@@ -42,9 +43,9 @@ _MEASURED = 0.2  # seconds of each measurement of the machine's speed
 class Plan:
     """What a run would take. In bytes, at the peak of a pass: ``process`` is Python and its libraries, ``base`` the
     frozen weights, ``banks`` those of the clients in the pass, ``optimiser`` its state, ``activations`` and ``logits``
-    what the pass holds beside them, ``batch`` its rows, ``replies`` what all clients send in a round. ``free`` is what
-    the device has for all of it. ``seconds``: a round of all clients, with their evaluation. ``rows`` and ``tokens``
-    are those of the largest batch.
+    what the pass holds beside them, ``batch`` its rows, ``gaps`` what the allocator keeps between all these,
+    ``replies`` what all clients send in a round. ``free`` is what the device has for all of it. ``seconds``: a round of
+    all clients, with their evaluation. ``rows`` and ``tokens`` are those of the largest batch.
     """
 
     device: str
@@ -55,6 +56,7 @@ class Plan:
     activations: int
     logits: int
     batch: int
+    gaps: int
     replies: int
     free: int
     seconds: float
@@ -65,7 +67,7 @@ class Plan:
     @property
     def step(self) -> int:
         """The bytes of a pass beside process, base and replies."""
-        return self.banks + self.optimiser + self.activations + self.logits + self.batch
+        return self.banks + self.optimiser + self.activations + self.logits + self.batch + self.gaps
 
     @property
     def total(self) -> int:
@@ -91,8 +93,8 @@ class Speed:
         return share * (work.flops / self.flops + work.made / self.moved) + work.operations * self.start
 
 
-def plan(config: Config, root: Path) -> Plan:
-    """The plan of a run on this machine. Relative paths start at ``root``.
+def plan(config: Config, root: Path, clock: Callable[[], float] = time.perf_counter) -> Plan:
+    """The plan of a run on this machine. Relative paths start at ``root``; ``clock`` measures the machine's speed.
 
     Reads the data, the tokenizer, and the weights for their digest alone. Raises :class:`CoterieError` as a run does,
     and for preferences and ``unit = "example"``, whose passes are not planned.
@@ -124,9 +126,10 @@ def plan(config: Config, root: Path) -> Plan:
         activations=activations,
         logits=max(0, held - training.banks - training.optimiser - training.batch - activations),
         batch=training.batch,
+        gaps=gaps([training.blocks, tested.blocks]) if workplace.device.type == "cpu" else 0,
         replies=len(clients) * sum(request.bank.tensors[key].nbytes for key in request.trainable),
         free=sum(map(_memory, devices_of(config))),
-        seconds=_seconds(workplace, clients, request, examples, training, tested, together),
+        seconds=_seconds(workplace, clients, request, examples, training, tested, together, clock),
         rows=len(examples),
         tokens=max(len(example.ids) for example in examples),
     ))  # fmt: skip
@@ -232,10 +235,10 @@ def _longest_tested(workplace: Workplace, clients: Sequence[ClientData]) -> list
 
 def _seconds(
     workplace: Workplace, clients: Sequence[ClientData], request: Train, examples: list[Example],
-    training: Footprint, tested: Footprint, together: int,
+    training: Footprint, tested: Footprint, together: int, clock: Callable[[], float],
 ) -> float:  # fmt: skip
     """A round of all clients one after another: their optimiser steps, and a pass over their test rows."""
-    speed = measured_speed(workplace.device, workplace.precision)
+    speed = measured_speed(workplace.device, workplace.precision, clock)
     largest, seconds = max(1, _tokens(examples)), 0.0
     most_tested = max(1, _tokens(_longest_tested(workplace, clients)))
     for client in clients:
@@ -249,20 +252,20 @@ def _seconds(
     return seconds
 
 
-def measured_speed(device: torch.device, precision: str) -> Speed:
+def measured_speed(device: torch.device, precision: str, clock: Callable[[], float] = time.perf_counter) -> Speed:
     """How fast ``device`` is, measured for a moment on products of the size of a transformer's."""
     dtype = _DTYPES[precision]
     x, w = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 1024, dtype=dtype, device=device)
     wide, one = torch.ones(2**22, device=device), torch.ones(8, device=device)
-    flops = 2 * x.numel() * w.shape[1] / _time(lambda: x @ w, device)
-    return Speed(flops, wide.nbytes / _time(lambda: wide + 1, device), _time(lambda: one + 1, device))
+    flops = 2 * x.numel() * w.shape[1] / _time(lambda: x @ w, device, clock)
+    return Speed(flops, wide.nbytes / _time(lambda: wide + 1, device, clock), _time(lambda: one + 1, device, clock))
 
 
-def _time(work: Callable[[], object], device: torch.device) -> float:
+def _time(work: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     """The mean seconds of ``work``, after a first one."""
     work()
-    number, started = 0, time.perf_counter()
-    while (passed := time.perf_counter() - started) < _MEASURED:
+    number, started = 0, clock()
+    while (passed := clock() - started) < _MEASURED:
         work()
         number += 1
         if device.type == "cuda":

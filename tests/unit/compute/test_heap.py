@@ -1,0 +1,52 @@
+"""What an allocator takes for blocks that come and go."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from coterie.compute.footprint import LiveBytes
+from coterie.compute.heap import gaps, most_alive
+
+MIB = 2**20
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+def test_what_lives_at_once_is_counted() -> None:
+    assert most_alive([(0, 5), (1, 7), (0, 0), (2, 4), (2, 0), (1, 0)]) == 12
+    assert most_alive([]) == 0
+
+
+@pytest.mark.skipif(not GLIBC, reason="the allocator is not glibc's")
+def test_a_larger_block_does_not_fit_into_a_gap() -> None:
+    first, wall, larger = (0, 10 * MIB), (1, MIB), (2, 12 * MIB)
+    found = gaps([[first, wall, (0, 0), larger]])
+    assert 9 * MIB < found < 11 * MIB, "the first one's"
+    assert gaps([[first, wall, (0, 0), (2, 9 * MIB)]]) < MIB, "a smaller one fits"
+    assert gaps([[(0, 40 * MIB), wall, (0, 0), (2, 50 * MIB)]]) < MIB, "large ones have mappings of their own"
+
+
+@pytest.mark.skipif(not GLIBC, reason="the allocator is not glibc's")
+def test_a_trace_ends_with_what_it_left_freed() -> None:
+    trace = [(0, 8 * MIB), (1, 8 * MIB)]
+    assert gaps([trace, trace, trace]) < MIB
+    assert gaps([]) == 0
+
+
+def test_without_glibc_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert gaps([[(0, 10 * MIB), (1, MIB), (0, 0), (2, 12 * MIB)]]) == 0
+
+
+def test_tensors_are_followed_from_their_first_operation_to_their_end() -> None:
+    with LiveBytes() as live:
+        kept = torch.ones(100)
+        for _ in range(3):
+            kept = kept + 1
+        kept.view(10, 10)
+    sizes = [size for _, size in live.blocks]
+    assert sizes.count(400) == 4
+    assert sizes.count(0) == 3
+    assert most_alive(live.blocks) == live.peak
