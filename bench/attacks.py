@@ -132,6 +132,11 @@ def lying(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Ten
     return own if rnd == 1 else times(-5.0)(own, honest, draw, rnd)
 
 
+def little_member(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Tensors:
+    """Honest in the first round, in which FedLEASE clusters; then a little is enough, from inside an honest cluster."""
+    return own if rnd == 1 else little(own, honest, draw, rnd)
+
+
 def _stacked(own: Tensors, honest: Updates) -> dict[Key, Tensor]:
     """Of each tensor that the attacker sends, what the honest clients send; its own where nobody else does."""
     sent = {key: [update[key] for update in honest.values() if key in update] for key in own}
@@ -143,6 +148,7 @@ ATTACKS: dict[str, Attack] = {
     "sign flip": times(-1.0),
     "a little is enough": little,
     "lying member": lying,
+    "a little, as a member": little_member,
     "noise": noise,
     "poisoned adapter": times(1.0),  # of the pool, see make_pools; the attackers send nothing of their own
     "rows of 10^9": times(-1.0),
@@ -214,9 +220,9 @@ def plan() -> Iterator[Case]:
 
 def fits(method: str, attack: str) -> bool:
     """A pool is SmartFed's, a cluster FedLEASE's."""
-    return METHODS[method]["name"] == {"poisoned adapter": "smartfed", "lying member": "fedlease"}.get(
-        attack, METHODS[method]["name"]
-    )
+    name = METHODS[method]["name"]
+    only = {"poisoned adapter": "smartfed", "lying member": "fedlease", "a little, as a member": "fedlease"}
+    return only.get(attack, name) == name
 
 
 def texts_of(data: Path | None, size: Size) -> dict[str, dict[str, list[str]]]:

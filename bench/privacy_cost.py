@@ -29,7 +29,7 @@ from coterie.compute.workplace import Workplace
 from coterie.data.examples import Example
 from coterie.data.rows import ClientData
 from coterie.data.tasks import Classification
-from coterie.machine import peak_memory, reset_peak_memory
+from coterie.machine import peak_memory, release_memory, reset_peak_memory
 from coterie.methods.row_privacy import RowPrivacy
 from coterie.nn.base import load_base
 from coterie.ops.noise import SecureNoise
@@ -146,6 +146,7 @@ def print_peak(task: dict[str, Any]) -> None:
     workplace = make_workplace(case.tokens)
     work(workplace, replace(case, clients=2, rows=1, steps=1), task["way"])()  # touch it all
     run = work(workplace, case, task["way"])
+    release_memory()  # else the training could reuse what glibc keeps, and it would not be measured
     before = int(psutil.Process().memory_info().rss)
     reset_peak_memory()
     run()
