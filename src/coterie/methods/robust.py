@@ -56,7 +56,8 @@ class RobustSettings(Section):
     min_group: int = Field(
         3,
         ge=1,
-        description="fewest clients that an expert needs before the server sends it to clients outside their group",
+        description="fewest clients that an expert needs before the server sends it to clients outside their group; "
+        "fedlease splits no cluster of texts by LoRAs into parts of fewer",
     )
 
     @field_validator("attackers")

@@ -31,11 +31,15 @@ def loras_apart(clients: int) -> float:
 
 @dataclass(frozen=True)
 class Split:
-    """The best split of a cluster of texts by LoRAs: into how many parts, its silhouette, and what would be enough."""
+    """The best split of a cluster of texts by LoRAs: into how many parts, its silhouette, and what would be enough.
+
+    ``small``: some part has too few clients, so there is no split.
+    """
 
     parts: int
     silhouette: float
     enough: float
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class Nested:
     distances: Array
 
 
-def nested(texts: Array, loras: Array, most: int, *, exactly: int = 0, linkage: Way = "average") -> Nested:
+def nested(
+    texts: Array, loras: Array, most: int, *, exactly: int = 0, linkage: Way = "average", least: int = 1
+) -> Nested:
     """Clusters of N clients by the distances of their ``texts`` [N, N] and the inner products of their LoRAs [N, N].
 
-    There may be one cluster, and at most ``most``, or there are ``exactly`` so many. The LoRAs of a cluster of texts
-    are compared after their own mean is taken off. What chance reaches is known for vectors of thousands of numbers;
-    with fewer (tiny models) it reaches higher, and there may be too many clusters.
+    There may be one cluster, and at most ``most``, or there are ``exactly`` so many. LoRAs split no cluster of texts
+    into parts of fewer than ``least`` clients, unless there have to be ``exactly`` so many. They are compared after the
+    mean of the cluster's is taken off. What chance reaches is known for vectors of thousands of numbers; with fewer
+    (tiny models) it reaches higher, and there may be too many clusters.
     """
     limit = exactly or most
     first = cluster(texts, limit, min_clusters=1, threshold=TEXTS_APART, linkage=linkage)
@@ -74,11 +81,12 @@ def nested(texts: Array, loras: Array, most: int, *, exactly: int = 0, linkage: 
         if len(members) >= _SPLITTABLE:
             splits[text] = cluster(within, limit, min_clusters=1, threshold=loras_apart(len(members)), linkage=linkage)
     np.fill_diagonal(distances, 0)
-    labels = _split(first, splits, limit)
+    small = {text for text, of in splits.items() if min(map(of.labels.count, of.labels)) < least}
+    labels = _split(first, {text: of for text, of in splits.items() if text not in small}, limit)
     distances += together & ~np.equal.outer(labels, labels)
     if exactly:
         labels = cluster(distances, exactly, min_clusters=exactly, linkage=linkage).labels
-    best = {text: _best(of, first.labels.count(text)) for text, of in splits.items() if of.silhouettes}
+    best = {t: _best(of, first.labels.count(t), t in small) for t, of in splits.items() if of.silhouettes}
     return Nested(labels, first.labels, first.silhouettes, best, distances)
 
 
@@ -95,6 +103,6 @@ def _split(first: Clustering, splits: Mapping[int, Clustering], most: int) -> tu
     return by_first_appearance(labels)
 
 
-def _best(split: Clustering, clients: int) -> Split:
+def _best(split: Clustering, clients: int, small: bool) -> Split:
     parts = max(split.silhouettes, key=lambda k: split.silhouettes[k])
-    return Split(parts, split.silhouettes[parts], loras_apart(clients))
+    return Split(parts, split.silhouettes[parts], loras_apart(clients), small)

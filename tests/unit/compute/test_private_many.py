@@ -17,6 +17,8 @@ from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
 from coterie.methods.row_privacy import RowPrivacy
+from coterie.nn.attach_many import attached_many
+from coterie.nn.build import build_layers
 from coterie.nn.per_row import PerRow
 from coterie.ops.noise import SeededNoise
 from coterie.requests import Observe, Optim, Request, Score, Train
@@ -104,15 +106,29 @@ def test_a_clients_rows_change_nothing_for_the_others() -> None:
 
 
 def test_rows_of_padding_are_not_collected() -> None:
-    nan, key = torch.full((2, 3), torch.nan), Key("m", 0, Part.A)
+    extra, key = torch.ones(2, 3, dtype=torch.float64), Key("m", 0, Part.A)
     left, right = (torch.randn(4, 3, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
     made: list[dict[Key, Tensor]] = []
     for padding in (0, 1):
         of = PerRow(2, padding=padding)  # of two tokens each
-        wide = [torch.cat([values, nan.double()]) if padding else values for values in (left, right)]
+        wide = [torch.cat([values, extra]) if padding else values for values in (left, right)]
         of.add(key, *wide)
         made.append(of.clipped(0.1))
     assert equal_bits(*made)
+
+
+def test_rows_that_cannot_be_told_apart_are_refused() -> None:
+    workplace = make_workplace()
+    model, bank = workplace.base.model, plain_bank(workplace)
+    made = [build_layers(model, bank, frozenset(bank.tensors)) for _ in range(2)]
+    with attached_many(model, made) as many:
+        for each in made:
+            each.now.per_row = PerRow(2)
+        many.now.choose((0, 1), 2, 5, ((2, 5), (2, 5)), torch.device("cpu"))
+        layer = next(iter(many.layers.values()))
+        x, y = (torch.zeros(20, of.shape[2], dtype=torch.float64) for of in (layer.rows, layer.columns))
+        with pytest.raises(CoterieError, match=r"takes \[20, .* where the batch has 4 rows: \[privacy\]"):
+            layer(torch.nn.Identity(), (x,), {}, y)  # tokens in one list
 
 
 def test_every_row_of_a_shared_pass_is_cut() -> None:

@@ -55,6 +55,23 @@ def test_the_clearest_split_comes_first_where_there_is_no_room_for_all() -> None
     assert {text: split.silhouette > split.enough for text, split in made.by_loras.items()} == {0: True, 1: True}
 
 
+@pytest.mark.parametrize(
+    ("loras", "least", "expected"),
+    [
+        ("aabbcccc", 2, "aabbcccc"),
+        ("aabbcccc", 3, "aaaabbbb"),
+        ("aaaaaabb", 3, "aaaaaaaa"),
+        ("aaaabbbb", 4, "aaaabbbb"),
+    ],
+)
+def test_no_part_is_smaller_than_the_least(loras: str, least: int, expected: str) -> None:
+    texts = "aaaabbbb" if loras == "aabbcccc" else "a" * 8
+    d = centred_distances(gram(vectors("texts", texts, 3.0)))
+    made = nested(d, gram(vectors("loras", loras, 1.0)), 8, least=least)
+    assert "".join("abcdefgh"[label] for label in made.labels) == expected
+    assert any(split.small for split in made.by_loras.values()) == (least == 3)
+
+
 @pytest.mark.parametrize(("exactly", "expected"), [(1, "aaaaaaaa"), (2, "aaaabbbb"), (3, "aaaabbcc"), (4, "aabbccdd")])
 def test_exactly_so_many(exactly: int, expected: str) -> None:
     assert found("aaaabbbb", "aabbccdd", exactly=exactly) == expected

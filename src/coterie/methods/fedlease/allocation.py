@@ -95,12 +95,19 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
 
 
 def allocate(
-    settings: FedLEASESettings, seed: int, warm: Mapping[ClientId, Tensors], groups: Mapping[ClientId, str]
+    settings: FedLEASESettings,
+    seed: int,
+    warm: Mapping[ClientId, Tensors],
+    groups: Mapping[ClientId, str],
+    least: int = 1,
 ) -> Allocation:
-    """Clusters of the clients in ``warm`` by what they sent, or, for a control, of all clients in ``groups``."""
+    """Clusters of the clients in ``warm`` by what they sent, or, for a control, of all clients in ``groups``.
+
+    LoRAs split a cluster of texts into parts of at least ``least`` clients.
+    """
     order = tuple(sorted(warm))
     if settings.represents and settings.distance == "auto":
-        return _by_texts_and_loras(settings, order, [warm[c] for c in order])
+        return _by_texts_and_loras(settings, order, [warm[c] for c in order], least)
     compared = compare(settings, [warm[c] for c in order])
     if settings.allocation == "learned":
         clustering = cluster(
@@ -123,10 +130,12 @@ def given(settings: FedLEASESettings, seed: int, groups: Mapping[ClientId, str])
     return {c: numbers[names[c]] for c in sorted(groups)}
 
 
-def _by_texts_and_loras(settings: FedLEASESettings, order: tuple[ClientId, ...], sent: Sequence[Tensors]) -> Allocation:
+def _by_texts_and_loras(
+    settings: FedLEASESettings, order: tuple[ClientId, ...], sent: Sequence[Tensors], least: int
+) -> Allocation:
     texts = centred_distances(gram([representation_of(tensors) for tensors in sent]))
     loras = lora_gram(*_matrices(sent), "BA")
-    made = nested(texts, loras, settings.most, exactly=settings.experts, linkage=settings.linkage)
+    made = nested(texts, loras, settings.most, exactly=settings.experts, linkage=settings.linkage, least=least)
     of_cluster = dict(zip(made.labels, made.texts, strict=True))
     return Allocation(
         dict(zip(order, made.labels, strict=True)),

@@ -52,7 +52,8 @@ def _parts(made: Nested, text: int) -> int:
 
 
 def _silhouette(split: Split) -> str:
-    return f"silhouette {split.silhouette:.3f}, where {split.enough:.3f} is enough"
+    text = f"silhouette {split.silhouette:.3f}, where {split.enough:.3f} is enough"
+    return f"{text}, but a part is smaller than [robust] min_group" if split.small else text
 
 
 def _clusters(number: int) -> str:

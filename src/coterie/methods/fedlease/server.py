@@ -146,7 +146,9 @@ class Server:
     def _allocate(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Cluster the clients that sent a warm-up LoRA, and start experts, a router and heads for each cluster."""
         warm = {c: r.tensors for c, r in replies.items()}
-        allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups)
+        robust = self.plan.robust
+        least = robust.min_group if robust.active else 1  # a group without a majority would be at a bad member's mercy
+        allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups, least)
         allocated = dealt(self.settings, allocated, {c: r.num_examples for c, r in replies.items()})
         replies = self._agreed(state, allocated, replies)
         number = allocated.num_experts
