@@ -10,6 +10,7 @@ import torch
 
 from coterie.config.load import check_config
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings
+from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.fedlease.state import FedLEASEState
@@ -225,6 +226,21 @@ def test_the_expert_of_a_small_cluster_goes_to_no_other() -> None:
     assert find(method.describe(state), Values).values["withheld_experts"] == [0, 1]  # type: ignore[union-attr]
     method, state = clustered(warm(), rule="median")
     assert method.configure(state, SITES, 2)["a0"].tensors[Key("q", other, Part.B)].any()
+
+
+@pytest.mark.parametrize(("robust", "least"), [({}, 1), ({"rule": "median"}, 3), ({"clip": 0.5, "min_group": 4}, 4)])
+def test_loras_part_no_group_below_min_group(
+    monkeypatch: pytest.MonkeyPatch, robust: dict[str, Any], least: int
+) -> None:
+    real, seen = allocation.allocate, []
+
+    def allocate(*given: Any) -> Any:
+        seen.append(given[-1])
+        return real(*given)
+
+    monkeypatch.setattr(allocation, "allocate", allocate)
+    clustered(warm(), **robust)
+    assert seen == [least]
 
 
 def test_an_expert_starts_as_what_its_cluster_agrees_on() -> None:
