@@ -40,7 +40,7 @@ def printed(program: str, *arguments: Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_run_and_what_is_loaded_from_it_print_nothing(quantize: str, tmp_path: Path) -> None:
     path = sites.config(tmp_path, "llama", kind="classification", method="fedit")
     tiny.folder(
