@@ -36,6 +36,7 @@ from coterie.types import CoterieError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHARE = 0.9  # of the free memory that a run may take before there is advice
+_PARTS = 16  # of a batch's tokens, for a pass whose logits are too small to count
 _MEASURED = 0.2  # seconds of each measurement of the machine's speed
 
 
@@ -111,7 +112,8 @@ def plan(config: Config, root: Path, clock: Callable[[], float] = time.perf_coun
     try:
         training = step(workplace)
         decodes = config.task.kind != "classification"
-        rest = step(replace(workplace, loss_chunk=1)) if decodes else training
+        part = max(1, sum(len(example.ids) for example in examples) // _PARTS)
+        rest = step(replace(workplace, loss_chunk=part)) if decodes else training
         tested = evaluation_footprint(workplace, request.bank, _longest_tested(workplace, clients), mode)
     finally:
         forget_slots()
