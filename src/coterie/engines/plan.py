@@ -36,7 +36,7 @@ from coterie.types import CoterieError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHARE = 0.9  # of the free memory that a run may take before there is advice
-_PARTS = 16  # of a batch's tokens, for a pass whose logits are too small to count
+_PARTS = 16  # chunks of the loss in a pass whose logits are too small to count
 _MEASURED = 0.2  # seconds of each measurement of the machine's speed
 
 
@@ -112,8 +112,7 @@ def plan(config: Config, root: Path, clock: Callable[[], float] = time.perf_coun
     try:
         training = step(workplace)
         decodes = config.task.kind != "classification"
-        part = max(1, sum(len(example.ids) for example in examples) // _PARTS)
-        rest = step(replace(workplace, loss_chunk=part)) if decodes else training
+        rest = step(_with_few_logits(workplace, examples)) if decodes else training
         tested = evaluation_footprint(workplace, request.bank, _longest_tested(workplace, clients), mode)
     finally:
         forget_slots()
@@ -135,6 +134,11 @@ def plan(config: Config, root: Path, clock: Callable[[], float] = time.perf_coun
         rows=len(examples),
         tokens=max(len(example.ids) for example in examples),
     ))  # fmt: skip
+
+
+def _with_few_logits(workplace: Workplace, examples: Sequence[Example]) -> Workplace:
+    """The workplace with a loss in chunks, each of which holds the logits of a small part of the batch's tokens."""
+    return replace(workplace, loss_chunk=max(1, sum(len(example.ids) for example in examples) // _PARTS))
 
 
 def _check_planned(config: Config) -> None:
