@@ -224,7 +224,8 @@ def _export(opened: Opened, exported: Checkpoint[object], about: About, folder: 
             fan_in_fan_out=_transposed(engine.spec),
         )
     infos = {client.id: client for client in engine.clients}
-    instructions = method.configure(exported.state, engine.clients, exported.rnd + 1)
+    state = method.admit(exported.state, engine.clients)  # clients may have come after that round
+    instructions = method.configure(state, engine.clients, exported.rnd + 1)
     for client, bank in engine.banks(method, instructions, exported.rnd, about.export):
         write_own(folder / "clients" / client, bank, about, engine.spec, infos[client])
 

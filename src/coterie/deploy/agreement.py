@@ -35,7 +35,9 @@ class Agreement:
     ``terms`` are sent with every message, ``digest`` is their SHA-256. ``sites`` may take part; empty: any site.
     ``keys`` is the site that owns a key, by the key's SHA-256; empty without authentication. ``attempt`` counts the
     starts of the run's server, so that a site recognises a message of a server that is gone. ``closed`` is the reason
-    why only ``sites`` can take part now that the run has begun; empty while it is open. ``finished``: the run is over,
+    why only ``sites`` can take part now that the run has begun; empty while it is open. ``spaces`` are the label spaces
+    of the shared heads (:func:`coterie.methods.parts.label_space`), of which a site that comes later needs one; empty:
+    it may have any labels. ``finished``: the run is over,
     and ``sites`` join it afterwards. ``deadline`` (seconds) is for
     an answer, ``greeting`` (seconds) for a site that went away to come back. ``base`` is the SHA-256 of the base
     (:func:`coterie.deploy.base_digest.base_digest`); empty: that of the first site.
@@ -48,6 +50,7 @@ class Agreement:
     attempt: int = 1
     sites: tuple[ClientId, ...] = ()
     closed: str = ""
+    spaces: tuple[str, ...] = ()
     finished: bool = False
     keys: Mapping[str, ClientId] = field(default_factory=dict)
     deadline: float = 3600.0

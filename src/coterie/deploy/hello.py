@@ -9,6 +9,7 @@ from coterie.data.clients import SAFE_ID
 from coterie.deploy.agreement import Agreement
 from coterie.deploy.base_digest import base_digest
 from coterie.engines.checks import site_fault
+from coterie.methods.parts import label_space
 from coterie.text import plain_text
 from coterie.types import BaseSpec, ClientId, ClientInfo
 
@@ -39,6 +40,7 @@ def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[Client
         or _other_terms(hello, agreement)
         or _too_many_rows(hello.info, agreement.max_rows)
         or _other_rows(hello, others)
+        or _other_labels(hello.info, agreement, others)
         or _other_base(hello, agreement.base, others)
     )
 
@@ -101,6 +103,19 @@ def _other_rows(hello: Hello, others: Mapping[ClientId, Hello]) -> str | None:
     if client not in others or hello.info == replace(others[client].info, active=hello.info.active):
         return None
     return f"the rows or labels of {client} have changed since the run began; restore them, or start a new run"
+
+
+def _other_labels(info: ClientInfo, agreement: Agreement, others: Mapping[ClientId, Hello]) -> str | None:
+    """A shared head has an output for each label of its clients, in their order."""
+    if not agreement.spaces or info.id in others or label_space(info) in agreement.spaces:
+        return None
+    shared = " or ".join(plain_text(space, 200) for space in agreement.spaces)
+    return (
+        f"{info.id} came after the start, and its labels {plain_text(label_space(info), 200)} have no head in this run "
+        f'([task] head = "shared"); those of the run are {shared}. If its labels are among these, list them all in '
+        "its [data] labels, in that order; else let it join after the end with --onboard, or start a run with personal "
+        "heads"
+    )
 
 
 def _other_base(hello: Hello, agreed: str, others: Mapping[ClientId, Hello]) -> str | None:

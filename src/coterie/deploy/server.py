@@ -29,6 +29,7 @@ from coterie.deploy.status import write_sites
 from coterie.experiment import Opened, finish, rounds_of, set_threads, tracked
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
+from coterie.methods.parts import label_space
 from coterie.runs.checkpoint import newest_round
 from coterie.runs.events import Event, Ready
 from coterie.runs.folder import explain_full_disk, lock_folder, read_config
@@ -36,8 +37,6 @@ from coterie.runs.rounds import Runner
 from coterie.runs.summary import Summary
 from coterie.types import ClientId, CoterieError
 
-# A shared head is averaged over the sites that the method's state lists for it, and this list is fixed at the start.
-_SHARED = 'with [task] head = "shared" no site can join later'
 _EXIT_SECONDS = 5.0  # in which Flower may end by itself
 _LOCK_SECONDS = 90.0  # in which the server of an earlier attempt may still be ending
 
@@ -92,7 +91,8 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     agreement = replace(agreement_of(config, read_attempt(folder)), base=base)
     begun = newest_round(folder / "checkpoints") is not None
     known = read_known(folder) if begun else {}
-    closed = method.newcomers or (_SHARED if config.task.head == "shared" else "")
+    closed = method.newcomers
+    agreement = replace(agreement, spaces=_shared_spaces(config, known))
     if closed and begun:
         agreement = _closed(agreement, known, closed)
 
@@ -105,8 +105,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     engine = RemoteEngine(sites)
     journal(ServerStarted(agreement.attempt, agreement.sites))
     sites.gather(config.federation.at_least, config.federation.wait)
-    if closed:
-        sites.agreement = replace(agreement, sites=tuple(c.id for c in engine.clients), closed=closed)
+    sites.agreement = _once_begun(agreement, config, sites, closed)
     _write_known(folder, sites.known, config)
     if not begun:  # later sites join a state that there is
         method.init(engine.spec, engine.clients)
@@ -120,6 +119,18 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     summary = finish(opened, exported, folder, journal, runner.private)
     journal(Finished())
     return summary
+
+
+def _shared_spaces(config: Config, known: Mapping[ClientId, Hello]) -> tuple[str, ...]:
+    """The label spaces that have a shared head once the run has begun with the sites ``known``."""
+    shared = config.task.head == "shared"
+    return tuple(sorted({label_space(hello.info) for hello in known.values()})) if shared else ()
+
+
+def _once_begun(agreement: Agreement, config: Config, sites: Sites, closed: str) -> Agreement:
+    """The agreement for those who come once the run has begun with ``sites``."""
+    agreement = replace(agreement, spaces=_shared_spaces(config, sites.known))
+    return replace(agreement, sites=tuple(c.id for c in sites.clients), closed=closed) if closed else agreement
 
 
 def _closed(agreement: Agreement, members: Collection[ClientId], reason: str) -> Agreement:

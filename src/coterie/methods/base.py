@@ -110,6 +110,17 @@ class Method(ABC, Generic[S]):
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> S:
         """The state before the first round. Raises :class:`CoterieError` for settings that cannot work."""
 
+    def admit(self, state: S, clients: Sequence[ClientInfo]) -> S:
+        """The state that knows those of ``clients`` too that were not there before; they are in :meth:`configure` next.
+
+        By default a client receives the shared head of its labels from now on, and counts in its mean. Where there is
+        nothing to add, it is ``state`` itself.
+        """
+        heads = getattr(state, "heads", None)
+        if not isinstance(heads, Heads) or (joined := heads.with_late(clients)) is heads:
+            return state
+        return replace(state, heads=joined)  # type: ignore[type-var]
+
     @abstractmethod
     def configure(self, state: S, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         """What the server sends to each of ``clients`` for round ``rnd`` (the first is 1)."""
@@ -194,9 +205,7 @@ class Method(ABC, Generic[S]):
         """
         if self.newcomers:
             raise CoterieError(f"{self.name} takes no client after the start: {self.newcomers}")
-        ins = self.configure(state, [me], self.plan.rounds + 1)[me.id]
-        heads: Heads = getattr(state, "heads", Heads())
-        return replace(ins, tensors={**ins.tensors, **heads.for_newcomer(me)})
+        return self.configure(self.admit(state, [me]), [me], self.plan.rounds + 1)[me.id]
 
     def onboard(self, welcome: Any, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """A program that finds the bank of ``me``, a client that was not there, from what :meth:`welcome` gave.

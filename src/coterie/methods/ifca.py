@@ -26,7 +26,6 @@ from coterie.methods.parts import (
     Heads,
     Shapes,
     head_of,
-    label_space,
     lora_of,
     lora_shapes,
     mean_error,
@@ -165,13 +164,6 @@ class IFCA(Method[IFCAState]):
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         """The bank of the LoRA that the client chose last."""
         return self._candidates(ins, personal)[personal.info.get("cluster", 0)]
-
-    def welcome(self, state: IFCAState, me: ClientInfo) -> Instruction:
-        """Every LoRA, each with its shared head for the labels of ``me`` if there is one."""
-        space = label_space(me)
-        if _named(0, space) in state.heads.values:
-            state = replace(state, heads=replace(state.heads, group={**state.heads.group, me.id: space}))
-        return self.configure(state, [me], self.plan.rounds + 1)[me.id]
 
     @property
     def _all(self) -> range:

@@ -105,6 +105,13 @@ class Heads:
         """The head of the clients with the labels of ``me``, which was not there; empty where there are none."""
         return self.values.get(label_space(me), {})
 
+    def with_late(self, clients: Sequence[ClientInfo]) -> Heads:
+        """With those of ``clients`` that were not there and have the labels of a group, which they join."""
+        spaces = {c.id: label_space(c) for c in clients if c.id not in self.group}
+        known = {*self.group.values()}
+        new = {c: space for c, space in spaces.items() if space in known}
+        return replace(self, group={**self.group, **new}) if new else self
+
 
 def label_space(me: ClientInfo) -> str:
     """A name for the client's label space: clients with the same labels in the same order share it."""

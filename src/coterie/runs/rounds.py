@@ -160,6 +160,7 @@ class Runner(Generic[S]):
 
     def _round(self, state: S, rnd: int) -> S:
         started = time.perf_counter()
+        state = self.method.admit(state, self.engine.clients)
         if self.private:
             self.private.check_budget(state, rnd)
         cohort = self._cohort(rnd)
@@ -220,7 +221,8 @@ class Runner(Generic[S]):
             self.log.add(Evaluated(rnd))
             return
         started = time.perf_counter()
-        instructions = self.method.configure(state, self.engine.clients, rnd + 1)
+        there = self.engine.clients  # some may have come during the round
+        instructions = self.method.configure(self.method.admit(state, there), there, rnd + 1)
         last = rnd == self.settings.rounds
         scores: dict[ClientId, Evaluation] = {}
         asked = self.engine.evaluate(self.method, instructions, rnd, ("validation", "test"), usage=last)

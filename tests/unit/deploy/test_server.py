@@ -28,14 +28,18 @@ from coterie.files import write_json
 from coterie.flower.app import GridTransport
 from coterie.flower.message import Message
 from coterie.methods.fedamole import FedAMoLEState
+from coterie.methods.fedit import FedIT, FedITState
+from coterie.methods.fedlease.state import FedLEASEState
+from coterie.methods.parts import head_of
 from coterie.runs import checkpoint
 from coterie.runs.folder import plain
-from coterie.types import CoterieError
+from coterie.types import CoterieError, Instruction, Reply, Tensors
 from grid import InProcessGrid
 
 FIRST, LATE = ["mood-0", "place-0", "size-0"], "mood-1"
+Round = tuple[str, int]  # a site, and the number of a round
 SHARED: dict[str, Any] = {"task": {"head": "shared"}}
-WHY = 'with [task] head = "shared" no site can join later'
+WHY = "its experts are dealt at the start"
 
 
 class DiedError(Exception):
@@ -49,11 +53,13 @@ def attempt(
     dies_in: str = "",
     comes: str = "",
     lies: Callable[[str, Hello], Hello] = lambda client, hello: hello,
+    sees: Callable[[str, Message, Message], None] = lambda client, message, answer: None,
     **changes: Any,
 ) -> None:
     """Start the server once more, with some sites there and some listed; it may die in a round.
 
-    ``comes`` connects in round 1. ``lies``: what a site says of itself.
+    ``comes`` connects in round 1. ``lies``: what a site says of itself. ``sees`` gets each
+    message to a site and its answer.
     """
     torch.set_num_threads(1)
     federation = {"sites": listed, "at_least": 3, "wait": 5.0, "greeting": 0.0, **changes.pop("federation", {})}
@@ -68,12 +74,13 @@ def attempt(
         if dies_in and message.metadata.group_id == dies_in:
             raise DiedError
         if comes and message.metadata.group_id == "1":
-            grid.sites[99] = staff[comes].answer
+            grid.sites[99] = answering(comes)
         return message
 
     def answering(client: str) -> Callable[[Message], Message]:
         def answer(message: Message) -> Message:
             made = staff[client].answer(message)
+            sees(client, message, made)
             if message.head["kind"] != "query.hello":
                 return made
             return Message(made.head, codec.encode(lies(client, codec.decode(Hello, made.body))))
@@ -95,26 +102,107 @@ def who_took_part(folder: Path) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("dies_in", ["1", "2"])
 @pytest.mark.parametrize("listed", [FIRST, []], ids=["sites by name", "any site"])
 def test_nobody_joins_later_where_that_cannot_be_and_it_says_so(
-    listed: list[str], dies_in: str, tmp_path: Path
+    listed: list[str], dies_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(FedIT, "newcomers", WHY)
     sites.config(tmp_path, method="fedit")
     with pytest.raises(DiedError):
-        attempt(tmp_path, FIRST, listed, dies_in=dies_in, **SHARED)
+        attempt(tmp_path, FIRST, listed, dies_in=dies_in)
     for _ in range(2):  # what the first try left behind must not let it in at the second
         with pytest.raises(CoterieError) as told:
-            attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], **SHARED)
+            attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE])
         assert f"mood-1 cannot join now: {WHY}; remove" in str(told.value)
-    attempt(tmp_path, [LATE, *FIRST], listed, **SHARED)
+    attempt(tmp_path, [LATE, *FIRST], listed)
     assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY}"})
 
 
 @pytest.mark.parametrize("listed", [[*FIRST, LATE], []], ids=["missed the start", "any site"])
-def test_a_site_that_connects_too_late_for_shared_heads_is_refused_and_the_run_goes_on(
-    listed: list[str], tmp_path: Path
+def test_a_site_that_connects_too_late_is_refused_and_the_run_goes_on(
+    listed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FedIT, "newcomers", WHY)
+    sites.config(tmp_path, method="fedit")
+    attempt(tmp_path, FIRST, listed, comes=LATE)
+    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY}"})
+
+
+def heads_of(folder: Path, method: str) -> tuple[dict[Round, Tensors], dict[Round, Tensors]]:
+    """The heads that sites received and sent in a run that ``LATE`` joins, by site and round."""
+    sites.config(folder, method=method)
+    received, sent = dict[Round, Tensors](), dict[Round, Tensors]()
+
+    def sees(client: str, message: Message, answer: Message) -> None:
+        if message.head["kind"] == "train":
+            at = client, int(message.head["round"])
+            received[at] = head_of(codec.decode(Instruction, message.body).tensors)
+            sent[at] = head_of(codec.decode(Reply, answer.body).tensors)
+
+    attempt(folder, FIRST, [*FIRST, LATE], comes=LATE, sees=sees, **SHARED)
+    assert who_took_part(folder) == ({*FIRST, LATE}, set())
+    assert {rnd for client, rnd in received if client == LATE} == {2, 3}
+    assert (folder / "out" / "clients" / LATE).is_dir() == (folder / "out" / "clients" / "mood-0").is_dir()
+    return received, sent
+
+
+@pytest.mark.parametrize(
+    "method", ["fedit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ifca", "fedamole"))]
+)
+def test_a_late_site_starts_from_the_shared_head_of_its_labels_and_counts_in_its_mean(
+    method: str, tmp_path: Path
+) -> None:
+    received, sent = heads_of(tmp_path, method)
+    for rnd in (2, 3):
+        mine, other = received[LATE, rnd], received["mood-0", rnd]
+        assert mine.keys() == other.keys() != set()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+        assert any(not torch.equal(mine[key], received["mood-0", 1][key]) for key in mine)
+    if method != "ifca":  # there, a head for each LoRA
+        both = sent[LATE, 2], sent["mood-0", 2]  # of as many rows
+        for key, value in received[LATE, 3].items():
+            torch.testing.assert_close(value, (both[0][key] + both[1][key]) / 2)
+            assert not torch.equal(both[0][key], both[1][key])
+
+
+def test_a_late_site_of_fedlease_gets_the_shared_head_of_its_cluster_and_labels(tmp_path: Path) -> None:
+    received, sent = heads_of(tmp_path, "fedlease")
+    assert not received[LATE, 2]  # it warms up
+    state = checkpoint.load(tmp_path / "out" / "checkpoints", 2, FedLEASEState).state
+    assert state.heads.group[LATE] == f'{state.cluster_of(LATE)}:["bad", "good"]'
+    assert received[LATE, 3].keys() == sent[LATE, 3].keys() != set()
+    assert all(torch.equal(value, state.heads.of(LATE)[key]) for key, value in received[LATE, 3].items())
+
+
+def test_a_server_that_dies_goes_on_with_a_late_site_and_the_shared_head(tmp_path: Path) -> None:
+    sites.config(tmp_path, method="fedit")
+    for there, dies_in in ((FIRST, "2"), ([*FIRST, LATE], "3")):
+        with pytest.raises(DiedError):
+            attempt(tmp_path, there, there, dies_in=dies_in, **SHARED)
+    attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], **SHARED)
+    assert who_took_part(tmp_path) == ({*FIRST, LATE}, set())
+    state = checkpoint.load(tmp_path / "out" / "checkpoints", 3, FedITState).state
+    assert state.heads.group[LATE] == '["bad", "good"]'
+
+
+@pytest.mark.parametrize(
+    "dies_in", ["", pytest.param("2", marks=pytest.mark.slow)], ids=["at once", "at the next start"]
+)
+def test_a_late_site_whose_labels_have_no_shared_head_is_refused_and_the_run_goes_on(
+    dies_in: str, tmp_path: Path
 ) -> None:
     sites.config(tmp_path, method="fedit")
-    attempt(tmp_path, FIRST, listed, comes=LATE, **SHARED)
-    assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY}"})
+    there = ["mood-0", LATE, "size-0"]
+    if dies_in:
+        with pytest.raises(DiedError):
+            attempt(tmp_path, there, [], dies_in=dies_in, **SHARED)
+        attempt(tmp_path, [*there, "place-0"], [], **SHARED)
+    else:
+        attempt(tmp_path, there, [], comes="place-0", **SHARED)
+    took_part, (reason,) = who_took_part(tmp_path)
+    assert took_part == {*there}
+    assert reason.startswith('place-0 came after the start, and its labels ["city", "land"] have no head in this run')
+    assert 'those of the run are ["bad", "good"] or ["big", "small", "tiny"].' in reason
+    assert "list them all in its [data] labels" in reason
+    assert "--onboard" in reason
 
 
 def test_a_site_that_connects_late_takes_part_in_fedamole_from_the_next_round_on(tmp_path: Path) -> None:

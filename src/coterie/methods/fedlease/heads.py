@@ -17,7 +17,7 @@ def cluster_heads(
 ) -> Heads:
     """Shared heads by cluster and label space, at their start; none if the plan keeps heads personal."""
     if plan.head == "personal":
-        return Heads()  # a site that joined after the start has no entry in labels
+        return Heads()  # and labels has no entry for a site that joined after the start
     infos = [ClientInfo(c, 0, labels=labels[c]) for c in clusters]
     by_space = start_heads(base, plan, infos)
     group = {c: f"{clusters[c]}:{space}" for c, space in by_space.group.items()}

@@ -83,6 +83,11 @@ class FedLEASE(Method[FedLEASEState]):
         allocation.check(self.settings, self.plan, clients)
         return FedLEASEState(base, {c.id: c.group or "" for c in clients}, {c.id: c.labels or () for c in clients})
 
+    def admit(self, state: FedLEASEState, clients: Sequence[ClientInfo]) -> FedLEASEState:
+        """With the labels of late clients, where heads are shared: they get the head of their cluster and labels."""
+        late = {c.id: c.labels or () for c in clients if c.id not in state.labels}
+        return replace(state, labels={**state.labels, **late}) if late and self.plan.head == "shared" else state
+
     def configure(
         self, state: FedLEASEState, clients: Sequence[ClientInfo], rnd: int
     ) -> Mapping[ClientId, Instruction]:
