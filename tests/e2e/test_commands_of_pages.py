@@ -43,7 +43,7 @@ ELSEWHERE = {
     "coterie run smartfed.toml --set ": "tests/e2e/test_pages_as_read.py",
 }
 QUICKER = {
-    "--methods all --seeds 0,1,2": "--methods fedit,local --seeds 0,1",
+    "--methods all --seeds 0,1,2": "--methods fedit,local --seeds 0",
     "1e-3,2e-3,4e-3": "1e-3,4e-3",
     "run.rounds=20": "run.rounds=4",
 }
@@ -58,6 +58,7 @@ rank = 2
 batch_size = 4
 [method]
 name = "fedlease"
+[methods.fedlease]
 warmup_rounds = 1
 [run]
 rounds = 3
@@ -101,7 +102,7 @@ def chats(folder: Path) -> None:
         config = config.replace(large, small)
     (folder / "run.toml").write_text(config, encoding="utf-8")
     tiny.folder(folder / "model", "llama", chat=True)
-    for name in ("north", "south"):
+    for name in ("north", "south", "east"):
         for split, number in (("train", 6), ("test", 2)):
             rows = [
                 {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "yes"}]}
@@ -117,8 +118,9 @@ def adapters(folder: Path) -> None:
     for name in ("sst2", "trec", "run-17"):
         shutil.copytree(folder / "runs/made/experts/global", folder / "adapters" / name)
     shutil.move(folder / "clients", folder / "examples" / "clients")
-    shutil.move(folder / "model", folder / "examples" / "minilm")
-    text = (ROOT / "examples/smartfed.toml").read_text(encoding="utf-8").replace("rounds = 8", "rounds = 2")
+    shutil.copytree(folder / "model", folder / "examples" / "model")
+    text = (ROOT / "examples/smartfed.toml").read_text(encoding="utf-8")
+    text = text.replace("rounds = 8", "rounds = 2").replace('path = "minilm"', 'path = "model"')
     (folder / "examples/smartfed.toml").write_text(text, encoding="utf-8")
 
 
