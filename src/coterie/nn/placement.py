@@ -34,6 +34,28 @@ class Placement:
             return self.device_map, limits or None
         return {part: _device(name, "device_map") for part, name in self.device_map.items()}, limits or None
 
+    def check(self, model: nn.Module) -> None:
+        """Raises :class:`CoterieError` for a map by name that does not fit ``model``, whose weights are not read: it
+        has to name every part, no others, and one device for parts that share weights."""
+        device_map, _ = self.resolved()
+        if isinstance(device_map, str):
+            return
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        known = {name for name, _ in model.named_modules()} | parameters.keys()
+        if unknown := sorted(device_map.keys() - known):
+            raise CoterieError(f"[model] device_map names {unknown[0]!r}, which this base does not have; remove it")
+        placed = {name: _placed(name, device_map) for name in parameters}
+        if lost := [name for name, device in placed.items() if device is None]:
+            raise CoterieError(f"[model] device_map names no device for {lost[0]!r}; add it, or the part that it is in")
+        first: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            other = first.setdefault(id(parameter), name)
+            if placed[other] != placed[name]:
+                raise CoterieError(
+                    f"[model] device_map puts {other!r} on {placed[other]!r} and {name!r} on {placed[name]!r}, but "
+                    "they are the same weights; name one device for both"
+                )
+
     def devices(self) -> tuple[torch.device, ...]:
         """The devices that compute: the GPUs of the map, or the CPU where it has none."""
         device_map, limits = self.resolved()
@@ -85,10 +107,14 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def on_disk(model: nn.Module, name: str) -> bool:
     """Whether transformers' map of ``model`` has the parameter ``name``, or what it is in, on the disk."""
-    placed: Mapping[str, object] = getattr(model, "hf_device_map", {})
+    return _placed(name, getattr(model, "hf_device_map", {})) == "disk"
+
+
+def _placed(name: str, device_map: Mapping[str, int | str]) -> int | str | None:
+    """The device of the parameter ``name``: that of the smallest part of the map that it is in."""
     parts = name.split(".")
     above = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
-    return next((placed[part] for part in above if part in placed), None) == "disk"
+    return next((device_map[part] for part in above if part in device_map), None)
 
 
 def without_hooks(module: nn.Module) -> None:

@@ -79,6 +79,7 @@ def load_model(
         if placement is not None:
             if importlib.util.find_spec("accelerate") is None:
                 raise CoterieError("device_map needs accelerate: pip install accelerate")
+            placement.check(_on_meta(config, kind))
             options["device_map"], options["max_memory"] = placement.resolved()
         model = _model(path, kind, options)
     if quantize != "none":
