@@ -9,6 +9,7 @@ never an error.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ Source = Literal["measured", "shared", "estimate"]
 SOURCES: tuple[Source, ...] = ("measured", "shared", "estimate")
 _POWERCAP = Path("/sys/class/powercap")
 _NVML = "pynvml"
+_MOST_WATTS = 500.0  # that a processor package takes
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,30 @@ class Energy:
 class Counter:
     """A counter of energy that only rises. ``read`` returns joules, None if it cannot be read.
 
-    ``wraps``: the joules after which it starts at 0 again; 0: never. It must be read more often than it wraps: a
-    processor at 200 W takes about 20 minutes.
+    ``wraps``: the joules after which it starts at 0 again; 0: never.
     """
 
     read: Callable[[], float | None]
     wraps: float = 0.0
+
+    def between(self, start: float | None, end: float | None, seconds: float) -> float | None:
+        """The joules from one reading to another; None if one is missing, or if they do not say how many there were.
+
+        Some joules and once more those after which it wraps look the same. They are told apart by what a processor can
+        take in so many ``seconds``.
+        """
+        if start is None or end is None or (end < start and not self.wraps):
+            return None
+        joules = end - start + (self.wraps if end < start else 0.0)
+        return None if self.wraps and joules + self.wraps <= _MOST_WATTS * seconds else joules
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What every counter of a meter says, None for one that cannot be read, ``at`` so many seconds."""
+
+    values: tuple[float | None, ...]
+    at: float
 
 
 @dataclass(frozen=True)
@@ -51,19 +71,19 @@ class Meter:
     """The counters of what a client computes on."""
 
     counters: tuple[Counter, ...] = ()
+    clock: Callable[[], float] = time.monotonic
 
-    def read(self) -> list[float | None]:
+    def read(self) -> Reading:
         """What every counter says now."""
-        return [counter.read() for counter in self.counters]
+        return Reading(tuple(counter.read() for counter in self.counters), self.clock())
 
-    def since(self, before: Sequence[float | None]) -> float | None:
-        """The joules since :meth:`read` returned ``before``; None without counters, or if one cannot be read."""
-        total = 0.0
-        for counter, start, end in zip(self.counters, before, self.read(), strict=True):
-            if start is None or end is None or (end < start and not counter.wraps):
-                return None
-            total += end - start + (counter.wraps if end < start else 0.0)
-        return total if self.counters else None
+    def since(self, before: Reading) -> float | None:
+        """The joules since :meth:`read` returned ``before``; None without counters, or if one does not say."""
+        now = self.read()
+        pairs = zip(self.counters, before.values, now.values, strict=True)
+        made = [counter.between(start, end, now.at - before.at) for counter, start, end in pairs]
+        known = [joules for joules in made if joules is not None]
+        return sum(known) if known and len(known) == len(made) else None
 
 
 def meter_of(devices: Collection[torch.device], powercap: Path = _POWERCAP, alone: bool = True) -> Meter:

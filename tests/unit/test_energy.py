@@ -42,6 +42,14 @@ def test_the_packages_are_added_up_and_may_wrap(tmp_path: Path) -> None:
     assert meter.since(before) == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize(("seconds", "joules"), [(100, 30.0), (1059, 30.0), (1061, None), (5000, None)])
+def test_a_counter_that_may_have_wrapped_once_more_is_not_believed(seconds: float, joules: float | None) -> None:
+    """At 500 W, the most that a processor takes, 30 J more than the wrap of 530 kJ take 1060.06 s."""
+    values, times = iter([10.0, 40.0]), iter([0.0, seconds])
+    meter = Meter((Counter(lambda: next(values), wraps=530_000.0),), clock=lambda: next(times))
+    assert meter.since(meter.read()) == joules
+
+
 def test_a_machine_without_counters_has_no_joules(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         meter = meter_of([CPU], folder)
