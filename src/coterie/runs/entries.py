@@ -55,15 +55,16 @@ class ClientRound:
     def to_json(self) -> dict[str, object]:
         own = {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up, "seconds": self.seconds}
         known = own | ({"energy": plain(self.energy)} if self.energy else {})
-        names = {of.name for of in fields(self)}
-        return {**{name: plain(value) for name, value in self.said.items() if name not in names}, **known}
+        return {**{name: plain(value) for name, value in self.said.items() if name not in _OWN}, **known}
+
+
+_OWN = frozenset(of.name for of in fields(ClientRound)) - {"said"}
 
 
 def _fields_of_entry(line: Mapping[str, object]) -> dict[str, object]:
     """The fields of a :class:`ClientRound` in a line of JSON: names that are not its own are those of ``said``."""
-    own = {of.name for of in fields(ClientRound)} - {"said"}
-    statistics = {name: value for name, value in line.items() if name not in own}
-    return {**{name: line[name] for name in own if name in line}, "said": statistics}
+    statistics = {name: value for name, value in line.items() if name not in _OWN}
+    return {**{name: line[name] for name in _OWN if name in line}, "said": statistics}
 
 
 EntryLine = Annotated[ClientRound, BeforeValidator(_fields_of_entry)]
