@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from coterie.text import parse_json
 from coterie.types import CoterieError, Json
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write ``data`` to ``path`` so that a crash at any moment leaves the old file or the new one, never a part.
+
+    ``mode``: who may read and write the file, less what the process's umask takes away.
 
     Raises :class:`OSError`, with the old file untouched and no temporary file left behind, when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -9,8 +9,9 @@ as integers, with |u_i| the norm of all that it sends, taken as one vector. Memb
 sum p_i (start_i + u_i) / sum p_i over the survivors, so any mean over the group is that result, and no method needs to
 know of sums. The weight w_i is the number of examples, at most what the server allows to anybody, or 1.
 
-A group whose sum is not opened keeps what it had. What a client does is in :mod:`coterie.methods.secure_client`; with
-``[privacy] noise_at = "sum"`` it adds a part of the noise (:mod:`coterie.methods.sum_noise`).
+A group whose sum is not opened keeps what it had, and so does what is in no sum. What a client does is in
+:mod:`coterie.methods.secure_client`; with ``[privacy] noise_at = "sum"`` it adds a part of the noise
+(:mod:`coterie.methods.sum_noise`).
 """
 
 from __future__ import annotations
@@ -180,6 +181,12 @@ def bound_of(settings: SecureAggregationSettings, noise: SumNoise | None, member
     return noise.bound(members, needed_of(members, settings.threshold, settings.min_group))
 
 
+def in_no_sum(groups: Sequence[Group], replies: Mapping[ClientId, Reply]) -> list[ClientId]:
+    """The clients that have tensors in none of ``groups``: nobody may see these, so they stay as they were."""
+    summed = {(client, key) for group in groups for client in group.members for key in group.keys}
+    return sorted(c for c, reply in replies.items() if any((c, key) not in summed for key in reply.tensors))
+
+
 def too_small(settings: SecureAggregationSettings, groups: Sequence[Group]) -> str | None:
     """Which group could never be opened, and the fix; None if all could."""
     for group in groups:
@@ -197,11 +204,11 @@ def applied(
     clients: Members,
     noise: SumNoise | None = None,
 ) -> tuple[dict[ClientId, Reply], dict[str, Sum]]:
-    """The clients' replies with the mean of each sum that was opened and the start of each other; and the sums.
+    """The clients' replies with the mean of each sum that was opened, and where they started elsewhere; and the sums.
 
     A client that is in no opened sum, though one that it belongs to was opened, is left out.
     """
-    changed: dict[ClientId, dict[Key, Tensor]] = {c: dict(reply.tensors) for c, reply in clients.replies.items()}
+    changed = {c: {key: clients.start(c, key) for key in reply.tensors} for c, reply in clients.replies.items()}
     left_out: set[ClientId] = set()
     done: dict[str, Sum] = {}
     for name, session in sessions.items():
@@ -209,8 +216,6 @@ def applied(
             means, done[session.group] = _opened(session, opened[name], clients, noise)
         except SecureSumError as fault:
             done[session.group] = Sum(session.members, error=str(fault))
-            for client in session.members:
-                changed[client] |= {key: clients.start(client, key) for key, _ in layout_of(session)}
             continue
         left_out |= {*session.members} - {*done[session.group].survivors}
         for client in session.members:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coterie.files import write_atomic
 from coterie.methods.base import Method
 from coterie.methods.privacy import EMBEDDINGS, PrivacySettings, Released, kinds_of, planned_kinds
 from coterie.methods.robust import Group
@@ -221,12 +221,19 @@ class Private:
 
 
 def kept_noise(path: Path) -> SecureNoise:
-    """Noise from the key in the file ``path``, which is made anew where there is none."""
+    """Noise from the key in the file ``path``, which is made anew where there is none.
+
+    Raises :class:`CoterieError` for a file without a whole key: each process would draw other noise.
+    """
     if not path.exists():
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-    return SecureNoise(path.read_bytes())
+        write_atomic(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise CoterieError(
+            f"{path} is damaged: it has {len(key)} bytes, and the key of the noise has {KEY_BYTES}; restore it, or "
+            "delete it: a round that is done again then has other noise, and is counted again"
+        )
+    return SecureNoise(key)
 
 
 def check_grouped(groups: Sequence[Group], everyone: Mapping[ClientId, Reply], rnd: int) -> None:

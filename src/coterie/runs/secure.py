@@ -24,6 +24,7 @@ from coterie.methods.secure import (
     Sum,
     applied,
     check_members,
+    in_no_sum,
     sessions_of,
     too_small,
 )
@@ -125,6 +126,7 @@ def summed(
         for of in done.values()
         if of.error
     ]
+    not_opened += [f"tensors of {c} are in no secure sum, and stay as they were" for c in in_no_sum(groups, replies)]
     return Agreed(changed, failed, sums=done, notes=not_opened, once=_shortened(settings, done))
 
 

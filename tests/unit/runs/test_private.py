@@ -16,7 +16,7 @@ from coterie.config.sections import Config
 from coterie.experiment import run
 from coterie.ops.accounting import Noised, Sampled, spent
 from coterie.runs.ledger import LEDGER, read_ledger
-from coterie.runs.private import KEY
+from coterie.runs.private import KEY, kept_noise
 from coterie.runs.rounds import Runner
 from coterie.types import CoterieError
 
@@ -237,3 +237,13 @@ def test_what_only_looks_private_is_refused(
         run(config(folder, privacy, settings, **rest), tmp_path / "run", root=folder)
     assert says in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_key_of_the_noise_is_written_whole_for_its_owner_alone_and_refused_in_part(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "privacy.key"
+    noise = kept_noise(path)
+    assert path.stat().st_mode & 0o077 == 0
+    assert torch.equal(noise.normal((3,), "a"), kept_noise(path).normal((3,), "a"))
+    path.write_bytes(b"")  # as a process leaves it that was killed as it wrote: each start would draw other noise
+    with pytest.raises(CoterieError, match="is damaged: it has 0 bytes, and the key of the noise has 32"):
+        kept_noise(path)

@@ -36,7 +36,7 @@ from private_sums import ON, PRIVACY, clients, gone, made, opened
 SIX = ("mood-0", "mood-1", "mood-2", "size-0", "size-1", "place-0")
 THREE = SIX[:3]
 BOTH = ["fdlora", "fedamole", "feddpa", "fedit", "fedlease", "fedprox", "fedsa_lora", "ffa_lora", "rolora", "smartfed"]
-ONE = Key("a", 0, Part.A)
+ONE, OTHER = Key("a", 0, Part.A), Key("b", 0, Part.A)
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,17 @@ def test_two_of_six_may_vanish_in_any_step(step: str) -> None:
     drawn = [SeededNoise(0).normal((50,), "round 1", c, str(ONE)) for c in left]
     expected = own * torch.stack(drawn).mean(0)
     assert torch.allclose(agreed.replies[over[-1]].tensors[ONE].double(), expected, atol=1e-6)
+
+
+def test_what_is_in_no_sum_stays_as_it_was() -> None:
+    over = clients(4)
+    moved = {c: {ONE: torch.ones(4), OTHER: torch.ones(4)} for c in over}
+    agreed = opened(made("fedsa_lora"), moved, [Group(tuple(over[:3]), frozenset({ONE}))])
+    assert len(agreed.replies) == 4
+    for reply in agreed.replies.values():
+        assert torch.equal(reply.tensors[OTHER], torch.zeros(4)), "an update without noise"
+    assert torch.equal(agreed.replies[over[3]].tensors[ONE], torch.zeros(4))
+    assert agreed.notes == [f"tensors of {c} are in no secure sum, and stay as they were" for c in over]
 
 
 def test_what_is_never_opened_is_counted_all_the_same(tmp_path: Path) -> None:
