@@ -102,10 +102,14 @@ def _alone(client_request: ClientRequest, note: Note) -> Answer | Exception:
 
 
 def _fewer_rows(client_request: ClientRequest) -> ClientRequest:
-    """The same with half as many rows at once where possible: in evaluation, unless padding counts."""
+    """The same with half as many rows at once where possible: in evaluation, unless padding counts.
+
+    A client whose rows are hidden measures one row at a time, and once: it stays as it is.
+    """
     compute, request = client_request
     rows = compute.workplace.eval_batch_size
-    if isinstance(request, Train) or (isinstance(request, Observe) and request.padding) or rows == 1:
+    counts_padding = isinstance(request, Observe) and request.padding
+    if isinstance(request, Train) or counts_padding or compute.private is not None or rows == 1:
         return client_request
     return replace(compute, workplace=replace(compute.workplace, eval_batch_size=-(-rows // 2))), request
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import tiny
+from coterie.compute import client as client_module
+from coterie.compute.batched import answer_all
 from coterie.compute.client import LocalCompute
 from coterie.compute.workplace import Workplace
 from coterie.data.rows import ClientData
@@ -137,6 +139,25 @@ def test_embeddings_are_measured_once_and_only_in_rounds_that_count_them(place: 
         compute.observe(ask)
     with pytest.raises(CoterieError, match="the noise is for 7 rows, and there are 6"):
         LocalCompute(workplace, client, 1, private=private(rows=7)).observe(ask)
+
+
+def test_embeddings_are_measured_once_after_too_little_memory_too(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace, client, bank, _ = place
+    whole, notes, tries = client_module.private_embeddings, list[str](), list[int]()
+
+    def short(*given: Any) -> Any:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError
+        return whole(*given)
+
+    monkeypatch.setattr(client_module, "private_embeddings", short)
+    compute, ask = LocalCompute(workplace, client, 1, private=private()), Observe(bank, "train", ("embeddings",))
+    first, second, third = (answer_all([(compute, ask)], notes.append)[0] for _ in range(3))
+    assert isinstance(first, torch.OutOfMemoryError), "rows pass one by one, fewer at once there are not"
+    assert not notes
+    assert not isinstance(second, Exception)
+    assert "would have no noise" in str(third)
 
 
 def test_a_budget_covers_steps_and_embeddings() -> None:
