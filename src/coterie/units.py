@@ -16,22 +16,19 @@ def size(value: float) -> str:
 
 def operations(gflop: float) -> str:
     """Billions of floating-point operations in words: ``0.5 GFLOP``, ``12.3 TFLOP``, ``450 PFLOP``."""
-    unit = "GFLOP"
-    for unit in ("GFLOP", "TFLOP", "PFLOP"):
-        if gflop < 1000 or unit == "PFLOP":
-            break
-        gflop /= 1000
-    return f"{gflop:.0f} {unit}" if gflop >= 100 else f"{gflop:.3g} {unit}"
+    return _in_thousands(gflop, ("GFLOP", "TFLOP", "PFLOP"))
 
 
 def energy(joules: float) -> str:
     """Joules with about three digits: ``0.52 J``, ``12.3 kJ``, ``450 MJ``."""
-    unit = "J"
-    for unit in ("J", "kJ", "MJ"):
-        if joules < 1000 or unit == "MJ":
-            break
-        joules /= 1000
-    return f"{joules:.0f} {unit}" if joules >= 100 else f"{joules:.3g} {unit}"
+    return _in_thousands(joules, ("J", "kJ", "MJ"))
+
+
+def _in_thousands(value: float, units: tuple[str, ...]) -> str:
+    """``value``, of the first of ``units``, in the one that leaves it below 1000. Each is 1000 times the one before."""
+    power = next((i for i in range(len(units) - 1) if value < 1000 ** (i + 1)), len(units) - 1)
+    value /= 1000**power
+    return f"{value:.0f} {units[power]}" if value >= 100 else f"{value:.3g} {units[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -77,19 +77,17 @@ def _present(blob: bytes) -> Bundle:
     return decode(Bundle, blob)
 
 
-def _format_2(blob: bytes) -> Bundle:
-    older = decode(Bundle2, blob)
-    return Bundle(older.bank, older.now)
+def _older(kind: type[Bundle2]) -> Callable[[bytes], Bundle]:
+    def read(blob: bytes) -> Bundle:
+        older = decode(kind, blob)
+        return Bundle(older.bank, older.now)
 
-
-def _format_3(blob: bytes) -> Bundle:
-    older = decode(Bundle3, blob)
-    return Bundle(older.bank, older.now)
+    return read
 
 
 # A reader for every format that a released version wrote, forever. A change of Bundle, Bank or About is a new format,
 # with a reader that fills in what older ones lack, and a bundle of it in tests/unit/adapters/bundles.
-_READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _format_2, 3: _format_3, 4: _present}
+_READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _older(Bundle2), 3: _older(Bundle3), 4: _present}
 
 
 def one_lora(bank: Bank) -> dict[Key, Tensor]:

@@ -41,13 +41,7 @@ class Bundle2:
 
 
 @dataclass(frozen=True)
-class Bundle3:
+class Bundle3(Bundle2):
     """Format 3: without ``texts``."""
 
-    bank: Bank
     about: _About3
-    format: int
-
-    @property
-    def now(self) -> About:
-        return About(**asdict(self.about))
