@@ -15,7 +15,7 @@ import sites
 from coterie.adapters.about import Texts
 from coterie.adapters.bundle import read_bundle, write_bundle
 from coterie.artifacts.cross import cross_table
-from coterie.artifacts.evaluate import evaluate, plain
+from coterie.artifacts.evaluate import evaluate, open_client, plain
 from coterie.cli.main import app
 from coterie.comparison.cross import CROSS
 from coterie.config.load import check_config
@@ -102,6 +102,13 @@ def test_a_bundle_names_no_function_to_import_as_a_score(tmp_path: Path) -> None
     written = about_export(config, tmp_path, 1, "last").texts
     assert written is not None
     assert written.scores == ("numeric",)
+
+
+def test_a_bundle_alone_draws_tokens_as_its_run_did(tmp_path: Path) -> None:
+    bundle = bundles.finished(tmp_path, "generation") / "clients" / "north"
+    bank, about = read_bundle(bundle)
+    write_bundle(bundle, bank, replace(about, texts=Texts("all", "likelihood", 0.1, ("numeric",), 4, 1.0, 1.0, 7)))
+    assert open_client(bundle, None).workplace.seed == 7
 
 
 def test_preferences_need_the_run_or_a_column_of_completions(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from coterie.engines.base import Delivery
 from coterie.engines.local import LocalEngine
 from coterie.engines.together import Together
 from coterie.flower.message import Message
+from coterie.methods.privacy import PrivacySettings
 from coterie.runs.entries import ClientRound
 from coterie.runs.events import METRICS, RoundDone, from_json, read_events
 from coterie.runs.rounds import Runner
@@ -47,10 +48,10 @@ def unmetered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coterie.energy.rapl", lambda *_: ())
 
 
-def trained(folder: Path, together: int = 0, **settings: Any) -> dict[ClientId, Delivery]:
+def trained(folder: Path, together: int = 0, devices: int = 1, **settings: Any) -> dict[ClientId, Delivery]:
     engine, method = short_runs.engine_of(short_runs.clients(*CLIENTS), folder), short_runs.make("fedit")
     workplace = replace(engine.workplace, **settings)
-    passes = Together((workplace,), together) if together else None
+    passes = Together((workplace,) * devices, together) if together else None
     engine = LocalEngine(workplace, engine.federation, engine.states, passes)
     state = method.init(engine.spec, engine.clients)
     return dict(engine.train(method, method.configure(state, engine.clients, 1), 1))
@@ -68,6 +69,13 @@ def test_clients_of_one_pass_share_what_it_took(package: None, tmp_path: Path) -
         assert of.energy is not None
         assert of.energy.source == "shared"
         assert of.energy.joules == pytest.approx(2.0 * gflop[client] / sum(gflop.values()))
+
+
+def test_clients_on_several_devices_at_once_are_not_measured_by_a_counter_that_counts_them_all(
+    package: None, tmp_path: Path
+) -> None:
+    made = trained(tmp_path, together=1, devices=2, joules_per_tflop=5.0)
+    assert {of.energy.source for of in made.values() if of.energy} == {"estimate"}
 
 
 @pytest.mark.parametrize("together", [0, 3])
@@ -108,6 +116,16 @@ def test_the_record_of_a_round_holds_it(package: None, tmp_path: Path) -> None:
     (done,) = [event for event in read_events(tmp_path / METRICS) if isinstance(event, RoundDone)]
     assert from_json(done.to_json()) == done
     assert joules_of(done.clients.values()) == {"joules": 6.0, "joules_from": "measured"}
+
+
+def test_the_record_of_a_private_round_does_not(package: None, tmp_path: Path) -> None:
+    """It would say how much a client trained, which has no noise."""
+    engine, method = short_runs.engine_of(short_runs.clients(*CLIENTS), tmp_path / "states"), short_runs.make("fedit")
+    private = PrivacySettings(unit="client", clip=0.1, noise_multiplier=1.0)
+    method = replace(method, plan=replace(method.plan, privacy=private))
+    Runner(method, engine, RoundSettings(1, 0), tmp_path).run()
+    (done,) = [event for event in read_events(tmp_path / METRICS) if isinstance(event, RoundDone)]
+    assert {entry.energy for entry in done.clients.values()} == {None}
 
 
 def entries() -> Iterator[ClientRound]:

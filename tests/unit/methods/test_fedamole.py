@@ -13,9 +13,11 @@ import torch
 
 from coterie import codec
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
+from coterie.methods.fedamole.selection import within_reach
 from coterie.methods.findings import Assignment, ExpertPool, find
 from coterie.methods.plan import Plan
 from coterie.methods.robust import RobustSettings
+from coterie.ops.assign import Limits
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut, Observe, Observed, Train, Trained
 from coterie.types import (
@@ -174,6 +176,23 @@ def test_late_clients_of_the_controls(mode: str) -> None:
         assert {int(n) for n in numbers.flatten()} == {3, 4}
 
 
+@pytest.mark.parametrize(
+    ("experts", "homogeneous", "expected"),
+    [
+        (27, False, Limits(2, 2, 8)),  # 54 picks for 10 clients are enough
+        (8, False, Limits(2, 1, 8)),
+        (4, False, Limits(2, 0, 8)),
+        (10, True, Limits(2, 2, 8, homogeneous=True)),
+        (27, True, Limits(2, 5, 6)),
+        (4, True, Limits(2, 0, 1)),
+    ],
+)
+def test_limits_change_only_where_late_clients_leave_too_few_picks(
+    experts: int, homogeneous: bool, expected: Limits
+) -> None:
+    assert within_reach(Limits(2, 2, 8, homogeneous), experts, 10) == expected
+
+
 @pytest.mark.parametrize(("number", "numbers"), [(3, {2}), (9, {1, 2}), (20, {0, 1})])
 def test_where_the_pool_is_too_small_for_all_late_clients_each_holds_an_equal_share_at_least(
     number: int, numbers: set[int]
@@ -181,6 +200,7 @@ def test_where_the_pool_is_too_small_for_all_late_clients_each_holds_an_equal_sh
     many = [ClientInfo(f"late-{i:02}", 9, group="abc"[i % 3]) for i in range(number)]
     method, state = make(max_experts=3)  # 24 picks for 9 clients
     state = one_round(method, state, 1, late=many)
+    assert state.clients == (*sorted(INFO), *(client.id for client in many))
     for z in state.holds.values():
         assert (z.sum(1) == 2).all()
         least, most = int(z.sum(0).min()), int(z.sum(0).max())

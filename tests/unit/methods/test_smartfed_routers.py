@@ -216,6 +216,11 @@ def test_a_site_that_joins_late_or_changes_its_limit_is_followed() -> None:
         assert found.budgets == budgets
 
 
+def test_the_budget_of_a_client_that_misses_a_round_stays_on_record() -> None:
+    method, state, _ = made(active=4, budgets={"weak": 1}, clients=[ME, WEAK])
+    assert method.aggregate(state, {ME.id: Reply(state.routers, 10)}, 1).budgets == {"weak": 1}
+
+
 def test_a_client_must_answer_for_the_budget_that_it_was_sent() -> None:
     method, state, _ = made(active=4, budgets={"weak": 1}, clients=[ME, WEAK])
     for info, fault in (({"active": 1}, None), ({}, "lacks active"), ({"active": 4}, "active is 4, not an integer")):
