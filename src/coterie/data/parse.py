@@ -18,6 +18,7 @@ from coterie.types import DataError, TaskKind
 TEXT_PAIR = "text_pair"
 CHOICES = "choices"
 LONGEST_TEXT = 1_000_000  # characters: beyond what any base reads, and minutes of work for a tokenizer
+_DIGITS = 4000  # of a label that is a number; Python reads no more than 4300
 
 
 def parse(
@@ -297,4 +298,5 @@ def _label(value: object, where: str) -> str:
 
 
 def _is_integer(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
+    digits = name.removeprefix("-")
+    return digits.isdecimal() and len(digits) <= _DIGITS

@@ -294,6 +294,13 @@ def test_faults_say_what_and_where(pets: Path, settings: dict[str, Any], says: s
         load(pets, **settings)
 
 
+def test_a_label_of_more_digits_than_python_reads_is_text(tmp_path: Path) -> None:
+    long = "9" * 5000
+    for split in ("train", "test"):
+        table(tmp_path / "clients" / "a" / f"{split}.jsonl", 4, ("2", long))
+    assert load(tmp_path, folder="clients").clients[0].info.labels == ("2", long)
+
+
 @pytest.mark.parametrize("bad", ["\x1b[31m", "\u202e", "\n", "\x00"])
 def test_labels_and_groups_that_are_not_shown_are_refused(bad: str, tmp_path: Path) -> None:
     records = [{"text": f"text {i}", "label": f"yes{bad}." if i % 2 else "no"} for i in range(20)]
