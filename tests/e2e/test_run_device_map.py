@@ -86,15 +86,15 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
         check_config({**raw, **changes}).make_method(tmp_path)
 
 
-PARTS = {"model": "cpu", "lm_head": "cpu"}  # which share the embeddings
+TIED = {"model": "cpu", "lm_head": "cpu"}  # which share the embeddings
 
 
 @pytest.mark.parametrize(
     ("arch", "device_map", "message"),
     [
         ("llama", {"": "cuda:99"}, "device_map names 'cuda:99'; this machine has cpu"),
-        ("llama", {**PARTS, "lm_head": "disk"}, "'model.embed_tokens.weight' on 'cpu' and 'lm_head.weight' on 'disk'"),
-        ("llama", {**PARTS, "model.norms": "disk"}, "names 'model.norms', which this base does not have"),
+        ("llama", {**TIED, "lm_head": "disk"}, "'model.embed_tokens.weight' on 'cpu' and 'lm_head.weight' on 'disk'"),
+        ("llama", {**TIED, "model.norms": "disk"}, "names 'model.norms', which this base does not have"),
         ("llama", {"model.norm": "cpu", "model.layers": "disk"}, "names no device for 'model.embed_tokens.weight'"),
         ("bert", {"bert": "cpu", "classifier": "disk"}, "leaves 'classifier.bias' on the disk, but the files"),
     ],

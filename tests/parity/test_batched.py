@@ -153,14 +153,16 @@ def groups(clients: Sequence[ClientData], size: int) -> list[list[ClientData]]:
 
 # every method --------------------------------------------------------------------------------------------------------
 
-WAYS = [
-    *((name, head, "classification") for name in sorted(methods()) for head in ("personal", "shared")),
-    *((name, "personal", kind) for name in sorted(methods()) for kind in ("generation", "multiple_choice")),
-    *(
-        pytest.param(name, "personal", "dpo", marks=[] if name in ("fedit", "fedlease") else pytest.mark.slow)
-        for name in sorted(methods())
-    ),
-]
+WAYS = thinned(
+    [
+        *((name, head, "classification") for name in sorted(methods()) for head in ("personal", "shared")),
+        *((name, "personal", kind) for name in sorted(methods()) for kind in ("generation", "multiple_choice", "dpo")),
+    ],
+    lambda name, _, kind: {
+        "multiple_choice": name in {"fedit", *PUBLISHED},
+        "dpo": name in {"fedit", "fedlease"},
+    }.get(kind, True),
+)
 
 
 @pytest.mark.parametrize(("name", "head", "kind"), WAYS)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from coterie.types import (
     Reply,
 )
 from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
+from thinned import PUBLISHED, thinned
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +103,12 @@ def replies_of(deliveries: Mapping[ClientId, Delivery]) -> dict[ClientId, Reply]
 # every method --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["personal", "shared"])
-@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize(
+    ("name", "head"),
+    thinned(
+        product(sorted(methods()), ["personal", "shared"]), lambda name, head: head == "personal" or name in PUBLISHED
+    ),
+)
 def test_the_engine_gives_the_bits_of_programs_driven_by_hand(name: str, head: str, tmp_path: Path) -> None:
     assert len(methods()) >= 3
     method, engine, workplace = method_of(name, head), engine_in(tmp_path), make_workplace()
