@@ -23,9 +23,8 @@ from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quan
 from coterie.nn.prompt_cache import PromptCache
 from coterie.nn.rows import RowMask
 from coterie.nn.weights import digests, fingerprint
+from coterie.ops.sampling import NEW_TOKENS
 from coterie.types import Bank, CoterieError, DataError, Part, TaskKind
-
-DEFAULT_NEW_TOKENS = 64  # where neither a run nor a bundle says how many
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ClientModel:
     max_length: int = 128
     row_mask: RowMask = field(default_factory=RowMask, repr=False)
     columns: Columns | None = field(default_factory=Columns)
-    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    max_new_tokens: int = NEW_TOKENS
     prompt_cache: PromptCache | None = field(default=None, repr=False)
 
     def predict(
@@ -111,7 +110,7 @@ def model_of(bank: Bank, about: About, base: str | None, placing: Placing) -> Cl
     return ClientModel(
         loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank,
         about.max_length, carried.now.rows, prompt_cache=loaded.prompt_cache,
-        max_new_tokens=about.texts.max_new_tokens if about.texts else DEFAULT_NEW_TOKENS,
+        max_new_tokens=about.texts.max_new_tokens if about.texts else NEW_TOKENS,
     )  # fmt: skip
 
 

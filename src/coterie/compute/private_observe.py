@@ -39,10 +39,8 @@ def private_embeddings(observation: Observation, private: RowPrivacy) -> Observe
         factor = min(1.0, private.embedding_clip / max(length, 1e-300))
         for key, value in values.items():
             total[key] = total[key] + factor * value if key in total else factor * value
-    deviation, about = (
-        private.measured.multiplier * private.embedding_clip,
-        (observation.client.info.id, observation.rnd),
-    )
+    deviation = private.measured.multiplier * private.embedding_clip
+    about = observation.client.info.id, observation.rnd
     noisy = {
         key: value + deviation * private.noise.normal(tuple(value.shape), *about, "embeddings", str(key))
         for key, value in sorted(total.items())

@@ -10,6 +10,11 @@ from coterie.config.placement import MAP, MEMORY, MemoryLimits, PlacedParts, che
 from coterie.data.settings import ClientFiles, Columns, DataSettings
 from coterie.types import Json, Part, Section
 
+JOULES = (
+    "joules for 1e12 operations of training, to estimate energy where no counter of the machine can be read; 0: no "
+    "estimate"
+)
+
 
 class FederationSettings(Section):
     """How the server of ``coterie serve`` works with its sites. ``coterie run`` does not read it."""
@@ -118,12 +123,7 @@ class SiteEngine(Section):
 
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else one per core")
-    joules_per_tflop: float = Field(
-        0.0,
-        ge=0,
-        description="joules for 1e12 operations of training, to estimate energy where no counter of the machine can be "
-        "read; 0: no estimate",
-    )
+    joules_per_tflop: float = Field(0.0, ge=0, description=JOULES)
 
 
 class Policy(Section):

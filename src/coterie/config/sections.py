@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from coterie.config.check import checked
-from coterie.config.deployment import FederationSettings
+from coterie.config.deployment import JOULES, FederationSettings
 from coterie.config.placement import MAP, MEMORY, MemoryLimits, PlacedParts, check_engine, check_limits
 from coterie.config.privacy import check_privacy, check_training
 from coterie.data.dpo import Objective, Reference
@@ -19,6 +19,7 @@ from coterie.methods.privacy import PrivacySettings
 from coterie.methods.registry import method_named
 from coterie.methods.robust import RobustSettings
 from coterie.methods.secure import SecureAggregationSettings, refusal
+from coterie.ops.sampling import NEW_TOKENS
 from coterie.ops.scores import DEFAULT
 from coterie.requests import Optim
 from coterie.types import CoterieError, Json, Section, TaskKind
@@ -90,7 +91,7 @@ class TaskSettings(Section):
         description="generation: the scores of generated text: rouge_l (extra metrics), exact_match, token_f1, "
         "numeric, those of installed packages, and in simulations module:function",
     )
-    max_new_tokens: int = Field(64, ge=1, description="generation: the most tokens to generate")
+    max_new_tokens: int = Field(NEW_TOKENS, ge=1, description="generation: the most tokens to generate")
     temperature: float = Field(
         0.0, ge=0, description="generation: 0: the most likely tokens; above: draw them, the higher the more freely"
     )
@@ -234,12 +235,7 @@ class EngineSettings(Section):
         "or as many as take 64 MiB where all would take more than 256 MiB; 0: all",
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, or one per core")
-    joules_per_tflop: float = Field(
-        0.0,
-        ge=0,
-        description="joules for 1e12 operations of training, to estimate energy where no counter of the machine can be "
-        "read; 0: no estimate",
-    )
+    joules_per_tflop: float = Field(0.0, ge=0, description=JOULES)
     ray: RaySettings = Field(default_factory=RaySettings)
 
     @field_validator("device")

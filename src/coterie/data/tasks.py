@@ -31,7 +31,7 @@ from coterie.data.examples import (
 from coterie.data.outputs import Hidden, Output
 from coterie.data.parse import listing
 from coterie.data.rows import ChatRow, ChoiceRow, GenerationRow, PreferenceRow, PromptRow, Row, TextRow
-from coterie.ops.sampling import GREEDY, Sampling
+from coterie.ops.sampling import GREEDY, NEW_TOKENS, Sampling
 from coterie.ops.scores import DEFAULT
 from coterie.types import DataError, TaskKind
 
@@ -103,7 +103,7 @@ class Generation:
 
     tokenizer: Tokenizer
     max_length: int = 128
-    max_new_tokens: int = 64
+    max_new_tokens: int = NEW_TOKENS
     generates: bool = False
     turns: TrainedTurns = "all"
     scores: tuple[str, ...] = DEFAULT
@@ -268,7 +268,7 @@ def make_task(
     kind: TaskKind,
     tokenizer: Tokenizer,
     max_length: int,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = NEW_TOKENS,
     generates: bool = False,
     turns: TrainedTurns = "all",
     scores: Sequence[str] = DEFAULT,

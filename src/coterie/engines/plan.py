@@ -164,6 +164,8 @@ def _workplace(config: Config, root: Path) -> tuple[Workplace, torch._subclasses
         path, kind, mode, targets=targets, dtype=_DTYPES[config.model.dtype], device=str(device),
         gradient_checkpointing=config.model.gradient_checkpointing,
     )  # fmt: skip
+    if placement := placement_of(config):
+        placement.check(base.model)
     base = replace(base, spec=spec_at(path, kind, targets))
     with mode:
         prepare(base, config, precision)

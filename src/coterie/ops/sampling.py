@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEW_TOKENS = 64  # the most that are generated, where nobody says how many
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -147,3 +147,20 @@ def test_what_cannot_be_planned_says_what_to_plan_instead(sections: dict[str, An
     config = config_of(tmp_path, "llama", **sections)
     with pytest.raises(CoterieError, match=why):
         plan(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "why"),
+    [
+        ({"model": "cpu", "head": "cpu"}, "device_map names 'head', which this base does not have; remove it"),
+        ({"model": "cpu", "lm_head": "disk"}, "they are the same weights; name one device for both"),
+    ],
+)
+def test_a_device_map_that_does_not_fit_the_base_is_refused(
+    device_map: dict[str, str], why: str, tmp_path: Path
+) -> None:
+    federation(tmp_path, "llama")
+    tiny.folder(tmp_path / "model", "llama")
+    config = config_of(tmp_path, "llama", engine={"device": "auto"}, model={"device_map": device_map})
+    with pytest.raises(CoterieError, match=why):
+        plan(config, tmp_path)
