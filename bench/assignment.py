@@ -1,11 +1,13 @@
-"""When FedAMoLE's experts measure, and on which rows: the assignment against the domains, and what it is worth.
+"""When FedAMoLE's experts measure, on which rows, and how they start: the assignment against the domains, and its worth.
 
-Twelve clients of four tasks (sst2, trec, sick, and the banking domain of CLINC150), three each. For every variant and
-seed: test accuracy after local training by round, the share of the pairs of holders of one expert that are of one task
-(chance: .18), and the share of the pairs of expert and client that the round before did not have.
+For every variant and seed: test accuracy after local training by round, the share of the pairs of holders of one expert
+that are of one domain (chance: .18), and the share of the pairs of expert and client that the round before did not have.
+
+Two federations of twelve clients, three of each domain. ``tasks``: sst2, trec, sick, and the banking domain of CLINC150.
+``requests``: four domains of CLINC150, where a client has very few rows of each intent; experts in the last three layers.
 
     python examples/fetch_data.py sst2 trec sick clinc150   # once
-    python bench/assignment.py --seeds 0 1 2                # goes on where it stopped; its runs are in runs/assignment
+    python bench/assignment.py --federation requests --seeds 0 1 2 3 4 5   # goes on where it stopped
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from _harness import arguments, banking, datasets, table, write
+from _harness import arguments, banking, datasets, domain, table, write
 
 from coterie.comparison import config_for
 from coterie.comparison.variants import folder_of
@@ -36,6 +38,8 @@ VARIANTS = {
     "known domains, all rows": "fedamole:assignment=oracle:embed_rows=all",
     "before": "fedamole:embed=before",
     "before, all rows": f"fedamole:{NEW}",
+    "before, all rows, inertia": f"fedamole:{NEW}:inertia=2.0",
+    "before, all rows, inertia, from one": f"fedamole:{NEW}:inertia=2.0:first_holders=1",
 }
 RAW: dict[str, Any] = {
     "model": {"path": "minilm", "max_length": 64},
@@ -46,10 +50,19 @@ RAW: dict[str, Any] = {
     "run": {"rounds": 8, "evaluate": "trained", "evaluate_every": 4},
     "engine": {"threads": 1, "device": "cpu", "precision": "bfloat16", "clients_per_batch": "auto"},
 }
+DOMAINS = ("banking", "travel", "kitchen_and_dining", "work")
+TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("query", "value")]
+REQUESTS: dict[str, Any] = {
+    "model": {"path": "minilm", "max_length": 32},
+    "data": {"train_rows": 30, "validation_rows": 15, "test_rows": 100},
+    "lora": {"rank": 8, "targets": TARGETS},
+    "run": {"rounds": 6, "evaluate": "trained", "evaluate_every": 4},
+}
 QUICK = ["data.train_rows=8", "data.validation_rows=1", "data.test_rows=2", "run.rounds=1", "run.evaluate_every=1"]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--federation", choices=("tasks", "requests"), default="tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names of VARIANTS, or NAME=VARIANT")
     parser.add_argument("--work", type=Path, default=Path("runs/assignment"), help="where the runs lie")
@@ -91,9 +104,18 @@ def rows(chosen: argparse.Namespace, raw: Mapping[str, Any], named: Mapping[str,
             yield row
 
 
+def federation(name: str, work: Path) -> list[str]:
+    """The datasets of a federation: folders, made where they are missing."""
+    data = datasets()
+    if name == "requests":
+        return [str(domain(data, of, work / of)) for of in DOMAINS]
+    return [*(str(data / of) for of in ("sst2", "trec", "sick")), str(banking(data, work / "banking"))]
+
+
 def main() -> None:
     chosen = arguments(__doc__ or "", options)
-    raw: dict[str, Any] = override(RAW, [f"engine.threads={chosen.threads}", *chosen.overrides])
+    of = RAW | REQUESTS if chosen.federation == "requests" else RAW
+    raw: dict[str, Any] = override(of, [f"engine.threads={chosen.threads}", *chosen.overrides])
     named = {v.split("=", 1)[0] if v not in VARIANTS else v: VARIANTS.get(v) or v.split("=", 1)[1]
              for v in chosen.variants}  # fmt: skip
     if chosen.quick:
@@ -101,15 +123,14 @@ def main() -> None:
         raw["data"]["datasets"], raw["data"]["partition"] = ["demo"], {"name": "by_dataset", "clients": 1}
         chosen.seeds, named, chosen.work = [0], {"published": "fedamole:experts=6"}, chosen.out / "runs"
     else:
-        data = datasets()
-        names = [str(data / name) for name in ("sst2", "trec", "sick")]
-        raw["data"]["datasets"] = [*names, str(banking(data, chosen.work.resolve() / "banking"))]
+        raw["data"]["datasets"] = federation(chosen.federation, chosen.work.resolve())
         raw["data"]["partition"] = {"name": "by_dataset", "clients": 3, "stratify": True}
     found = list(rows(chosen, raw, named))
     shown = [{k: v for k, v in row.items() if k not in ("clients", "variant", "loss")} for row in found]
     table("FedAMoLE's assignment", shown)
     named_data = {**raw["data"], "datasets": [Path(name).name for name in raw["data"]["datasets"]]}
-    write("assignment", chosen, {"config": {**raw, "data": named_data}, "rows": found})
+    name = "assignment" if chosen.federation == "tasks" else "assignment-requests"
+    write(name, chosen, {"config": {**raw, "data": named_data}, "rows": found})
 
 
 if __name__ == "__main__":

@@ -219,6 +219,30 @@ def test_experts_choose_the_clients_whose_data_fits_them() -> None:
     assert same_group(state) > 0.75
 
 
+def test_an_expert_that_starts_at_one_client_chooses_by_that_clients_data_alone() -> None:
+    agreed = {}
+    for first in (None, 1):
+        method, state = make(first_holders=first)
+        for z in state.holds.values():
+            assert (z.sum(1) == (first or 2)).all()
+            assert int(z.sum(0).min()) == (1 if first else 2)  # 12 experts for 9 clients, or 24
+        state = one_round(method, state, 1)
+        assert all((z.sum(1) == 2).all() and (z.sum(0) >= 2).all() for z in state.holds.values())
+        agreed[first] = same_group(state)
+    assert agreed[1] > 0.85 > agreed[None]
+
+
+@pytest.mark.parametrize("mode", ["static", "oracle", "random"])
+def test_where_experts_do_not_choose_they_start_at_all_their_clients(mode: str) -> None:
+    _, state = make(assignment=mode, first_holders=1)
+    assert all((z.sum(1) == 2).all() for z in state.holds.values())
+
+
+def test_more_first_holders_than_clients_of_an_expert_are_refused() -> None:
+    with pytest.raises(ValueError, match="first_holders = 3 is above clients_per_expert = 2; lower it"):
+        make(first_holders=3)
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "static", "random", "homogeneous"])
 def test_the_modes(mode: str) -> None:
     method, state = make(assignment=mode, experts=18)

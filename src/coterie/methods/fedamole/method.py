@@ -123,9 +123,9 @@ class FedAMoLE(Method[FedAMoLEState]):
             heads=start_heads(base, self.plan, clients),
         )
         random = self._random(state, 0)
-        if self.settings.assignment != "oracle":
-            return self._assign(state, random)
-        return self._assign(state, by_group(random, sorted(clients, key=lambda c: c.id)))
+        if self.settings.assignment == "oracle":
+            random = by_group(random, sorted(clients, key=lambda c: c.id))
+        return self._assign(state, random, self.settings.first_holders if self.settings.chooses else None)
 
     def configure(
         self, state: FedAMoLEState, clients: Sequence[ClientInfo], rnd: int
@@ -321,9 +321,10 @@ class FedAMoLE(Method[FedAMoLEState]):
         shape = len(state.base.targets), state.num_experts, len(state.clients)
         return at_random(shape, self.plan.seed, rnd)
 
-    def _assign(self, state: FedAMoLEState, scores: Scores) -> FedAMoLEState:
-        """The state with every expert at the clients that it picks by ``scores`` [m, E, n]."""
-        limits = within_reach(self._limits, state.num_experts, len(state.clients))
+    def _assign(self, state: FedAMoLEState, scores: Scores, picks: int | None = None) -> FedAMoLEState:
+        """The state with every expert at the clients that it picks by ``scores`` [m, E, n]: so many, or as usual."""
+        limits = replace(self._limits, clients_per_expert=picks or self.settings.clients_per_expert)
+        limits = within_reach(limits, state.num_experts, len(state.clients))
         chosen = torch.from_numpy(assign(scores, limits))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})
 

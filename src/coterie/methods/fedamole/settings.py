@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from coterie.methods.plan import MethodSettings
 from coterie.requests import HoldOut
@@ -17,6 +17,11 @@ class FedAMoLESettings(MethodSettings):
         None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
     )
     clients_per_expert: int = Field(2, ge=1, description="clients that each expert picks")
+    first_holders: int | None = Field(
+        None,
+        ge=1,
+        description="where experts choose: clients that hold each in round 1, at random; none: clients_per_expert",
+    )
     min_experts: int = Field(
         2, ge=1, description="the fewest experts of a client in a module, or top_k if that is larger"
     )
@@ -56,6 +61,14 @@ class FedAMoLESettings(MethodSettings):
     padding: Literal["ignored", "counted"] = Field(
         "ignored", description="padding tokens in the load-balance loss and the embeddings (counted: published code)"
     )
+
+    @model_validator(mode="after")
+    def _first_holders(self) -> FedAMoLESettings:
+        if self.first_holders and self.first_holders > self.clients_per_expert:
+            raise ValueError(
+                f"first_holders = {self.first_holders} is above clients_per_expert = {self.clients_per_expert}; lower it"
+            )
+        return self
 
     @property
     def chooses(self) -> bool:
