@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _harness import arguments, banking, datasets, domain, table, write
 
 from coterie.comparison import config_for
@@ -26,9 +27,11 @@ from coterie.comparison.variants import folder_of
 from coterie.config.load import override
 from coterie.experiment import run
 from coterie.methods.findings import Assignment
+from coterie.ops.statistics import bootstrap_interval, holm, sign_flip_p
 from coterie.report.history import by_round, history
 from coterie.report.read import read_run
 
+CONTROL = "random, all rows"
 NEW = "embed=before:embed_rows=all"
 VARIANTS = {
     "published": "fedamole",
@@ -58,6 +61,7 @@ REQUESTS: dict[str, Any] = {
     "lora": {"rank": 8, "targets": TARGETS},
     "run": {"rounds": 6, "evaluate": "trained", "evaluate_every": 4},
 }
+SHOWN = ("name", "round", "points", "ahead", "p_seeds", "p_clients", "holm")
 QUICK = ["data.train_rows=8", "data.validation_rows=1", "data.test_rows=2", "run.rounds=1", "run.evaluate_every=1"]
 
 
@@ -104,6 +108,31 @@ def rows(chosen: argparse.Namespace, raw: Mapping[str, Any], named: Mapping[str,
             yield row
 
 
+def against_random(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every variant less random assignment on the same seeds, by round, in points; and two tests that they are alike.
+
+    ``p_seeds`` flips the signs of the seeds' differences, ``p_clients`` those of the clients' (means over the seeds);
+    ``holm``: the latter adjusted for all variants of the round.
+    """
+    of = {(row["name"], row["seed"]): row for row in found}
+    names = [name for name in dict.fromkeys(row["name"] for row in found) if name != CONTROL]
+    lines: list[dict[str, Any]] = []
+    for rnd in dict.fromkeys(rnd for row in found for rnd in row["accuracy"]):
+        tested = []
+        for name in names:
+            seeds = [seed for of_name, seed in of if of_name == name and (CONTROL, seed) in of]
+            pairs = [(of[name, seed]["clients"][rnd], of[CONTROL, seed]["clients"][rnd]) for seed in seeds]
+            if not pairs:
+                continue
+            table = 100 * np.array([[mine[c] - other[c] for c in sorted(other)] for mine, other in pairs])
+            line = {"name": name, "round": rnd, "seeds": seeds, "points": table.mean(), "by_seed": list(table.mean(1))}
+            line |= {"ahead": int((table.mean(1) > 0).sum()), "interval": list(bootstrap_interval(table))}
+            tested.append(line | {"p_seeds": sign_flip_p(table.mean(1)[None]), "p_clients": sign_flip_p(table)})
+        adjusted = holm({line["name"]: line["p_clients"] for line in tested})
+        lines += [line | {"holm": adjusted[line["name"]]} for line in tested]
+    return lines
+
+
 def federation(name: str, work: Path) -> list[str]:
     """The datasets of a federation: folders, made where they are missing."""
     data = datasets()
@@ -128,9 +157,11 @@ def main() -> None:
     found = list(rows(chosen, raw, named))
     shown = [{k: v for k, v in row.items() if k not in ("clients", "variant", "loss")} for row in found]
     table("FedAMoLE's assignment", shown)
+    tests = against_random(found)
+    table("less random assignment, in points", [{k: line[k] for k in SHOWN} for line in tests])
     named_data = {**raw["data"], "datasets": [Path(name).name for name in raw["data"]["datasets"]]}
     name = "assignment" if chosen.federation == "tasks" else "assignment-requests"
-    write(name, chosen, {"config": {**raw, "data": named_data}, "rows": found})
+    write(name, chosen, {"config": {**raw, "data": named_data}, "rows": found, "tests": tests})
 
 
 if __name__ == "__main__":
