@@ -1,10 +1,10 @@
-"""When FedAMoLE's experts measure, on which rows, and how they start: the assignment against the domains, and its worth.
+"""When FedAMoLE's experts measure, on which rows, and how they start: what the assignment makes of it, and its worth.
 
-For every variant and seed: test accuracy after local training by round, the share of the pairs of holders of one expert
-that are of one domain (chance: .18), and the share of the pairs of expert and client that the round before did not have.
+For every variant and seed: test accuracy after local training by round, the share of the pairs of holders of one
+expert that are of one domain (chance: .18), and the share of the pairs of expert and client that are new in a round.
 
-Two federations of twelve clients, three of each domain. ``tasks``: sst2, trec, sick, and the banking domain of CLINC150.
-``requests``: four domains of CLINC150, where a client has very few rows of each intent; experts in the last three layers.
+Two federations of twelve clients, three of each domain. ``tasks``: sst2, trec, sick, and CLINC150's banking domain.
+``requests``: four domains of CLINC150, with few rows of each intent at a client; experts in the last three layers.
 
     python examples/fetch_data.py sst2 trec sick clinc150   # once
     python bench/assignment.py --federation requests --seeds 0 1 2 3 4 5   # goes on where it stopped

@@ -66,7 +66,8 @@ class FedAMoLESettings(MethodSettings):
     def _first_holders(self) -> FedAMoLESettings:
         if self.first_holders and self.first_holders > self.clients_per_expert:
             raise ValueError(
-                f"first_holders = {self.first_holders} is above clients_per_expert = {self.clients_per_expert}; lower it"
+                f"first_holders = {self.first_holders} is above clients_per_expert = {self.clients_per_expert}; "
+                "lower it"
             )
         return self
 
