@@ -114,6 +114,7 @@ class Bench:
                 task={"scores": ["exact_match"]},
                 train={"epochs": 1 if self.quick else 3},
                 run={"rounds": 1 if self.quick else 8, "evaluate_every": 2},
+                engine={"clients_per_batch": len(SKILLS) * EACH},
             )
             run(check_config(made), out, root=self.work, resume=(out / "config.json").exists())
         summary = json.loads((out / "summary.json").read_text())
