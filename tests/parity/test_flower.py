@@ -66,7 +66,7 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
 ) -> None:
     path = sites.config(tmp_path, "llama" if kind == "dpo" else "bert", method=name, kind=kind)
     changes: dict[str, Any] = {"task": {"head": head}} | ({"method": settings} if settings else {})
-    changes |= {"method": {"pool": pools.for_tiny(), **settings}} if name == "smartfed" else {}
+    changes |= {"method": {"pool": pools.for_tiny(poisoned=bool(settings)), **settings}} if name == "smartfed" else {}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
@@ -84,6 +84,8 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
         states[place] = runner.run()
     assert codec.encode(states["here"]) == codec.encode(states["there"])
     assert events(tmp_path / "here") == events(tmp_path / "there")
+    if name == "smartfed":
+        assert states["there"].dropped == (("bad",) if settings else ())
     instructions = method.configure(states["here"], reference.clients, 4)
     banks = {
         place: dict(engine.banks(method, instructions, 3)) for place, engine in (("here", reference), ("there", remote))

@@ -6,6 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,11 +36,23 @@ def made(over: Sequence[Target], ranks: Mapping[str, int], *, prefix: str = "ber
 
 
 @cache
-def for_tiny(arch: str = "bert") -> str:
-    """The folder of a pool for a tiny model: adapters ``one`` of rank 3 and ``two`` of rank 2."""
+def for_tiny(arch: str = "bert", *, poisoned: bool = False) -> str:
+    """The folder of a pool for a tiny model: adapters ``one`` of rank 3 and ``two`` of rank 2.
+
+    ``poisoned``: between them ``bad`` of rank 4, turned round and 50 times as strong.
+    """
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     kind = "classification" if arch in tiny.ENCODERS else "generation"
     prefix = {"bert": "bert.", "roberta": "roberta.", "gpt2": "transformer."}.get(arch, "model.")
-    write_pool(folder, made(tiny.targets(tiny.model(arch, kind)), {"one": 3, "two": 2}, prefix=prefix))
+    ranks = {"one": 3, "bad": 4, "two": 2} if poisoned else {"one": 3, "two": 2}
+    pool = made(tiny.targets(tiny.model(arch, kind)), ranks, prefix=prefix)
+    write_pool(folder, stronger(pool, "bad", -50.0) if poisoned else pool)
     return str(folder)
+
+
+def stronger(pool: Pool, adapter: str, times: float) -> Pool:
+    """The pool with the B of an adapter multiplied."""
+    first = next(a.first for a in pool.adapters if a.name == adapter)
+    tensors = {k: v * times if (k.expert, k.part) == (first, Part.B) else v for k, v in pool.tensors.items()}
+    return replace(pool, tensors=tensors, name=name_of(tensors))

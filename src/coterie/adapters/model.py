@@ -19,8 +19,9 @@ from coterie.nn.attach import attach
 from coterie.nn.base import Base, load_base
 from coterie.nn.locate import hub_name
 from coterie.nn.placement import DeviceMap, Placement, input_device
-from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.nn.prompt_cache import PromptCache
+from coterie.nn.quantised import Quantize
 from coterie.nn.rows import RowMask
 from coterie.nn.weights import digests, fingerprint
 from coterie.ops.sampling import NEW_TOKENS

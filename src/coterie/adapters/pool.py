@@ -11,12 +11,11 @@ Experts are numbered over the whole pool: an adapter of rank r has the r numbers
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from statistics import median_low
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ from coterie.types import CoterieError, Key, Part, PrivateError, Tensors
 
 POOL_FILE = "pool.safetensors"
 _FORMAT = 2
-_LARGE = 10.0  # times the others' median
+BOUND = 10.0  # times the others' median: an adapter with a larger norm is out of line
+_ON_ONE = 2.0  # times that bound, on one module: norms differ from module to module
 
 
 @dataclass(frozen=True)
@@ -117,26 +117,65 @@ def _read(path: Path, changed: int) -> Pool:
     return pool
 
 
-def norms(pool: Pool) -> dict[str, float]:
-    """How much each adapter changes the base: the root mean square, over its modules, of ||B A|| (Frobenius)."""
-    of_pool: dict[str, float] = {}
+@dataclass(frozen=True)
+class Excess:
+    """How far an adapter is out of line: ``times`` what is usual, which is more than ``limit``.
+
+    It is its norm over all its modules, or on ``module``.
+    """
+
+    times: float
+    limit: float
+    module: str = ""
+
+    def __str__(self) -> str:
+        where = f"on {self.module}" if self.module else "over its matrices"
+        return f"its norm (of B A, {where}) is {self.times:.3g} times the others' median"
+
+
+def norms(pool: Pool) -> dict[str, dict[str, float]]:
+    """How much each adapter changes the base, by module: the larger of ||B A|| (Frobenius) and of the root of
+    sum_i ||B_i||^2 ||A_i||^2 over its experts of rank 1, because gates may choose one of two that cancel."""
+    of_pool: dict[str, dict[str, float]] = {}
     for adapter in pool.adapters:
-        pairs = [
-            [pool.tensors[Key(m, adapter.first, part)].double() for part in (Part.B, Part.A)] for m in adapter.ranks
-        ]
-        of_pool[adapter.name] = (sum(squared_norm(b, a) for b, a in pairs) / len(pairs)) ** 0.5
+        of_pool[adapter.name] = {}
+        for module in adapter.ranks:
+            b, a = (pool.tensors[Key(module, adapter.first, part)].double() for part in (Part.B, Part.A))
+            apart = float(b.square().sum(0) @ a.square().sum(1))
+            of_pool[adapter.name][module] = max(squared_norm(b, a), apart) ** 0.5
     return of_pool
 
 
-def out_of_line(of_pool: Mapping[str, float]) -> dict[str, float]:
-    """The adapters whose norm is more than 10 times the median of the others', and how many times as large it is."""
-    factors = {}
-    for name, norm in of_pool.items():
-        others = [other for each, other in of_pool.items() if each != name]
-        middle = median_low(others) if others else norm
-        if norm > _LARGE * middle:
-            factors[name] = norm / middle if middle else math.inf
-    return factors
+def total(by_module: Mapping[str, float]) -> float:
+    """The root mean square of an adapter's norms over its modules."""
+    return (sum(norm**2 for norm in by_module.values()) / len(by_module)) ** 0.5
+
+
+def out_of_line(of_pool: Mapping[str, Mapping[str, float]], bound: float = BOUND) -> dict[str, Excess]:
+    """The adapters whose norm is more than ``bound`` times the median of the others', the most extreme first.
+
+    Or on one module more than twice that, where what is usual is the larger of the others' median there and of their
+    median over all modules. Adapters of norm 0 say nothing of what is usual. Half of the adapters at most are named.
+    """
+    found = {name: excess for name in of_pool if (excess := _excess(name, of_pool, bound))}
+    ranked = sorted(found, key=lambda name: (-found[name].times / found[name].limit, name))
+    return {name: found[name] for name in ranked[: len(of_pool) // 2]}
+
+
+def _excess(name: str, of_pool: Mapping[str, Mapping[str, float]], bound: float) -> Excess | None:
+    """How far an adapter is out of line: over all modules, or else on the one where that is most."""
+    others = [by_module for other, by_module in of_pool.items() if other != name and total(by_module) > 0]
+    if not others:
+        return None
+    usual = median(map(total, others))
+    if (times := total(of_pool[name]) / usual) > bound:
+        return Excess(times, bound)
+    here = []
+    for module, norm in of_pool[name].items():
+        there = [by_module[module] for by_module in others if module in by_module]
+        here.append(Excess(norm / max(usual, median(there) if there else 0.0), _ON_ONE * bound, module))
+    worst = max(here, key=lambda excess: excess.times)
+    return worst if worst.times > worst.limit else None
 
 
 def cut(tensors: Tensors) -> dict[Key, Tensor]:

@@ -22,7 +22,7 @@ from coterie.methods.parts import start_head
 from coterie.methods.plan import Plan
 from coterie.nn.base import spec_at
 from coterie.nn.placement import DeviceMap
-from coterie.nn.pretrained import Quantize
+from coterie.nn.quantised import Quantize
 from coterie.runs.folder import read_config
 from coterie.types import Bank, ClientInfo, CoterieError, Part
 

@@ -50,7 +50,7 @@ def build(
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> None:
     """Show what is in a pool, and where it came from."""
-    from coterie.adapters.pool import norms, out_of_line, read_pool
+    from coterie.adapters.pool import norms, out_of_line, read_pool, total
 
     pool = read_pool(folder)
     of_pool = norms(pool)
@@ -61,7 +61,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
                 adapter.name,
                 _span(adapter.ranks.values()),
                 _span(adapter.experts),
-                f"{of_pool[adapter.name]:.3g}",
+                f"{total(of_pool[adapter.name]):.3g}",
                 str(len(adapter.ranks)),
             )
             for adapter in pool.adapters
@@ -69,15 +69,17 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
     )
     for adapter in pool.adapters:
         console.say(_origin(adapter))
-    total = size(sum(value.nbytes for value in pool.tensors.values()))
+    stored = size(sum(value.nbytes for value in pool.tensors.values()))
     experts = _span((pool.size(module) for module in pool.modules), " to ")
     console.say(f"\npool {pool.name}\n{one_line(f'base {pool.base}')}")
     console.prose(f"a run checks the base's weights on {len(pool.weights)} of {len(pool.modules)} matrices")
-    console.prose(f"{len(pool.modules)} matrices with {experts} experts of rank 1 each; {total}, sent to a client once")
-    for name, times in out_of_line(of_pool).items():
+    console.prose(
+        f"{len(pool.modules)} matrices with {experts} experts of rank 1 each; {stored}, sent to a client once"
+    )
+    for name, excess in out_of_line(of_pool).items():
         console.prose(
-            f"note: {name} is out of line: its norm (of B A, over its matrices) is {times:.3g} times the others' "
-            "median. Routing cannot make up for that: check where it comes from, or build the pool without it"
+            f"note: {name} is out of line: {excess}. A run leaves it out ([method] pool_bound): check where it comes "
+            "from, or build the pool without it"
         )
 
 

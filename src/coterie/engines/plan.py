@@ -30,7 +30,8 @@ from coterie.engines.batch_size import first_request
 from coterie.nn.base import spec_at
 from coterie.nn.gates import forget_slots
 from coterie.nn.locate import resolve
-from coterie.nn.unloaded import shapes_alone, unloaded_base, weight_bytes
+from coterie.nn.quantised import check_parts, weight_bytes
+from coterie.nn.unloaded import shapes_alone, unloaded_base
 from coterie.requests import Train
 from coterie.types import CoterieError
 
@@ -166,6 +167,7 @@ def _workplace(config: Config, root: Path) -> tuple[Workplace, torch._subclasses
     )  # fmt: skip
     if placement := placement_of(config):
         placement.check(base.model)
+        check_parts(placement, base.model, config.model.quantize)
     base = replace(base, spec=spec_at(path, kind, targets))
     with mode:
         prepare(base, config, precision)

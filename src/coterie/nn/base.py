@@ -13,8 +13,9 @@ from coterie.machine import devices
 from coterie.nn.first_token import FirstToken, first_token
 from coterie.nn.locate import MINILM, files_of, resolve
 from coterie.nn.placement import Placement, input_device
-from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, Quantize, load_model, outline
+from coterie.nn.pretrained import PreTrainedModel, PreTrainedTokenizerBase, load_model, outline
 from coterie.nn.prompt_cache import PromptCache, prompt_cache
+from coterie.nn.quantised import Quantize
 from coterie.nn.spec import describe, head_modules, longest
 from coterie.nn.split_head import SplitHead, split_head
 from coterie.nn.weights import identified

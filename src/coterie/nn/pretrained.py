@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -34,12 +34,13 @@ from transformers.utils import logging as transformers_logging
 
 from coterie.nn.locate import files_of
 from coterie.nn.placement import DeviceMap, Placement, on_disk
+from coterie.nn.quantised import Quantize, check_parts, offloaded
 from coterie.nn.quiet import quiet_bitsandbytes
 from coterie.nn.spec import head_modules, linear_sizes
 from coterie.types import CoterieError, TaskKind
 
 T = TypeVar("T")
-Quantize = Literal["none", "nf4", "int8"]
+_OFFLOADED = "dispatched on the CPU or the disk"  # what transformers says of parts that it finds no room for
 _PROBE_LABELS = 7  # a number of labels that differs from all sizes in the model; replaced for every client
 _OPTIONAL = ("pooler",)  # parts that some checkpoints lack; they are then drawn from a fixed stream and frozen
 
@@ -79,7 +80,9 @@ def load_model(
         if placement is not None:
             if importlib.util.find_spec("accelerate") is None:
                 raise CoterieError("device_map needs accelerate: pip install accelerate")
-            placement.check(_on_meta(config, kind))
+            unread = _on_meta(config, kind).to(dtype)
+            placement.check(unread)
+            check_parts(placement, unread, quantize)
             options["device_map"], options["max_memory"] = placement.resolved()
         model = _model(path, kind, options)
     if quantize != "none":
@@ -223,10 +226,13 @@ def _quiet(path: str) -> Iterator[None]:
 
 def _loaded(load: Callable[..., T], path: str, **options: object) -> T:
     """What ``load``, a ``from_pretrained`` of transformers, makes of the files at ``path``."""
-    quantised = "quantization_config" in options
+    how = options.get("quantization_config")
+    quantised = isinstance(how, BitsAndBytesConfig)
     faults = (OSError, ValueError, ImportError, SafetensorError, *((RuntimeError,) if quantised else ()))
     try:
         return load(path, **options)
     except faults as fault:
+        if isinstance(how, BitsAndBytesConfig) and _OFFLOADED in str(fault):
+            raise CoterieError(offloaded("int8" if how.load_in_8bit else "nf4")) from fault
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise CoterieError(f"cannot load the model {path!r}{' quantised' if quantised else ''}: {reason}") from fault

@@ -14,9 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import pools
 import tiny
 from coterie.adapters.pool import (
     POOL_FILE,
+    Excess,
     cut,
     match_modules,
     name_of,
@@ -24,6 +26,7 @@ from coterie.adapters.pool import (
     out_of_line,
     put_back,
     read_pool,
+    total,
     write_pool,
 )
 from coterie.adapters.read import build_pool, read_adapter
@@ -255,8 +258,10 @@ def test_an_adapter_that_is_out_of_line_is_named(others: int, tmp_path: Path) ->
     pool = build_pool([str(path) for path in [*plain, louder(firm, 3)]])
     assert out_of_line(norms(pool)) == {}
     a, b = (pool.tensors[Key(pool.modules[0], 0, part)] for part in (Part.A, Part.B))
-    one_matrix = replace(pool.adapters[0], ranks={pool.modules[0]: 4})
-    assert norms(replace(pool, adapters=(one_matrix,)))["plain0"] == pytest.approx(float((b @ a).norm()), rel=1e-5)
+    apart = float((b.norm(dim=0) * a.norm(dim=1)).norm())
+    by_module = norms(pool)["plain0"]
+    assert by_module[pool.modules[0]] == pytest.approx(max(float((b @ a).norm()), apart), rel=1e-5)
+    assert total(by_module) == pytest.approx(float(torch.tensor([*by_module.values()]).square().mean().sqrt()))
 
     run, place = CliRunner(), str(tmp_path / "pool")
     command = ["pool", "build", place, *map(str, plain), str(louder(loud, 50))]
@@ -265,3 +270,54 @@ def test_an_adapter_that_is_out_of_line_is_named(others: int, tmp_path: Path) ->
     assert note.startswith("loud is out of line: its norm (of B A, over its matrices) is ")
     assert 35 < float(note.split(" is ")[2].split(" times")[0]) < 70
     assert run.invoke(app, ["pool", "show", place], catch_exceptions=False).output == built
+
+
+def test_experts_that_cancel_are_as_large_as_each_of_them() -> None:
+    """A gate may choose one of two experts of rank 1 whose sum has no effect."""
+    model = tiny.model("bert")
+    pool = pools.made(tiny.targets(model), {"one": 2, "two": 2})
+    pairs = {}
+    for key, value in pool.tensors.items():
+        if key.expert == 0:
+            first = value[:1] if key.part is Part.A else value[:, :1]
+            sign = 1.0 if key.part is Part.A else -1.0
+            pairs[key] = 40 * torch.cat([first, sign * first], dim=int(key.part is Part.B))
+    hidden = replace(pool, tensors={**pool.tensors, **pairs})
+    key = next(iter(pairs))
+    a, b = (hidden.tensors[key._replace(part=part)] for part in (Part.A, Part.B))
+    assert float((b @ a).norm()) < 1e-3 * norms(pool)["one"][key.module]
+    assert [*out_of_line(norms(hidden))] == ["one"]
+
+
+EVEN = {"q": 1.0, "v": 1.0}
+WEAK = {"q": 0.01, "v": 0.01}
+OUT_OF_LINE: dict[str, tuple[dict[str, dict[str, float]], dict[str, Excess]]] = {
+    "all in one matrix": (
+        {"a": EVEN, "b": EVEN, "bad": {"q": 21.0, "v": 0.5, "k": 0.5, "o": 0.5, "up": 0.5}},
+        {"bad": Excess(21.0, 20, "q")},
+    ),
+    "on a matrix of its own": (
+        {"a": EVEN, "b": EVEN, "bad": {**{f"m{i}": 1.0 for i in range(9)}, "k": 22.0}},
+        {"bad": Excess(22.0, 20, "k")},
+    ),
+    "where the others hardly are": ({"a": {"q": 1.4, "v": 0.01}, "b": {"q": 0.2, "v": 0.4}}, {}),
+    "a weak one of three": ({"a": EVEN, "b": EVEN, "weak": WEAK}, {}),
+    "of two, the larger": ({"a": EVEN, "weak": WEAK}, {"a": Excess(100.0, 10)}),
+    "one without effect": ({"a": EVEN, "zero": {"q": 0.0}}, {}),
+    "the most extreme first": (
+        {"a": EVEN, "b": EVEN, "c": EVEN, "x": {"q": 20.0}, "y": {"q": 40.0}},
+        {"y": Excess(40.0, 10), "x": Excess(20.0, 10)},
+    ),
+    "never all": (
+        {"a": {str(i): 100.0 * (i == 0) for i in range(500)}, "b": {str(i): 100.0 * (i == 1) for i in range(510)}},
+        {"a": Excess(pytest.approx(22.6, abs=0.1), 20, "0")},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_LINE)
+def test_who_is_out_of_line(case: str) -> None:
+    of_pool, expected = OUT_OF_LINE[case]
+    found = out_of_line(of_pool)
+    assert found == expected
+    assert [*found] == [*expected]

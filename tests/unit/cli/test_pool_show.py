@@ -11,7 +11,7 @@ from rich.console import Console
 
 import pools
 import tiny
-from coterie.adapters.pool import Pool, norms, write_pool
+from coterie.adapters.pool import Pool, norms, total, write_pool
 from coterie.cli import console
 from coterie.cli.pool import show
 
@@ -24,7 +24,7 @@ def made() -> Pool:
     pool = pools.made(tiny.targets(tiny.model("bert", "classification")), {LONG: 8, "two": 1, "three": 200})
     more = {"base": BASE, "licence": "cc-by-nc-sa-4.0", "left_out": ("classifier.dense", "classifier.out_proj")}
     adapters = [replace(a, source=f"{SOURCE}/{a.name}", sha256=f"{a.first:064x}"[::-1], **more) for a in pool.adapters]
-    return replace(pool, base=BASE, adapters=tuple(adapters))
+    return pools.stronger(replace(pool, base=BASE, adapters=tuple(adapters)), "three", 2.0)
 
 
 def shown(folder: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
@@ -43,7 +43,7 @@ def test_no_name_and_no_number_is_cut_or_wrapped(width: int, tmp_path: Path, mon
     for number, adapter in enumerate(pool.adapters):
         low, high = adapter.experts[0], adapter.experts[-1]
         experts = f"{low}-{high}" if high > low else str(low)
-        row = [adapter.name, str(adapter.rank), experts, f"{of_pool[adapter.name]:.3g}", str(len(adapter.ranks))]
+        row = [adapter.name, str(adapter.rank), experts, f"{total(of_pool[adapter.name]):.3g}", str(len(adapter.ranks))]
         assert lines[1 + number].split() == row
         start = lines.index(adapter.name)
         assert lines[start + 1 : start + 6] == [

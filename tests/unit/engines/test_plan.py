@@ -149,6 +149,16 @@ def test_what_cannot_be_planned_says_what_to_plan_instead(sections: dict[str, An
         plan(config, tmp_path)
 
 
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}])
+def test_a_quantised_base_with_parts_on_the_disk_is_refused(device_map: dict[str, str], tmp_path: Path) -> None:
+    federation(tmp_path, "llama")
+    tiny.folder(tmp_path / "model", "llama", tie_word_embeddings=False)
+    placed = {"device_map": device_map, "quantize": "nf4"}
+    config = config_of(tmp_path, "llama", engine={"device": "auto"}, model=placed)
+    with pytest.raises(CoterieError, match="quantize = 'nf4' does not work with parts on the CPU or the disk"):
+        plan(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("device_map", "why"),
     [

@@ -15,7 +15,7 @@ from torch import Tensor
 import pools
 import tiny
 from coterie import codec
-from coterie.adapters.pool import Pool, cut, read_pool, write_pool
+from coterie.adapters.pool import Pool, cut, name_of, read_pool, write_pool
 from coterie.engines.checks import fault_of
 from coterie.methods.base import drive
 from coterie.methods.fedit import FedIT
@@ -335,6 +335,61 @@ def test_a_starved_adapter_is_dropped_and_reported_and_its_rows_with_it() -> Non
     assert state.dropped == ("two",)  # the last one stays
 
 
+@pytest.mark.parametrize("pool_at", ["server", "everywhere"])
+def test_an_adapter_that_is_out_of_line_takes_no_part(pool_at: str) -> None:
+    folder = pools.for_tiny(poisoned=True)
+    method, hand = smartfed(folder, active=3, pool_at=pool_at), Hand(importance={BASE.targets[0].name: 1.0})
+    state, personal = begun(method)
+    notes, quotas = (find(method.describe(state), kind) for kind in (Notes, Quotas))
+    assert quotas.dropped == ("bad",)
+    note = notes.texts[-1]
+    assert note.startswith("the pool's adapter 'bad' is left out: its norm (of B A, over its matrices) is ")
+    assert "times the others' median, more than 10 ([method] pool_bound)" in note
+    assert set(quotas.sizes.values()) == {5}
+    for rnd in (1, 2):
+        state, sent, _ = play(method, state, rnd, personal, hand)
+        assert not any(k.expert == 3 for k in sent["a"].tensors)
+        assert {k.expert for k in hand.banks[-1].tensors if k.part is Part.A} == {0, 1, 2, 7, 8}
+    assert state.use.keys() == {"one", "two"}
+    for key, value in cut(read_pool(Path(folder)).tensors).items():
+        bank = hand.banks[-1].tensors
+        assert 3 <= key.expert < 7 or torch.equal(bank[key._replace(module=f"bert.{key.module}")], value)
+
+
+def test_a_matrix_that_only_a_left_out_adapter_has_gets_no_router(tmp_path: Path) -> None:
+    pool = pools.stronger(pools.made(BASE.targets, {"one": 3, "bad": 2}), "bad", -50.0)
+    lone = pool.modules[0]
+    one, bad = pool.adapters
+    tensors = {key: value for key, value in pool.tensors.items() if (key.module, key.expert) != (lone, 0)}
+    fewer = replace(one, ranks={module: 3 for module in one.ranks if module != lone})
+    write_pool(tmp_path, replace(pool, adapters=(fewer, bad), tensors=tensors, name=name_of(tensors)))
+    method = smartfed(tmp_path, active=2)
+    state, personal = begun(method)
+    state, _, _ = play(method, state, 1, personal, Hand())
+    assert {key.module for key in state.routers} == {t.name for t in BASE.targets} - {f"bert.{lone}"}
+
+
+@pytest.mark.parametrize(
+    ("times", "bound", "robust", "dropped"),
+    [(5, 0, False, ()), (5, 0, True, ("two",)), (5, 20, True, ()), (5, 2, False, ("two",)), (50, 1e9, True, ())],
+)
+def test_the_bound_of_a_pool(
+    times: float, bound: float, robust: bool, dropped: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_pool(tmp_path, pools.stronger(pools.made(BASE.targets, RANKS), "two", times))
+    method = smartfed(tmp_path, pool_bound=bound)
+    plan = replace(method.plan, robust=RobustSettings(clip=0.5 if robust else 0.0))
+    assert replace(method, plan=plan).init(BASE, CLIENTS).dropped == dropped
+
+
+def test_an_adapter_that_is_out_of_line_cannot_be_trained() -> None:
+    method = smartfed(pools.for_tiny(poisoned=True), train_experts=("bad",))
+    with pytest.raises(
+        CoterieError, match=r"train_experts: the pool's adapter 'bad' is out of line: its norm .* raise "
+    ):
+        method.init(BASE, CLIENTS)
+
+
 def test_a_fresh_expert_over_a_pool_without_effect_is_fedit(tmp_path: Path) -> None:
     silent = pools.made(BASE.targets, {"one": 2}, scale=0.0)
     write_pool(tmp_path / "pool", silent)
@@ -429,7 +484,7 @@ def test_a_pool_for_a_base_with_other_weights_is_refused(tmp_path: Path) -> None
         method.init(told("beef"), CLIENTS)
     notes = find(method.describe(method.init(told(""), CLIENTS)), Notes)
     assert notes is not None
-    (note,) = notes.texts
+    note = notes.texts[-1]
     assert f"on {M} of {M} matrices it was not checked" in note
 
 

@@ -221,6 +221,13 @@ def test_the_budget_of_a_client_that_misses_a_round_stays_on_record() -> None:
     assert method.aggregate(state, {ME.id: Reply(state.routers, 10)}, 1).budgets == {"weak": 1}
 
 
+def test_the_budget_of_a_client_that_left_is_forgotten() -> None:
+    method, state, _ = made(active=4, budgets={"weak": 1}, clients=[ME, WEAK])
+    assert method.admit(state, [ME, WEAK]) is state
+    assert method.admit(state, [ME]).budgets == {}
+    assert method.admit(state, [WEAK]).budgets == {"weak": 1}
+
+
 def test_a_client_must_answer_for_the_budget_that_it_was_sent() -> None:
     method, state, _ = made(active=4, budgets={"weak": 1}, clients=[ME, WEAK])
     for info, fault in (({"active": 1}, None), ({}, "lacks active"), ({"active": 4}, "active is 4, not an integer")):

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from coterie.nn import pretrained
 from coterie.nn.attach import attached
 from coterie.nn.base import Base, load_base
+from coterie.nn.placement import Placement
 from coterie.nn.spec import linear_sizes
 from coterie.types import NO_EXPERT, Bank, CoterieError, Key
 
@@ -215,3 +217,44 @@ def test_a_bitsandbytes_that_will_not_do_is_a_fault_in_one_line(
     reason = str(fault).partition("\n")[0] or "ImportError"
     with pytest.raises(CoterieError, match=f"cannot load the model '{tmp_path}/model' quantised: {reason}$"):
         quantised(tmp_path, "generation", how="int8")
+
+
+OFF = "does not work with parts on the CPU or the disk"
+SMALLER = r"raise max_memory or add a GPU{}, or leave quantize out$"
+
+
+@pytest.mark.parametrize(
+    ("how", "placement", "message"),
+    [
+        ("nf4", Placement({"": "disk"}), f"'nf4' {OFF}, and device_map has 'all of it' on 'disk'; name GPUs for all"),
+        ("int8", Placement({"model": "cpu", "lm_head": "disk"}), f"'int8' {OFF}, and device_map has 'model' on 'cpu'"),
+        ("nf4", Placement("auto", {"cpu": "90KB"}), f"'nf4' {OFF}: the base takes .* and 79.1 KiB are free for it, so"),
+        ("int8", Placement("auto", {"cpu": 9000}), SMALLER.format(', set quantize = "nf4"')),
+    ],
+)
+def test_parts_that_bitsandbytes_cannot_compute_are_refused_before_the_load(
+    how: Literal["nf4", "int8"], placement: Placement, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*args: Any, **options: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(pretrained, "_model", unwanted)
+    path = tiny.folder(tmp_path, "llama", hidden_size=HIDDEN, tie_word_embeddings=False)
+    with pytest.raises(CoterieError, match=message):
+        load_base(str(path), "generation", quantize=how, placement=placement)
+
+
+def test_a_placement_that_transformers_finds_too_small_is_refused_in_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are placed whole, so a base may need more room than its bytes."""
+    monkeypatch.setattr(pretrained, "check_parts", lambda *args: None)
+    placement = Placement("auto", {"cpu": "90KB"})
+    with pytest.raises(CoterieError, match=f"'nf4' {OFF}: the base does not fit its devices, so that"):
+        load_base(str(folder(tmp_path, "llama")), "generation", quantize="nf4", placement=placement)
+
+
+def test_a_quantised_base_may_be_on_the_cpu_alone(tmp_path: Path) -> None:
+    path = str(folder(tmp_path, "llama"))
+    for placement in (Placement({"": "cpu"}), Placement("auto", {"cpu": "1GB"})):
+        assert load_base(path, "generation", quantize="nf4", placement=placement).device == torch.device("cpu")

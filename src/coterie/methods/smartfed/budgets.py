@@ -51,6 +51,12 @@ def reported(before: Mapping[ClientId, int], replies: Mapping[ClientId, Reply]) 
     return dict(sorted({**{c: budget for c, budget in before.items() if c not in replies}, **now}.items()))
 
 
+def present(budgets: Mapping[ClientId, int], clients: Sequence[ClientInfo]) -> dict[ClientId, int]:
+    """Those of ``budgets`` whose clients are among ``clients``."""
+    here = {client.id for client in clients}
+    return {client: budget for client, budget in budgets.items() if client in here}
+
+
 def quotas_of(
     settings: SmartFedSettings,
     routers: Mapping[Key, Tensor],

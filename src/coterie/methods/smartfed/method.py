@@ -30,10 +30,21 @@ from coterie.methods.smartfed.budgets import (
     budget_of,
     budgets_of,
     check_budgets,
+    present,
     quotas_of,
     reported,
 )
-from coterie.methods.smartfed.pools import WHOLE, Sent, check_base, named_for, names_in, numbers, pool_in
+from coterie.methods.smartfed.pools import (
+    WHOLE,
+    Sent,
+    check_base,
+    check_settings,
+    left_out,
+    named_for,
+    names_in,
+    pool_in,
+    sizes_of,
+)
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
 from coterie.methods.smartfed.released import released
 from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
@@ -114,22 +125,26 @@ class SmartFed(Method[SmartFedState]):
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> SmartFedState:
         pool = self._pool()
-        self._check(pool)
+        check_settings(self.settings, pool)
         check_budgets(self.settings, clients)
-        names = names_in(pool, base)
-        width = {t.name: t.d_in for t in base.targets}
-        shape = {names[m]: (len(numbers(pool.adapters, m, self._whole)), width[names[m]]) for m in pool.modules}
+        names, out = names_in(pool, base), left_out(self.settings, pool, self.plan.robust.active)
         fresh = start_lora(base, replace(self.plan, rank=self.settings.fresh_rank or 1), SHARED)
         state = SmartFedState(
             pool=pool.name,
-            routers=start_routers(self.settings, self.plan.seed, shape),
+            routers=start_routers(self.settings, self.plan.seed, sizes_of(self.settings, pool, names, out, base)),
             heads=start_heads(base, self.plan, clients),
             fresh=fresh if self.settings.fresh_rank else {},
             trained=named_for(pool, names, [a for a in pool.adapters if a.name in self.settings.train_experts]),
-            notes=check_base(pool, names, base),
+            dropped=tuple(out),
+            notes=(*check_base(pool, names, base), *out.values()),
             budgets=budgets_of(self.settings, clients),
         )
         return replace(state, quotas=quotas_of(self.settings, state.routers, {}))
+
+    def admit(self, state: SmartFedState, clients: Sequence[ClientInfo]) -> SmartFedState:
+        """As any method; and the budgets of clients that have left are forgotten."""
+        state, budgets = super().admit(state, clients), present(state.budgets, clients)
+        return state if budgets == state.budgets else replace(state, budgets=budgets)
 
     def configure(
         self, state: SmartFedState, clients: Sequence[ClientInfo], rnd: int
@@ -141,7 +156,7 @@ class SmartFed(Method[SmartFedState]):
             "measure": (rnd - 1) % self.settings.quota_interval == 0,
         }
         without = frozenset(state.holders) if self.settings.pool_at == "server" else frozenset(c.id for c in clients)
-        frozen = self._frozen(pool, state.routers)
+        frozen = self._frozen(pool, state.routers, state.dropped)
         return {
             c.id: Instruction(
                 {**_travels(state), **state.heads.of(c.id), **({} if c.id in without else frozen)},
@@ -251,17 +266,6 @@ class SmartFed(Method[SmartFedState]):
     def _pool(self, name: str | None = None) -> Pool:
         return pool_in(self.settings.pool, name)
 
-    def _check(self, pool: Pool) -> None:
-        s, known = self.settings, [a.name for a in pool.adapters]
-        if unknown := sorted({*s.train_experts} - {*known}):
-            raise CoterieError(
-                f"[method] train_experts: the pool has no adapter {unknown[0]!r}; it has {', '.join(known)}"
-            )
-        if s.floor > s.active:
-            raise CoterieError(
-                f"[method] floor = {s.floor} is above active = {s.active}, the mean over matrices; lower it"
-            )
-
     def _budgeted(self, state: SmartFedState, client: ClientInfo) -> dict[str, Json]:
         """The quotas of one client: the run's, or by the same rule and importance those of its own budget."""
         budget = budget_of(self.settings, client)
@@ -298,7 +302,7 @@ class SmartFed(Method[SmartFedState]):
 
     def _drop(self, state: SmartFedState) -> SmartFedState:
         """Drop the adapters that the gates hardly use, with their rows of the routers. At least one stays."""
-        pool, whole, below = self._pool(state.pool), self._whole, self.settings.drop_below
+        pool, whole, below = self._pool(state.pool), self.settings.whole, self.settings.drop_below
         active = [a for a in pool.adapters if a.name not in state.dropped]
         modules = match_modules(pool, [key.module for key in state.routers])
         starving = starved(active, modules, state.use, below, whole)
@@ -307,18 +311,14 @@ class SmartFed(Method[SmartFedState]):
         routers = rows_left(state.routers, modules, active, left, whole)
         return replace(state, routers=routers, dropped=(*state.dropped, *dropped)) if dropped else state
 
-    def _frozen(self, pool: Pool, routers: Iterable[Key]) -> dict[Key, Tensor]:
-        names = match_modules(pool, [key.module for key in routers])
-        return named_for(pool, names, [a for a in pool.adapters if a.name not in self.settings.train_experts])
+    def _frozen(self, pool: Pool, routers: Iterable[Key], dropped: Sequence[str] = ()) -> dict[Key, Tensor]:
+        names, others = match_modules(pool, [key.module for key in routers]), {*self.settings.train_experts, *dropped}
+        return named_for(pool, names, [a for a in pool.adapters if a.name not in others])
 
     # steps of the client -----------------------------------------------------------------------------------------
 
-    @property
-    def _whole(self) -> bool:
-        return self.settings.granularity == "adapter"
-
     def _sent(self, ins: Instruction) -> Sent:
-        return Sent(ins, self.settings.train_experts, self._whole)
+        return Sent(ins, self.settings.train_experts, self.settings.whole)
 
     def _pool_of(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Tensors:
         """The frozen experts: sent in this round, read from the client's own folder, or stored in an earlier round."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from coterie.adapters.pool import Adapter, Pool, cut, match_modules, put_back, read_pool
+from coterie.adapters.pool import BOUND, Adapter, Pool, cut, match_modules, norms, out_of_line, put_back, read_pool
 from coterie.methods.parts import lora_of
+from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Tensors
 
 WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
+_ROBUST_BOUND = 3.0  # times the median of the other adapters' norms, with [robust]
 
 
 def pool_in(folder: str, name: str | None = None) -> Pool:
@@ -28,6 +30,40 @@ def pool_in(folder: str, name: str | None = None) -> Pool:
             f"the pool in {folder} is {pool.name[:12]}, but this run began with {str(name)[:12]}; restore that pool"
         )
     return pool
+
+
+def check_settings(settings: SmartFedSettings, pool: Pool) -> None:
+    """Raises :class:`CoterieError` for settings that do not suit the pool, or each other."""
+    known = [adapter.name for adapter in pool.adapters]
+    if unknown := sorted({*settings.train_experts} - {*known}):
+        raise CoterieError(f"[method] train_experts: the pool has no adapter {unknown[0]!r}; it has {', '.join(known)}")
+    if settings.floor > settings.active:
+        raise CoterieError(
+            f"[method] floor = {settings.floor} is above active = {settings.active}, the mean over matrices; lower it"
+        )
+
+
+def left_out(settings: SmartFedSettings, pool: Pool, robust: bool) -> dict[str, str]:
+    """The adapters that take no part because their norm is out of line with the others', and a note on each.
+
+    ``robust``: a rule guards the run, so the default bound is closer. Raises :class:`CoterieError` for one that is to
+    be trained.
+    """
+    bound = settings.pool_bound or (_ROBUST_BOUND if robust else BOUND)
+    notes = {}
+    for name, excess in out_of_line(norms(pool), bound).items():
+        twice = "twice " if excess.module else ""
+        why = f"{excess}, more than {excess.limit:g} ({twice}[method] pool_bound)"
+        if name in settings.train_experts:
+            raise CoterieError(
+                f"[method] train_experts: the pool's adapter {name!r} is out of line: {why}; remove it, or raise "
+                "pool_bound if you trust it"
+            )
+        notes[name] = (
+            f"the pool's adapter {name!r} is left out: {why}. Check where it comes from; if you trust it, raise "
+            "pool_bound"
+        )
+    return notes
 
 
 def names_in(pool: Pool, base: BaseSpec) -> dict[str, str]:
@@ -76,6 +112,15 @@ def numbers(adapters: Iterable[Adapter], module: str, whole: bool) -> list[int]:
     """
     ranges = [range(a.first, a.first + (1 if whole else a.ranks[module])) for a in adapters if module in a.ranks]
     return [number for several in ranges for number in several]
+
+
+def sizes_of(
+    settings: SmartFedSettings, pool: Pool, names: Mapping[str, str], out: Collection[str], base: BaseSpec
+) -> dict[str, tuple[int, int]]:
+    """The number of experts and d_in of every target that an adapter adapts, without the adapters ``out``."""
+    width, used = {t.name: t.d_in for t in base.targets}, [a for a in pool.adapters if a.name not in out]
+    experts = {names[module]: len(numbers(used, module, settings.whole)) for module in pool.modules}
+    return {target: (n, width[target]) for target, n in experts.items() if n}
 
 
 def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter]) -> dict[Key, Tensor]:

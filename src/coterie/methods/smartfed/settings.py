@@ -18,6 +18,12 @@ class SmartFedSettings(MethodSettings):
     pool_at: Literal["server", "everywhere"] = Field(
         "server", description="server: sent with a client's first round; everywhere: every client has the folder"
     )
+    pool_bound: float = Field(
+        0.0,
+        ge=0,
+        description="adapters of the pool whose norm exceeds this many times the median of the others' are left out; "
+        "0: 10, or with [robust] 3",
+    )
     granularity: Literal["rank", "adapter"] = Field(
         "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
     )
@@ -59,6 +65,11 @@ class SmartFedSettings(MethodSettings):
     drop_below: float = Field(
         0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this fraction of an even share"
     )
+
+    @property
+    def whole(self) -> bool:
+        """Whether an expert is a whole adapter."""
+        return self.granularity == "adapter"
 
     @property
     def routes_all(self) -> bool:
