@@ -11,6 +11,7 @@ Experts are numbered over the whole pool: an adapter of rank r has the r numbers
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -148,7 +149,7 @@ def norms(pool: Pool) -> dict[str, dict[str, float]]:
 
 def total(by_module: Mapping[str, float]) -> float:
     """The root mean square of an adapter's norms over its modules."""
-    return (sum(norm**2 for norm in by_module.values()) / len(by_module)) ** 0.5
+    return math.sqrt(sum(norm**2 for norm in by_module.values()) / len(by_module))
 
 
 def out_of_line(of_pool: Mapping[str, Mapping[str, float]], bound: float = BOUND) -> dict[str, Excess]:
