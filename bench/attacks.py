@@ -21,32 +21,29 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _attackers import ATTACKS, Hostile
 from _harness import arguments, datasets, table, write
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from coterie.adapters.pool import POOL_FILE, write_pool
 from coterie.adapters.read import WEIGHTS_FILE, build_pool
 from coterie.config.load import check_config
-from coterie.engines.base import Delivery, Stream
 from coterie.experiment import open_run, rounds_of, run
 from coterie.ops.streams import stream
 from coterie.runs.events import Evaluated, Note, RoundDone, read_events
 from coterie.runs.rounds import Runner
-from coterie.types import ClientId, ClientInfo, Instruction, Key, Reply, Tensors
 
 TASKS = ("banking", "travel")  # domains of CLINC150
 SPLITS = ("train", "validation", "test")
 EACH, INTENTS = 4, 5
 TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("query", "value")]
 ATTACKERS = ("travel-3", "banking-3")
-CLAIMED = 10**9  # rows
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"name": "fedit"},
     "fedlease": {"name": "fedlease", "warmup_rounds": 1},  # clusters by texts, then by LoRAs: the default
@@ -55,6 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlease by B": {"name": "fedlease", "warmup_rounds": 1, "distance": "B"},
 }
 CHOSEN = "clip + multi_krum"  # what docs/robustness.md recommends
+OTHER = "clip + geometric_median"
+X50 = "sign flip x50"
 RULES: dict[str, dict[str, Any]] = {
     "none": {},
     "median": {"rule": "median"},
@@ -101,121 +100,19 @@ class Case:
         return f"{self.method}-{self.attackers}-{self.attack or 'honest'}-{self.rule}-{self.seed}".replace(" ", "")
 
 
-# attacks --------------------------------------------------------------------------------------------------------------
-
-Updates = Mapping[ClientId, Tensors]
-Attack = Callable[[Tensors, Updates, torch.Generator, int], Tensors]  # own update, the honest ones, draw, round
-
-
-def times(factor: float) -> Attack:
-    return lambda own, honest, draw, rnd: {key: factor * value for key, value in own.items()}
-
-
-def noise(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Tensors:
-    """Three times the norm of its own update, tensor by tensor, in a random direction."""
-    made = {key: torch.randn(value.shape, generator=draw) for key, value in sorted(own.items())}
-    return {key: 3 * own[key].norm() / value.norm() * value for key, value in made.items()}
-
-
-def little(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Tensors:
-    """A little is enough (arXiv 1902.06156): the honest mean less 1.5 standard deviations, by coordinate."""
-    return {key: x.mean(0) - 1.5 * x.std(0, correction=0) for key, x in _stacked(own, honest).items()}
-
-
-def inner_product(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Tensors:
-    """Inner-product manipulation (arXiv 1903.03936): minus four times the honest mean."""
-    return {key: -4 * x.mean(0) for key, x in _stacked(own, honest).items()}
-
-
-def lying(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Tensors:
-    """Honest in the first round, in which FedLEASE clusters; then minus five times its update."""
-    return own if rnd == 1 else times(-5.0)(own, honest, draw, rnd)
-
-
-def little_member(own: Tensors, honest: Updates, draw: torch.Generator, rnd: int) -> Tensors:
-    """Honest in the first round, in which FedLEASE clusters; then a little is enough, from inside an honest cluster."""
-    return own if rnd == 1 else little(own, honest, draw, rnd)
-
-
-def _stacked(own: Tensors, honest: Updates) -> dict[Key, Tensor]:
-    """Of each tensor that the attacker sends, what the honest clients send; its own where nobody else does."""
-    sent = {key: [update[key] for update in honest.values() if key in update] for key in own}
-    return {key: torch.stack(values or [own[key]]) for key, values in sent.items()}
-
-
-ATTACKS: dict[str, Attack] = {
-    "inner product": inner_product,
-    "sign flip": times(-1.0),
-    "a little is enough": little,
-    "lying member": lying,
-    "a little, as a member": little_member,
-    "noise": noise,
-    "poisoned adapter": times(1.0),  # of the pool, see make_pools; the attackers send nothing of their own
-    "rows of 10^9": times(-1.0),
-    "flipped labels": times(1.0),  # its rows are wrong, see rows_of
-    "sign flip x50": times(-50.0),
-}
-
-
-@dataclass(frozen=True)
-class Hostile:
-    """An engine whose ``attackers`` change what they reply. All else is the engine's."""
-
-    engine: Any
-    attackers: tuple[ClientId, ...]
-    attack: str
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    @property
-    def clients(self) -> tuple[ClientInfo, ...]:
-        claimed = {"num_train": CLAIMED} if self.attack == "rows of 10^9" else {}
-        return tuple(replace(c, **claimed) if c.id in self.attackers else c for c in self.engine.clients)
-
-    def train(
-        self, method: Any, instructions: Mapping[ClientId, Instruction], rnd: int, limits: Any
-    ) -> Stream[Delivery]:
-        came = dict(self.engine.train(method, instructions, rnd, limits))
-        infos = {client.id: client for client in self.clients}
-        starts, updates = {}, {}
-        for client, delivery in came.items():
-            reply = delivery.reply
-            assert reply is not None, delivery.error
-            own = {**method.begin(self.spec, infos[client]).tensors, **instructions[client].tensors}
-            starts[client] = {key: own[key] for key in reply.tensors if key in own}
-            updates[client] = {k: v - starts[client][k] if k in starts[client] else v for k, v in reply.tensors.items()}
-        honest = {client: update for client, update in updates.items() if client not in self.attackers}
-        for client, delivery in sorted(came.items()):
-            if client in self.attackers and delivery.reply is not None:
-                draw = stream(0, "attack", rnd, client)
-                moved = ATTACKS[self.attack](updates[client], honest, draw, rnd)
-                tensors = {k: starts[client][k] + v if k in starts[client] else v for k, v in moved.items()}
-                rows = CLAIMED if self.attack == "rows of 10^9" else delivery.reply.num_examples
-                delivery = replace(delivery, reply=Reply(tensors, rows, delivery.reply.info))
-            yield client, delivery
-
-
-# cases ----------------------------------------------------------------------------------------------------------------
-
-
-def plan() -> Iterator[Case]:
-    """The figures that are required first, then everything."""
-    yield from (Case(method, "", 2, "none") for method in METHODS)
-    for attack in ATTACKS:
-        yield from (Case(method, attack, 2, CHOSEN) for method in METHODS if fits(method, attack))
-    for method in METHODS:
-        yield Case(method, "", 1, "none")
-        yield Case(method, "sign flip x50", 1, "none")
-    for rule in ("none", "clip + geometric_median"):
+def plan(seeds: Sequence[int]) -> Iterator[Case]:
+    """The figures that are required first, with every seed, then all others with the first one."""
+    for seed in seeds:
+        for method in METHODS:
+            yield from (Case(method, "", n, "none", seed) for n in (2, 1))
+            yield Case(method, X50, 1, "none", seed)
+            yield from (Case(method, attack, 2, CHOSEN, seed) for attack in ATTACKS if fits(method, attack))
+    for attackers, rule in ((2, "none"), (1, CHOSEN), (1, "none"), (2, OTHER)):
         for attack in ATTACKS:
-            yield from (Case(method, attack, 2, rule) for method in METHODS if fits(method, attack))
-    yield from (Case(method, "", 2, CHOSEN) for method in METHODS)
+            yield from (Case(m, attack, attackers, rule, seeds[0]) for m in METHODS if fits(m, attack))
+    yield from (Case(method, "", 2, CHOSEN, seeds[0]) for method in METHODS)
     for attack in ("inner product", "a little is enough", "sign flip", ""):
-        yield from (Case("fedit", attack, 2, rule) for rule in RULES)
-    for rule in (CHOSEN, "none"):
-        for attack in ATTACKS:
-            yield from (Case(method, attack, 1, rule) for method in METHODS if fits(method, attack))
+        yield from (Case("fedit", attack, 2, rule, seeds[0]) for rule in RULES)
 
 
 def fits(method: str, attack: str) -> bool:
@@ -336,6 +233,7 @@ def measured(case: Case, raw: dict[str, Any], work: Path, cache: dict[str, Any])
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder of the datasets (default: examples/data or ../shared/data)")
     parser.add_argument("--work", type=Path, help="rows, pools, and a file for each case (default: runs/attacks)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one for all cases")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--finished", action="store_true", help="measure nothing, only write down what is there")
 
@@ -346,7 +244,7 @@ def rows_in(work: Path, chosen: argparse.Namespace, size: Size) -> Iterator[dict
     (work / "cases").mkdir(parents=True, exist_ok=True)
     entries = rows_of(work, texts_of(None if chosen.quick else datasets(chosen.data).resolve(), size), size)
     pools = {} if chosen.quick else make_pools(work, size, cache)
-    cases = [Case("fedit", "sign flip", 2, CHOSEN)] if chosen.quick else [*dict.fromkeys(plan())]
+    cases = [Case("fedit", "sign flip", 2, CHOSEN)] if chosen.quick else [*dict.fromkeys(plan(chosen.seeds))]
     for case in (case for case in cases if chosen.only in case.name):
         raw = config(case, entries, pools, size)
         mark = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:8]
@@ -360,17 +258,38 @@ def rows_in(work: Path, chosen: argparse.Namespace, size: Size) -> Iterator[dict
         yield asdict(case) | found
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The table of docs/robustness.md: what the attackers cost, in points, the mean over seeds (least to most)."""
+    columns = [(n, rule) for n in (1, 2) for rule in ("none", CHOSEN)]
+    yield "| method | attack | " + " | ".join(f"{n}, {rule}" for n, rule in columns) + " |"
+    yield "| --- " * (2 + len(columns)) + "|"
+    for method in METHODS:
+        for attack in (attack for attack in ATTACKS if fits(method, attack)):
+            cells = []
+            for n, rule in columns:
+                case = (method, attack, n, rule)
+                lost = [
+                    100 * row["lost"]
+                    for row in rows
+                    if (row["method"], row["attack"], row["attackers"], row["rule"]) == case and row["lost"] is not None
+                ]
+                ends = f" ({min(lost):.1f} to {max(lost):.1f})" if len(lost) > 1 else ""
+                cells.append(f"{sum(lost) / len(lost):.1f}{ends}" if lost else "-")
+            yield f"| {method} | {attack} | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     chosen = arguments(__doc__ or "", options)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) if chosen.quick else (chosen.work or Path("runs/attacks")).resolve()
         rows = list(rows_in(work, chosen, QUICK if chosen.quick else Size()))
-    honest = {(r["method"], r["attackers"]): r["accuracy"] for r in rows if not r["attack"] and r["rule"] == "none"}
+    honest = {(r["method"], r["attackers"], r["seed"]): r for r in rows if not r["attack"] and r["rule"] == "none"}
     for row in rows:
-        without = honest.get((row["method"], row["attackers"]))
-        row["lost"] = None if without is None else round(without - row["accuracy"], 4)
+        without = honest.get((row["method"], row["attackers"], row["seed"]))
+        row["lost"] = None if without is None else round(without["accuracy"] - row["accuracy"], 4)
     table("honest clients' accuracy", [{k: v for k, v in r.items() if k not in ("clients", "notes")} for r in rows])
     write("attacks", chosen, {"size": asdict(QUICK if chosen.quick else Size()), "rows": rows})
+    print("\n".join(markdown(rows)))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def _visible(value: object) -> object:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+@cache
 def environment() -> Environment:
     """What renders the pages: templates of this package, and filters that make values readable."""
     env = Environment(
