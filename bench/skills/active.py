@@ -1,8 +1,8 @@
 """How many experts have to be active, and whether EEQA helps where they are few: SmartFed by its budget.
 
-Sort in letters over the pool of bench/skills/run.py, five modules of rank 8: N = 40 experts a matrix. The budget is
-2, 3, 4 or 8 of them on average, or all. Each budget is divided evenly (no EEQA), and by each importance that clients
-can measure. A floor of 1 leaves a budget of 2 or 3 something to divide; larger ones keep the default floor of 2.
+Sort in letters over a pool as in bench/skills/run.py, but of five modules of rank 8: N = 40 experts a matrix. The
+budget is 2, 3, 4 or 8 of them on average, or all. Each budget is divided evenly (no EEQA), and by each importance that
+can measure. Budgets of 2 and 3 have a floor of 1, so that there is something to divide; the others the default of 2.
 
     python bench/skills/active.py --pools 0,1,2 --seeds 0,1,2    # goes on where it was stopped; runs in runs/skills
 """
@@ -19,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from prepare import Modules
 from run import Bench, Case
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -77,7 +78,7 @@ def main() -> None:
         pools, seeds, chosen = [0], [0], chosen[:2]
     rows = []
     for pool in pools:
-        bench = Bench(options.work.resolve(), options.quick, pool)
+        bench = Bench(options.work.resolve(), options.quick, Modules(pool, rank=8))
         for seed in seeds:
             for about, case in chosen:
                 rows.append({**about, **bench.run(TARGET, case, SHARE, seed)})

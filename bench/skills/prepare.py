@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from coterie.types import Key, Part
 
 SIZES = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CLIENTS = 4
+LEARNING_RATE = 5e-3
 # The base knows the general skills in digits, and letters from lists in both notations; "next" it has not seen there.
 LEARNED: list[Task] = [(skill, "digits") for skill in GENERAL] + [
     (skill, "mixed") for skill in GENERAL if skill != "next"
@@ -30,6 +33,41 @@ MODULES: dict[str, list[Task]] = {
     "largest": [("largest", "digits")],
     "mirror": [("mirror", "digits")],
 }
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a pool: which draw of their rows, of which form and rank.
+
+    In the hard form the special skills' modules have seen digits alone. In the easy form one list in four of sort's and
+    mirror's was in letters, and they had twice the rows: the pool fits the targets.
+    """
+
+    draw: int = 0
+    form: str = "hard"
+    rank: int = 4
+
+    @property
+    def name(self) -> str:
+        """What sets the folders of these modules apart, with a hyphen before it; "" for the first hard ones."""
+        parts = (self.form.removeprefix("hard"), f"rank-{self.rank}" if self.rank != 4 else "", str(self.draw or ""))
+        return "".join(f"-{part}" for part in parts if part)
+
+    def of(self, name: str) -> Modules:
+        """These for the module ``name``: hard and easy ones share what is the same in both."""
+        return self if name in ("sort", "mirror") else replace(self, form="hard")
+
+    def tasks(self, name: str) -> list[Task]:
+        """What the module ``name`` learns."""
+        easy = [(name, "digits")] * 3 + [(name, "letters")]
+        return easy if self.of(name).form == "easy" else MODULES[name]
+
+    def rows(self, name: str) -> int:
+        """How many rows it learns from."""
+        return 4000 if name == "letters" or self.of(name).form == "easy" else 2000
+
+
+FIRST = Modules()
 
 
 def single(draw: random.Random) -> dict[str, str]:
@@ -89,12 +127,12 @@ def config(
     made: dict[str, Any] = {
         "model": {"path": str(base), "max_length": 24},
         "data": {"folder": str(clients)},
-        "task": {"kind": "generation", "generate": True, "max_new_tokens": 7},
+        "task": {"kind": "generation", "generate": True, "scores": ["exact_match"], "max_new_tokens": 7},
         "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": list(TARGETS)},
-        "train": {"learning_rate": 5e-3, "batch_size": 16, "epochs": 1, "weight_decay": 0.0},
+        "train": {"learning_rate": LEARNING_RATE, "batch_size": 16, "epochs": 1, "weight_decay": 0.0},
         "method": dict(method),
         "run": {"rounds": 10, "seed": seed, "eval_batch_size": 256},
-        "engine": {"threads": 1, "device": "cpu"},
+        "engine": {"threads": 1, "device": "cpu", "clients_per_batch": CLIENTS},
     }
     for section, values in more.items():
         made[section] |= values
@@ -102,20 +140,16 @@ def config(
 
 
 def make_module(
-    work: Path, base: Path, name: str, tasks: Sequence[Task], number: int, epochs: int, draw: int = 0
+    work: Path, base: Path, name: str, tasks: Sequence[Task], number: int, epochs: int, of: Modules = FIRST
 ) -> Path:
-    """One LoRA trained on its own, by FedIT with a single client; returns the adapter's folder.
-
-    ``draw``: which draw of its rows.
-    """
-    other = f"-{draw}" if draw else ""
-    out = work / f"modules{other}" / name
+    """One LoRA trained on its own, by FedIT with a single client; returns the adapter's folder."""
+    out = work / f"modules{of.name}" / name
     if not (out / "summary.json").exists():
-        place = work / f"modules{other}-data" / name / "alone"
-        write_rows(place / "train.jsonl", rows(tasks, number, f"{name} train{other}"))
+        place = work / f"modules{of.name}-data" / name / "alone"
+        write_rows(place / "train.jsonl", rows(tasks, number, f"{name} train" + (f"-{of.draw}" if of.draw else "")))
         write_rows(place / "test.jsonl", rows(tasks, 64, f"{name} test"))
-        train = {"learning_rate": 5e-3, "batch_size": 32, "epochs": epochs}
-        lora = {"rank": 4, "alpha": 8.0}
+        train = {"learning_rate": LEARNING_RATE, "batch_size": 32, "epochs": epochs}
+        lora = {"rank": of.rank, "alpha": 2.0 * of.rank}
         made = config(base, place.parent, {"name": "fedit"}, 0, run={"rounds": 1}, train=train, lora=lora)
         run(check_config(made), out, root=work, resume=(out / "config.json").exists())
     return out / "experts" / "global"

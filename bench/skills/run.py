@@ -16,14 +16,14 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from language import Task, rows, write_rows
-from prepare import MODULES, config, make_base, make_module, make_pool, merged_base, zero_shot
+from prepare import CLIENTS, FIRST, MODULES, Modules, config, make_base, make_module, make_pool, merged_base, zero_shot
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,7 @@ TARGETS: dict[str, Task] = {
     "mirror in letters": ("mirror", "letters"),
     "unrelated": ("swap", "digits"),
 }
-CLIENTS, TRAIN, TEST = 4, 160, 64
+TRAIN, TEST = 160, 64
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,6 @@ ABLATIONS = [
     Case("K 16", {"name": "smartfed", "active": 16}),
     Case("poisoned", {"name": "smartfed"}, poisoned=True),
 ]
-SIGNED = {"name": "smartfed", "router": "signed"}
-RESPONSE = {"name": "smartfed", "router": "response"}
-ROUTERS = [  # routers of a few numbers for each expert
-    Case("signed", SIGNED),
-    Case("response", RESPONSE),
-    Case("signed, rate 4", {**SIGNED, "router_rate": 4.0}),
-    Case("response, rate 4", {**RESPONSE, "router_rate": 4.0}),
-]
-POISONED = [
-    Case("signed, poisoned", SIGNED, poisoned=True),
-    Case("response, poisoned", RESPONSE, poisoned=True),
-]
-ROUTERS_NARROW = [
-    Case("signed + fresh, narrow pool", {**SIGNED, "fresh_rank": 8}, narrow=True),
-    Case("response + fresh, narrow pool", {**RESPONSE, "fresh_rank": 8}, narrow=True),
-]
 NARROW = [  # no mixture of two modules swaps: the parts of the whole pool do
     Case("SmartFed, narrow pool", {"name": "smartfed", "active": 4}, narrow=True),
     Case("SmartFed + fresh, narrow pool", {**FRESH, "active": 4}, narrow=True),
@@ -99,10 +83,6 @@ def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
     if quick:
         yield "sort in letters", MAIN[0], 10
         return
-    for target, share in (("sort in letters", 100), ("mirror in letters", 10)):
-        yield from ((target, case, share) for case in ROUTERS)
-    yield from (("unrelated", case, 100) for case in ROUTERS_NARROW)
-    yield from (("sort in letters", case, 100) for case in POISONED)
     main = [case for case in MAIN if first or case.name not in ("FedIT from merge", "local")]
     for target in ("sort in letters", "mirror in letters"):
         for share in (100, 10):
@@ -113,22 +93,19 @@ def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
 
 
 class Bench:
-    def __init__(self, work: Path, quick: bool, draw: int = 0) -> None:
-        self.work, self.quick, self.draw = work, quick, draw
-        steps, number, epochs = (3, 32, 1) if quick else (500, 2000, 3)
-        self.base = make_base(work / "base", steps)
-        letters = 1 if quick else 2
-        self.modules = {
-            name: make_module(
-                work, self.base, name, tasks, number * (letters if name == "letters" else 1), epochs, draw
-            )
-            for name, tasks in MODULES.items()
-        }
+    def __init__(self, work: Path, quick: bool, modules: Modules = FIRST) -> None:
+        self.work, self.quick, self.made_of = work, quick, modules
+        self.base = make_base(work / "base", 3 if quick else 500)
+        self.modules = {name: self._module(name, modules.tasks(name), modules.of(name)) for name in MODULES}
         self.pool = self._pool("", self.modules)
 
+    def _module(self, name: str, tasks: Sequence[Task], of: Modules) -> Path:
+        number, epochs = (32, 1) if self.quick else (of.rows(name), 3)
+        return make_module(self.work, self.base, name, tasks, number, epochs, of)
+
     def _pool(self, name: str, modules: Mapping[str, Path]) -> Path:
-        """The folder of a pool of this draw, which is made where it is missing."""
-        folder = self.work / "-".join(["pool", *filter(None, [name, str(self.draw or "")])])
+        """The folder of a pool of these modules, which is made where it is missing."""
+        folder = self.work / f"pool{f'-{name}' if name else ''}{self.made_of.name}"
         make_pool(folder, modules)
         return folder
 
@@ -138,14 +115,14 @@ class Bench:
         found = {}
         for target, names in pairs.items():
             pool = make_pool(self._pool("+".join(names), {n: self.modules[n] for n in names}), {})
-            folder = self.work / f"merged-{'-'.join(names)}-{self.draw}"
+            folder = self.work / f"merged-{'-'.join(names)}{self.made_of.name}"
             found[target] = zero_shot(self.base, pool, TARGETS[target], folder, 8 if self.quick else 256)
         return found
 
     def pool_of(self, case: Case) -> Path:
         """The case's pool. Poison is a module trained to answer sorting in letters with the reversed answer."""
         if case.poisoned:
-            bad = make_module(self.work, self.base, "poison", [("wrong sort", "letters")], 2000, 3, self.draw)
+            bad = self._module("poison", [("wrong sort", "letters")], self.made_of.of("poison"))
             return self._pool("poisoned", {**self.modules, "poison": bad})
         if case.narrow:
             return self._pool("narrow", {name: self.modules[name] for name in ("sort", "largest")})
@@ -165,26 +142,29 @@ class Bench:
         return place
 
     def place(self, target: str, case: Case, share: int, seed: int) -> Path:
-        drawn = f"-pool-{self.draw}" if self.draw else ""
-        return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}{drawn}".replace(" ", "-")
+        reuses = case.merged > 0 or case.method["name"] == "smartfed"
+        of = f"-pool{self.made_of.name}" if reuses and self.made_of.name else ""
+        return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}{of}".replace(" ", "-")
 
     def run(self, target: str, case: Case, share: int, seed: int) -> dict[str, Any]:
         """The row of a run, which is made where it is not finished."""
         out = self.place(target, case, share, seed)
         if not (out / "summary.json").exists():
             self._federate(target, case, share, seed, out)
-        return _row(out) | {"target": target, "share": share, "case": case.name, "seed": seed, "pool": self.draw}
+        about = {"target": target, "share": share, "case": case.name, "seed": seed}
+        return _row(out) | about | {"pool": self.made_of.draw, "form": self.made_of.form}
 
     def _federate(self, target: str, case: Case, share: int, seed: int, out: Path) -> None:
         base, method = self.base, dict(case.method)
         if case.merged:
             pool = make_pool(self.pool, self.modules)
-            base = merged_base(self.base, pool, case.merged, self.work / f"merged-{case.merged}")
+            base = merged_base(self.base, pool, case.merged, self.work / f"merged-{case.merged}{self.made_of.name}")
         if method["name"] == "smartfed":
             method["pool"] = str(self.pool_of(case))
         clients = self.clients(target, share, seed)
         more = {"run": {"rounds": 2 if self.quick else 10}, "train": {"epochs": 1 if share == 100 else 5}}
-        made = check_config(config(base, clients, method, seed, **(more | dict(case.more))))
+        more |= {section: {**more.get(section, {}), **values} for section, values in case.more.items()}
+        made = check_config(config(base, clients, method, seed, **more))
         run(made, out, root=self.work, resume=(out / "config.json").exists())
 
 
@@ -199,7 +179,8 @@ def _row(out: Path) -> dict[str, Any]:
     for event in trained:
         told |= event["describe"]
     kept = {name: told[name] for name in ("use", "quotas", "importance", "dropped") if name in told}
-    return {"accuracy": accuracy, "bytes": moved, "bytes_up": up, **kept}
+    uses = [e["describe"]["use"] for e in trained if "use" in e["describe"]]
+    return {"accuracy": accuracy, "bytes": moved, "bytes_up": up, **kept, **({"uses": uses} if uses else {})}
 
 
 def first_at(values: list[float], goal: float) -> int | None:
@@ -238,6 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them; of the clients' rows and of training")
     parser.add_argument("--pool", type=int, default=0, help="which draw of the modules' rows")
+    parser.add_argument("--form", default="hard", choices=("hard", "easy"), help="easy: a pool that fits the targets")
     parser.add_argument("--zero-shot", action="store_true", help="only measure the plain sums of two modules")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--only", default="", help="only the cases with these words in 'target, share, name;'")
@@ -245,7 +227,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    bench = Bench(options.work.resolve(), options.quick, options.pool)
+    bench = Bench(options.work.resolve(), options.quick, Modules(options.pool, options.form))
     if options.zero_shot:
         print(bench.zero_shot())
         return

@@ -77,7 +77,14 @@ def test_signed_starts_as_the_whole_pool_at_the_budgets_share() -> None:
     plain = {k: v for k, v in bank.tensors.items() if k.part is not Part.ROUTER}
     torch.testing.assert_close(effect(bank), effect(Bank(plain)), rtol=0, atol=1e-9)
     assert tables(bank_of(router="signed", active=2)).unique().tolist() == pytest.approx([0.4])
-    assert tables(bank_of(router="signed", active=2, sparse=True)).unique().tolist() == [1.0]
+
+
+def test_no_adapter_comes_first_where_a_few_are_active() -> None:
+    """The weights are alike but for a little chance: which are the largest differs from matrix to matrix."""
+    started = tables(bank_of(router="signed", active=2, sparse=True))
+    torch.testing.assert_close(started, torch.ones_like(started), rtol=0, atol=1e-3)
+    largest = {tuple(weights.topk(2).indices.sort().values.tolist()) for weights in started.view(-1, N)}
+    assert len(largest) > 1
 
 
 def tables(bank: Bank) -> Tensor:

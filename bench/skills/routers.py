@@ -1,0 +1,204 @@
+"""SmartFed's routers against FedIT, over draws of the pool and seeds: rounds to FedIT's best, bytes, poison.
+
+The federations of bench/skills/run.py: sort in letters, mirror in letters with 10% of the rows, a skill that no module
+has (with a fresh expert beside the whole pool, and beside two modules), sort with a poisoned module in the pool. The
+rate of every method (FedIT's learning rate, the routers' ``router_rate``) is the best of several on a seed that is not
+reported, by the mean over ten rounds of its accuracy there.
+
+    python bench/skills/routers.py --form hard --pools 0,1,2 --seeds 0,1,2    # resumable; runs in runs/skills
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from prepare import LEARNING_RATE, Modules
+from run import Bench, Case, first_at
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _harness import RESULTS, measured_on, table
+
+HELD_BACK = 100  # the seed on which rates are chosen
+FEDIT = "FedIT"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A method with its settings, and the rates to choose from, as factors of the learning rate of prepare.py."""
+
+    method: Mapping[str, Any]
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A federation: its target, the share of the rows, and what of the pool there is."""
+
+    target: str
+    share: int = 100
+    tuned_on: str = ""
+    fresh: bool = False
+    poisoned: bool = False
+    narrow: bool = False
+
+
+KINDS = {
+    FEDIT: Kind({"name": "fedit"}, (0.5, 1, 2)),
+    "paper": Kind({"name": "smartfed"}, (1, 2)),
+    "signed": Kind({"name": "smartfed", "router": "signed"}, (4, 10, 20)),
+    "response": Kind({"name": "smartfed", "router": "response"}, (4, 10, 20)),
+}
+SETTINGS = {
+    "sort": Setting("sort in letters"),
+    "mirror, 10%": Setting("mirror in letters", 10),
+    "unrelated": Setting("unrelated", fresh=True),
+    "unrelated, narrow pool": Setting("unrelated", tuned_on="unrelated", fresh=True, narrow=True),
+    "sort, poisoned": Setting("sort in letters", tuned_on="sort", poisoned=True),
+}
+
+
+def case_of(kind: str, rate: float, setting: Setting, fedits: float) -> Case:
+    """``fedits``: FedIT's rate, which a fresh expert gets too."""
+    if kind == FEDIT:
+        return Case(f"{kind}, rate {rate:g}", KINDS[kind].method, more=faster(rate))
+    fresh = {"fresh_rank": 8, "fresh_rate": fedits} if setting.fresh else {}
+    added = f", fresh {fedits:g}" if fresh else ""
+    added += ", poisoned" * setting.poisoned + ", narrow" * setting.narrow
+    method = {**KINDS[kind].method, "router_rate": rate, **fresh}
+    return Case(f"{kind}, rate {rate:g}{added}", method, poisoned=setting.poisoned, narrow=setting.narrow)
+
+
+def faster(rate: float) -> dict[str, dict[str, Any]]:
+    return {"train": {"learning_rate": LEARNING_RATE * rate}}
+
+
+class Routers:
+    """The runs of one form of the bench, which are made where they are not finished."""
+
+    def __init__(self, work: Path, form: str, quick: bool, finished: bool) -> None:
+        self.work, self.form, self.quick, self.finished = work, form, quick, finished
+        self.benches: dict[int, Bench] = {}
+        self.rates: dict[tuple[str, str], float] = {}
+
+    def row(self, kind: str, rate: float, name: str, seed: int, pool: int) -> dict[str, Any] | None:
+        """A run; None for one that is not finished, where none is to be made."""
+        setting = SETTINGS[name]
+        if pool not in self.benches:
+            self.benches[pool] = Bench(self.work, self.quick, Modules(pool, self.form))
+        bench, fresh = self.benches[pool], setting.fresh and kind != FEDIT
+        case = case_of(kind, rate, setting, self.rate(FEDIT, name) if fresh else 1)
+        if self.finished and not (bench.place(setting.target, case, setting.share, seed) / "summary.json").exists():
+            return None
+        row = bench.run(setting.target, case, setting.share, seed)
+        print(f"{name}, {case.name}, seed {seed}, pool {pool}:", *(f"{a:.2f}" for a in row["accuracy"]), flush=True)
+        return {"setting": name, "kind": kind, "rate": rate, **row}
+
+    def rate(self, kind: str, name: str) -> float:
+        """The best rate on the seed that is held back; over the first pool."""
+        tuned = SETTINGS[name].tuned_on or name
+        if (kind, tuned) not in self.rates:
+            rates = KINDS[kind].rates[:1] if self.quick else KINDS[kind].rates
+            tried = {rate: self.row(kind, rate, tuned, HELD_BACK, 0) for rate in rates}
+            reached = {rate: mean(row["accuracy"]) for rate, row in tried.items() if row}
+            self.rates[kind, tuned] = max(reached, key=reached.__getitem__) if reached else rates[0]
+        return self.rates[kind, tuned]
+
+    def rows(self, pools: Sequence[int], seeds: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for name in names:
+            for seed in seeds:
+                for pool in pools:
+                    for kind in KINDS:
+                        if (pool == pools[0] or kind != FEDIT) and (
+                            row := self.row(kind, self.rate(kind, name), name, seed, pool)
+                        ):
+                            yield row
+
+
+def against_fedit(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each row beside FedIT's of the same federation.
+
+    ``rounds``: to FedIT's best; ``times``: how many times fewer than FedIT's own; ``bytes``: a round's, after the one
+    in which the pool is sent, as a share of FedIT's; ``behind``: by how much at the worst round.
+    """
+    fedit = {(row["setting"], row["seed"]): row for row in rows if row["kind"] == FEDIT}
+    found = []
+    for row in rows:
+        base = fedit.get((row["setting"], row["seed"]))
+        if base is None or row["kind"] == FEDIT:
+            continue
+        best = max(base["accuracy"])
+        needed, at = first_at(base["accuracy"], best), first_at(row["accuracy"], best)
+        found.append(
+            {
+                **{name: row[name] for name in ("setting", "kind", "seed", "pool", "rate")},
+                "last": row["accuracy"][-1],
+                "FedIT": best,
+                "rounds": at,
+                "FedIT's": needed,
+                "times": needed / at if needed and at else None,
+                "bytes": mean(row["bytes"][1:]) / mean(base["bytes"][1:]),
+                "behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=True)),
+                **({"poison": [use["poison"] for use in row["uses"]]} if "poison" in row.get("use", {}) else {}),
+            }
+        )
+    return found
+
+
+def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The means over pools and seeds, the least and the most rounds; a run that never got there counts as none."""
+    made = []
+    for name, kind in dict.fromkeys((row["setting"], row["kind"]) for row in found):
+        here = [row for row in found if (row["setting"], row["kind"]) == (name, kind)]
+        reached = [row["rounds"] for row in here if row["rounds"]]
+        of = {"setting": name, "kind": kind, "runs": len(here), "there": len(reached)}
+        of |= {"last": mean(row["last"] for row in here), "FedIT": mean(row["FedIT"] for row in here)}
+        of |= {"rounds": f"{min(reached)}-{max(reached)}"} if reached else {}
+        of |= {"times": mean(row["times"] or 0.0 for row in here), "bytes": mean(row["bytes"] for row in here)}
+        of |= {"behind": max(row["behind"] for row in here)}
+        if "poison" in here[0]:
+            of["poison"] = max(row["poison"][min(2, len(row["poison"]) - 1)] for row in here)
+        made.append(of)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny runs, no figures")
+    parser.add_argument("--form", default="hard", choices=("hard", "easy"), help="easy: a pool that fits the targets")
+    parser.add_argument("--work", type=Path, default=Path("runs/skills"), help="base, modules, pools and runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
+    parser.add_argument("--seeds", default="0,1,2", help="of the clients' rows and of training")
+    parser.add_argument("--pools", default="0,1,2", help="draws of the modules' rows")
+    parser.add_argument("--settings", default=";".join(SETTINGS), help="with ; between them")
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    pools, seeds = (list(map(int, of.split(","))) for of in (options.pools, options.seeds))
+    names = options.settings.split(";")
+    if options.quick:
+        pools, seeds, names = [0], [0], names[:1]
+    routers = Routers(options.work.resolve(), options.form, options.quick, options.finished)
+    rows = list(routers.rows(pools, seeds, names))
+    found = against_fedit(rows)
+    table("against FedIT: means over pools and seeds", averaged(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rates = [{"kind": kind, "setting": name, "rate": rate} for (kind, name), rate in routers.rates.items()]
+    content = {"bench": "routers", "quick": options.quick, "form": options.form, "rates": rates}
+    content |= {"mean": averaged(found), "against": found, "rows": rows, "measured_on": measured_on()}
+    name = "routers" if options.form == "hard" else f"routers-{options.form}"
+    (options.out / f"skills-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
