@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,25 @@ def test_a_fixed_total_does_not_change_with_the_quota() -> None:
 
 
 def test_routers_head_and_fresh_expert_have_learning_rates_of_their_own() -> None:
-    method, _, _ = made(fresh=2, router_rate=5.0, head_rate=0.5, fresh_rate=2.0)
-    first = method.configure(method.init(BASE, [ME]), [ME], 1)[ME.id]
+    rates = rates_in(1, fresh=2, router_rate=5.0, head_rate=0.5, fresh_rate=2.0)
+    wanted = {Part.ROUTER: 5.0, Part.HEAD: 0.5, Part.A: 2.0, Part.B: 2.0}
+    assert {key.part for key in rates} == set(wanted)
+    assert all(rate == wanted[key.part] for key, rate in rates.items())
+    assert all(key.expert == SHARED for key in rates if key.part in (Part.A, Part.B))
+
+
+def test_the_routers_rate_alone_decays_from_round_to_round() -> None:
+    for rnd, left in ((1, 1.0), (2, 0.5), (4, 0.125)):
+        rates = rates_in(rnd, fresh=2, router_rate=8.0, router_decay=0.5)
+        assert {key.part: rate for key, rate in rates.items()} == {
+            Part.ROUTER: 8.0 * left, Part.HEAD: 1.0, Part.A: 1.0, Part.B: 1.0
+        }  # fmt: skip
+
+
+def rates_in(rnd: int, **settings: Any) -> Mapping[Key, float]:
+    """The factors on the learning rates in the request to train of round ``rnd``."""
+    method, _, _ = made(**settings)
+    ins = method.configure(method.init(BASE, [ME]), [ME], rnd)[ME.id]
     seen: list[Train] = []
 
     class Hand:
@@ -140,13 +157,10 @@ def test_routers_head_and_fresh_expert_have_learning_rates_of_their_own() -> Non
             seen.append(request)
             return Trained({key: request.bank.tensors[key] for key in request.trainable}, 0.5, 10, 100, 5)
 
-    first = Instruction(first.tensors, {**first.info, "measure": False})
-    drive(method.client(first, ME, method.begin(BASE, ME)), Hand())  # type: ignore[arg-type]
-    wanted = {Part.ROUTER: 5.0, Part.HEAD: 0.5, Part.A: 2.0, Part.B: 2.0}
-    assert {key.part for key in seen[0].rates} == set(wanted)
+    ins = Instruction(ins.tensors, {**ins.info, "measure": False})
+    drive(method.client(ins, ME, method.begin(BASE, ME)), Hand())  # type: ignore[arg-type]
     assert seen[0].rates.keys() == seen[0].trainable
-    assert all(rate == wanted[key.part] for key, rate in seen[0].rates.items())
-    assert all(key.expert == SHARED for key in seen[0].rates if key.part in (Part.A, Part.B))
+    return seen[0].rates
 
 
 def test_dropped_adapters_take_their_rows_of_the_table_with_them() -> None:

@@ -48,7 +48,7 @@ from coterie.methods.smartfed.pools import (
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
 from coterie.methods.smartfed.released import released
 from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
-from coterie.methods.smartfed.settings import SmartFedSettings
+from coterie.methods.smartfed.settings import DECAYED, SmartFedSettings
 from coterie.ops.mean import mean
 from coterie.ops.robust import capped
 from coterie.requests import ClientProgram, Train
@@ -154,6 +154,7 @@ class SmartFed(Method[SmartFedState]):
             "pool": state.pool,
             "adapters": {a.name: [a.first, a.rank] for a in pool.adapters if a.name not in state.dropped},
             "measure": (rnd - 1) % self.settings.quota_interval == 0,
+            **self.settings.decayed(rnd),
         }
         without = frozenset(state.holders) if self.settings.pool_at == "server" else frozenset(c.id for c in clients)
         frozen = self._frozen(pool, state.routers, state.dropped)
@@ -237,7 +238,8 @@ class SmartFed(Method[SmartFedState]):
             return ClientResult(Reply(ins.tensors, me.num_train, {**budget, "lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
         trainable = sent.trainable(bank)
-        trained = yield Train(bank, trainable, self.plan.optim, rates={k: self.settings.rate_of(k) for k in trainable})
+        rates = self.settings.rates(trainable, ins.info.get(DECAYED, 1.0))
+        trained = yield Train(bank, trainable, self.plan.optim, rates=rates)
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
         own = {key: v for key, v in trained.tensors.items() if key.part in WHOLE or key.expert == SHARED}
         own |= sent.stacked(after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -9,6 +10,8 @@ from pydantic import Field
 
 from coterie.methods.plan import MethodSettings
 from coterie.types import SHARED, Key, Part
+
+DECAYED = "router_decayed"
 
 
 class SmartFedSettings(MethodSettings):
@@ -47,6 +50,9 @@ class SmartFedSettings(MethodSettings):
         "active", description="paper: what the K weights of a token add up to: K, 1, or active whatever K is"
     )
     router_rate: float = Field(1.0, gt=0, description="the routers' learning rate, times that of [train]")
+    router_decay: float = Field(
+        1.0, gt=0, le=1, description="the routers' learning rate is multiplied by this every round, beside round_decay"
+    )
     head_rate: float = Field(1.0, gt=0, description="the head's learning rate, times that of [train]")
     fresh_rate: float = Field(1.0, gt=0, description="the fresh expert's learning rate, times that of [train]")
     quota: Literal["proportional", "greedy", "uniform"] = Field(
@@ -76,10 +82,14 @@ class SmartFedSettings(MethodSettings):
         """Whether every expert is active on every token, whatever the quotas."""
         return self.router != "paper" and not self.sparse
 
-    def rate_of(self, key: Key) -> float:
-        """The factor on the learning rate of a tensor."""
-        rates = {Part.ROUTER: self.router_rate, Part.HEAD: self.head_rate}
-        return self.fresh_rate if key.expert == SHARED else rates.get(key.part, 1.0)
+    def decayed(self, rnd: int) -> dict[str, float]:
+        """For an instruction's info: what is left of the routers' learning rate in round ``rnd``."""
+        return {DECAYED: self.router_decay ** (rnd - 1)} if self.router_decay < 1 else {}
+
+    def rates(self, trainable: Iterable[Key], decayed: float) -> dict[Key, float]:
+        """The factors on the learning rates of tensors; ``decayed``: what is left of the routers'."""
+        parts = {Part.ROUTER: self.router_rate * decayed, Part.HEAD: self.head_rate}
+        return {key: self.fresh_rate if key.expert == SHARED else parts.get(key.part, 1.0) for key in trainable}
 
     def located(self, root: Path) -> Self:
         return self.model_copy(update={"pool": str(root / Path(self.pool).expanduser())}) if self.pool else self
