@@ -32,17 +32,19 @@ from coterie.report.history import by_round, history
 from coterie.report.read import read_run
 
 CONTROL = "random, all rows"
+OLD = "embed_rows=held_out:inertia=0.0:prototype=experts"
 NEW = "embed=before:embed_rows=all"
 VARIANTS = {
-    "published": "fedamole",
-    "random": "fedamole:assignment=random",
+    "published": f"fedamole:embed=after:{OLD}",
+    "random": "fedamole:assignment=random:embed_rows=held_out",
     "random, all rows": "fedamole:assignment=random:embed_rows=all",
-    "known domains": "fedamole:assignment=oracle",
+    "known domains": "fedamole:assignment=oracle:embed_rows=held_out",
     "known domains, all rows": "fedamole:assignment=oracle:embed_rows=all",
-    "before": "fedamole:embed=before",
-    "before, all rows": f"fedamole:{NEW}",
-    "before, all rows, inertia": f"fedamole:{NEW}:inertia=2.0",
-    "before, all rows, inertia, from one": f"fedamole:{NEW}:inertia=2.0:first_holders=1",
+    "before": f"fedamole:embed=before:{OLD}",
+    "before, all rows": f"fedamole:{NEW}:inertia=0.0:prototype=experts",
+    "before, all rows, inertia": f"fedamole:{NEW}:inertia=2.0:prototype=experts",
+    "before, all rows, inertia, from one": f"fedamole:{NEW}:inertia=2.0:prototype=experts:first_holders=1",
+    "by holders": f"fedamole:{NEW}:inertia=2.0:prototype=holders",
 }
 RAW: dict[str, Any] = {
     "model": {"path": "minilm", "max_length": 64},

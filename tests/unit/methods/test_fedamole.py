@@ -232,6 +232,18 @@ def test_an_expert_that_starts_at_one_client_chooses_by_that_clients_data_alone(
     assert agreed[1] > 0.85 > agreed[None]
 
 
+def test_by_their_holders_experts_find_their_domain_at_once_and_stay() -> None:
+    method, state = make(prototype="holders")
+    assert all((z.sum(1) == 1).all() for z in state.holds.values())
+    state = one_round(method, state, 1)
+    assert same_group(state) == 1
+    later = one_round(method, one_round(method, state, 2, late=LATE), 3, late=LATE)
+    assert same_group(one_round(method, state, 2)) == 1
+    joined = [[later.clients[i] for i in e.nonzero().flatten()] for z in later.holds.values() for e in z if e[-1]]
+    assert len(joined) >= 4  # of both modules
+    assert {INFO[c].group for held in joined for c in held if c != "late"} == {"a"}
+
+
 @pytest.mark.parametrize("mode", ["static", "oracle", "random"])
 def test_where_experts_do_not_choose_they_start_at_all_their_clients(mode: str) -> None:
     _, state = make(assignment=mode, first_holders=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
-from coterie.methods.fedamole.selection import affinity, at_random, by_group, running_mean, with_inertia
+from coterie.methods.fedamole.selection import affinity, at_random, by_group, likeness, running_mean, with_inertia
 from coterie.methods.plan import Plan
 from coterie.ops.assign import Limits, assign
 from coterie.ops.streams import stream
@@ -144,6 +144,26 @@ def test_the_server_adds_inertia_to_affinity() -> None:
     assert not torch.equal(chosen[0.0]["q"], chosen[100.0]["q"])
     e, t = torch.randn(6, 4, generator=draw), torch.randn(6, 4, generator=draw)
     np.testing.assert_allclose(affinity([e], [t])[0].sum(axis=1), 1)
+
+
+def test_experts_look_for_clients_like_their_holders_whatever_all_have_in_common() -> None:
+    kinds = torch.eye(4)[[0, 0, 1, 1, 2, 2]]
+    clients = [50 + kinds + 0.01 * torch.randn(6, 4, generator=stream(1, module)) for module in "qv"]
+    clients[1] *= 1000  # a module's scale does not matter
+    held = torch.eye(6, dtype=torch.bool)
+    held[5] = False  # nobody holds it
+    found = likeness([held, held.flip(1)], clients)
+    assert found.shape == (2, 6, 6)
+    assert (found[0, 5] == 0).all()
+    for c in range(5):
+        alike = found[0, c] > 0.9
+        assert alike.nonzero()[0].tolist() == [c // 2 * 2, c // 2 * 2 + 1]
+        np.testing.assert_allclose(found[0, c, alike], 1, atol=0.01)
+        np.testing.assert_allclose(found[0, c, ~alike], -0.5, atol=0.05)  # three kinds, less their mean
+    np.testing.assert_allclose(found[1, 4], found[0, 1], atol=1e-12)  # there, client 1 holds expert 4
+    both = torch.zeros(1, 6, dtype=torch.bool)
+    both[0, [0, 2]] = True
+    np.testing.assert_allclose(likeness([both] * 2, clients)[0, 0], found[0, [0, 2]].mean(0), atol=1e-12)
 
 
 def test_a_running_mean_starts_with_the_first_value() -> None:

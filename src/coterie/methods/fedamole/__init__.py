@@ -17,9 +17,10 @@ in the load-balance loss nor in embeddings (there they do: ``padding = "counted"
 validation data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's.
 The code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
 Ours: ``experts`` follows the number of clients unless set; with ``first_holders`` an expert starts at fewer clients
-than it picks later; a client that has not replied yet counts with the mean of the others' token embeddings; an expert
-whose holders all missed a round is unchanged; a client that comes after the start trains the shared expert in its first
-round, and experts choose it like the others from then on.
+than it picks later; with ``prototype = "holders"`` it picks clients that are like its holders; a client that has not
+replied yet counts with the mean of the others' token embeddings; an expert whose holders all missed a round is
+unchanged; a client that comes after the start trains the shared expert in its first round, and experts choose it like
+the others from then on.
 """
 
 from coterie.methods.fedamole.method import FedAMoLE, FedAMoLEState

@@ -15,7 +15,8 @@ from coterie.methods.fedamole.selection import (
     affinity,
     at_random,
     by_group,
-    fitting,
+    largest,
+    likeness,
     running_mean,
     with_inertia,
     within_reach,
@@ -125,7 +126,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         random = self._random(state, 0)
         if self.settings.assignment == "oracle":
             random = by_group(random, sorted(clients, key=lambda c: c.id))
-        return self._assign(state, random, self.settings.first_holders if self.settings.chooses else None)
+        return self._assign(state, random, self.settings.first_picks)
 
     def configure(
         self, state: FedAMoLEState, clients: Sequence[ClientInfo], rnd: int
@@ -222,10 +223,13 @@ class FedAMoLE(Method[FedAMoLEState]):
         shared = self.bank(Instruction(fixed), me, personal)
         observed = yield Observe(shared, "train", ("embeddings",))
         received = {**fixed, **welcome.heads.for_newcomer(me)}
+        joined = with_late(welcome, ["new"])  # the others are numbers
+        for module, t in joined.token_embeddings.items():
+            t[-1] = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
+        scores = dict(zip((t.name for t in welcome.base.targets), self._scores(joined), strict=True))
         for module, z in welcome.holds.items():
             number = min(max(round(float(z.sum()) / len(welcome.clients)), self._limits.min_experts), len(z))
-            token = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
-            chosen = fitting(welcome.expert_embeddings[module], welcome.token_embeddings[module], token, number)
+            chosen = largest(scores[module][:, -1], number)
             received |= {
                 key: welcome.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))
             }
@@ -305,16 +309,21 @@ class FedAMoLE(Method[FedAMoLEState]):
         }
 
     def _chosen(self, state: FedAMoLEState, rnd: int) -> Scores:
-        """What the experts choose by, [m, E, n]: affinity, and a bonus for the clients that hold them.
+        """What the experts choose by, [m, E, n]: their scores, and a bonus for the clients that hold them."""
+        inertia = self.settings.inertia if rnd > 1 else 0.0  # the experts did not choose who holds them in round 1
+        return with_inertia(self._scores(state), [state.holds[t.name] for t in state.base.targets], inertia)
+
+    def _scores(self, state: FedAMoLEState) -> Scores:
+        """How well each client fits each expert, [m, E, n].
 
         With ``[robust]`` no embedding is longer than the module's median one: a long one decides for all experts.
         """
         modules = [t.name for t in state.base.targets]
-        of_experts, of_clients = state.expert_embeddings, state.token_embeddings
         bounded = shortened if self.plan.robust.active else lambda rows: rows
-        prob = affinity([bounded(of_experts[m]) for m in modules], [bounded(of_clients[m]) for m in modules])
-        inertia = self.settings.inertia if rnd > 1 else 0.0  # the experts did not choose who holds them in round 1
-        return with_inertia(prob, [state.holds[m] for m in modules], inertia)
+        of_clients = [bounded(state.token_embeddings[m]) for m in modules]
+        if self.settings.prototype == "holders":
+            return likeness([state.holds[m] for m in modules], of_clients)
+        return affinity([bounded(state.expert_embeddings[m]) for m in modules], of_clients)
 
     def _random(self, state: FedAMoLEState, rnd: int) -> Scores:
         """Random scores [m, E, n]."""

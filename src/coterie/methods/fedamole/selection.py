@@ -28,6 +28,19 @@ def affinity(experts: Sequence[Tensor], clients: Sequence[Tensor]) -> Scores:
     return np.asarray(scores.softmax(dim=-1).numpy())
 
 
+def likeness(holds: Sequence[Tensor], clients: Sequence[Tensor]) -> Scores:
+    """How alike each client and each expert's holders are, [m, E, n]: mean cosines of the embeddings [n, r] by module.
+
+    What all clients share is taken off first. A pair of clients has one cosine, the mean over the modules: a module's
+    projection is random and shows a few directions only. ``holds`` [E, n] by module; 0 for an expert that nobody holds.
+    """
+    centred = torch.stack([t - t.mean(dim=0) for t in (_filled(t).double() for t in clients)])
+    units = torch.nn.functional.normalize(centred, dim=-1, eps=1e-12)
+    alike = (units @ units.transpose(1, 2)).mean(dim=0)
+    held = torch.stack(list(holds)).double()
+    return np.asarray((held / held.sum(dim=2, keepdim=True).clamp(min=1) @ alike).numpy())
+
+
 def at_random(shape: tuple[int, int, int], seed: int, rnd: int) -> Scores:
     """prob [m, E, n] of random scores."""
     scores = torch.randn(shape, generator=stream(seed, "assignment", rnd), dtype=torch.float64)
@@ -78,13 +91,9 @@ def running_mean(before: Tensor, new: Tensor, memory: float) -> Tensor:
     return memory * before + (1 - memory) * new if memory and bool(before.any()) else new
 
 
-def fitting(experts: Tensor, clients: Tensor, new: Tensor, number: int) -> list[int]:
-    """The ``number`` experts that give a new client the largest prob, in order; of one module.
-
-    ``experts`` [E, r] and ``clients`` [n, r] are the embeddings of those that were there, ``new`` [r] the new client's.
-    """
-    prob = affinity([experts], [torch.cat([clients, new.unsqueeze(0)])])[0, :, -1]
-    return sorted(int(e) for e in np.argsort(-prob, kind="stable")[:number])
+def largest(scores: NDArray[np.float64], number: int) -> list[int]:
+    """The ``number`` experts with the largest ``scores`` [E], in order of their numbers."""
+    return sorted(int(e) for e in np.argsort(-scores, kind="stable")[:number])
 
 
 def _filled(t: Tensor) -> Tensor:

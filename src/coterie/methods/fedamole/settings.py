@@ -20,7 +20,8 @@ class FedAMoLESettings(MethodSettings):
     first_holders: int | None = Field(
         None,
         ge=1,
-        description="where experts choose: clients that hold each in round 1, at random; none: clients_per_expert",
+        description="where experts choose: clients that hold each in round 1, at random; none: one with prototype = "
+        "holders, else clients_per_expert",
     )
     min_experts: int = Field(
         2, ge=1, description="the fewest experts of a client in a module, or top_k if that is larger"
@@ -51,8 +52,16 @@ class FedAMoLESettings(MethodSettings):
         0.05, gt=0, lt=1, description="that share; in every mode, the rows held out are the same in every round"
     )
     embedding_rows: int = Field(200, ge=1, description="the most rows of that share")
+    prototype: Literal["experts", "holders"] = Field(
+        "experts",
+        description="what experts compare clients with: their own projections of their holders' tokens; or their "
+        "holders' mean embeddings, less what all clients share",
+    )
     prototype_memory: float = Field(
-        0.0, ge=0, lt=1, description="weight of the rounds before in an expert's embedding, a running mean; 0: the last"
+        0.0,
+        ge=0,
+        lt=1,
+        description="weight of the rounds before in an expert's own embedding, a running mean; 0: the last",
     )
     weighting: Literal["uniform", "examples"] = Field("uniform", description="weights of all means over clients")
     dropout_masks: Literal["shared", "per_expert"] = Field(
@@ -75,6 +84,12 @@ class FedAMoLESettings(MethodSettings):
     def chooses(self) -> bool:
         """Whether experts choose clients by embeddings."""
         return self.assignment in ("dynamic", "homogeneous")
+
+    @property
+    def first_picks(self) -> int:
+        """The number of clients that hold each expert in round 1."""
+        usual = 1 if self.prototype == "holders" else self.clients_per_expert
+        return self.first_holders or usual if self.chooses else self.clients_per_expert
 
     @property
     def share(self) -> HoldOut:
