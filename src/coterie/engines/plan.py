@@ -128,7 +128,7 @@ def plan(config: Config, root: Path, clock: Callable[[], float] = time.perf_coun
         activations=activations,
         logits=max(0, held - training.banks - training.optimiser - training.batch - activations),
         batch=training.batch,
-        gaps=gaps([training.blocks, tested.blocks]) if workplace.device.type == "cpu" else 0,
+        gaps=gaps([training.trace, tested.trace]) if workplace.device.type == "cpu" else 0,
         replies=len(clients) * sum(request.bank.tensors[key].nbytes for key in request.trainable),
         free=sum(map(_memory, devices_of(config))),
         seconds=_seconds(workplace, clients, request, examples, training, tested, together, clock),

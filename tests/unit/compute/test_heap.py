@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coterie.compute.footprint import LiveBytes
-from coterie.compute.heap import gaps, most_alive
+from coterie.compute.heap import Trace, _with_small, gaps, most_alive
 
 MIB = 2**20
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -22,22 +22,46 @@ def test_what_lives_at_once_is_counted() -> None:
 @pytest.mark.skipif(not GLIBC, reason="the allocator is not glibc's")
 def test_a_larger_block_does_not_fit_into_a_gap() -> None:
     first, wall, larger = (0, 10 * MIB), (1, MIB), (2, 12 * MIB)
-    found = gaps([[first, wall, (0, 0), larger]])
+    found = gaps([Trace([first, wall, (0, 0), larger])])
     assert 9 * MIB < found < 11 * MIB, "the first one's"
-    assert gaps([[first, wall, (0, 0), (2, 9 * MIB)]]) < MIB, "a smaller one fits"
-    assert gaps([[(0, 40 * MIB), wall, (0, 0), (2, 50 * MIB)]]) < MIB, "large ones have mappings of their own"
+    assert gaps([Trace([first, wall, (0, 0), (2, 9 * MIB)])]) < MIB, "a smaller one fits"
+    assert gaps([Trace([(0, 40 * MIB), wall, (0, 0), (2, 50 * MIB)])]) < MIB, "large ones have mappings of their own"
 
 
 @pytest.mark.skipif(not GLIBC, reason="the allocator is not glibc's")
 def test_a_trace_ends_with_what_it_left_freed() -> None:
-    trace = [(0, 8 * MIB), (1, 8 * MIB)]
+    trace = Trace([(0, 8 * MIB), (1, 8 * MIB)])
     assert gaps([trace, trace, trace]) < MIB
     assert gaps([]) == 0
 
 
+def test_small_blocks_live_with_their_tensor_and_in_the_graph_until_its_turn() -> None:
+    """Numbers from 2 on are small blocks: two of each tensor and, of those in the forward pass, one of the graph."""
+    blocks = [(0, 10), (1, 20), (0, 0), (1, 0)]
+    forward_of_two = Trace([*blocks, (2, 30), (2, 0)], begins=4, ends=6)
+    found = [*_with_small(forward_of_two, (5, 6), 7)]
+    assert found == [
+        *[(0, 10), (3, 5), (4, 6), (5, 7)],
+        *[(1, 20), (6, 5), (7, 6), (8, 7)],
+        *[(0, 0), (3, 0), (4, 0)],
+        *[(1, 0), (6, 0), (7, 0)],
+        *[(2, 30), (9, 5), (10, 6), (8, 0)],
+        *[(2, 0), (9, 0), (10, 0), (5, 0)],
+    ]
+    assert len([*_with_small(Trace(blocks), (5, 6), 7)]) == 4 + 2 * 2 * 2, "a pass without gradients has no graph"
+
+
 def test_without_glibc_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert gaps([[(0, 10 * MIB), (1, MIB), (0, 0), (2, 12 * MIB)]]) == 0
+    assert gaps([Trace([(0, 10 * MIB), (1, MIB), (0, 0), (2, 12 * MIB)])]) == 0
+
+
+def test_views_of_the_base_are_no_storages_of_the_pass() -> None:
+    base = torch.nn.Linear(30, 20)
+    for frozen, made in ((base, 80), (None, 80 + 30 * 20 * 4)):
+        with torch.no_grad(), LiveBytes(frozen) as live:
+            base.weight.t().sum(dim=0)
+        assert live.made == made
 
 
 def test_tensors_are_followed_from_their_first_operation_to_their_end() -> None:
