@@ -157,7 +157,7 @@ def against_fedit(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "FedIT's": needed,
                 "times": needed / at if needed and at else None,
                 "bytes": mean(row["bytes"][1:]) / mean(base["bytes"][1:]),
-                "behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=True)),
+                "behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=False)),
                 **({"poison": [use["poison"] for use in row["uses"]]} if "poison" in row.get("use", {}) else {}),
             }
         )
