@@ -130,7 +130,8 @@ def against_random(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             table = 100 * np.array([[mine[c] - other[c] for c in sorted(other)] for mine, other in pairs])
             line = {"name": name, "round": rnd, "seeds": seeds, "points": table.mean(), "by_seed": list(table.mean(1))}
             line |= {"ahead": int((table.mean(1) > 0).sum()), "interval": list(bootstrap_interval(table))}
-            tested.append(line | {"p_seeds": sign_flip_p(table.mean(1)[None]), "p_clients": sign_flip_p(table)})
+            by_seeds = sign_flip_p(table.mean(1)[None]) if len(seeds) > 1 else 1.0  # one sign shows nothing
+            tested.append(line | {"p_seeds": by_seeds, "p_clients": sign_flip_p(table)})
         adjusted = holm({line["name"]: line["p_clients"] for line in tested})
         lines += [line | {"holm": adjusted[line["name"]]} for line in tested]
     return lines
