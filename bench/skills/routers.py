@@ -3,7 +3,7 @@
 The federations of bench/skills/run.py: sort in letters, mirror in letters with 10% of the rows, a skill that no module
 has (with a fresh expert beside the whole pool, and beside two modules), sort with a poisoned module in the pool. The
 rate of every method (FedIT's learning rate, the routers' ``router_rate``) is the best of several for sort on a seed
-that is not reported, by the mean over ten rounds of its accuracy there. FedIT has ten rounds; SmartFed has six, and ten
+that is not reported, by the mean over the rounds of its accuracy there. FedIT has ten rounds; SmartFed has six, and ten
 where it must not fall behind later.
 
     python bench/skills/routers.py --form hard --pools 0,1,2 --seeds 0,1,2    # resumable; runs in runs/skills
