@@ -6,7 +6,7 @@ Clients train on the packaged encoder with rows of random words, of equal length
 a pass takes, and another number for each client. Its noise is that of a real run. Ratios are to ``plain, alone`` in the
 same turn, by the clock and by processor time. Peak memory is above what is held before, in a process for each way.
 
-    python bench/privacy_cost.py --threads 1      # about ten minutes on a quiet machine
+    python bench/privacy_cost.py --threads 1      # half an hour of a core
 """
 
 from __future__ import annotations
