@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coterie.ops import assign as module
@@ -111,6 +111,7 @@ def test_the_best_of_all_assignments(problem: tuple[int, int, Limits], kind: str
 
 @quick
 @given(problems())
+@example((5, 2, Limits(1, 0, 2)))  # to at most 4 experts
 def test_every_change_that_a_refusal_names_mends_it(problem: tuple[int, int, Limits]) -> None:
     experts, clients, limits = problem
     try:

@@ -186,7 +186,12 @@ def _fixes(experts: int, clients: int, limits: Limits) -> Iterator[str]:
             experts,
             lambda n: _fault(experts, clients, replace(limits, min_experts=n)),
         ),
-        ("the experts", experts, clients * (limits.min_experts + 1), lambda n: _fault(n, clients, limits)),
+        (
+            "the experts",
+            experts,
+            clients * max(limits.min_experts + 1, limits.max_experts),
+            lambda n: _fault(n, clients, limits),
+        ),
         (
             "clients_per_expert",
             limits.clients_per_expert,
