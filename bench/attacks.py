@@ -44,10 +44,11 @@ SPLITS = ("train", "validation", "test")
 EACH, INTENTS = 4, 5
 TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("query", "value")]
 ATTACKERS = ("travel-3", "banking-3")
+PUBLISHED = {"embed": "after", "embed_rows": "held_out", "inertia": 0.0, "prototype": "experts"}  # of FedAMoLE
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"name": "fedit"},
     "fedlease": {"name": "fedlease", "warmup_rounds": 1},  # clusters by texts, then by LoRAs: the default
-    "fedamole": {"name": "fedamole", "experts": 16, "max_experts": 6},
+    "fedamole": {"name": "fedamole", "experts": 16, "max_experts": 6, **PUBLISHED},
     "smartfed": {"name": "smartfed", "active": 4},
     "fedlease by B": {"name": "fedlease", "warmup_rounds": 1, "distance": "B"},
 }

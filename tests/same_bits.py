@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 TASKS = {"classification": "bert", "generation": "llama", "multiple_choice": "llama"}  # and the tiny model of each
+PAPER: dict[str, Any] = {"embed": "after", "embed_rows": "held_out", "inertia": 0.0, "prototype": "experts"}
 METHODS: dict[str, dict[str, Any]] = {
     "local": {},
     "fedit": {},
     "fedlease": {"distance": "B", "warmup_rounds": 1, "max_experts": 3},
-    "fedamole": {"experts": 6},
+    "fedamole": {"experts": 6, **PAPER},
     "smartfed": {"active": 3, "fresh_rank": 2},
 }
 ENGINES = {"local": {}, "batched": {"clients_per_batch": 3}, "flower-sim": {"name": "flower-sim"}}
@@ -41,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
     "fedlease-own": {
         "method": {"name": "fedlease", "distance": "B", "expert_start": "own", "router": "personal", "warmup_rounds": 1}
     },
-    "fedamole-static": {"method": {"name": "fedamole", "experts": 6, "assignment": "static"}},
+    "fedamole-static": {"method": {"name": "fedamole", "experts": 6, "assignment": "static", **PAPER}},
     "smartfed-trained": {"method": {"name": "smartfed", "active": 3, "train_experts": ["two"], "drop_below": 0.1}},
     "fedit-bfloat16": {"method": {"name": "fedit"}, "engine": {"precision": "bfloat16"}},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def upload(client: int) -> dict[Key, torch.Tensor]:
 
 
 def test_averages_and_the_next_assignment_equal_the_published_servers() -> None:
-    settings = FedAMoLESettings(experts=EXPERTS, clients_per_expert=2, min_experts=2, max_experts=8, top_k=2)
+    paper: dict[str, Any] = {"embed": "after", "embed_rows": "held_out", "inertia": 0.0, "prototype": "experts"}
+    settings = FedAMoLESettings(experts=EXPERTS, clients_per_expert=2, min_experts=2, max_experts=8, top_k=2, **paper)
     method = FedAMoLE(settings, Plan(rank=RANK, alpha=RANK, rounds=10))
     clients = [ClientInfo(f"c{i}", 10) for i in range(CLIENTS)]
     before = method.init(BaseSpec((Target("q", 8, 7),)), clients)

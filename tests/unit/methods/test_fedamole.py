@@ -38,11 +38,12 @@ RANK, ROUNDS = 4, 6
 BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)), (HeadParameter("score.weight", (-1, 6), "normal"),))
 CLIENTS = [ClientInfo(f"{g}{i}", 10 + i, labels=(g, "no"), group=g) for g in "abc" for i in range(3)]
 INFO = {c.id: c for c in CLIENTS}
+PAPER = {"embed": "after", "embed_rows": "held_out", "inertia": 0.0, "prototype": "experts"}
 
 
 def make(head: str = "personal", clients: Any = CLIENTS, **settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:
     plan = Plan(rank=RANK, alpha=4, dropout=0.0, rounds=ROUNDS, head=head)  # type: ignore[arg-type]
-    method = FedAMoLE(FedAMoLESettings(**{"experts": 12, **settings}), plan)
+    method = FedAMoLE(FedAMoLESettings(**{"experts": 12, **PAPER, **settings}), plan)
     return method, method.init(BASE, clients)
 
 

@@ -24,7 +24,7 @@ LIMITS = Limits(2, 1, 4)
 
 def made(**settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:
     plan = Plan(rank=4, alpha=4, dropout=0.0, rounds=6, head="personal")
-    method = FedAMoLE(FedAMoLESettings(**{"experts": 6, **settings}), plan)
+    method = FedAMoLE(FedAMoLESettings(**{"experts": 6, "inertia": 0.0, "prototype": "experts", **settings}), plan)
     return method, method.init(BASE, CLIENTS)
 
 
@@ -59,13 +59,13 @@ def embeddings(of: Reply) -> dict[str, list[float]]:
 
 
 def test_embeddings_before_training_do_not_depend_on_what_is_trained() -> None:
-    method, state = made(embed="before")
+    method, state = made()
     (one, requests), (other, _) = (reply(method, state, moved) for moved in (1.0, -2.0))
     assert [type(request) for request in requests] == [Observe, Train]
     assert one.tensors.keys() == method.expects(state, CLIENTS[0], 1).keys()
     assert embeddings(one) == embeddings(other)
     assert not torch.equal(*(next(iter(r.tensors.values())) for r in (one, other)))
-    method, state = made()
+    method, state = made(embed="after")
     (one, requests), (other, _) = (reply(method, state, moved) for moved in (1.0, -2.0))
     assert [type(request) for request in requests] == [Train, Observe]
     assert embeddings(one).keys() == embeddings(other).keys()
@@ -89,7 +89,7 @@ def test_the_rows(rows: str, trained_without: HoldOut | None, observed_on: HoldO
 
 def test_clients_of_one_row_can_take_part_where_none_is_held_out() -> None:
     plan = Plan(rank=4, alpha=4, dropout=0.0, rounds=6, head="personal")
-    method = FedAMoLE(FedAMoLESettings(experts=3, embed_rows="all"), plan)
+    method = FedAMoLE(FedAMoLESettings(experts=3), plan)
     method.init(BASE, [ClientInfo(c, 1) for c in "abc"])
 
 
@@ -176,7 +176,7 @@ def test_a_running_mean_starts_with_the_first_value() -> None:
 def test_experts_embeddings_remember_earlier_rounds() -> None:
     kept = {}
     for memory in (0.0, 0.5):
-        method, state = made(prototype_memory=memory)
+        method, state = made(embed="after", prototype_memory=memory)
         for moved in (1.0, 2.0):
             sent, _ = reply(method, state, moved)
             state = method.aggregate(state, {CLIENTS[0].id: sent}, 6)  # the last round: nobody moves

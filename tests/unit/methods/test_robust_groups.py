@@ -144,7 +144,7 @@ def test_every_tensor_of_every_reply_belongs_to_one_group(name: str, head: Any) 
 def test_fedamoles_groups_are_all_clients_and_the_holders_of_each_expert() -> None:
     base = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)))
     clients = [ClientInfo(f"c{i}", 40) for i in range(6)]
-    method = FedAMoLE(FedAMoLESettings(experts=9), Plan(rank=2))
+    method = FedAMoLE(FedAMoLESettings(experts=9, first_holders=2), Plan(rank=2))
     state = method.init(base, clients)
     tensors = {c.id: {k: torch.zeros(s) for k, s in method.expects(state, c, 1).items()} for c in clients}
     replies = {c: Reply(of, 40) for c, of in tensors.items()}

@@ -148,7 +148,7 @@ def test_a_step_of_all_rows_is_not_sampled() -> None:
         ({"name": "fedlease"}, {}, r"set \[method\] distance = \"B\""),
         ({"name": "fedlease", "distance": "B", "download": "used"}, {}, r"set \[method\] download = \"all\""),
         ({"name": "fedamole"}, {}, r"set \[method\] balance = 0"),
-        ({"name": "fedamole", "balance": 0}, {}, r"set \[method\] embed_rows = \"all\""),
+        ({"name": "fedamole", "balance": 0, "embed_rows": "held_out"}, {}, r"set \[method\] embed_rows = \"all\""),
         ({"name": "ifca"}, {}, "choose a cluster by the losses of their rows"),
         ({"name": "fdlora"}, {}, "train twice in some rounds"),
         ({"name": "feddpa"}, {}, "train twice in a round, and measure"),

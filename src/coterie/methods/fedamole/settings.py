@@ -11,7 +11,8 @@ from coterie.requests import HoldOut
 
 
 class FedAMoLESettings(MethodSettings):
-    """FedAMoLE's settings; the defaults are the paper's."""
+    """FedAMoLE's settings. The paper's: ``embed = "after"``, ``embed_rows = "held_out"``,
+    ``inertia = 0`` and ``prototype = "experts"``."""
 
     experts: int | None = Field(
         None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
@@ -34,28 +35,27 @@ class FedAMoLESettings(MethodSettings):
         "number of experts for every client; or once, by the clients' known groups",
     )
     inertia: float = Field(
-        0.0,
+        2.0,
         ge=0,
         description="bonus of the clients that hold an expert already, in standard deviations of a module's scores; "
-        "from the second choice on",
+        "from the second choice on; 0: the paper",
     )
     balance: float = Field(1e-3, ge=0, description="weight of the load-balance loss")
     embed: Literal["after", "before"] = Field(
-        "after", description="when clients measure embeddings: after local training, or before, with what they received"
+        "before",
+        description="when clients measure embeddings: before local training, with what they received, or after (paper)",
     )
     embed_rows: Literal["held_out", "training", "all"] = Field(
-        "held_out",
-        description="what they measure them on: a share of the training rows, never trained on; such a share, also "
-        "trained on; or all training rows",
+        "all",
+        description="what they measure them on: a share of the training rows, never trained on (paper); such a share, "
+        "also trained on; or all training rows",
     )
-    embedding_fraction: float = Field(
-        0.05, gt=0, lt=1, description="that share; in every mode, the rows held out are the same in every round"
-    )
+    embedding_fraction: float = Field(0.05, gt=0, lt=1, description="that share: the same rows in every round")
     embedding_rows: int = Field(200, ge=1, description="the most rows of that share")
-    prototype: Literal["experts", "holders"] = Field(
-        "experts",
-        description="what experts compare clients with: their own projections of their holders' tokens; or their "
-        "holders' mean embeddings, less what all clients share",
+    prototype: Literal["holders", "experts"] = Field(
+        "holders",
+        description="what experts compare clients with: the mean embeddings of their holders' tokens, less what all "
+        "clients share; or the experts' own projections of those tokens (paper)",
     )
     prototype_memory: float = Field(
         0.0,
