@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -92,7 +92,10 @@ def write_pool(folder: Path, pool: Pool) -> None:
 
 
 def read_pool(folder: Path) -> Pool:
-    """The pool in ``folder``. Raises :class:`PrivateError` if there is none or it is damaged."""
+    """The pool in ``folder``. Raises :class:`PrivateError` if there is none or it is damaged.
+
+    That includes a record that does not fit the tensors, and values that are not finite: the SHA-256 shows neither.
+    """
     path = folder / POOL_FILE
     try:
         stat = path.stat()
@@ -115,7 +118,45 @@ def _read(path: Path, changed: int) -> Pool:
         raise PrivateError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; build the pool again")
     if pool.name != name_of(pool.tensors):
         raise PrivateError(f"{path} does not match its SHA-256; build the pool again")
+    if why := _fault_of_record(pool.adapters) or _fault_of_tensors(pool):
+        raise PrivateError(f"{path} {why}; build the pool again")
     return pool
+
+
+def _fault_of_record(adapters: Sequence[Adapter]) -> str:
+    """Why no pool can have this record of its adapters, or ""."""
+    if not adapters:
+        return "has no adapters"
+    if len({adapter.name for adapter in adapters}) < len(adapters):
+        return "has two adapters of one name"
+    end = 0
+    for adapter in sorted(adapters, key=lambda adapter: adapter.first):
+        ranks = adapter.ranks.values()
+        if not ranks or min(ranks) < 1 or max(ranks) != adapter.rank:
+            return f"does not give adapter {adapter.name!r} its ranks by module, from 1 to {adapter.rank}"
+        if adapter.first < end:
+            return f"gives adapter {adapter.name!r} the number {adapter.first}, which is below 0 or another adapter's"
+        end = adapter.first + adapter.rank
+    return ""
+
+
+def _fault_of_tensors(pool: Pool) -> str:
+    """Where the tensors differ from the record of the adapters, or are not numbers; else ""."""
+    ranks = {
+        Key(module, adapter.first, part): rank
+        for adapter in pool.adapters
+        for module, rank in adapter.ranks.items()
+        for part in (Part.A, Part.B)
+    }
+    if differ := sorted(ranks.keys() ^ pool.tensors.keys()):
+        have = "lacks the tensor" if differ[0] in ranks else "has, without a record of it, the tensor"
+        return f"{have} {differ[0]}"
+    for key, value in pool.tensors.items():
+        if value.ndim != 2 or value.shape[0 if key.part is Part.A else 1] != ranks[key]:
+            return f"records rank {ranks[key]} for {key}, whose shape is {list(value.shape)}"
+        if not bool(torch.isfinite(value).all()):
+            return f"has values in {key} that are not finite"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def join_with(
     bank = found.bank
     if found.trainable:
         optim = method.plan.optim.model_copy(update={"epochs": epochs, "steps": 0})
-        trained = compute.train(Train(bank, found.trainable, optim, purpose="onboard"))
+        trained = compute.train(Train(bank, found.trainable, optim, purpose="onboard", rates=found.rates))
         bank = replace(bank, tensors={**bank.tensors, **trained.tensors})
     return Joined(me.id, bank, before, _score(compute, bank) if tested else {}, len(found.trainable))
 

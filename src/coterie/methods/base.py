@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol
 
 from typing_extensions import TypeVar
@@ -231,10 +231,14 @@ class Method(ABC, Generic[S]):
 
 @dataclass(frozen=True)
 class Onboarded:
-    """The bank of a client that was not there, and what of it trains on the client's rows."""
+    """The bank of a client that was not there, and what of it trains on the client's rows.
+
+    ``rates``: factors on the learning rate of single tensors; 1 for the others.
+    """
 
     bank: Bank
     trainable: frozenset[Key]
+    rates: Mapping[Key, float] = field(default_factory=dict)
 
 
 def newcomers_own(bank: Bank) -> frozenset[Key]:

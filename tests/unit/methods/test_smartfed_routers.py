@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pools
 import tiny
 from coterie import codec
 from coterie.adapters.pool import cut, read_pool
+from coterie.compute.join import join_with
 from coterie.engines.checks import fault_of
 from coterie.methods.base import drive
 from coterie.methods.fedit import FedIT
@@ -279,3 +281,21 @@ def test_methods_without_quotas_say_so() -> None:
     assert FedIT(FedIT.Settings(), Plan()).active_fault() == (
         "fedit activates the same experts at every client; leave it out"
     )
+
+
+def test_a_newcomer_trains_with_the_methods_learning_rates() -> None:
+    method, state, _ = made(router="signed", router_rate=30.0, head_rate=3.0, router_decay=0.5)
+    requests: list[Train] = []
+
+    class Local:
+        workplace = SimpleNamespace(base=SimpleNamespace(spec=BASE))
+        client = SimpleNamespace(info=WEAK, splits={"test": []})
+
+        def train(self, request: Train) -> Trained:
+            requests.append(request)
+            return Trained({key: request.bank.tensors[key] for key in request.trainable}, 0.5, 10, 100, 5)
+
+    join_with(method, method.welcome(state, WEAK), Local(), epochs=1)
+    (request,) = requests
+    assert request.rates.keys() == request.trainable
+    assert {(key.part, rate) for key, rate in request.rates.items()} == {(Part.ROUTER, 30.0), (Part.HEAD, 3.0)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from coterie.adapters.pool import Pool, match_modules, name_of
-from coterie.methods.base import Method
+from coterie.methods.base import Method, Onboarded
 from coterie.methods.findings import Adapter, Finding, Notes, Quotas
 from coterie.methods.parts import (
     Heads,
@@ -39,6 +39,8 @@ from coterie.methods.smartfed.pools import (
     Sent,
     check_base,
     check_settings,
+    frozen_of,
+    lacks_pool,
     left_out,
     named_for,
     names_in,
@@ -51,7 +53,7 @@ from coterie.methods.smartfed.routers import comparable, gate_of, start_routers
 from coterie.methods.smartfed.settings import DECAYED, SmartFedSettings
 from coterie.ops.mean import mean
 from coterie.ops.robust import capped
-from coterie.requests import ClientProgram, Train
+from coterie.requests import ClientProgram, Program, Train
 from coterie.types import (
     SHARED,
     Bank,
@@ -157,7 +159,7 @@ class SmartFed(Method[SmartFedState]):
             **self.settings.decayed(rnd),
         }
         without = frozenset(state.holders) if self.settings.pool_at == "server" else frozenset(c.id for c in clients)
-        frozen = self._frozen(pool, state.routers, state.dropped)
+        frozen = frozen_of(self.settings, pool, state.routers, state.dropped)
         return {
             c.id: Instruction(
                 {**_travels(state), **state.heads.of(c.id), **({} if c.id in without else frozen)},
@@ -185,10 +187,10 @@ class SmartFed(Method[SmartFedState]):
     def groups(
         self, state: SmartFedState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
     ) -> Sequence[Group]:
-        return grouped(replies, {c: "" for c, reply in replies.items() if not _lacks(reply)}, spaces)
+        return grouped(replies, {c: "" for c, reply in replies.items() if not lacks_pool(reply)}, spaces)
 
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
-        lacking = {c for c in replies if _lacks(replies[c])}
+        lacking = {c for c in replies if lacks_pool(replies[c])}
         state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
         replies = {c: reply for c, reply in replies.items() if c not in lacking}
         return self._average(state, replies) if replies else state
@@ -263,6 +265,11 @@ class SmartFed(Method[SmartFedState]):
         tensors = with_head({**experts, **fresh, **router_of(ins.tensors)}, ins, personal)
         return Bank(tensors, gate_of(self.settings, ins.info["quotas"]), s, self.plan.dropout)
 
+    def onboard(self, welcome: Instruction, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """As any method, with the learning rates of a first round."""
+        found = yield from super().onboard(welcome, base, me)
+        return replace(found, rates=self.settings.rates(found.trainable, 1.0))
+
     # steps of the server -----------------------------------------------------------------------------------------
 
     def _pool(self, name: str | None = None) -> Pool:
@@ -274,8 +281,7 @@ class SmartFed(Method[SmartFedState]):
         return {"quotas": self._quotas(state, budget)} | ({} if budget is None else {BUDGET: budget})
 
     def _quotas(self, state: SmartFedState, budget: int | None) -> dict[str, int]:
-        own = budget is not None
-        return quotas_of(self.settings, state.routers, state.importance, budget) if own else {**state.quotas}
+        return {**state.quotas} if budget is None else quotas_of(self.settings, state.routers, state.importance, budget)
 
     def _eeqa(
         self, state: SmartFedState, infos: Mapping[ClientId, Mapping[str, Json]], weight: Mapping[ClientId, float]
@@ -313,10 +319,6 @@ class SmartFed(Method[SmartFedState]):
         routers = rows_left(state.routers, modules, active, left, whole)
         return replace(state, routers=routers, dropped=(*state.dropped, *dropped)) if dropped else state
 
-    def _frozen(self, pool: Pool, routers: Iterable[Key], dropped: Sequence[str] = ()) -> dict[Key, Tensor]:
-        names, others = match_modules(pool, [key.module for key in routers]), {*self.settings.train_experts, *dropped}
-        return named_for(pool, names, [a for a in pool.adapters if a.name not in others])
-
     # steps of the client -----------------------------------------------------------------------------------------
 
     def _sent(self, ins: Instruction) -> Sent:
@@ -327,7 +329,7 @@ class SmartFed(Method[SmartFedState]):
         if ins.info["sent"]:
             return self._sent(ins).frozen
         if self.settings.pool_at == "everywhere":
-            return self._frozen(self._pool(ins.info["pool"]), router_of(ins.tensors))
+            return frozen_of(self.settings, self._pool(ins.info["pool"]), router_of(ins.tensors))
         if personal.kept is None or self._lacks_pool(ins, personal):
             raise CoterieError(
                 f"client {me.id} has lost the pool {ins.info['pool'][:12]}; the server sends it again after the next "
@@ -339,11 +341,6 @@ class SmartFed(Method[SmartFedState]):
         """Whether the client lost its personal state, and with it the pool that the server only names."""
         stored = personal.kept is not None and personal.info.get("pool") == ins.info["pool"]
         return self.settings.pool_at == "server" and not stored
-
-
-def _lacks(reply: Reply) -> bool:
-    """Whether the client lacked the pool, and so trained nothing."""
-    return reply.info.get("lacks_pool") is True
 
 
 def _travels(state: SmartFedState) -> dict[Key, Tensor]:

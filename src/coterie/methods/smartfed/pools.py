@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie.adapters.pool import BOUND, Adapter, Pool, cut, match_modules, norms, out_of_line, put_back, read_pool
 from coterie.methods.parts import lora_of
 from coterie.methods.smartfed.settings import SmartFedSettings
-from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Tensors
+from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Reply, Tensors
 
 WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
 _ROBUST_BOUND = 3.0  # times the median of the other adapters' norms, with [robust]
@@ -131,6 +131,19 @@ def named_for(pool: Pool, names: Mapping[str, str], adapters: Iterable[Adapter])
         for key, value in pool.tensors.items()
         if key.expert in firsts and key.module in names
     }
+
+
+def frozen_of(
+    settings: SmartFedSettings, pool: Pool, routers: Iterable[Key], dropped: Iterable[str] = ()
+) -> dict[Key, Tensor]:
+    """The pool's tensors that are sent once: those of adapters that neither train nor were dropped."""
+    names, others = match_modules(pool, [key.module for key in routers]), {*settings.train_experts, *dropped}
+    return named_for(pool, names, [a for a in pool.adapters if a.name not in others])
+
+
+def lacks_pool(reply: Reply) -> bool:
+    """Whether the client lacked the pool, and so trained nothing."""
+    return reply.info.get("lacks_pool") is True
 
 
 @dataclass(frozen=True)
