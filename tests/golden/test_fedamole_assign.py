@@ -19,7 +19,7 @@ INFEASIBLE = {
         "min_experts = 2 .*: raise the experts to at least 10, or raise clients_per_expert to at least 5"
     ),
     "homo_indivisible_10x3": (
-        "10 experts with clients_per_expert = 2 make 20 picks .* 3 clients .*: lower the experts to 9, or"
+        "10 experts with clients_per_expert = 2 make 20 picks .* 3 clients .* lower the experts to 9, or"
     ),
 }
 

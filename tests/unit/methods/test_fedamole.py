@@ -245,6 +245,30 @@ def test_by_their_holders_experts_find_their_domain_at_once_and_stay() -> None:
     assert {INFO[c].group for held in joined for c in held if c != "late"} == {"a"}
 
 
+@pytest.mark.parametrize("experts", [12, 24])
+def test_experts_choose_once_every_client_has_replied_as_after_a_full_first_round(experts: int) -> None:
+    method, start = make(experts=experts, prototype="holders", inertia=2.0)
+    full = one_round(method, start, 1)
+    first = one_round(method, start, 1, only=["a0", "b1", "c0"])
+    assert all(torch.equal(first.holds[m], start.holds[m]) for m in "qv")
+    state = one_round(method, first, 2)
+    assert all(torch.equal(state.holds[m], full.holds[m]) for m in "qv")
+    later = one_round(method, state, 3)
+    assert all(torch.equal(later.holds[m], state.holds[m]) for m in "qv")
+
+
+def test_experts_wait_three_rounds_for_a_client_and_leave_it_when_they_know_better() -> None:
+    method, start = make(experts=24, prototype="holders", inertia=2.0)
+    some, state = [c for c in INFO if c not in ("a2", "b2")], start
+    for rnd in (1, 2, 3):
+        state = one_round(method, state, rnd, only=some)
+        assert all(torch.equal(state.holds[m], start.holds[m]) for m in "qv")
+    state = one_round(method, state, 4, only=some)
+    before = same_group(state)
+    state = one_round(method, state, 5)
+    assert same_group(state) > 0.9 > before
+
+
 @pytest.mark.parametrize("mode", ["static", "oracle", "random"])
 def test_where_experts_do_not_choose_they_start_at_all_their_clients(mode: str) -> None:
     _, state = make(assignment=mode, first_holders=1)

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
-from coterie.methods.fedamole.selection import affinity, at_random, by_group, likeness, running_mean, with_inertia
+from coterie.methods.fedamole.selection import (
+    affinity,
+    at_random,
+    by_group,
+    knowingly,
+    likeness,
+    running_mean,
+    with_inertia,
+)
 from coterie.methods.plan import Plan
 from coterie.ops.assign import Limits, assign
 from coterie.ops.streams import stream
@@ -164,6 +172,27 @@ def test_experts_look_for_clients_like_their_holders_whatever_all_have_in_common
     both = torch.zeros(1, 6, dtype=torch.bool)
     both[0, [0, 2]] = True
     np.testing.assert_allclose(likeness([both] * 2, clients)[0, 0], found[0, [0, 2]].mean(0), atol=1e-12)
+
+
+def test_clients_that_have_not_replied_are_like_nobody_and_do_not_move_the_others_mean() -> None:
+    clients = [30 + 100 * torch.rand(8, 4, generator=stream(4, module)) for module in "qv"]
+    held = [torch.eye(8, dtype=torch.bool)] * 2
+    came = [0, 2, 3, 6, 7]
+    some = [t * torch.tensor([[c in came] for c in range(8)]) for t in clients]
+    found = likeness(held, some)
+    away = [c for c in range(8) if c not in came]
+    assert (found[:, away] == 0).all()
+    assert (found[:, :, away] == 0).all()
+    alone = likeness([torch.eye(5, dtype=torch.bool)] * 2, [t[came] for t in clients])
+    np.testing.assert_allclose(found[:, came][:, :, came], alone, atol=1e-12)
+    assert (likeness(held, [torch.zeros_like(t) for t in clients]) == 0).all()
+
+
+def test_an_expert_looks_for_clients_like_the_holders_that_it_knew() -> None:
+    holds = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    known = torch.tensor([True, True, False, False])
+    assert knowingly(holds, known).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert torch.equal(knowingly(holds, torch.ones(4, dtype=torch.bool)), holds)
 
 
 def test_a_running_mean_starts_with_the_first_value() -> None:

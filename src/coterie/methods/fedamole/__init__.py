@@ -21,13 +21,15 @@ experts share one dropout mask (there, each has its own: ``dropout_masks = "per_
 in the load-balance loss nor in embeddings (there they do: ``padding = "counted"``); the best round is chosen on
 validation data (there, on test data: not offered); the assignment is a linear program with the same optimum as SCIP's.
 The code's noise on embeddings is left out: it bounds nothing (it clips one batch only, and has no accountant).
-Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet counts with the mean of
-the others' token embeddings; an expert whose holders all missed a round is unchanged; a client that comes after the
+Ours: ``experts`` follows the number of clients unless set; a client that has not replied yet is like nobody, and
+experts wait up to three rounds for all first replies (``prototype = "experts"``: it has the mean of the others' token
+embeddings); an expert whose holders all missed a round is unchanged; a client that comes after the
 start trains the shared expert in its first round, and experts choose it like the others from then on.
 """
 
-from coterie.methods.fedamole.method import FedAMoLE, FedAMoLEState
+from coterie.methods.fedamole.method import FedAMoLE
 from coterie.methods.fedamole.settings import FedAMoLESettings
+from coterie.methods.fedamole.state import FedAMoLEState
 
 __all__ = ["METHOD", "FedAMoLE", "FedAMoLESettings", "FedAMoLEState"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from coterie.methods.fedamole.selection import (
     affinity,
     at_random,
     by_group,
+    knowingly,
     largest,
     likeness,
+    replied,
     running_mean,
     with_inertia,
     within_reach,
 )
 from coterie.methods.fedamole.settings import FedAMoLESettings
+from coterie.methods.fedamole.state import FedAMoLEState, with_late
 from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
 from coterie.methods.parts import (
     Heads,
@@ -63,30 +66,7 @@ from coterie.types import (
     Tensors,
 )
 
-
-@dataclass(frozen=True)
-class FedAMoLEState:
-    """The server's state: every expert once, and who holds it.
-
-    ``pool`` holds the experts 0..E-1, the shared expert and the projection of every module. By module: ``holds``
-    [E, n] says which client (in the order of ``clients``) holds which expert; ``expert_embeddings`` [E, r] and
-    ``token_embeddings`` [n, r] are the latest, 0 where there is none yet. ``clients`` are those of the start, by id,
-    then those that came later, in the order in which they first replied.
-    """
-
-    base: BaseSpec
-    clients: tuple[ClientId, ...]
-    pool: Tensors
-    holds: Mapping[str, Tensor]
-    expert_embeddings: Mapping[str, Tensor]
-    token_embeddings: Mapping[str, Tensor]
-    heads: Heads = field(default_factory=Heads)
-    error: float = 0.0
-
-    @property
-    def num_experts(self) -> int:
-        """E, the number of experts in each module's pool."""
-        return next(iter(self.expert_embeddings.values())).shape[0]
+PATIENCE = 3  # the most rounds that experts wait for every client's first embeddings before they choose
 
 
 @dataclass(frozen=True)
@@ -165,11 +145,20 @@ class FedAMoLE(Method[FedAMoLEState]):
         ]
 
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
+        first = rnd == 1 or self._waits(state, rnd - 1)
         weight, state = weights_of(replies, self.settings.weighting), with_late(state, replies)
+        known = replied(state.token_embeddings)
         state = replace(state, heads=mean_heads(state.heads, replies, weight), **self._average(state, replies, weight))
         if rnd >= self.plan.rounds or self.settings.assignment in ("static", "oracle"):
             return state
-        return self._assign(state, self._chosen(state, rnd) if self.settings.chooses else self._random(state, rnd))
+        if not self.settings.chooses:
+            return self._assign(state, self._random(state, rnd))
+        if self._waits(state, rnd):
+            return state
+        by = state
+        if self.settings.prototype == "holders" and not first:
+            by = replace(state, holds={m: knowingly(z, known) for m, z in state.holds.items()})
+        return self._assign(state, self._chosen(by, 1 if first else rnd))
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
         numbered = {f"expert-{e}": e for e in range(state.num_experts)}
@@ -308,6 +297,14 @@ class FedAMoLE(Method[FedAMoLEState]):
             "error": relative_error(errors),
         }
 
+    def _waits(self, state: FedAMoLEState, rnd: int) -> bool:
+        """Whether no expert chooses after round ``rnd`` yet: clients of the start have not replied, and may soon.
+
+        Experts that look for clients like their holders have to know these; a wrong first choice would stay.
+        """
+        waits = self.settings.chooses and self.settings.prototype == "holders" and rnd <= PATIENCE
+        return waits and not bool(replied(state.token_embeddings).all())
+
     def _chosen(self, state: FedAMoLEState, rnd: int) -> Scores:
         """What the experts choose by, [m, E, n]: their scores, and a bonus for the clients that hold them."""
         inertia = self.settings.inertia if rnd > 1 else 0.0  # the experts did not choose who holds them in round 1
@@ -336,13 +333,3 @@ class FedAMoLE(Method[FedAMoLEState]):
         limits = within_reach(limits, state.num_experts, len(state.clients))
         chosen = torch.from_numpy(assign(scores, limits))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})
-
-
-def with_late(state: FedAMoLEState, replies: Collection[ClientId]) -> FedAMoLEState:
-    """``state`` with the clients that replied for the first time: without numbered experts, and embeddings of 0."""
-    late = tuple(sorted(set(replies) - set(state.clients)))
-    if not late:
-        return state
-    holds = {m: torch.cat([z, z.new_zeros(len(z), len(late))], dim=1) for m, z in state.holds.items()}
-    tokens = {m: torch.cat([t, t.new_zeros(len(late), t.shape[1])]) for m, t in state.token_embeddings.items()}
-    return replace(state, clients=state.clients + late, holds=holds, token_embeddings=tokens)

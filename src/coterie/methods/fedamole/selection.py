@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -33,12 +33,28 @@ def likeness(holds: Sequence[Tensor], clients: Sequence[Tensor]) -> Scores:
 
     What all clients share is taken off first. A pair of clients has one cosine, the mean over the modules: a module's
     projection is random and shows a few directions only. ``holds`` [E, n] by module; 0 for an expert that nobody holds.
+    A client without embeddings is like nobody: its cosines are 0.
     """
-    centred = torch.stack([t - t.mean(dim=0) for t in (_filled(t).double() for t in clients)])
+    centred = torch.stack([_centred(t.double()) for t in clients])
     units = torch.nn.functional.normalize(centred, dim=-1, eps=1e-12)
     alike = (units @ units.transpose(1, 2)).mean(dim=0)
     held = torch.stack(list(holds)).double()
     return np.asarray((held / held.sum(dim=2, keepdim=True).clamp(min=1) @ alike).numpy())
+
+
+def replied(clients: Mapping[str, Tensor]) -> Tensor:
+    """Which clients have embeddings, [n] bool, of those by module [n, r]."""
+    return torch.stack([t.any(dim=1) for t in clients.values()]).any(dim=0)
+
+
+def knowingly(holds: Tensor, known: Tensor) -> Tensor:
+    """``holds`` [E, n], of each expert only the holders that it chose by their embeddings: ``known`` [n].
+
+    If there are none, the first holder alone: between holders of two domains an expert would stay.
+    """
+    chosen = holds & known
+    first = holds & (holds.cumsum(dim=1) == 1)
+    return torch.where(chosen.any(dim=1, keepdim=True), chosen, first)
 
 
 def at_random(shape: tuple[int, int, int], seed: int, rnd: int) -> Scores:
@@ -100,3 +116,9 @@ def _filled(t: Tensor) -> Tensor:
     """Token embeddings [n, r]; a client without any gets the mean of the others."""
     known = t.any(dim=1, keepdim=True)
     return torch.where(known, t, t.sum(0) / known.sum().clamp(min=1))
+
+
+def _centred(t: Tensor) -> Tensor:
+    """Token embeddings [n, r] less the mean of the clients that have any; 0 for the others."""
+    known = t.any(dim=1, keepdim=True)
+    return (t - t.sum(0) / known.sum().clamp(min=1)) * known
