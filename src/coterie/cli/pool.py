@@ -78,8 +78,8 @@ def show(folder: Annotated[Path, typer.Argument(help="a pool's folder")]) -> Non
     )
     for name, excess in out_of_line(of_pool).items():
         console.prose(
-            f"note: {name} is out of line: {excess}. A run leaves it out ([method] pool_bound): check where it comes "
-            "from, or build the pool without it"
+            f"note: {name} is out of line: {excess}. By default a run leaves it out ([method] pool_bound): check where "
+            "it comes from, or build the pool without it"
         )
 
 

@@ -58,6 +58,7 @@ def test_no_name_and_no_number_is_cut_or_wrapped(width: int, tmp_path: Path, mon
     assert all(len(line) <= width for line in lines[note:])
     text = " ".join(lines[note:])
     assert text.startswith("note: three is out of line: its norm (of B A, over its matrices) is ")
+    assert "median. By default a run leaves it out ([method] pool_bound): " in text
     assert text.endswith("check where it comes from, or build the pool without it")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 
 import pytest
 import torch
 
 from coterie.compute.footprint import LiveBytes
-from coterie.compute.heap import Trace, _with_small, gaps, most_alive
+from coterie.compute.heap import Trace, _gaps, _with_small, gaps, most_alive
 
 MIB = 2**20
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -54,6 +55,41 @@ def test_small_blocks_live_with_their_tensor_and_in_the_graph_until_its_turn() -
 def test_without_glibc_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert gaps([Trace([(0, 10 * MIB), (1, MIB), (0, 0), (2, 12 * MIB)])]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fates", "expected"),
+    [
+        ([70, 10, 20, 30, 40, 50, 60], 40),
+        (["fails", 10, 20, "fails", 30, 40, 50], 30),  # none counts as 0
+        ([10, 20, 30, "late", "late", "late", "late"], 20),
+        ([10, 20, "fails", "fails", "fails", "fails", "late"], 15),
+        (["late"] * 7, 0),
+    ],
+)
+def test_a_layout_of_which_nothing_is_known_is_left_out(
+    fates: list[int | str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(fates)
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        fate, lines = next(left), str(options["input"]).splitlines()
+        if fate == "late":
+            raise subprocess.TimeoutExpired(command, 1.0)
+        if fate == "fails":
+            raise subprocess.CalledProcessError(1, command)
+        live = most_alive([(int(number), int(size)) for number, size in map(str.split, lines)])
+        return subprocess.CompletedProcess(command, 0, stdout=f"{live + int(fate)}\n")
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gaps([Trace([(0, MIB), (0, 0)])]) == expected
+
+
+@pytest.mark.skipif(not GLIBC, reason="the allocator is not glibc's")
+@pytest.mark.parametrize(("blocks", "seconds"), [([(0, -1)], 60.0), ([(0, MIB)], 0.0)])
+def test_a_process_that_fails_or_is_late_tells_nothing(blocks: list[tuple[int, int]], seconds: float) -> None:
+    assert _gaps(blocks, seconds) is None
 
 
 def test_views_of_the_base_are_no_storages_of_the_pass() -> None:

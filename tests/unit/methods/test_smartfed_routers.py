@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import pools
@@ -281,6 +282,13 @@ def test_methods_without_quotas_say_so() -> None:
     assert FedIT(FedIT.Settings(), Plan()).active_fault() == (
         "fedit activates the same experts at every client; leave it out"
     )
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.99, -1.0, float("nan")])
+def test_no_bound_of_the_pool_is_below_what_is_usual(bound: float) -> None:
+    with pytest.raises(ValidationError, match="pool_bound"):
+        SmartFedSettings(pool_bound=bound)
+    assert [SmartFedSettings(pool_bound=fine).pool_bound for fine in (0.0, 1.0, 1e9)] == [0.0, 1.0, 1e9]
 
 
 def test_a_newcomer_trains_with_the_methods_learning_rates() -> None:

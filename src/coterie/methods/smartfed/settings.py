@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from coterie.methods.plan import MethodSettings
 from coterie.types import SHARED, Key, Part
@@ -25,7 +25,7 @@ class SmartFedSettings(MethodSettings):
         0.0,
         ge=0,
         description="adapters of the pool whose norm exceeds this many times the median of the others' are left out; "
-        "0: 10, or with [robust] 3",
+        "1 or more; 0: the default, 10, or with [robust] 3. There is no off: 1e9 leaves out none",
     )
     granularity: Literal["rank", "adapter"] = Field(
         "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
@@ -71,6 +71,15 @@ class SmartFedSettings(MethodSettings):
     drop_below: float = Field(
         0.0, ge=0, lt=1, description="drop an adapter whose share of the gates is below this fraction of an even share"
     )
+
+    @field_validator("pool_bound")
+    @classmethod
+    def _at_least_what_is_usual(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(
+                "must be 1 or more, or 0 for the default: below 1 up to half of the pool is left out, whatever it holds"
+            )
+        return value
 
     @property
     def whole(self) -> bool:
