@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from coterie.types import Bank, ClientId, ClientResult, Key, Number, Section, Tensors
+from coterie.types import NO_EXPERT, Bank, ClientId, ClientResult, Key, Number, Section, Tensors
 
 
 class Optim(Section):
@@ -182,7 +182,7 @@ class Observe:
     ``"gate_mass"`` of :mod:`coterie.compute.importance`. ``"signed_usage"`` is a usage whose weights are the mean
     weights, not their mean size. With ``hold_out`` only the rows that it sets aside are used,
     and of those at most ``examples``, drawn by the run's seed (0: all). Padding tokens count only with ``padding``, and
-    never in the importance of a module or in directions.
+    never in the importance of a module or in directions. Without ``of_experts`` the only embeddings are the router's.
     """
 
     bank: Bank
@@ -191,6 +191,11 @@ class Observe:
     hold_out: HoldOut | None = None
     padding: bool = False
     examples: int = 0
+    of_experts: bool = True
+
+    def wanted(self, embeddings: Tensors) -> Tensors:
+        """Those of a bank's ``embeddings`` that are requested."""
+        return {key: value for key, value in embeddings.items() if self.of_experts or key.expert == NO_EXPERT}
 
 
 @dataclass(frozen=True)

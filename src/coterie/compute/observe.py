@@ -7,7 +7,7 @@ gradients of the gates, is computed for one client at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -38,7 +38,8 @@ def observe(observations: Sequence[Observation]) -> list[Observed]:
                 padding = observations[i].request.padding
                 observations[i].begin_pass(joined.parts[at], joined.mask(at, padding))
             passes.outputs(joined)
-    return [observation.collector.result() for observation in observations]
+    results = [(observation.request, observation.collector.result()) for observation in observations]
+    return [replace(result, embeddings=request.wanted(result.embeddings)) for request, result in results]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Mean embeddings that hide every row (``[privacy] unit = "example"``): each row's are cut, and their sum gets noise.
 
-A row's embeddings, of all modules and experts together, are one vector: the means over the row's own tokens, whatever
+A row's embeddings, all those that are requested together, are one vector: the means over the row's own tokens, whatever
 the other rows. It is cut to ``embedding_clip``. The sum over all rows gets Gaussian noise, and is divided by their
 number, which is no secret.
 """
@@ -57,5 +57,6 @@ def _of_rows(observation: Observation) -> Iterator[Tensors]:
             for joined in passes.in_step([in_order(workplace.task, [example], 1)]):
                 observation.begin_pass(joined.parts[0], joined.mask(0, False))
                 passes.outputs(joined)
-            yield {key: (value / now.seen[key.module]).cpu() for key, value in now.embeddings.items()}
+            embeddings = observation.request.wanted(now.embeddings)
+            yield {key: (value / now.seen[key.module]).cpu() for key, value in embeddings.items()}
     now.embeddings = now.mask = None

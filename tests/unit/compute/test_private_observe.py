@@ -22,7 +22,7 @@ from coterie.methods.row_privacy import RowPrivacy, measured_of, planned_of, row
 from coterie.ops.accounting import Noised, spent
 from coterie.ops.noise import SeededNoise
 from coterie.requests import HoldOut, Observe, Optim
-from coterie.types import Bank, CoterieError, Key
+from coterie.types import NO_EXPERT, Bank, CoterieError, Key
 from workplaces import client_of, make_workplace
 
 ROWS = 6
@@ -169,3 +169,17 @@ def test_a_budget_covers_steps_and_embeddings() -> None:
     assert len(planned) == 3 * whole.steps_on(ROWS) + 2, "none in the last round"
     assert 3.95 < spent(planned, 1e-5).epsilon <= 4.0
     assert row_multiplier(settings, whole, ROWS, 3) < multiplier
+
+
+def test_embeddings_that_are_not_requested_take_no_part_of_the_clip(place: Any) -> None:
+    workplace, client, bank, each = place
+    of_router = [{key: value for key, value in of.items() if key.expert == NO_EXPERT} for of in each]
+    clip = 0.5 * min(lengths(of_router))
+    ask = Observe(bank, "train", ("embeddings",), of_experts=False)
+    found = LocalCompute(workplace, client, 1, private=private(clip=clip)).observe(ask).embeddings
+    assert found.keys() == of_router[0].keys() < each[0].keys()
+    for key, value in found.items():
+        cut = [clip / n * of[key].double() for n, of in zip(lengths(of_router), of_router, strict=True)]
+        assert torch.allclose(value.double(), torch.stack(cut).mean(0), atol=1e-6 * clip), key
+    plain = LocalCompute(workplace, client, 1).observe(ask).embeddings
+    assert plain.keys() == of_router[0].keys()

@@ -61,7 +61,8 @@ def observe(request: Observe, client: ClientInfo) -> Observed:
     place = {g: 6 * torch.eye(RANK)[i] for i, g in enumerate("abc")}[str(client.group)]
     keys = [key for key in request.bank.tensors if key.part is Part.ROUTER or (key.part is Part.A and key.expert >= 0)]
     aside = {key: 0.1 * torch.randn(RANK, generator=stream(3, client.id, str(key))) for key in keys}
-    return Observed({}, 10, {key._replace(part=Part.EMBEDDING): place + aside[key] for key in keys})
+    found = {key._replace(part=Part.EMBEDDING): place + aside[key] for key in keys}
+    return Observed({}, 10, request.wanted(found))
 
 
 def one_round(

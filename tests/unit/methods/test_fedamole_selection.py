@@ -23,7 +23,7 @@ from coterie.methods.plan import Plan
 from coterie.ops.assign import Limits, assign
 from coterie.ops.streams import stream
 from coterie.requests import HoldOut, Observe, Observed, Train, Trained
-from coterie.types import BaseSpec, ClientInfo, CoterieError, Part, Personal, Reply, Target
+from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, CoterieError, Part, Personal, Reply, Target
 
 BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)))
 CLIENTS = [ClientInfo(f"{g}{i}", 10, group=g) for g in "abc" for i in range(2)]
@@ -40,7 +40,8 @@ def observe(request: Observe) -> Observed:
     """Embeddings that are a function of the bank that is observed."""
     kinds = (Part.A, Part.ROUTER)
     keys = [key for key in request.bank.tensors if key.part in kinds and key.expert != -2]
-    return Observed({}, 1, {k._replace(part=Part.EMBEDDING): request.bank.tensors[k].mean(1) for k in keys})
+    found = {k._replace(part=Part.EMBEDDING): request.bank.tensors[k].mean(1) for k in keys}
+    return Observed({}, 1, request.wanted(found))
 
 
 def reply(method: FedAMoLE, state: FedAMoLEState, moved: float) -> tuple[Reply, list[Train | Observe]]:
@@ -78,6 +79,18 @@ def test_embeddings_before_training_do_not_depend_on_what_is_trained() -> None:
     assert [type(request) for request in requests] == [Train, Observe]
     assert embeddings(one).keys() == embeddings(other).keys()
     assert embeddings(one) != embeddings(other)
+
+
+@pytest.mark.parametrize(("prototype", "sent"), [("holders", {-1}), ("experts", {-1, 0, 1, 2, 3, 4, 5})])
+def test_embeddings_of_experts_are_sent_only_where_experts_choose_by_them(prototype: str, sent: set[int]) -> None:
+    method, state = made(prototype=prototype, embed="before")
+    one, _ = reply(method, state, 1.0)
+    assert one.tensors.keys() == method.expects(state, CLIENTS[0], 1).keys()
+    numbers = {key.expert for key in one.tensors if key.part is Part.EMBEDDING}
+    assert NO_EXPERT in numbers <= sent
+    assert (len(numbers) > 1) == (prototype == "experts")
+    (embeddings,) = (release.what for release in method.releases() if release.measured)
+    assert embeddings.endswith("by module") == (prototype == "holders")
 
 
 @pytest.mark.parametrize(

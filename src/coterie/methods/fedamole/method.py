@@ -115,11 +115,12 @@ class FedAMoLE(Method[FedAMoLEState]):
         return {c.id: Instruction({**self._part_of_pool(state, c.id), **state.heads.of(c.id)}, info) for c in clients}
 
     def expects(self, state: FedAMoLEState, me: ClientInfo, rnd: int) -> Shapes:
-        part = self._part_of_pool(state, me.id)
+        part, s = self._part_of_pool(state, me.id), self.settings
         embeddings = {
             key._replace(part=Part.EMBEDDING): (self.plan.rank,)
             for key in part
-            if self._embeds(rnd) and (key.part is Part.ROUTER or (key.part is Part.A and key.expert != SHARED))
+            if self._embeds(rnd)
+            and (key.part is Part.ROUTER or (s.of_experts and key.part is Part.A and key.expert != SHARED))
         }
         return shapes_of(part, state.heads.of(me.id)) | embeddings
 
@@ -178,7 +179,8 @@ class FedAMoLE(Method[FedAMoLEState]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         s, bank = self.settings, self.bank(ins, me, personal)
         counted = s.padding == "counted"
-        observe = Observe(bank, "train", ("embeddings",), None if s.embed_rows == "all" else s.share, counted)
+        rows = None if s.embed_rows == "all" else s.share
+        observe = Observe(bank, "train", ("embeddings",), rows, counted, of_experts=s.of_experts)
         embeds, embeddings = bool(ins.info["embed"]), {}
         if embeds and s.embed == "before":
             embeddings = (yield observe).embeddings

@@ -9,7 +9,7 @@ from coterie.methods.releases import SERVER, Release, head_release
 def released(settings: FedAMoLESettings, shared_heads: bool) -> tuple[Release, ...]:
     """The releases of a client: embeddings only where the experts choose by them."""
     embeddings = Release(
-        "mean embeddings of its tokens, by module and expert",
+        "mean embeddings of its tokens, by module" + (" and expert" if settings.of_experts else ""),
         reads="each",
         to=SERVER,
         when="every round but the last",

@@ -86,6 +86,11 @@ class FedAMoLESettings(MethodSettings):
         return self.assignment in ("dynamic", "homogeneous")
 
     @property
+    def of_experts(self) -> bool:
+        """Whether experts choose by embeddings of their own, so that clients send these."""
+        return self.prototype == "experts"
+
+    @property
     def first_picks(self) -> int:
         """The number of clients that hold each expert in round 1."""
         usual = 1 if self.prototype == "holders" else self.clients_per_expert
