@@ -63,6 +63,7 @@ ATTACKS: dict[str, Attack] = {
     "a little, as a member": little_member,
     "noise": noise,
     "poisoned adapter": times(1.0),  # of the pool, see make_pools; the attackers send nothing of their own
+    "adapter within the bound": times(1.0),  # the same, as strong as SmartFed's pool_bound lets it be
     "rows of 10^9": times(-1.0),
     "flipped labels": times(1.0),  # its rows are wrong, see rows_of
     "sign flip x50": times(-50.0),

@@ -31,7 +31,7 @@ from _attackers import ATTACKS, Hostile
 from _harness import arguments, datasets, table, write
 from safetensors.torch import load_file, save_file
 
-from coterie.adapters.pool import POOL_FILE, write_pool
+from coterie.adapters.pool import POOL_FILE, Pool, norms, read_pool, total, write_pool
 from coterie.adapters.read import WEIGHTS_FILE, build_pool
 from coterie.config.load import check_config
 from coterie.experiment import open_run, rounds_of, run
@@ -44,11 +44,13 @@ SPLITS = ("train", "validation", "test")
 EACH, INTENTS = 4, 5
 TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("query", "value")]
 ATTACKERS = ("travel-3", "banking-3")
+FEDAMOLE = {"name": "fedamole", "experts": 16, "max_experts": 6}
 PUBLISHED = {"embed": "after", "embed_rows": "held_out", "inertia": 0.0, "prototype": "experts"}  # of FedAMoLE
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"name": "fedit"},
     "fedlease": {"name": "fedlease", "warmup_rounds": 1},  # clusters by texts, then by LoRAs: the default
-    "fedamole": {"name": "fedamole", "experts": 16, "max_experts": 6, **PUBLISHED},
+    "fedamole": FEDAMOLE,
+    "fedamole as published": {**FEDAMOLE, **PUBLISHED},
     "smartfed": {"name": "smartfed", "active": 4},
     "fedlease by B": {"name": "fedlease", "warmup_rounds": 1, "distance": "B"},
 }
@@ -119,7 +121,12 @@ def plan(seeds: Sequence[int]) -> Iterator[Case]:
 def fits(method: str, attack: str) -> bool:
     """A pool is SmartFed's, a cluster FedLEASE's."""
     name = METHODS[method]["name"]
-    only = {"poisoned adapter": "smartfed", "lying member": "fedlease", "a little, as a member": "fedlease"}
+    only = {
+        "poisoned adapter": "smartfed",
+        "adapter within the bound": "smartfed",
+        "lying member": "fedlease",
+        "a little, as a member": "fedlease",
+    }
     return only.get(attack, name) == name
 
 
@@ -170,7 +177,9 @@ def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path],
             entry["train"] = f"{entry['id']}-train-flipped.jsonl"
     method = {**METHODS[case.method]}
     if method["name"] == "smartfed":
-        method["pool"] = str(pools["poisoned" if case.attack == "poisoned adapter" else "pool"])
+        within = "within 10" if case.rule == "none" else "within 3"  # SmartFed's default bound with this rule
+        bad_pools = {"poisoned adapter": "poisoned", "adapter within the bound": within}
+        method["pool"] = str(pools[bad_pools.get(case.attack, "pool")])
     return {
         "model": {"path": "minilm", "max_length": 32},
         "data": {"clients": clients},
@@ -189,7 +198,7 @@ def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path],
 
 
 def make_pools(work: Path, size: Size, cache: dict[str, Any]) -> dict[str, Path]:
-    """SmartFed's pool: a LoRA for each task; and one in which travel's is 50 times as strong and turned round."""
+    """SmartFed's pool: a LoRA for each task; and pools in which travel's is turned round, and stronger."""
     adapters = {}
     for task in TASKS:
         out = work / "modules" / task
@@ -199,15 +208,31 @@ def make_pools(work: Path, size: Size, cache: dict[str, Any]) -> dict[str, Path]
             raw["run"] = {"rounds": size.rounds, "seed": 1}
             run(check_config(raw), out, root=work, resume=(out / "config.json").exists(), cache=cache)
         adapters[task] = out / "experts" / "global"
-    bad = work / "modules" / "poisoned"
+    pools = {"pool": adapters, "poisoned": {**adapters, "travel": turned(adapters["travel"], 50.0)}}
+    for bound in (3, 10):
+        usual = {name: total(of) for name, of in norms(pool_of(work, "pool", adapters)).items()}
+        factor = 0.99 * bound * usual["banking"] / usual["travel"]
+        pools[f"within {bound}"] = {**adapters, "travel": turned(adapters["travel"], factor)}
+    for name, members in pools.items():
+        pool_of(work, name, members)
+    return {name: work / name for name in pools}
+
+
+def turned(adapter: Path, factor: float) -> Path:
+    """A copy of the adapter that is ``factor`` times as strong and turned round."""
+    bad = adapter.parents[2] / f"turned {factor:.2f}"
     if not (bad / WEIGHTS_FILE).exists():
-        shutil.copytree(adapters["travel"], bad, ignore=shutil.ignore_patterns(WEIGHTS_FILE), dirs_exist_ok=True)
-        tensors = load_file(adapters["travel"] / WEIGHTS_FILE)
-        save_file({name: t * -50 if ".lora_B." in name else t for name, t in tensors.items()}, bad / WEIGHTS_FILE)
-    for name, members in (("pool", adapters), ("poisoned", {**adapters, "travel": bad})):
-        if not (work / name / POOL_FILE).exists():
-            write_pool(work / name, build_pool([f"{module}={path}" for module, path in members.items()]))
-    return {name: work / name for name in ("pool", "poisoned")}
+        shutil.copytree(adapter, bad, ignore=shutil.ignore_patterns(WEIGHTS_FILE), dirs_exist_ok=True)
+        tensors = load_file(adapter / WEIGHTS_FILE)
+        save_file({name: t * -factor if ".lora_B." in name else t for name, t in tensors.items()}, bad / WEIGHTS_FILE)
+    return bad
+
+
+def pool_of(work: Path, name: str, members: Mapping[str, Path]) -> Pool:
+    """The pool of these adapters, which is made where it is missing."""
+    if not (work / name / POOL_FILE).exists():
+        write_pool(work / name, build_pool([f"{module}={path}" for module, path in members.items()]))
+    return read_pool(work / name)
 
 
 def measured(case: Case, raw: dict[str, Any], work: Path, cache: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Sort in letters over a pool as in bench/skills/run.py, but of five modules of rank 8: N = 40 experts a matrix. The
 budget is 2, 3, 4 or 8 of them on average, or all. Each budget is divided evenly (no EEQA), and by each importance that
-can measure. Budgets of 2 and 3 have a floor of 1, so that there is something to divide; the others the default of 2.
+clients can measure. Budgets of 2 and 3 have a floor of 1, so that there is something to divide; the others the default
+of 2.
 
     python bench/skills/active.py --pools 0,1,2 --seeds 0,1,2    # goes on where it was stopped; runs in runs/skills
 """

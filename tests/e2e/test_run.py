@@ -27,6 +27,7 @@ from coterie.data.rows import TextRow
 from coterie.methods.registry import method_named
 from coterie.nn.attach import attached
 from coterie.nn.base import load_base
+from coterie.report.page import write_report
 from coterie.runs.checkpoint import load_newest
 from coterie.runs.events import Evaluated, Event, Note, read_events
 from coterie.runs.summary import ALL_MODULES, Summary, read_summary
@@ -186,6 +187,15 @@ def test_a_summary_of_fedlease_has_clusters_silhouettes_and_usage(name: str, don
         assert sum(usage.weight) == pytest.approx(1)
         assert all(0 <= w <= s <= 1 for w, s in zip(usage.weight, usage.share, strict=True))
         assert usage.share[clusters[client]] == 1, "the own expert is always in"
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("name", ["bert-fedlease", "llama-fedamole"])
+def test_the_report_of_a_run_has_its_pictures(name: str, done: Any) -> None:
+    page = write_report(done(name).out).read_text(encoding="utf-8")
+    drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawn) > 4
+    assert all("<path" in picture for picture in drawn)
 
 
 @pytest.mark.parametrize("name", RUNS)
