@@ -37,7 +37,7 @@ test: lint types  ## lint, types and all tests but the slow ones
 test-slow: lint types  ## lint, types and all tests but those of real processes
 	$(PYTEST) -m 'not flower and not ray and not secure and not kill'
 
-test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; under five minutes
+test-flower: $(STAMP)  ## federations of real processes on loopback, TLS and failures among them; about seven minutes on two cores
 	@# Three at a time: they wait more than they work.
 	$(PYTEST) -n 3 -m flower tests/e2e
 
@@ -50,8 +50,8 @@ test-kill: $(STAMP)  ## random kills of simulations (KILLS) and of a federation 
 fuzz: $(STAMP)  ## an hour of bad input for every reader; what shows a fault is kept in runs/fuzz
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/support/fuzz.py --seconds 3600
 
-test-ray: $(STAMP)  ## every method on Flower's simulation runtime (Ray)
-	$(PYTEST) -n 0 -m ray tests/parity/test_flower_ray.py
+test-ray: $(STAMP)  ## every method, and secure sums, on Flower's simulation runtime (Ray)
+	$(PYTEST) -n 0 -m ray tests/parity
 
 test-tracking: .venv-tracking/.installed  ## trackers with their own libraries, in .venv-tracking beside .venv
 	OMP_NUM_THREADS=1 .venv-tracking/bin/python -m pytest -n 0 tests/unit/runs/test_tracking.py

@@ -14,6 +14,7 @@ from coterie.ops.streams import stream
 from coterie.types import ClientId, ClientInfo, Instruction, Key, Reply, Tensors
 
 CLAIMED = 10**9  # rows
+CLAIMING = ("rows of 10^9", "x50, rows of 10^9")  # attacks
 
 Updates = Mapping[ClientId, Tensors]
 Attack = Callable[[Tensors, Updates, torch.Generator, int], Tensors]  # own update, the honest ones, draw, round
@@ -67,6 +68,7 @@ ATTACKS: dict[str, Attack] = {
     "rows of 10^9": times(-1.0),
     "flipped labels": times(1.0),  # its rows are wrong, see rows_of
     "sign flip x50": times(-50.0),
+    "x50, rows of 10^9": times(-50.0),
 }
 
 
@@ -83,7 +85,7 @@ class Hostile:
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
-        claimed = {"num_train": CLAIMED} if self.attack == "rows of 10^9" else {}
+        claimed = {"num_train": CLAIMED} if self.attack in CLAIMING else {}
         return tuple(replace(c, **claimed) if c.id in self.attackers else c for c in self.engine.clients)
 
     def train(
@@ -104,6 +106,6 @@ class Hostile:
                 draw = stream(0, "attack", rnd, client)
                 moved = ATTACKS[self.attack](updates[client], honest, draw, rnd)
                 tensors = {k: starts[client][k] + v if k in starts[client] else v for k, v in moved.items()}
-                rows = CLAIMED if self.attack == "rows of 10^9" else delivery.reply.num_examples
+                rows = CLAIMED if self.attack in CLAIMING else delivery.reply.num_examples
                 delivery = replace(delivery, reply=Reply(tensors, rows, delivery.reply.info))
             yield client, delivery

@@ -2,9 +2,9 @@
 
 Eight clients on the packaged encoder, with experts in its last three layers: four have requests to a bank, four about
 travel (two domains of CLINC150, five intents of each). The attackers are the last client of travel and, if there are
-two, the last of banking. Reported is the mean test accuracy of the honest clients after the last round; the reference
-has no attackers at all. An attacker trains honestly and then changes its reply (``ATTACKS``), from the first round on,
-FedLEASE's warm-up included. It knows the honest replies.
+two, the last of banking; or, in cases that are named so, the last two of travel. Reported is the mean test accuracy of
+the honest clients after the last round; the reference has no attackers at all. An attacker trains honestly and then
+changes its reply (``ATTACKS``), from the first round on, FedLEASE's warm-up included. It knows the honest replies.
 
     python examples/fetch_data.py             # once
     python bench/attacks.py --threads 1       # goes on where it was stopped: runs/attacks has a file for each case
@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ SPLITS = ("train", "validation", "test")
 EACH, INTENTS = 4, 5
 TARGETS = [f"layer.{n}.attention.self.{name}" for n in (3, 4, 5) for name in ("query", "value")]
 ATTACKERS = ("travel-3", "banking-3")
+TOGETHER = ("travel-3", "travel-2")
 FEDAMOLE = {"name": "fedamole", "experts": 16, "max_experts": 6}
 PUBLISHED = {"embed": "after", "embed_rows": "held_out", "inertia": 0.0, "prototype": "experts"}  # of FedAMoLE
 METHODS: dict[str, dict[str, Any]] = {
@@ -105,10 +107,17 @@ class Case:
     attackers: int
     rule: str
     seed: int = 0
+    together: bool = False  # two attackers have rows of the same task
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.attackers}-{self.attack or 'honest'}-{self.rule}-{self.seed}".replace(" ", "")
+        who = f"{self.attackers}{'-together' * self.together}"
+        return f"{self.method}-{who}-{self.attack or 'honest'}-{self.rule}-{self.seed}".replace(" ", "")
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """The clients that attack, or that are missing where nobody does."""
+        return (TOGETHER if self.together else ATTACKERS)[: self.attackers]
 
 
 def plan(seeds: Sequence[int]) -> Iterator[Case]:
@@ -121,6 +130,9 @@ def plan(seeds: Sequence[int]) -> Iterator[Case]:
     for attackers, rule in ((2, "none"), (1, CHOSEN), (1, "none"), (2, OTHER)):
         for attack in ATTACKS:
             yield from (Case(m, attack, attackers, rule, seeds[0]) for m in METHODS if fits(m, attack))
+    for rule, attack in ((CHOSEN, attack) for attack in ATTACKS):
+        yield from (Case(m, attack, 2, rule, seeds[0], together=True) for m in METHODS if fits(m, attack))
+    yield from (Case(method, "", 2, "none", seeds[0], together=True) for method in METHODS)
     yield from (Case(method, "", 2, CHOSEN, seeds[0]) for method in METHODS)
     for attack in ("inner product", "a little is enough", "sign flip", ""):
         yield from (Case("fedit", attack, 2, rule, seeds[0]) for rule in RULES)
@@ -174,14 +186,13 @@ def rows_of(work: Path, texts: Mapping[str, Mapping[str, list[str]]], size: Size
 
 
 def config(case: Case, entries: list[dict[str, Any]], pools: Mapping[str, Path], size: Size) -> dict[str, Any]:
-    bad = ATTACKERS[: case.attackers]
     clients = [
         {**entry, **{s: f"{entry['id']}-{s}.jsonl" for s in SPLITS}}
         for entry in entries
-        if case.attack or entry["id"] not in bad
+        if case.attack or entry["id"] not in case.bad
     ]
     for entry in clients:
-        if case.attack == "flipped labels" and entry["id"] in bad:
+        if case.attack == "flipped labels" and entry["id"] in case.bad:
             entry["train"] = f"{entry['id']}-train-flipped.jsonl"
     method = {**METHODS[case.method]}
     if method["name"] == "smartfed":
@@ -249,7 +260,7 @@ def measured(case: Case, raw: dict[str, Any], work: Path, cache: dict[str, Any])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     opened = open_run(check_config(raw), folder, work, cache)
-    bad = ATTACKERS[: case.attackers] if case.attack else ()
+    bad = case.bad if case.attack else ()
     try:
         engine = Hostile(opened.engine, bad, case.attack) if bad else opened.engine
         Runner(opened.method, engine, rounds_of(opened.config), folder).run()
@@ -292,23 +303,32 @@ def rows_in(work: Path, chosen: argparse.Namespace, size: Size) -> Iterator[dict
         yield asdict(case) | found
 
 
+def points(lost: float) -> str:
+    """One decimal, without a minus before 0."""
+    return f"{round(lost, 1) + 0.0:.1f}"
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The table of docs/robustness.md: what the attackers cost, in points, the mean over seeds (least to most)."""
-    columns = [(1, "none"), (2, "none"), (2, CHOSEN)]
-    yield "| method | attack | one, no setting | two, no setting | two, `multi_krum` and `clip` |"
-    yield "| --- " * (2 + len(columns)) + "|"
+    columns = [(1, "none", False), (2, "none", False), (2, CHOSEN, False), (2, CHOSEN, True)]
+    heads = ("method", "attack", "one, no setting", "two, no setting", "two, `multi_krum` and `clip`", "both of travel")
+    yield f"| {' | '.join(heads)} |"
+    yield "| --- " * len(heads) + "|"
     for method in METHODS:
         for attack in (attack for attack in ATTACKS if fits(method, attack)):
             cells = []
-            for n, rule in columns:
-                case = (method, attack, n, rule)
+            for column in columns:
                 lost = [
                     100 * row["lost"]
                     for row in rows
-                    if (row["method"], row["attack"], row["attackers"], row["rule"]) == case and row["lost"] is not None
+                    if (row["method"], row["attack"]) == (method, attack)
+                    and (row["attackers"], row["rule"], row["together"]) == column
+                    and row["lost"] is not None
                 ]
-                ends = f" ({min(lost):.1f} to {max(lost):.1f})" if len(lost) > 1 else ""
-                cells.append(f"{sum(lost) / len(lost):.1f}{ends}" if lost else "-")
+                ends = f" ({points(min(lost))} to {points(max(lost))})" if len(lost) > 1 else ""
+                cells.append(f"{points(sum(lost) / len(lost))}{ends}" if lost else "-")
+            if {*cells} == {"-"}:
+                continue
             yield f"| {SHOWN[method]} | {attack} | " + " | ".join(cells) + " |"
 
 
@@ -317,9 +337,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) if chosen.quick else (chosen.work or Path("runs/attacks")).resolve()
         rows = list(rows_in(work, chosen, QUICK if chosen.quick else Size()))
-    honest = {(r["method"], r["attackers"], r["seed"]): r for r in rows if not r["attack"] and r["rule"] == "none"}
+    federation = itemgetter("method", "attackers", "seed", "together")
+    honest = {federation(row): row for row in rows if not row["attack"] and row["rule"] == "none"}
     for row in rows:
-        without = honest.get((row["method"], row["attackers"], row["seed"]))
+        without = honest.get(federation(row))
         row["lost"] = None if without is None else round(without["accuracy"] - row["accuracy"], 4)
     table("honest clients' accuracy", [{k: v for k, v in r.items() if k not in ("clients", "notes")} for r in rows])
     write("attacks", chosen, {"size": asdict(QUICK if chosen.quick else Size()), "rows": rows})

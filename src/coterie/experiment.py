@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from coterie.files import write_json
 from coterie.machine import default_threads, reset_peak_memory
 from coterie.methods.base import Method
 from coterie.runs.checkpoint import Checkpoint
+from coterie.runs.cost import check_continued, check_planned_cost
 from coterie.runs.events import METRICS, Listener, Note, Ready, read_events
 from coterie.runs.extend import extend, rounds_before
 from coterie.runs.folder import REPORT, check_folder, claim, explain_full_disk, lock_folder, plain
@@ -90,20 +92,40 @@ def run(
     opened = open_run(config, folder, root or Path.cwd(), cache if cache is not None else {})
     with closing(opened.engine):
         opened.method.init(opened.engine.spec, opened.engine.clients)
+        warned = privacy_warnings(opened, resume, before)
         reset_peak_memory()
-        return _carry_out(opened, folder, resume, listen, before)
+        return _carry_out(opened, folder, resume, listen, before, warned)
 
 
-def _carry_out(opened: Opened, folder: Path, resume: bool, listen: Listener, before: int | None) -> Summary:
+def privacy_warnings(opened: Opened, begun: bool, before: int | None = None) -> list[str]:
+    """What has to be said of the guarantee of a run that has ``begun``.
+
+    ``before``: the rounds that it has so far, where it gets more. Raises :class:`CoterieError` for a guarantee that
+    protects nobody: of a new run, and of one that only more rounds make so.
+    """
+    method, rounds = opened.method, rounds_of(opened.config)
+    if not method.plan.privacy.active:
+        return []
+    clients = {client.id: client.num_train for client in opened.engine.clients}
+    if begun:
+        return check_continued(method, clients, rounds, before)
+    check_planned_cost(method, clients, rounds)
+    return []
+
+
+def _carry_out(
+    opened: Opened, folder: Path, resume: bool, listen: Listener, before: int | None, warned: Sequence[str]
+) -> Summary:
     """Take the folder, run the rounds, finish. ``before``: the rounds that the run has so far, where it gets more."""
-    config = opened.config
+    config, federation = opened.config, opened.federation
     with lock_folder(folder), explain_full_disk(folder):
-        claim(folder, config, opened.root, opened.federation.manifest, resume)
+        claim(folder, config, opened.root, federation.manifest, resume)
         if before is not None:
             extend(folder, config, before, opened.method.State)
         with tracked(config, folder, resume, listen) as listening:
             listening(Ready(len(opened.engine.clients), config.run.rounds, str(folder)))
-            runner = Runner(opened.method, opened.engine, rounds_of(config), folder, listening, opened.federation.notes)
+            rounds, notes = rounds_of(config), federation.notes
+            runner = Runner(opened.method, opened.engine, rounds, folder, listening, notes, warned=warned)
             exported = runner.exported(runner.run())
             return finish(opened, exported, folder, listening, runner.private)
 

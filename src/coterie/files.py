@@ -6,9 +6,15 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from coterie.text import parse_json
 from coterie.types import CoterieError, Json
+
+T = TypeVar("T")
+_FIX = "restore it, or start a new run with --out"
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -43,12 +49,22 @@ def write_json(path: Path, value: Json) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path, fix: str = "restore it, or start a new run with --out") -> Json:
+def read_json(path: Path, fix: str = _FIX) -> Json:
     """What :func:`write_json` wrote. Raises :class:`CoterieError` for a damaged file, with the ``fix``."""
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as fault:  # JSON or UTF-8
         raise CoterieError(f"{path} is damaged ({fault}); {fix}") from fault
+
+
+def read_json_as(path: Path, kind: TypeAdapter[T], fix: str = _FIX) -> T:
+    """:func:`read_json` of a ``kind`` of value. Raises :class:`CoterieError` for any other, too."""
+    try:
+        return kind.validate_python(read_json(path, fix))
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CoterieError(f"{path} is damaged ({where + ': ' if where else ''}{first['msg']}); {fix}") from fault
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,7 +27,7 @@ from coterie.runs import checkpoint, rounds, summary
 from coterie.runs.events import CheckpointSaved, Evaluated, Event, Note
 from coterie.types import CoterieError
 
-ROUNDS, BEST = 6, 2
+ROUNDS, BEST = 4, 2
 METHODS = ["local", "fedit", "fedsa_lora", "feddpa", "fedamole", "fedlease", "ifca"]  # each keeps other things
 
 

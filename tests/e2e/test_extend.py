@@ -63,7 +63,7 @@ EVERY_TWO = "run.evaluate_every=2"
     ),
 )
 def test_an_extended_run_is_the_longer_run(method: str, more: str, tmp_path: Path) -> None:
-    path, changes = sites.config(tmp_path, method=method), [more] if more else []
+    path, changes = sites.config(tmp_path, method=method, rows=4, others=2), [more] if more else []
     run(path, tmp_path / "whole", "run.rounds=5", *changes)
     run(path, tmp_path / "parts", "run.rounds=3", *changes)
     found = run(path, tmp_path / "parts", "run.rounds=5", *changes, resume=True)
@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_can_be_extended_too(tmp_path: Path) -> None:
         if isinstance(event, CheckpointSaved) and event.round == 2:
             raise CoterieError("stopped")
 
-    path = sites.config(tmp_path, method="fedit")
+    path = sites.config(tmp_path, method="fedit", rows=4, others=2)
     run(path, tmp_path / "whole", "run.rounds=5")
     with pytest.raises(CoterieError, match="stopped"):
         run(path, tmp_path / "parts", "run.rounds=4", listen=stop)
@@ -98,7 +98,7 @@ def stop_at(rnd: int) -> Any:
 
 
 def test_why_a_run_cannot_be_extended_is_said_and_nothing_changes(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="fedit"), tmp_path / "out"
+    path, out = sites.config(tmp_path, method="fedit", rows=4, others=2), tmp_path / "out"
     run(path, out, "run.rounds=3")
     with pytest.raises(CoterieError, match=r"run of 3 rounds, and a run can have more but not fewer"):
         run(path, out, "run.rounds=2", resume=True)

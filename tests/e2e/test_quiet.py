@@ -26,11 +26,9 @@ model = coterie.load(path.parent / "out", "mood-0")
 model.model(**model.tokenizer(["one two"], return_tensors="pt"))
 """
 POOL = """
-import sys
-
 from coterie.adapters.read import build_pool
 
-build_pool(sys.argv[1:])
+build_pool(sys.argv[2:])
 """
 
 
@@ -41,22 +39,23 @@ def printed(program: str, *arguments: Path) -> str:
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_run_and_what_is_loaded_from_it_print_nothing(quantize: str, tmp_path: Path) -> None:
-    path = sites.config(tmp_path, "llama", kind="classification", method="fedit")
+def test_a_run_what_is_loaded_from_it_and_a_pool_print_nothing(quantize: str, tmp_path: Path) -> None:
+    path = sites.config(tmp_path, "llama", kind="classification", method="fedit", rows=4, others=2)
     tiny.folder(
         tmp_path / "model", "llama", hidden_size=64, intermediate_size=128
     )  # 4-bit weights come in blocks of 64
     text = path.read_text("utf-8").replace("rounds = 3", "rounds = 1")
     path.write_text(text.replace("[model]", f'[model]\nquantize = "{quantize}"'), encoding="utf-8")
-    assert printed(RUN, path) == ""
+    assert printed(RUN + POOL, path, adapter(tmp_path)) == ""
 
 
-def test_building_a_pool_prints_nothing(tmp_path: Path) -> None:
-    base = tiny.folder(tmp_path / "model", "llama")
+def adapter(folder: Path) -> Path:
+    """An adapter of a base of its own, to build a pool of."""
+    base = tiny.folder(folder / "pool-model", "llama")
     bank = tiny.bank(tiny.targets(tiny.model("llama", "generation")))
     tensors = {key._replace(expert=0): value for key, value in bank.tensors.items()}
-    write_adapter(tmp_path / "one", tensors, rank=4, alpha=8, about=tiny.about(base=str(base), task="generation"))
-    assert printed(POOL, tmp_path / "one") == ""
+    write_adapter(folder / "one", tensors, rank=4, alpha=8, about=tiny.about(base=str(base), task="generation"))
+    return folder / "one"
 
 
 def test_other_warnings_of_bitsandbytes_stay(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,6 +30,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # a forked child cannot use the parent's threads
 
 
+FEW = {"rows": 4, "others": 2}  # one step a round and client: what is held is the same bits
 CASES = {  # method, architecture, more of the config
     "fedlease": ("fedlease", "bert", ""),
     "fedlease, half a cohort": ("fedlease", "bert", "cohort = 0.6"),
@@ -45,7 +46,7 @@ CASES = {  # method, architecture, more of the config
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_random_moments_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     method, arch, more = CASES[name]
-    path = sites.config(tmp_path, arch, method=method, run=more)
+    path = sites.config(tmp_path, arch, method=method, run=more, **FEW)
     if name == "fedlease":
         path.write_text(path.read_text().replace("[lora]", 'head = "shared"\n[lora]'))
     if name == "fedlease, half a cohort":
@@ -59,7 +60,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(name: str, tmp_path: P
     for attempt in range(20):  # a run that finishes before enough kills is compared, and another one begins
         kills = 0
         while not (out / "summary.json").exists():
-            kills += killed(partial(go_on, path, out), draw.uniform(0.1, 0.9) * seconds if kills < 4 else None)
+            kills += killed(partial(go_on, path, out), draw.uniform(0.1, 0.9) * seconds if kills < 2 else None)
         assert results(out) == whole
         if kills >= 2:
             return
@@ -76,7 +77,7 @@ def test_a_run_that_stops_in_its_last_round_goes_on_with_every_method(method: st
         if isinstance(event, RoundStart) and event.round == 3:
             raise Stop
 
-    path = sites.config(tmp_path, method=method)
+    path = sites.config(tmp_path, method=method, **FEW)
     run(path, tmp_path / "whole")
     with pytest.raises(Stop):
         run(path, tmp_path / "parts", listen=stop)
@@ -85,7 +86,7 @@ def test_a_run_that_stops_in_its_last_round_goes_on_with_every_method(method: st
 
 
 def test_killed_before_every_write_ends_with_the_same_bits(tmp_path: Path) -> None:
-    path = sites.config(tmp_path)
+    path = sites.config(tmp_path, **FEW)
     run(path, tmp_path / "whole")
     whole, out = results(tmp_path / "whole"), tmp_path / "killed"
 
@@ -111,7 +112,7 @@ def test_killed_before_every_write_ends_with_the_same_bits(tmp_path: Path) -> No
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
-    path = sites.config(tmp_path)
+    path = sites.config(tmp_path, **FEW)
     run(path, tmp_path / "whole")
     whole = results(tmp_path / "whole")
     (tmp_path / "whole" / "summary.json").unlink()
@@ -130,7 +131,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, out = sites.config(tmp_path), tmp_path / "out"
+    path, out = sites.config(tmp_path, **FEW), tmp_path / "out"
     run(path, tmp_path / "whole")
 
     def full(handle: int) -> None:
@@ -147,7 +148,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_full_disk_at_the_end_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, out = sites.config(tmp_path), tmp_path / "out"
+    path, out = sites.config(tmp_path, **FEW), tmp_path / "out"
     run(path, tmp_path / "whole")
 
     def full(handle: int) -> None:
@@ -163,7 +164,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    path, out = sites.config(tmp_path, method="local", **FEW), tmp_path / "out"
     run(path, out)
     (out / "summary.json").unlink()
     for checkpoint in (out / "checkpoints").glob("*.ckpt"):
@@ -175,14 +176,14 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    path, out = sites.config(tmp_path, method="local", **FEW), tmp_path / "out"
     with lock_folder(out), pytest.raises(CoterieError, match="another process is using"):
         run(path, out)
     run(path, out)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    path, out = sites.config(tmp_path, method="local", **FEW), tmp_path / "out"
     summary = run(path, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert run(path, out, resume=True) == summary
@@ -192,7 +193,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_another_config_and_other_data(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    path, out = sites.config(tmp_path, method="local", **FEW), tmp_path / "out"
     run(path, out)
     (out / "summary.json").unlink()
     text = path.read_text()
@@ -210,7 +211,7 @@ def test_resume_refuses_another_config_and_other_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "summary.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
-    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    path, out = sites.config(tmp_path, method="local", **FEW), tmp_path / "out"
     run(path, out)
     (out / name).write_bytes((out / name).read_bytes()[:-9])
     if name == "manifest.json":
@@ -221,7 +222,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 
 def stopped(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
     """A run that lacks only its end, and what comes of it."""
-    path, out = sites.config(tmp_path), tmp_path / "out"
+    path, out = sites.config(tmp_path, **FEW), tmp_path / "out"
     run(path, out)
     whole = results(out)
     (out / "summary.json").unlink()

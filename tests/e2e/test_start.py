@@ -31,7 +31,7 @@ print(json.dumps(modules))
 
 
 def test_a_run_imports_what_it_uses(tmp_path: Path) -> None:
-    path = sites.config(tmp_path, method="fedlease")
+    path = sites.config(tmp_path, method="fedlease", rows=4, others=2)
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True)
     modules = {event: set(names) for event, names in json.loads(done.stdout.splitlines()[-1]).items()}
     assert {"torch", "transformers", "pyarrow"} <= modules["Ready"]

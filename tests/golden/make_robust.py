@@ -1,6 +1,11 @@
-"""Make ``robust.json``: what ByzFL 0.0.11 answers on small random vectors (needs ``pip install byzfl==0.0.11``).
+"""Make ``robust.json``: what ByzFL 0.0.11 answers on small random vectors (byzfl is in no extra: see decision 0036).
 
-ByzFL imports torchvision, which the rules do not use and which need not be installed: it is replaced with a mock.
+ByzFL imports torchvision, which the rules do not use and which need not be installed: it is replaced with a mock. In an
+environment of its own:
+
+    pip install --no-deps byzfl==0.0.11
+    pip install numpy torch scipy matplotlib seaborn
+    python tests/golden/make_robust.py
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_averages_and_the_next_assignment_equal_the_published_servers() -> None:
     assert_equal(after.pool[PROJECTION], FILE["out_token_proj"])
     assert_equal(after.expert_embeddings["q"], FILE["out_expert_embs"], 1e-6)  # the server keeps them in float32
     assert_equal(after.token_embeddings["q"], FILE["out_token_embs"], 1e-6)
-    assert_equal(torch.from_numpy(method._chosen(after, 1)[0]), FILE["out_next_probs"], 1e-6)
+    assert_equal(torch.from_numpy(method._scores(after)[0]), FILE["out_next_probs"], 1e-6)
     probability, chosen = FILE["out_next_probs"], after.holds["q"].numpy()
     assert abs((probability * chosen).sum() - (probability * FILE["out_next_dispatch"]).sum()) < 1e-6
     assert (chosen.sum(1) == 2).all()

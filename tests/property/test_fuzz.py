@@ -10,7 +10,7 @@ import pytest
 import fuzz
 from coterie.types import CoterieError
 
-INPUTS = 60
+INPUTS = 900  # for each reader; a minute of processor time for all
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS, ids=lambda reader: reader.name)
@@ -45,3 +45,16 @@ def test_an_input_that_takes_too_long_is_found(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     reader = fuzz.Reader("x", lambda path: None, forever)
     assert "took more than 1 s" in str(fuzz.fault_of(reader, tmp_path, b""))
+
+
+def test_an_input_that_takes_too_much_memory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "MEMORY", 2**26)
+
+    def large(path: Path) -> object:
+        if len(bytearray(2**27)):
+            raise CoterieError("documented")
+
+    refused = fuzz.Reader("x", lambda path: None, large)
+    assert "MemoryError at x" in str(fuzz.fault_of(refused, tmp_path, b""))
+    small = fuzz.Reader("x", lambda path: None, Path.read_bytes)
+    assert fuzz.fault_of(small, tmp_path, b"") is None

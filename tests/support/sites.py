@@ -62,14 +62,16 @@ ROWS = {
 }
 
 
-def federation(folder: Path, kind: str = "classification", clients: int = 5, rows: int = 12) -> dict[str, Path]:
+def federation(
+    folder: Path, kind: str = "classification", clients: int = 5, rows: int = 12, others: int = 6
+) -> dict[str, Path]:
     """Clients ``mood-0, size-0, place-0, mood-1, ...`` with train, validation and test files under ``folder``."""
     make = ROWS[kind]
     made = {}
     for i in range(clients):
         job = list(JOBS)[i % len(JOBS)]
         place = folder / f"{job}-{i // len(JOBS)}"
-        for split, share in (("train", rows), ("validation", 6), ("test", 6)):
+        for split, share in (("train", rows), ("validation", others), ("test", others)):
             write_rows(place / f"{split}.jsonl", make(job, share, f"{split} {i}"))
         made[place.name] = place
     return made
@@ -83,11 +85,16 @@ def config(
     more: str = "",
     run: str = "",
     kind: str | None = None,
+    rows: int = 12,
+    others: int = 6,
 ) -> Path:
-    """A model folder, a federation and ``run.toml`` that uses both; returns the config's path."""
+    """A model folder, a federation and ``run.toml`` that uses both; returns the config's path.
+
+    Every client has ``rows`` to train on, and ``others`` for validation and for the test.
+    """
     kind = kind or ("classification" if arch in tiny.ENCODERS else "generation")
     tiny.folder(folder / "model", arch)
-    federation(folder / "clients", kind)
+    federation(folder / "clients", kind, rows=rows, others=others)
     if kind == "dpo":
         kind = 'generation"\nobjective = "dpo'
     own = {"fedlease": "warmup_rounds = 1\n", "fedamole": "experts = 8\n"}.get(method, "")

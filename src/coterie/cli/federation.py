@@ -95,12 +95,12 @@ def join(path: SiteFile, insecure: Insecure = False) -> None:
 def status(folder: Annotated[Path, typer.Argument(help="the folder of the server's run")]) -> None:
     """Show who took part in which round, why others did not, and the bytes and seconds of each site."""
     from coterie.cli.status import show
-    from coterie.deploy.journal import JOURNAL, read_journal
-    from coterie.deploy.status import status_of
+    from coterie.deploy.journal import JOURNAL
+    from coterie.deploy.status import read_status
 
     if not (folder / JOURNAL).exists():
         raise CoterieError(f"{folder} was not written by `coterie serve`: it has no {JOURNAL}")
-    show(console.out, status_of(read_journal(folder)))
+    show(console.out, read_status(folder))
 
 
 @site.command("check")

@@ -22,7 +22,7 @@ from coterie.config.sections import Config
 from coterie.data.clients import load_data
 from coterie.data.rows import ClientData, FederatedData
 from coterie.experiment import set_threads
-from coterie.files import read_json, write_json
+from coterie.files import read_json_as, write_json
 from coterie.ops.metrics import Metrics
 from coterie.requests import Score
 from coterie.runs.entries import plain
@@ -60,7 +60,7 @@ class Cross:
         return float(home), float(beyond)
 
 
-_CROSS = TypeAdapter(Cross)
+_CROSS, _MANIFEST = TypeAdapter(Cross), TypeAdapter(dict[str, object])
 
 
 def read_cross(folder: Path) -> Cross | None:
@@ -95,9 +95,10 @@ def evaluate_cross(folder: Path, cache: dict[str, object]) -> Cross:
 def data_of(folder: Path, config: Config, root: Path) -> FederatedData:
     """The data of the run in ``folder``, loaded again. Raises :class:`CoterieError` where they have changed since."""
     federation = load_data(config.data, config.task.kind, config.run.seed, root)
-    now, then = json.loads(json.dumps(federation.manifest)), read_json(folder / "manifest.json")
+    now, then = json.loads(json.dumps(federation.manifest)), read_json_as(folder / "manifest.json", _MANIFEST)
     if now != then:
-        new = ", ".join(sorted(set(now["clients"]) - set(then["clients"])))
+        before = then.get("clients")
+        new = ", ".join(sorted(set(now["clients"]) - set(before if isinstance(before, dict) else now["clients"])))
         what = f"{new} came after it; move the new rows to another folder" if new else "see manifest.json; restore them"
         raise CoterieError(f"the data are not those of {folder}: {what}")
     return federation

@@ -145,7 +145,7 @@ class Policy(Section):
         description="take part only in a run whose noise is this site's own ([privacy] unit = example, or noise_at = "
         "client) and costs it at most this epsilon, by its own calculation; 0: any run",
     )
-    max_delta: float = Field(1e-5, gt=0, lt=1, description="the delta of max_epsilon")
+    max_delta: float = Field(1e-5, gt=0, le=0.01, description="the delta of max_epsilon")
     upload: tuple[Part, ...] = Field(
         tuple(Part), description="the parts that a reply may hold: A, B, router, embedding, head"
     )

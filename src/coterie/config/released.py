@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from coterie.config.privacy import check_privacy
 from coterie.methods.base import Method
@@ -12,7 +14,7 @@ from coterie.methods.registry import methods
 from coterie.methods.releases import COMMON, Release
 from coterie.methods.robust import RobustSettings
 from coterie.methods.secure import SecureAggregationSettings, refusal
-from coterie.types import CoterieError
+from coterie.types import CoterieError, Json
 
 HEAD = (
     "method",
@@ -26,6 +28,14 @@ HEAD = (
     "DP of each row",
     "secure aggregation",
     "DP with secure aggregation",
+)
+INTRO = (
+    "What every client sends with each method's default settings, and with heads shared. By default heads are "
+    "personal and not sent: then the rows `head` do not apply. A row that belongs to another setting names it. What "
+    "each release can give away is in [deploy.md](../deploy.md#what-each-method-sends-and-what-that-can-leak), and "
+    "what a federation may claim in each mode in [SECURITY.md](../../SECURITY.md).",
+    "`refused`: the run does not start. Where another setting lets it start, the cell names the setting, and what "
+    "becomes of the release then. Secure sums need at least three clients in every group, whatever the method.",
 )
 CLEAR, REFUSED, NOT_SENT = "in the clear", "refused", "not sent"
 _SERVER = PrivacySettings(unit="client", clip=1.0, noise_multiplier=1.0)
@@ -43,19 +53,51 @@ _MODES = {
 }
 
 
+# Settings of a method with which it runs in a mode that refuses its default settings; the first that does is named.
+_OTHERWISE: Mapping[str, Sequence[Mapping[str, Json]]] = {
+    "fedlease": ({"distance": "B"}, {"allocation": "oracle"}),
+    "fedamole": ({"balance": 0}, {"assignment": "static", "clients_per_expert": 3}),
+}
+# Settings with which a client sends something more.
+_BESIDE: Mapping[str, Mapping[str, Json]] = {"fedlease": {"download": "used"}, "smartfed": {"fresh_rank": 4}}
+
+
 def table() -> list[tuple[str, ...]]:
-    """A row for every release of every method with default settings and shared heads, under :data:`HEAD`."""
+    """A row for every release of every method, under :data:`HEAD`: see :data:`INTRO`."""
     rows = [row for kind in methods().values() for row in rows_of(kind)]
-    common = dict.fromkeys(_MODES, "")
-    return rows + [("every method", *_texts(release, common)) for release in COMMON]
+    return rows + [("every method", *_about(of), *(_protected(of, mode) for mode in _MODES)) for of in COMMON]
 
 
 def rows_of(kind: type[Method]) -> Iterator[tuple[str, ...]]:
-    """The rows of one method."""
-    settings = kind.Settings()
-    refused = {mode: refusal_in(kind(settings, plan), mode) for mode, plan in _MODES.items()}
-    for release in kind(settings, Plan(head="shared")).releases():
-        yield (kind.name, *_texts(release, refused))
+    """The rows of one method: of its default settings, and what it sends beside with others."""
+    usual = _made(kind, {}).releases()
+    for release in usual:
+        yield (kind.name, *_about(release), *(_cell(kind, {}, release, mode) for mode in _MODES))
+    beside = _BESIDE.get(kind.name, {})
+    for release in _made(kind, beside).releases():
+        if release.what not in {of.what for of in usual}:
+            cells = (_cell(kind, beside, release, mode) for mode in _MODES)
+            yield (kind.name, *_about(replace(release, what=f"{release.what}, with `{_text(beside)}`")), *cells)
+
+
+def _cell(kind: type[Method], settings: Mapping[str, Json], release: Release, mode: str) -> str:
+    """How a method with ``settings`` protects a release in a mode, or that it is refused, and what it runs with."""
+    if not refusal_in(_made(kind, settings, mode), mode):
+        return _protected(release, mode)
+    for other in _OTHERWISE.get(kind.name, ()):
+        method = _made(kind, {**settings, **other}, mode)
+        if not refusal_in(method, mode):
+            there = next((of for of in method.releases() if of.what == release.what), None)
+            return f"{REFUSED}; with `{_text(other)}`: {_protected(there, mode) if there else NOT_SENT}"
+    return REFUSED
+
+
+def _made(kind: type[Method], settings: Mapping[str, Json], mode: str = "") -> Method:
+    return kind(kind.Settings.model_validate(settings), _MODES[mode] if mode else Plan(head="shared"))
+
+
+def _text(settings: Mapping[str, Json]) -> str:
+    return ", ".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
 
 
 def refusal_in(method: Method, mode: str) -> str:
@@ -69,14 +111,13 @@ def refusal_in(method: Method, mode: str) -> str:
     return refusal(method.plan.secure, method.releases(), method.plan.robust.active) or ""
 
 
-def _texts(release: Release, refused: dict[str, str]) -> Sequence[str]:
-    modes = [REFUSED if refused[mode] else _protected(release, mode) for mode in _MODES]
-    return (release.what, release.to, release.when, CLEAR, *modes)
+def _about(release: Release) -> tuple[str, ...]:
+    return (release.what, release.to, release.when, CLEAR)
 
 
 def _protected(release: Release, mode: str) -> str:
     """How a release is protected in a mode in which the method runs."""
-    if release.carried == "joining" or not release.of_rows:
+    if release.carried in ("joining", "failure") or not release.of_rows:
         return CLEAR
     if release.carried == "bank":
         return NOT_SENT if mode in ("client", "row", "both") else "in the clear, if the site allows it"

@@ -156,8 +156,12 @@ class RunSettings(Section):
     update_bound: float = Field(
         10.0, gt=0, description="replies whose update exceeds this many times the round's median are left out"
     )
-    max_share: float = Field(
-        0.5, gt=0, le=1, description="largest share of a round's training examples that one client counts for"
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="largest share of a round's training examples that one client counts for; none: twice an equal "
+        "share, at least a third and at most half",
     )
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     evaluate: Literal["auto", "received", "trained"] = Field(

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
+from coterie.data.parquet import parquet_records
 from coterie.text import check_pairs, parse_json
 from coterie.types import DataError
 
@@ -123,13 +121,7 @@ def _csv(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
 
 
 def _parquet(path: Path, content: bytes) -> tuple[list[Record], list[int]]:
-    try:
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist(), []
-    except UnicodeDecodeError as fault:
-        raise DataError(f"{path}: a text in it is not UTF-8: {fault.object[:40]!r}; write the file again") from fault
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as fault:  # OSError: a damaged file
-        reason = str(fault).strip().splitlines()[0]
-        raise DataError(f"{path}: not a Parquet file that can be read: {reason}; write it again") from fault
+    return [record for records in parquet_records(path, content) for record in records], []
 
 
 READERS: dict[str, Callable[[Path, bytes], tuple[list[Record], list[int]]]] = {

@@ -6,7 +6,7 @@ makes the run's config from them and from its own file: data, model folder and d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coterie import __version__
@@ -17,7 +17,7 @@ from coterie.deploy.private_site import check_privacy_of_sites
 from coterie.flower.message import Message
 from coterie.methods.registry import method_named
 from coterie.runs.folder import plain
-from coterie.types import ClientId, CoterieError, Json
+from coterie.types import ClientId, ClientInfo, CoterieError, Json
 
 _SENT = {
     "model": ("dtype", "quantize", "max_length", "gradient_checkpointing"),
@@ -41,7 +41,8 @@ class Agreement:
     and ``sites`` join it afterwards. ``deadline`` (seconds) is for
     an answer, ``greeting`` (seconds) for a site that went away to come back. ``base`` is the SHA-256 of the base
     (:func:`coterie.deploy.base_digest.base_digest`); empty: that of the first site.
-    ``max_rows`` is the most training rows that a site may report: its weight in means goes by them.
+    ``max_rows`` is the most training rows that a site may report: its weight in means goes by them. ``unprotected``
+    says why the rows of a site that is new would have no protection, where ``[privacy]`` counts rows; None: they do.
     """
 
     run: str
@@ -57,6 +58,7 @@ class Agreement:
     greeting: float = 60.0
     base: str = ""
     max_rows: int = 10_000_000
+    unprotected: Callable[[ClientInfo], str | None] = lambda info: None
 
     @property
     def ttl(self) -> float:

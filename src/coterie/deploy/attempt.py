@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.files import read_json, write_json
+from pydantic import TypeAdapter
+
+from coterie.files import read_json_as, write_json
 from coterie.types import ClientId
 
 _FILE = "attempt.json"
@@ -29,8 +31,8 @@ class Attempt:
 
 def read_attempt(folder: Path) -> Attempt:
     """The newest attempt of the run in ``folder``."""
-    saved = read_json(folder / _FILE)
-    return Attempt(saved["run"], saved["attempt"], saved["keys"], saved.get("onboard", []))
+    saved = read_json_as(folder / _FILE, _SAVED)
+    return Attempt(saved.run, saved.attempt, saved.keys, saved.onboard)
 
 
 def begin_attempt(folder: Path, keys: Mapping[str, ClientId], onboard: Sequence[ClientId] = ()) -> Attempt:
@@ -43,3 +45,14 @@ def begin_attempt(folder: Path, keys: Mapping[str, ClientId], onboard: Sequence[
     saved = {"run": attempt.run, "attempt": attempt.number, "keys": dict(keys)}
     write_json(folder / _FILE, saved | ({"onboard": list(onboard)} if onboard else {}))
     return attempt
+
+
+@dataclass(frozen=True)
+class _Saved:
+    run: str
+    attempt: int
+    keys: dict[str, ClientId]
+    onboard: tuple[ClientId, ...] = ()
+
+
+_SAVED = TypeAdapter(_Saved)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from coterie import codec
 from coterie.config.sections import Config
-from coterie.files import read_json, write_json
+from coterie.files import read_json_as, write_json
 from coterie.nn.locate import folder_here, resolve, weight_files
-from coterie.types import BaseSpec, CoterieError
+from coterie.types import BaseSpec, CoterieError, Json
 
 _BOOK = "base.json"
 
@@ -24,9 +27,9 @@ def files_digest(path: str, cache: Path) -> str:
         return hashlib.sha256(path.encode()).hexdigest()
     files = sorted([folder / "config.json", *(weight_files(path) or folder.glob("*.bin"))])
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    cached = read_json(cache, "delete it") if cache.exists() else {}
-    if cached.get("files") == [str(folder), stamp]:
-        return str(cached["sha256"])
+    cached = read_json_as(cache, _CACHED, "delete it") if cache.exists() else None
+    if cached and cached.files == [str(folder), stamp]:
+        return cached.sha256
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
@@ -55,3 +58,12 @@ def digest_here(config: Config, root: Path, folder: Path) -> str:
             "check SITE.toml --config` prints at a site that you trust"
         )
     return base_digest(files_digest(path, folder / _BOOK), spec_at(path, config.task.kind, config.lora.targets))
+
+
+@dataclass(frozen=True)
+class _Cached:
+    files: list[Json]
+    sha256: str
+
+
+_CACHED = TypeAdapter(_Cached)

@@ -42,6 +42,7 @@ def refusal(hello: Hello, agreement: Agreement, key: str, others: Mapping[Client
         or _other_rows(hello, others)
         or _other_labels(hello.info, agreement, others)
         or _other_base(hello, agreement.base, others)
+        or _without_protection(hello.info, agreement, others)
     )
 
 
@@ -134,3 +135,9 @@ def _other_base(hello: Hello, agreed: str, others: Mapping[ClientId, Hello]) -> 
     if others and hello.spec != next(iter(others.values())).spec:
         return f"the base of {hello.info.id} has different targets"
     return None
+
+
+def _without_protection(info: ClientInfo, agreement: Agreement, others: Mapping[ClientId, Hello]) -> str | None:
+    """A site that has taken part is spared: its rows are what the run began with."""
+    fault = agreement.unprotected(info) if info.id not in others else None
+    return f"{info.id} stays out of this run: {fault}" if fault else None

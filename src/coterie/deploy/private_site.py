@@ -15,6 +15,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,11 +25,12 @@ from coterie.deploy.head import Head, digest_of
 from coterie.engines.client import LocalClient
 from coterie.files import write_atomic
 from coterie.methods.base import Method
-from coterie.methods.privacy import PrivacySettings, client_multiplier, kinds_of, planned_kinds
+from coterie.methods.privacy import PrivacySettings, client_multiplier, kinds_of, planned_releases
 from coterie.methods.row_privacy import planned_of, row_multiplier
 from coterie.ops.accounting import Noised, spent
 from coterie.types import Bank, CoterieError, Personal, Reply
 
+T = TypeVar("T")
 _FOLDER = "released"
 _PERSONAL, _TRAINED = ".personal", ".trained"
 
@@ -53,26 +55,31 @@ def check_cost(policy: Policy, method: Method, rows: int) -> None:
 
     The cost is that of all planned rounds, calculated here: a server cannot make it look smaller.
     """
-    settings, plan = method.plan.privacy, method.plan
     if not policy.max_epsilon:
         return
-    if settings.by_row:
-        multiplier = row_multiplier(settings, plan.optim, rows, plan.rounds, method.releases())
-        releases = [*planned_of(multiplier, plan.optim, rows, plan.rounds, method.releases())]
-    elif settings.by_client:
-        noised = Noised(client_multiplier(settings, method.releases(), plan.rounds))
-        releases = [noised] * len(planned_kinds(method.releases(), plan.rounds))
-    else:
+    cost = own_cost(method, rows, policy.max_delta)
+    if cost is None:
         raise CoterieError(
             "this site takes part only with noise of its own ([policy] max_epsilon); set [privacy] unit = "
             '"example", or noise_at = "client", at the server'
         )
-    cost = spent(releases, policy.max_delta).epsilon
     if cost > policy.max_epsilon * (1 + 1e-9):
         raise CoterieError(
             f"the run would cost this site epsilon = {cost:.3g} at delta = {policy.max_delta:g}, more than [policy] "
             f"max_epsilon = {policy.max_epsilon:g}; lower [privacy] epsilon, or raise noise_multiplier, at the server"
         )
+
+
+def own_cost(method: Method, rows: int, delta: float) -> float | None:
+    """The epsilon that all planned rounds cost a site with so many ``rows``; None where the noise is not its own."""
+    settings, plan = method.plan.privacy, method.plan
+    if settings.by_row:
+        multiplier = row_multiplier(settings, plan.optim, rows, plan.rounds, method.releases())
+        return spent(planned_of(multiplier, plan.optim, rows, plan.rounds, method.releases()), delta).epsilon
+    if settings.by_client:
+        noised = Noised(client_multiplier(settings, method.releases(), plan.rounds))
+        return spent([noised] * planned_releases(method.releases(), plan.rounds), delta).epsilon
+    return None
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Releases:
         if not kinds and not self.by_row:
             return blob
         by_row = self.by_row  # a reply is one release there, of all that training has made
-        planned = self.rounds if by_row else len(planned_kinds(self.method.releases(), self.rounds))
+        planned = self.rounds if by_row else planned_releases(self.method.releases(), self.rounds)
         made = sum(1 if by_row else len(_read(file)[0].kinds) for file in self._files())
         if made + (1 if by_row else len(kinds)) > planned:
             raise CoterieError(f"this site has made {made} noisy releases, and its noise is for {planned} in this run")
@@ -145,9 +152,9 @@ class Releases:
         if not self.by_row or not path.exists():
             return None
         name, states = self.client.id, self.client.states
-        states.personal.save(name, rnd, codec.decode(Personal, path.with_suffix(_PERSONAL).read_bytes()))
+        states.personal.save(name, rnd, _state(Personal, path.with_suffix(_PERSONAL)))
         if states.trained:
-            states.trained.save(name, rnd, codec.decode(Bank, path.with_suffix(_TRAINED).read_bytes()))
+            states.trained.save(name, rnd, _state(Bank, path.with_suffix(_TRAINED)))
         return _read(path)[1]
 
     def _keep_states(self, rnd: int) -> None:
@@ -192,9 +199,20 @@ def _read(path: Path) -> tuple[Sent, bytes]:
         return _SENT.validate_json(about), blob
     except ValidationError as fault:
         raise CoterieError(
-            f"{path.parent.name}/{path.name} of the run at this site is damaged; leave the run: without it nobody "
-            "knows what the site has sent"
+            f"{_damaged(path)}; leave the run: without it nobody knows what the site has sent"
         ) from fault
+
+
+def _state(kind: type[T], path: Path) -> T:
+    """What the client kept of a round. Raises :class:`CoterieError` where it is gone or damaged."""
+    try:
+        return codec.decode(kind, path.read_bytes())
+    except (codec.CodecError, FileNotFoundError) as fault:
+        raise CoterieError(f"{_damaged(path)}; restore it: the round counts once, and is not trained anew") from fault
+
+
+def _damaged(path: Path) -> str:
+    return f"{path.parent.name}/{path.name} of the run at this site is damaged"
 
 
 _SENT = TypeAdapter(Sent)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from coterie import codec
 from coterie.deploy.head import Head
 from coterie.text import parse_json
@@ -47,7 +49,18 @@ def newest_received(state: Path, run: str = "") -> tuple[str, Received]:
     about, _, body = files[-1].read_bytes().partition(b"\n")
     try:
         codec.decode(Instruction, body)
-        head = parse_json(about.decode())
-        return files[-1].parent.name, Received(body, head["round"], head["terms"], head["export"])
-    except (ValueError, KeyError, TypeError) as fault:  # of JSON, UTF-8 or the codec
-        raise CoterieError(f"{files[-1]} is damaged ({fault}); join the run to receive it again") from fault
+        head = _HEAD.validate_python(parse_json(about))
+        return files[-1].parent.name, Received(body, head.round, head.terms, head.export)
+    except ValueError as fault:  # of JSON, UTF-8, the codec or pydantic
+        reason = fault.errors()[0]["msg"] if isinstance(fault, ValidationError) else fault
+        raise CoterieError(f"{files[-1]} is damaged ({reason}); join the run to receive it again") from fault
+
+
+@dataclass(frozen=True)
+class _Head:
+    round: int
+    terms: dict[str, Json]
+    export: ExportedAs
+
+
+_HEAD = TypeAdapter(_Head)

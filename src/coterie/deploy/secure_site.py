@@ -11,12 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from coterie import codec
 from coterie.config.deployment import SiteSettings
 from coterie.deploy.head import Head, digest_of
 from coterie.deploy.keys import known_sites, load_private, load_public
 from coterie.engines.client import LocalClient
-from coterie.files import read_json, write_json
+from coterie.files import read_json_as, write_json
 from coterie.methods.base import Method
 from coterie.methods.secure_client import check_session, update_of, vector_of, without_statistics
 from coterie.methods.secure_start import begun
@@ -107,11 +110,11 @@ def note_opened(path: Path, session: Session, survivors: tuple[Site, ...], instr
     Raises :class:`SecureSumError` where the round had another instruction before, or a sum over one of the tensors was
     opened that is not this one again.
     """
-    opened = read_json(path, "delete the folder of the run at this site") if path.exists() else {}
+    opened = read_json_as(path, _ROUNDS, "delete the folder of the run at this site") if path.exists() else {}
     of_round = opened.setdefault(str(session.rnd), {"instruction": instruction, "sums": []})
     if of_round["instruction"] != instruction:
         raise SecureSumError(f"round {session.rnd} was opened after another instruction before")
-    now = {"survivors": sorted(survivors), "tensors": sorted(session.tensors), "terms": session.terms}
+    now: _Sum = {"survivors": sorted(survivors), "tensors": sorted(session.tensors), "terms": session.terms}
     for before in of_round["sums"]:
         if before == now:
             return
@@ -123,3 +126,19 @@ def note_opened(path: Path, session: Session, survivors: tuple[Site, ...], instr
             )
     of_round["sums"].append(now)
     write_json(path, opened)
+
+
+class _Sum(TypedDict):
+    survivors: list[Site]
+    tensors: list[str]
+    terms: str
+
+
+class _Opened(TypedDict):
+    """The sums of a round."""
+
+    instruction: str
+    sums: list[_Sum]
+
+
+_ROUNDS = TypeAdapter(dict[str, _Opened])

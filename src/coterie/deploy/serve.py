@@ -17,9 +17,11 @@ from coterie.deploy.metrics import exporter
 from coterie.deploy.onboard import check_newcomers
 from coterie.deploy.processes import private_files
 from coterie.deploy.superlink import SuperLink, check_server_keys
+from coterie.experiment import rounds_of
 from coterie.files import write_json
+from coterie.runs.cost import unprotected, unprotected_by_delta
 from coterie.runs.events import CheckpointSaved, Listener, Note
-from coterie.runs.folder import check_folder, lock_folder, plain, read_config
+from coterie.runs.folder import another_config, check_folder, lock_folder, plain, read_config
 from coterie.runs.summary import SUMMARY, Summary, read_summary
 from coterie.types import ClientId, CoterieError
 
@@ -50,6 +52,7 @@ def serve(
     elif (folder / SUMMARY).exists():
         listen(Note(f"{folder} is finished; nothing to do"))
         return read_summary(folder / SUMMARY)
+    _check_cost(config, folder, root)
     keys = _keys(config, root, insecure)
     settings = config.federation
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -84,12 +87,25 @@ def _check(config: Config, folder: Path, resume: bool) -> None:
     if resume and (folder / "config.json").exists():
         old = plain(check_config(read_config(folder)[0]))  # keys that are new since have their defaults
         if changed := differences(old, {**plain(config), "federation": old["federation"], "data": old["data"]}):
-            raise CoterieError(
-                f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
-                "or start a new run with --out"
-            )
+            raise another_config(folder, old, changed)
         return
     check_folder(folder, config, resume=False)  # a service starts a new run with --resume too
+
+
+def _check_cost(config: Config, folder: Path, root: Path) -> None:
+    """Refuse a guarantee that protects nobody before the sites join, as far as it shows without their rows.
+
+    A run that has begun is the server's to judge, which knows whether it has released anything.
+    """
+    if not config.privacy.active or (folder / "config.json").exists():
+        return
+    sites = dict.fromkeys(config.federation.sites, 0)
+    if config.privacy.by_row or not sites:
+        fault = unprotected_by_delta(config.privacy, sites)
+    else:
+        fault = unprotected(config.make_method(root), sites, rounds_of(config))
+    if fault:
+        raise CoterieError(str(fault))
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +26,18 @@ from coterie.deploy.remote import RemoteEngine
 from coterie.deploy.secure_server import RemoteSums
 from coterie.deploy.sites import KNOWN, Sites, read_known
 from coterie.deploy.status import write_sites
-from coterie.experiment import Opened, finish, rounds_of, set_threads, tracked
+from coterie.experiment import Opened, finish, privacy_warnings, rounds_of, set_threads, tracked
 from coterie.files import remove_parts, write_atomic, write_json
 from coterie.flower.message import Transport
+from coterie.methods.base import Method
 from coterie.methods.parts import label_space
 from coterie.runs.checkpoint import newest_round
+from coterie.runs.cost import unprotected
 from coterie.runs.events import Event, Ready
 from coterie.runs.folder import explain_full_disk, lock_folder, read_config
 from coterie.runs.rounds import Runner
 from coterie.runs.summary import Summary
-from coterie.types import ClientId, CoterieError
+from coterie.types import ClientId, ClientInfo, CoterieError
 
 _EXIT_SECONDS = 5.0  # in which Flower may end by itself
 _LOCK_SECONDS = 90.0  # in which the server of an earlier attempt may still be ending
@@ -88,7 +90,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
     set_threads(config)
     method = config.make_method(root)
     base = config.federation.base or digest_here(config, root, folder)
-    agreement = replace(agreement_of(config, read_attempt(folder)), base=base)
+    agreement = replace(agreement_of(config, read_attempt(folder)), base=base, unprotected=_row_guard(method, config))
     begun = newest_round(folder / "checkpoints") is not None
     known = read_known(folder) if begun else {}
     closed = method.newcomers
@@ -103,22 +105,40 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
 
     sites = Sites(transport, agreement, note, known)
     engine = RemoteEngine(sites)
+    opened = Opened(config, method, engine, FederatedData((), {}), root)
     journal(ServerStarted(agreement.attempt, agreement.sites))
     sites.gather(config.federation.at_least, config.federation.wait)
     sites.agreement = _once_begun(agreement, config, sites, closed)
     _write_known(folder, sites.known, config)
+    warned = privacy_warnings(opened, begun)
     if not begun:  # later sites join a state that there is
         method.init(engine.spec, engine.clients)
     journal(Ready(len(engine.clients), config.run.rounds, str(folder)))
     hidden = RemoteSums(engine) if config.secure_aggregation.enabled else None
     with tracked(config, folder, begun, journal) as listen:
-        runner = Runner(method, engine, rounds_of(config), folder, listen, sums=hidden)
+        runner = Runner(method, engine, rounds_of(config), folder, listen, sums=hidden, warned=warned)
         exported = runner.exported(runner.run())
     write_sites(folder)
-    opened = Opened(config, method, engine, FederatedData((), {}), root)
     summary = finish(opened, exported, folder, journal, runner.private)
     journal(Finished())
     return summary
+
+
+def _row_guard(method: Method, config: Config) -> Callable[[ClientInfo], str | None]:
+    """Why a site's rows would have no protection in a run whose ``[privacy]`` counts rows; None where they have.
+
+    One site with very many rows, or very few, is refused so, and does not stop the run of the others.
+    """
+
+    def fault(info: ClientInfo) -> str | None:
+        if not config.privacy.by_row:
+            return None
+        if info.num_train < 1:
+            return f"client {info.id} has no training rows"
+        found = unprotected(method, {info.id: info.num_train}, rounds_of(config))
+        return str(found) if found else None
+
+    return fault
 
 
 def _shared_spaces(config: Config, known: Mapping[ClientId, Hello]) -> tuple[str, ...]:

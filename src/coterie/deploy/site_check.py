@@ -15,11 +15,14 @@ from coterie.config.sections import Config
 from coterie.deploy.agreement import config_at, terms_of
 from coterie.deploy.base_digest import base_digest, files_digest
 from coterie.deploy.policy import check_active, check_policy
+from coterie.deploy.private_site import own_cost
 from coterie.deploy.site import key_checks, load
 from coterie.deploy.worker import Worker
 from coterie.machine import Check, version, versions
 from coterie.nn.locate import resolve
-from coterie.types import CoterieError
+from coterie.ops.accounting import INSTALL, NoAccountantError
+from coterie.runs.cost import MOST, unprotected_by_delta
+from coterie.types import ClientInfo, CoterieError
 
 _FLOWER = "1.41.0"
 
@@ -103,6 +106,7 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
     steps, bound = run.train.steps_on(client.info.num_train), site.policy.max_steps
     fix = "" if steps <= bound else "raise [policy] max_steps"
     yield Check("steps per round", f"{steps} of {bound}", steps <= bound, fix)
+    yield from _privacy_check(root, run, client.info)
     try:
         with tempfile.TemporaryDirectory() as folder:
             workplace = workplaces(run, root, {})[0]
@@ -120,3 +124,24 @@ def _data_and_model(site: SiteSettings, root: Path, run: Config) -> Iterator[Che
             yield Check("length", str(cut))
     spec = workplace.base.spec
     yield Check("model", f"{len(spec.targets)} targets, SHA-256 {base_digest(files, spec)} ([federation] base)")
+
+
+def _privacy_check(root: Path, run: Config, client: ClientInfo) -> Iterator[Check]:
+    """What the run would cost this site; of noise that is not its own, only whether it would protect nobody."""
+    if not run.privacy.active:
+        return
+    delta, ask = run.privacy.delta, "ask whoever runs the server to change [privacy]"
+    if fault := unprotected_by_delta(run.privacy, {client.id: client.num_train}):
+        yield Check("privacy", str(fault), False, f"{ask}, or stay out of this run")
+        return
+    try:
+        cost = own_cost(run.make_method(root), client.num_train, delta)
+    except NoAccountantError as missing:
+        yield Check("privacy", str(missing), False, INSTALL)
+        return
+    except CoterieError as other:
+        yield Check("privacy", str(other), False, ask)
+        return
+    if cost is not None:
+        fix = "" if cost <= MOST else f"above {MOST:g} it protects nobody: ask whoever runs the server for more noise"
+        yield Check("privacy", f"the run costs this site epsilon {cost:.3g} at delta {delta:g}", not fix, fix)

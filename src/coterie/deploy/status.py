@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from coterie.deploy.events import (
     Exchanged,
     Finished,
@@ -18,7 +20,7 @@ from coterie.deploy.events import (
     Unreadable,
 )
 from coterie.deploy.journal import Entry, read_journal
-from coterie.files import write_json
+from coterie.files import read_json_as, write_json
 from coterie.ops.accounting import Spent
 from coterie.report.read import SITES
 from coterie.runs.events import (
@@ -31,6 +33,7 @@ from coterie.runs.events import (
     RoundStart,
     Scores,
 )
+from coterie.runs.ledger import LEDGER, RESTORE
 from coterie.types import ClientId, Json
 
 
@@ -57,7 +60,7 @@ class Site:
 
 @dataclass
 class Status:
-    """A run so far."""
+    """A run so far. ``spent``: what it has spent in privacy; None without ``[privacy]``."""
 
     phase: str = "not started"
     round: int = 0
@@ -68,6 +71,26 @@ class Status:
     mean: Scores = field(default_factory=dict)
     sites: dict[ClientId, Site] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def read_status(folder: Path) -> Status:
+    """The status of the run in ``folder``: its journal, and the epsilon of its ledger.
+
+    The ledger is written before anything leaves the server or, with noise at the clients, before they train. So it
+    counts a round that was killed or failed, of which the journal has no end.
+
+    Raises :class:`CoterieError` for a damaged journal or ledger.
+    """
+    status = status_of(read_journal(folder))
+    _spend(status, _counted(folder / LEDGER))
+    return status
+
+
+def _counted(ledger: Path) -> Spent | None:
+    """What a run has spent by its ``ledger``; None where it has none."""
+    if not ledger.exists():
+        return None
+    return read_json_as(ledger, _COUNTED, RESTORE).spent
 
 
 def status_of(entries: Iterable[Entry]) -> Status:
@@ -140,7 +163,7 @@ def _exchanged(site: Site, event: Exchanged, at: float) -> None:
 def _round_done(status: Status, event: RoundDone) -> None:
     """Add a round's outcome, as the server judged it: a repeated round counts once."""
     status.round, status.phase, status.loss = event.round, f"round {event.round}: evaluation", event.loss
-    status.spent = event.privacy
+    _spend(status, event.privacy)
     for client in event.clients:
         site = status.sites.setdefault(client, Site())
         site.rounds = [rnd for rnd in site.rounds if rnd < event.round]
@@ -148,6 +171,12 @@ def _round_done(status: Status, event: RoundDone) -> None:
             site.rounds.append(event.round)
         elif (failure := ("train", event.round, event.failed[client])) not in site.failures:
             site.failures.append(failure)
+
+
+def _spend(status: Status, spent: Spent | None) -> None:
+    """Raise what a run has spent to ``spent``: it never falls."""
+    if spent is not None and (status.spent is None or spent.epsilon > status.spent.epsilon):
+        status.spent = spent
 
 
 def table_of(status: Status) -> dict[str, Json]:
@@ -187,3 +216,13 @@ def spans(rounds: Iterable[int]) -> str:
         else:
             runs.append([rnd, rnd])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "-"
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """The part of a ledger's file that a status shows."""
+
+    spent: Spent
+
+
+_COUNTED = TypeAdapter(_Counted)

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from coterie.deploy.events import Refused
 from coterie.deploy.keys import key_digest, known_sites
 from coterie.deploy.processes import flower_environment, start, stop, tail
-from coterie.files import read_json, write_atomic
+from coterie.files import read_json_as, write_atomic
 from coterie.flower.refused import RefusedKeys
 from coterie.types import ClientId, CoterieError, Json
 
+_BOOK = TypeAdapter(dict[str, Json])
 _START_SECONDS = 60.0
 _COMMAND_SECONDS = 120.0
 _NAME = "coterie"
@@ -142,9 +145,8 @@ class SuperLink:
         if not sites:
             raise CoterieError(f"{self.keys / 'sites'} contains no site's key; add one with `coterie keys add`")
         book = self.home / "registered.json"
-        done: dict[str, Json] = (
-            read_json(book, "delete it, and the SuperLink's other files beside it") if book.exists() else {}
-        )
+        fix = "delete it, and the SuperLink's other files beside it"
+        done = read_json_as(book, _BOOK, fix) if book.exists() else {}
         wanted = {key_digest(path): path for path in sites.values()}
         for digest, node in [(d, n) for d, n in done.items() if d not in wanted]:
             self._flwr("supernode", "unregister", str(node), _NAME)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from coterie import codec
 from coterie.compute.batched import FAULTS
 from coterie.compute.client import LocalCompute
@@ -30,7 +32,7 @@ from coterie.energy import meter_of
 from coterie.engines.client import LocalClient, client_bank, evaluate_client, failed, train_client
 from coterie.engines.store import ClientStates
 from coterie.experiment import about_export, set_threads, write_own
-from coterie.files import read_json, write_atomic, write_json
+from coterie.files import read_json_as, write_atomic, write_json
 from coterie.flower.message import KINDS, Message
 from coterie.machine import versions
 from coterie.methods.base import Method
@@ -206,7 +208,7 @@ class Worker:
             self.runs = {key: self.load(head.run, head.terms)}  # only this run: another run's rows are not kept
         run = self.runs[key]
         path = run.folder / "attempt.json"
-        last = read_json(path, "delete the folder of the run at this site") if path.exists() else 0
+        last = read_json_as(path, _ATTEMPT, "delete the folder of the run at this site") if path.exists() else 0
         if head.attempt < last:
             raise CoterieError(f"the message is from attempt {head.attempt}, but attempt {last} has begun")
         if head.attempt > last and head.kind != "query.hello":  # before that a server has not read its checkpoint
@@ -248,3 +250,6 @@ class Worker:
             return load_data(config.data, config.task.kind, config.run.seed, self.root)
         except OSError as fault:
             raise DataError(f"{fault.filename}: {fault.strerror}") from fault
+
+
+_ATTEMPT = TypeAdapter(int)

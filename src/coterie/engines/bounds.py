@@ -16,7 +16,7 @@ from coterie.ops.mean import share_limit
 from coterie.types import ClientId, Key, Part, Reply, Tensors
 
 FEWEST = 3
-_MOST_STEPS = 200.0  # times as large an update, at most, for more steps: rows are claimed
+_MOST_STEPS = 4.0  # times as large an update, at most, for more steps: they follow from rows, which are claimed
 _PASSES = 20  # over groups that share clients, until no cap binds
 _INFO_BYTES = 2**21  # for a reply's info, beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
@@ -56,7 +56,7 @@ def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int]
     """Why clients are left out whose update is more than ``bound`` times the round's median, in any part.
 
     A client that takes more ``steps`` than the median client may move further, by their ratio: an adaptive optimiser
-    moves a number about as far in each step. The ratio counts up to 200, because a client's rows are what it claims.
+    moves a number about as far in each step. The ratio counts up to 4, because a client's rows are what it claims.
     """
     faults: dict[ClientId, str] = {}
     for part in Part:
@@ -68,20 +68,30 @@ def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int]
         for client, size in having.items():
             longer = min(max(steps[client] / usual, 1.0), _MOST_STEPS)
             if size > bound * longer * middle:
+                more = f"; its steps allow {longer:.3g} times that" if longer > 1 else ""
                 faults[client] = (
                     f"the update of {part.value} is {size / middle:.3g} times the round's median, more than "
-                    f"{bound * longer:.3g} ([run] update_bound)"
+                    f"{bound:.3g} ([run] update_bound{more})"
                 )
     return faults
 
 
+def usual_share(clients: int) -> float:
+    """The largest share that one of ``clients`` has by default: twice an equal one, at least a third, at most half.
+
+    With less than half, a client that turns its update round cannot stop the others. Few clients are rarely alike in
+    size, so they may have half.
+    """
+    return min(0.5, max(1 / 3, 2 / clients))
+
+
 def capped_examples(
-    replies: Mapping[ClientId, Reply], share: float, groups: Sequence[Sequence[ClientId]] = ()
+    replies: Mapping[ClientId, Reply], share: float | None, groups: Sequence[Sequence[ClientId]] = ()
 ) -> dict[ClientId, int]:
     """The training examples that each reply counts for, so that none has more than ``share`` of all.
 
     Nor of those of any of the ``groups`` that it is averaged in. Where ``share`` is less than an equal one, all are
-    equal. A client that several groups limit counts everywhere for the least.
+    equal. A client that several groups limit counts everywhere for the least. ``share`` None: :func:`usual_share`.
     """
     examples = {client: reply.num_examples for client, reply in replies.items()}
     if len(examples) < FEWEST:
@@ -90,7 +100,9 @@ def capped_examples(
     for _ in range(_PASSES):
         before = dict(examples)
         for group in together:
-            limit = max(1, math.floor(share_limit([examples[c] for c in group], share) * (1 + 1e-12)))
+            limit = max(
+                1, math.floor(share_limit([examples[c] for c in group], share or usual_share(len(group))) * (1 + 1e-12))
+            )
             examples |= {client: min(examples[client], limit) for client in group}
         if examples == before:
             break

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coterie import codec
 from coterie.config.sections import Config
+from coterie.data.clients import SAFE_ID
 from coterie.files import write_atomic
 from coterie.types import Bank, ClientId, Kept, Key, Personal, PrivateError, Tensors
 
@@ -125,6 +126,11 @@ class PersonalStore:
         return RoundStore(self.folder / "personal", Personal)
 
     def _path(self, kept: Kept) -> Path:
+        if not SAFE_ID.fullmatch(kept.name):
+            raise PrivateError(
+                f"a client's state in {self.folder} is damaged: {kept.name[:40]!r} is not a valid file name; "
+                "restore the folder from a backup, or begin a new run"
+            )
         return self.folder / "kept" / f"{kept.name}.safetensors"
 
 
@@ -165,7 +171,7 @@ def _read(path: Path, changed: int) -> Tensors:
     return _decoded(dict[Key, Tensor], path, "delete it: the server sends it again to a client that does not have it")
 
 
-def _decoded(kind: type[T], path: Path, advice: str = "restore it, or start a new run with --out") -> T:
+def _decoded(kind: type[T], path: Path, advice: str = "restore it, or begin a new run") -> T:
     try:
         return codec.decode(kind, path.read_bytes())
     except codec.CodecError as fault:

@@ -15,15 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow
-import pyarrow.parquet
-
 from coterie.data.files import Record
+from coterie.data.parquet import parquet_records
 from coterie.inference.answers import Rejected
 from coterie.text import parse_json
 from coterie.types import DataError
-
-PARQUET_ROWS = 1024  # read at a time
 
 
 @dataclass(frozen=True)
@@ -130,16 +126,9 @@ class _Lines:
 
 
 def _parquet(path: Path) -> Iterator[Read]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            row = 0
-            for batch in file.iter_batches(PARQUET_ROWS):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield Located(record, f"{path}, row {row}")
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as fault:  # OSError: a damaged file
-        reason = str(fault).strip().splitlines()[0]
-        raise DataError(f"{path}: not a Parquet file that can be read: {reason}; write it again") from fault
+    records = (record for records in parquet_records(path, whole=False) for record in records)
+    for row, record in enumerate(records, start=1):
+        yield Located(record, f"{path}, row {row}")
 
 
 READERS: Mapping[str, Callable[[BinaryIO, str], Iterator[Read]]] = {".jsonl": jsonl_records, ".csv": csv_records}

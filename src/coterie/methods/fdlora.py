@@ -44,6 +44,7 @@ from coterie.methods.parts import (
     weights_of,
 )
 from coterie.methods.plan import MethodSettings
+from coterie.methods.releases import Release, head_release
 from coterie.ops.mean import mean, relative_error
 from coterie.requests import BankProgram, ClientProgram, Score, Scored, Train
 from coterie.types import (
@@ -110,6 +111,9 @@ class FDLoRA(Method[FDLoRAState]):
     def configure(self, state: FDLoRAState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
         due = bool(self.settings.sync) and rnd % self.settings.sync == 0
         return {c.id: Instruction({**state.lora, **state.heads.of(c.id)}, {"sync": due}) for c in clients}
+
+    def releases(self) -> Sequence[Release]:
+        return (Release("A and B; in round 1 of its personal LoRA"), *head_release(self.plan.head == "shared"))
 
     def expects(self, state: FDLoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return lora_shapes(state.base, self.plan) | shapes_of(state.heads.of(me.id))

@@ -61,9 +61,19 @@ class PrivacySettings(Section):
         0.0, ge=0, le=1e5, description="standard deviation of the noise, times clip; 0: the least that keeps to epsilon"
     )
     epsilon: float = Field(
-        0.0, ge=0, le=1e5, description="budget of the whole run: it stops before it would exceed this; 0: none"
+        0.0,
+        ge=0,
+        le=1e5,
+        description="budget of the whole run: it stops before it would exceed this; 0: none. A "
+        "run without one, whose rounds would cost more than 50, is refused",
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="the delta of epsilon; well below 1 / the number of clients")
+    delta: float = Field(
+        1e-5,
+        gt=0,
+        lt=1,
+        description="the delta of epsilon; at most 0.01, and well below 1 / the number of clients, or with unit = "
+        "example of a client's rows",
+    )
     noise_at: Literal["server", "client", "sum"] = Field(
         "server",
         description="server: it receives updates as they are, clips them and adds noise to each group's sum; client: "
@@ -153,22 +163,29 @@ def kinds_of(keys: Iterable[Key]) -> frozenset[str]:
     return frozenset(EMBEDDINGS if key.part is Part.EMBEDDING else UPDATES for key in keys)
 
 
-def planned_kinds(releases: Sequence[Release], rounds: int) -> list[str]:
-    """The kind of every release that a run of so many ``rounds`` makes if nobody fails."""
+def planned_kinds(releases: Sequence[Release], rounds: int) -> list[list[str]]:
+    """The kinds of the releases that each of so many ``rounds`` makes if nobody fails."""
     tensors = [release for release in releases if release.carried == "tensors"]
     return [
-        kind
+        [
+            kind
+            for kind, measured in ((UPDATES, False), (EMBEDDINGS, True))
+            if any(release.sent_in(rnd, rounds) and release.measured == measured for release in tensors)
+        ]
         for rnd in range(1, rounds + 1)
-        for kind, measured in ((UPDATES, False), (EMBEDDINGS, True))
-        if any(release.sent_in(rnd, rounds) and release.measured == measured for release in tensors)
     ]
+
+
+def planned_releases(releases: Sequence[Release], rounds: int) -> int:
+    """The releases that so many ``rounds`` make if nobody fails."""
+    return sum(map(len, planned_kinds(releases, rounds)))
 
 
 def client_multiplier(settings: PrivacySettings, releases: Sequence[Release], rounds: int) -> float:
     """The multiplier of a client that adds its own noise in every round."""
     if settings.noise_multiplier:
         return settings.noise_multiplier
-    planned = (Noised(1.0),) * len(planned_kinds(releases, rounds))
+    planned = (Noised(1.0),) * planned_releases(releases, rounds)
     return multiplier_for(settings.epsilon, settings.delta, planned)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Reads = Literal["sum", "each", "nothing"]
-Carried = Literal["tensors", "info", "count", "evaluation", "joining", "bank"]
+Carried = Literal["tensors", "info", "count", "evaluation", "joining", "failure", "bank"]
 
 SERVER = "the server"
 EVERYONE = "all clients"
@@ -24,11 +24,12 @@ class Release:
     """One thing that leaves a client.
 
     ``carried``: where it travels: among a reply's tensors, in its ``info`` (under ``names``), as its count of examples,
-    in an evaluation, when a client joins, or with the bank that is exported. ``reads``: whether the server needs the
-    sum over a group, each client's own value, or nothing of it (then it can be left out). ``to``: who receives it, or
-    what is made of it. ``when``: how often. ``why``: for what the server reads it by client. ``instead``: the setting
-    under which it is not sent, or not read by client; "" if there is none. ``measured``: it is no trained tensor, and
-    starts from nothing. ``mean_of_rows``: it is a mean over rows, each of which can be cut and hidden by itself.
+    in an evaluation, when a client joins, in place of a reply, or with the bank that is exported. ``reads``: whether
+    the server needs the sum over a group, each client's own value, or nothing of it (then it can be left out). ``to``:
+    who receives it, or what is made of it. ``when``: how often. ``why``: for what the server reads it by client.
+    ``instead``: the setting under which it is not sent, or not read by client; "" if there is none. ``measured``: it is
+    no trained tensor, and starts from nothing. ``mean_of_rows``: it is a mean over rows, each of which can be cut and
+    hidden by itself.
     ``of_rows``: it is made from the client's rows. It is sent in the rounds ``first``, ``first`` +
     ``every``, ... up to ``last``, which counts from the end where it is 0 (the last round) or negative.
     """
@@ -72,12 +73,29 @@ COMMON: Sequence[Release] = (
     ),
     Release("use of the experts", "evaluation", "nothing", SERVER, when="after the last round"),
     Release(
-        "counts of rows, names of labels, [site] active",
+        "counts of rows, names of labels; `[data] group` and `[site] active` where they are set",
         "joining",
         "each",
         SERVER,
         when="once, when it joins",
         why="the server plans rounds by them",
+    ),
+    Release(
+        "versions of its libraries, SHA-256 of its base",
+        "joining",
+        "each",
+        SERVER,
+        when="once, when it joins",
+        why="all sites need the same",
+        of_rows=False,
+    ),
+    Release(
+        "why it failed: a step at which its loss was not finite, a limit of its policy",
+        "failure",
+        "each",
+        SERVER,
+        when="where it fails or refuses",
+        why="the run says why a client is left out",
     ),
     Release(
         "the whole bank, personal head included",

@@ -31,7 +31,7 @@ from coterie.methods.sum_noise import SumNoise
 from coterie.ops.mean import mean
 from coterie.secure import fixed_point
 from coterie.secure.collector import Opened
-from coterie.secure.session import SecureSumError, Session, needed_of
+from coterie.secure.session import FEWEST, SecureSumError, Session, needed_of
 from coterie.types import ClientId, CoterieError, Key, Reply, Section, Tensors
 
 _FEWEST_NEIGHBOURS = 10
@@ -49,7 +49,9 @@ class SecureAggregationSettings(Section):
         2 / 3, gt=0.5, le=1, description="share of a group's clients that must be left, or its sum is not opened"
     )
     min_group: int = Field(
-        3, ge=2, description="fewest clients in a sum; of two, each can compute the other's update from it"
+        FEWEST,
+        ge=FEWEST,
+        description="fewest clients in a sum, at least 3: of two, each can compute the other's update from it",
     )
     clip: float = Field(
         100.0, gt=0, description="clients shorten updates with a larger norm to it; the range of the sums"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from pydantic import TypeAdapter
 
-from coterie.files import read_json
+from coterie.files import read_json_as
 from coterie.nn.packaged import check_packaged
 from coterie.types import CoterieError
 
@@ -123,6 +125,14 @@ def _is_whole(folder: Path) -> bool:
             return True
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = set(read_json(index, "download the base again")["weight_map"].values())
+            shards = set(read_json_as(index, _INDEX, "download the base again").weight_map.values())
             return all((folder / shard).is_file() for shard in shards)
     return False
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
+_INDEX = TypeAdapter(_Index)

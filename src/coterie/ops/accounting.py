@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -27,8 +27,13 @@ _FINEST = 1e-3  # relative, of a calibrated multiplier
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)  # of RDP; dp-accounting's fractions need not converge
 _INTERVAL = 1e-3  # of PLD's grid; its epsilon is an upper bound on any grid
 _MOST = 1e5  # a multiplier beyond which nothing is left of any sum
+_COUNTED = 1e8  # a multiplier beyond which the accountants fail: more noise is counted as this, which is no cheaper
 _LEAST = 1e-3  # a multiplier below which nothing is hidden: one release costs more than 10**5
 _TIGHT_UP_TO = 100.0  # the epsilon of RDP beyond which PLD's grid would fill the memory, for a figure that says nothing
+
+
+class NoAccountantError(CoterieError):
+    """The package that calculates costs is not installed."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,16 @@ def spent_text(of: Spent) -> str:
     return f"epsilon {of.epsilon:.3g} at delta {of.delta:g}"
 
 
-def spent(releases: Sequence[Noised], delta: float) -> Spent:
-    """What ``releases`` cost together, each made after the others are known."""
-    if not releases:
+def spent(releases: Sequence[Noised] | Mapping[Noised, int], delta: float) -> Spent:
+    """What ``releases``, or so many of each, cost together, each made after the others are known."""
+    counts: Counter[Noised] = Counter()
+    for release, times in Counter(releases).items():
+        counts[replace(release, multiplier=min(release.multiplier, _COUNTED))] += times
+    if not counts:
         return Spent(0.0, delta, "exact", 0.0, 0.0)
-    if any(release.multiplier < _LEAST for release in releases):
+    if any(release.multiplier < _LEAST for release in counts):
         return Spent(math.inf, delta, "exact", math.inf)
-    return _spent(tuple(sorted(Counter(_together(releases)).items(), key=repr)), delta)
+    return _spent(tuple(sorted(_together(counts).items(), key=repr)), delta)
 
 
 @cache
@@ -119,16 +127,16 @@ def of_one_draw(releases: Sequence[Noised]) -> list[Noised]:
 
 
 def _one(multipliers: Sequence[float]) -> float:
-    if len(multipliers) == 1 or min(multipliers) <= 0:
+    if len(multipliers) == 1 or min(multipliers) < _LEAST:  # whose square may be too small a number
         return min(multipliers)
     return float(sum(of**-2 for of in multipliers) ** -0.5)
 
 
-def _together(releases: Sequence[Noised]) -> list[Noised]:
-    """``releases`` with those of all members as one: Gaussian mechanisms compose to one, mu^2 = sum of 1 / z^2."""
-    whole = [release.multiplier for release in releases if release.sampled == "all"]
-    one = [Noised(sum(of**-2 for of in whole) ** -0.5)] if whole else []
-    return [*one, *(release for release in releases if release.sampled != "all")]
+def _together(counts: Mapping[Noised, int]) -> dict[Noised, int]:
+    """``counts`` with those of all members as one: Gaussian mechanisms compose to one, mu^2 = sum of 1 / z^2."""
+    whole = [times * release.multiplier**-2 for release, times in counts.items() if release.sampled == "all"]
+    one = {Noised(sum(whole) ** -0.5): 1} if whole else {}
+    return one | {release: times for release, times in counts.items() if release.sampled != "all"}
 
 
 def _epsilon(accountant: Accountant, counts: Sequence[tuple[Noised, int]], delta: float) -> float:
@@ -164,5 +172,5 @@ def _library() -> Any:
     try:
         import dp_accounting
     except ImportError as fault:
-        raise CoterieError(f"[privacy] needs the package dp-accounting: {INSTALL}") from fault
+        raise NoAccountantError(f"[privacy] needs the package dp-accounting: {INSTALL}") from fault
     return dp_accounting

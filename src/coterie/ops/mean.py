@@ -36,7 +36,7 @@ def share_limit(weights: Sequence[float], share: float) -> float:
         if weight <= limit:
             break
         rest -= weight
-    return limit
+    return max(limit, min(weights))
 
 
 def _shares(count: int, weights: Sequence[float]) -> list[float]:

@@ -43,13 +43,16 @@ def by_rule(
 
 
 def with_shares(
-    groups: Sequence[Group], replies: Mapping[ClientId, Reply], max_share: float
+    groups: Sequence[Group], replies: Mapping[ClientId, Reply], max_share: float | None
 ) -> tuple[dict[ClientId, Reply], dict[str, str]]:
     """``replies`` with the training examples that each counts for, and whose are fewer, to be said once."""
     examples = capped_examples(replies, max_share, [group.members for group in groups])
     total, once = sum(reply.num_examples for reply in replies.values()), {}
     for client in [c for c in replies if examples[c] < replies[c].num_examples]:
         subject = f"{client} has more than its share of the training examples"
-        has, counts = replies[client].num_examples / total, examples[client] / sum(examples.values())
-        once[subject] = f"{subject}: {has:.0%} of the round's, counted as {counts:.0%} ([run] max_share)"
+        has, counts = replies[client].num_examples, examples[client] / sum(examples.values())
+        once[subject] = (
+            f"{subject}: {has / total:.0%} of the round's; {examples[client]} of its {has} count, which makes it "
+            f"{counts:.0%} ([run] max_share)"
+        )
     return {client: replace(reply, num_examples=examples[client]) for client, reply in replies.items()}, once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated
@@ -29,13 +30,12 @@ class ClientRound:
     def loss(self) -> float | None:
         """The mean training loss; None where the client did not report one."""
         value = self.said.get("loss")
-        return float(value) if isinstance(value, (int, float)) else None
+        return value if isinstance(value, float) else self._number("loss")
 
     @property
     def tokens(self) -> int:
         """The tokens that it trained on."""
-        value = self.said.get("tokens")
-        return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
+        return int(self._number("tokens") or 0)
 
     @property
     def gflop(self) -> float:
@@ -49,8 +49,9 @@ class ClientRound:
         return self.gflop if part is None else part
 
     def _number(self, name: str) -> float | None:
+        """A finite number; an integer of JSON may be larger than any float."""
         value = self.said.get(name)
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+        return float(value) if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max else None
 
     def to_json(self) -> dict[str, object]:
         own = {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up, "seconds": self.seconds}
@@ -63,6 +64,8 @@ _OWN = frozenset(of.name for of in fields(ClientRound)) - {"said"}
 
 def _fields_of_entry(line: Mapping[str, object]) -> dict[str, object]:
     """The fields of a :class:`ClientRound` in a line of JSON: names that are not its own are those of ``said``."""
+    if not isinstance(line, Mapping):
+        raise ValueError("it is not a JSON object")
     statistics = {name: value for name, value in line.items() if name not in _OWN}
     return {**{name: line[name] for name in _OWN if name in line}, "said": statistics}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from coterie.config.load import check_config, differences
+from coterie.config.load import check_config, differences, flat
 from coterie.config.sections import Config
 from coterie.files import read_json, remove_parts, write_json
 from coterie.runs.checkpoint import newest_round
@@ -51,10 +52,17 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
             "give a higher run.rounds, or start a new run with --out"
         )
     if changed:
-        raise CoterieError(
-            f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these, "
-            "or start a new run with --out"
-        )
+        raise another_config(folder, before, changed)
+
+
+def another_config(folder: Path, before: Mapping[str, object], changed: Sequence[str]) -> CoterieError:
+    """The error for a run to resume whose config ``before`` differs in the keys ``changed``."""
+    has = dict(flat(before))
+    values = ", ".join(f"{key} = {textwrap.shorten(json.dumps(has.get(key)), 60)}" for key in changed)
+    return CoterieError(
+        f"{folder} was started with another config; it differs in {', '.join(changed)}: restore these ({values}; a "
+        "default may have changed since), or start a new run with --out"
+    )
 
 
 def claim(folder: Path, config: Config, root: Path, manifest: Mapping[str, object], resume: bool) -> None:

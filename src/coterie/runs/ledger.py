@@ -14,11 +14,14 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from coterie.files import read_json, write_json
+from coterie.files import read_json_as, write_json
 from coterie.ops.accounting import Noised, Spent, of_one_draw, spent
 from coterie.types import CoterieError
 
 LEDGER = "privacy.json"
+RESTORE = "restore it: without it nobody knows what the run has spent"
+_NOISIEST = 1e21  # a multiplier: 1e5, the largest setting, times 2**53 rows, over which a measured mean is noisier
+_STEPS = 10**9  # of one round's training: a hundred passes over ten million rows, one by one
 
 
 @dataclass(frozen=True)
@@ -73,30 +76,49 @@ class Ledger:
 def _spent(entries: Iterable[Entry], rows: int, delta: float) -> Spent:
     """What those of ``entries`` cost that concern a client of so many ``rows``."""
     rounds: dict[int, list[Noised]] = {}
-    steps: list[Noised] = []
+    counts: Counter[Noised] = Counter()  # a round has millions of steps where batches are small
     for entry in entries:
-        if entry.rows:
-            steps += [entry.noised] * (entry.times if entry.rows == rows else 0)
-        else:
+        if not entry.rows:
             rounds.setdefault(entry.round, []).append(entry.noised)
-    return spent([*steps, *(noised for of in rounds.values() for noised in of_one_draw(of))], delta)
+        elif entry.rows == rows:
+            counts[entry.noised] += entry.times
+    counts.update(noised for of in rounds.values() for noised in of_one_draw(of))
+    return spent(counts, delta)
 
 
 def ledger_from(lines: object, where: str) -> Ledger:
     """The ledger that :meth:`Ledger.to_json` wrote. Raises :class:`CoterieError` for anything else."""
     try:
-        return Ledger(_ENTRIES.validate_python(lines))
+        entries = _ENTRIES.validate_python(lines)
     except ValidationError as fault:
-        raise CoterieError(
-            f"{where} is not a privacy ledger ({fault.errors()[0]['msg']}); restore it: without it nobody knows what "
-            "the run has spent"
-        ) from fault
+        raise CoterieError(f"{where} is not a privacy ledger ({fault.errors()[0]['msg']}); {RESTORE}") from fault
+    _check(entries, where)
+    return Ledger(entries)
+
+
+def _check(entries: Iterable[Entry], where: str) -> None:
+    """Raise :class:`CoterieError` for a release that no run makes, and whose cost nobody can calculate."""
+    for number, entry in enumerate(entries, start=1):
+        of = entry.noised
+        if not 0 <= of.multiplier <= _NOISIEST:
+            reason = f"a multiplier of {of.multiplier:g}"
+        elif of.members < 1 or not (1 if of.sampled == "fixed" else 0) <= of.drawn <= of.members or not of.drawn:
+            reason = f"{of.drawn:g} of {of.members} members drawn"
+        elif entry.round < 0 or entry.rows < 0 or not 1 <= entry.times <= _STEPS:
+            reason = f"round {entry.round}, {entry.rows} rows and {entry.times} times"
+        else:
+            continue
+        raise CoterieError(f"{where} is damaged (entry {number} has {reason}); {RESTORE}")
 
 
 def read_ledger(folder: Path) -> Ledger:
     """The ledger in a run's ``folder``; empty where there is none."""
     path = folder / LEDGER
-    return ledger_from(read_json(path, "restore it")["entries"], str(path)) if path.exists() else Ledger()
+    if not path.exists():
+        return Ledger()
+    entries = read_json_as(path, _FILE, RESTORE).entries
+    _check(entries, str(path))
+    return Ledger(entries)
 
 
 def write_ledger(folder: Path, ledger: Ledger, spent_so_far: Spent) -> None:
@@ -104,4 +126,11 @@ def write_ledger(folder: Path, ledger: Ledger, spent_so_far: Spent) -> None:
     write_json(folder / LEDGER, {"spent": asdict(spent_so_far), "entries": ledger.to_json()})
 
 
-_ENTRIES = TypeAdapter(tuple[Entry, ...])
+@dataclass(frozen=True)
+class _Written:
+    """The part of the file that a run reads."""
+
+    entries: tuple[Entry, ...]
+
+
+_ENTRIES, _FILE = TypeAdapter(tuple[Entry, ...]), TypeAdapter(_Written)

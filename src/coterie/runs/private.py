@@ -13,12 +13,13 @@ from torch import Tensor
 
 from coterie.files import write_atomic
 from coterie.methods.base import Method
-from coterie.methods.privacy import EMBEDDINGS, PrivacySettings, Released, kinds_of, planned_kinds
+from coterie.methods.privacy import EMBEDDINGS, PrivacySettings, Released, kinds_of
 from coterie.methods.robust import Group
 from coterie.methods.row_privacy import measured_of, measures_in, row_multiplier, step_of
-from coterie.ops.accounting import Noised, Spent, multiplier_for
+from coterie.ops.accounting import Noised, Spent
 from coterie.ops.noise import KEY_BYTES, SecureNoise, SeededNoise
 from coterie.ops.streams import stream
+from coterie.runs.cost import cohort_size, multiplier_of, noised
 from coterie.runs.guarantee import Guarantee
 from coterie.runs.ledger import Entry, Ledger, read_ledger, write_ledger
 from coterie.runs.settings import RoundSettings
@@ -34,7 +35,10 @@ class BudgetSpentError(CoterieError):
 
 @dataclass
 class Private:
-    """The privacy of one run in ``folder``. ``ledger`` grows before anything is released."""
+    """The privacy of one run in ``folder``. ``ledger`` grows before anything is released.
+
+    Whoever begins the run has checked that its guarantee protects somebody (:mod:`coterie.runs.cost`).
+    """
 
     method: Method
     clients: Sequence[ClientInfo]
@@ -263,24 +267,3 @@ def chosen(ordered: Sequence[ClientInfo], rounds: RoundSettings, values: Tensor)
     if rounds.sampling == "poisson":
         return [client for client, value in zip(ordered, values.tolist(), strict=True) if value < rounds.cohort]
     return [ordered[i] for i in sorted(values.argsort(stable=True)[: int(cohort_size(rounds, len(ordered)))].tolist())]
-
-
-def cohort_size(rounds: RoundSettings, clients: int) -> float:
-    """The clients of a round, of so many; with Poisson sampling, as expected."""
-    return rounds.cohort * clients if rounds.sampling == "poisson" else max(1, round(rounds.cohort * clients))
-
-
-def noised(settings: PrivacySettings, rounds: RoundSettings, clients: int, multiplier: float) -> Noised:
-    """One release of a run with so many clients. Who adds its own noise is known to take part."""
-    size = cohort_size(rounds, clients)
-    if settings.at_clients or size >= clients:
-        return Noised(multiplier)
-    return Noised(multiplier, rounds.sampling, clients, size)
-
-
-def multiplier_of(settings: PrivacySettings, method: Method, clients: int, rounds: RoundSettings) -> float:
-    """``noise_multiplier``, or the least with which all planned releases keep to ``epsilon``."""
-    if settings.noise_multiplier:
-        return settings.noise_multiplier
-    planned = tuple(noised(settings, rounds, clients, 1.0) for _ in planned_kinds(method.releases(), rounds.rounds))
-    return multiplier_for(settings.epsilon, settings.delta, planned)

@@ -20,11 +20,13 @@ from coterie.machine import peak_memory
 from coterie.methods.base import Method
 from coterie.methods.findings import Notes, find, to_json
 from coterie.methods.parts import label_space
+from coterie.ops.accounting import Spent
 from coterie.ops.metrics import mean_metrics
 from coterie.runs import checkpoint as checkpoints
 from coterie.runs.agreed import Agreed, by_rule, with_shares
 from coterie.runs.checkpoint import Checkpoint
 from coterie.runs.collect import Collected, Training
+from coterie.runs.cost import warnings
 from coterie.runs.events import (
     METRICS,
     CheckpointSaved,
@@ -64,6 +66,7 @@ class Runner(Generic[S]):
     listen: Listener = lambda event: None
     notes: Sequence[str] = ()  # what the user should know before the first round
     sums: Sums | None = None
+    warned: Sequence[str] = ()  # what the user should know whenever the run begins or continues
     private: Private | None = field(init=False, default=None)  # where the method's plan has [privacy]
     log: Log = field(init=False)
     _last: int = 0  # the last round that is done
@@ -74,6 +77,7 @@ class Runner(Generic[S]):
             self.sums = simulated(self.method)
         if self.method.plan.privacy.active:
             self.private = Private(self.method, self.engine.clients, self.settings, self.folder)
+            self.notes = [*self.notes, *warnings(self.private.settings)]
 
     def run(self) -> S:
         """Do all remaining rounds; returns the final state.
@@ -128,7 +132,7 @@ class Runner(Generic[S]):
             self.engine.restore(0)
             found = findings(self.method, state)
             said = find(found, Notes)
-            self.log.note([*notes, *self.notes, *(said.texts if said else ())], 0)
+            self.log.note([*notes, *self.notes, *self.warned, *(said.texts if said else ())], 0)
             self.log.add(StartState(describe=to_json(found)))
             self._say_what_is_cut()
             return self._commit(state, 0)
@@ -137,7 +141,7 @@ class Runner(Generic[S]):
         self.log.return_to(saved.metrics_bytes)
         self.engine.restore(saved.rnd)
         self._prune(saved.rnd)  # the run may have been killed between a commit and this
-        self.log.note(notes, saved.rnd)
+        self.log.note([*notes, *self.warned], saved.rnd)
         self.listen(Resumed(saved.rnd))
         return saved
 
@@ -182,9 +186,8 @@ class Runner(Generic[S]):
         state = self.method.aggregate(state, agreed.replies, rnd) if agreed.replies else state
         after = to_json(findings(self.method, state))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
-        spent = self.private.spent() if self.private else None
         done = replace(done, seconds=time.perf_counter() - started, describe=changed, peak_memory_bytes=peak_memory())
-        self.log.add(replace(done, robust=agreed.weighed, sums=agreed.sums, privacy=spent))
+        self.log.add(replace(done, robust=agreed.weighed, sums=agreed.sums, privacy=self._spent()))
         self._evaluate(state, rnd)
         self._commit(state, rnd)
         return state
@@ -211,8 +214,11 @@ class Runner(Generic[S]):
         """Raises :class:`CoterieError`, and logs the round, where too few of its clients' replies can be used."""
         needed = max(bool(cohort), math.ceil(self.settings.quorum * cohort))
         if fault := quorum_fault(made.round, replies, cohort, made.failed, needed):
-            self.log.add(replace(made, peak_memory_bytes=peak_memory()))
+            self.log.add(replace(made, peak_memory_bytes=peak_memory(), privacy=self._spent()))
             raise CoterieError(fault)
+
+    def _spent(self) -> Spent | None:
+        return self.private.spent() if self.private else None
 
     def _evaluate(self, state: S, rnd: int) -> None:
         if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:

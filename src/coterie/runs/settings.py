@@ -18,7 +18,7 @@ class RoundSettings:
     quorum: float = 0.5
     norm_bound: float = 1e4
     update_bound: float = 10.0
-    max_share: float = 0.5
+    max_share: float | None = None
     evaluate_every: int = 1
     keep_checkpoints: int = 2
     export: Literal["best", "last"] = "best"

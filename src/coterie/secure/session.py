@@ -13,6 +13,7 @@ from coterie.secure.fixed_point import most_members
 from coterie.types import CoterieError
 
 Site = str
+FEWEST = 3  # sites of a sum: of two, each can compute the other's vector from it
 
 
 class SecureSumError(CoterieError):
@@ -78,7 +79,14 @@ class Session:
             raise SecureSumError("the session names a site twice, or has no values")
         if len(set(self.tensors)) != len(self.tensors):
             raise SecureSumError("the session names a tensor twice")
-        if not 0.5 < self.threshold <= 1 or self.min_group < 2 or len(self.members) < self.needed:
+        if self.min_group < FEWEST:
+            raise SecureSumError(
+                f"the session would open a sum of {self.min_group}, and of fewer than {FEWEST} each member can compute "
+                "the others' updates"
+            )
+        if not 0.5 < self.threshold <= 1:
+            raise SecureSumError(f"the session's threshold is {self.threshold:g}; it must be above 0.5 and at most 1")
+        if len(self.members) < self.needed:
             raise SecureSumError(f"the group has {len(self.members)} sites, and {self.needed} are needed")
         if not 1 < self.bits < 63 or not 0 < self.bound < math.inf or len(self.members) > most_members(self.bits):
             raise SecureSumError(f"{len(self.members)} numbers of {self.bits} bits could overflow 64 bits")

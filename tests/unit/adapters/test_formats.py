@@ -63,6 +63,13 @@ def test_a_bundle_of_a_format_to_come_says_what_to_do(tmp_path: Path) -> None:
         read_bundle(tmp_path)
 
 
+@pytest.mark.parametrize("number", [{"a": 1}, [4], "4", None])
+def test_a_bundle_whose_format_is_no_number_is_refused(number: object, tmp_path: Path) -> None:
+    (tmp_path / BUNDLE_FILE).write_bytes(encode({"format": number}))
+    with pytest.raises(CoterieError, match=rf"has format {re.escape(str(number))}, and this Coterie reads up to 4"):
+        read_bundle(tmp_path)
+
+
 # the page -------------------------------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,10 @@ import flower_sites
 import sites
 from coterie import codec
 from coterie.config.sections import Config
-from coterie.deploy.agreement import Agreement, config_at, terms_of
+from coterie.deploy.agreement import Agreement, config_at, federation_config, terms_of
 from coterie.deploy.head import digest_of
 from coterie.deploy.hello import Hello
+from coterie.deploy.serve import serve
 from coterie.deploy.worker import Worker
 from coterie.flower.message import Message
 from coterie.types import CoterieError, Instruction, Reply
@@ -202,3 +203,11 @@ def test_a_site_with_its_own_noise_sends_no_bank(path: Path, tmp_path: Path, pri
     answer = worker.answer(of.message("query.bank", SITE, 1, {"export": "last"}, body))
     assert "error" not in answer.head
     assert not answer.body
+
+
+def test_a_federation_whose_noise_protects_nobody_is_refused_before_its_sites_join(tmp_path: Path) -> None:
+    raw = {"federation": {"sites": ["a", "b"]}, "method": {"name": "fedit"}, "run": {"rounds": 10, "export": "last"}}
+    config = federation_config({**raw, "privacy": {"unit": "client", "clip": 0.1, "noise_multiplier": 0.01}})
+    with pytest.raises(CoterieError, match=r"noise_multiplier = 0.01 would cost epsilon = 51,348 at delta = 1e-05"):
+        serve(config, tmp_path / "run", root=tmp_path, insecure=True)
+    assert not (tmp_path / "run").exists()

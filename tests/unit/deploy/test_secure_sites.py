@@ -14,6 +14,7 @@ import flower_sites
 import sites
 from coterie import codec
 from coterie.config.load import check_config, load_raw
+from coterie.deploy.agreement import config_at, terms_of
 from coterie.deploy.keys import init_keys
 from coterie.deploy.secure_server import RemoteSums
 from coterie.deploy.secure_site import note_opened, run_name
@@ -265,3 +266,14 @@ def test_what_a_site_needs_and_what_it_refuses(made: Path, tmp_path: Path) -> No
     )
     with pytest.raises(CoterieError, match="needs the sites' keys, which --insecure leaves out"):
         serve(hidden, tmp_path / "run", root=folder, insecure=True)
+
+
+def test_no_config_and_no_server_gets_sums_of_two_sites(made: Path, tmp_path: Path) -> None:
+    """Of two, each can compute the other's update from the sum."""
+    two = r"\[secure_aggregation\] min_group: Input should be greater than or equal to 3"
+    with pytest.raises(CoterieError, match=two):
+        flower_sites.server_config(made, secure_aggregation={**SECURE, "min_group": 2})
+    terms = terms_of(flower_sites.server_config(made, secure_aggregation=SECURE))
+    terms["secure_aggregation"]["min_group"] = 2  # a server that does not check
+    with pytest.raises(CoterieError, match=two):
+        config_at(flower_sites.site_settings(tmp_path, NAMES[0]), terms)

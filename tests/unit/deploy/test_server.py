@@ -32,6 +32,7 @@ from coterie.methods.fedit import FedIT, FedITState
 from coterie.methods.fedlease.state import FedLEASEState
 from coterie.methods.parts import head_of
 from coterie.runs import checkpoint
+from coterie.runs.events import Note
 from coterie.runs.folder import plain
 from coterie.types import CoterieError, Instruction, Reply, Tensors
 from grid import InProcessGrid
@@ -124,6 +125,51 @@ def test_a_site_that_connects_too_late_is_refused_and_the_run_goes_on(
     sites.config(tmp_path, method="fedit")
     attempt(tmp_path, FIRST, listed, comes=LATE)
     assert who_took_part(tmp_path) == ({*FIRST}, {f"mood-1 did not take part from the start, and {WHY}"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "privacy", "why"),
+    [
+        (200_000, {"epsilon": 8.0}, "client mood-1 has 200000 training rows, and publishing one of them"),
+        (2, {"noise_multiplier": 0.5}, "would cost client mood-1, which has 2 training rows, epsilon = "),
+        (0, {"epsilon": 8.0}, "client mood-1 has no training rows"),
+    ],
+)
+def test_a_site_whose_rows_nothing_would_protect_is_refused_and_the_others_run(
+    rows: int, privacy: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    sites.config(tmp_path, method="fedit", rows=40)
+
+    def lies(client: str, hello: Hello) -> Hello:
+        return replace(hello, info=replace(hello.info, num_train=rows if client == LATE else 40))
+
+    example = {"unit": "example", "clip": 0.5, **privacy}
+    of: dict[str, Any] = {"privacy": example, "lora": {"dropout": 0.0}, "run": {"rounds": 2, "export": "last"}}
+    of["train"] = {"batch_size": 2, "steps": 10}
+    attempt(tmp_path, [*FIRST, LATE], [*FIRST, LATE], lies=lies, **of)
+    there, reasons = who_took_part(tmp_path)
+    assert there == {*FIRST}
+    (reason,) = reasons
+    assert why in reason
+    assert "mood-1 stays out of this run: " in reason
+
+
+def test_a_federation_that_began_before_the_refusal_continues_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites.config(tmp_path, method="fedit")
+    privacy = {"unit": "example", "clip": 0.5, "noise_multiplier": 0.1}
+    of: dict[str, Any] = {"privacy": privacy, "lora": {"dropout": 0.0}, "run": {"rounds": 2, "export": "last"}}
+    with monkeypatch.context() as patch:
+        for module in ("runs.cost", "deploy.server"):
+            patch.setattr(f"coterie.{module}.unprotected", lambda *args: None)
+        with pytest.raises(DiedError):
+            attempt(tmp_path, FIRST, FIRST, dies_in="2", **of)
+    attempt(tmp_path, FIRST, FIRST, **of)
+    there, reasons = who_took_part(tmp_path)
+    assert (there, reasons) == ({*FIRST}, set())
+    said = [entry.event.text for entry in read_journal(tmp_path / "out") if isinstance(entry.event, Note)]
+    assert [text for text in said if "The run began so and continues: do not call it private" in text]
 
 
 def heads_of(folder: Path, method: str) -> tuple[dict[Round, Tensors], dict[Round, Tensors]]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +32,12 @@ from coterie.deploy.site_log import log_without_text
 from coterie.deploy.worker import Worker
 from coterie.engines.checks import site_fault
 from coterie.flower.message import Message
+from coterie.machine import Check
 from coterie.methods.plan import Plan
 from coterie.methods.smartfed.method import SmartFed
 from coterie.methods.smartfed.settings import SmartFedSettings
+from coterie.ops.accounting import _spent as spent_before
+from coterie.ops.accounting import multiplier_for
 from coterie.requests import Optim
 from coterie.types import FOLDED, BaseSpec, ClientInfo, CoterieError, Instruction, Part, Reply
 
@@ -454,12 +458,51 @@ device = "cpu"
     short.write_text(run.read_text().replace("max_length = 32", "max_length = 12"))
     (cut,) = (check for check in check_site(path, short) if check.name == "length")
     assert re.search(r"^\d+ of 12 rows are longer than \[model\] max_length", cut.value)
+    for noise, value in ((1.0, "costs this site epsilon "), (0.01, "above 50 it protects nobody")):
+        own = '[privacy]\nunit = "client"\nnoise_at = "client"\nclip = 0.1\nnoise_multiplier = '
+        short.write_text(f"{run.read_text()}\n{own}{noise}\n")
+        (cost,) = (check for check in check_site(path, short) if check.name == "privacy")
+        assert (cost.ok, value in f"{cost.value}{cost.fix}") == (noise == 1.0, True)
     path.write_text(text + "[policy]\nmax_rank = 1\nmax_steps = 1\n")
     failed = {check.name for check in check_site(path, run, insecure=True) if not check.ok}
     assert failed == {"server", "policy", "steps per round"}
     path.write_text(text.replace("train.jsonl", "gone.jsonl"))
     failed = {check.name for check in check_site(path, run, insecure=True) if not check.ok}
     assert failed == {"server", "data"}
+
+
+def test_site_check_says_where_privacy_would_protect_none_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path = sites.config(tmp_path, method="fedit"), tmp_path / "SITE.toml"
+    rows = tmp_path / "clients" / CLIENT / "train.jsonl"
+    some = [json.loads(line) for line in rows.read_text().splitlines()]
+    sites.write_rows(rows, [{**some[i % len(some)], "text": f"great {i}"} for i in range(200)])
+    path.write_text(
+        f'[site]\nid = "{CLIENT}"\nserver = "127.0.0.1:9"\n[model]\npath = "model"\n'
+        f'[data]\ntrain = "clients/{CLIENT}/train.jsonl"\n[engine]\ndevice = "cpu"\n'
+    )
+    plain = run.read_text()
+
+    def found(privacy: str, dropout: str = "0.0") -> Check:
+        before = plain.replace("dropout = 0.1", f"dropout = {dropout}")
+        run.write_text(f'{before}\n[privacy]\nunit = "example"\nclip = 0.1\n{privacy}\n')
+        (check,) = (check for check in check_site(path, run, insecure=True) if check.name == "privacy")
+        return check
+
+    assert found("epsilon = 2.0").ok
+    many = found("epsilon = 2.0\ndelta = 0.009")
+    assert not many.ok
+    assert re.search(rf"client {CLIENT} has \d+ training rows, and publishing one of them at random", many.value)
+    assert "install" not in many.fix
+    mixed = found("epsilon = 2.0", "0.1")
+    assert "[privacy] does not work with fedit here" in mixed.value
+    assert mixed.fix == "ask whoever runs the server to change [privacy]"
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    spent_before.cache_clear()
+    multiplier_for.cache_clear()
+    missing = found("epsilon = 3.0")
+    assert (missing.ok, missing.fix) == (False, "pip install 'coterie[privacy]'")
 
 
 def test_the_servers_config_needs_no_rows(tmp_path: Path) -> None:

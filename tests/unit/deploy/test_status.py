@@ -19,8 +19,11 @@ from coterie.deploy.journal import JOURNAL, Entry, Journal, Reader, read_journal
 from coterie.deploy.metrics import exporter, render
 from coterie.deploy.sites import KNOWN, read_known
 from coterie.deploy.status import spans, status_of, table_of
+from coterie.ops.accounting import Noised, spent_text
 from coterie.runs.entries import ClientRound
 from coterie.runs.events import ClientDone, Event, Note, Ready, Resumed, RoundDone
+from coterie.runs.ledger import LEDGER, Ledger, write_ledger
+from coterie.runs.ledger import Entry as Release
 from coterie.types import CoterieError
 from pages import Page, make_run
 
@@ -106,6 +109,28 @@ def test_a_sites_limit_of_active_experts_is_shown_where_there_is_one() -> None:
     without = StringIO()
     show(Console(file=without, width=200), status_of(entries(EVENTS)))
     assert "active" not in without.getvalue()
+
+
+def test_what_was_spent_in_privacy_stays_when_a_later_round_fails_or_is_killed(tmp_path: Path) -> None:
+    """The end of a round without a quorum has no epsilon, and a killed round has no end: the ledger counts both."""
+
+    def shown() -> str:
+        done = CliRunner().invoke(app, ["status", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    journal, one = Journal(tmp_path / JOURNAL), Release(1, "updates", Noised(2.0), "round 1")
+    ledger = Ledger((one,))
+    journal(Ready(2, 4))
+    journal(RoundDone(1, losses(a=None), privacy=ledger.spent(1e-5)))
+    journal(RoundDone(2, {}, {"a": "no reply within 9 s"}))
+    assert f"privacy: {spent_text(ledger.spent(1e-5))} spent" in shown()
+    more = ledger.with_entries([Release(2, "updates", Noised(2.0), "round 2")])
+    write_ledger(tmp_path, more, more.spent(1e-5))
+    assert f"privacy: {spent_text(more.spent(1e-5))} spent" in shown()
+    (tmp_path / LEDGER).write_text('{"spent": {"epsilon": "none"}}')
+    damaged = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert "is damaged (spent.epsilon: " in str(damaged.exception)
 
 
 def test_spans_of_rounds() -> None:

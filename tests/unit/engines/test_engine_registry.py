@@ -17,6 +17,8 @@ from coterie.engines.base import Needs
 from coterie.engines.registry import engine_named, engine_names
 from coterie.types import CoterieError
 
+ENGINES = {"coterie.engines.local", "coterie.engines.flower_sim", "coterie.engines.together"}
+
 
 def loaded_by(source: str) -> set[str]:
     """The modules that a fresh Python has loaded after ``source``."""
@@ -26,23 +28,21 @@ def loaded_by(source: str) -> set[str]:
     return set(done.stdout.split("\n"))
 
 
-def test_a_local_run_loads_neither_flower_nor_grpc_nor_ray(tmp_path: Path) -> None:
-    path, out = sites.config(tmp_path, method="fedit"), tmp_path / "out"
+def test_engines_are_listed_without_importing_them_and_a_local_run_loads_neither_flower_nor_grpc_nor_ray(
+    tmp_path: Path,
+) -> None:
+    path, out = sites.config(tmp_path, method="fedit", rows=4, others=2), tmp_path / "out"
     loaded = loaded_by(
-        f"import sys\nfrom coterie.__main__ import main\nsys.argv = ['coterie', 'run', {str(path)!r}, '--out', "
+        "import sys\nfrom coterie.engines.registry import engine_names\n"
+        "assert {'local', 'flower-sim'} <= set(engine_names())\n"
+        f"assert not {ENGINES} & set(sys.modules)\n"
+        f"from coterie.__main__ import main\nsys.argv = ['coterie', 'run', {str(path)!r}, '--out', "
         f"{str(out)!r}, '--set', 'run.rounds=1']\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
     )
     assert (out / "summary.json").exists()
+    assert "coterie.engines.registry" in loaded
     assert "coterie.engines.local" in loaded
     assert not {"flwr", "grpc", "ray", "coterie.flower.app", "coterie.engines.flower_sim"} & loaded
-
-
-def test_engines_are_listed_without_importing_them() -> None:
-    loaded = loaded_by(
-        "from coterie.engines.registry import engine_names\nassert {'local', 'flower-sim'} <= set(engine_names())"
-    )
-    assert "coterie.engines.registry" in loaded
-    assert not {"coterie.engines.local", "coterie.engines.flower_sim", "coterie.engines.together"} & loaded
 
 
 def test_only_modules_that_make_an_engine_are_engines() -> None:

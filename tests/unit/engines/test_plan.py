@@ -131,6 +131,15 @@ def test_the_doctor_prints_the_parts(tmp_path: Path) -> None:
     (tmp_path / "placed.toml").write_text(placed.replace("[data]", 'device_map = {"" = "disk"}\n[data]'))
     assert "in the memory of cpu" in next(c.value for c in planned(tmp_path / "placed.toml") if c.name == "device_map")
     assert checks["memory in all"].ok == (psutil.virtual_memory().available > 2**29)
+    run = (tmp_path / "run.toml").read_text() + '[run]\nexport = "last"\n[privacy]\nunit = "client"\nclip = 0.1\n'
+    (tmp_path / "private.toml").write_text(run + "epsilon = 60.0\n")
+    private = planned(tmp_path / "private.toml")[-1]
+    assert (private.name, private.ok) == ("privacy", False)
+    assert "at delta 1e-05 after all rounds" in private.value
+    assert "epsilon = 60 protects nobody" in private.fix
+    (tmp_path / "private.toml").write_text(run + "noise_multiplier = 0.01\n")
+    with pytest.raises(CoterieError, match=r"noise_multiplier = 0\.01 would cost epsilon = "):
+        planned(tmp_path / "private.toml")
 
 
 @pytest.mark.parametrize(

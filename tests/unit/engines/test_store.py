@@ -318,3 +318,16 @@ def test_write_json(tmp_path: Path) -> None:
     assert json.loads(text) == value
     assert text.endswith("}\n")
     assert len(text.splitlines()) > 5
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../x", "a/b", "a" * 5000, "\x00"])
+def test_a_state_that_names_no_file_is_refused(name: str, tmp_path: Path) -> None:
+    store = PersonalStore(tmp_path)
+    odd = replace(personal(1), kept=Kept(name, {}))
+    RoundStore(tmp_path / "personal", Personal).save("north", 1, odd)
+    for attempt in (lambda: store.load("north", 1), lambda: store.save("north", 2, odd)):
+        with pytest.raises(
+            CoterieError, match=r"a client's state in .* is damaged: .* is not a valid file name; restore the folder"
+        ):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["personal"]

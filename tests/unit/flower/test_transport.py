@@ -92,7 +92,7 @@ def test_several_arrays_in_a_reply_are_refused() -> None:
         guard.check(b'Array b 22\0{"arraychunk_ids": []}')
 
 
-@pytest.mark.parametrize("size", [MAX_HEAD, 60 * 10**6])
+@pytest.mark.parametrize("size", [MAX_HEAD, 25 * 10**6])
 def test_a_head_that_is_not_small_is_refused(size: int) -> None:
     store = Store()
     store.answer("head", Message({"remark": "x" * size}, b"body"))

@@ -341,7 +341,7 @@ def test_a_client_that_missed_rounds_keeps_its_last_embedding_and_the_federation
     assert state.holds["q"][:, state.clients.index("a0")].sum() >= 2
     fresh = one_round(method, make()[1], 1, only=["a0", "b0"])
     assert not fresh.token_embeddings["q"][fresh.clients.index("a1")].any()
-    shares = method._chosen(fresh, 1)[0]  # unknown clients stand between the known ones, and all alike
+    shares = method._scores(fresh)[0]  # unknown clients stand between the known ones, and all alike
     unknown = [i for i, c in enumerate(fresh.clients) if c not in ("a0", "b0")]
     a, b = (shares[:, fresh.clients.index(c)] for c in ("a0", "b0"))
     assert np.allclose(shares[:, unknown], shares[:, unknown[:1]], rtol=1e-9)
@@ -425,7 +425,7 @@ def test_with_a_rule_a_client_with_a_long_embedding_does_not_get_every_expert() 
             t[:] = torch.nn.functional.normalize(torch.rand(t.shape, generator=stream(5, module)) + 0.1)
             t[0] *= 1000
         state = replace(state, token_embeddings=longer, expert_embeddings=ones)
-        found = method._assign(state, method._chosen(state, 1))
+        found = method._assign(state, method._scores(state))
         taken[rule] = max(int(z[:, 0].sum()) for z in found.holds.values())
     assert taken["mean"] == 4  # all but one each for the other eight
     assert taken["median"] < 4

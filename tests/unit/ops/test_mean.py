@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.ops.mean import aggregation_error, mean, relative_error
+from coterie.ops.mean import aggregation_error, mean, relative_error, share_limit
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -134,3 +134,9 @@ def test_the_relative_error_adds_up_over_modules_before_it_divides() -> None:
     assert relative_error([(1.0, 9.0), (3.0, 16.0)]) == pytest.approx((4 / 25) ** 0.5)
     assert relative_error([(0.0, 0.0)]) == 0.0
     assert relative_error([]) == 0.0
+
+
+@pytest.mark.parametrize("share", [0.01, 0.33, 0.35, 0.49])
+def test_a_share_below_an_equal_one_makes_all_equal_and_no_less(share: float) -> None:
+    assert share_limit([36, 36], share) == 36
+    assert share_limit([5, 36, 700], min(share, 0.33)) == 5

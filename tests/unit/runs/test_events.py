@@ -51,3 +51,14 @@ def test_every_kind_is_here() -> None:
 @pytest.mark.parametrize("event", EVENTS, ids=[event.event for event in EVENTS])
 def test_an_event_comes_back_from_its_json(event: Event) -> None:
     assert from_json(json.loads(json.dumps(event.to_json()))) == event
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens", "gflop", "gflop_active"])
+def test_a_number_larger_than_any_float_counts_as_none(name: str) -> None:
+    entry = ClientRound(said={name: 10**400})
+    assert (entry.loss, entry.tokens, entry.gflop, entry.gflop_active) == (None, 0, 0.0, 0.0)
+
+
+def test_an_entry_of_a_round_that_is_no_object_is_named() -> None:
+    with pytest.raises(ValueError, match="it is not a JSON object"):
+        from_json({"event": "round", "round": 1, "clients": {"a": None}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,16 @@ import tiny
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.experiment import run
+from coterie.methods.fedit import FedIT
+from coterie.methods.plan import Plan
+from coterie.methods.privacy import PrivacySettings
 from coterie.ops.accounting import Noised, Sampled, spent
+from coterie.runs.cost import check_planned_cost
+from coterie.runs.events import Event, Note, RoundDone, RoundStart
 from coterie.runs.ledger import LEDGER, read_ledger
 from coterie.runs.private import KEY, kept_noise
 from coterie.runs.rounds import Runner
+from coterie.runs.settings import RoundSettings
 from coterie.types import CoterieError
 
 SEEDED = {"unit": "client", "clip": 0.1, "noise_multiplier": 0.5, "noise_source": "seeded"}
@@ -173,6 +180,16 @@ def test_clients_that_add_noise_count_every_attempt(
     assert made.privacy.releases == {"updates": 3}
 
 
+def test_a_round_without_a_quorum_says_what_the_run_has_spent(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.runs.rounds.quorum_fault", lambda rnd, *of: "nobody" if rnd == 2 else None)
+    with pytest.raises(CoterieError, match="nobody"):
+        run(config(folder, {**SEEDED, "noise_at": "client"}), tmp_path / "run", root=folder)
+    first, failed = lines(tmp_path / "run", "round")
+    assert 0 < first["privacy"]["epsilon"] < failed["privacy"]["epsilon"]
+
+
 def test_a_run_stops_before_it_would_exceed_its_budget(folder: Path, tmp_path: Path) -> None:
     one = run(config(folder, {**SEEDED, "noise_multiplier": 2.0}, rounds=1), tmp_path / "one", root=folder)
     assert one.privacy is not None
@@ -199,14 +216,16 @@ def test_a_sampled_cohort_costs_what_the_accountant_says_and_every_group_gets_no
     folder: Path, tmp_path: Path, sampling: str
 ) -> None:
     """Poisson cohorts may be empty: a round of noise alone."""
-    of = {"cohort": 0.25, "sampling": sampling, "rounds": 4, "head": "shared"}
-    made = run(config(folder, SEEDED, **of), tmp_path / "run", root=folder)
+    of, privacy = {"rounds": 4, "head": "shared"}, {**SEEDED, "noise_multiplier": 1.0}
+    made = run(config(folder, privacy, **of, cohort=0.25, sampling=sampling), tmp_path / "run", root=folder)
     assert made.privacy is not None
     assert made.privacy.releases == {"updates": 4}
-    everyone = run(config(folder, SEEDED, rounds=4, head="shared"), tmp_path / "all", root=folder)
+    everyone = run(
+        config(folder, {**SEEDED, "noise_multiplier": 1.0}, rounds=4, head="shared"), tmp_path / "all", root=folder
+    )
     assert everyone.privacy is not None
     assert made.privacy.cohort == f"1 of 4, {sampling}"
-    drawn = [Noised(0.5, cast(Sampled, sampling), 4, 1.0)] * 4
+    drawn = [Noised(1.0, cast(Sampled, sampling), 4, 1.0)] * 4
     assert made.privacy.epsilon == pytest.approx(spent(drawn, 1e-5).epsilon)
     if sampling == "poisson":  # a fixed size protects from more: one client exchanged for another
         assert made.privacy.epsilon < everyone.privacy.epsilon
@@ -227,6 +246,11 @@ def test_a_sampled_cohort_costs_what_the_accountant_says_and_every_group_gets_no
         (SEEDED, "fedamole", {"sampling": "poisson"}, 'assignment = "static"'),
         (SEEDED, "fedit", {"robust": {"rule": "median"}}, 'noise_at = "client"'),
         ({**SEEDED, "metrics": "unprotected"}, "fedit", {"export": "best"}, 'export = "last"'),
+        ({**SEEDED, "delta": 0.5}, "fedit", {}, "delta is 0.5: the chance that everything shows; set it to 0.01"),
+        ({**SEEDED, "noise_multiplier": 0.01}, "fedit", {"rounds": 10}, "would cost epsilon = 51,348 at delta"),
+        ({**SEEDED, "noise_multiplier": 0.01}, "fedit", {"rounds": 10}, "(epsilon = 51348 beside it"),
+        ({**SEEDED, "noise_multiplier": 0.0005, "noise_at": "client"}, "fedit", {}, "epsilon = inf at delta"),
+        ({**SEEDED, "noise_multiplier": 0.05, "unit": "example"}, "fedit", {}, "and above 50 it protects nobody"),
     ],
 )
 def test_what_only_looks_private_is_refused(
@@ -237,6 +261,104 @@ def test_what_only_looks_private_is_refused(
         run(config(folder, privacy, settings, **rest), tmp_path / "run", root=folder)
     assert says in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_epsilon_set_by_hand_is_taken_at_its_word_and_the_run_warns(folder: Path, tmp_path: Path) -> None:
+    run(config(folder, {**SEEDED, "noise_multiplier": 0.1, "epsilon": 200.0}), tmp_path / "run", root=folder)
+    said = [line["text"] for line in lines(tmp_path / "run", "note")]
+    warning = "epsilon = 200 protects nobody: do not call this run private"
+    assert [text for text in said if warning in text]
+    assert warning in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("unit", "clients", "rows"), [("client", 100, 50), ("example", 5, 100)])
+def test_a_delta_at_which_one_may_be_published_in_full_is_refused(unit: str, clients: int, rows: int) -> None:
+    settings = PrivacySettings.model_validate({"unit": unit, "clip": 1.0, "noise_multiplier": 3.0, "delta": 0.01})
+    method = FedIT(FedIT.Settings(), Plan(rounds=1, privacy=settings, dropout=0.0))
+    check_planned_cost(method, {f"c{i}": rows - 1 for i in range(clients - 1)}, RoundSettings(1, 0))
+    says = r"(with 100 clients|client c0 has 100 training rows), .*publishing one of them at random in full"
+    with pytest.raises(CoterieError, match=says):
+        check_planned_cost(method, {f"c{i}": 3 if i else rows for i in range(clients)}, RoundSettings(1, 0))
+
+
+def test_the_client_whose_rows_cost_too_much_is_named() -> None:
+    settings = PrivacySettings.model_validate({"unit": "example", "clip": 1.0, "noise_multiplier": 1.0})
+    method = FedIT(FedIT.Settings(), Plan(rounds=100, privacy=settings, dropout=0.0))
+    with pytest.raises(CoterieError) as refused:
+        check_planned_cost(method, {"large": 5000, "few": 2}, RoundSettings(100, 0))
+    assert "would cost client few, which has 2 training rows, epsilon = " in str(refused.value)
+    assert "leave this client out" in str(refused.value)
+    check_planned_cost(method, {"large": 5000}, RoundSettings(100, 0))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As versions were that refused nothing that protects nobody."""
+    with monkeypatch.context() as patch:
+        patch.setattr("coterie.runs.cost.unprotected", lambda *args: None)
+        yield patch
+
+
+LITTLE = {**SEEDED, "noise_multiplier": 0.1}
+
+
+@pytest.mark.parametrize("privacy", [LITTLE, {**SEEDED, "delta": 0.5}, {**SEEDED, "delta": 0.3, "epsilon": 900.0}])
+def test_a_run_that_began_before_the_refusal_continues_and_says_so(
+    folder: Path, tmp_path: Path, unchecked: pytest.MonkeyPatch, privacy: dict[str, Any]
+) -> None:
+    out, of = tmp_path / "run", config(folder, privacy)
+    undisturbed = run(of, tmp_path / "whole", root=folder)
+    stopped_in_round_2(of, out, folder)
+    unchecked.undo()
+    said: list[str] = []
+    made = run(of, out, root=folder, resume=True, listen=lambda e: said.append(e.text) if isinstance(e, Note) else None)
+    assert made.privacy == undisturbed.privacy
+    assert [text for text in said if "The run began so and continues: do not call it private" in text]
+    assert "do not call it private" in (out / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(CoterieError):
+        run(of, tmp_path / "new", root=folder)
+
+
+def stopped_in_round_2(of: Config, out: Path, root: Path) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundStart) and event.round == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run(of, out, root=root, listen=stop)
+
+
+def test_more_rounds_that_cost_too_much_are_refused_as_such_and_change_nothing(folder: Path, tmp_path: Path) -> None:
+    out, cheap = tmp_path / "run", {**SEEDED, "noise_multiplier": 0.4}
+    before = run(config(folder, cheap, rounds=2), out, root=folder)
+    with pytest.raises(CoterieError) as refused:
+        run(config(folder, cheap, rounds=20), out, root=folder, resume=True)
+    says = "it is the extension from 2 rounds that costs too much; give fewer rounds (run.rounds = 2 continues"
+    assert says in str(refused.value)
+    assert "--out" in str(refused.value)
+    assert "epsilon, from which" not in str(refused.value)  # the config of a run cannot change
+    assert run(config(folder, cheap, rounds=2), out, root=folder, resume=True) == before
+    assert run(config(folder, cheap, rounds=3), out, root=folder, resume=True).rounds == 3
+
+
+def test_a_run_that_was_extended_before_the_refusal_continues(
+    folder: Path, tmp_path: Path, unchecked: pytest.MonkeyPatch
+) -> None:
+    out, cheap = tmp_path / "run", {**SEEDED, "noise_multiplier": 0.4}
+    run(config(folder, cheap, rounds=1), out, root=folder)
+    longer = config(folder, cheap, rounds=20)
+    with pytest.raises(KeyboardInterrupt):
+        run(longer, out, root=folder, resume=True, listen=killed)
+    unchecked.undo()
+    assert run(longer, out, root=folder, resume=True).rounds == 20
+
+
+def killed(event: Event) -> None:
+    if isinstance(event, RoundDone) and event.round == 1:
+        raise KeyboardInterrupt
 
 
 def test_the_key_of_the_noise_is_written_whole_for_its_owner_alone_and_refused_in_part(tmp_path: Path) -> None:

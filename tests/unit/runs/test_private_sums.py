@@ -209,7 +209,7 @@ def test_what_would_not_hold_is_refused_with_the_setting_that_helps(
 
 
 def test_a_grid_that_is_too_coarse_for_the_noise_is_refused_at_the_start(tmp_path: Path) -> None:
-    small = PRIVACY.model_copy(update={"noise_multiplier": 0.001})
+    small = PRIVACY.model_copy(update={"noise_multiplier": 0.001, "epsilon": 1e5})
     with pytest.raises(CoterieError, match=r"bits = 16: the noise of a client in a sum over 3 is .* raise bits"):
         run(made("fedit", small, ON.model_copy(update={"bits": 16})), tmp_path / "run")
 

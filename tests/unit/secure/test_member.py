@@ -109,8 +109,9 @@ def test_a_step_is_not_done_before_the_one_before_it() -> None:
         ({"bits": 62}, "could overflow"),
         ({"min_group": 5}, "4 sites, and 5 are needed"),
         ({"members": ("s0", "s0", "s1", "s2")}, "names a site twice"),
-        ({"threshold": 0.4}, "are needed"),
-        ({"min_group": 1}, "are needed"),
+        ({"threshold": 0.4}, "threshold is 0.4; it must be above 0.5"),
+        ({"threshold": float("inf")}, "threshold is inf"),
+        ({"min_group": 2}, "would open a sum of 2, and of fewer than 3 each member can compute the others' updates"),
     ],
 )
 def test_a_session_that_gives_too_much_away_is_refused(changes: dict[str, object], reason: str) -> None:

@@ -154,12 +154,7 @@ class FedAMoLE(Method[FedAMoLEState]):
             return state
         if not self.settings.chooses:
             return self._assign(state, self._random(state, rnd))
-        if self._waits(state, rnd):
-            return state
-        by = state
-        if self.settings.prototype == "holders" and not first:
-            by = replace(state, holds={m: knowingly(z, known) for m, z in state.holds.items()})
-        return self._assign(state, self._chosen(by, 1 if first else rnd))
+        return state if self._waits(state, rnd) else self._assign(state, self._chosen(state, known, first))
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
         numbered = {f"expert-{e}": e for e in range(state.num_experts)}
@@ -307,10 +302,18 @@ class FedAMoLE(Method[FedAMoLEState]):
         waits = self.settings.chooses and self.settings.prototype == "holders" and rnd <= PATIENCE
         return waits and not bool(replied(state.token_embeddings).all())
 
-    def _chosen(self, state: FedAMoLEState, rnd: int) -> Scores:
-        """What the experts choose by, [m, E, n]: their scores, and a bonus for the clients that hold them."""
-        inertia = self.settings.inertia if rnd > 1 else 0.0  # the experts did not choose who holds them in round 1
-        return with_inertia(self._scores(state), [state.holds[t.name] for t in state.base.targets], inertia)
+    def _chosen(self, state: FedAMoLEState, known: Tensor, first: bool) -> Scores:
+        """What the experts choose by, [m, E, n]: their scores, and a bonus for the clients that hold them.
+
+        ``known`` [n]: which clients had embeddings before the round. ``first``: experts have their holders by chance,
+        so there is no bonus.
+        """
+        if first:
+            return self._scores(state)
+        if self.settings.prototype == "holders":
+            state = replace(state, holds={m: knowingly(z, known) for m, z in state.holds.items()})
+        held = [state.holds[t.name] for t in state.base.targets]
+        return with_inertia(self._scores(state), held, self.settings.inertia)
 
     def _scores(self, state: FedAMoLEState) -> Scores:
         """How well each client fits each expert, [m, E, n].

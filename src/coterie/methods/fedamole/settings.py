@@ -11,8 +11,8 @@ from coterie.requests import HoldOut
 
 
 class FedAMoLESettings(MethodSettings):
-    """FedAMoLE's settings. The paper's: ``embed = "after"``, ``embed_rows = "held_out"``,
-    ``inertia = 0`` and ``prototype = "experts"``."""
+    """FedAMoLE's settings. The paper's: ``embed = "after"``, ``embed_rows = "held_out"``, ``inertia = 0`` and
+    ``prototype = "experts"``."""
 
     experts: int | None = Field(
         None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"

@@ -18,9 +18,9 @@ class FedAMoLEState:
 
     ``pool`` holds the experts 0..E-1, the shared expert and the projection of every module. By module: ``holds``
     [E, n] says which client (in the order of ``clients``) holds which expert; ``expert_embeddings`` [E, r] and
-    ``token_embeddings`` [n, r] are the latest, 0 where there is none: always,
-    of experts that look for clients like their holders. ``clients`` are those of the start, by id,
-    then those that came later, in the order in which they first replied.
+    ``token_embeddings`` [n, r] are the latest, 0 where there is none. Experts that look for clients like their holders
+    have none of their own. ``clients`` are those of the start, by id, then those that came later, in the order in which
+    they first replied.
     """
 
     base: BaseSpec
