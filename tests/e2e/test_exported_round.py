@@ -26,6 +26,7 @@ from coterie.nn.base import load_base
 from coterie.runs import checkpoint, rounds, summary
 from coterie.runs.events import CheckpointSaved, Evaluated, Event, Note
 from coterie.types import CoterieError
+from stop_run import stop_run
 
 ROUNDS, BEST = 4, 2
 METHODS = ["local", "fedit", "fedsa_lora", "feddpa", "fedamole", "fedlease", "ifca"]  # each keeps other things
@@ -111,19 +112,15 @@ def exports(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
+def last_but_one_saved(event: Event) -> bool:
+    return isinstance(event, CheckpointSaved) and event.round == ROUNDS - 1
+
+
 @pytest.mark.parametrize("method", ["fedsa_lora", "fedamole"])
 def test_a_resumed_run_exports_the_same(method: str, tmp_path: Path, chosen: None) -> None:
-    class StoppedError(Exception):
-        pass
-
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == ROUNDS - 1:
-            raise StoppedError
-
     path = sites.config(tmp_path, method=method)
     run(path, tmp_path / "whole")
-    with pytest.raises(StoppedError):
-        run(path, tmp_path / "parts", listen=stop)
+    stop_run(run, path, tmp_path / "parts", when=last_but_one_saved)
     run(path, tmp_path / "parts", resume=True)
     assert exports(tmp_path / "parts") == exports(tmp_path / "whole")
 
@@ -138,13 +135,7 @@ def test_the_checkpoints_that_are_kept_know_their_own_best_round(tmp_path: Path,
     for module in (rounds, summary):
         monkeypatch.setattr(module, "best_round", best_round)
     path, heard = sites.config(tmp_path, method="fedsa_lora"), []
-
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == ROUNDS - 1:
-            raise CoterieError("stopped")
-
-    with pytest.raises(CoterieError, match="stopped"):
-        run(path, tmp_path / "out", listen=stop)
+    stop_run(run, path, tmp_path / "out", when=last_but_one_saved)
     newest = max((tmp_path / "out" / "checkpoints").iterdir())
     assert newest.name == f"{ROUNDS - 1:06d}.ckpt"
     newest.write_bytes(b"damaged")

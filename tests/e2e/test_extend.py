@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from coterie import experiment
 from coterie.config.load import load_config
 from coterie.runs.events import CheckpointSaved, Event
 from coterie.types import CoterieError
+from stop_run import stop_run
 from thinned import thinned
 
 TIMES = ("seconds", "energy", "joules", "joules_from", "peak_memory_bytes", "machine", "versions")
@@ -74,27 +76,17 @@ def test_an_extended_run_is_the_longer_run(method: str, more: str, tmp_path: Pat
 
 
 def test_a_run_that_was_stopped_can_be_extended_too(tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == 2:
-            raise CoterieError("stopped")
-
     path = sites.config(tmp_path, method="fedit", rows=4, others=2)
     run(path, tmp_path / "whole", "run.rounds=5")
-    with pytest.raises(CoterieError, match="stopped"):
-        run(path, tmp_path / "parts", "run.rounds=4", listen=stop)
-    with pytest.raises(CoterieError, match="stopped"):  # while it is being extended
-        run(path, tmp_path / "parts", "run.rounds=5", resume=True, listen=stop_at(4))
+    stop_run(run, path, tmp_path / "parts", "run.rounds=4", when=saved(2))
+    stop_run(run, path, tmp_path / "parts", "run.rounds=5", resume=True, when=saved(4))  # while it is being extended
     run(path, tmp_path / "parts", "run.rounds=5", resume=True)
     whole, parts = left_by(tmp_path / "whole"), left_by(tmp_path / "parts")
     assert [name for name in whole if whole[name] != parts.get(name)] == []
 
 
-def stop_at(rnd: int) -> Any:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == rnd:
-            raise CoterieError("stopped")
-
-    return stop
+def saved(rnd: int) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, CheckpointSaved) and event.round == rnd
 
 
 def test_why_a_run_cannot_be_extended_is_said_and_nothing_changes(tmp_path: Path) -> None:

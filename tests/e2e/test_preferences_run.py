@@ -13,26 +13,18 @@ import sites
 from coterie.artifacts.evaluate import evaluate
 from coterie.config.load import load_config
 from coterie.inference.answers import TextAnswer
-from coterie.runs.events import Event, RoundStart
+from coterie.runs.events import RoundStart
+from stop_run import stop_run
 
 
 @pytest.mark.parametrize("reference", ["round", "base"])
 def test_a_run_that_stops_goes_on_with_the_same_bits(reference: str, tmp_path: Path) -> None:
     """Half a cohort, so that groups differ from round to round: the base's part is computed for each client alone."""
-
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(event: Event) -> None:
-        if isinstance(event, RoundStart) and event.round == 3:
-            raise Stop
-
     torch.set_num_threads(1)
     path = sites.config(tmp_path, "llama", method="fedit", kind="dpo", run="cohort = 0.6", more="clients_per_batch = 2")
     path.write_text(path.read_text().replace("[lora]", f'reference = "{reference}"\n[lora]'))
     whole = coterie.run(path, tmp_path / "whole")
-    with pytest.raises(Stop):
-        coterie.run(path, tmp_path / "parts", listen=stop)
+    stop_run(coterie.run, path, tmp_path / "parts", when=lambda e: isinstance(e, RoundStart) and e.round == 3)
     assert coterie.run(path, tmp_path / "parts", resume=True).mean == whole.mean
     for name in ("experts", "personal", "clients"):
         one, other = ((tmp_path / run / name).rglob("*.safetensors") for run in ("whole", "parts"))

@@ -23,6 +23,7 @@ from coterie.nn.locate import resolve
 from coterie.runs.events import METRICS, CheckpointSaved, ClientDone, Event, RoundDone, read_events
 from coterie.runs.summary import read_summary
 from coterie.types import CoterieError, Part
+from stop_run import stop_run
 
 
 @pytest.fixture(autouse=True)
@@ -100,16 +101,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
     whole, parts = site / "whole", site / "parts"
     config = load_config(site / "smart.toml", ["method.budgets={mood-0 = 1}"])
     run(config, whole, root=site)
-
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def listen(event: Event) -> None:
-        if isinstance(event, ClientDone) and event.round == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(config, parts, root=site, listen=listen)
+    stop_run(run, config, parts, root=site, when=lambda event: isinstance(event, ClientDone) and event.round == 2)
     run(config, parts, root=site, resume=True)
     for client in (whole / "clients").iterdir():
         ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))

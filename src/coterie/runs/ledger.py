@@ -102,7 +102,7 @@ def _check(entries: Iterable[Entry], where: str) -> None:
         of = entry.noised
         if not 0 <= of.multiplier <= _NOISIEST:
             reason = f"a multiplier of {of.multiplier:g}"
-        elif of.members < 1 or not (1 if of.sampled == "fixed" else 0) <= of.drawn <= of.members or not of.drawn:
+        elif not 0 < of.drawn <= of.members or (of.sampled == "fixed" and of.drawn < 1):
             reason = f"{of.drawn:g} of {of.members} members drawn"
         elif entry.round < 0 or entry.rows < 0 or not 1 <= entry.times <= _STEPS:
             reason = f"round {entry.round}, {entry.rows} rows and {entry.times} times"

@@ -26,6 +26,7 @@ from coterie.runs.private import KEY, kept_noise
 from coterie.runs.rounds import Runner
 from coterie.runs.settings import RoundSettings
 from coterie.types import CoterieError
+from stop_run import stop_run
 
 SEEDED = {"unit": "client", "clip": 0.1, "noise_multiplier": 0.5, "noise_source": "seeded"}
 
@@ -320,15 +321,7 @@ def test_a_run_that_began_before_the_refusal_continues_and_says_so(
 
 
 def stopped_in_round_2(of: Config, out: Path, root: Path) -> None:
-    class StoppedError(Exception):
-        pass
-
-    def stop(event: Event) -> None:
-        if isinstance(event, RoundStart) and event.round == 2:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        run(of, out, root=root, listen=stop)
+    stop_run(run, of, out, root=root, when=lambda event: isinstance(event, RoundStart) and event.round == 2)
 
 
 def test_more_rounds_that_cost_too_much_are_refused_as_such_and_change_nothing(folder: Path, tmp_path: Path) -> None:
