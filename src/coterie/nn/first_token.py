@@ -80,7 +80,8 @@ def same_logits(whole: Tensor, short: Tensor, tolerance: float = _TOLERANCE) -> 
 
 
 def _first(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(arg[:, :1] for arg in args)
+    """Copies: for a view with gaps between its rows, a Linear would copy its weight once for each row."""
+    return tuple(arg[:, :1].contiguous() for arg in args)
 
 
 def trial_inputs(model: nn.Module) -> dict[str, Tensor]:
