@@ -2,10 +2,12 @@
 
 The configs beside this file are the federations. Every method is tuned over the same learning rates on validation data
 with a seed that is not reported. What is finished is not repeated, so the command goes on where it stopped, and more
-methods or seeds may follow later.
+methods or seeds may follow later. The methods that are run join those that ``bench/results/study-FEDERATION.json`` has
+from before; ``--anew`` forgets these.
 
     python examples/fetch_data.py sst2 trec sick clinc150          # once
     python bench/study/run.py four-tasks --methods fedlease,local,fedit
+    python bench/study/run.py four-tasks --show                    # the published table, without a run
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, banking, datasets
+from joined import publish
 
 from coterie.comparison import compare
-from coterie.comparison.record import RECORD
+from coterie.comparison.record import RECORD, read_record
+from coterie.comparison.tables import markdown
 
 HERE = Path(__file__).parent
 METHODS = (
@@ -35,7 +39,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where the runs lie")
+    parser.add_argument("--anew", action="store_true", help="forget the figures that were published before")
+    parser.add_argument("--show", action="store_true", help="print the published table, and run nothing")
     chosen = parser.parse_args()
+    path = RESULTS / f"study-{chosen.federation}.json"
+    before = None if chosen.anew else read_record(path)
+    if chosen.show:
+        print(markdown(before) if before else f"there is no {path}")
+        return
     banking(datasets(), HERE / "data" / "banking")
     out = chosen.work / chosen.federation
     compare(
@@ -45,9 +56,12 @@ def main() -> None:
         seeds=[int(seed) for seed in chosen.seeds.split(",")],
         tune=[RATES],
         jobs=chosen.jobs,
+        target=before.target if before else None,
         say=lambda text: print(text, flush=True),
     )
-    (RESULTS / f"study-{chosen.federation}.json").write_text((out / RECORD).read_text())
+    if chosen.anew:
+        path.unlink(missing_ok=True)
+    print(markdown(publish(out / RECORD, path)))
 
 
 if __name__ == "__main__":
