@@ -33,7 +33,7 @@ from coterie.machine import cpu_cores
 from coterie.methods.base import Method
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, CoterieError, ExportedAs, Instruction, Json
 
-NEEDS = Needs(("flwr", "ray"), "pip install 'flwr[simulation]==1.41.0'")
+NEEDS = Needs(("flwr", "ray"), "pip install 'coterie[flower-sim]'")
 _TTL = 30 * 24 * 3600.0  # seconds; a simulation waits for every client
 _MIB = 2**20
 
