@@ -309,7 +309,7 @@ def points(lost: float) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The table of docs/robustness.md: what the attackers cost, in points, the mean over seeds (least to most)."""
+    """The table of docs/results/robustness.md: what attackers cost, in points, the mean over seeds (least to most)."""
     columns = [(1, "none", False), (2, "none", False), (2, CHOSEN, False), (2, CHOSEN, True)]
     heads = ("method", "attack", "one, no setting", "two, no setting", "two, `multi_krum` and `clip`", "both of travel")
     yield f"| {' | '.join(heads)} |"

@@ -32,8 +32,8 @@ HEAD = (
 INTRO = (
     "What every client sends with each method's default settings, and with heads shared. By default heads are "
     "personal and not sent: then the rows `head` do not apply. A row that belongs to another setting names it. What "
-    "each release can give away is in [deploy.md](../deploy.md#what-each-method-sends-and-what-that-can-leak), and "
-    "what a federation may claim in each mode in [SECURITY.md](../../SECURITY.md).",
+    "each release can give away is in [messages.md](../messages.md), and what a federation may claim in each mode in "
+    "[SECURITY.md](../../SECURITY.md).",
     "`refused`: the run does not start. Where another setting lets it start, the cell names the setting, and what "
     "becomes of the release then. Secure sums need at least three clients in every group, whatever the method.",
 )
