@@ -17,7 +17,6 @@ from coterie.types import ClientId, Key, Part, Reply, Tensors
 
 FEWEST = 3
 _MOST_STEPS = 4.0  # times as large an update, at most, for more steps: they follow from rows, which are claimed
-_PASSES = 20  # over groups that share clients, until no cap binds
 _INFO_BYTES = 2**21  # for a reply's info, beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
 _FLOAT_BYTES = 4
@@ -97,13 +96,12 @@ def capped_examples(
     if len(examples) < FEWEST:
         return examples
     together = [list(examples), *(group for group in groups if len(group) > 1)]
-    for _ in range(_PASSES):
+    before: dict[ClientId, int] = {}
+    while examples != before:  # groups share clients; whole numbers that only fall come to rest
         before = dict(examples)
         for group in together:
             limit = max(
                 1, math.floor(share_limit([examples[c] for c in group], share or usual_share(len(group))) * (1 + 1e-12))
             )
             examples |= {client: min(examples[client], limit) for client in group}
-        if examples == before:
-            break
     return examples

@@ -35,10 +35,15 @@ def multiplier_of(settings: PrivacySettings, method: Method, clients: int, round
     """``noise_multiplier``, or the least with which all planned releases keep to ``epsilon``."""
     if settings.noise_multiplier:
         return settings.noise_multiplier
-    planned = tuple(
-        noised(settings, rounds, clients, 1.0) for of in planned_kinds(method.releases(), rounds.rounds) for _ in of
+    return multiplier_for(
+        settings.epsilon, settings.delta, _planned(method, rounds, noised(settings, rounds, clients, 1.0))
     )
-    return multiplier_for(settings.epsilon, settings.delta, planned)
+
+
+def _planned(method: Method, rounds: RoundSettings, one: Noised) -> tuple[Noised, ...]:
+    """All releases of a run if none is made twice, as the accountant sees them; ``one`` of them."""
+    kinds = planned_kinds(method.releases(), rounds.rounds)
+    return tuple(release for of in kinds for release in of_one_draw([one] * len(of)))
 
 
 def planned_cost(method: Method, clients: Mapping[ClientId, int], rounds: RoundSettings) -> Spent:
@@ -46,13 +51,12 @@ def planned_cost(method: Method, clients: Mapping[ClientId, int], rounds: RoundS
 
     ``clients``: the training rows of each, of which ``unit = "example"`` counts the dearest.
     """
-    settings, releases = method.plan.privacy, method.releases()
+    settings = method.plan.privacy
     if settings.by_row:
         return max((_cost_of_rows(method, n, rounds) for n in sorted({*clients.values()})), key=lambda of: of.epsilon)
     number = len(clients)
     one = noised(settings, rounds, number, multiplier_of(settings, method, number, rounds))
-    each = [of_one_draw([one] * len(kinds)) for kinds in planned_kinds(releases, rounds.rounds)]
-    return spent([release for of in each for release in of], settings.delta)
+    return spent(_planned(method, rounds, one), settings.delta)
 
 
 def _cost_of_rows(method: Method, rows: int, rounds: RoundSettings) -> Spent:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,6 +26,7 @@ def test_an_update_is_what_came_minus_what_it_started_from() -> None:
     came = Reply({A: torch.full((2, 3), 7.0), B: torch.full((3, 2), 3.0), HEAD: torch.ones(5)}, 1)
     assert update_sizes(came, start) == {Part.A: 2.0, Part.B: 3.0, Part.HEAD: 1.0}  # a head of another shape as it is
     assert update_sizes(Reply(), start) == {}
+    assert update_sizes(Reply({A: torch.zeros(0, 3)}, 1), start) == {}
 
 
 def test_the_size_of_an_update_does_not_grow_with_its_tensors() -> None:
@@ -44,6 +47,11 @@ def test_an_update_that_is_out_of_line_in_any_part_is_named(part: Part) -> None:
     assert large_updates(sizes, ONE_STEP, 50) == {}
 
 
+def test_a_part_that_nobody_sends_hides_no_other() -> None:
+    sizes = {client: {Part.B: 1.0} for client in "abc"} | {"d": {Part.B: 50.0}}
+    assert [*large_updates(sizes, ONE_STEP, 10)] == ["d"]
+
+
 def test_of_two_replies_neither_is_out_of_line() -> None:
     assert large_updates({"a": {Part.A: 1.0}, "b": {Part.A: 1e9}}, ONE_STEP, 10) == {}
     others = {"c": {Part.B: 1.0}, "d": {Part.B: 1.0}, "e": {Part.B: 1.0}}  # have no A
@@ -55,11 +63,14 @@ def test_where_most_do_not_move_nobody_is_out_of_line() -> None:
     assert large_updates(sizes, ONE_STEP, 10) == {}
 
 
-@pytest.mark.parametrize(("steps", "allowed"), [(1, 10), (3, 30), (4, 40), (5, 40), (10**12, 40)])
-def test_who_trains_longer_may_move_further_but_not_for_ever(steps: int, allowed: float) -> None:
+@pytest.mark.parametrize("usual", [1, 6])
+@pytest.mark.parametrize(("times", "allowed"), [(0.5, 10), (1, 10), (1.5, 15), (3, 30), (4, 40), (5, 40), (10**12, 40)])
+def test_who_trains_longer_may_move_further_but_not_for_ever(times: float, allowed: float, usual: int) -> None:
+    steps = {"a": 2 * usual, "b": 2 * usual, "c": int(2 * usual * times)}
     for size, left_out in ((0.99 * allowed, False), (1.01 * allowed, True)):
-        sizes = {"a": {Part.A: 1.0}, "b": {Part.A: 1.0}, "c": {Part.A: size}}
-        assert bool(large_updates(sizes, {"a": 1, "b": 1, "c": steps}, 10)) == left_out
+        found = large_updates({"a": {Part.A: 1.0}, "b": {Part.A: 1.0}, "c": {Part.A: size}}, steps, 10)
+        assert bool(found) == left_out
+    assert (f"its steps allow {allowed / 10:g} times that" in found["c"]) == (allowed > 10)
 
 
 @given(st.lists(st.integers(1, 2**53 - 1), min_size=3, max_size=9), st.floats(0.01, 1.0))
@@ -90,6 +101,15 @@ def test_the_share_holds_in_every_group() -> None:
     assert capped_examples({"a": reply(1), "c": reply(99)}, 0.5, [("a", "c")]) == {"a": 1, "c": 99}
 
 
+def test_the_share_holds_in_a_long_chain_of_pairs() -> None:
+    """What limits the first reaches the last, one pair after the other."""
+    clients = [f"c{i:02}" for i in range(30)]
+    claims = {client: reply(1 if client == "c00" else 1000) for client in clients}
+    chain = list(pairwise(clients))
+    for pairs in (chain, chain[::-1]):
+        assert capped_examples(claims, None, pairs) == dict.fromkeys(clients, 1)
+
+
 def test_a_reply_of_very_many_keys_is_beyond_its_limit() -> None:
     """They are counted before they are decoded: 200,000 keys take a gigabyte, and a quarter of them is beyond it."""
     expected = {Key(f"layer.{i}.query", 0, part): (8, 384) for i in range(12) for part in (Part.A, Part.B)}
@@ -105,6 +125,14 @@ def test_a_reply_fits_its_limit() -> None:
     size = len(codec.encode(Reply(tensors, 2**53 - 1, info)))
     assert size <= reply_limit(dict.fromkeys(tensors, (7, 5)))
     assert size >= reply_limit(dict.fromkeys(tensors, (7, 5))) - 2**21 - 600 * len(tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (100, 300)])
+def test_each_tensor_fits_its_own_part_of_the_limit(shape: tuple[int, int]) -> None:
+    """So that many tensors, or large ones, need nothing of what is left for the info."""
+    expected = {Key(f"a.module.{i}", i, Part.A): shape for i in range(50)}
+    size, empty = (len(codec.encode(Reply({key: torch.zeros(shape) for key in of}, 1))) for of in (expected, {}))
+    assert 0 <= reply_limit(expected) - reply_limit({}) - (size - empty) <= 600 * len(expected)
 
 
 @pytest.mark.parametrize(("clients", "share"), [(2, 0.5), (3, 0.5), (4, 0.5), (5, 0.4), (6, 1 / 3), (100, 1 / 3)])

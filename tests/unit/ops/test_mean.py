@@ -28,6 +28,10 @@ def test_mean_of_one_is_that_one() -> None:
     assert torch.equal(mean([value], [7.5])["a"], value["a"])
 
 
+def test_a_weight_of_0_leaves_a_value_out() -> None:
+    assert mean([{"a": torch.ones(2)}, {"a": torch.full((2,), 7.0)}], [3, 0])["a"].tolist() == [1, 1]
+
+
 def test_mean_takes_weights_of_any_scale() -> None:
     values = [{"a": random(5, seed=seed)} for seed in range(3)]
     torch.testing.assert_close(mean(values, [1e-9, 2e-9, 3e-9])["a"], mean(values, [1e9, 2e9, 3e9])["a"])
@@ -109,11 +113,12 @@ def test_the_aggregation_error_is_the_explicit_one(
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
 
 
-def test_the_aggregation_error_is_zero_where_all_share_one_factor() -> None:
-    a, b = random(4, 12, seed=0), [random(10, 4, seed=1 + i) for i in range(5)]
+@pytest.mark.parametrize("seed", range(8))
+def test_the_aggregation_error_is_zero_where_all_share_one_factor(seed: int) -> None:
+    a, b = random(4, 12, seed=seed), [random(10, 4, seed=100 * seed + i) for i in range(5)]
     difference, whole = aggregation_error([a] * 5, b, [1, 2, 3, 4, 5])
     assert whole > 1
-    assert difference <= 1e-12 * whole
+    assert 0 <= difference <= 1e-12 * whole  # sums that cancel may end just below 0, whose root is no number
 
 
 def test_the_aggregation_error_of_a_case_by_hand() -> None:
@@ -132,8 +137,22 @@ def test_the_aggregation_error_refuses_bad_weights(weights: list[float]) -> None
 
 def test_the_relative_error_adds_up_over_modules_before_it_divides() -> None:
     assert relative_error([(1.0, 9.0), (3.0, 16.0)]) == pytest.approx((4 / 25) ** 0.5)
+    assert relative_error([(1e-12, 4e-12)]) == pytest.approx(0.5)
     assert relative_error([(0.0, 0.0)]) == 0.0
     assert relative_error([]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "limit"),
+    [
+        ([100, 60, 10**9], 0.5, 160),
+        ([10**9, 10**9, 6, 4], 0.4, 20),
+        ([10, 10, 10, 10], 0.25, 10),
+        ([3, 2, 1], 0.9, 5.4),
+    ],
+)
+def test_at_the_limit_the_largest_have_their_share(weights: list[float], share: float, limit: float) -> None:
+    assert share_limit(weights, share) == pytest.approx(limit)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.33, 0.35, 0.49])

@@ -18,8 +18,9 @@ from coterie.experiment import run
 from coterie.methods.fedit import FedIT
 from coterie.methods.plan import Plan
 from coterie.methods.privacy import PrivacySettings
+from coterie.methods.releases import Release
 from coterie.ops.accounting import Noised, Sampled, spent
-from coterie.runs.cost import check_planned_cost
+from coterie.runs.cost import check_planned_cost, planned_cost
 from coterie.runs.events import Event, Note, RoundDone, RoundStart
 from coterie.runs.ledger import LEDGER, read_ledger
 from coterie.runs.private import KEY, kept_noise
@@ -210,6 +211,22 @@ def test_noise_that_was_calculated_spends_the_budget_and_no_more(folder: Path, t
     assert made.privacy.releases == {"embeddings": 1, "updates": 2}  # nothing leaves in the first warm-up round
     assert 1.99 < made.privacy.epsilon <= 2.0
     assert made.rounds == 3
+
+
+class Measuring(FedIT):
+    """A method that also needs the sum of what clients measure."""
+
+    def releases(self) -> tuple[Release, ...]:
+        return (*super().releases(), Release("means", measured=True))
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_noise_that_is_calculated_for_two_releases_of_a_drawn_cohort_keeps_to_the_budget(sampling: Sampled) -> None:
+    """Both are of one draw, which hides less than two draws would."""
+    settings = PrivacySettings.model_validate({"unit": "client", "clip": 1.0, "epsilon": 2.0})
+    method = Measuring(FedIT.Settings(), Plan(rounds=10, privacy=settings, dropout=0.0))
+    clients = {f"c{i}": 10 for i in range(100)}
+    assert 1.99 < planned_cost(method, clients, RoundSettings(10, 0, cohort=0.1, sampling=sampling)).epsilon <= 2.0
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "poisson"])
