@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,36 @@ def test_a_parquet_file_is_read_in_parts_however_it_is_stored(tmp_path: Path, st
     kind = kind.set(3, pyarrow.field("tags", pyarrow.map_(pyarrow.string(), pyarrow.string())))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, kind), tmp_path / "a.parquet", **stored)
     assert read_table(tmp_path / "a.parquet").records == records
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_what_arrow_cannot_read_on_as_places_in_a_list_is_read_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """It fails so, or failed, for lists of texts of which some are in such a list and others not."""
+    whole = pyarrow.parquet.ParquetFile
+
+    class Failing(whole):  # type: ignore[misc, valid-type]
+        def __init__(self, source: Any, read_dictionary: Any = None, **of: Any) -> None:
+            super().__init__(source, read_dictionary=read_dictionary, **of)
+            self.fails = bool(read_dictionary)
+
+        def iter_batches(self, *of: Any, **more: Any) -> Iterator[Any]:
+            for number, batch in enumerate(super().iter_batches(*of, **more)):
+                if self.fails and number == before:
+                    raise pyarrow.ArrowNotImplementedError("lists of different kinds")
+                yield batch
+
+    records = [{"text": [f"{i}"] * (i % 3), "other": str(i)} for i in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "flat.parquet")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Failing)
+    monkeypatch.setattr(parquet, "LEAST", 2**12)
+    monkeypatch.setattr(parquet, "RATIO", 2**7)
+    assert read_table(tmp_path / "a.parquet").records == records
+    if not before:
+        with pytest.raises(DataError, match="lists of different kinds"):
+            read_table(tmp_path / "flat.parquet")
 
 
 def test_a_larger_file_may_take_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

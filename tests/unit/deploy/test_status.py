@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from coterie import codec
 from coterie.cli.main import app
 from coterie.cli.status import show
-from coterie.deploy.events import Exchanged, Finished, Joined, Late, ServerStarted, Unreadable
+from coterie.deploy.events import Exchanged, Finished, Joined, Late, Refused, ServerStarted, Unreadable
 from coterie.deploy.journal import JOURNAL, Entry, Journal, Reader, read_journal
 from coterie.deploy.metrics import exporter, render
 from coterie.deploy.sites import KNOWN, read_known
@@ -70,11 +70,31 @@ def test_the_status_adds_up() -> None:
     assert (a.bytes_down, a.bytes_up, a.seconds, a.site_seconds) == (300, 30, 6.0, 1.5)
     assert (b.bytes_down, b.bytes_up, b.late) == (300, 20, 1)
     assert [why for _, _, why in b.failures] == ["no reply within 9 s", "b's norm"]
+    assert (a.replies, b.replies, b.state) == ({"train": 3}, {"train": 2}, "connected")
+    assert status.notes == ["an answer of b came late", "the SuperLink died; starting again"]
+    assert not any("active experts" in row for row in table_of(status)["sites"].values())
     out = StringIO()
     show(Console(file=out, width=160), status)
     for part in ("2 of 4 rounds done", "started 2 times", "1-2", "b, train of round 2: b's norm", "came late"):
         assert part in out.getvalue()
     assert status_of([]).phase == "not started"
+
+
+def test_before_and_after_the_rounds() -> None:
+    begun = [ServerStarted(1, ["a", "b"]), Refused("7", "its base differs")]
+    status = status_of(entries([*begun, *[Late("a", 1, "late")] * 2]))
+    assert (status.phase, status.round, status.rounds, status.sites["a"].late) == ("waiting for sites", 0, 0, 2)
+    assert status.sites["b"].state == "never seen"
+    assert status.notes[0] == "node 7 was refused: its base differs"
+    assert status_of(entries([*begun, Finished(), ServerStarted(2, [])])).phase == "finished; sites join"
+
+
+def test_what_fails_between_rounds_is_counted_too() -> None:
+    """The end of a round names those who did not train, and nobody who did not evaluate."""
+    event = exchange("a", 1, "no reply within 9 s", "evaluate")
+    site = status_of(entries([exchange("a", 1), event])).sites["a"]
+    assert (site.state, site.failures) == ("no reply within 9 s", [("evaluate", 1, "no reply within 9 s")])
+    assert site.replies == {"train": 1}
 
 
 def test_the_report_shows_who_took_part_over_the_network(tmp_path: Path) -> None:
@@ -128,6 +148,9 @@ def test_what_was_spent_in_privacy_stays_when_a_later_round_fails_or_is_killed(t
     more = ledger.with_entries([Release(2, "updates", Noised(2.0), "round 2")])
     write_ledger(tmp_path, more, more.spent(1e-5))
     assert f"privacy: {spent_text(more.spent(1e-5))} spent" in shown()
+    write_ledger(tmp_path, ledger, ledger.spent(1e-5))  # an older one, put back
+    journal(RoundDone(2, losses(a=None), privacy=more.spent(1e-5)))
+    assert f"privacy: {spent_text(more.spent(1e-5))} spent" in shown()
     (tmp_path / LEDGER).write_text('{"spent": {"epsilon": "none"}}')
     damaged = CliRunner().invoke(app, ["status", str(tmp_path)])
     assert "is damaged (spent.epsilon: " in str(damaged.exception)
@@ -135,6 +158,7 @@ def test_what_was_spent_in_privacy_stays_when_a_later_round_fails_or_is_killed(t
 
 def test_spans_of_rounds() -> None:
     assert spans([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+    assert spans([5, 2, 1]) == "1-2, 5"
     assert spans([]) == "-"
 
 

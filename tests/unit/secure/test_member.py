@@ -107,9 +107,17 @@ def test_a_step_is_not_done_before_the_one_before_it() -> None:
     ("changes", "reason"),
     [
         ({"bits": 62}, "could overflow"),
+        ({"bits": 1}, "could overflow"),
+        ({"bound": 0.0}, "could overflow"),
+        ({"bound": float("inf")}, "could overflow"),
+        ({"length": 0}, "has no values"),
+        ({"total": 0.0}, "has no values"),
+        ({"total": float("inf")}, "has no values"),
         ({"min_group": 5}, "4 sites, and 5 are needed"),
         ({"members": ("s0", "s0", "s1", "s2")}, "names a site twice"),
         ({"threshold": 0.4}, "threshold is 0.4; it must be above 0.5"),
+        ({"threshold": 0.5}, "threshold is 0.5"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
         ({"threshold": float("inf")}, "threshold is inf"),
         ({"min_group": 2}, "would open a sum of 2, and of fewer than 3 each member can compute the others' updates"),
     ],
@@ -117,6 +125,15 @@ def test_a_step_is_not_done_before_the_one_before_it() -> None:
 def test_a_session_that_gives_too_much_away_is_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(SecureSumError, match=reason):
         Member(replace(session(4), **changes), "s0", KNOWN["s0"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"threshold": 1.0, "min_group": 3}, {"min_group": 4}, {"length": 1, "total": 0.5}, {"bits": 2}, {"bits": 61}],
+)
+def test_a_session_at_the_limits_is_accepted(changes: dict[str, object]) -> None:
+    sites = 2**3 - 1 if changes.get("bits") == 61 else 4
+    replace(session(sites), **changes).check()  # type: ignore[arg-type]
 
 
 def test_another_session_under_a_name_is_refused_and_the_same_gets_the_same_answer() -> None:
