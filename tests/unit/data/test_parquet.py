@@ -148,18 +148,32 @@ def test_what_arrow_cannot_read_on_as_places_in_a_list_is_read_as_it_is(
             for number, batch in enumerate(super().iter_batches(*of, **more)):
                 if self.fails and number == before:
                     raise pyarrow.ArrowNotImplementedError("lists of different kinds")
+                sizes.append(0 if self.fails else batch.num_rows)
                 yield batch
 
-    records = [{"text": [f"{i}"] * (i % 3), "other": str(i)} for i in range(3000)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    sizes: list[int] = []
+    records = [{"text": [f"{i}"] * (i % 3), "other": str(i)} for i in range(6000)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=3000)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "flat.parquet")
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Failing)
     monkeypatch.setattr(parquet, "LEAST", 2**12)
-    monkeypatch.setattr(parquet, "RATIO", 2**7)
-    assert read_table(tmp_path / "a.parquet").records == records
+    assert read_table(path).records == records
+    stored = pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size
+    assert (
+        0.9 < max(sizes) * stored / (parquet.RATIO * path.stat().st_size) < 1.1
+    )  # each row may have all that is stored
     if not before:
         with pytest.raises(DataError, match="lists of different kinds"):
             read_table(tmp_path / "flat.parquet")
+
+
+def test_flat_rows_of_every_row_group_come_once_and_from_the_content_that_is_given(tmp_path: Path) -> None:
+    records = [{"text": f"{i}"} for i in range(250)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet", row_group_size=100)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").unlink()  # what is read is what was hashed, whatever becomes of the file
+    assert [row for part in parquet.parquet_records(tmp_path / "a.parquet", content) for row in part] == records
 
 
 def test_a_larger_file_may_take_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

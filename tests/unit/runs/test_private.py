@@ -20,7 +20,7 @@ from coterie.methods.plan import Plan
 from coterie.methods.privacy import PrivacySettings
 from coterie.methods.releases import Release
 from coterie.ops.accounting import Noised, Sampled, spent
-from coterie.runs.cost import check_planned_cost, planned_cost
+from coterie.runs.cost import check_continued, check_planned_cost, cohort_size, noised, planned_cost
 from coterie.runs.events import Event, Note, RoundDone, RoundStart
 from coterie.runs.ledger import LEDGER, read_ledger
 from coterie.runs.private import KEY, kept_noise
@@ -220,13 +220,12 @@ class Measuring(FedIT):
         return (*super().releases(), Release("means", measured=True))
 
 
-@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
-def test_noise_that_is_calculated_for_two_releases_of_a_drawn_cohort_keeps_to_the_budget(sampling: Sampled) -> None:
+def test_noise_that_is_calculated_for_two_releases_of_a_drawn_cohort_keeps_to_the_budget() -> None:
     """Both are of one draw, which hides less than two draws would."""
     settings = PrivacySettings.model_validate({"unit": "client", "clip": 1.0, "epsilon": 2.0})
-    method = Measuring(FedIT.Settings(), Plan(rounds=10, privacy=settings, dropout=0.0))
+    method = Measuring(FedIT.Settings(), Plan(rounds=3, privacy=settings, dropout=0.0))
     clients = {f"c{i}": 10 for i in range(100)}
-    assert 1.99 < planned_cost(method, clients, RoundSettings(10, 0, cohort=0.1, sampling=sampling)).epsilon <= 2.0
+    assert 1.99 < planned_cost(method, clients, RoundSettings(3, 0, cohort=0.1, sampling="poisson")).epsilon <= 2.0
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "poisson"])
@@ -307,6 +306,64 @@ def test_the_client_whose_rows_cost_too_much_is_named() -> None:
     assert "would cost client few, which has 2 training rows, epsilon = " in str(refused.value)
     assert "leave this client out" in str(refused.value)
     check_planned_cost(method, {"large": 5000}, RoundSettings(100, 0))
+
+
+@pytest.mark.parametrize(
+    ("cohort", "sampling", "at", "size", "as_drawn"),
+    [
+        (0.25, "fixed", "server", 2, Noised(3.0, "fixed", 10, 2)),
+        (0.01, "fixed", "server", 1, Noised(3.0, "fixed", 10, 1)),
+        (0.25, "poisson", "server", 2.5, Noised(3.0, "poisson", 10, 2.5)),
+        (1.0, "poisson", "server", 10, Noised(3.0)),
+        (0.25, "poisson", "client", 2.5, Noised(3.0)),
+    ],
+)
+def test_drawing_hides_whom_it_leaves_out_and_nobody_who_adds_noise_itself(
+    cohort: float, sampling: Sampled, at: str, size: float, as_drawn: Noised
+) -> None:
+    settings = PrivacySettings.model_validate({**SEEDED, "noise_at": at})
+    rounds = RoundSettings(1, 0, cohort=cohort, sampling=sampling)
+    assert cohort_size(rounds, 10) == size
+    assert noised(settings, rounds, 10, 3.0) == as_drawn
+
+
+def refusal(rounds: int, before: int | None = None, clients: int = 4, **privacy: object) -> str:
+    """What is said of a new run, or of one that has ``before`` rounds and gets so many."""
+    settings = PrivacySettings.model_validate({**SEEDED, **privacy})
+    method = FedIT(FedIT.Settings(), Plan(rounds=rounds, privacy=settings, dropout=0.0))
+    rows, of = {f"c{i}": 8 for i in range(clients)}, RoundSettings(rounds, 0)
+    try:
+        if before is None:
+            check_planned_cost(method, rows, of)
+            return ""
+        return "".join(check_continued(method, rows, of, before))
+    except CoterieError as fault:
+        return str(fault)
+
+
+def test_a_refusal_names_an_epsilon_that_the_config_may_have() -> None:
+    assert refusal(1, noise_multiplier=0.02).endswith(
+        "is calculated (epsilon = 1463 beside it runs all the same, and says so)"
+    )
+    assert refusal(1, noise_multiplier=0.002).endswith("from which it is calculated")
+    assert "over 1 round, and" in refusal(1, noise_multiplier=0.02)
+    assert "over 2 rounds, and" in refusal(2, noise_multiplier=0.02)
+    assert refusal(1, noise_multiplier=0.02, epsilon=1463.0) == ""
+
+
+def test_only_what_more_rounds_cost_is_held_against_them() -> None:
+    cheap, dear = {"noise_multiplier": 0.4}, {"noise_multiplier": 0.1}
+    assert refusal(2, 1, **cheap) == refusal(2, **cheap) == ""
+    assert "it is the extension from 1 round that costs too much" in refusal(20, 1, **cheap)
+    assert "The run began so and continues" in refusal(20, 1, **dear)
+
+
+def test_rows_are_as_dear_as_those_of_whoever_has_the_dearest() -> None:
+    settings = PrivacySettings.model_validate({**SEEDED, "unit": "example", "noise_multiplier": 2.0})
+    method = FedIT(FedIT.Settings(), Plan(rounds=2, privacy=settings, dropout=0.0))
+    cost = {n: planned_cost(method, {"a": n}, RoundSettings(2, 0)).epsilon for n in (40, 4000)}
+    assert cost[40] > cost[4000]
+    assert planned_cost(method, {"a": 4000, "b": 40, "c": 4000}, RoundSettings(2, 0)).epsilon == cost[40]
 
 
 @pytest.fixture
