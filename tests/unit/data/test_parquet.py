@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,46 @@ def test_what_arrow_cannot_read_on_as_places_in_a_list_is_read_as_it_is(
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Failing)
     monkeypatch.setattr(parquet, "LEAST", 2**12)
     assert read_table(path).records == records
-    stored = pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size
-    assert (
-        0.9 < max(sizes) * stored / (parquet.RATIO * path.stat().st_size) < 1.1
-    )  # each row may have all that is stored
+    stored = pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size  # as each row may be long
+    assert max(sizes) == parquet.RATIO * path.stat().st_size // stored > 1
     if not before:
         with pytest.raises(DataError, match="lists of different kinds"):
             read_table(tmp_path / "flat.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "refused"),
+    [
+        (pyarrow.array([1] * 5000), (True, False)),
+        (pyarrow.array([[1] * 50_000]), (True, True)),  # a list may have any number of values
+        (pyarrow.array([b"a" * 1024] * 5000, pyarrow.binary(1024)), (True, True)),
+    ],
+)
+def test_what_a_file_says_of_itself_is_enough_to_refuse_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: Any, refused: tuple[bool, bool]
+) -> None:
+    monkeypatch.setattr(parquet, "LEAST", 2**20)
+    monkeypatch.setattr(parquet, "_batches", lambda *of: iter(()))  # no row is read
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "a.parquet")
+    for whole, of in zip((True, False), refused, strict=True):
+        with pytest.raises(DataError, match=r"its rows .*take more than 1\.0 MiB") if of else nullcontext():
+            list(parquet.parquet_records(tmp_path / "a.parquet", whole=whole))
+
+
+def test_texts_that_arrow_reads_in_full_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "LEAST", 2**20)
+    seen: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        parquet,
+        "_batches",
+        lambda _, __, ___, chunks, rows, most: iter(seen.append((chunks[0].size, rows, most)) or ()),
+    )
+    table = pyarrow.table({"text": [f"{i:04}" + "a" * i for i in range(200)]})
+    stored: dict[str, Any] = {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", **stored)
+    list(parquet.parquet_records(tmp_path / "a.parquet", whole=False))
+    ((size, rows, most),) = seen
+    assert 1 < rows == most // size < parquet.ROWS
 
 
 def test_flat_rows_of_every_row_group_come_once_and_from_the_content_that_is_given(tmp_path: Path) -> None:

@@ -22,6 +22,14 @@ def test_a_ledger_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_ledger(tmp_path) == Ledger()
     write_ledger(tmp_path, MADE, MADE.spent(1e-5))
     assert read_ledger(tmp_path) == MADE == ledger_from(MADE.to_json(), "the checkpoint")
+    assert MADE.to_json()[0].keys() == {"round", "kind", "noised", "name"}  # as before there were rows
+    with pytest.raises(CoterieError, match=r"the checkpoint is not a privacy ledger .*; restore it"):
+        ledger_from({"entries": []}, "the checkpoint")
+
+
+def test_the_most_steps_of_any_rows_are_shown() -> None:
+    fewer, other = (Entry(2, "steps", Noised(1.0), "c", rows, 4) for rows in (8, 9))
+    assert Ledger((*MADE.entries, fewer, other)).of_rows() == {"steps": 14, "updates": 0}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '"entries"', '{"entries": null}', '{"entries": [1]}', "\xff"])
@@ -61,7 +69,7 @@ def test_a_release_that_no_run_makes_is_refused(tmp_path: Path, entry: Entry, re
 @pytest.mark.parametrize("sampled", ["all", "fixed", "poisson"])
 @pytest.mark.parametrize("multiplier", [0.0, 1e-200, 1e8, 1e21])
 def test_the_cost_of_any_ledger_that_is_read_can_be_calculated(sampled: str, multiplier: float) -> None:
-    drawn = {"all": 1.0, "fixed": 2.0, "poisson": 1e-3}[sampled]
+    drawn = {"all": 1.0, "fixed": 1.0, "poisson": 1e-3}[sampled]
     lines = [{"round": 1, "kind": "k", "name": f"{i}", "noised": {"multiplier": multiplier, "sampled": sampled,
               "members": 10**6, "drawn": drawn}} for i in range(3)]  # fmt: skip
     ledger = ledger_from(lines, "it")
