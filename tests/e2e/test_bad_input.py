@@ -170,7 +170,12 @@ def test_folders_that_are_taken_and_runs_that_are_not_there(tmp_path: Path, refu
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     command = ("run", str(path), "--out", str(out))
     refused(*command, "--resume", because="no run to resume")
+    out.mkdir()
+    (out / "notes.txt").touch()
+    refused(*command, because="is not empty; continue with --resume, or name another folder")
+    (out / "notes.txt").rename(out / ".config.json.1.tmp")  # as a killed process leaves: nothing of a run
     run(load_config(path), out, root=tmp_path)
+    assert not [*out.glob(".*.tmp")]
     (out / "summary.json").unlink()
     refused(*command, because="contains a run; continue with --resume, or name another folder")
     refused(*command, "--resume", "--set", "lora.rank=3", because=r"differs in lora\.rank")

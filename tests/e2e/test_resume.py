@@ -192,7 +192,8 @@ def test_resume_refuses_another_config_and_other_data(tmp_path: Path) -> None:
     (out / "summary.json").unlink()
     text = path.read_text()
     path.write_text(text.replace("learning_rate = 0.01", "learning_rate = 0.02").replace("rank = 2", "rank = 4"))
-    with pytest.raises(CoterieError, match=r"differs in lora\.rank, train\.learning_rate"):
+    says = r"differs in lora\.rank, train\.learning_rate: restore these \(lora\.rank = 2, train\.learning_rate = 0\.01"
+    with pytest.raises(CoterieError, match=says):
         run(path, out, resume=True)
     path.write_text(text)
     rows = (tmp_path / "clients" / "mood-0" / "train.jsonl").read_text().splitlines()
@@ -201,6 +202,10 @@ def test_resume_refuses_another_config_and_other_data(tmp_path: Path) -> None:
         run(path, out, resume=True)
     with pytest.raises(CoterieError, match="no run to resume"):
         run(path, tmp_path / "nothing", resume=True)
+    for content in ("[]", "{}", '{"config": {}}', '{"root": "/"}'):
+        (out / "config.json").write_text(content)
+        with pytest.raises(CoterieError, match=r"config\.json is damaged: it has no config and root; restore it"):
+            run(path, out, resume=True)
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "summary.json"])
