@@ -1,8 +1,9 @@
 """FedIT on NVFlare's simulator, with its patch of Hugging Face's Trainer, which exchanges the PEFT adapter alone.
 
 ``python peer_nvflare.py TASK OUT`` is the job; each client runs this file with ``--client``, in a process of its own as
-the simulator starts it. All clients are at work at once: with fewer threads than clients the simulator would start a
-process anew for every task. Runs in the environment of this peer.
+the simulator starts it. By default all clients are at work at once. With fewer processes than clients
+(``nvflare_processes`` of the task) the simulator starts a process anew for every task. Runs in the environment of this
+peer.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def job(file: Path) -> dict[str, Any]:
         server_expected_format=ExchangeFormat.PYTORCH,
         key_metric="",
     )
-    recipe.execute(SimEnv(num_clients=clients, workspace_root=f"{task['folder']}/nvflare-sim"))
+    workspace, threads = f"{task['folder']}/nvflare-sim", task["nvflare_processes"]
+    recipe.execute(SimEnv(num_clients=clients, num_threads=threads, workspace_root=workspace))
     lines = [
         [json.loads(line) for line in path.read_text().splitlines()]
         for path in (Path(task["folder"]) / "nvflare").glob("*/marks.jsonl")

@@ -4,11 +4,13 @@ FedIT on the packaged encoder and on a small decoder: the same base, rows, steps
 test rows in every round. Coterie runs one client at a time, many in a pass, and over Flower's simulation. Flower's
 simulation has Trainer and PEFT at the clients, as in its LLM examples (:mod:`peer_flower`); NVFlare's simulator has its
 patch of Trainer (:mod:`peer_nvflare`). Each run is a process of its own. Memory is the sum of what it and its
-descendants hold (pages that several share are divided among them), looked at twice a second. FedLEASE's published loop
-is measured in ``published_code.py``.
+descendants hold (pages that several share are divided among them), in memory and swapped out. It is looked at twice a
+second, or less often where there are many processes: looking takes at most 2% of the time. FedLEASE's published loop is
+measured in ``published_code.py``.
 
     bench/peers/setup.sh runs/peers                     # once: an environment for each peer
     taskset -c 0 python bench/peers/run.py --threads 1 --clients 4,16
+    taskset -c 0 python bench/peers/run.py --threads 1 --clients 64 --nvflare-processes 16 --name peers-64
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from _models import path_of
 
 from coterie import experiment
 from coterie.deploy.processes import flower_environment, start, stop, tail
+from coterie.machine import processor
 from coterie.nn.locate import resolve
 from coterie.runs.events import CheckpointSaved, Evaluated, Event, RoundDone
 
@@ -49,12 +53,12 @@ OURS: dict[str, dict[str, Any]] = {
 PEERS = {"Flower, Trainer and PEFT": "flower", "NVFlare, Trainer and PEFT": "nvflare"}
 TARGETS = {"minilm": ("query", "value"), "llama-small": ("q_proj", "v_proj")}
 FIRST = "Coterie, one at a time"
-EVERY = 0.5  # seconds between looks at the memory
-LIMIT = 1500.0  # seconds for one run
+EVERY = 0.5  # seconds between looks at the memory, at least
+LOOKING = 0.02  # the most of the time that looking takes; it takes about 15 ms a process
 
 
-def measured(way: str, command: list[str], task: Path, rounds: int) -> dict[str, Any]:
-    """What a run says of its rounds, with the peak memory of it and of all that it starts."""
+def measured(command: list[str], task: Path, rounds: int, limit: float) -> dict[str, Any]:
+    """What a run says of its rounds within ``limit`` seconds, with the peak memory of it and of all that it starts."""
     folder, out = Path(tempfile.mkdtemp(dir=task.parent)), task.parent / "found.json"
     out.unlink(missing_ok=True)
     env = flower_environment(folder / "flower") | {"RAY_DISABLE_DOCKER_CPU_WARNING": "1", "HF_HUB_OFFLINE": "1"}
@@ -65,17 +69,16 @@ def measured(way: str, command: list[str], task: Path, rounds: int) -> dict[str,
     }
     env["OMP_NUM_THREADS"] = str(json.loads(task.read_text())["threads"])
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    began, peak, most, log = time.time(), 0, 0, folder / "log"
+    began, log, looks = time.time(), folder / "log", Looks()
     process = start([*command, str(task), str(out)], env, log)
     try:
-        while process.poll() is None and time.time() < began + LIMIT:
-            held = memory(process.pid)
-            peak, most = max(peak, sum(held)), max(most, len(held))
-            time.sleep(EVERY)
+        while process.poll() is None and time.time() < began + limit:
+            time.sleep(looks.look(process.pid))
     finally:
         stop(process)
     if not out.exists():
-        raise SystemExit(f"{way} failed:\n{tail(log, 40)}")
+        late = f" in {limit:.0f} seconds" if time.time() > began + limit else ""
+        raise NoResultError(f"no result{late}; {looks}\n{tail(log, 40)}")
     found = json.loads(out.read_text())
     marks, losses = found["marks"], found["losses"]
     seconds = [after - before for before, after in pairwise(marks)]
@@ -85,22 +88,51 @@ def measured(way: str, command: list[str], task: Path, rounds: int) -> dict[str,
         "round_s": usual,
         "rounds_s": seconds,
         "whole_s": time.time() - began,
-        "peak_mib": peak / 2**20,
-        "processes": most,
+        "peak_mib": looks.peak / 2**20,
+        "swapped_mib": looks.swapped / 2**20,
+        "processes": looks.processes,
+        "looking_s": looks.seconds,
         "loss": losses[rounds - 2],  # NVFlare evaluates before it trains: the last round's loss is not known
         "mib": found["bytes"] / 2**20,
         "tokens": found.get("tokens"),
     }
 
 
-def memory(pid: int) -> list[int]:
-    """Bytes that a process and each of its descendants hold, with a share of the pages that they share."""
+class NoResultError(Exception):
+    """A run left no result."""
+
+
+@dataclass
+class Looks:
+    """The most memory that a process and its descendants held, in bytes, swapped out included; how many they were."""
+
+    peak: int = 0
+    swapped: int = 0
+    processes: int = 0
+    seconds: float = 0.0  # of looking
+
+    def look(self, pid: int) -> float:
+        """Look once; returns the seconds until the next look."""
+        began = time.process_time()
+        held = memory(pid)
+        took = time.process_time() - began
+        swapped = sum(swap for _, swap in held)
+        self.peak = max(self.peak, swapped + sum(resident for resident, _ in held))
+        self.swapped = max(self.swapped, swapped)
+        self.processes = max(self.processes, len(held))
+        self.seconds += took
+        return max(EVERY, took / LOOKING)
+
+
+def memory(pid: int) -> list[tuple[int, int]]:
+    """Bytes of a process and each descendant: in memory, with a share of the pages that are shared, and swapped out."""
     held = []
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                held.append(int(process.memory_full_info().pss))
+                found = process.memory_full_info()
+                held.append((int(found.pss), int(found.swap)))
     return held
 
 
@@ -158,6 +190,7 @@ def task_file(folder: Path, model: str, size: Size, options: argparse.Namespace)
         },
         "threads": options.threads,
         "rounds": options.rounds,
+        "nvflare_processes": min(options.nvflare_processes or size.clients, size.clients),
         "size": vars(size),
     }
     file = folder / "task.json"
@@ -174,7 +207,7 @@ def ways(options: argparse.Namespace) -> dict[str, list[str]]:
             found[name] = [str(python), str(HERE.resolve() / f"peer_{peer}.py")]
         else:
             print(f"{name}: no environment at {python}; make it with bench/peers/setup.sh {options.environments}")
-    wanted = options.ways.split(",") if options.ways else list(found)
+    wanted = options.ways.split(";") if options.ways else list(found)
     return {name: command for name, command in found.items() if any(part in name for part in wanted)}
 
 
@@ -184,7 +217,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", default="4,16")
     parser.add_argument("--rounds", type=int, default=4, help="of each run; the first does not count")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a client in a round, of 8 rows each")
-    parser.add_argument("--ways", help="parts of names, separated by commas; default: all")
+    parser.add_argument("--nvflare-processes", type=int, help="of its clients at once; default: one for each client")
+    parser.add_argument("--limit", type=float, default=1500.0, help="seconds that a run may take")
+    parser.add_argument("--name", default="peers", help="of the JSON")
+    parser.add_argument("--add", action="store_true", help="keep what the JSON has of other models, clients and ways")
+    parser.add_argument("--ways", help="parts of names, separated by semicolons; default: all")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
 
@@ -196,23 +233,54 @@ def main() -> None:
         return
     if options.quick:
         options.models, options.clients, options.rounds, options.steps = "llama-tiny", "2", 2, 1
-        options.ways = "one at a time,batched"
+        options.ways = "one at a time;batched"
         TARGETS["llama-tiny"] = TARGETS["llama-small"]
     cells = [(model, int(clients)) for model in options.models.split(",") for clients in options.clients.split(",")]
-    rows, commands = [], ways(options)
+    rows, failed, commands = kept(options), [], ways(options)
+    versions = {peer: versions_of(options.environments / peer / "bin" / "python") for peer in PEERS.values()}
     with tempfile.TemporaryDirectory() as name:
         for model, clients in cells:
             size = Size(clients, train=8 * options.steps, test=32, steps=options.steps)
             task = task_file(Path(name) / f"{model}-{clients}", model, size, options)
             for way, command in commands.items():
-                found = {"model": model, "clients": clients, "way": way}
-                rows.append({**found, **measured(way, command, task, options.rounds)})
-                print(json.dumps(rows[-1]), flush=True)
+                found = {"model": model, "clients": clients, "way": named(way, clients, options)}
+                try:
+                    found |= measured(command, task, options.rounds, options.limit)
+                except NoResultError as error:
+                    failed.append(f"{found['way']}, {model}, {clients} clients")
+                    print(f"{failed[-1]}: {error}", flush=True)
+                    continue
+                print(json.dumps(found), flush=True)
+                rows = [*(row for row in rows if whose(row) != whose(found)), found]
+                about = {"steps": options.steps, "peers": versions}
+                write(options.name, options, {**about, "rows": rows})
     for model, clients in cells:
         table(f"{model}, {clients} clients", compared([row for row in rows if cell_of(row) == (model, clients)]))
-    about = {key: getattr(options, key) for key in ("rounds", "steps", "clients", "models")}
-    versions = {peer: versions_of(options.environments / peer / "bin" / "python") for peer in PEERS.values()}
-    write("peers", options, {**about, "peers": versions, "rows": rows})
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
+
+
+def named(way: str, clients: int, options: argparse.Namespace) -> str:
+    """A way's name, with the number of NVFlare's processes where they are fewer than the clients."""
+    processes = options.nvflare_processes or clients
+    return f"{way}, {processes} processes" if "NVFlare" in way and processes < clients else way
+
+
+def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that the JSON has, with ``--add``; those of another processor are refused."""
+    file = options.out / f"{options.name}.json"
+    if not options.add or not file.exists():
+        return []
+    content = json.loads(file.read_text())
+    before, now = content["measured_on"]["machine"]["cpu"], processor()
+    if before != now:
+        raise SystemExit(f"{file} is from {before}, and this is {now}: give another --name")
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
+def whose(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["model"], row["clients"], row["way"]
 
 
 def cell_of(row: dict[str, Any]) -> tuple[str, int]:
