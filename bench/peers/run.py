@@ -75,7 +75,7 @@ def measured(command: list[str], task: Path, rounds: int, limit: float) -> dict[
         while process.poll() is None and time.time() < began + limit:
             time.sleep(looks.look(process.pid))
     finally:
-        stop(process)
+        end(process)
     if not out.exists():
         late = f" in {limit:.0f} seconds" if time.time() > began + limit else ""
         raise NoResultError(f"no result{late}; {looks}\n{tail(log, 40)}")
@@ -96,6 +96,17 @@ def measured(command: list[str], task: Path, rounds: int, limit: float) -> dict[
         "mib": found["bytes"] / 2**20,
         "tokens": found.get("tokens"),
     }
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a run and all that it started: NVFlare's simulator puts itself in a session of its own."""
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+    stop(process)
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 class NoResultError(Exception):
