@@ -13,7 +13,7 @@ from typing import Any
 
 from coterie.comparison.figures import best_of
 from coterie.comparison.paired import against_best
-from coterie.comparison.record import Record, read_record, write_record
+from coterie.comparison.record import Figures, Record, read_record, write_record
 from coterie.files import read_json, write_json
 from coterie.runs.entries import plain
 from coterie.types import CoterieError
@@ -47,12 +47,18 @@ def publish(measured: Path, published: Path) -> Record:
     new, old = read_record(measured), read_record(published)
     if new is None:
         raise CoterieError(f"{measured} has no comparison; run the study first")
-    made = _made(published) if old else {}
-    made |= {name: {"machine": plain(new.machine), "commit": new.commit} for name in new.variants}
+    made, before = (_made(published), old.variants) if old else ({}, {})
+    here = {"machine": plain(new.machine), "commit": new.commit}
+    made |= {name: here for name, row in new.variants.items() if not _same(row, before.get(name))}
     record = join(old, new) if old else new
     write_record(published, record)
     write_json(published, {**read_json(published, "run the study again"), MADE: made})
     return record
+
+
+def _same(row: Figures, before: Figures | None) -> bool:
+    """Whether ``row`` is what was published ``before``: of runs that the machine still has, and did not do again."""
+    return before is not None and replace(row, against=None) == replace(before, against=None)
 
 
 def _made(published: Path) -> Mapping[str, Any]:

@@ -97,7 +97,7 @@ def capped_examples(
         return examples
     together = [list(examples), *(group for group in groups if len(group) > 1)]
     before: dict[ClientId, int] = {}
-    while examples != before:  # groups share clients; whole numbers that only fall come to rest
+    while examples != before:  # groups share clients: one limit leads to another, at most as many times as clients
         before = dict(examples)
         for group in together:
             limit = max(
