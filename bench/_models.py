@@ -54,7 +54,8 @@ def path_of(name: str, folder: Path, device: str = "cpu", dtype: torch.dtype = t
         pad, size = tokenizer.pad_token_id, len(tokenizer)
         config = LlamaConfig(vocab_size=size, pad_token_id=pad, bos_token_id=None, eos_token_id=None, **LLAMAS[name])
         config.dtype = dtype
-        with torch.device(device):
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)  # the same base in every call, so that losses can be compared
             model = AutoModelForCausalLM.from_config(config)
         model.to(dtype).save_pretrained(made)
         tokenizer.save_pretrained(made)
