@@ -64,7 +64,7 @@ def test_a_missing_library_is_named_with_its_command(
         importlib.util, "find_spec", lambda name: None if name == missing else found(there.get(name, name))
     )
     path = sites.config(tmp_path)
-    with pytest.raises(CoterieError, match=rf"flower-sim needs {missing}: pip install 'flwr\[simulation\]==1\.41\.0'"):
+    with pytest.raises(CoterieError, match=rf"flower-sim needs {missing}: pip install 'coterie\[flower-sim\]'"):
         run(load_config(path, ["engine.name=flower-sim"]), tmp_path / "out", root=tmp_path)
     with pytest.raises(CoterieError, match="the engines are flower-sim, local"):
         run(load_config(path, ["engine.name=flwer"]), tmp_path / "out", root=tmp_path)
