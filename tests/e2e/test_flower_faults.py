@@ -20,7 +20,7 @@ from spoiled import SPOILED
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
 A, B, C = "mood-0", "size-0", "place-0"
-SEED = 296  # of those by which somebody answers in every round, one with few rounds that wait for their deadline
+SEED = 4  # of those by which two sites answer in every round: a busy machine may make one of them late
 
 
 def outcomes(made: Processes) -> dict[int, dict[str, str]]:
