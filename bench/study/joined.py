@@ -42,9 +42,9 @@ def join(published: Record, new: Record) -> Record:
     )
 
 
-def publish(measured: Path, published: Path) -> Record:
-    """Join the record in ``measured`` to that in ``published``, and write the latter."""
-    new, old = read_record(measured), read_record(published)
+def publish(measured: Path, published: Path, anew: bool = False) -> Record:
+    """Join the record in ``measured`` to that in ``published``, or replace it if ``anew``, and write the latter."""
+    new, old = read_record(measured), None if anew else read_record(published)
     if new is None:
         raise CoterieError(f"{measured} has no comparison; run the study first")
     made, before = (_made(published), old.variants) if old else ({}, {})

@@ -59,9 +59,7 @@ def main() -> None:
         target=before.target if before else None,
         say=lambda text: print(text, flush=True),
     )
-    if chosen.anew:
-        path.unlink(missing_ok=True)
-    print(markdown(publish(out / RECORD, path)))
+    print(markdown(publish(out / RECORD, path, chosen.anew)))
 
 
 if __name__ == "__main__":

@@ -66,3 +66,5 @@ def test_the_published_file_says_where_each_method_was_run(joined: ModuleType, t
     assert {name: made["commit"] for name, made in found["made"].items()} == {"local": "a", "fedit": "b", "ifca": "c"}
     assert found["variants"].keys() == {"local", "fedit", "ifca"}
     assert found["best"] == "ifca"
+    joined.publish(measured, published, anew=True)
+    assert json.loads(published.read_text())["made"].keys() == {"ifca"}

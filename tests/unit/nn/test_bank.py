@@ -18,6 +18,7 @@ import tiny
 from coterie.nn.attach import Attached, attach
 from coterie.nn.bank import BankLayer
 from coterie.nn.gates import gates, routes_by_row
+from coterie.nn.products import dropped
 from coterie.ops.streams import stream
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Target
 
@@ -573,3 +574,12 @@ def test_a_sum_over_the_active_experts_alone_is_the_sum_over_all(scale: str, mon
     torch.testing.assert_close(few, out)
     for key in routers:
         torch.testing.assert_close(few_grads[key], grads[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_dropout_takes_is_zero_whatever_it_was(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1.5, -2.0, float("inf"), float("nan")], [-0.0, 3.0, -float("inf"), 4.0]], dtype=dtype)
+    keep = torch.tensor([[True, False, False, False], [False, True, False, True]])
+    expected = torch.tensor([[1.5, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 4.0]], dtype=dtype)
+    assert torch.equal(dropped(x, keep), expected)
+    assert torch.equal(dropped(x.T, keep.T), expected.T)  # a view with other strides
