@@ -1,0 +1,50 @@
+"""The study's page holds the published figures: bench/study/page.py."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from coterie.comparison.figures import record_of
+from summaries import compared, of_clients
+
+ALONE, LOW, HIGH = of_clients([0.5, 0.6], 0.5), of_clients([0.4, 0.5], 0.4), of_clients([0.7, 0.9], 0.8)
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "bench" / "study"))
+    return importlib.import_module("page")
+
+
+def test_the_page_has_the_published_figures(page: ModuleType) -> None:
+    text = page.PAGE.read_text()
+    records = page.published()
+    assert set(records) == set(page.FEDERATIONS)
+    for name, record in records.items():
+        assert page.filled(text, name, page.table(record)) == text, "run: python bench/study/page.py"
+
+
+def test_a_block_is_replaced_and_a_missing_one_is_named(page: ModuleType) -> None:
+    text = "a\n<!-- sick -->\n| 1 |\n<!-- end of sick -->\nb\n"
+    assert page.filled(text, "sick", "| 2 |\n") == "a\n<!-- sick -->\n| 2 |\n<!-- end of sick -->\nb\n"
+    with pytest.raises(ValueError, match="has 0 blocks named other"):
+        page.filled(text, "other", "")
+
+
+def test_methods_stand_in_the_order_of_their_accuracy(page: ModuleType) -> None:
+    record = record_of(compared({"fedit": {0: LOW}, "local": {0: ALONE}, "fedlease": {0: HIGH}}), target=0.8)
+    names = [line.split(" | ")[0] for line in page.table(record).splitlines()]
+    assert names == ["| method", "| ---", "| FedLEASE", "| Local", "| FedIT"]
+
+
+def test_a_dot_is_the_gain_over_training_alone_with_the_same_seed(page: ModuleType) -> None:
+    better = of_clients([0.6, 0.7], 0.6)
+    record = record_of(compared({"local": {0: ALONE, 1: better}, "fedlease": {0: HIGH, 1: HIGH}}), target=0.8)
+    (panel,) = page.picture({"sick": record}).axes
+    seeds, mean = (dots.get_offsets()[:, 0].tolist() for dots in panel.collections[1:])
+    assert seeds == pytest.approx([25.0, 15.0])
+    assert mean == pytest.approx([20.0])
