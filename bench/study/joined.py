@@ -1,7 +1,7 @@
-"""Joins what a machine has just measured to the published figures, so that a study can grow method by method.
+"""Joins what a machine has just measured to the published figures, so that a study can grow by methods and by seeds.
 
-A method that was run again replaces its published figures. Which method is best, and every paired comparison with it,
-is computed anew over all of them.
+A run replaces the published one of its method and seed. A method with another learning rate replaces all that is
+published of it. Which method is best, and every paired comparison with it, is computed anew over all of them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coterie.comparison.figures import best_of
+from coterie.comparison.figures import best_of, figures_of
 from coterie.comparison.paired import against_best
 from coterie.comparison.record import Figures, Record, read_record, write_record
+from coterie.comparison.tables import settings_of
 from coterie.files import read_json, write_json
 from coterie.runs.entries import plain
 from coterie.types import CoterieError
 
-MADE = "made"  # where each method was run: its machine and commit
+PLACES, MADE = "places", "made"  # machines with commits; by method and seed: the number of its place
 
 
 def join(published: Record, new: Record) -> Record:
@@ -29,7 +30,8 @@ def join(published: Record, new: Record) -> Record:
             raise CoterieError(f"the published {name} is of another federation; --anew starts without it")
     if published.target != new.target:
         raise CoterieError(f"published rounds are to {published.target}, these to {new.target}: run with that target")
-    rows = {name: replace(row, against=None) for name, row in {**published.variants, **new.variants}.items()}
+    names = dict.fromkeys((*published.variants, *new.variants))
+    rows = {name: _row(name, published.variants.get(name), new.variants.get(name)) for name in names}
     means = {name: row.validation for name, row in rows.items()}
     best = best_of(means, new.primary)
     assert best is not None  # a study is tuned on validation data
@@ -47,22 +49,33 @@ def publish(measured: Path, published: Path, anew: bool = False) -> Record:
     new, old = read_record(measured), None if anew else read_record(published)
     if new is None:
         raise CoterieError(f"{measured} has no comparison; run the study first")
-    made, before = (_made(published), old.variants) if old else ({}, {})
-    here = {"machine": plain(new.machine), "commit": new.commit}
-    made |= {name: here for name, row in new.variants.items() if not _same(row, before.get(name))}
     record = join(old, new) if old else new
+    places, made = _made(published) if old else ([], {})
+    here = {"machine": plain(new.machine), "commit": new.commit}
+    places += [here] if here not in places else []
+    before = {(name, run.seed): run for name, row in (old.variants if old else {}).items() for run in row.runs}
+    now = {(name, run.seed): run for name, row in record.variants.items() for run in row.runs}
+    by_run = {
+        run: made[run[0]][str(run[1])] if now[run] == before.get(run) else places.index(here) for run in sorted(now)
+    }
+    found = {name: {str(seed): place for (of, seed), place in by_run.items() if of == name} for name in record.variants}
     write_record(published, record)
-    write_json(published, {**read_json(published, "run the study again"), MADE: made})
+    write_json(published, {**read_json(published, "run the study again"), PLACES: places, MADE: found})
     return record
 
 
-def _same(row: Figures, before: Figures | None) -> bool:
-    """Whether ``row`` is what was published ``before``: of runs that the machine still has, and did not do again."""
-    return before is not None and replace(row, against=None) == replace(before, against=None)
+def _row(name: str, old: Figures | None, new: Figures | None) -> Figures:
+    """The figures of a method over the runs of both."""
+    if old is None or new is None or settings_of(old) != settings_of(new):
+        row = new or old
+        assert row is not None
+        return replace(row, against=None)
+    runs = {run.seed: run for run in (*old.runs, *new.runs)}
+    row = figures_of(name, [runs[seed] for seed in sorted(runs)], new.method, new.evaluated, new.groups)
+    return replace(row, tuned=new.tuned if new.tuned and new.tuned.tried else old.tuned)
 
 
-def _made(published: Path) -> Mapping[str, Any]:
-    """Where each published method was run; a file without that has one place for all."""
+def _made(published: Path) -> tuple[list[Any], Mapping[str, Mapping[str, int]]]:
+    """The places, and by method and seed the number of its place."""
     content = read_json(published, "run the study again")
-    everywhere = {"machine": content["machine"], "commit": content["commit"]}
-    return dict(content.get(MADE) or dict.fromkeys(content["variants"], everywhere))
+    return list(content[PLACES]), content[MADE]

@@ -1,9 +1,9 @@
 """The study: all methods on one federation, each with the learning rate that suits it, over three seeds.
 
 The configs beside this file are the federations. Every method is tuned over the same learning rates on validation data
-with a seed that is not reported. What is finished is not repeated, so the command goes on where it stopped, and more
-methods or seeds may follow later. The methods that are run join those that ``bench/results/study-FEDERATION.json`` has
-from before; ``--anew`` forgets these.
+with a seed that is not reported. What is finished is not repeated, so the command goes on where it stopped. More
+methods or seeds may follow later, on any machine: they join what ``bench/results/study-FEDERATION.json`` has, and a
+method that has a learning rate there keeps it. ``--anew`` forgets that file.
 
     python examples/fetch_data.py sst2 trec sick clinc150          # once
     python bench/study/run.py four-tasks --methods fedlease,local,fedit
@@ -22,8 +22,8 @@ from _harness import RESULTS, banking, datasets
 from joined import publish
 
 from coterie.comparison import compare
-from coterie.comparison.record import RECORD, read_record
-from coterie.comparison.tables import markdown
+from coterie.comparison.record import RECORD, Record, read_record
+from coterie.comparison.tables import markdown, settings_of
 
 HERE = Path(__file__).parent
 METHODS = (
@@ -50,17 +50,24 @@ def main() -> None:
         return
     banking(datasets(), HERE / "data" / "banking")
     out = chosen.work / chosen.federation
-    compare(
-        HERE / f"{chosen.federation}.toml",
-        out,
-        methods=chosen.methods.split(","),
-        seeds=[int(seed) for seed in chosen.seeds.split(",")],
-        tune=[RATES],
-        jobs=chosen.jobs,
-        target=before.target if before else None,
-        say=lambda text: print(text, flush=True),
-    )
+    for method in chosen.methods.split(","):
+        compare(
+            HERE / f"{chosen.federation}.toml",
+            out,
+            methods=[method],
+            seeds=[int(seed) for seed in chosen.seeds.split(",")],
+            tune=[_tuned(before, method) or RATES],
+            jobs=chosen.jobs,
+            target=before.target if before else None,
+            say=lambda text: print(text, flush=True),
+        )
     print(markdown(publish(out / RECORD, path, chosen.anew)))
+
+
+def _tuned(published: Record | None, method: str) -> str | None:
+    """The learning rate that tuning chose for a published method."""
+    row = published.variants.get(method) if published else None
+    return " ".join(settings_of(row)) if row else None
 
 
 if __name__ == "__main__":

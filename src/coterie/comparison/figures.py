@@ -125,6 +125,14 @@ def bytes_by_round(folder: Path) -> dict[int, int]:
 def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: float | None) -> Figures:
     runs = [_run(seed, run, split, target) for seed, run in by_seed.items()]
     first = next(iter(by_seed.values())).summary
+    groups = {client: row.group for client, row in first.clients.items()}
+    return figures_of(variant, runs, first.method or variant.partition(":")[0], first.evaluated, groups)
+
+
+def figures_of(
+    variant: str, runs: Sequence[RunFigures], method: str, evaluated: str, groups: Mapping[ClientId, str | None]
+) -> Figures:
+    """The figures of a variant over at least one run, without those that need other variants."""
     means = [run.mean for run in runs]
     known = [mean for mean in means if mean is not None]
     whole = len(known) == len(means)
@@ -132,9 +140,9 @@ def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: floa
     reached = [run.target for run in runs if run.target is not None]
     return Figures(
         title=title_of(variant),
-        method=first.method or variant.partition(":")[0],
-        evaluated=first.evaluated,
-        seeds=list(by_seed),
+        method=method,
+        evaluated=evaluated,
+        seeds=[run.seed for run in runs],
         mean=_mean(means),
         std=float(np.std(known, ddof=1)) if whole and len(known) > 1 else 0.0,
         interval=seed_interval(known) if whole else None,
@@ -146,8 +154,8 @@ def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: floa
         seconds=float(np.mean([run.seconds for run in runs])),
         target_round=float(np.mean([r.round for r in reached])) if len(reached) == len(runs) else None,
         target_bytes=float(np.mean([r.bytes for r in reached])) if len(reached) == len(runs) else None,
-        clients={client: _mean([run.clients.get(client) for run in runs]) for client in first.clients},
-        groups={client: row.group for client, row in first.clients.items()},
+        clients={client: _mean([run.clients.get(client) for run in runs]) for client in groups},
+        groups=groups,
         runs=runs,
         home=_mean([run.home for run in runs]),
         beyond=_mean([run.beyond for run in runs]),

@@ -12,6 +12,7 @@ import pytest
 
 from coterie.comparison.figures import record_of
 from coterie.comparison.record import Record, write_record
+from coterie.comparison.tuning import Choice
 from coterie.runs.summary import Summary
 from coterie.types import CoterieError
 from summaries import compared, of_clients
@@ -26,9 +27,10 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("joined")
 
 
-def record(commit: str = "a", **methods: Summary) -> Record:
-    made = record_of(compared({name: {0: summary, 1: summary} for name, summary in methods.items()}), target=0.8)
-    return replace(made, commit=commit)
+def record(commit: str = "a", seeds: tuple[int, ...] = (0, 1), rate: str = "", **methods: Summary) -> Record:
+    done = {name: dict.fromkeys(seeds, summary) for name, summary in methods.items()}
+    choices = dict.fromkeys(done, Choice((f"train.learning_rate={rate}",), 1000, {rate: 0.5})) if rate else {}
+    return replace(record_of(compared(done, choices=choices), target=0.8), commit=commit)
 
 
 def test_one_method_after_another_gives_what_all_at_once_give(joined: ModuleType) -> None:
@@ -41,6 +43,27 @@ def test_one_method_after_another_gives_what_all_at_once_give(joined: ModuleType
 def test_a_method_that_was_run_again_replaces_its_figures(joined: ModuleType) -> None:
     again = joined.join(record(local=WORST, fedit=BEST), record(fedit=MIDDLING))
     assert again == record(local=WORST, fedit=MIDDLING)
+
+
+def test_seeds_join_seeds_of_the_same_learning_rate(joined: ModuleType) -> None:
+    before, after = (record(rate="1e-3", seeds=seeds, local=WORST, fedit=BEST) for seeds in ((0, 1), (0, 1, 2, 3)))
+    new = record(rate="1e-3", seeds=(2, 3), fedit=BEST, local=WORST)
+    assert joined.join(before, new) == after
+    choice = Choice(("train.learning_rate=1e-3",), 1000, {})  # taken from what is published, without a trial
+    again = {name: replace(row, tuned=choice) for name, row in new.variants.items()}
+    assert joined.join(before, replace(new, variants=again)) == after
+
+
+def test_methods_with_other_seeds_are_compared_over_those_of_both(joined: ModuleType) -> None:
+    before = record(rate="1e-3", local=WORST, fedit=BEST)
+    more = joined.join(before, record(rate="1e-3", seeds=(2, 3), fedit=BEST))
+    assert more.variants["fedit"].seeds == [0, 1, 2, 3]
+    assert more.variants["local"].against.seeds == [0, 1]
+
+
+def test_another_learning_rate_replaces_all_seeds(joined: ModuleType) -> None:
+    again = joined.join(record(rate="1e-3", local=WORST), record(rate="2e-3", seeds=(2,), local=MIDDLING))
+    assert again.variants["local"].seeds == [2]
 
 
 def test_other_federations_and_targets_are_refused(joined: ModuleType) -> None:
@@ -63,8 +86,14 @@ def test_the_published_file_says_where_each_method_was_run(joined: ModuleType, t
         write_record(measured, record(commit, **methods))
         joined.publish(measured, published)
     found = json.loads(published.read_text())
-    assert {name: made["commit"] for name, made in found["made"].items()} == {"local": "a", "fedit": "b", "ifca": "c"}
+    commits = {name: {found["places"][n]["commit"] for n in made.values()} for name, made in found["made"].items()}
+    assert commits == {"local": {"a"}, "fedit": {"b"}, "ifca": {"c"}}
+    write_record(measured, record("d", seeds=(2,), fedit=MIDDLING))
+    joined.publish(measured, published)
+    found = json.loads(published.read_text())
+    commits = {seed: found["places"][n]["commit"] for seed, n in found["made"]["fedit"].items()}
+    assert commits == {"0": "b", "1": "b", "2": "d"}
     assert found["variants"].keys() == {"local", "fedit", "ifca"}
     assert found["best"] == "ifca"
     joined.publish(measured, published, anew=True)
-    assert json.loads(published.read_text())["made"].keys() == {"ifca"}
+    assert json.loads(published.read_text())["made"] == {"fedit": {"2": 0}}
