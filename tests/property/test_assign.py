@@ -152,6 +152,31 @@ def test_the_number_of_threads_changes_nothing(problem: tuple[int, int, Limits],
     assert np.array_equal(z, np.concatenate([assign(one[None], limits) for one in scores]))
 
 
+@quick
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from(KINDS), st.integers(0, 10**6))
+def test_experts_with_numbers_of_picks_of_their_own(experts: int, clients: int, kind: str, seed: int) -> None:
+    scores = affinity(kind, 2, experts, clients, seed)
+    picks = np.random.default_rng(seed).integers(0, clients + 1, (2, experts))
+    z = assign(scores, Limits(1, 0, experts), picks=picks)
+    assert (z.sum(axis=2) == picks).all()
+    free = [
+        np.sort(row)[::-1][:most].sum() for row, most in zip(scores.reshape(-1, clients), picks.ravel(), strict=True)
+    ]
+    found = (scores * z).sum(axis=2).ravel()  # nothing binds the columns: each expert has those that it likes most
+    np.testing.assert_allclose(found, free, rtol=0, atol=1e-12 * np.abs(scores).max() * clients)
+    one = assign(scores, Limits(1, 1, 1), picks=picks)  # the columns share as evenly as they can
+    counts, total = one.sum(axis=1), picks.sum(axis=1, keepdims=True)
+    assert (one.sum(axis=2) == picks).all()
+    assert (counts >= np.minimum(1, total // clients)).all()
+    assert (counts <= np.maximum(1, -(-total // clients))).all()
+
+
+@pytest.mark.parametrize("picks", [[[2]], [[1, 4]], [[-1, 1]]])
+def test_picks_that_cannot_be(picks: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"picks of shape .* expected 0 to 3"):
+        assign(np.zeros((1, 2, 3)), Limits(1, 0, 2), picks=picks)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(12, 8), (40, 15), (300, 100)], ids=str)
 @pytest.mark.parametrize("limits", [Limits(2, 1, 8), Limits(2, 2, 6), Limits(3, 2, 40), Limits(2, 3, 6, True)], ids=str)

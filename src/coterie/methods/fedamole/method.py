@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.methods.base import Method, Onboarded, newcomers_own
+from coterie.methods.fedamole.groups import for_groups
 from coterie.methods.fedamole.released import released
 from coterie.methods.fedamole.selection import (
     Scores,
@@ -55,7 +58,6 @@ from coterie.types import (
     BaseSpec,
     ClientId,
     ClientInfo,
-    CoterieError,
     GateSpec,
     Instruction,
     Json,
@@ -154,7 +156,7 @@ class FedAMoLE(Method[FedAMoLEState]):
             return state
         if not self.settings.chooses:
             return self._assign(state, self._random(state, rnd))
-        return state if self._waits(state, rnd) else self._assign(state, self._chosen(state, known, first))
+        return state if self._waits(state, rnd) else self._chosen(state, known, first)
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
         numbered = {f"expert-{e}": e for e in range(state.num_experts)}
@@ -166,7 +168,7 @@ class FedAMoLE(Method[FedAMoLEState]):
             module: {c: z[:, i].nonzero().flatten().tolist() for i, c in enumerate(state.clients)}
             for module, z in state.holds.items()
         }
-        pool = ExpertPool(state.num_experts, s.clients_per_expert, s.max_experts, s.assignment)
+        pool = ExpertPool(state.num_experts, None if s.by_group else s.usual_picks, s.max_experts, s.assignment)
         return [Assignment(assigned, pool), AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         scores = dict(zip((t.name for t in welcome.base.targets), self._scores(joined), strict=True))
         for module, z in welcome.holds.items():
             number = min(max(round(float(z.sum()) / len(welcome.clients)), self._limits.min_experts), len(z))
-            chosen = largest(scores[module][:, -1], number)
+            chosen = largest(np.where(z.any(dim=1), scores[module][:, -1], -np.inf), number)
             received |= {
                 key: welcome.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))
             }
@@ -228,7 +230,7 @@ class FedAMoLE(Method[FedAMoLEState]):
     def _limits(self) -> Limits:
         s = self.settings
         least, named = max((s.top_k, "top_k"), (s.min_experts, "min_experts"), key=lambda pair: pair[0])
-        return Limits(s.clients_per_expert, least, s.max_experts, s.assignment == "homogeneous", named)
+        return Limits(s.usual_picks, least, s.max_experts, s.assignment == "homogeneous", named)
 
     def _number(self, clients: int) -> int:
         return self.settings.experts or 3 * clients
@@ -238,15 +240,8 @@ class FedAMoLE(Method[FedAMoLEState]):
         return rnd < self.plan.rounds and self.settings.chooses
 
     def _check(self, clients: Sequence[ClientInfo]) -> None:
-        s = self.settings
         check(self._number(len(clients)), len(clients), self._limits)
-        for client in clients if s.embed_rows == "held_out" else ():
-            if s.share.count(client.num_train) >= client.num_train:
-                raise CoterieError(
-                    f"client {client.id} has {client.num_train} training row(s), and embedding_fraction = "
-                    f"{s.embedding_fraction:g} holds all of them out; add rows, lower embedding_fraction, or set "
-                    'embed_rows = "all"'
-                )
+        self.settings.check_rows(clients)
 
     def _part_of_pool(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
         """The part of the pool that the client holds: the server's own tensors, not copies.
@@ -302,18 +297,23 @@ class FedAMoLE(Method[FedAMoLEState]):
         waits = self.settings.chooses and self.settings.prototype == "holders" and rnd <= PATIENCE
         return waits and not bool(replied(state.token_embeddings).all())
 
-    def _chosen(self, state: FedAMoLEState, known: Tensor, first: bool) -> Scores:
-        """What the experts choose by, [m, E, n]: their scores, and a bonus for the clients that hold them.
+    def _chosen(self, state: FedAMoLEState, known: Tensor, first: bool) -> FedAMoLEState:
+        """The state after the experts' choice: by their scores, and with a bonus for the clients that hold them.
 
         ``known`` [n]: which clients had embeddings before the round. ``first``: experts have their holders by chance,
         so there is no bonus.
         """
-        if first:
-            return self._scores(state)
-        if self.settings.prototype == "holders":
-            state = replace(state, holds={m: knowingly(z, known) for m, z in state.holds.items()})
-        held = [state.holds[t.name] for t in state.base.targets]
-        return with_inertia(self._scores(state), held, self.settings.inertia)
+        modules, held, picks = [t.name for t in state.base.targets], dict(state.holds), None
+        if self.settings.by_group:
+            if bool((replied(state.token_embeddings) & ~known).any()):  # a client is new: groups are made again
+                held, first = for_groups(held, state.token_embeddings, self._limits), True
+            picks = np.stack([held[m].sum(dim=1).numpy() for m in modules])
+        if self.settings.prototype == "holders" and not first:
+            held = {m: knowingly(z, known) for m, z in held.items()}
+        scores = self._scores(replace(state, holds=held))
+        if not first:
+            scores = with_inertia(scores, [held[m] for m in modules], self.settings.inertia)
+        return self._assign(state, scores, picks)
 
     def _scores(self, state: FedAMoLEState) -> Scores:
         """How well each client fits each expert, [m, E, n].
@@ -332,9 +332,15 @@ class FedAMoLE(Method[FedAMoLEState]):
         shape = len(state.base.targets), state.num_experts, len(state.clients)
         return at_random(shape, self.plan.seed, rnd)
 
-    def _assign(self, state: FedAMoLEState, scores: Scores, picks: int | None = None) -> FedAMoLEState:
-        """The state with every expert at the clients that it picks by ``scores`` [m, E, n]: so many, or as usual."""
-        limits = replace(self._limits, clients_per_expert=picks or self.settings.clients_per_expert)
+    def _assign(
+        self, state: FedAMoLEState, scores: Scores, picks: int | NDArray[np.int_] | None = None
+    ) -> FedAMoLEState:
+        """The state with every expert at the clients that it picks by ``scores`` [m, E, n]: so many, or as usual.
+
+        ``picks``: one number, or one for each expert of each module [m, E].
+        """
+        usual = picks if isinstance(picks, int) else self.settings.usual_picks
+        limits = replace(self._limits, clients_per_expert=usual)
         limits = within_reach(limits, state.num_experts, len(state.clients))
-        chosen = torch.from_numpy(assign(scores, limits))
+        chosen = torch.from_numpy(assign(scores, limits, picks=None if isinstance(picks, int) else picks))
         return replace(state, holds={t.name: z.clone() for t, z in zip(state.base.targets, chosen, strict=True)})

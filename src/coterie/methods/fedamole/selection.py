@@ -29,17 +29,23 @@ def affinity(experts: Sequence[Tensor], clients: Sequence[Tensor]) -> Scores:
 
 
 def likeness(holds: Sequence[Tensor], clients: Sequence[Tensor]) -> Scores:
-    """How alike each client and each expert's holders are, [m, E, n]: mean cosines of the embeddings [n, r] by module.
+    """How alike each client and each expert's holders are, [m, E, n]: :func:`alike`, as the mean over the holders.
+
+    ``holds`` [E, n] by module; 0 for an expert that nobody holds.
+    """
+    held = torch.stack(list(holds)).double()
+    return np.asarray((held / held.sum(dim=2, keepdim=True).clamp(min=1)).numpy() @ alike(clients))
+
+
+def alike(clients: Sequence[Tensor]) -> Scores:
+    """How alike every two clients are, [n, n]: mean cosines of the embeddings [n, r] by module.
 
     What all clients share is taken off first. A pair of clients has one cosine, the mean over the modules: a module's
-    projection is random and shows a few directions only. ``holds`` [E, n] by module; 0 for an expert that nobody holds.
-    A client without embeddings is like nobody: its cosines are 0.
+    projection is random and shows a few directions only. A client without embeddings is like nobody: its cosines are 0.
     """
     centred = torch.stack([_centred(t.double()) for t in clients])
     units = torch.nn.functional.normalize(centred, dim=-1, eps=1e-12)
-    alike = (units @ units.transpose(1, 2)).mean(dim=0)
-    held = torch.stack(list(holds)).double()
-    return np.asarray((held / held.sum(dim=2, keepdim=True).clamp(min=1) @ alike).numpy())
+    return np.asarray((units @ units.transpose(1, 2)).mean(dim=0).numpy())
 
 
 def replied(clients: Mapping[str, Tensor]) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from coterie.methods.plan import MethodSettings
 from coterie.requests import HoldOut
+from coterie.types import ClientInfo, CoterieError
+
+PAPERS_PICKS = 2
 
 
 class FedAMoLESettings(MethodSettings):
@@ -17,7 +21,11 @@ class FedAMoLESettings(MethodSettings):
     experts: int | None = Field(
         None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
     )
-    clients_per_expert: int = Field(2, ge=1, description="clients that each expert picks")
+    clients_per_expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        2,
+        description="clients that each expert picks; auto: as many as are alike, and fewer experts are used, so that "
+        "clients hold as many as with 2",
+    )
     first_holders: int | None = Field(
         None,
         ge=1,
@@ -73,12 +81,26 @@ class FedAMoLESettings(MethodSettings):
 
     @model_validator(mode="after")
     def _first_holders(self) -> FedAMoLESettings:
-        if self.first_holders and self.first_holders > self.clients_per_expert:
+        if self.first_holders and self.first_holders > self.usual_picks:
             raise ValueError(
                 f"first_holders = {self.first_holders} is above clients_per_expert = {self.clients_per_expert}; "
                 "lower it"
             )
+        if self.by_group and (self.assignment != "dynamic" or self.prototype != "holders"):
+            raise ValueError(
+                'clients_per_expert = "auto" needs assignment = "dynamic" and prototype = "holders"; set a number'
+            )
         return self
+
+    @property
+    def by_group(self) -> bool:
+        """Whether each expert picks a whole group of clients that are alike."""
+        return self.clients_per_expert == "auto"
+
+    @property
+    def usual_picks(self) -> int:
+        """The clients that an expert picks where all pick as many; of groups, the number that the paper has."""
+        return PAPERS_PICKS if self.clients_per_expert == "auto" else self.clients_per_expert
 
     @property
     def chooses(self) -> bool:
@@ -93,10 +115,20 @@ class FedAMoLESettings(MethodSettings):
     @property
     def first_picks(self) -> int:
         """The number of clients that hold each expert in round 1."""
-        usual = 1 if self.prototype == "holders" else self.clients_per_expert
-        return self.first_holders or usual if self.chooses else self.clients_per_expert
+        usual = 1 if self.prototype == "holders" else self.usual_picks
+        return self.first_holders or usual if self.chooses else self.usual_picks
 
     @property
     def share(self) -> HoldOut:
         """The share of a client's training rows that its embeddings are measured on."""
         return HoldOut(self.embedding_fraction, self.embedding_rows)
+
+    def check_rows(self, clients: Sequence[ClientInfo]) -> None:
+        """Raise :class:`CoterieError` for a client of which all rows would be held out."""
+        for client in clients if self.embed_rows == "held_out" else ():
+            if self.share.count(client.num_train) >= client.num_train:
+                raise CoterieError(
+                    f"client {client.id} has {client.num_train} training row(s), and embedding_fraction = "
+                    f"{self.embedding_fraction:g} holds all of them out; add rows, lower embedding_fraction, or set "
+                    'embed_rows = "all"'
+                )

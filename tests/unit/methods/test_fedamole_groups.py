@@ -1,0 +1,152 @@
+"""FedAMoLE with ``clients_per_expert = "auto"``: every expert is for a group of clients that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coterie import codec
+from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
+from coterie.methods.fedamole.groups import at_home, groups_of
+from coterie.methods.fedamole.selection import alike, replied
+from coterie.methods.findings import Assignment, find
+from coterie.methods.plan import Plan
+from coterie.ops.streams import stream
+from coterie.requests import Observe, Observed
+from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, Key, Part, Reply, Target
+
+RANK = 4
+BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)))
+CLIENTS = [ClientInfo(f"{g}{i}", 10, group=g) for g, size in (("a", 4), ("b", 3), ("c", 2)) for i in range(size)]
+LATE = ClientInfo("late", 10, group="b")
+
+
+def place(client: ClientInfo, module: str) -> Tensor:
+    """Where a client's tokens lie: where its group's do, and a little aside."""
+    return torch.eye(RANK)["abc".index(str(client.group))] + 0.05 * torch.randn(
+        RANK, generator=stream(1, client.id, module)
+    )
+
+
+def alone(client: ClientInfo, module: str) -> Tensor:
+    """Where a client's tokens lie where clients have nothing in common."""
+    return torch.randn(RANK, generator=stream(2, client.id, module))
+
+
+def make(**settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:
+    method = FedAMoLE(
+        FedAMoLESettings(**{"experts": 18, "clients_per_expert": "auto", **settings}),
+        Plan(rank=RANK, alpha=4, dropout=0.0, rounds=6, head="personal"),
+    )
+    return method, method.init(BASE, CLIENTS)
+
+
+def one_round(
+    method: FedAMoLE, state: FedAMoLEState, rnd: int, clients: Sequence[ClientInfo] = CLIENTS, where: Any = place
+) -> FedAMoLEState:
+    replies = {
+        me.id: Reply(
+            {
+                key: where(me, key.module) if key.part is Part.EMBEDDING else torch.ones(shape)
+                for key, shape in method.expects(state, me, rnd).items()
+            },
+            me.num_train,
+            {},
+        )
+        for me in clients
+    }
+    return codec.decode(FedAMoLEState, codec.encode(method.aggregate(state, replies, rnd)))
+
+
+def holders(state: FedAMoLEState, module: str) -> list[str]:
+    """The holders of each expert that anyone holds, sorted."""
+    return sorted(" ".join(state.clients[i] for i in e.nonzero().flatten()) for e in state.holds[module] if e.any())
+
+
+GROUPS = {"a": "a0 a1 a2 a3", "b": "b0 b1 b2", "c": "c0 c1"}
+
+
+def test_each_group_has_as_many_experts_as_a_client_had_of_the_papers() -> None:
+    method, state = make()
+    assert all((z.sum(1) == 1).all() for z in state.holds.values())
+    state = one_round(method, state, 1)
+    for module in "qv":  # 18 experts at two of 9 clients were four for each
+        assert holders(state, module) == sorted([*GROUPS.values()] * 4)
+    found = find(method.describe(state), Assignment)
+    assert found is not None
+    assert found.pool.clients_per_expert is None
+    assert {len(held) for held in found.experts["q"].values()} == {4}
+
+
+def test_nobody_moves_later_and_a_late_client_joins_its_group() -> None:
+    method, state = make()
+    first = one_round(method, state, 1)
+    second = one_round(method, first, 2)
+    assert all(torch.equal(second.holds[m], first.holds[m]) for m in "qv")
+    late = one_round(method, second, 3, [*CLIENTS, LATE])
+    joined = sorted([GROUPS["a"], GROUPS["b"] + " late", GROUPS["c"]] * 4)
+    assert all(holders(late, module) == joined for module in "qv")
+
+
+def test_clients_that_have_nothing_in_common_share_all_experts() -> None:
+    method, state = make()
+    state = one_round(method, state, 1, where=alone)
+    everyone = " ".join(c.id for c in CLIENTS)
+    assert all(holders(state, module) == [everyone] * 4 for module in "qv")
+
+
+def test_groups_wait_for_every_client_and_one_that_never_replies_is_in_the_largest() -> None:
+    method, start = make()
+    state = start
+    for rnd in (1, 2, 3):
+        state = one_round(method, state, rnd, CLIENTS[:-1])
+        assert all(torch.equal(state.holds[m], start.holds[m]) for m in "qv")
+    state = one_round(method, state, 4, CLIENTS[:-1])
+    known = replied(state.token_embeddings)
+    assert known.tolist() == [True] * 8 + [False]
+    groups = groups_of(alike(list(state.token_embeddings.values())), known, 4)
+    assert groups == [0, 0, 0, 0, 1, 1, 1, 2, 0]
+    assert all(int(z[:, -1].sum()) >= 2 for z in state.holds.values())
+    later = one_round(method, state, 5)
+    assert all(holders(later, module) == sorted([*GROUPS.values()] * 4) for module in "qv")
+
+
+def test_experts_that_a_group_does_not_need_are_for_one_that_has_too_few() -> None:
+    holds = torch.eye(3, dtype=torch.bool)[[0, 0, 0, 0, 1, 2]]
+    homes = at_home(holds, [0, 0, 1], 2)
+    assert homes.tolist() == [
+        [True, True, False],
+        [True, True, False],
+        [False, False, True],  # of the first group, which has two
+        [False, False, False],
+        [False, False, False],
+        [False, False, True],
+    ]
+    few = at_home(holds[:3], [0, 1, 2], 2)
+    assert few.sum(0).tolist() == [2, 1, 0]
+
+
+def test_a_newcomer_gets_no_expert_that_nobody_has_trained() -> None:
+    method, state = make()
+    state = one_round(method, state, 1)
+    program = method.onboard(method.welcome(state, LATE), BASE, LATE)
+    request = next(program)
+    assert isinstance(request, Observe)
+    found = {Key(m, NO_EXPERT, Part.EMBEDDING): place(LATE, m) for m in "qv"}
+    with pytest.raises(StopIteration) as stop:
+        program.send(Observed({}, 1, found))
+    for module, z in state.holds.items():
+        of_group = {e for e, held in enumerate(z) if [CLIENTS[i].group for i in held.nonzero().flatten()] == ["b"] * 3}
+        keys = stop.value.value.bank.tensors
+        got = {key.expert for key in keys if key.module == module and key.part is Part.A and key.expert >= 0}
+        assert got == of_group
+
+
+@pytest.mark.parametrize("settings", [{"assignment": "static"}, {"assignment": "random"}, {"prototype": "experts"}])
+def test_groups_need_experts_that_look_for_clients_like_their_holders(settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r'clients_per_expert = "auto" needs assignment = "dynamic" and prototype'):
+        make(**settings)
