@@ -6,7 +6,7 @@ published of it. Which method is best, and every paired comparison with it, is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,15 @@ def join(published: Record, new: Record) -> Record:
     )
 
 
-def publish(measured: Path, published: Path, anew: bool = False) -> Record:
-    """Join the record in ``measured`` to that in ``published``, or replace it if ``anew``, and write the latter."""
+def publish(measured: Path, published: Path, methods: Sequence[str], anew: bool = False) -> Record:
+    """Join ``methods`` of the record in ``measured`` to those in ``published``, or replace these if ``anew``.
+
+    ``measured`` may hold more, from earlier calls; what is published of those may be newer.
+    """
     new, old = read_record(measured), None if anew else read_record(published)
     if new is None:
         raise CoterieError(f"{measured} has no comparison; run the study first")
+    new = replace(new, variants={name: row for name, row in new.variants.items() if name in methods})
     record = join(old, new) if old else new
     places, made = _made(published) if old else ([], {})
     here = {"machine": plain(new.machine), "commit": new.commit}

@@ -74,7 +74,8 @@ def table(record: Record) -> str:
 def picture(records: Mapping[str, Record]) -> Figure:
     """Each method's gain over training alone, with a panel for each federation.
 
-    Small dots are seeds, a large one is their mean. The gain of a seed is over training alone with that seed.
+    Small dots are seeds, a large one is their mean. The gain of a seed is over training alone with that seed;
+    a seed without that is left out.
     """
     titles = _titles(records)
     figure = Figure(figsize=(9.6, 1.0 + 0.23 * len(titles)), layout="constrained")
@@ -94,7 +95,8 @@ def _panel(ax: Axes, record: Record, titles: Sequence[str]) -> None:
     ax.axvline(0, color=MUTED, linewidth=1.0, linestyle=(0, (2, 3)), zorder=1)
     every = []
     for row in record.variants.values():
-        gains = [100 * (run.mean - alone[run.seed]) for run in row.runs if run.mean is not None]
+        paired = [run for run in row.runs if run.mean is not None and run.seed in alone]
+        gains = [100 * ((run.mean or 0.0) - alone[run.seed]) for run in paired]
         if row.method == ALONE or not gains:
             continue
         colour, height = PALETTE[1] if row.method in OURS else PALETTE[0], titles.index(row.title)

@@ -44,13 +44,14 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the published table, and run nothing")
     chosen = parser.parse_args()
     path = RESULTS / f"study-{chosen.federation}.json"
+    methods = chosen.methods.split(",")
     before = None if chosen.anew else read_record(path)
     if chosen.show:
         print(markdown(before) if before else f"there is no {path}")
         return
     banking(datasets(), HERE / "data" / "banking")
     out = chosen.work / chosen.federation
-    for method in chosen.methods.split(","):
+    for method in methods:
         compare(
             HERE / f"{chosen.federation}.toml",
             out,
@@ -61,7 +62,7 @@ def main() -> None:
             target=before.target if before else None,
             say=lambda text: print(text, flush=True),
         )
-    print(markdown(publish(out / RECORD, path, chosen.anew)))
+    print(markdown(publish(out / RECORD, path, methods, chosen.anew)))
 
 
 def _tuned(published: Record | None, method: str) -> str | None:

@@ -18,6 +18,7 @@ from coterie.types import CoterieError
 from summaries import compared, of_clients
 
 HIGH, MIDDLE, LOW = [0.8, 0.7, 0.9, 0.6, 0.8, 0.7], [0.6, 0.6, 0.7, 0.6, 0.5, 0.8], [0.2, 0.3, 0.1, 0.2, 0.4, 0.3]
+METHODS = ("local", "fedit", "ifca", "fedlease")
 BEST, WORST, MIDDLING = of_clients(HIGH, 0.9), of_clients(LOW, 0.2), of_clients(MIDDLE, 0.6)
 
 
@@ -76,7 +77,7 @@ def test_other_federations_and_targets_are_refused(joined: ModuleType) -> None:
 def test_the_published_file_says_where_each_method_was_run(joined: ModuleType, tmp_path: Path) -> None:
     measured, published = tmp_path / "compare.json", tmp_path / "study.json"
     with pytest.raises(CoterieError, match="has no comparison"):
-        joined.publish(measured, published)
+        joined.publish(measured, published, METHODS)
     calls = (
         ("a", {"local": WORST, "fedit": WORST}),
         ("b", {"local": WORST, "fedit": MIDDLING}),  # local is not run again: its runs are still there
@@ -84,16 +85,28 @@ def test_the_published_file_says_where_each_method_was_run(joined: ModuleType, t
     )
     for commit, methods in calls:
         write_record(measured, record(commit, **methods))
-        joined.publish(measured, published)
+        joined.publish(measured, published, METHODS)
     found = json.loads(published.read_text())
     commits = {name: {found["places"][n]["commit"] for n in made.values()} for name, made in found["made"].items()}
     assert commits == {"local": {"a"}, "fedit": {"b"}, "ifca": {"c"}}
     write_record(measured, record("d", seeds=(2,), fedit=MIDDLING))
-    joined.publish(measured, published)
+    joined.publish(measured, published, METHODS)
     found = json.loads(published.read_text())
     commits = {seed: found["places"][n]["commit"] for seed, n in found["made"]["fedit"].items()}
     assert commits == {"0": "b", "1": "b", "2": "d"}
     assert found["variants"].keys() == {"local", "fedit", "ifca"}
     assert found["best"] == "ifca"
-    joined.publish(measured, published, anew=True)
+    joined.publish(measured, published, METHODS, anew=True)
     assert json.loads(published.read_text())["made"] == {"fedit": {"2": 0}}
+
+
+def test_only_the_methods_that_were_asked_for_are_published(joined: ModuleType, tmp_path: Path) -> None:
+    measured, published = tmp_path / "compare.json", tmp_path / "study.json"
+    write_record(measured, record("new", local=WORST, fedit=MIDDLING))
+    joined.publish(measured, published, METHODS)
+    write_record(measured, record("old", local=MIDDLING, fedit=BEST))  # local: a run of before
+    joined.publish(measured, published, ["fedit"])
+    found = json.loads(published.read_text())
+    assert found["variants"]["local"]["mean"] == record(local=WORST).variants["local"].mean
+    assert found["variants"]["fedit"]["mean"] == record(fedit=BEST).variants["fedit"].mean
+    assert {found["places"][n]["commit"] for n in found["made"]["local"].values()} == {"new"}

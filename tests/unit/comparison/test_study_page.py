@@ -48,3 +48,9 @@ def test_a_dot_is_the_gain_over_training_alone_with_the_same_seed(page: ModuleTy
     seeds, mean = (dots.get_offsets()[:, 0].tolist() for dots in panel.collections[1:])
     assert seeds == pytest.approx([25.0, 15.0])
     assert mean == pytest.approx([20.0])
+
+
+def test_seeds_without_training_alone_have_no_dot(page: ModuleType) -> None:
+    record = record_of(compared({"local": {0: ALONE}, "fedlease": {0: HIGH, 5: LOW}}), target=0.8)
+    (panel,) = page.picture({"sick": record}).axes
+    assert panel.collections[1].get_offsets()[:, 0].tolist() == pytest.approx([25.0])

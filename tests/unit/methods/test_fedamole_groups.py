@@ -11,10 +11,10 @@ from torch import Tensor
 
 from coterie import codec
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
-from coterie.methods.fedamole.groups import at_home, groups_of
-from coterie.methods.fedamole.selection import alike, replied
+from coterie.methods.fedamole.groups import for_groups
 from coterie.methods.findings import Assignment, find
 from coterie.methods.plan import Plan
+from coterie.methods.robust import RobustSettings
 from coterie.ops.streams import stream
 from coterie.requests import Observe, Observed
 from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, Key, Part, Reply, Target
@@ -37,10 +37,10 @@ def alone(client: ClientInfo, module: str) -> Tensor:
     return torch.randn(RANK, generator=stream(2, client.id, module))
 
 
-def make(**settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:
+def make(robust: RobustSettings = RobustSettings(), **settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:  # noqa: B008
     method = FedAMoLE(
         FedAMoLESettings(**{"experts": 18, "clients_per_expert": "auto", **settings}),
-        Plan(rank=RANK, alpha=4, dropout=0.0, rounds=6, head="personal"),
+        Plan(rank=RANK, alpha=4, dropout=0.0, rounds=6, head="personal", robust=robust),
     )
     return method, method.init(BASE, CLIENTS)
 
@@ -106,18 +106,36 @@ def test_groups_wait_for_every_client_and_one_that_never_replies_is_in_the_large
         state = one_round(method, state, rnd, CLIENTS[:-1])
         assert all(torch.equal(state.holds[m], start.holds[m]) for m in "qv")
     state = one_round(method, state, 4, CLIENTS[:-1])
-    known = replied(state.token_embeddings)
-    assert known.tolist() == [True] * 8 + [False]
-    groups = groups_of(alike(list(state.token_embeddings.values())), known, 4)
-    assert groups == [0, 0, 0, 0, 1, 1, 1, 2, 0]
-    assert all(int(z[:, -1].sum()) >= 2 for z in state.holds.values())
+    assert state.groups == (0, 0, 0, 0, 1, 1, 1, 2, 0)
+    assert all(holders(state, m) == sorted([GROUPS["a"] + " c1", GROUPS["b"], "c0"] * 4) for m in "qv")
     later = one_round(method, state, 5)
-    assert all(holders(later, module) == sorted([*GROUPS.values()] * 4) for module in "qv")
+    assert all(holders(later, m) == sorted([*GROUPS.values()] * 4) for m in "qv")
+
+
+def test_experts_keep_what_they_learned_when_a_client_joins() -> None:
+    method, state = make()
+    first = one_round(method, state, 1)
+    late = one_round(method, first, 2, [*CLIENTS, LATE])
+    for module in "qv":
+        assert torch.equal(late.holds[module][:, :-1], first.holds[module])
+        assert torch.equal(late.holds[module][:, -1], first.holds[module][:, 4])
+
+
+def test_a_long_embedding_does_not_hide_the_groups_of_the_others() -> None:
+    def far(client: ClientInfo, module: str) -> Tensor:
+        return place(client, module) * (1e4 if client.id == "c1" else 1)
+
+    robust = RobustSettings(rule="median")
+    groups = []
+    for rule in (robust, RobustSettings()):
+        method, state = make(robust=rule)
+        groups.append(one_round(method, state, 1, where=far).groups[:-1])
+    assert groups == [(0, 0, 0, 0, 1, 1, 1, 2), (0,) * 8]
 
 
 def test_experts_that_a_group_does_not_need_are_for_one_that_has_too_few() -> None:
     holds = torch.eye(3, dtype=torch.bool)[[0, 0, 0, 0, 1, 2]]
-    homes = at_home(holds, [0, 0, 1], 2)
+    homes = for_groups({"q": holds}, [0, 0, 1], 2)["q"]
     assert homes.tolist() == [
         [True, True, False],
         [True, True, False],
@@ -126,8 +144,11 @@ def test_experts_that_a_group_does_not_need_are_for_one_that_has_too_few() -> No
         [False, False, False],
         [False, False, True],
     ]
-    few = at_home(holds[:3], [0, 1, 2], 2)
-    assert few.sum(0).tolist() == [2, 1, 0]
+    few = for_groups({"q": holds[3:]}, [0, 1, 2], 2)["q"]
+    assert few.sum(0).tolist() == [1, 1, 1]
+    holds[0] = False
+    after = for_groups({"q": holds}, [0, 0, 1], 2)["q"]
+    assert after[:, 0].tolist() == [False, True, True, False, False, False]  # not the one that nobody trained
 
 
 def test_a_newcomer_gets_no_expert_that_nobody_has_trained() -> None:

@@ -10,7 +10,8 @@
 4. Reverse selection (RSEA), each round but the last: every expert picks ``clients_per_expert`` clients by how well
    their data fits (:func:`coterie.methods.fedamole.selection.likeness`), so that the sum over the picks is largest and
    every client gets a number of experts within bounds (:mod:`coterie.ops.assign`). In round 1 each expert has one
-   client, at random.
+   client, at random. With ``clients_per_expert = "auto"`` it picks a whole group of clients that are alike
+   (:mod:`coterie.methods.fedamole.groups`).
 
 Differs from the paper, where clients measure after training, on rows that they hold out (``embed = "after"``,
 ``embed_rows = "held_out"``), and experts choose by softmax over clients of (e . t_c) / sqrt r with e = mean_t A_e x,

@@ -1,7 +1,7 @@
 """FedAMoLE with ``clients_per_expert = "auto"``: an expert picks as many clients as are alike. E experts, n clients.
 
-The paper's number is the same for all experts, whatever the clients are. Where four have one task, an expert at two of
-them learns from half of its rows; where all have one task, from a fifth.
+In the paper every expert picks the same number. An expert at two of four clients with one task learns from half of the
+task's rows; at two of ten, from a fifth.
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.methods.fedamole.selection import alike, replied
+from coterie.methods.fedamole.selection import alike
 from coterie.ops.assign import Limits
 from coterie.ops.cluster import Array, cluster
 
-# Above this silhouette clients have different tasks. Measured in round 1: .57 and more with four domains of one dataset
-# and .87 with four tasks, at most .39 where all clients have one (six seeds, nine runs).
+# Above this silhouette clients have different tasks: docs/decisions/0046-experts-for-groups.md has what was measured.
 APART = 0.45
 
 
-def for_groups(holds: Mapping[str, Tensor], clients: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
-    """Whom the experts of each module are for, [E, n] bool: every expert for a group of clients, or for nobody.
+def groups_after(
+    groups: tuple[int, ...], clients: Sequence[Tensor], before: Tensor, experts: int, limits: Limits
+) -> tuple[int, ...]:
+    """The number of each client's group after a round: ``groups``, made at first, with the clients that are new.
 
-    ``holds`` [E, n] and the embeddings ``clients`` [n, r] are by module. Each group has so many experts that a client
-    holds as many as if each expert picked the usual number of clients.
+    ``clients`` [n, r] are their embeddings by module; ``before`` [n] says who had any before the round.
     """
-    experts, n = next(iter(holds.values())).shape
-    each = round(experts * limits.clients_per_expert / n)
-    each = max(1, min(max(each, limits.min_experts), limits.max_experts, experts))
-    groups = groups_of(alike(list(clients.values())), replied(clients), max(1, experts // each))
-    return {module: at_home(z, groups, each) for module, z in holds.items()}
+    likeness, known = alike(clients), torch.stack([t.any(dim=1) for t in clients]).any(dim=0)
+    if groups:
+        return join_groups(groups, likeness, known, known & ~before)
+    return make_groups(likeness, known, max(1, experts // experts_each(experts, len(likeness), limits)))
 
 
-def groups_of(likeness: Array, known: Tensor, most: int) -> list[int]:
+def make_groups(likeness: Array, known: Tensor, most: int) -> tuple[int, ...]:
     """The number of each client's group, at most ``most`` of them, by how alike they are: ``likeness`` [n, n].
 
     That is the cut of the tree with the largest silhouette, as in FedLEASE, or one group where none is above
@@ -49,20 +48,45 @@ def groups_of(likeness: Array, known: Tensor, most: int) -> list[int]:
         labels = list(cluster(distances, most, min_clusters=1, threshold=APART).labels)
     largest = max(sorted(set(labels)), key=labels.count, default=0)
     by_number = dict(zip(numbers, labels, strict=True))
-    return [by_number.get(i, largest) for i in range(len(likeness))]
+    return tuple(by_number.get(i, largest) for i in range(len(likeness)))
 
 
-def at_home(holds: Tensor, groups: Sequence[int], each: int) -> Tensor:
-    """Whom each expert is for, [E, n] bool: a group of clients. ``each`` experts per group; the rest are for nobody.
+def join_groups(groups: Sequence[int], likeness: Array, known: Tensor, new: Tensor) -> tuple[int, ...]:
+    """``groups`` with the ``new`` clients [n], each in the group whose ``known`` clients [n] it is most like.
 
-    An expert is for the group of most of its holders, ``holds`` [E, n], the first experts first. Where a group has too
-    few, experts that no group needs are for it too.
+    Nobody else moves: a new client's embeddings passed through other experts than those of the others.
+    """
+    members = {g: [i for i, of in enumerate(groups) if of == g and known[i] and not new[i]] for g in set(groups)}
+    joined = [*groups, *[0] * (len(likeness) - len(groups))]
+    for i in new.nonzero().flatten().tolist():
+        joined[i] = max(
+            sorted(g for g in members if members[g]), key=lambda g: likeness[i, members[g]].mean(), default=0
+        )
+    return tuple(joined)
+
+
+def for_groups(holds: Mapping[str, Tensor], groups: Sequence[int], each: int) -> dict[str, Tensor]:
+    """Whom the experts of each module are for, [E, n] bool, from ``holds`` [E, n]: a group of clients, or nobody.
+
+    Each group has ``each`` experts. An expert is for the group of most of its holders, the first experts first. Where a
+    group has too few, experts that no group needs are for it too.
     """
     members = torch.stack([torch.tensor(groups) == g for g in range(max(groups) + 1)])
+    return {module: _for_groups(z, members, each) for module, z in holds.items()}
+
+
+def experts_each(experts: int, clients: int, limits: Limits) -> int:
+    """How many experts a client holds: as many as if each expert picked the usual number of clients, within limits."""
+    usual = round(experts * limits.clients_per_expert / clients)
+    return max(1, min(max(usual, limits.min_experts), limits.max_experts, experts))
+
+
+def _for_groups(holds: Tensor, members: Tensor, each: int) -> Tensor:
+    held = holds.any(dim=1).tolist()
     nearest = (holds.double() @ members.double().T).argmax(dim=1).tolist()
     chosen: list[list[int]] = [[] for _ in members]
     for e, g in enumerate(nearest):
-        if len(chosen[g]) < each:
+        if held[e] and len(chosen[g]) < each:
             chosen[g].append(e)
     left = iter(sorted(set(range(len(holds))).difference(*chosen)))
     homes = torch.zeros_like(holds)

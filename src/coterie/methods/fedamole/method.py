@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.methods.base import Method, Onboarded, newcomers_own
-from coterie.methods.fedamole.groups import for_groups
+from coterie.methods.fedamole.groups import experts_each, for_groups, groups_after
 from coterie.methods.fedamole.released import released
 from coterie.methods.fedamole.selection import (
     Scores,
@@ -305,8 +305,10 @@ class FedAMoLE(Method[FedAMoLEState]):
         """
         modules, held, picks = [t.name for t in state.base.targets], dict(state.holds), None
         if self.settings.by_group:
-            if bool((replied(state.token_embeddings) & ~known).any()):  # a client is new: groups are made again
-                held, first = for_groups(held, state.token_embeddings, self._limits), True
+            groups = groups_after(state.groups, self._tokens(state), known, state.num_experts, self._limits)
+            if groups != state.groups:
+                state, first = replace(state, groups=groups), True
+                held = for_groups(held, groups, experts_each(state.num_experts, len(groups), self._limits))
             picks = np.stack([held[m].sum(dim=1).numpy() for m in modules])
         if self.settings.prototype == "holders" and not first:
             held = {m: knowingly(z, known) for m, z in held.items()}
@@ -315,29 +317,31 @@ class FedAMoLE(Method[FedAMoLEState]):
             scores = with_inertia(scores, [held[m] for m in modules], self.settings.inertia)
         return self._assign(state, scores, picks)
 
-    def _scores(self, state: FedAMoLEState) -> Scores:
-        """How well each client fits each expert, [m, E, n].
+    def _tokens(self, state: FedAMoLEState) -> list[Tensor]:
+        """The clients' embeddings by module."""
+        return [self._bounded(state.token_embeddings[t.name]) for t in state.base.targets]
 
-        With ``[robust]`` no embedding is longer than the module's median one: a long one decides for all experts.
-        """
+    def _bounded(self, embeddings: Tensor) -> Tensor:
+        """With ``[robust]`` none is longer than the module's median one: a long one decides for all experts."""
+        return shortened(embeddings) if self.plan.robust.active else embeddings
+
+    def _scores(self, state: FedAMoLEState) -> Scores:
+        """How well each client fits each expert, [m, E, n]."""
         modules = [t.name for t in state.base.targets]
-        bounded = shortened if self.plan.robust.active else lambda rows: rows
-        of_clients = [bounded(state.token_embeddings[m]) for m in modules]
         if self.settings.prototype == "holders":
-            return likeness([state.holds[m] for m in modules], of_clients)
-        return affinity([bounded(state.expert_embeddings[m]) for m in modules], of_clients)
+            return likeness([state.holds[m] for m in modules], self._tokens(state))
+        return affinity([self._bounded(state.expert_embeddings[m]) for m in modules], self._tokens(state))
 
     def _random(self, state: FedAMoLEState, rnd: int) -> Scores:
         """Random scores [m, E, n]."""
-        shape = len(state.base.targets), state.num_experts, len(state.clients)
-        return at_random(shape, self.plan.seed, rnd)
+        return at_random((len(state.base.targets), state.num_experts, len(state.clients)), self.plan.seed, rnd)
 
     def _assign(
         self, state: FedAMoLEState, scores: Scores, picks: int | NDArray[np.int_] | None = None
     ) -> FedAMoLEState:
-        """The state with every expert at the clients that it picks by ``scores`` [m, E, n]: so many, or as usual.
+        """The state with every expert at the clients that it picks by ``scores`` [m, E, n].
 
-        ``picks``: one number, or one for each expert of each module [m, E].
+        ``picks``: how many, for each expert of each module [m, E] or for all; by default, as many as usual.
         """
         usual = picks if isinstance(picks, int) else self.settings.usual_picks
         limits = replace(self._limits, clients_per_expert=usual)

@@ -34,7 +34,7 @@ def likeness(holds: Sequence[Tensor], clients: Sequence[Tensor]) -> Scores:
     ``holds`` [E, n] by module; 0 for an expert that nobody holds.
     """
     held = torch.stack(list(holds)).double()
-    return np.asarray((held / held.sum(dim=2, keepdim=True).clamp(min=1)).numpy() @ alike(clients))
+    return np.asarray((held / held.sum(dim=2, keepdim=True).clamp(min=1) @ torch.from_numpy(alike(clients))).numpy())
 
 
 def alike(clients: Sequence[Tensor]) -> Scores:

@@ -81,10 +81,9 @@ class FedAMoLESettings(MethodSettings):
 
     @model_validator(mode="after")
     def _first_holders(self) -> FedAMoLESettings:
-        if self.first_holders and self.first_holders > self.usual_picks:
+        if self.first_holders and not self.by_group and self.first_holders > self.usual_picks:
             raise ValueError(
-                f"first_holders = {self.first_holders} is above clients_per_expert = {self.clients_per_expert}; "
-                "lower it"
+                f"first_holders = {self.first_holders} is above clients_per_expert = {self.usual_picks}; lower it"
             )
         if self.by_group and (self.assignment != "dynamic" or self.prototype != "holders"):
             raise ValueError(

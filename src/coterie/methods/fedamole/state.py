@@ -20,7 +20,8 @@ class FedAMoLEState:
     [E, n] says which client (in the order of ``clients``) holds which expert; ``expert_embeddings`` [E, r] and
     ``token_embeddings`` [n, r] are the latest, 0 where there is none. Experts that look for clients like their holders
     have none of their own. ``clients`` are those of the start, by id, then those that came later, in the order in which
-    they first replied.
+    they first replied. ``groups`` [n] are the numbers of the clients' groups, with ``clients_per_expert = "auto"`` and
+    once there are any.
     """
 
     base: BaseSpec
@@ -31,6 +32,7 @@ class FedAMoLEState:
     token_embeddings: Mapping[str, Tensor]
     heads: Heads = field(default_factory=Heads)
     error: float = 0.0
+    groups: tuple[int, ...] = ()
 
     @property
     def num_experts(self) -> int:
