@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from coterie import codec
 from coterie.methods.fedamole import FedAMoLE, FedAMoLESettings, FedAMoLEState
-from coterie.methods.fedamole.groups import for_groups
+from coterie.methods.fedamole.groups import experts_each, for_groups, join_groups, make_groups
 from coterie.methods.findings import Assignment, find
 from coterie.methods.plan import Plan
 from coterie.methods.robust import RobustSettings
+from coterie.ops.assign import Limits
 from coterie.ops.streams import stream
 from coterie.requests import Observe, Observed
 from coterie.types import NO_EXPERT, BaseSpec, ClientInfo, Key, Part, Reply, Target
@@ -149,6 +151,29 @@ def test_experts_that_a_group_does_not_need_are_for_one_that_has_too_few() -> No
     holds[0] = False
     after = for_groups({"q": holds}, [0, 0, 1], 2)["q"]
     assert after[:, 0].tolist() == [False, True, True, False, False, False]  # not the one that nobody trained
+
+
+def test_a_client_without_embeddings_is_in_the_largest_group_for_the_time_being() -> None:
+    likeness = np.full((6, 6), -0.5)
+    likeness[:2, :2] = likeness[2:5, 2:5] = 1.0
+    likeness[5] = likeness[:, 5] = 0.0
+    assert make_groups(likeness, torch.arange(6) < 5, 3) == (0, 0, 1, 1, 1, 1)
+
+
+def test_a_new_client_joins_those_that_it_is_like_and_its_own_place_does_not_count() -> None:
+    known, first, last = torch.tensor([True, True, True]), torch.arange(3) == 0, torch.arange(4) == 3
+    likeness = np.array([[1.0, 0.0, 0.4], [0.0, 1.0, 0.0], [0.4, 0.0, 1.0]])
+    assert join_groups([0, 0, 1], likeness, known, first) == (1, 0, 1)
+    likeness = np.zeros((4, 4))
+    likeness[3] = -0.2, 0.0, -0.15, 1.0  # 1 has no embeddings, and is like nobody
+    assert join_groups([0, 0, 1], likeness, torch.tensor([True, False, True, True]), last) == (0, 0, 1, 1)
+
+
+def test_a_client_holds_as_many_experts_as_of_the_papers_within_the_limits() -> None:
+    assert experts_each(24, 16, Limits(2, 2, 8)) == 3
+    assert experts_each(100, 10, Limits(2, 2, 8)) == 8
+    assert experts_each(4, 10, Limits(2, 2, 8)) == 2
+    assert experts_each(1, 10, Limits(2, 2, 8)) == 1
 
 
 def test_a_newcomer_gets_no_expert_that_nobody_has_trained() -> None:
