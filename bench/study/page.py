@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import claims
 from _harness import RESULTS
 
 from coterie.comparison.record import Figures, Record, read_record
@@ -29,7 +30,7 @@ FEDERATIONS = {"four-tasks": "Four tasks", "clinc150": "CLINC150 by domain", "si
 OURS = ("fedlease", "fedamole")  # the systems that the others are compared with
 ALONE = "local"
 _REACH = (-100, 100)  # all gains
-_LEFT_OUT = ("time", "tuned to")  # time is of several machines; what was tuned has a column of its own
+_LEFT_OUT = ("time", "training", "tuned to")  # the first is of several machines, the last has a column of its own
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     text = PAGE.read_text()
     for name, record in records.items():
         text = filled(text, name, table(record))
+    text = filled(text, "claims", claims.table(claims.claims_of(titled(records))))
     PAGE.write_text(text)
     png(picture(records), PICTURE)
     print(f"{PAGE}\n{PICTURE}")
@@ -46,6 +48,11 @@ def published() -> dict[str, Record]:
     """The published comparison of each federation."""
     records = {name: read_record(RESULTS / f"study-{name}.json") for name in FEDERATIONS}
     return {name: record for name, record in records.items() if record is not None}
+
+
+def titled(records: Mapping[str, Record]) -> dict[str, Record]:
+    """The records by the titles of their federations."""
+    return {FEDERATIONS[name]: record for name, record in records.items()}
 
 
 def filled(text: str, name: str, new: str) -> str:

@@ -160,6 +160,7 @@ def figures_of(
         home=_mean([run.home for run in runs]),
         beyond=_mean([run.beyond for run in runs]),
         newcomers=_mean([run.newcomers for run in runs]),
+        gflop=_mean([run.gflop for run in runs]),
     )
 
 
@@ -188,6 +189,7 @@ def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
         home=home,
         beyond=beyond,
         newcomers=joined.mean(summary.primary) if joined else None,
+        gflop=summary.gflop or None,
     )
 
 

@@ -30,18 +30,21 @@ def against_best(
             second = variant
     if second is None:
         return dict(figures)
-    found = {v: _against(row, figures[best], best, metric) for v, row in figures.items() if v != best}
-    found[best] = _against(figures[best], figures[second], second, metric)
+    found = {v: against(row, figures[best], best, metric) for v, row in figures.items() if v != best}
+    found[best] = against(figures[best], figures[second], second, metric)
     # The best against the second and the second against the best are one test.
-    p_values = {v: against.p for v, against in found.items() if against is not None and v != best}
+    p_values = {v: test.p for v, test in found.items() if test is not None and v != best}
     adjusted = holm(p_values)
     adjusted[best] = adjusted.get(second, 1.0)
-    compared = {v: replace(against, p_holm=adjusted[v]) for v, against in found.items() if against is not None}
+    compared = {v: replace(test, p_holm=adjusted[v]) for v, test in found.items() if test is not None}
     return {v: replace(row, against=compared.get(v)) for v, row in figures.items()}
 
 
-def _against(row: Figures, other: Figures, name: str, metric: str) -> Against | None:
-    """``row`` less ``other``, which is called ``name``; the p-value is not yet adjusted."""
+def against(row: Figures, other: Figures, name: str, metric: str) -> Against | None:
+    """``row`` less ``other``, which is called ``name``, on the seeds and clients that both have; None without any.
+
+    The p-value is not yet adjusted for several comparisons.
+    """
     seeds = [seed for seed in row.seeds if seed in other.seeds]
     difference = _difference(row, other, seeds)
     if not difference.size:

@@ -38,7 +38,7 @@ class RunFigures:
     ``p10`` is the 10th percentile over the clients (of a loss, the 90th): nine in ten clients are better. ``beyond`` is
     the mean of the clients' models on other clients' rows with the same labels, ``home`` that on their own, both of
     the exported round (:mod:`.cross`). ``newcomers`` is the mean of the clients that joined afterwards
-    (:mod:`.newcomers`).
+    (:mod:`.newcomers`). ``gflop``: billions of floating-point operations of training, over all clients.
     """
 
     seed: int
@@ -58,6 +58,7 @@ class RunFigures:
     home: float | None = None
     beyond: float | None = None
     newcomers: float | None = None
+    gflop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Against:
 class Figures:
     """A variant over its seeds. ``std`` and ``interval`` are over seeds, ``client_interval`` over clients within seeds.
 
-    ``bytes``, ``seconds``, ``target_round`` and ``target_bytes`` are means over the seeds; the last two are None where
-    a seed did not reach the target.
+    ``bytes``, ``seconds``, ``gflop``, ``target_round`` and ``target_bytes`` are means over the seeds; the last two are
+    None where a seed did not reach the target.
     """
 
     title: str
@@ -108,6 +109,7 @@ class Figures:
     home: float | None = None
     beyond: float | None = None
     newcomers: float | None = None
+    gflop: float | None = None
     tuned: Choice | None = None
     against: Against | None = None
 

@@ -55,6 +55,8 @@ def sign_flip_p(differences: Array, seed: int = 0) -> float:
     Raises as :func:`bootstrap_interval`.
     """
     by_client = _table(differences).mean(axis=0)
+    if len(by_client) == 1:  # either sign is as far from zero
+        return 1.0
     test = stats.permutation_test(
         (by_client,),
         np.mean,

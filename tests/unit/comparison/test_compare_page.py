@@ -119,6 +119,14 @@ def test_the_tables(tmp_path: Path) -> None:
     assert [row[-1].text for row in short.rows] == ["2e-3", "-", "-"]
 
 
+def test_the_operations_of_training_have_a_column_where_they_are_known() -> None:
+    runs = {"fedit": {0: of_clients([0.5], gflop=2000.0), 1: of_clients([0.5], gflop=4000.0)}}
+    one = overview(record_of(compared({**runs, "local": {0: of_clients([0.4])}})))
+    columns = dict(zip(one.head, zip(*one.rows, strict=True), strict=True))
+    assert [cell.text for cell in columns["training"]] == ["3 TFLOP", "-"]
+    assert "training" not in overview(record_of(compared({"local": {0: of_clients([0.4])}}))).head
+
+
 def test_a_difference_of_nothing_has_no_sign() -> None:
     assert [signed(value, "accuracy") for value in (0.0, -1e-17, -0.0004, 0.0006, -0.02)] == [
         "0.0", "0.0", "0.0", "+0.1", "-2.0",

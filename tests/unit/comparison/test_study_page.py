@@ -26,6 +26,8 @@ def test_the_page_has_the_published_figures(page: ModuleType) -> None:
     assert set(records) == set(page.FEDERATIONS)
     for name, record in records.items():
         assert page.filled(text, name, page.table(record)) == text, "run: python bench/study/page.py"
+    claims = page.claims.table(page.claims.claims_of(page.titled(records)))
+    assert page.filled(text, "claims", claims) == text, "run: python bench/study/page.py"
 
 
 def test_a_block_is_replaced_and_a_missing_one_is_named(page: ModuleType) -> None:

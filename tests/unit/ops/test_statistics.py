@@ -47,6 +47,10 @@ def test_many_clients_are_sampled_and_a_clear_difference_is_found() -> None:
     assert sign_flip_p(np.zeros((2, 4))) == 1.0
 
 
+def test_one_client_alone_shows_nothing() -> None:
+    assert sign_flip_p(np.array([[0.3], [0.4]])) == 1.0
+
+
 def test_holm_by_hand() -> None:
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
         {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
