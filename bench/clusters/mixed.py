@@ -41,9 +41,9 @@ QUICK = {"run": {"rounds": 3, "evaluate_every": 3}, "train": {"learning_rate": 2
 CONFIG = {
     "model": {"path": "minilm", "max_length": 48},
     "lora": {"rank": 4},
-    "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2},
+    "train": {"learning_rate": 4e-3, "batch_size": 8, "epochs": 2},
     "methods": {"fedlease": {"warmup_rounds": 1, "allocation": "oracle"}},
-    "run": {"rounds": 6, "evaluate_every": 3},
+    "run": {"rounds": 12, "evaluate_every": 3},
     "engine": {"threads": 1, "precision": "bfloat16", "clients_per_batch": 8},
 }
 
