@@ -36,6 +36,9 @@ VARIANTS = (
     "fedlease:download=used",
     "fedlease:download=used:router=personal",
     "fedlease:router=personal",
+    "fedamole",
+    "fedit",
+    "local",
 )
 QUICK = {"run": {"rounds": 3, "evaluate_every": 3}, "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 1}}
 CONFIG = {
@@ -43,7 +46,7 @@ CONFIG = {
     "lora": {"rank": 4},
     "train": {"learning_rate": 4e-3, "batch_size": 8, "epochs": 2},
     "methods": {"fedlease": {"warmup_rounds": 1, "allocation": "oracle"}},
-    "run": {"rounds": 12, "evaluate_every": 3},
+    "run": {"rounds": 12, "evaluate_every": 3, "evaluate": "trained"},
     "engine": {"threads": 1, "precision": "bfloat16", "clients_per_batch": 8},
 }
 
