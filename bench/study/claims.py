@@ -22,7 +22,7 @@ SYSTEMS = {
     ),
 }  # fmt: skip  # a system, and the forms of it that are nearer to the paper
 _BASELINES = 3
-_HEAD = ("federation", "method", "against", "points", "ahead", "p (Holm)", "bytes", "training")
+_HEAD = ("federation", "method", "against", "points", "ahead", "p (Holm)", "bytes", "operations")
 
 
 @dataclass(frozen=True)

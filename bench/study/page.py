@@ -30,7 +30,7 @@ FEDERATIONS = {"four-tasks": "Four tasks", "clinc150": "CLINC150 by domain", "si
 OURS = ("fedlease", "fedamole")  # the systems that the others are compared with
 ALONE = "local"
 _REACH = (-100, 100)  # all gains
-_LEFT_OUT = ("time", "training", "tuned to")  # the first is of several machines, the last has a column of its own
+_LEFT_OUT = ("time", "operations", "tuned to")  # the first is of several machines, the last has a column of its own
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def overview(record: Record) -> Grid:
         ("time", _costs([row.seconds for row in rows], duration)),
     ]
     if any(row.gflop is not None for row in rows):
-        columns.append(("training", _costs([row.gflop for row in rows], operations)))
+        columns.append(("operations", _costs([row.gflop for row in rows], operations)))
     if any(row.beyond is not None for row in rows):
         columns.append(("on others' rows", _best([row.beyond for row in rows], metric)))
     if any(row.newcomers is not None for row in rows):
@@ -71,7 +71,7 @@ def brief(record: Record) -> Grid:
     table = overview(record)
     rows = list(record.variants.values())
     columns = dict(zip(table.head, zip(*table.rows, strict=True), strict=True))
-    wanted = [name for name in columns if name not in ("time", "training", "tuned to")]
+    wanted = [name for name in columns if name not in ("time", "operations", "tuned to")]
     names = {"against the best other": "against best", "worst client": "worst"}
     columns["against the best other"] = tuple(Cell(_alone(row.against, record.primary)) for row in rows)
     made = [(names.get(n, n).replace("percentile", "pct.").partition(" on ")[0], columns[n]) for n in wanted]

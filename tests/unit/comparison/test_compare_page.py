@@ -123,8 +123,8 @@ def test_the_operations_of_training_have_a_column_where_they_are_known() -> None
     runs = {"fedit": {0: of_clients([0.5], gflop=2000.0), 1: of_clients([0.5], gflop=4000.0)}}
     one = overview(record_of(compared({**runs, "local": {0: of_clients([0.4])}})))
     columns = dict(zip(one.head, zip(*one.rows, strict=True), strict=True))
-    assert [cell.text for cell in columns["training"]] == ["3 TFLOP", "-"]
-    assert "training" not in overview(record_of(compared({"local": {0: of_clients([0.4])}}))).head
+    assert [cell.text for cell in columns["operations"]] == ["3 TFLOP", "-"]
+    assert "operations" not in overview(record_of(compared({"local": {0: of_clients([0.4])}}))).head
 
 
 def test_a_difference_of_nothing_has_no_sign() -> None:
