@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from coterie.comparison.paired import against
 from coterie.comparison.record import Against, Figures, Record
 from coterie.comparison.tables import MISSING, p_value, signed
+from coterie.comparison.variants import contenders
 from coterie.ops.metrics import better
 from coterie.ops.statistics import holm
 
@@ -44,9 +45,9 @@ def claims_of(records: Mapping[str, Record]) -> list[Claim]:
 
 
 def best_baselines(record: Record) -> list[str]:
-    """The three best methods by validation that are not ours; of equals, those named first."""
+    """The three best methods by validation that are neither ours nor a reference; of equals, those named first."""
     ours = {name.partition(":")[0] for name in SYSTEMS}
-    means = {v: row.validation for v, row in record.variants.items() if row.method not in ours}
+    means = {v: row.validation for v, row in contenders(record.variants).items() if row.method not in ours}
     known = [(v, mean) for v, mean in means.items() if mean is not None]
     return [v for v, _ in sorted(known, key=lambda pair: pair[1], reverse=_more(record))[:_BASELINES]]
 

@@ -16,7 +16,7 @@ from coterie.comparison.newcomers import read_newcomers
 from coterie.comparison.paired import against_best, table_of
 from coterie.comparison.record import Figures, Reached, Record, RunFigures
 from coterie.comparison.tuning import Choice
-from coterie.comparison.variants import title_of
+from coterie.comparison.variants import contenders, title_of
 from coterie.methods.findings import Clusters, find
 from coterie.ops.metrics import better
 from coterie.ops.statistics import bootstrap_interval, seed_interval
@@ -56,7 +56,8 @@ def record_of(comparison: Comparison, target: float | None = None) -> Record:
     summaries = [run.summary for runs in comparison.done.values() for run in runs.values()]
     primary, last = summaries[-1].primary, summaries[-1]
     split = "validation" if all(s.mean.get("validation") for s in summaries) else "test"
-    means = {v: _mean([_of(run.summary, split) for run in runs.values()]) for v, runs in comparison.done.items()}
+    done = contenders(comparison.done)
+    means = {v: _mean([_of(run.summary, split) for run in runs.values()]) for v, runs in done.items()}
     best = best_of(means, primary)
     aim = target if target is not None else _target(means[best], primary) if best else None
     figures = {v: _figures(v, runs, split, aim) for v, runs in comparison.done.items()}

@@ -6,7 +6,8 @@ A variant is a method with its own settings: ``fedamole:assignment=static``, mor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from coterie.config.load import Raw, check_config, method_name, override, section_of
 from coterie.config.sections import Config
@@ -15,6 +16,7 @@ from coterie.methods.registry import method_named, methods
 ALL = "all"
 
 Point = tuple[str, ...]  # settings that tuning chose, each as KEY=VALUE
+T = TypeVar("T")
 
 
 def variants_of(names: Iterable[str]) -> tuple[str, ...]:
@@ -47,3 +49,9 @@ def title_of(variant: str) -> str:
     """The title in tables and pictures: ``FedAMoLE, assignment static``."""
     method, *settings = variant.split(":")
     return ", ".join([method_named(method).title, *(setting.replace("=", " ") for setting in settings)])
+
+
+def contenders(variants: Mapping[str, T]) -> dict[str, T]:
+    """The variants that can be the best: not those that train on all clients' rows, unless there are no others."""
+    federated = {v: of for v, of in variants.items() if not method_named(v.partition(":")[0]).needs_all_rows}
+    return federated or dict(variants)

@@ -47,6 +47,16 @@ def test_each_is_compared_with_the_best_on_validation_and_the_best_with_the_seco
     assert (local.wins, local.losses, local.ties) == (0, 6, 0)
 
 
+def test_a_reference_that_sees_all_rows_is_compared_but_is_not_the_best_nor_the_second() -> None:
+    results = {"centralised": {0: of_clients(HIGH, 0.9)}, "fedit": {0: of_clients(MIDDLE, 0.5)}}
+    made = record_of(compared({**results, "local": {0: of_clients(LOW, 0.2)}}))
+    assert (made.best, made.target) == ("fedit", pytest.approx(0.95 * 0.5))
+    assert {v: row.against.variant for v, row in made.variants.items() if row.against} == {
+        "centralised": "fedit", "fedit": "local", "local": "fedit",
+    }  # fmt: skip
+    assert record_of(compared({"centralised": results["centralised"]})).best == "centralised"
+
+
 def test_only_common_seeds_and_clients_with_test_rows_are_paired() -> None:
     fewer = of_clients(LOW, 0.2)
     fewer = replace(

@@ -33,6 +33,7 @@ def record() -> Record:
         "fedprox": {0: made(0.05, 0.50, "fedprox"), 1: made(0.3, 0.50, "fedprox")},
         "fedlease": {0: made(0.2, 0.70, "fedlease", 500, 6.0), 1: made(0.2, 0.70, "fedlease", 500, 6.0)},
         "fedlease:distance=B": {0: made(0.19, 0.90, "fedlease")},
+        "centralised": {0: made(0.3, 0.95, "centralised")},
     }
     return record_of(compared(runs), target=0.8)
 
