@@ -44,7 +44,8 @@ VARIANTS = {
     "before, all rows": f"fedamole:{NEW}:inertia=0.0:prototype=experts",
     "before, all rows, inertia": f"fedamole:{NEW}:inertia=2.0:prototype=experts",
     "before, all rows, inertia, from one": f"fedamole:{NEW}:inertia=2.0:prototype=experts:first_holders=1",
-    "by holders": f"fedamole:{NEW}:inertia=2.0:prototype=holders",
+    "by holders": f"fedamole:{NEW}:inertia=2.0:prototype=holders:clients_per_expert=2",
+    "by holders, groups": "fedamole",  # the defaults
 }
 RAW: dict[str, Any] = {
     "model": {"path": "minilm", "max_length": 64},

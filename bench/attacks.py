@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"name": "fedit"},
     "fedlease": {"name": "fedlease", "warmup_rounds": 1},  # clusters by texts, then by LoRAs: the default
     "fedamole": FEDAMOLE,
+    "fedamole of two": {**FEDAMOLE, "clients_per_expert": 2},
     "fedamole as published": {**FEDAMOLE, **PUBLISHED},
     "smartfed": {"name": "smartfed", "active": 4},
     "fedlease by B": {"name": "fedlease", "warmup_rounds": 1, "distance": "B"},
@@ -60,6 +61,7 @@ SHOWN = {
     "fedit": "FedIT",
     "fedlease": "FedLEASE",
     "fedamole": "FedAMoLE",
+    "fedamole of two": "FedAMoLE, two clients per expert",
     "fedamole as published": "FedAMoLE as published",
     "smartfed": "SmartFed",
     "fedlease by B": "FedLEASE, by B",

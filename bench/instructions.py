@@ -104,6 +104,8 @@ class Bench:
             settings: dict[str, Any] = {"name": method}
             if method == "smartfed":
                 settings["pool"] = str(self.pool())
+            if method == "fedamole":
+                settings["clients_per_expert"] = 2  # the published figures are of this
             clients = make_clients(self.work / "clients" / str(seed), seed, 0.05 if self.quick else 1.0)
             made = config(
                 self.base,

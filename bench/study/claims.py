@@ -18,8 +18,8 @@ from coterie.ops.statistics import holm
 
 SYSTEMS = {
     "fedlease": ("fedlease:distance=B",),
-    "fedamole:clients_per_expert=auto": (
-        "fedamole", "fedamole:embed=after:embed_rows=held_out:prototype=experts:inertia=0",
+    "fedamole": (
+        "fedamole:clients_per_expert=2", "fedamole:embed=after:embed_rows=held_out:prototype=experts:inertia=0",
     ),
 }  # fmt: skip  # a system, and the forms of it that are nearer to the paper
 _BASELINES = 3
@@ -76,7 +76,7 @@ def _cells(claim: Claim) -> list[str]:
     ahead = f"{_seeds_ahead(claim)} of {len(found.seeds)} seeds, {found.wins} of {_clients(found)} clients"
     return [
         claim.federation, claim.mine.title, claim.other.title, f"{signed(found.difference, metric)} [{low}, {high}]",
-        ahead, p_value(found), _times(claim.mine.bytes, claim.other.bytes), _times(claim.mine.gflop, claim.other.gflop),
+        ahead, p_value(found), _times(claim.mine.bytes, claim.other.bytes), _operations(claim),
     ]  # fmt: skip
 
 
@@ -89,6 +89,13 @@ def _seeds_ahead(claim: Claim) -> int:
 
 def _clients(found: Against) -> int:
     return found.wins + found.losses + found.ties
+
+
+def _operations(claim: Claim) -> str:
+    """The ratio of the operations of training, over the seeds where both are known."""
+    other = {run.seed: run.gflop for run in claim.other.runs if run.gflop}
+    pairs = [(run.gflop, other[run.seed]) for run in claim.mine.runs if run.gflop and run.seed in other]
+    return _times(sum(mine for mine, _ in pairs), sum(theirs for _, theirs in pairs))
 
 
 def _times(mine: float | None, other: float | None) -> str:

@@ -278,7 +278,6 @@ def assert_it_joined_fedamole(folder: Path) -> None:
     assert state.clients == (*FIRST, LATE)
     for z in state.holds.values():  # chosen after its first round
         assert z.shape == (8, 4)
-        assert (z.sum(1) == 2).all()
         assert (z.sum(0) >= 2).all()
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert set(summary["clients"]) == {*FIRST, LATE}

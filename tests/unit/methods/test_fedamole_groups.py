@@ -192,7 +192,11 @@ def test_a_newcomer_gets_no_expert_that_nobody_has_trained() -> None:
         assert got == of_group
 
 
-@pytest.mark.parametrize("settings", [{"assignment": "static"}, {"assignment": "random"}, {"prototype": "experts"}])
-def test_groups_need_experts_that_look_for_clients_like_their_holders(settings: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r'clients_per_expert = "auto" needs assignment = "dynamic" and prototype'):
-        make(**settings)
+@pytest.mark.parametrize(
+    "settings", [{"assignment": "static"}, {"assignment": "random"}, {"prototype": "experts"}, {"embed": "after"}]
+)
+def test_experts_that_do_not_look_for_clients_like_their_holders_pick_two(settings: dict[str, str]) -> None:
+    method, state = make(**settings)
+    state = one_round(method, state, 1)
+    assert state.groups == ()
+    assert all((z.sum(dim=1) == 2).all() for z in state.holds.values())

@@ -7,15 +7,15 @@
 2. With what they received, clients measure t = mean_t P x. They then train all that they hold, with a load-balance loss
    beside the task's.
 3. The server averages every expert over its holders, shared expert and P over all clients.
-4. Reverse selection (RSEA), each round but the last: every expert picks ``clients_per_expert`` clients by how well
-   their data fits (:func:`coterie.methods.fedamole.selection.likeness`), so that the sum over the picks is largest and
-   every client gets a number of experts within bounds (:mod:`coterie.ops.assign`). In round 1 each expert has one
-   client, at random. With ``clients_per_expert = "auto"`` it picks a whole group of clients that are alike
-   (:mod:`coterie.methods.fedamole.groups`).
+4. Reverse selection (RSEA), each round but the last: every expert picks as many clients as are alike
+   (:mod:`coterie.methods.fedamole.groups`) by how well their data fits
+   (:func:`coterie.methods.fedamole.selection.likeness`), so that the sum over the picks is largest and every client
+   gets a number of experts within bounds (:mod:`coterie.ops.assign`). In round 1 each expert has one client, at random.
 
-Differs from the paper, where clients measure after training, on rows that they hold out (``embed = "after"``,
-``embed_rows = "held_out"``), and experts choose by softmax over clients of (e . t_c) / sqrt r with e = mean_t A_e x,
-whoever holds them (``prototype = "experts"``, ``inertia = 0``), from ``clients_per_expert`` first holders on.
+Differs from the paper, where every expert picks the same number of clients (``clients_per_expert = 2``), which measure
+after training, on rows that they hold out (``embed = "after"``, ``embed_rows = "held_out"``), and experts choose by
+softmax over clients of (e . t_c) / sqrt r with e = mean_t A_e x, whoever holds them (``prototype = "experts"``,
+``inertia = 0``), from ``clients_per_expert`` first holders on.
 
 Differs from the published code (commit 41ebf75), whose behaviour ``examples/fedamole-published.toml`` restores: all
 experts share one dropout mask (there, each has its own: ``dropout_masks = "per_expert"``); padding tokens count neither

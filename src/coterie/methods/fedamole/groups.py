@@ -1,7 +1,7 @@
-"""FedAMoLE with ``clients_per_expert = "auto"``: an expert picks as many clients as are alike. E experts, n clients.
+"""How many clients an expert of FedAMoLE picks by default: as many as are alike. E experts, n clients.
 
-In the paper every expert picks the same number. An expert at two of four clients with one task learns from half of the
-task's rows; at two of ten, from a fifth.
+In the paper every expert picks the same number (``clients_per_expert = 2``). An expert at two of four clients with one
+task learns from half of the task's rows; at two of ten, from a fifth.
 """
 
 from __future__ import annotations

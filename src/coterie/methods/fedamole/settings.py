@@ -22,9 +22,9 @@ class FedAMoLESettings(MethodSettings):
         None, ge=1, description="experts in each module's pool; none: 3 per client, like the paper's 30 for 10"
     )
     clients_per_expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        2,
-        description="clients that each expert picks; auto: as many as are alike, and fewer experts are used, so that "
-        "clients hold as many as with 2",
+        "auto",
+        description="clients that each expert picks; auto: as many as are alike, where experts look for clients like "
+        "their holders (dynamic, holders, before), and fewer experts are used; elsewhere 2 (paper)",
     )
     first_holders: int | None = Field(
         None,
@@ -85,16 +85,13 @@ class FedAMoLESettings(MethodSettings):
             raise ValueError(
                 f"first_holders = {self.first_holders} is above clients_per_expert = {self.usual_picks}; lower it"
             )
-        if self.by_group and (self.assignment != "dynamic" or self.prototype != "holders"):
-            raise ValueError(
-                'clients_per_expert = "auto" needs assignment = "dynamic" and prototype = "holders"; set a number'
-            )
         return self
 
     @property
     def by_group(self) -> bool:
         """Whether each expert picks a whole group of clients that are alike."""
-        return self.clients_per_expert == "auto"
+        looks = self.assignment == "dynamic" and self.prototype == "holders" and self.embed == "before"
+        return looks and self.clients_per_expert == "auto"
 
     @property
     def usual_picks(self) -> int:
