@@ -71,7 +71,7 @@ def test_a_third_site_joins_fedamole_during_the_run_and_experts_choose_it(tmp_pa
         assert max(rounds) == 4
         state = checkpoint.load(made.run / "checkpoints", 4, FedAMoLEState).state
         assert state.clients == (A, B, LATE)
-        assert all((z.sum(0) >= 2).all() and (z.sum(1) == 2).all() for z in state.holds.values())
+        assert all((z.sum(0) >= 2).all() and {*z.sum(1).tolist()} <= {0, 3} for z in state.holds.values())  # one group
         assert LATE in (made.run / "report.html").read_text()
         (bundle,) = (tmp_path / f"state-{LATE}").glob("run-*/export")
         model = coterie.load(bundle)

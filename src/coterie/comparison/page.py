@@ -12,7 +12,7 @@ import numpy as np
 
 from coterie.comparison.figures import bytes_by_round, evaluations
 from coterie.comparison.record import RECORD, Figures, Record, read_record
-from coterie.comparison.tables import by_client, latex, markdown, notes, number, overview
+from coterie.comparison.tables import by_client, latex, leader, markdown, notes, number, overview
 from coterie.files import write_atomic
 from coterie.ops.metrics import better
 from coterie.report import plots
@@ -50,6 +50,7 @@ def write_page(folder: Path, with_pictures: bool = False) -> Path:
             overview=overview(record),
             by_client=by_client(record),
             notes=notes(record),
+            leader=leader(record),
             pictures=pictures,
             report_file=REPORT,
             tuning=_tuning(record),
@@ -93,7 +94,7 @@ def comparison_pictures(record: Record, folder: Path) -> Iterator[Picture]:
         }
         figure = wins_and_losses(against, percent=percent)
         yield Picture("compare-wins", f"Each client against {best.title}", figure,
-                      f"{best.title} has the best validation mean. Larger marks: larger differences.")  # fmt: skip
+                      f"{leader(record)} Larger marks: larger differences.")  # fmt: skip
 
 
 def _curves(row: Figures, folder: Path, metric: str) -> dict[int, list[tuple[float, int]]]:

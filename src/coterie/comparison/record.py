@@ -116,7 +116,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Record:
-    """A whole comparison. ``best`` has the best validation mean, which ``target`` is derived from unless it was given.
+    """A whole comparison. ``best`` has the best validation mean, references such as centralised aside; ``target`` is
+    derived from it unless it was given.
 
     ``versions`` and ``machine`` are those of the last run that finished, ``commit`` is that of Coterie's checkout.
     """

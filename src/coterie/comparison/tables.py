@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coterie.comparison.record import Against, Figures, Record
+from coterie.comparison.variants import contenders
 from coterie.ops.metrics import better
 from coterie.report.plots import natural
 from coterie.report.tables import PERCENT, words
@@ -112,6 +113,10 @@ def notes(record: Record) -> list[str]:
             "Against the best other: the paired difference and its 95% bootstrap interval over clients; p of a "
             "permutation test over clients, adjusted for all methods (Holm). Which is best goes by validation data."
         )
+    texts += [
+        f"{title}, which trains on all clients' rows, counts as a reference and not as the best."
+        for title in _aside(record)
+    ]
     if any(row.beyond is not None for row in record.variants.values()):
         texts.append(
             "On others' rows: the mean of the clients' exported models on the test rows of other clients with the same "
@@ -131,6 +136,20 @@ def notes(record: Record) -> list[str]:
             f"{key} is at the edge of what was tried, where a wider grid may have a better value: {', '.join(titles)}."
         )
     return texts
+
+
+def leader(record: Record) -> str:
+    """Which variant has the best mean, as a sentence; nothing where none is known."""
+    if record.best is None:
+        return ""
+    names = "".join(f", {title} aside" for title in _aside(record))
+    return f"{record.variants[record.best].title} has the best {record.target_split or 'validation'} mean{names}."
+
+
+def _aside(record: Record) -> list[str]:
+    """The titles of the references: variants that cannot be the best."""
+    federated = contenders(record.variants)
+    return [row.title for v, row in record.variants.items() if v not in federated]
 
 
 def number(value: float | None, metric: str) -> str:

@@ -53,5 +53,6 @@ def title_of(variant: str) -> str:
 
 def contenders(variants: Mapping[str, T]) -> dict[str, T]:
     """The variants that can be the best: not those that train on all clients' rows, unless there are no others."""
-    federated = {v: of for v, of in variants.items() if not method_named(v.partition(":")[0]).needs_all_rows}
+    references = {name for name, kind in methods().items() if kind.needs_all_rows}
+    federated = {v: of for v, of in variants.items() if v.partition(":")[0] not in references}
     return federated or dict(variants)

@@ -15,7 +15,7 @@ from coterie.comparison.figures import record_of
 from coterie.comparison.jobs import Missing
 from coterie.comparison.page import comparison_pictures, write_page
 from coterie.comparison.record import Record, write_record
-from coterie.comparison.tables import brief, by_client, latex, markdown, overview, signed
+from coterie.comparison.tables import brief, by_client, latex, leader, markdown, notes, overview, signed
 from coterie.comparison.tuning import Choice
 from coterie.report import plots
 from coterie.types import CoterieError
@@ -125,6 +125,15 @@ def test_the_operations_of_training_have_a_column_where_they_are_known() -> None
     columns = dict(zip(one.head, zip(*one.rows, strict=True), strict=True))
     assert [cell.text for cell in columns["operations"]] == ["3 TFLOP", "-"]
     assert "operations" not in overview(record_of(compared({"local": {0: of_clients([0.4])}}))).head
+
+
+def test_a_reference_that_sees_all_rows_is_named_as_one() -> None:
+    runs = {"centralised": {0: of_clients([0.9, 0.8], 0.9)}, "fedit": {0: of_clients([0.5, 0.4], 0.5)}}
+    both, alone = record_of(compared(runs)), record_of(compared({"fedit": runs["fedit"]}))
+    assert leader(both) == "FedIT has the best validation mean, Centralised aside."
+    assert leader(alone) == "FedIT has the best validation mean."
+    text = "Centralised, which trains on all clients' rows, counts as a reference and not as the best."
+    assert (text in notes(both), text in notes(alone)) == (True, False)
 
 
 def test_a_difference_of_nothing_has_no_sign() -> None:

@@ -279,6 +279,7 @@ def assert_it_joined_fedamole(folder: Path) -> None:
     for z in state.holds.values():  # chosen after its first round
         assert z.shape == (8, 4)
         assert (z.sum(0) >= 2).all()
+        assert {*z.sum(1).tolist()} == {0, 4}  # all sites are one group
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert set(summary["clients"]) == {*FIRST, LATE}
     assert LATE in (folder / "out" / "report.html").read_text()

@@ -277,8 +277,12 @@ def test_where_experts_do_not_choose_they_start_at_all_their_clients(mode: str) 
 
 
 def test_more_first_holders_than_clients_of_an_expert_are_refused() -> None:
-    with pytest.raises(ValueError, match="first_holders = 3 is above clients_per_expert = 2; lower it"):
+    with pytest.raises(
+        ValueError, match="first_holders = 3 is above clients_per_expert, which auto counts as 2; lower it"
+    ):
         make(first_holders=3)
+    with pytest.raises(ValueError, match="first_holders = 2 is above clients_per_expert = 1; lower it"):
+        make(first_holders=2, clients_per_expert=1)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static", "random", "homogeneous"])

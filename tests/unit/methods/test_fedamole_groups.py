@@ -39,12 +39,16 @@ def alone(client: ClientInfo, module: str) -> Tensor:
     return torch.randn(RANK, generator=stream(2, client.id, module))
 
 
-def make(robust: RobustSettings = RobustSettings(), **settings: Any) -> tuple[FedAMoLE, FedAMoLEState]:  # noqa: B008
+def make(
+    clients: Sequence[ClientInfo] = CLIENTS,
+    robust: RobustSettings = RobustSettings(),  # noqa: B008
+    **settings: Any,
+) -> tuple[FedAMoLE, FedAMoLEState]:
     method = FedAMoLE(
-        FedAMoLESettings(**{"experts": 18, "clients_per_expert": "auto", **settings}),
+        FedAMoLESettings(**{"experts": 18, **settings}),
         Plan(rank=RANK, alpha=4, dropout=0.0, rounds=6, head="personal", robust=robust),
     )
-    return method, method.init(BASE, CLIENTS)
+    return method, method.init(BASE, clients)
 
 
 def one_round(
@@ -170,10 +174,54 @@ def test_a_new_client_joins_those_that_it_is_like_and_its_own_place_does_not_cou
 
 
 def test_a_client_holds_as_many_experts_as_of_the_papers_within_the_limits() -> None:
-    assert experts_each(24, 16, Limits(2, 2, 8)) == 3
-    assert experts_each(100, 10, Limits(2, 2, 8)) == 8
-    assert experts_each(4, 10, Limits(2, 2, 8)) == 2
-    assert experts_each(1, 10, Limits(2, 2, 8)) == 1
+    assert experts_each(24, [0] * 16, Limits(2, 2, 8)) == 3
+    assert experts_each(100, [0] * 10, Limits(2, 2, 8)) == 8
+    assert experts_each(4, [0] * 10, Limits(2, 2, 8)) == 2
+    assert experts_each(1, [0] * 10, Limits(2, 2, 8)) == 1
+
+
+def test_the_experts_of_a_small_pool_go_round_all_groups() -> None:
+    assert experts_each(9, [0, 0, 1], Limits(2, 2, 8)) == 4  # 6 if there were one group
+    three = [CLIENTS[0], CLIENTS[1], CLIENTS[4]]
+    method, state = make(three, experts=9)
+    state = one_round(method, state, 1, three)
+    assert state.groups == (0, 0, 1)
+    assert all(holders(state, m) == ["a0 a1"] * 4 + ["b0"] * 4 for m in "qv")
+
+
+def test_few_clients_have_to_be_further_apart_to_be_of_two_groups() -> None:
+    def blocks(n: int) -> np.ndarray:
+        likeness = np.full((n, n), 0.5)
+        likeness[: n // 2, : n // 2] = likeness[n // 2 :, n // 2 :] = 0.75  # a silhouette of 1 - .25 / .5
+        return likeness
+
+    assert set(make_groups(blocks(8), torch.ones(8, dtype=torch.bool), 4)) == {0}
+    assert set(make_groups(blocks(10), torch.ones(10, dtype=torch.bool), 4)) == {0, 1}
+
+
+def test_a_late_client_takes_no_expert_from_the_others() -> None:
+    """With 10 clients a client holds 6 of 30 experts; 11 clients would hold 5 if they were counted anew."""
+    clients = [ClientInfo(f"c{i:02}", 10, group="a") for i in range(10)]
+    method, state = make(clients, experts=30)
+    state = one_round(method, state, 1, clients, where=alone)
+    held = {m: z.sum(dim=0).tolist() for m, z in state.holds.items()}
+    late = one_round(method, state, 2, [*clients, ClientInfo("late", 10, group="a")], where=alone)
+    assert held == {m: [6] * 10 for m in "qv"}
+    assert {m: z.sum(dim=0).tolist() for m, z in late.holds.items()} == {m: [6] * 11 for m in "qv"}
+    assert all(torch.equal(late.holds[m][:, :-1], state.holds[m]) for m in "qv")
+
+
+def test_what_one_client_trained_and_nobody_holds_starts_anew_and_is_not_exported() -> None:
+    method, start = make()
+    state = one_round(method, start, 1)
+    for module, z in state.holds.items():
+        for e in range(18):
+            for part in (Part.A, Part.B):
+                key = Key(module, e, part)
+                assert torch.equal(state.pool[key], start.pool[key]) == (not z[e].any())
+    assert 0 < len(state.used) < 18
+    assert method.experts(state).keys() == {f"expert-{e}" for e in state.used} | {"shared"}
+    assert method.experts(start).keys() == {f"expert-{e}" for e in range(18)} | {"shared"}
 
 
 def test_a_newcomer_gets_no_expert_that_nobody_has_trained() -> None:
@@ -193,7 +241,14 @@ def test_a_newcomer_gets_no_expert_that_nobody_has_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"assignment": "static"}, {"assignment": "random"}, {"prototype": "experts"}, {"embed": "after"}]
+    "settings",
+    [
+        {"assignment": "static"},
+        {"assignment": "random"},
+        {"assignment": "homogeneous"},
+        {"prototype": "experts"},
+        {"embed": "after"},
+    ],
 )
 def test_experts_that_do_not_look_for_clients_like_their_holders_pick_two(settings: dict[str, str]) -> None:
     method, state = make(**settings)

@@ -17,8 +17,9 @@ from coterie.methods.fedamole.selection import alike
 from coterie.ops.assign import Limits
 from coterie.ops.cluster import Array, cluster
 
-# Above this silhouette clients have different tasks: docs/decisions/0046-experts-for-groups.md has what was measured.
-APART = 0.45
+# Above this silhouette clients have different tasks; few clients have a higher one by chance. What was measured is in
+# docs/decisions/0046-experts-for-groups.md.
+APART, APART_IF_FEW, FEW = 0.45, 0.55, 9
 
 
 def groups_after(
@@ -31,21 +32,23 @@ def groups_after(
     likeness, known = alike(clients), torch.stack([t.any(dim=1) for t in clients]).any(dim=0)
     if groups:
         return join_groups(groups, likeness, known, known & ~before)
-    return make_groups(likeness, known, max(1, experts // experts_each(experts, len(likeness), limits)))
+    return make_groups(likeness, known, max(1, experts // limits.min_experts))
 
 
 def make_groups(likeness: Array, known: Tensor, most: int) -> tuple[int, ...]:
     """The number of each client's group, at most ``most`` of them, by how alike they are: ``likeness`` [n, n].
 
-    That is the cut of the tree with the largest silhouette, as in FedLEASE, or one group where none is above
-    :data:`APART`. Clients that are not ``known`` [n] yet join the largest group.
+    That is the cut of the tree with the largest silhouette, as in FedLEASE, or one group where none is above the limit:
+    :data:`APART`, or :data:`APART_IF_FEW` for fewer than :data:`FEW` clients. Clients that are not ``known`` [n] yet
+    join the largest group.
     """
     numbers = known.nonzero().flatten().tolist()
     labels = [0] * len(numbers)
     if len(numbers) > 2:
         distances = 1 - likeness[np.ix_(numbers, numbers)]
         np.fill_diagonal(distances, 0)
-        labels = list(cluster(distances, most, min_clusters=1, threshold=APART).labels)
+        limit = APART if len(numbers) >= FEW else APART_IF_FEW
+        labels = list(cluster(distances, most, min_clusters=1, threshold=limit).labels)
     largest = max(sorted(set(labels)), key=labels.count, default=0)
     by_number = dict(zip(numbers, labels, strict=True))
     return tuple(by_number.get(i, largest) for i in range(len(likeness)))
@@ -75,10 +78,28 @@ def for_groups(holds: Mapping[str, Tensor], groups: Sequence[int], each: int) ->
     return {module: _for_groups(z, members, each) for module, z in holds.items()}
 
 
-def experts_each(experts: int, clients: int, limits: Limits) -> int:
-    """How many experts a client holds: as many as if each expert picked the usual number of clients, within limits."""
-    usual = round(experts * limits.clients_per_expert / clients)
-    return max(1, min(max(usual, limits.min_experts), limits.max_experts, experts))
+def homes(
+    holds: Mapping[str, Tensor], before: Sequence[int], groups: Sequence[int], limits: Limits
+) -> dict[str, Tensor]:
+    """Whom the experts are for when ``groups`` are made, or one has a new client: by module [E, n] bool.
+
+    Where there were groups ``before``, each keeps as many experts as it has.
+    """
+    if before:
+        each = max(int(z.sum(dim=0).max()) for z in holds.values())
+    else:
+        each = experts_each(len(next(iter(holds.values()))), groups, limits)
+    return for_groups(holds, groups, each)
+
+
+def experts_each(experts: int, groups: Sequence[int], limits: Limits) -> int:
+    """How many experts each client holds: as many as if each expert picked the usual number of clients, within limits.
+
+    Many ``groups`` have fewer each, so that the experts go round.
+    """
+    usual = round(experts * limits.clients_per_expert / len(groups))
+    most = min(limits.max_experts, experts // (max(groups) + 1))
+    return max(1, min(max(usual, limits.min_experts), most))
 
 
 def _for_groups(holds: Tensor, members: Tensor, each: int) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.methods.base import Method, Onboarded, newcomers_own
-from coterie.methods.fedamole.groups import experts_each, for_groups, groups_after
+from coterie.methods.fedamole.groups import groups_after, homes
 from coterie.methods.fedamole.released import released
 from coterie.methods.fedamole.selection import (
     Scores,
@@ -27,7 +27,7 @@ from coterie.methods.fedamole.selection import (
     within_reach,
 )
 from coterie.methods.fedamole.settings import FedAMoLESettings
-from coterie.methods.fedamole.state import FedAMoLEState, with_late
+from coterie.methods.fedamole.state import FedAMoLEState, start_expert, started_anew, with_late
 from coterie.methods.findings import AggregationError, Assignment, ExpertPool, Finding
 from coterie.methods.parts import (
     Heads,
@@ -94,7 +94,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         number, rank = self._number(len(clients)), self.plan.rank
         pool = start_lora(base, self.plan, SHARED) | start_router(base, self.plan, rank)
         for e in range(number):
-            pool |= start_lora(base, self.plan, e, "expert", e)
+            pool |= start_expert(base, self.plan, e)
         modules = [target.name for target in base.targets]
         state = FedAMoLEState(
             base,
@@ -159,7 +159,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         return state if self._waits(state, rnd) else self._chosen(state, known, first)
 
     def experts(self, state: FedAMoLEState) -> Mapping[str, Tensors]:
-        numbered = {f"expert-{e}": e for e in range(state.num_experts)}
+        numbered = {f"expert-{e}": e for e in state.used}
         return {name: lora_of(state.pool, e, new=0) for name, e in {**numbered, "shared": SHARED}.items()}
 
     def describe(self, state: FedAMoLEState) -> Sequence[Finding]:
@@ -307,15 +307,15 @@ class FedAMoLE(Method[FedAMoLEState]):
         if self.settings.by_group:
             groups = groups_after(state.groups, self._tokens(state), known, state.num_experts, self._limits)
             if groups != state.groups:
-                state, first = replace(state, groups=groups), True
-                held = for_groups(held, groups, experts_each(state.num_experts, len(groups), self._limits))
+                held, first = homes(held, state.groups, groups, self._limits), True
+                state = replace(state, groups=groups)
             picks = np.stack([held[m].sum(dim=1).numpy() for m in modules])
         if self.settings.prototype == "holders" and not first:
             held = {m: knowingly(z, known) for m, z in held.items()}
         scores = self._scores(replace(state, holds=held))
         if not first:
             scores = with_inertia(scores, [held[m] for m in modules], self.settings.inertia)
-        return self._assign(state, scores, picks)
+        return started_anew(self._assign(state, scores, picks), self.plan)
 
     def _tokens(self, state: FedAMoLEState) -> list[Tensor]:
         """The clients' embeddings by module."""

@@ -23,8 +23,8 @@ class FedAMoLESettings(MethodSettings):
     )
     clients_per_expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="clients that each expert picks; auto: as many as are alike, where experts look for clients like "
-        "their holders (dynamic, holders, before), and fewer experts are used; elsewhere 2 (paper)",
+        description="clients that each expert picks; auto: its whole group of clients that are alike, with assignment "
+        "= dynamic, prototype = holders and embed = before, otherwise 2 (paper)",
     )
     first_holders: int | None = Field(
         None,
@@ -39,8 +39,9 @@ class FedAMoLESettings(MethodSettings):
     top_k: int = Field(2, ge=1, description="experts per token, besides the shared one")
     assignment: Literal["dynamic", "static", "random", "homogeneous", "oracle"] = Field(
         "dynamic",
-        description="experts choose each round; at random, once; at random, each round; like dynamic, with the same "
-        "number of experts for every client; or once, by the clients' known groups",
+        description="experts choose each round; at random, once; at random, each round; like dynamic with a number of "
+        "clients per expert, and with the same number of experts for every client; or once, by the clients' known "
+        "groups",
     )
     inertia: float = Field(
         2.0,
@@ -81,10 +82,9 @@ class FedAMoLESettings(MethodSettings):
 
     @model_validator(mode="after")
     def _first_holders(self) -> FedAMoLESettings:
-        if self.first_holders and not self.by_group and self.first_holders > self.usual_picks:
-            raise ValueError(
-                f"first_holders = {self.first_holders} is above clients_per_expert = {self.usual_picks}; lower it"
-            )
+        if self.first_holders and self.first_holders > self.usual_picks:
+            picks = f"{', which auto counts as' if self.clients_per_expert == 'auto' else ' ='} {self.usual_picks}"
+            raise ValueError(f"first_holders = {self.first_holders} is above clients_per_expert{picks}; lower it")
         return self
 
     @property

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from coterie.methods.parts import Heads
-from coterie.types import BaseSpec, ClientId, Tensors
+from coterie.methods.parts import Heads, start_lora
+from coterie.methods.plan import Plan
+from coterie.types import BaseSpec, ClientId, Key, Part, Tensors
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,35 @@ class FedAMoLEState:
     def num_experts(self) -> int:
         """E, the number of experts in each module's pool."""
         return next(iter(self.expert_embeddings.values())).shape[0]
+
+    @property
+    def used(self) -> list[int]:
+        """The numbers of the experts that some client holds in some module."""
+        held = torch.stack([z.any(dim=1) for z in self.holds.values()]).any(dim=0)
+        return [int(e) for e in held.nonzero().flatten()]
+
+
+def start_expert(base: BaseSpec, plan: Plan, number: int) -> dict[Key, Tensor]:
+    """An expert of every module's pool before it is trained."""
+    return start_lora(base, plan, number, "expert", number)
+
+
+def started_anew(state: FedAMoLEState, plan: Plan) -> FedAMoLEState:
+    """``state`` with the experts that nobody holds as they were at the start.
+
+    An expert that lost its first holder is what that one client trained, and would be exported as that.
+    """
+    idle = {
+        (module, int(e))
+        for module, z in state.holds.items()
+        for e in (~z.any(dim=1)).nonzero().flatten()
+        if state.pool[Key(module, int(e), Part.B)].any()
+    }
+    pool = dict(state.pool)
+    for number in sorted({e for _, e in idle}):
+        fresh = start_expert(state.base, plan, number)
+        pool |= {key: tensor for key, tensor in fresh.items() if (key.module, number) in idle}
+    return replace(state, pool=pool)
 
 
 def with_late(state: FedAMoLEState, replies: Collection[ClientId]) -> FedAMoLEState:
