@@ -2,8 +2,9 @@
 
 Eight clients, each with two of four tasks in a ratio of its own: sst2, trec, of which domain a request of CLINC150
 is, and six of its intents in a sixth domain. Every task has most of the rows of two clients and some of the rows of
-two others. Clusters are known (``allocation = "oracle"``, by the task with most of the rows), so that the variants
-differ in routing alone.
+two others. Clusters are known (``allocation = "oracle"``, by the task with most of the rows), so that FedLEASE's
+variants differ in routing alone. FedAMoLE, FedIT and local stand beside them. All have the learning rate that FedLEASE
+was tuned to on four tasks.
 
     python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2    # goes on where it was stopped
 """

@@ -10,46 +10,55 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.comparison.paired import against
-from coterie.comparison.record import Against, Figures, Record
+from coterie.comparison.record import Against, Figures, Record, RunFigures
 from coterie.comparison.tables import MISSING, p_value, signed
-from coterie.comparison.variants import contenders
+from coterie.comparison.variants import contenders, title_of
 from coterie.ops.metrics import better
 from coterie.ops.statistics import holm
 
+# Each system, and the forms of it that are nearer to the paper; the last one is the paper's.
 SYSTEMS = {
     "fedlease": ("fedlease:distance=B",),
     "fedamole": (
-        "fedamole:clients_per_expert=2", "fedamole:embed=after:embed_rows=held_out:prototype=experts:inertia=0",
+        "fedamole:clients_per_expert=2",
+        "fedamole:embed=after:embed_rows=held_out:prototype=experts:inertia=0",
     ),
-}  # fmt: skip  # a system, and the forms of it that are nearer to the paper
+}
 _BASELINES = 3
 _HEAD = ("federation", "method", "against", "points", "ahead", "p (Holm)", "bytes", "operations")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A system and what it is held against, on one federation; ``metric`` is what the difference is of."""
+    """A system and what it is held against, on one federation; ``metric`` is what the difference is of.
+
+    ``other`` and ``found`` are None where there are no figures of the variant ``name`` with the same seeds.
+    """
 
     federation: str
     mine: Figures
-    other: Figures
+    name: str
     metric: str
-    found: Against
+    other: Figures | None = None
+    found: Against | None = None
 
 
 def claims_of(records: Mapping[str, Record]) -> list[Claim]:
     """The claims of all federations, with p-values that are adjusted for all of them."""
     claims = [claim for federation, record in records.items() for claim in _claims(federation, record)]
-    adjusted = holm({str(i): claim.found.p for i, claim in enumerate(claims)})
-    return [replace(claim, found=replace(claim.found, p_holm=adjusted[str(i)])) for i, claim in enumerate(claims)]
+    adjusted = holm({str(i): claim.found.p for i, claim in enumerate(claims) if claim.found})
+    return [
+        replace(claim, found=replace(claim.found, p_holm=adjusted[str(i)])) if claim.found else claim
+        for i, claim in enumerate(claims)
+    ]
 
 
 def best_baselines(record: Record) -> list[str]:
     """The three best methods by validation that are neither ours nor a reference; of equals, those named first."""
-    ours = {name.partition(":")[0] for name in SYSTEMS}
-    means = {v: row.validation for v, row in contenders(record.variants).items() if row.method not in ours}
+    means = {v: row.validation for v, row in contenders(record.variants).items() if row.method not in SYSTEMS}
     known = [(v, mean) for v, mean in means.items() if mean is not None]
-    return [v for v, _ in sorted(known, key=lambda pair: pair[1], reverse=_more(record))[:_BASELINES]]
+    more = better(record.primary, 1.0, 0.0)
+    return [v for v, _ in sorted(known, key=lambda pair: pair[1], reverse=more)[:_BASELINES]]
 
 
 def table(claims: Sequence[Claim]) -> str:
@@ -66,45 +75,35 @@ def _claims(federation: str, record: Record) -> Iterable[Claim]:
         for name in (*forms, *best_baselines(record)):
             other = record.variants.get(name)
             found = against(mine, other, name, record.primary) if other else None
-            if other and found:
-                yield Claim(federation, mine, other, record.primary, found)
+            yield Claim(federation, mine, name, record.primary, other, found)
 
 
 def _cells(claim: Claim) -> list[str]:
-    found, metric = claim.found, claim.metric
+    found, metric, names = claim.found, claim.metric, [claim.federation, claim.mine.title, title_of(claim.name)]
+    if found is None:
+        return [*names, "not run", *[MISSING] * (len(_HEAD) - len(names) - 1)]
     low, high = (signed(value, metric) for value in found.interval)
-    ahead = f"{_seeds_ahead(claim)} of {len(found.seeds)} seeds, {found.wins} of {_clients(found)} clients"
+    pairs = _pairs(claim)
+    seeds = sum(better(metric, mine.mean or 0.0, other.mean or 0.0) for mine, other in pairs)
+    clients = found.wins + found.losses + found.ties
     return [
-        claim.federation, claim.mine.title, claim.other.title, f"{signed(found.difference, metric)} [{low}, {high}]",
-        ahead, p_value(found), _times(claim.mine.bytes, claim.other.bytes), _operations(claim),
+        *names, f"{signed(found.difference, metric)} [{low}, {high}]",
+        f"{seeds} of {len(pairs)} seeds, {found.wins} of {clients} clients", p_value(found),
+        _times([(mine.bytes_up + mine.bytes_down, other.bytes_up + other.bytes_down) for mine, other in pairs]),
+        _times([(mine.gflop, other.gflop) for mine, other in pairs if mine.gflop and other.gflop]),
     ]  # fmt: skip
 
 
-def _seeds_ahead(claim: Claim) -> int:
-    """The seeds with which the system's mean is better."""
-    other = {run.seed: run.mean for run in claim.other.runs}
-    pairs = ((run.mean, other.get(run.seed)) for run in claim.mine.runs)
-    return sum(a is not None and b is not None and better(claim.metric, a, b) for a, b in pairs)
+def _pairs(claim: Claim) -> list[tuple[RunFigures, RunFigures]]:
+    """The runs of both with the same seed."""
+    others = {run.seed: run for run in (claim.other.runs if claim.other else ())}
+    return [(run, others[run.seed]) for run in claim.mine.runs if run.seed in others]
 
 
-def _clients(found: Against) -> int:
-    return found.wins + found.losses + found.ties
-
-
-def _operations(claim: Claim) -> str:
-    """The ratio of the operations of training, over the seeds where both are known."""
-    other = {run.seed: run.gflop for run in claim.other.runs if run.gflop}
-    pairs = [(run.gflop, other[run.seed]) for run in claim.mine.runs if run.gflop and run.seed in other]
-    return _times(sum(mine for mine, _ in pairs), sum(theirs for _, theirs in pairs))
-
-
-def _times(mine: float | None, other: float | None) -> str:
-    """How many times of the other's cost."""
+def _times(costs: Sequence[tuple[float, float]]) -> str:
+    """How many times of the other's cost, over all pairs."""
+    mine, other = (sum(column) for column in zip(*costs, strict=True)) if costs else (0.0, 0.0)
     if not mine or not other:
         return MISSING
     ratio = mine / other
     return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
-
-
-def _more(record: Record) -> bool:
-    return better(record.primary, 1.0, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +45,7 @@ def test_the_best_baselines_are_those_of_validation_and_none_of_ours(claims: Mod
 
 def test_a_system_is_held_against_its_published_form_and_the_best_baselines(claims: ModuleType) -> None:
     found = claims.claims_of({"Tasks": record()})
-    assert [claim.other.title for claim in found] == ["FedLEASE, distance B", "FedIT", "FedProx", "Local"]
+    assert [claim.name for claim in found] == ["fedlease:distance=B", "fedit", "fedprox", "local"]
     assert [claim.found.difference for claim in found] == pytest.approx([0.01, 0.1, 0.025, 0.2])
     assert [len(claim.found.seeds) for claim in found] == [1, 2, 2, 2]
 
@@ -62,4 +63,15 @@ def test_a_line_has_what_each_costs(claims: ModuleType) -> None:
     assert lines[3] == f"| Tasks | FedLEASE | FedIT | +10.0 [+10.0, +10.0] | {ahead} | 0.031 | 2.5x | 1.5x |"
     assert "| 1 of 2 seeds, 8 of 8 clients |" in lines[4]
     assert lines[5].endswith("| 5x | - |")
-    assert [claims._times(1900.4, 1.0), claims._times(12.4, 1.0), claims._times(1.0, 8.0)] == ["1,900x", "12x", "0.12x"]
+    assert [claims._times([cost]) for cost in ((1900.4, 1.0), (12.4, 1.0), (1.0, 8.0))] == ["1,900x", "12x", "0.12x"]
+
+
+def test_a_form_without_figures_is_in_the_table_and_is_no_test(claims: ModuleType) -> None:
+    whole = record()
+    few = replace(whole, variants={v: row for v, row in whole.variants.items() if v != "fedlease:distance=B"})
+    found = claims.claims_of({"Tasks": few})
+    assert [claim.name for claim in found] == ["fedlease:distance=B", "fedit", "fedprox", "local"]
+    assert (
+        claims.table(found).splitlines()[2] == "| Tasks | FedLEASE | FedLEASE, distance B | not run | - | - | - | - |"
+    )
+    assert found[1].found.p_holm == pytest.approx(3 * 2 / 2**8)
