@@ -127,16 +127,15 @@ def test_experts_keep_what_they_learned_when_a_client_joins() -> None:
         assert torch.equal(late.holds[module][:, -1], first.holds[module][:, 4])
 
 
-def test_a_long_embedding_does_not_hide_the_groups_of_the_others() -> None:
-    def far(client: ClientInfo, module: str) -> Tensor:
-        return place(client, module) * (1e4 if client.id == "c1" else 1)
-
-    robust = RobustSettings(rule="median")
-    groups = []
-    for rule in (robust, RobustSettings()):
-        method, state = make(robust=rule)
-        groups.append(one_round(method, state, 1, where=far).groups[:-1])
-    assert groups == [(0, 0, 0, 0, 1, 1, 1, 2), (0,) * 8]
+@pytest.mark.parametrize("robust", [RobustSettings(rule="median"), RobustSettings(clip=0.5)])
+def test_with_a_rule_experts_pick_two(robust: RobustSettings) -> None:
+    method, state = make(robust=robust)
+    state = one_round(method, state, 1)
+    assert state.groups == ()
+    assert all((z.sum(dim=1) == 2).all() for z in state.holds.values())
+    (pool,) = (found.pool for found in method.describe(state) if isinstance(found, Assignment))
+    assert pool is not None
+    assert pool.clients_per_expert == 2
 
 
 def test_experts_that_a_group_does_not_need_are_for_one_that_has_too_few() -> None:

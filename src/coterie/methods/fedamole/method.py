@@ -164,11 +164,10 @@ class FedAMoLE(Method[FedAMoLEState]):
 
     def describe(self, state: FedAMoLEState) -> Sequence[Finding]:
         s = self.settings
-        assigned = {
-            module: {c: z[:, i].nonzero().flatten().tolist() for i, c in enumerate(state.clients)}
-            for module, z in state.holds.items()
-        }
-        pool = ExpertPool(state.num_experts, None if s.by_group else s.usual_picks, s.max_experts, s.assignment)
+        numbers = {m: [z[:, i].nonzero().flatten().tolist() for i in range(z.shape[1])] for m, z in state.holds.items()}
+        assigned = {module: dict(zip(state.clients, of, strict=True)) for module, of in numbers.items()}
+        each = None if s.by_group(self.plan.robust) else s.usual_picks
+        pool = ExpertPool(state.num_experts, each, s.max_experts, s.assignment)
         return [Assignment(assigned, pool), AggregationError(state.error)]
 
     # client ------------------------------------------------------------------------------------------------------
@@ -304,7 +303,7 @@ class FedAMoLE(Method[FedAMoLEState]):
         so there is no bonus.
         """
         modules, held, picks = [t.name for t in state.base.targets], dict(state.holds), None
-        if self.settings.by_group:
+        if self.settings.by_group(self.plan.robust):
             groups = groups_after(state.groups, self._tokens(state), known, state.num_experts, self._limits)
             if groups != state.groups:
                 held, first = homes(held, state.groups, groups, self._limits), True

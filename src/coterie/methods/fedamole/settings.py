@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from coterie.methods.plan import MethodSettings
+from coterie.methods.robust import RobustSettings
 from coterie.requests import HoldOut
 from coterie.types import ClientInfo, CoterieError
 
@@ -24,7 +25,7 @@ class FedAMoLESettings(MethodSettings):
     clients_per_expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="clients that each expert picks; auto: its whole group of clients that are alike, with assignment "
-        "= dynamic, prototype = holders and embed = before, otherwise 2 (paper)",
+        "= dynamic, prototype = holders, embed = before and no rule of [robust], otherwise 2 (paper)",
     )
     first_holders: int | None = Field(
         None,
@@ -87,11 +88,14 @@ class FedAMoLESettings(MethodSettings):
             raise ValueError(f"first_holders = {self.first_holders} is above clients_per_expert{picks}; lower it")
         return self
 
-    @property
-    def by_group(self) -> bool:
-        """Whether each expert picks a whole group of clients that are alike."""
+    def by_group(self, robust: RobustSettings) -> bool:
+        """Whether each expert picks a whole group of clients that are alike.
+
+        Not with a rule of ``robust``: it gives up what whole groups gain, and two bad clients of four cost more there
+        (docs/results/robustness.md).
+        """
         looks = self.assignment == "dynamic" and self.prototype == "holders" and self.embed == "before"
-        return looks and self.clients_per_expert == "auto"
+        return looks and self.clients_per_expert == "auto" and not robust.active
 
     @property
     def usual_picks(self) -> int:
