@@ -15,7 +15,6 @@ from coterie.comparison.figures import best_of, figures_of
 from coterie.comparison.paired import against_best
 from coterie.comparison.record import Figures, Record, read_record, write_record
 from coterie.comparison.tables import settings_of
-from coterie.comparison.variants import contenders
 from coterie.files import read_json, write_json
 from coterie.runs.entries import plain
 from coterie.types import CoterieError
@@ -33,7 +32,7 @@ def join(published: Record, new: Record) -> Record:
         raise CoterieError(f"published rounds are to {published.target}, these to {new.target}: run with that target")
     names = dict.fromkeys((*published.variants, *new.variants))
     rows = {name: _row(name, published.variants.get(name), new.variants.get(name)) for name in names}
-    means = {name: row.validation for name, row in contenders(rows).items()}
+    means = {name: row.validation for name, row in rows.items()}
     best = best_of(means, new.primary)
     assert best is not None  # a study is tuned on validation data
     return replace(

@@ -56,8 +56,7 @@ def record_of(comparison: Comparison, target: float | None = None) -> Record:
     summaries = [run.summary for runs in comparison.done.values() for run in runs.values()]
     primary, last = summaries[-1].primary, summaries[-1]
     split = "validation" if all(s.mean.get("validation") for s in summaries) else "test"
-    done = contenders(comparison.done)
-    means = {v: _mean([_of(run.summary, split) for run in runs.values()]) for v, runs in done.items()}
+    means = {v: _mean([_of(run.summary, split) for run in runs.values()]) for v, runs in comparison.done.items()}
     best = best_of(means, primary)
     aim = target if target is not None else _target(means[best], primary) if best else None
     figures = {v: _figures(v, runs, split, aim) for v, runs in comparison.done.items()}
@@ -78,9 +77,9 @@ def record_of(comparison: Comparison, target: float | None = None) -> Record:
 
 
 def best_of(means: Mapping[str, float | None], metric: str) -> str | None:
-    """The variant with the best mean, the first of equals; None where no mean is known."""
+    """The contender with the best mean, the first of equals; None where no mean is known."""
     best: tuple[str, float] | None = None
-    for variant, mean in means.items():
+    for variant, mean in contenders(means).items():
         if mean is not None and (best is None or better(metric, mean, best[1])):
             best = variant, mean
     return best[0] if best else None

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.comparison.record import Against, Figures, RunFigures
+from coterie.comparison.variants import contenders
 from coterie.ops.metrics import better
 from coterie.ops.statistics import bootstrap_interval, holm, sign_flip_p
 
@@ -21,9 +22,10 @@ def against_best(
 ) -> dict[str, Figures]:
     """``figures``, each with its comparison with the best other variant: ``best``, and for ``best`` the second.
 
-    Which is best goes by ``means``, on validation data. A variant without seeds and clients in common gets none.
+    Which is best goes by ``means``, on validation data, among the contenders. A variant without seeds and clients in
+    common gets none.
     """
-    rest = {variant: mean for variant, mean in means.items() if variant != best and mean is not None}
+    rest = {variant: mean for variant, mean in contenders(means).items() if variant != best and mean is not None}
     second = None
     for variant, mean in rest.items():
         if second is None or better(metric, mean, rest[second]):

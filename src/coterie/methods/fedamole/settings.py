@@ -25,7 +25,7 @@ class FedAMoLESettings(MethodSettings):
     clients_per_expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="clients that each expert picks; auto: its whole group of clients that are alike, with assignment "
-        "= dynamic, prototype = holders, embed = before and no rule of [robust], otherwise 2 (paper)",
+        "= dynamic, prototype = holders, embed = before and neither rule nor clip of [robust], otherwise 2 (paper)",
     )
     first_holders: int | None = Field(
         None,
@@ -91,8 +91,8 @@ class FedAMoLESettings(MethodSettings):
     def by_group(self, robust: RobustSettings) -> bool:
         """Whether each expert picks a whole group of clients that are alike.
 
-        Not with a rule of ``robust``: it gives up what whole groups gain, and two bad clients of four cost more there
-        (docs/results/robustness.md).
+        Not with a rule or clip of ``robust``: it gives up what whole groups gain, and two bad clients of four cost more
+        there (docs/results/robustness.md).
         """
         looks = self.assignment == "dynamic" and self.prototype == "holders" and self.embed == "before"
         return looks and self.clients_per_expert == "auto" and not robust.active
