@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coterie.comparison.figures import best_of, figures_of
+from coterie.comparison.figures import best_of, evaluations, figures_of
 from coterie.comparison.paired import against_best
 from coterie.comparison.record import Figures, Record, read_record, write_record
 from coterie.comparison.tables import settings_of
@@ -19,7 +19,17 @@ from coterie.files import read_json, write_json
 from coterie.runs.entries import plain
 from coterie.types import CoterieError
 
+Curves = Mapping[str, Mapping[str, Mapping[str, float]]]
 PLACES, MADE = "places", "made"  # machines with commits; by method and seed: the number of its place
+AGAIN = "run the study again"
+BY_ROUND = "by_round"  # by method, seed and round: the mean validation metric
+
+
+def check_rounds(published: Record, rounds: int) -> None:
+    """Raises :class:`CoterieError` where the published runs do not have so many rounds: one table has one number."""
+    other = {run.rounds for row in published.variants.values() for run in row.runs} - {rounds}
+    if other:
+        raise CoterieError(f"published runs have {min(other)} rounds, the config {rounds}: --anew starts without them")
 
 
 def join(published: Record, new: Record) -> Record:
@@ -63,9 +73,31 @@ def publish(measured: Path, published: Path, methods: Sequence[str], anew: bool 
         run: made[run[0]][str(run[1])] if now[run] == before.get(run) else places.index(here) for run in sorted(now)
     }
     found = {name: {str(seed): place for (of, seed), place in by_run.items() if of == name} for name in record.variants}
+    by_round = _joined_curves(curves_of(published) if old else {}, _curves(new, measured.parent), found)
     write_record(published, record)
-    write_json(published, {**read_json(published, "run the study again"), PLACES: places, MADE: found})
+    write_json(published, {**read_json(published, AGAIN), PLACES: places, MADE: found, BY_ROUND: by_round})
     return record
+
+
+def curves_of(published: Path) -> Curves:
+    """What the runs of a published study had reached on validation data, by method, seed and round."""
+    return read_json(published, AGAIN).get(BY_ROUND, {})
+
+
+def _curves(record: Record, above: Path) -> Curves:
+    """The same of the runs of ``record``, whose folders are below ``above``."""
+    runs = [(name, run) for name, row in record.variants.items() for run in row.runs]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, run in runs:
+        means = {str(event.round): event.mean["validation"] for event in evaluations(above / run.folder)}
+        found.setdefault(name, {})[str(run.seed)] = {rnd: mean[record.primary] for rnd, mean in means.items()}
+    return found
+
+
+def _joined_curves(old: Curves, new: Curves, made: Mapping[str, Mapping[str, int]]) -> Curves:
+    """``new`` where it has a run that is published, else ``old``."""
+    both = {name: {**old.get(name, {}), **new.get(name, {})} for name in made}
+    return {name: {seed: curve for seed, curve in both[name].items() if seed in made[name]} for name in made}
 
 
 def _row(name: str, old: Figures | None, new: Figures | None) -> Figures:
@@ -81,5 +113,5 @@ def _row(name: str, old: Figures | None, new: Figures | None) -> Figures:
 
 def _made(published: Path) -> tuple[list[Any], Mapping[str, Mapping[str, int]]]:
     """The places, and by method and seed the number of its place."""
-    content = read_json(published, "run the study again")
+    content = read_json(published, AGAIN)
     return list(content[PLACES]), content[MADE]

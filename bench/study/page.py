@@ -1,4 +1,4 @@
-"""Writes the study's tables into docs/results/study.md, and its picture, from the published figures.
+"""Writes the study's tables into docs/results/study.md, and its pictures, from the published figures.
 
 python bench/study/page.py
 """
@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import claims
+import pictures
 from _harness import RESULTS
+from joined import curves_of
 
 from coterie.comparison.record import Figures, Record, read_record
 from coterie.comparison.tables import overview, settings_of
-from coterie.report.plots import INK, LINE, MUTED, PALETTE, png
-from coterie.report.plots.style import styled
+from coterie.report.plots import png
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, PICTURE = DOCS / "results" / "study.md", DOCS / "pictures" / "study.png"
+PAGE, GAINS, ROUNDS = (DOCS / path for path in ("results/study.md", "pictures/study.png", "pictures/study-rounds.png"))
 FEDERATIONS = {"four-tasks": "Four tasks", "clinc150": "CLINC150 by domain", "sick": "SICK with skewed labels"}
-ALONE = "local"
-_REACH = (-100, 100)  # all gains
 # Time is of several machines, operations are not known of all runs, and the rate has a column of its own.
 _LEFT_OUT = ("time", "operations", "tuned to")
 
@@ -38,15 +32,17 @@ def main() -> None:
     text = PAGE.read_text()
     for name, record in records.items():
         text = filled(text, name, table(record))
-    text = filled(text, "claims", claims.table(claims.claims_of(titled(records))))
+    by_title = titled(records)
+    text = filled(text, "claims", claims.table(claims.claims_of(by_title)))
     PAGE.write_text(text)
-    png(picture(records), PICTURE)
-    print(f"{PAGE}\n{PICTURE}")
+    png(pictures.gains(by_title), GAINS)
+    png(pictures.by_round(by_title, {FEDERATIONS[name]: curves_of(_published(name)) for name in records}), ROUNDS)
+    print(f"{PAGE}\n{GAINS}\n{ROUNDS}")
 
 
 def published() -> dict[str, Record]:
     """The published comparison of each federation."""
-    records = {name: read_record(RESULTS / f"study-{name}.json") for name in FEDERATIONS}
+    records = {name: read_record(_published(name)) for name in FEDERATIONS}
     return {name: record for name, record in records.items() if record is not None}
 
 
@@ -72,56 +68,13 @@ def table(record: Record) -> str:
     for row, cells in zip(record.variants.values(), grid.rows, strict=True):
         by_name = dict(zip(grid.head, cells, strict=True))
         texts = [f"**{by_name[name].text}**" if by_name[name].best else by_name[name].text for name in names]
-        rows.append((_below(row), [*texts, _rate(row)]))
+        rows.append((pictures.below(row), [*texts, _rate(row)]))
     lines = [[*names, "learning rate"], ["---"] * (len(names) + 1), *(texts for _, texts in sorted(rows))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-@styled
-def picture(records: Mapping[str, Record]) -> Figure:
-    """Each method's gain over training alone, with a panel for each federation.
-
-    Small dots are seeds, a large one is their mean. The gain of a seed is over training alone with that seed;
-    a seed without that is left out.
-    """
-    titles = _titles(records)
-    figure = Figure(figsize=(9.6, 1.0 + 0.23 * len(titles)), layout="constrained")
-    panels = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
-    for ax, (name, record) in zip(panels, records.items(), strict=True):
-        _panel(ax, record, titles)
-        ax.set_title(FEDERATIONS[name])
-    panels[0].set_yticks(range(len(titles)), titles)
-    panels[0].set_ylim(len(titles) - 0.4, -0.6)
-    figure.supxlabel("gain in test accuracy over training alone, points", color=MUTED, fontsize=9)
-    return figure
-
-
-def _panel(ax: Axes, record: Record, titles: Sequence[str]) -> None:
-    alone = {run.seed: run.mean or 0.0 for run in record.variants[ALONE].runs}
-    ax.hlines(np.arange(len(titles)), *_REACH, color=LINE, linewidth=0.5, zorder=0)
-    ax.axvline(0, color=MUTED, linewidth=1.0, linestyle=(0, (2, 3)), zorder=1)
-    every = []
-    for row in record.variants.values():
-        paired = [run for run in row.runs if run.mean is not None and run.seed in alone]
-        gains = [100 * ((run.mean or 0.0) - alone[run.seed]) for run in paired]
-        if row.method == ALONE or not gains:
-            continue
-        colour, height = PALETTE[1] if row.method in claims.SYSTEMS else PALETTE[0], titles.index(row.title)
-        ax.scatter(gains, [height] * len(gains), s=9, color=colour, alpha=0.6, linewidth=0)
-        ax.scatter([np.mean(gains)], [height], s=46, color=colour, edgecolor=INK, linewidth=0.6, zorder=3)
-        every += gains
-    ax.set_xlim(min(every) - 1, max(every) + 1)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-def _titles(records: Mapping[str, Record]) -> list[str]:
-    """All methods but training alone: those of the first federation by its accuracy, and after them the others."""
-    rows = (row for record in records.values() for row in sorted(record.variants.values(), key=_below))
-    return list(dict.fromkeys(row.title for row in rows if row.method != ALONE))
-
-
-def _below(row: Figures) -> float:
-    return -(row.mean or 0.0)
+def _published(name: str) -> Path:
+    return RESULTS / f"study-{name}.json"
 
 
 def _rate(row: Figures) -> str:

@@ -3,7 +3,7 @@
 The configs beside this file are the federations. Every method is tuned over the same learning rates on validation data
 with a seed that is not reported. What is finished is not repeated, so the command goes on where it stopped. More
 methods or seeds may follow later, on any machine: they join what ``bench/results/study-FEDERATION.json`` has, and a
-method that has a learning rate there keeps it. ``--anew`` forgets that file.
+method that has a learning rate there keeps it. ``--anew`` forgets that file, as it has to after a change of the rounds.
 
     python examples/fetch_data.py sst2 trec sick clinc150          # once
     python bench/study/run.py four-tasks --methods fedlease,local,fedit
@@ -19,11 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, banking, datasets
-from joined import publish
+from joined import check_rounds, publish
 
 from coterie.comparison import compare
 from coterie.comparison.record import RECORD, Record, read_record
 from coterie.comparison.tables import markdown, settings_of
+from coterie.config.load import load_config
 
 HERE = Path(__file__).parent
 METHODS = (
@@ -49,11 +50,14 @@ def main() -> None:
     if chosen.show:
         print(markdown(before) if before else f"there is no {path}")
         return
+    config = HERE / f"{chosen.federation}.toml"
+    if before:
+        check_rounds(before, load_config(config).run.rounds)
     banking(datasets(), HERE / "data" / "banking")
     out = chosen.work / chosen.federation
     for method in methods:
         compare(
-            HERE / f"{chosen.federation}.toml",
+            config,
             out,
             methods=[method],
             seeds=[int(seed) for seed in chosen.seeds.split(",")],

@@ -13,6 +13,7 @@ import pytest
 from coterie.comparison.figures import record_of
 from coterie.comparison.record import Record, write_record
 from coterie.comparison.tuning import Choice
+from coterie.runs.events import Evaluated
 from coterie.runs.summary import Summary
 from coterie.types import CoterieError
 from summaries import compared, of_clients
@@ -110,3 +111,32 @@ def test_only_the_methods_that_were_asked_for_are_published(joined: ModuleType, 
     assert found["variants"]["local"]["mean"] == record(local=WORST).variants["local"].mean
     assert found["variants"]["fedit"]["mean"] == record(fedit=BEST).variants["fedit"].mean
     assert {found["places"][n]["commit"] for n in found["made"]["local"].values()} == {"new"}
+
+
+def test_runs_of_other_lengths_do_not_share_a_table(joined: ModuleType) -> None:
+    published = record(local=WORST)
+    (rounds,) = {run.rounds for run in published.variants["local"].runs}
+    joined.check_rounds(published, rounds)
+    with pytest.raises(CoterieError, match=f"published runs have {rounds} rounds, the config 99: --anew"):
+        joined.check_rounds(published, 99)
+
+
+def test_what_a_run_reached_by_round_is_published_with_it(joined: ModuleType, tmp_path: Path) -> None:
+    measured, published = tmp_path / "compare.json", tmp_path / "study.json"
+
+    def reach(folder: str, value: float) -> None:
+        scores = {"client": {"validation": {"accuracy": value}}}
+        event = Evaluated(round=3, clients=scores, mean=scores["client"])
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps(event.to_json()) + "\n")
+
+    write_record(measured, record(rate="1e-3", local=WORST, fedit=BEST))
+    reach("local-0", 0.2)
+    reach("fedit-1", 0.5)
+    joined.publish(measured, published, METHODS)
+    write_record(measured, record(rate="1e-3", seeds=(0,), local=WORST))
+    reach("local-0", 0.3)
+    joined.publish(measured, published, METHODS)
+    curves = joined.curves_of(published)
+    assert curves["local"]["0"] == {"3": 0.3}, "the run was made again"
+    assert curves["fedit"]["1"] == {"3": 0.5}

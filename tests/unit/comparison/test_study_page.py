@@ -1,4 +1,4 @@
-"""The study's page holds the published figures: bench/study/page.py."""
+"""The study's page holds the published figures: bench/study/page.py and pictures.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_methods_stand_in_the_order_of_their_accuracy(page: ModuleType) -> None:
 def test_a_dot_is_the_gain_over_training_alone_with_the_same_seed(page: ModuleType) -> None:
     better = of_clients([0.6, 0.7], 0.6)
     record = record_of(compared({"local": {0: ALONE, 1: better}, "fedlease": {0: HIGH, 1: HIGH}}), target=0.8)
-    (panel,) = page.picture({"sick": record}).axes
+    (panel,) = page.pictures.gains({"sick": record}).axes
     seeds, mean = (dots.get_offsets()[:, 0].tolist() for dots in panel.collections[1:])
     assert seeds == pytest.approx([25.0, 15.0])
     assert mean == pytest.approx([20.0])
@@ -54,5 +54,15 @@ def test_a_dot_is_the_gain_over_training_alone_with_the_same_seed(page: ModuleTy
 
 def test_seeds_without_training_alone_have_no_dot(page: ModuleType) -> None:
     record = record_of(compared({"local": {0: ALONE}, "fedlease": {0: HIGH, 5: LOW}}), target=0.8)
-    (panel,) = page.picture({"sick": record}).axes
+    (panel,) = page.pictures.gains({"sick": record}).axes
     assert panel.collections[1].get_offsets()[:, 0].tolist() == pytest.approx([25.0])
+
+
+def test_a_line_is_the_mean_over_seeds_of_the_rounds_that_all_have(page: ModuleType) -> None:
+    record = record_of(compared({"local": {0: ALONE}, "fedlease": {0: HIGH, 1: HIGH}, "ifca": {0: LOW}}), target=0.8)
+    seeds = {"0": {"3": 0.5, "6": 0.7}, "1": {"3": 0.7, "6": 0.8, "9": 0.9}}
+    (panel,) = page.pictures.by_round({"a": record}, {"a": {"fedlease": seeds, "ifca": {"0": {"3": 0.4}}}}).axes
+    lines = {line.get_label(): line.get_xydata().round(6).tolist() for line in panel.lines}
+    assert lines["FedLEASE"] == [[3.0, 60.0], [6.0, 75.0]]
+    assert [3.0, 40.0] in [line[0] for line in lines.values()]
+    assert len(lines) == 2, "of local nothing is known"
