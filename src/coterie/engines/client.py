@@ -23,7 +23,7 @@ from coterie.energy import Energy, Meter, energy_of
 from coterie.engines.base import SAMPLES, Delivery, Evaluation
 from coterie.engines.privacy import hidden, row_privacy
 from coterie.engines.store import ClientStates
-from coterie.methods.base import Compute, Method, drive, returning
+from coterie.methods.base import Compute, Method, drive
 from coterie.requests import Answer, BankProgram, Observe, Observed, Sample, Score, Scored
 from coterie.types import Bank, ClientId, ClientInfo, ClientResult, CoterieError, Instruction, Personal, Reply
 
@@ -139,7 +139,7 @@ def evaluate_client(
 
 
 def client_bank(client: LocalClient, method: Method, blob: bytes, rnd: int) -> Bank:
-    """What a client evaluates with and exports after round ``rnd``: what it trained last where that is kept, else what
+    """What a client evaluates with and exports after round ``rnd``: what it has trained where that is kept, else what
     the instruction for the next round gives it. Raises as :func:`train_client`."""
     compute = client.guard.compute(LocalCompute(client.workplace, client.data, rnd))
     return drive(bank_program(client, method, blob, rnd), compute)
@@ -148,8 +148,11 @@ def client_bank(client: LocalClient, method: Method, blob: bytes, rnd: int) -> B
 def bank_program(client: LocalClient, method: Method, blob: bytes, rnd: int) -> BankProgram:
     """The program of :func:`client_bank`; the states that it needs are read now."""
     ins = _instruction(client, blob)
+    personal = client.personal(method, rnd)
     trained = client.states.trained.load(client.id, rnd) if client.states.trained else None
-    return returning(trained) if trained else method.choose(ins, client.info, client.personal(method, rnd))
+    if trained:
+        return method.after_training(ins, client.info, personal, trained)
+    return method.choose(ins, client.info, personal)
 
 
 # The parts of the above, for clients that train or are evaluated together. -------------------------------------------

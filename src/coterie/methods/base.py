@@ -228,6 +228,14 @@ class Method(ABC, Generic[S]):
         """
         return returning(self.bank(ins, me, personal))
 
+    def after_training(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Bank) -> BankProgram:
+        """As :meth:`choose`, with ``[run] evaluate = "trained"``: before the client gets the others' training.
+
+        By default, it returns ``trained``, the bank that the client trained last. A method of which that is only a part
+        puts it together with the rest. ``ins`` is the instruction for the next round.
+        """
+        return returning(trained)
+
 
 @dataclass(frozen=True)
 class Onboarded:

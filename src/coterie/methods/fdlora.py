@@ -24,7 +24,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from coterie.methods.base import Method
+from coterie.methods.base import Method, returning
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
@@ -35,7 +35,9 @@ from coterie.methods.parts import (
     mean_error,
     mean_heads,
     numbered_head,
+    of_both,
     one_head,
+    own_copy,
     shapes_of,
     start_head,
     start_heads,
@@ -158,10 +160,12 @@ class FDLoRA(Method[FDLoRAState]):
         )
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
-        received, sides = lora_of(ins.tensors), dict(personal.tensors)
+        received, sides, before = lora_of(ins.tensors), dict(personal.tensors), None
         if "trained" not in personal.info:  # stage 1
             bank = self._bank(_side(sides, PERSONAL))
-            trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim, "personal" if received else "train")
+            trained = before = yield Train(
+                bank, frozenset(bank.tensors), self.plan.optim, "personal" if received else "train"
+            )
             sides |= _numbered(trained.tensors, PERSONAL)
             if not received and self.plan.head == "personal":
                 sides |= numbered_head(trained.tensors, GLOBAL)
@@ -173,8 +177,16 @@ class FDLoRA(Method[FDLoRAState]):
             if ins.info["sync"]:
                 sides |= _numbered(trained.tensors, PERSONAL)
         head = head_of(trained.tensors) if self.plan.head == "shared" else {}
-        reply = Reply({**lora_of(trained.tensors), **head}, me.num_train, statistics(trained))
-        return ClientResult(reply, replace(personal, tensors=sides, info={"trained": True}))
+        done = of_both(before, trained) if before and received else trained
+        reply = Reply({**lora_of(trained.tensors), **head}, me.num_train, statistics(done))
+        info = {"trained": True, "global": bool(received)}
+        return ClientResult(reply, replace(personal, tensors=sides, info=info))
+
+    def after_training(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Bank) -> BankProgram:
+        """Both sides, with the global one as the client has trained it; after stage 1 the personal side alone."""
+        if not personal.info.get("global", True):
+            return returning(trained)
+        return self.choose(own_copy(ins, trained), me, personal)
 
     def choose(self, ins: Instruction, me: ClientInfo, personal: Personal) -> BankProgram:
         if not lora_of(ins.tensors) or "trained" not in personal.info:

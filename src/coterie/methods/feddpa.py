@@ -36,6 +36,8 @@ from coterie.methods.parts import (
     lora_of,
     mean_error,
     mean_heads,
+    of_both,
+    own_copy,
     router_of,
     settle,
     shapes_of,
@@ -46,7 +48,7 @@ from coterie.methods.parts import (
 )
 from coterie.methods.plan import MethodSettings
 from coterie.ops.mean import mean, relative_error
-from coterie.requests import ClientProgram, Observe, Train
+from coterie.requests import BankProgram, ClientProgram, Observe, Train
 from coterie.types import (
     Bank,
     BaseSpec,
@@ -138,7 +140,11 @@ class FedDPA(Method[FedDPAState]):
         rows = yield Observe(self._mixture(ins, personal), "train", ("directions",), examples=self.settings.instances)
         references = {key._replace(part=Part.ROUTER): h.unsqueeze(0) for key, h in rows.directions.items()}
         kept = replace(personal, tensors={**personal.tensors, **references})
-        return settle(self.plan, trained, me, kept, lora_of(trained.tensors))
+        return settle(self.plan, of_both(local, trained), me, kept, lora_of(trained.tensors))
+
+    def after_training(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Bank) -> BankProgram:
+        """The mixture, with the global LoRA as the client has trained it."""
+        return self.choose(own_copy(ins, trained), me, personal)
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         references, local = router_of(personal.tensors), lora_of(personal.tensors)

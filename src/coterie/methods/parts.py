@@ -21,6 +21,7 @@ from coterie.ops.streams import kaiming_uniform, stream
 from coterie.requests import Trained
 from coterie.types import (
     NO_EXPERT,
+    Bank,
     BaseSpec,
     ClientId,
     ClientInfo,
@@ -199,6 +200,23 @@ def settle(
     home = {key: trained.tensors[key] for key in stays} | ({} if shared else head)
     reply = Reply(upload, me.num_train, statistics(trained))
     return ClientResult(reply, replace(personal, tensors={**personal.tensors, **home}))
+
+
+def of_both(first: Trained, last: Trained) -> Trained:
+    """``last`` with the counts of two trainings in one round; the loss is that of ``last``."""
+    return replace(
+        last,
+        examples=first.examples + last.examples,
+        tokens=first.tokens + last.tokens,
+        steps=first.steps + last.steps,
+        flops=first.flops + last.flops,
+        active_flops=first.active_flops + last.active_flops,
+    )
+
+
+def own_copy(ins: Instruction, trained: Bank) -> Instruction:
+    """``ins`` with the tensors of ``trained`` that it has too: what it would say had nobody else trained."""
+    return replace(ins, tensors={key: trained.tensors.get(key, value) for key, value in ins.tensors.items()})
 
 
 def statistics(trained: Trained) -> dict[str, float]:

@@ -15,7 +15,7 @@ from coterie.methods.findings import AggregationError, find
 from coterie.methods.plan import Plan
 from coterie.requests import Score, Scored, Train
 from coterie.types import NO_EXPERT, Bank, ClientInfo, Key, Part, Tensors
-from halves import CLIENTS, Play, driven
+from halves import CLIENTS, Play, driven, moved
 from workplaces import equal_bits, largest_difference
 
 NAMES = [client.id for client in CLIENTS]
@@ -107,6 +107,41 @@ def test_a_client_that_missed_stage_1_trains_both_sides_in_its_first_round() -> 
     assert own.purpose != shared.purpose
     assert torch.equal(shared.bank.tensors[HEAD], weighed(over, ME, (1.0, 0.0))[HEAD]), "its only head so far"
     assert not torch.equal(weighed(over, ME, (1.0, 0.0))[B], replies[ME].tensors[B])
+
+
+def after_training(over: Play) -> tuple[Bank, Bank, int]:
+    """What a client uses after its training, the bank that it trained last, and how often it scored."""
+    request, ins = trainings(over)[-1], over.method.configure(over.state, CLIENTS, over.rnd + 1)[ME]
+    trained = Bank(
+        {**request.bank.tensors, **moved(request, CLIENTS[0]).tensors}, request.bank.gate, over.method.plan.scaling
+    )
+    bank, asked = driven(over.method.after_training(ins, CLIENTS[0], over.personal[ME], trained), CLIENTS[0])
+    assert all(isinstance(request, Score) for request in asked)
+    return bank, trained, len(asked)
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+def test_after_its_training_a_client_fuses_its_sides_as_it_trained_them(head: str) -> None:
+    over = play(head, search_steps=2, penalty=0)
+    over.round()
+    bank, personal, scored = after_training(over)
+    assert (bank, scored) == (personal, 0), "there is one side so far"
+    over.round()
+    bank, shared, scored = after_training(over)
+    assert scored == 2
+    for key in (A, B, *([HEAD] if head == "personal" else [])):
+        torch.testing.assert_close(bank.tensors[key], 0.5 * personal.tensors[key] + 0.5 * shared.tensors[key])
+    assert not torch.equal(bank.tensors[B], weighed(over, ME, (0.5, 0.5))[B]), "which holds the others' training too"
+
+
+def test_the_costs_of_both_trainings_of_a_late_client_are_reported() -> None:
+    over = play()
+    over.round(only=NAMES[1:])
+    replies = over.round()
+    steps = moved(trainings(over)[0], CLIENTS[0]).steps
+    assert {client: reply.info["steps"] for client, reply in replies.items()} == {
+        client: steps * (2 if client == ME else 1) for client in NAMES
+    }
 
 
 def test_the_fused_lora_is_made_factor_by_factor() -> None:

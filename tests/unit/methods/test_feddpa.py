@@ -16,7 +16,7 @@ from coterie.methods.plan import Plan
 from coterie.nn.attach import attached
 from coterie.requests import Observe, Train
 from coterie.types import NO_EXPERT, GateSpec, Key, Part
-from halves import CLIENTS, Play, observed
+from halves import CLIENTS, Play, driven, moved, observed
 from workplaces import equal_bits, largest_difference
 
 NAMES = [client.id for client in CLIENTS]
@@ -97,6 +97,32 @@ def test_both_are_used_with_the_references_that_the_client_observed() -> None:
     assert {k.expert for k in bank.tensors if k.part is Part.A} == {GLOBAL, LOCAL}
     for key, direction in observed(rows, CLIENTS[0]).directions.items():
         assert torch.equal(bank.tensors[key._replace(part=Part.ROUTER)], direction.unsqueeze(0))
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+def test_after_its_training_a_client_uses_both_with_the_global_one_as_it_trained_it(head: str) -> None:
+    over = play(head)
+    replies = over.round()
+    _, alone, _ = asked(over)
+    ins, own = over.method.configure(over.state, CLIENTS, 2)[ME], over.personal[ME]
+    trained = replace(alone.bank, tensors={**alone.bank.tensors, **moved(alone, CLIENTS[0]).tensors})
+    bank, requests = driven(over.method.after_training(ins, CLIENTS[0], own, trained), CLIENTS[0])
+    received, key = over.method.bank(ins, CLIENTS[0], own), Key("q", GLOBAL, Part.B)
+    assert not requests
+    assert bank.gate == received.gate
+    assert bank.tensors.keys() == received.tensors.keys()
+    assert torch.equal(bank.tensors[key], replies[ME].tensors[key])
+    assert not torch.equal(bank.tensors[key], received.tensors[key]), "which holds the others' training too"
+    assert torch.equal(bank.tensors[HEAD], (trained if head == "shared" else own).tensors[HEAD])
+
+
+def test_the_costs_of_both_trainings_are_reported() -> None:
+    over = play()
+    reply = over.round()[ME]
+    counted = [moved(request, CLIENTS[0]) for request in asked(over)[:2]]
+    assert reply.info["steps"] == sum(trained.steps for trained in counted)
+    assert reply.info["tokens"] == sum(trained.tokens for trained in counted)
+    assert reply.info["loss"] == counted[1].loss
 
 
 def test_the_aggregation_error_is_known_after_a_round() -> None:
