@@ -124,7 +124,7 @@ class FedALT(Method[FedALTState]):
     def _instruction(self, state: FedALTState, client: ClientId) -> Instruction:
         others = [state.loras[c] for c in sorted(state.loras) if c != client]
         rest = lora_of(_mean(others), OWN, new=REST) if others else {}
-        known = any(c != client for c in state.clients)
+        known = bool(others) or any(c != client for c in state.clients)
         return Instruction({**rest, **state.heads.of(client)}, {"others": known})
 
 

@@ -23,12 +23,13 @@ Differs from the paper and its published code (commit cf638c1):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import Field
 
-from coterie.methods.base import Method
+from coterie.methods.base import Method, Onboarded
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
@@ -41,6 +42,7 @@ from coterie.methods.parts import (
     router_of,
     settle,
     shapes_of,
+    start_head,
     start_heads,
     start_lora,
     weights_of,
@@ -48,7 +50,7 @@ from coterie.methods.parts import (
 )
 from coterie.methods.plan import MethodSettings
 from coterie.ops.mean import mean, relative_error
-from coterie.requests import BankProgram, ClientProgram, Observe, Train
+from coterie.requests import BankProgram, ClientProgram, Observe, Observed, Program, Train
 from coterie.types import (
     Bank,
     BaseSpec,
@@ -137,14 +139,19 @@ class FedDPA(Method[FedDPAState]):
         tensors = with_head(lora_of(ins.tensors), ins, personal)
         alone = Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
         trained = yield Train(alone, self._keys(GLOBAL, head_is, ins, personal), self.plan.optim)
-        rows = yield Observe(self._mixture(ins, personal), "train", ("directions",), examples=self.settings.instances)
-        references = {key._replace(part=Part.ROUTER): h.unsqueeze(0) for key, h in rows.directions.items()}
-        kept = replace(personal, tensors={**personal.tensors, **references})
+        kept = yield from self._with_references(ins, personal)
         return settle(self.plan, of_both(local, trained), me, kept, lora_of(trained.tensors))
 
     def after_training(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Bank) -> BankProgram:
         """The mixture, with the global LoRA as the client has trained it."""
         return self.choose(own_copy(ins, trained), me, personal)
+
+    def onboard(self, welcome: Any, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """The mixture with a local LoRA at its start, which trains with the head; the references are measured first."""
+        own = self.begin(base, me)
+        personal = replace(own, tensors={**start_head(base, self.plan, me), **own.tensors})
+        kept = yield from self._with_references(welcome, personal)
+        return Onboarded(self.bank(welcome, me, kept), frozenset(with_head(lora_of(own.tensors), welcome, personal)))
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
         references, local = router_of(personal.tensors), lora_of(personal.tensors)
@@ -153,6 +160,12 @@ class FedDPA(Method[FedDPAState]):
         gate = GateSpec("similarity", {"scale": self.settings.scale}) if references else GateSpec()
         tensors = with_head({**lora_of(ins.tensors), **local, **references}, ins, personal)
         return Bank(tensors, gate, self.plan.scaling, self.plan.dropout)
+
+    def _with_references(self, ins: Instruction, personal: Personal) -> Generator[Observe, Observed, Personal]:
+        """``personal`` with the directions of S training rows in each module."""
+        rows = yield Observe(self._mixture(ins, personal), "train", ("directions",), examples=self.settings.instances)
+        references = {key._replace(part=Part.ROUTER): h.unsqueeze(0) for key, h in rows.directions.items()}
+        return replace(personal, tensors={**personal.tensors, **references})
 
     def _mixture(self, ins: Instruction, personal: Personal) -> Bank:
         """Both LoRAs with the weights 1 - b and b: as scale s b, and the frozen B_g times (1 - b) / b."""

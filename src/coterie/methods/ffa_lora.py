@@ -12,9 +12,10 @@ same, with A_0 from a global random state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from coterie.methods.base import Method
+from coterie.methods.base import Method, Onboarded
 from coterie.methods.findings import AggregationError, Finding
 from coterie.methods.parts import (
     Heads,
@@ -30,7 +31,7 @@ from coterie.methods.parts import (
 )
 from coterie.methods.releases import Release, head_release
 from coterie.ops.mean import mean
-from coterie.requests import ClientProgram, Train
+from coterie.requests import ClientProgram, Program, Train
 from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Part, Personal, Reply, Tensors
 
 
@@ -67,6 +68,11 @@ class FFALoRA(Method[FFALoRAState]):
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, frozenset(k for k in bank.tensors if k.part is not Part.A), self.plan.optim)
         return settle(self.plan, trained, me, personal, lora_of(trained.tensors))
+
+    def onboard(self, welcome: Any, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
+        """As for others, but A stays as it is."""
+        joined = yield from super().onboard(welcome, base, me)
+        return replace(joined, trainable=frozenset(k for k in joined.trainable if k.part is not Part.A))
 
     def releases(self) -> Sequence[Release]:
         return (Release("B"), *head_release(self.plan.head == "shared"))

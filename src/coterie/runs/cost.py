@@ -166,6 +166,13 @@ def check_continued(
     ``before``: the rounds that it has so far, where it gets more. Raises :class:`CoterieError` where it is these with
     which the guarantee protects nobody.
     """
+    settings = method.plan.privacy
+    if before is not None and settings.epsilon and not settings.noise_multiplier:
+        raise CoterieError(
+            f"the noise of this run was calculated from [privacy] epsilon = {settings.epsilon:g} for "
+            f"{_count(before)}, which spend all of it, and more rounds would have needed more noise from the first on: "
+            f"run.rounds = {before} continues the run as it began; for more, start a new run with --out"
+        )
     fault = unprotected(method, clients, rounds)
     if fault is None:
         return []

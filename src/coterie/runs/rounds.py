@@ -93,7 +93,10 @@ class Runner(Generic[S]):
             try:
                 state = self._round(state, rnd)
             except BudgetSpentError as spent:
+                if rnd == 1:
+                    raise CoterieError(f"{spent}; start a new run with a higher epsilon or more noise") from spent
                 self.log.note([str(spent)], rnd - 1)
+                self._evaluate_at_stop(state, rnd - 1)
                 break
             self._last = rnd
         return state
@@ -221,15 +224,22 @@ class Runner(Generic[S]):
         return self.private.spent() if self.private else None
 
     def _evaluate(self, state: S, rnd: int) -> None:
-        if rnd % self.settings.evaluate_every and rnd != self.settings.rounds:
-            return
+        last = rnd == self.settings.rounds
+        if last or rnd % self.settings.evaluate_every == 0:
+            self._evaluate_now(state, rnd, last)
+
+    def _evaluate_at_stop(self, state: S, rnd: int) -> None:
+        """Evaluate the round that has turned out to be the last one, unless that is done."""
+        if not self.log.evaluated or self.log.evaluated[-1].round != rnd:
+            self._evaluate_now(state, rnd, last=True)
+
+    def _evaluate_now(self, state: S, rnd: int, last: bool) -> None:
         if self.private and self.private.settings.metrics == "none":
             self.log.add(Evaluated(rnd))
             return
         started = time.perf_counter()
         there = self.engine.clients  # some may have come during the round
         instructions = self.method.configure(self.method.admit(state, there), there, rnd + 1)
-        last = rnd == self.settings.rounds
         scores: dict[ClientId, Evaluation] = {}
         asked = self.engine.evaluate(self.method, instructions, rnd, ("validation", "test"), usage=last)
         with closing(asked) as evaluations:

@@ -92,6 +92,17 @@ def test_a_client_that_comes_late_receives_the_mean_of_all_others() -> None:
     assert torch.equal(bank.tensors[Key("q", REST, Part.B)], everyone[Key("q", OWN, Part.B)])
 
 
+def test_a_client_that_began_alone_uses_the_others_once_there_are_some() -> None:
+    over, late = Play(FedALT(FedALT.Settings(), play().method.plan), CLIENTS[:1]), CLIENTS[1]
+    over.round()
+    assert not over.method.configure(over.state, CLIENTS[:1], 2)[CLIENTS[0].id].info["others"]
+    over.clients[late.id] = late
+    over.state = over.method.admit(over.state, CLIENTS[:2])
+    replies = over.round()
+    bank = over.banks()[CLIENTS[0].id]
+    assert torch.equal(bank.tensors[Key("q", REST, Part.B)], replies[late.id].tensors[Key("q", OWN, Part.B)])
+
+
 def test_shared_heads_travel_and_are_averaged_by_examples() -> None:
     over, key = play("shared"), Key("score.weight", NO_EXPERT, Part.HEAD)
     replies = over.round()

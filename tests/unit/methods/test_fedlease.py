@@ -224,6 +224,17 @@ def test_a_late_client_warms_up_and_joins_the_nearest_cluster() -> None:
     one_round(method, state, personal, 4)
 
 
+def test_with_own_start_an_expert_that_others_have_trained_is_used_as_it_is() -> None:
+    method, state = make(expert_start="own")
+    state, personal = run(method, state, 2)
+    state = one_round(method, state, personal, 3, {c.id for c in CLIENTS} - {"b1"})
+    assert state.allocation is not None
+    bank = method.bank(method.configure(state, [INFO["b1"]], 4)["b1"], INFO["b1"], personal["b1"])
+    key = Key("q", state.allocation.clusters["b1"], Part.B)
+    assert torch.equal(bank.tensors[key], state.experts[key])
+    assert not torch.equal(bank.tensors[key], personal["b1"].tensors[key._replace(expert=0)])
+
+
 def test_with_too_few_warm_up_loras_the_warm_up_goes_on() -> None:
     method, state = make()
     personal: dict[str, Personal] = {}

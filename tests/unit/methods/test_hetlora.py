@@ -65,6 +65,15 @@ def test_no_client_of_three_weighs_more_than_half_however_large_its_product_is()
     assert max(weights) / sum(weights) == pytest.approx(0.5)
 
 
+def test_where_one_product_of_three_is_not_zero_all_weigh_the_same() -> None:
+    play = Play(make())
+    replies = play.round(still)
+    zero = {c: {key: torch.zeros_like(value) for key, value in lora_of(r.tensors).items()} for c, r in replies.items()}
+    first = next(iter(zero))
+    loras = {**zero, first: {key: torch.ones_like(value) for key, value in zero[first].items()}}
+    assert play.method._weights(loras, replies) == play.method._weights(zero, replies) == [1.0] * len(zero)
+
+
 def test_padded_means_on_one_scale_and_the_first_ranks_back() -> None:
     ranks = (1, 2, 4, 3)
     play = Play(make(ranks))

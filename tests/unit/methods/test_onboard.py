@@ -72,6 +72,28 @@ def test_a_newcomer_starts_with_the_shared_head_of_its_labels(
     assert any(shared) == known
 
 
+@pytest.mark.parametrize(
+    ("name", "trains"),
+    [
+        ("ffa_lora", {Part.HEAD}),
+        ("fedsa_lora", {Part.B, Part.HEAD}),
+        ("feddpa", {Part.A, Part.B, Part.HEAD}),
+        ("local", {Part.A, Part.B, Part.HEAD}),
+    ],
+)
+def test_what_stays_on_a_client_in_the_method_trains_on_a_newcomer(
+    name: str, trains: set[Part], tmp_path: Path
+) -> None:
+    run = ended(name, tmp_path)
+    (new,) = short_runs.clients("size-1")
+    welcome, compute = run.method.welcome(run.state, new.info), LocalCompute(run.engine.workplace, new, 3)
+    found = drive(run.method.onboard(welcome, run.engine.spec, new.info), compute)
+    assert {key.part for key in found.trainable} == trains
+    assert found.trainable <= found.bank.tensors.keys()
+    sent = {key for key in welcome.tensors if key.part in (Part.A, Part.B)}
+    assert not sent & found.trainable, "what the server sent is frozen"
+
+
 def test_fedlease_finds_the_cluster_of_clients_with_the_same_rows(tmp_path: Path) -> None:
     run = ended("fedlease", tmp_path)
     for client in short_runs.clients("mood-0", "size-0"):  # in round 1, so its warm-up is the one that it sent

@@ -203,6 +203,27 @@ def test_a_run_stops_before_it_would_exceed_its_budget(folder: Path, tmp_path: P
     assert "stopped before round 2" in made.privacy.stopped
 
 
+def test_the_round_that_a_run_stops_after_is_evaluated(folder: Path, tmp_path: Path) -> None:
+    one = run(config(folder, {**SEEDED, "noise_multiplier": 2.0}, rounds=1), tmp_path / "one", root=folder)
+    assert one.privacy is not None
+    budget = {**SEEDED, "noise_multiplier": 2.0, "epsilon": one.privacy.epsilon * 1.05}
+    of = config(folder, budget, rounds=9, evaluate_every=9)
+    made = run(of, tmp_path / "run", root=folder)
+    assert (made.rounds, made.exported_round, made.mean) == (1, 1, one.mean)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run(of, tmp_path / "run", root=folder, resume=True).mean == one.mean
+    with pytest.raises(CoterieError, match=r"stopped before round 1: .* more noise"):
+        run(config(folder, {**budget, "epsilon": one.privacy.epsilon * 0.5}), tmp_path / "none", root=folder)
+
+
+def test_a_run_whose_noise_was_calculated_gets_no_more_rounds(folder: Path, tmp_path: Path) -> None:
+    privacy, out = {"unit": "client", "clip": 0.1, "epsilon": 2.0, "noise_source": "seeded"}, tmp_path / "run"
+    before = run(config(folder, privacy, rounds=2), out, root=folder)
+    with pytest.raises(CoterieError, match=r"epsilon = 2 for 2 rounds, which spend all of it.*--out"):
+        run(config(folder, privacy, rounds=4), out, root=folder, resume=True)
+    assert run(config(folder, privacy, rounds=2), out, root=folder, resume=True) == before
+
+
 def test_noise_that_was_calculated_spends_the_budget_and_no_more(folder: Path, tmp_path: Path) -> None:
     privacy = {"unit": "client", "clip": 0.1, "epsilon": 2.0, "noise_source": "seeded"}
     method = {"name": "fedlease", "warmup_rounds": 2, "max_experts": 3}

@@ -169,7 +169,7 @@ class FedLEASE(Method[FedLEASEState]):
             return Bank(with_head(lora_of(personal.tensors), ins, personal), scaling=scaling, dropout=dropout)
         own = int(ins.info["own"])
         mine = {} if self.settings.routing == "own" else router_of(personal.tensors) or self._router(ins)
-        if self.settings.expert_start == "own" and not has_copies(personal):
+        if self.settings.expert_start == "own" and not has_copies(personal) and _untrained(ins.tensors, own):
             mine |= lora_of(personal.tensors, 0, new=own)
         experts = {**ins.tensors, **stand_ins(ins, personal, self.plan)}
         return Bank(with_head({**experts, **mine}, ins, personal), gate_of(self.settings, own), scaling, dropout)
@@ -210,3 +210,8 @@ class FedLEASE(Method[FedLEASEState]):
         if not ins.info["send"]:
             return ClientResult(Reply({}, me.num_train, statistics(trained)), kept)
         return with_representation(settle(self.plan, trained, me, kept, lora_of(trained.tensors)), representation)
+
+
+def _untrained(experts: Tensors, number: int) -> bool:
+    """Whether nobody has trained an expert yet: B = 0."""
+    return not any(bool(b.any()) for key, b in part_of(experts, Part.B).items() if key.expert == number)
