@@ -65,7 +65,7 @@ class RunFigures:
 class Against:
     """A variant against the best other one, paired by seed and client: ``difference`` is this one less the other.
 
-    ``interval`` is a bootstrap over clients within seeds, ``p`` that of a permutation test, ``p_holm`` adjusted for
+    ``interval`` is a bootstrap over clients, ``p`` that of a permutation test, ``p_holm`` adjusted for
     all variants; ``wins``, ``losses`` and ``ties`` count clients by their mean over the seeds.
     """
 
@@ -82,7 +82,7 @@ class Against:
 
 @dataclass(frozen=True)
 class Figures:
-    """A variant over its seeds. ``std`` and ``interval`` are over seeds, ``client_interval`` over clients within seeds.
+    """A variant over its seeds. ``std`` and ``interval`` are over seeds, ``client_interval`` over clients.
 
     ``bytes``, ``seconds``, ``gflop``, ``target_round`` and ``target_bytes`` are means over the seeds; the last two are
     None where a seed did not reach the target.

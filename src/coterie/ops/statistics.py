@@ -24,17 +24,15 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(values: Array, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """A percentile interval of the mean of ``values`` [s, c]: clients are drawn with replacement within each seed.
+    """A percentile interval of the mean of ``values`` [s, c]: clients are drawn with replacement, each with all seeds.
 
-    Seeds are few and are not resampled: the interval says how much the mean depends on the choice of clients.
+    The same clients are drawn in every seed, because what sets a client apart, such as its task, is the same in all of
+    them. Seeds are few and are not resampled: the interval says how much the mean depends on the choice of clients.
     Raises :class:`ValueError` for an empty table and for values that are not finite.
     """
-    table = _table(values)
-    draw = np.random.default_rng(seed)
-    means = np.zeros(DRAWS)
-    for row in table:
-        means += row[draw.integers(len(row), size=(DRAWS, len(row)))].mean(axis=1)
-    low, high = np.quantile(means / len(table), [(1 - confidence) / 2, (1 + confidence) / 2])
+    by_client = _table(values).mean(axis=0)
+    drawn = np.random.default_rng(seed).integers(len(by_client), size=(DRAWS, len(by_client)))
+    low, high = np.quantile(by_client[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
 

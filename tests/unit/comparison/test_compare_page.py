@@ -108,8 +108,8 @@ def test_the_tables(tmp_path: Path) -> None:
     best, fedit = cells["IFCA, clusters 2"], cells["FedIT"]
     assert (best["accuracy, %"].best, fedit["accuracy, %"].best) == (True, False)
     assert re.fullmatch(r"50\.2 ± 2\.1", fedit["accuracy, %"].text)
-    assert fedit["against the best other"].text == "-6.7 [-13.3, 0.0] to IFCA, clusters 2"
-    assert best["against the best other"].text == "+3.3 [0.0, +6.7] to Local"
+    assert fedit["against the best other"].text == "-6.7 [-20.0, 0.0] to IFCA, clusters 2"
+    assert best["against the best other"].text == "+3.3 [0.0, +10.0] to Local"
     assert (fedit["worst client"].text, best["worst client"].text) == ("20.0", "40.0")
     assert fedit["tuned to"].text == "train.learning_rate=2e-3"
     assert best["tuned to"].text == "-"

@@ -20,7 +20,13 @@ def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
     assert 0.88 <= np.mean(inside) <= 0.99
 
 
-def test_clients_are_drawn_within_a_seed() -> None:
+def test_a_client_is_drawn_with_all_its_seeds() -> None:
+    """The same clients in more seeds say nothing more about other clients."""
+    clients = np.random.default_rng(0).normal(size=12)
+    assert bootstrap_interval(np.stack([clients] * 4)) == pytest.approx(bootstrap_interval(clients[None]))
+
+
+def test_seeds_are_not_drawn() -> None:
     """Differences between seeds alone make no width: each seed keeps its weight."""
     assert bootstrap_interval(np.array([[1.0] * 4, [3.0] * 4])) == pytest.approx((2.0, 2.0))
 
