@@ -8,7 +8,7 @@ method that has a learning rate there keeps it. ``--anew`` forgets that file, as
     python examples/fetch_data.py sst2 trec sick clinc150          # once
     python bench/study/run.py four-tasks --methods fedlease,local,fedit
     python bench/study/run.py four-tasks --show                    # the published table, without a run
-    python bench/study/page.py                                     # put the tables and the picture into docs/
+    python bench/study/page.py                                     # put the tables and the pictures into docs/
 """
 
 from __future__ import annotations
