@@ -441,6 +441,14 @@ def test_received_and_trained_banks_are_evaluated_and_exported_as_asked(done: An
     assert asked.summary.mean["test"]["loss"] != done("bert-fedamole").summary.mean["test"]["loss"]
 
 
+def test_a_client_that_trains_twice_is_evaluated_with_both_of_its_loras(done: Any, tmp_path: Path) -> None:
+    made = run(done("bert-fedit").config, tmp_path / "out", "method.name=feddpa", "run.evaluate=trained")
+    for client in CLIENTS:
+        bank = read_bundle(made.out / "clients" / client)[0]
+        assert bank.gate.name == "similarity"
+        assert {key.expert for key in bank.tensors if key.part is Part.B} == {0, 1}
+
+
 def test_a_client_that_never_trained_is_evaluated_with_what_it_receives(done: Any, tmp_path: Path) -> None:
     made = run(done("bert-fedit").config, tmp_path / "out", "run.evaluate=trained", "run.cohort=0.4", "run.rounds=1")
     took_part = set(made.of("round")[0]["clients"])

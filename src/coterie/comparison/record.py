@@ -65,8 +65,8 @@ class RunFigures:
 class Against:
     """A variant against the best other one, paired by seed and client: ``difference`` is this one less the other.
 
-    ``interval`` is a bootstrap over clients, ``p`` that of a permutation test, ``p_holm`` adjusted for
-    all variants; ``wins``, ``losses`` and ``ties`` count clients by their mean over the seeds.
+    ``interval`` is a bootstrap over clients, ``p`` that of a permutation test, ``p_holm`` adjusted for all variants;
+    ``wins``, ``losses`` and ``ties`` count clients by their mean over the seeds.
     """
 
     variant: str

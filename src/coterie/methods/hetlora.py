@@ -157,14 +157,13 @@ class HetLoRA(Method[HetLoRAState]):
         return first_ranks(whole, kept) if shrank else whole
 
     def _weights(self, loras: Mapping[ClientId, Tensors], replies: Mapping[ClientId, Reply]) -> list[float]:
-        """A weight for each of ``loras``; all alike where at most one of their products is not zero."""
+        """A weight for each of ``loras``; all alike where every one would be zero."""
         if self.settings.weighting == "examples":
             return list(weights_of(replies).values())
         norms = [total_norm(products_of(lora)) for lora in loras.values()]
-        if not sum(norms):
-            return [1.0] * len(norms)
         limit = share_limit(norms, _LARGEST_SHARE) if len(norms) > 2 else math.inf
-        return [min(norm, limit) for norm in norms] if limit else [1.0] * len(norms)
+        weights = [min(norm, limit) for norm in norms]
+        return weights if any(weights) else [1.0] * len(norms)
 
 
 def _last_norm(lora: Tensors, kept: int) -> float:
