@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from coterie.cli.console import heading
 from coterie.cli.plain import escape
 from coterie.comparison.figures import Comparison, record_of
 from coterie.comparison.page import LATEX, MARKDOWN, PAGE
-from coterie.comparison.record import RECORD, Figures, Record
+from coterie.comparison.record import RECORD, Record
 from coterie.comparison.tables import Cell, Grid, brief, by_client, notes
 
 _COLUMNS = 6  # methods up to which a terminal has room for a column each
@@ -42,7 +41,6 @@ def show_record(console: Console, record: Record) -> None:
     _show_grid(console, brief(record))
     for note in notes(record):
         console.print(note, highlight=False, markup=False)
-    _say_unlike(console, record.variants)
 
 
 def _show_grid(console: Console, grid: Grid) -> None:
@@ -53,19 +51,3 @@ def _show_grid(console: Console, grid: Grid) -> None:
     for row in grid.rows:
         table.add_row(*(f"[bold]{escape(cell.text)}[/]" if cell.best else escape(cell.text) for cell in row))
     console.print(table)
-
-
-def _say_unlike(console: Console, rows: Mapping[str, Figures]) -> None:
-    """Say where variants are not compared under the same conditions."""
-    if len({row.evaluated for row in rows.values()}) > 1:
-        titles = {way: [row.title for row in rows.values() if row.evaluated == way] for way in ("received", "trained")}
-        mixed = "; ".join(f"{way}: {', '.join(of)}" for way, of in titles.items())
-        console.print(
-            f"the methods are evaluated differently ({mixed}): received is what the server sends, trained is what a "
-            "client trained last; --set run.evaluate=trained (or received) evaluates all the same way",
-            highlight=False,
-            markup=False,
-        )
-    if len({tuple(row.seeds) for row in rows.values()}) > 1:
-        seeds = "; ".join(f"{row.title}: {', '.join(map(str, row.seeds))}" for row in rows.values())
-        console.print(f"the methods have different seeds ({seeds})", highlight=False, markup=False)

@@ -99,13 +99,14 @@ def markdown(record: Record) -> str:
 
 
 def latex(record: Record) -> str:
-    """Both tables in LaTeX, for the package booktabs."""
-    return "% \\usepackage{booktabs}\n" + "\n".join(_latex(table) for table in (overview(record), by_client(record)))
+    """Both tables in LaTeX, for the package booktabs; as comments, where methods are not compared alike."""
+    first = [r"% \usepackage{booktabs}", *(f"% {note}" for note in _unlike(record))]
+    return "\n".join([*first, *(_latex(table) for table in (overview(record), by_client(record)))])
 
 
 def notes(record: Record) -> list[str]:
     """What a reader of the tables has to know."""
-    texts = []
+    texts = _unlike(record)
     if any(row.interval for row in record.variants.values()):
         texts.append("±: half of the 95% interval over seeds (Student's t).")
     if any(row.against for row in record.variants.values()):
@@ -135,6 +136,22 @@ def notes(record: Record) -> list[str]:
         texts.append(
             f"{key} is at the edge of what was tried, where a wider grid may have a better value: {', '.join(titles)}."
         )
+    return texts
+
+
+def _unlike(record: Record) -> list[str]:
+    """Where variants are not compared under the same conditions."""
+    rows, texts = list(record.variants.values()), []
+    if len({row.evaluated for row in rows}) > 1:
+        titles = {way: [row.title for row in rows if row.evaluated == way] for way in ("received", "trained")}
+        mixed = "; ".join(f"{way}: {', '.join(of)}" for way, of in titles.items())
+        texts.append(
+            f"The methods are evaluated differently ({mixed}): received is what the server sends, trained is what a "
+            "client trained last. --set run.evaluate=trained (or received) evaluates all the same way."
+        )
+    if len({tuple(row.seeds) for row in rows}) > 1:
+        seeds = "; ".join(f"{row.title}: {', '.join(map(str, row.seeds))}" for row in rows)
+        texts.append(f"The methods have different seeds ({seeds}).")
     return texts
 
 

@@ -311,6 +311,8 @@ class Config(Section):
             raise CoterieError(
                 f"[robust] does not work with {kind.name}: {kind.no_rules}; leave [robust] out or choose another method"
             )
+        if self.run.cohort < 1 and kind.needs_all_rows:
+            raise CoterieError(f"[run] cohort < 1 does not work with {kind.name}: it needs all rows; set cohort = 1")
         method = kind(self.method_settings().located(root), self.plan())
         if fault := refusal(self.secure_aggregation, method.releases(), self.robust.active):
             raise CoterieError(f"[secure_aggregation] does not work with {kind.name} here: {fault}")

@@ -13,10 +13,12 @@ from statistics import median
 from torch import Tensor
 
 from coterie.ops.mean import share_limit
+from coterie.requests import Optim
 from coterie.types import ClientId, Key, Part, Reply, Tensors
 
 FEWEST = 3
 _MOST_STEPS = 4.0  # times as large an update, at most, for more steps: they follow from rows, which are claimed
+_FURTHEST = 2.0  # learning rates by the root of the steps; training has been seen to move numbers by .7 to .9
 _INFO_BYTES = 2**21  # for a reply's info, beside its tensors
 _KEY_BYTES = 400  # per tensor, beside its name: type, shape and place, twice
 _FLOAT_BYTES = 4
@@ -51,11 +53,21 @@ def _squared_update(key: Key, tensor: Tensor, start: Tensors) -> float:
     return float((tensor.double() - before.double()).square().sum())
 
 
-def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int], bound: float) -> dict[ClientId, str]:
+def usual_rate(optim: Optim, rnd: int) -> float:
+    """How far AdamW moves a number in a step of round ``rnd``; 0 for SGD, whose steps are as long as its gradients."""
+    return optim.learning_rate * optim.round_decay ** (rnd - 1) if optim.optimizer == "adamw" else 0.0
+
+
+def large_updates(
+    sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int], bound: float, rate: float = 0.0
+) -> dict[ClientId, str]:
     """Why clients are left out whose update is more than ``bound`` times the round's median, in any part.
 
     A client that takes more ``steps`` than the median client may move further, by their ratio: an adaptive optimiser
     moves a number about as far in each step. The ratio counts up to 4, because a client's rows are what it claims.
+
+    Where most clients have stopped learning, the median says little about the others. So nobody is left out for an
+    update of at most 2 ``rate`` sqrt(steps), as large as any that training makes (:func:`usual_rate`).
     """
     faults: dict[ClientId, str] = {}
     for part in Part:
@@ -66,7 +78,8 @@ def large_updates(sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int]
         usual = median(steps[client] for client in having)
         for client, size in having.items():
             longer = min(max(steps[client] / usual, 1.0), _MOST_STEPS)
-            if size > bound * longer * middle:
+            trained = 0.0 if part is Part.EMBEDDING else _FURTHEST * rate * math.sqrt(longer * usual)
+            if size > max(bound * longer * middle, trained):
                 more = f"; its steps allow {longer:.3g} times that" if longer > 1 else ""
                 faults[client] = (
                     f"the update of {part.value} is {size / middle:.3g} times the round's median, more than "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from coterie.engines.base import Delivery, Engine
-from coterie.engines.bounds import Sizes, large_updates, reply_limit, update_sizes
+from coterie.engines.bounds import Sizes, large_updates, reply_limit, update_sizes, usual_rate
 from coterie.engines.checks import fault_of
 from coterie.methods.base import Method
 from coterie.runs.entries import ClientRound
@@ -70,8 +70,9 @@ class Training(Generic[S]):
                 elif delivery.reply is not None:
                     sizes |= self._take(made, state, infos[client], delivery.reply, rnd)
                 self.log.listen(ClientDone(rnd, client, made.entries[client], fault))
-        steps = {client: self.method.plan.optim.steps_on(infos[client].num_train) for client in sizes}
-        for client, fault in large_updates(sizes, steps, self.settings.update_bound).items():
+        optim = self.method.plan.optim
+        steps = {client: optim.steps_on(infos[client].num_train) for client in sizes}
+        for client, fault in large_updates(sizes, steps, self.settings.update_bound, usual_rate(optim, rnd)).items():
             made.leave_out(client, fault)
         return made
 

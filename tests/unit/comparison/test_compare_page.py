@@ -136,6 +136,18 @@ def test_a_reference_that_sees_all_rows_is_named_as_one() -> None:
     assert (text in notes(both), text in notes(alone)) == (True, False)
 
 
+def test_every_form_of_the_tables_says_where_methods_are_not_compared_alike() -> None:
+    mine, other = of_clients([0.9], evaluated="trained"), of_clients([0.5], evaluated="received")
+    record = record_of(compared({"fedamole": {0: mine, 1: mine}, "fedit": {0: other}}))
+    ways = "The methods are evaluated differently (received: FedIT; trained: FedAMoLE): "
+    for text in (markdown(record), latex(record)):
+        assert ways in text
+        assert "The methods have different seeds (FedAMoLE: 0, 1; FedIT: 0)." in text
+    assert latex(record).splitlines()[1].startswith(f"% {ways}")
+    alike = record_of(compared({"fedamole": {0: mine}, "local": {0: replace(other, evaluated="trained")}}))
+    assert not [note for note in notes(alike) if note.startswith("The methods")]
+
+
 def test_a_difference_of_nothing_has_no_sign() -> None:
     assert [signed(value, "accuracy") for value in (0.0, -1e-17, -0.0004, 0.0006, -0.02)] == [
         "0.0", "0.0", "0.0", "+0.1", "-2.0",

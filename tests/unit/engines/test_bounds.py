@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie import codec
-from coterie.engines.bounds import capped_examples, large_updates, reply_limit, update_sizes, usual_share
+from coterie.engines.bounds import (
+    capped_examples,
+    large_updates,
+    reply_limit,
+    update_sizes,
+    usual_rate,
+    usual_share,
+)
+from coterie.requests import Optim
 from coterie.types import Key, Part, Reply
 
 A, B, HEAD = Key("layer.0.query", 0, Part.A), Key("layer.0.query", 0, Part.B), Key("head.weight", -1, Part.HEAD)
@@ -61,6 +69,24 @@ def test_of_two_replies_neither_is_out_of_line() -> None:
 def test_where_most_do_not_move_nobody_is_out_of_line() -> None:
     sizes = {"a": {Part.A: 0.0}, "b": {Part.A: 0.0}, "c": {Part.A: 1.0}}
     assert large_updates(sizes, ONE_STEP, 10) == {}
+
+
+@pytest.mark.parametrize(("size", "left_out"), [(0.15, False), (0.25, True)])
+def test_where_most_have_learned_all_that_they_can_the_others_may_go_on(size: float, left_out: bool) -> None:
+    """25 steps at a rate of .02 move a number by .2 at most; ten times the median is .001."""
+    sizes = {client: {Part.B: 1e-4} for client in "abcd"} | {"e": {Part.B: size}}
+    assert bool(large_updates(sizes, dict.fromkeys("abcde", 25), 10, 0.02)) == left_out
+    assert [*large_updates(sizes, dict.fromkeys("abcde", 25), 10)] == ["e"]
+
+
+def test_an_embedding_is_not_trained_and_has_no_rate() -> None:
+    sizes = {client: {Part.EMBEDDING: 1e-4} for client in "abcd"} | {"e": {Part.EMBEDDING: 0.01}}
+    assert [*large_updates(sizes, dict.fromkeys("abcde", 25), 10, 0.02)] == ["e"]
+
+
+def test_the_rate_of_a_round_is_adamws() -> None:
+    assert usual_rate(Optim(learning_rate=0.04, round_decay=0.5), 3) == 0.01
+    assert usual_rate(Optim(learning_rate=0.04, optimizer="sgd"), 3) == 0.0
 
 
 @pytest.mark.parametrize("usual", [1, 6])

@@ -92,6 +92,13 @@ def test_the_user_reads_what_it_is_and_a_part_of_the_clients_is_refused() -> Non
         over.method.configure(over.state, CLIENTS[:1], 2)
 
 
+def test_a_run_of_which_a_part_trains_is_refused_before_it_begins(tmp_path: Path) -> None:
+    config = load_config(sites.config(tmp_path, method="centralised", run="cohort = 0.5"))
+    with pytest.raises(CoterieError, match=r"\[run\] cohort < 1 does not work with centralised: .*set cohort = 1"):
+        run(config, tmp_path / "out", root=tmp_path)
+    assert not (tmp_path / "out").exists()  # so a comparison of all methods leaves it out
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(0, 0), (3, 12)])
 def test_a_round_has_the_steps_of_all_clients(steps: int, expected: int) -> None:
     over = play(optim=Optim(steps=steps))

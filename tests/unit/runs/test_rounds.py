@@ -200,6 +200,14 @@ def test_an_update_out_of_line_is_left_out_once_all_have_come(tmp_path: Path) ->
     assert not loose.lora[KEY].equal(state.lora[KEY])
 
 
+def test_who_still_learns_is_not_out_of_line_where_the_others_have_stopped(tmp_path: Path) -> None:
+    def moved(client: str, rnd: int, reply: Reply) -> Reply:
+        return with_tensor(reply, lambda t: t - 1 + (1e-3 if client == "c3" else 1e-5))  # everyone had added 1
+
+    run(tmp_path, moved)
+    assert [event["failed"] for event in events(tmp_path, "round")] == [{}] * 3
+
+
 def test_an_update_out_of_line_counts_against_the_quorum(tmp_path: Path) -> None:
     with pytest.raises(
         CoterieError,
