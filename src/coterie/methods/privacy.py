@@ -243,7 +243,8 @@ class Released:
         """``replies`` with what the groups' noisy sums say.
 
         ``everyone`` has a reply of every client: those that sent nothing send their start, an update of 0. A group of
-        which nobody replied is noise all the same; its first member stands in for it.
+        which nobody replied is noise all the same; its first member stands in for it, without embeddings, which would
+        be noise that looks like a measurement.
         """
         updates = {c: cut(self.settings, replies[c].tensors, starts[c]) for c in sorted(replies)}
         sums = [_sum(updates, group, everyone) for group in groups]
@@ -251,7 +252,8 @@ class Released:
         standing = {group.members[0] for group in groups if not replies.keys() & {*group.members}}
         alone = {
             c: {key: updates[c][key] if c in updates else torch.zeros_like(value, dtype=torch.float64)
-                for key, value in sorted(everyone[c].tensors.items()) if (c, key) not in shared}
+                for key, value in sorted(everyone[c].tensors.items())
+                if (c, key) not in shared and (c in updates or key.part is not Part.EMBEDDING)}
             for c in sorted({*replies, *standing})
         }  # fmt: skip
         digest = _digest(rnd, [*sums, *alone.values()])

@@ -210,7 +210,8 @@ class Runner(Generic[S]):
         else:
             agreed = by_rule(robust, groups, replies, sent.starts) if robust.active else Agreed(replies)
         self.log.note(agreed.notes, rnd)
-        self.log.note_once({**capped, **agreed.once}, rnd)
+        said = capped if self.method.weighting == "examples" else {}  # elsewhere all count alike
+        self.log.note_once({**said, **agreed.once}, rnd)
         return agreed
 
     def _check_quorum(self, made: RoundDone, cohort: int, replies: int) -> None:

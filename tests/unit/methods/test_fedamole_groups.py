@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,22 @@ def test_clients_that_have_nothing_in_common_share_all_experts() -> None:
     state = one_round(method, state, 1, where=alone)
     everyone = " ".join(c.id for c in CLIENTS)
     assert all(holders(state, module) == [everyone] * 4 for module in "qv")
+
+
+def test_a_reply_without_embeddings_trains_experts_and_measures_nothing() -> None:
+    """Such a reply stands in for clients that sent none, where the server adds noise."""
+    method, state = make(clients_per_expert=2, prototype="experts", prototype_memory=0.0, weighting="examples")
+    grown = [replace(c, num_train=10 * (i + 1)) for i, c in enumerate(CLIENTS)]
+    expected = method.expects(state, grown[0], 1)
+    whole = {
+        c.id: Reply({k: torch.ones(s) for k, s in method.expects(state, c, 1).items()}, c.num_train) for c in grown
+    }
+    without = {k: v for k, v in whole["a0"].tensors.items() if k.part is not Part.EMBEDDING}
+    assert len(without) < len(expected)
+    after = method.aggregate(state, {**whole, "a0": replace(whole["a0"], tensors=without)}, 1)
+    assert not after.token_embeddings["q"][0].any()
+    held = state.holds["q"].any(1)
+    assert torch.allclose(after.expert_embeddings["q"][held], torch.ones(int(held.sum()), RANK))
 
 
 def test_groups_wait_for_every_client_and_one_that_never_replies_is_in_the_largest() -> None:

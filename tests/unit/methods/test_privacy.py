@@ -99,6 +99,8 @@ def test_a_group_of_which_nobody_replied_is_noise_all_the_same() -> None:
     made = released({"a": {**start, MEAN: torch.zeros(WIDTH)}}, Z)
     assert set(made) == {"a", "c"}
     assert float((made["c"].tensors[OWN[0]] - start[OWN[0]]).std()) == pytest.approx(Z * CLIP / 2, rel=0.03)
+    assert MEAN in made["a"].tensors
+    assert MEAN not in made["c"].tensors, "noise alone must not pass for what a client measured"
 
 
 def test_a_client_hides_its_whole_reply_itself() -> None:

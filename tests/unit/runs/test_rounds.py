@@ -108,11 +108,15 @@ class Compute(FakeEngine):
 
 
 def run(
-    folder: Path, spoil: Spoil = lambda c, r, reply: reply, robust: Any = None, **rounds: Any
+    folder: Path,
+    spoil: Spoil = lambda c, r, reply: reply,
+    robust: Any = None,
+    name: str = "fedit",
+    **rounds: Any,
 ) -> tuple[Any, FakeEngine, list[Any]]:
     engine, heard = Compute(spoil), []
-    method = method_named("fedit")(
-        method_named("fedit").Settings(), Plan(rank=2, rounds=3, robust=robust or RobustSettings())
+    method = method_named(name)(
+        method_named(name).Settings(), Plan(rank=2, rounds=3, robust=robust or RobustSettings())
     )
     folder.mkdir(exist_ok=True)
     runner = Runner(method, engine, RoundSettings(**{"rounds": 3, "seed": 0, **rounds}), folder, heard.append)
@@ -231,6 +235,11 @@ def test_a_client_with_most_of_the_examples_counts_for_its_share_and_it_is_noted
         "c3 has more than its share of the training examples: 40% of the round's; 32 of its 40 count, which "
         "makes it 35% ([run] max_share)"
     )
+
+
+def test_a_method_that_weighs_all_clients_alike_has_no_shares_to_note(tmp_path: Path) -> None:
+    run(tmp_path / "uniform", name="fdlora", max_share=0.35)
+    assert events(tmp_path / "uniform", "note") == []
 
 
 def test_a_resumed_run_notes_a_share_once(tmp_path: Path) -> None:

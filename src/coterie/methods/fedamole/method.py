@@ -275,7 +275,7 @@ class FedAMoLE(Method[FedAMoLEState]):
             embedding = key._replace(part=Part.EMBEDDING)
             embeddings = {c: tensors[embedding] for c, tensors in sent.items() if embedding in tensors}
             if key.part is Part.A and embeddings:
-                new = mean([{embedding: e} for e in embeddings.values()], weights)[embedding]
+                new = mean([{embedding: e} for e in embeddings.values()], [weight[c] for c in embeddings])[embedding]
                 of_expert = of_experts[key.module]
                 of_expert[key.expert] = running_mean(of_expert[key.expert], new, self.settings.prototype_memory)
             if key.part is Part.ROUTER:
