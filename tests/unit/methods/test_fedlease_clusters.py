@@ -141,6 +141,23 @@ def test_auto_keeps_to_the_number_of_clusters(
     assert (clusters(game) == SWAPPED) == (number == 4)
 
 
+@pytest.mark.parametrize("distance", ["representation", "auto"])
+@pytest.mark.parametrize("linkage", ["average", "complete", "single", "kmeans", "spectral"])
+def test_every_linkage_finds_so_many_clusters(distance: str, linkage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, distance=distance, linkage=linkage, warmup_rounds=1, experts=3)
+    game.round(trained)
+    assert clusters(game) == TRUTH
+
+
+def test_the_report_says_that_the_most_experts_stopped_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, LARGE, distance="auto", warmup_rounds=1, max_experts=3)
+    game.round(turned)
+    found = find(game.method.describe(game.state), Clusters)
+    assert found is not None
+    assert "LoRAs split no cluster (silhouette " in found.choice
+    assert "but [method] max_experts = 3 leaves no room for so many)" in found.choice
+
+
 def test_auto_finds_one_cluster_where_nothing_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = tuple(replace(c, group="a") for c in LARGE[:8])
     game = play(monkeypatch, alike, distance="auto", warmup_rounds=1)

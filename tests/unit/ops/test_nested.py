@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coterie.methods.fedlease.grounds import grounds_of
 from coterie.ops.centred import centred_distances, gram
-from coterie.ops.cluster import cluster
+from coterie.ops.cluster import Way, cluster
 from coterie.ops.nested import nested
 from coterie.ops.streams import stream
 
@@ -56,6 +57,33 @@ def test_the_clearest_split_comes_first_where_there_is_no_room_for_all() -> None
 
 
 @pytest.mark.parametrize(
+    ("texts", "loras", "most", "expected"),
+    [
+        ("aaaaaaaabbbb", "aabbccddeeee", 5, "aabbccddeeee"),
+        ("aaaaaaaabbbb", "aabbccddeeee", 4, "three"),
+        ("aaaaaaaabbbb", "aabbccddeeee", 2, "aaaaaaaabbbb"),
+        ("aaaabbbb", "aabbcccc", 2, "aaaabbbb"),
+    ],
+)
+def test_a_split_has_as_many_parts_as_there_is_room_for(texts: str, loras: str, most: int, expected: str) -> None:
+    d = centred_distances(gram(vectors("texts", texts, 3.0)))
+    made = nested(d, gram(vectors("loras", loras, 3.0)), most)
+    labels = "".join("abcdefgh"[label] for label in made.labels)
+    if expected == "three":  # of four jobs, two share a part; which, the silhouette says
+        assert len(set(labels[:8])) == 3
+        assert all(labels[i] == labels[i + 1] for i in range(0, 8, 2))
+        assert len(set(labels[8:])) == 1
+    else:
+        assert labels == expected
+    split = made.by_loras[0]
+    assert split.no_room == (most < len(set(loras)))
+    stopped = (
+        f"with {split.parts}, where {split.enough:.3f} is enough, but [method] max_experts = {most} leaves no room"
+    )
+    assert (stopped in grounds_of(made)) == split.no_room
+
+
+@pytest.mark.parametrize(
     ("loras", "least", "expected"),
     [
         ("aabbcccc", 2, "aabbcccc"),
@@ -75,3 +103,13 @@ def test_no_part_is_smaller_than_the_least(loras: str, least: int, expected: str
 @pytest.mark.parametrize(("exactly", "expected"), [(1, "aaaaaaaa"), (2, "aaaabbbb"), (3, "aaaabbcc"), (4, "aabbccdd")])
 def test_exactly_so_many(exactly: int, expected: str) -> None:
     assert found("aaaabbbb", "aabbccdd", exactly=exactly) == expected
+
+
+@pytest.mark.parametrize("linkage", ["kmeans", "spectral"])
+@pytest.mark.parametrize(
+    ("exactly", "expected"), [(1, "aaaaaaaa"), (2, "aaaabbbb"), (3, "aaaabbcc"), (4, "aabbccdd"), (8, "abcdefgh")]
+)
+def test_exactly_so_many_without_a_tree_for_what_is_split(linkage: Way, exactly: int, expected: str) -> None:
+    texts = centred_distances(gram(vectors("texts", "aaaabbbb", 3.0)))
+    made = nested(texts, gram(vectors("loras", "aabbccdd", 1.0)), 8, exactly=exactly, linkage=linkage)
+    assert "".join("abcdefgh"[label] for label in made.labels) == expected

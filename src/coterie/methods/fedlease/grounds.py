@@ -27,12 +27,12 @@ def _by_loras(made: Nested) -> list[str]:
     split = [text for text in made.by_loras if _parts(made, text) > 1]
     whole = [of for text, of in made.by_loras.items() if text not in split]
     parts = [
-        f"LoRAs split cluster {text} of these into {_parts(made, text)} ({_silhouette(made.by_loras[text])})"
+        f"LoRAs split cluster {text} of these into {_parts(made, text)} ({_silhouette(made, made.by_loras[text])})"
         for text in split
     ]
     if whole:
-        nearest = max(whole, key=lambda of: of.silhouette - of.enough)
-        parts.append(f"LoRAs split no {'other' if split else 'cluster'} ({_silhouette(nearest)})")
+        nearest = max(whole, key=lambda of: (of.no_room, of.silhouette - of.enough))
+        parts.append(f"LoRAs split no {'other' if split else 'cluster'} ({_silhouette(made, nearest)})")
     return parts
 
 
@@ -51,9 +51,14 @@ def _parts(made: Nested, text: int) -> int:
     return len({label for label, of in zip(made.labels, made.texts, strict=True) if of == text})
 
 
-def _silhouette(split: Split) -> str:
-    text = f"silhouette {split.silhouette:.3f}, where {split.enough:.3f} is enough"
-    return f"{text}, but a part is smaller than [robust] min_group" if split.small else text
+def _silhouette(made: Nested, split: Split) -> str:
+    text, enough = f"silhouette {split.silhouette:.3f}", f"where {split.enough:.3f} is enough"
+    if split.small:
+        return f"{text}, {enough}, but a part is smaller than [robust] min_group"
+    if split.no_room:
+        limit = f"[method] {'experts' if made.exactly else 'max_experts'} = {made.most}"
+        return f"{text} with {split.parts}, {enough}, but {limit} leaves no room for so many"
+    return f"{text}, {enough}"
 
 
 def _clusters(number: int) -> str:
