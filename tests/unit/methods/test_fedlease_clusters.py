@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import halves
+from coterie import codec
 from coterie.engines.checks import fault_of
 from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
+from coterie.methods.fedlease.state import FedLEASEState
 from coterie.methods.findings import Clusters, find
 from coterie.methods.plan import Plan
 from coterie.methods.robust import RobustSettings
@@ -222,6 +224,24 @@ def test_no_rule_weighs_a_representation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert state.outlying == ("a1",)
 
 
+@pytest.mark.parametrize("head", ["personal", "shared"])
+@pytest.mark.parametrize("distance", ["B", "representation", "auto"])
+def test_a_client_joins_after_the_end_where_the_base_has_no_head(
+    distance: str, head: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for generation and multiple choice, where ``head = "shared"`` says nothing."""
+    game = play(monkeypatch, distance=distance, warmup_rounds=1, max_experts=3, head=head)
+    headless = BaseSpec(WIDE.targets)
+    monkeypatch.setattr(halves, "BASE", headless)
+    game = Play(game.method, CLIENTS)
+    for _ in range(2):
+        game.round(trained)
+    new = ClientInfo("new", 9, group="b")
+    welcome = codec.decode(FedLEASEState, codec.encode(game.method.welcome(game.state, new)))
+    joined, _ = halves.driven(game.method.onboard(welcome, headless, new), new, trained)
+    assert joined.bank.gate.options["own"] == game.state.allocation.clusters["b0"]
+
+
 def test_a_control_sends_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:
     game = play(monkeypatch, distance="representation", allocation="oracle", warmup_rounds=1)
     game.round(trained)
@@ -244,9 +264,14 @@ def test_a_site_cannot_pull_the_mean_with_a_long_vector(monkeypatch: pytest.Monk
         bad = replace(honest, tensors={**honest.tensors, key: value})
         assert fault in str(fault_of(bad, expected, 1e4, 10))
     replies = {c.id: _reply(game, c) for c in CLIENTS}
+    honestly = game.method.aggregate(game.state, replies, 1).starts
     long = {k: v * 500 if k.part is Part.EMBEDDING else v for k, v in replies["a1"].tensors.items()}
     game.state = game.method.aggregate(game.state, {**replies, "a1": replace(replies["a1"], tensors=long)}, 1)
     assert clusters(game) == TRUTH
+    means = {k: v for k, v in game.state.starts.items() if k.part is Part.EMBEDDING}
+    assert len(means) == 6
+    for key, mean in means.items():
+        torch.testing.assert_close(mean, honestly[key])
 
 
 def _reply(game: Play, client: ClientInfo) -> Reply:

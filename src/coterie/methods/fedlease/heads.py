@@ -15,9 +15,12 @@ Weighting = Literal["uniform", "examples"]
 def cluster_heads(
     base: BaseSpec, plan: Plan, labels: Mapping[ClientId, tuple[str, ...]], clusters: Mapping[ClientId, int]
 ) -> Heads:
-    """Shared heads by cluster and label space, at their start; none if the plan keeps heads personal."""
-    if plan.head == "personal":
-        return Heads()  # and labels has no entry for a site that joined after the start
+    """Shared heads by cluster and label space, at their start; none if the base has none, or they are personal.
+
+    ``labels`` need an entry for every client in ``clusters`` only where there are shared heads.
+    """
+    if plan.head == "personal" or not base.head:
+        return Heads()
     infos = [ClientInfo(c, 0, labels=labels[c]) for c in clusters]
     by_space = start_heads(base, plan, infos)
     group = {c: f"{clusters[c]}:{space}" for c, space in by_space.group.items()}

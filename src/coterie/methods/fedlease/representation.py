@@ -34,20 +34,30 @@ def representation_of(tensors: Tensors, expert: int = NO_EXPERT) -> list[Tensor]
     A vector longer than 1, which no mean of rows is, is scaled to 1: a client cannot outweigh the others.
     """
     of = {key: value for key, value in part_of(tensors, Part.EMBEDDING).items() if key.expert == expert}
-    return [of[key] / max(1.0, float(of[key].norm())) for key in sorted(of)]
+    return [_cut(of[key]) for key in sorted(of)]
 
 
 def mean_representations(clusters: Mapping[ClientId, int], warm: Mapping[ClientId, Tensors]) -> dict[Key, Tensor]:
-    """The mean representation of each cluster under its number; empty if the clients sent none."""
+    """The mean representation of each cluster under its number; empty if the clients sent none.
+
+    Every client's vectors are cut as in :func:`representation_of`, before the mean is taken. Short ones stay short:
+    they are means of rows that differ.
+    """
     means: dict[Key, Tensor] = {}
     for expert in sorted(set(clusters.values())):
         sent: Sequence[Tensors] = [
-            part_of(warm[c], Part.EMBEDDING) for c in sorted(clusters) if clusters[c] == expert and c in warm
+            {key: _cut(value) for key, value in part_of(warm[c], Part.EMBEDDING).items()}
+            for c in sorted(clusters)
+            if clusters[c] == expert and c in warm
         ]
         if sent and sent[0]:
             of = mean(sent, [1.0] * len(sent))
             means |= {key._replace(expert=expert): value for key, value in of.items()}
     return means
+
+
+def _cut(vector: Tensor) -> Tensor:
+    return vector / max(1.0, float(vector.norm()))
 
 
 def with_representation(result: ClientResult, representation: Tensors) -> ClientResult:
