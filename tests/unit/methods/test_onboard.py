@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,18 @@ from coterie.compute.client import LocalCompute
 from coterie.methods.base import drive
 from coterie.methods.parts import head_of
 from coterie.methods.registry import methods
-from coterie.types import CoterieError, Part
+from coterie.requests import Observe
+from coterie.types import SHARED, CoterieError, Part
 
 SETTINGS = {"fedlease": {"warmup_rounds": 1}, "fedamole": {"experts": 6}}
 THERE = ("mood-0", "size-0", "place-0", "mood-1")
 JOINABLE = sorted(set(methods()) - {"smartfed", "centralised"})
 
 
-def ended(name: str, folder: Path, head: str = "personal") -> short_runs.Ended:
+def ended(name: str, folder: Path, head: str = "personal", **settings: Any) -> short_runs.Ended:
     torch.set_num_threads(1)
-    rounds, there = (2, THERE) if name == "fedlease" else (1, THERE[:2])
-    method = short_runs.make(name, rounds=rounds, head=head, **SETTINGS.get(name, {}))
+    rounds, there = {"fedlease": (2, THERE), "fedamole": (2, THERE[:2])}.get(name, (1, THERE[:2]))
+    method = short_runs.make(name, rounds=rounds, head=head, **{**SETTINGS.get(name, {}), **settings})
     return short_runs.run(method, short_runs.clients(*there), folder, rounds=rounds)
 
 
@@ -121,6 +123,30 @@ def test_fedamole_gives_a_newcomer_as_many_experts_as_others_have(tmp_path: Path
     for module, z in run.state.holds.items():
         held = {key.expert for key in joined.bank.tensors if key.module == module and key.part is Part.A}
         assert len(held - {-2}) == round(float(z.sum()) / 2)
+
+
+@pytest.mark.parametrize("assignment", ["static", "random", "oracle"])
+def test_a_newcomer_gets_the_shared_expert_alone_where_no_tokens_were_measured(assignment: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    there = [replace(c, info=replace(c.info, group="a")) for c in short_runs.clients(*THERE[:2])]
+    method = short_runs.make("fedamole", rounds=2, experts=6, assignment=assignment)
+    run = short_runs.run(method, there, tmp_path, rounds=2)
+    (new,) = short_runs.clients("size-1")
+    joined = join(method, run.state, LocalCompute(run.engine.workplace, new, 3), epochs=1)
+    assert {key.expert for key in joined.bank.tensors if key.part in (Part.A, Part.B)} == {SHARED}
+    assert joined.before["loss"] != joined.after["loss"]
+
+
+@pytest.mark.parametrize("padding", ["ignored", "counted"])
+def test_a_newcomers_embeddings_are_measured_as_the_others_are(padding: str, tmp_path: Path) -> None:
+    run = ended("fedamole", tmp_path, padding=padding, embed_rows="training")
+    (new,) = short_runs.clients("size-1")
+    welcome = run.method.welcome(run.state, new.info)
+    request = next(run.method.onboard(welcome, run.engine.spec, new.info))
+    assert isinstance(request, Observe)
+    assert request.padding == (padding == "counted")
+    assert request.hold_out is None
+    assert not request.of_experts
 
 
 def test_a_method_that_no_client_can_join_says_so(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from coterie.methods.fedamole.selection import (
     Scores,
     affinity,
     at_random,
+    best_for_one_more,
     by_group,
     knowingly,
-    largest,
     likeness,
     replied,
     running_mean,
@@ -50,7 +50,7 @@ from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
 from coterie.ops.mean import aggregation_error, mean, relative_error
 from coterie.ops.robust import shortened
-from coterie.requests import Balance, ClientProgram, Observe, Program, Train
+from coterie.requests import Balance, ClientProgram, Program, Train
 from coterie.types import (
     NO_EXPERT,
     SHARED,
@@ -90,8 +90,9 @@ class FedAMoLE(Method[FedAMoLEState]):
     # server ------------------------------------------------------------------------------------------------------
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedAMoLEState:
-        self._check(clients)
         number, rank = self._number(len(clients)), self.plan.rank
+        check(number, len(clients), self._limits)
+        self.settings.check_rows(clients)
         pool = start_lora(base, self.plan, SHARED) | start_router(base, self.plan, rank)
         for e in range(number):
             pool |= start_expert(base, self.plan, e)
@@ -174,14 +175,12 @@ class FedAMoLE(Method[FedAMoLEState]):
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         s, bank = self.settings, self.bank(ins, me, personal)
-        counted = s.padding == "counted"
-        rows = None if s.embed_rows == "all" else s.share
-        observe = Observe(bank, "train", ("embeddings",), rows, counted, of_experts=s.of_experts)
+        observe = s.observe(bank)
         embeds, embeddings = bool(ins.info["embed"]), {}
         if embeds and s.embed == "before":
             embeddings = (yield observe).embeddings
         aside = s.share if s.embed_rows == "held_out" else None
-        balance = Balance(s.balance, counted)
+        balance = Balance(s.balance, observe.padding)
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim, balance=balance, hold_out=aside)
         if embeds and s.embed == "after":
             after = replace(bank, tensors={**bank.tensors, **trained.tensors})
@@ -204,22 +203,17 @@ class FedAMoLE(Method[FedAMoLEState]):
         return replace(state, clients=tuple(str(i) for i in range(len(state.clients))), heads=heads, error=0.0)
 
     def onboard(self, welcome: FedAMoLEState, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
-        """In every module the experts that the client's tokens fit best, as many as a client holds on average."""
-        fixed = {key: welcome.pool[key] for key in welcome.pool if key.expert in (SHARED, NO_EXPERT)}
+        """In every module the experts that the client's tokens fit best, as many as a client holds on average.
+
+        The shared expert alone where clients have sent no embeddings: nothing says which experts fit.
+        """
+        received = self._part_of_pool(welcome, "new")  # the others are numbers
         personal = Personal(start_head(base, self.plan, me))
-        shared = self.bank(Instruction(fixed), me, personal)
-        observed = yield Observe(shared, "train", ("embeddings",))
-        received = {**fixed, **welcome.heads.for_newcomer(me)}
-        joined = with_late(welcome, ["new"])  # the others are numbers
-        for module, t in joined.token_embeddings.items():
-            t[-1] = observed.embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
-        scores = dict(zip((t.name for t in welcome.base.targets), self._scores(joined), strict=True))
-        for module, z in welcome.holds.items():
-            number = min(max(round(float(z.sum()) / len(welcome.clients)), self._limits.min_experts), len(z))
-            chosen = largest(np.where(z.any(dim=1), scores[module][:, -1], -np.inf), number)
-            received |= {
-                key: welcome.pool[key] for e in chosen for key in (Key(module, e, Part.A), Key(module, e, Part.B))
-            }
+        if replied(welcome.token_embeddings).any():
+            shared = self.bank(Instruction(received), me, personal)
+            observed = yield replace(self.settings.observe(shared), hold_out=None, of_experts=False)
+            received = self._part_of_pool(self._joined(welcome, "new", observed.embeddings), "new")
+        received |= welcome.heads.for_newcomer(me)
         bank = self.bank(Instruction(received), me, personal)
         return Onboarded(bank, newcomers_own(bank))
 
@@ -237,10 +231,6 @@ class FedAMoLE(Method[FedAMoLEState]):
     def _embeds(self, rnd: int) -> bool:
         """Whether the server needs embeddings after round ``rnd``: only where experts choose, and not at the end."""
         return rnd < self.plan.rounds and self.settings.chooses
-
-    def _check(self, clients: Sequence[ClientInfo]) -> None:
-        check(self._number(len(clients)), len(clients), self._limits)
-        self.settings.check_rows(clients)
 
     def _part_of_pool(self, state: FedAMoLEState, client: ClientId) -> dict[Key, Tensor]:
         """The part of the pool that the client holds: the server's own tensors, not copies.
@@ -315,6 +305,16 @@ class FedAMoLE(Method[FedAMoLEState]):
         if not first:
             scores = with_inertia(scores, [held[m] for m in modules], self.settings.inertia)
         return started_anew(self._assign(state, scores, picks), self.plan)
+
+    def _joined(self, state: FedAMoLEState, client: ClientId, embeddings: Tensors) -> FedAMoLEState:
+        """The state with one more client, at the experts that fit these ``embeddings`` of its tokens best."""
+        joined = with_late(state, [client])
+        for module, t in joined.token_embeddings.items():
+            t[-1] = embeddings[Key(module, NO_EXPERT, Part.EMBEDDING)]
+        for target, scores in zip(state.base.targets, self._scores(joined), strict=True):
+            best = best_for_one_more(state.holds[target.name], scores[:, -1], self._limits.min_experts)
+            joined.holds[target.name][best, -1] = True
+        return joined
 
     def _tokens(self, state: FedAMoLEState) -> list[Tensor]:
         """The clients' embeddings by module."""

@@ -113,9 +113,14 @@ def running_mean(before: Tensor, new: Tensor, memory: float) -> Tensor:
     return memory * before + (1 - memory) * new if memory and bool(before.any()) else new
 
 
-def largest(scores: NDArray[np.float64], number: int) -> list[int]:
-    """The ``number`` experts with the largest ``scores`` [E], in order of their numbers."""
-    return sorted(int(e) for e in np.argsort(-scores, kind="stable")[:number])
+def best_for_one_more(holds: Tensor, scores: NDArray[np.float64], least: int) -> list[int]:
+    """The experts with the largest ``scores`` [E] of one more client, in order of their numbers.
+
+    As many as the n holders in ``holds`` [E, n] have on average, and at least ``least``; first those that are held.
+    """
+    number = min(max(round(float(holds.sum()) / holds.shape[1]), least), len(holds))
+    best = np.argsort(-np.where(holds.any(dim=1), scores, -np.inf), kind="stable")
+    return sorted(int(e) for e in best[:number])
 
 
 def _filled(t: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from coterie.methods.plan import MethodSettings
 from coterie.methods.robust import RobustSettings
-from coterie.requests import HoldOut
-from coterie.types import ClientInfo, CoterieError
+from coterie.requests import HoldOut, Observe
+from coterie.types import Bank, ClientInfo, CoterieError
 
 PAPERS_PICKS = 2
 
@@ -122,6 +122,11 @@ class FedAMoLESettings(MethodSettings):
     def share(self) -> HoldOut:
         """The share of a client's training rows that its embeddings are measured on."""
         return HoldOut(self.embedding_fraction, self.embedding_rows)
+
+    def observe(self, bank: Bank) -> Observe:
+        """What a client is asked for its embeddings, of ``bank``."""
+        rows = None if self.embed_rows == "all" else self.share
+        return Observe(bank, "train", ("embeddings",), rows, self.padding == "counted", of_experts=self.of_experts)
 
     def check_rows(self, clients: Sequence[ClientInfo]) -> None:
         """Raise :class:`CoterieError` for a client of which all rows would be held out."""
