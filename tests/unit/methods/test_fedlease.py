@@ -257,6 +257,46 @@ def test_late_clients_of_the_controls_are_placed_by_the_control() -> None:
     assert groups_of(some) == groups_of(everyone)
 
 
+@pytest.mark.parametrize("allocation", ["oracle", "random", "learned"])
+@pytest.mark.parametrize("joins", [1, 2, 3])
+def test_a_site_that_joins_in_the_warm_up_or_after_it_is_placed(allocation: str, joins: int) -> None:
+    there = [c for c in CLIENTS if c.id != "b2"]
+    method, state = make(allocation=allocation, experts=3 if allocation == "random" else 0, clients=there)
+    personal: dict[str, Personal] = {}
+    for rnd in (1, 2, 3):
+        state = method.admit(state, CLIENTS if rnd >= joins else there)
+        state = one_round(method, state, personal, rnd, {c.id for c in (CLIENTS if rnd >= joins else there)})
+    assert method.admit(state, CLIENTS) is state
+    if allocation == "random":
+        assert sorted(map(len, groups_of(state))) == [3, 3, 3]
+    else:
+        assert groups_of(state) == TRUTH
+
+
+def test_a_late_site_of_a_control_joins_its_group_though_no_sum_has_its_lora() -> None:
+    """With secure sums the LoRA of a client by itself stays as it was before training."""
+    there = [c for c in CLIENTS if c.id != "c2"]
+    for settings in ({"allocation": "oracle"}, {"allocation": "oracle", "experts_per_cluster": 2}):
+        method, state = make(clients=there, **settings)
+        state, _ = run(method, state, 2, {c.id for c in there})
+        untrained = Reply(method.begin(BASE, INFO["c2"]).tensors, 5)
+        placed = method.aggregate(method.admit(state, CLIENTS), {"c2": untrained}, 3)
+        assert groups_of(placed) == TRUTH
+        assert placed.allocation is not None
+        assert min(len(placed.allocation.members(e)) for e in range(placed.num_experts)) >= 1
+    unknown = [replace(c, group=None) if c.id == "c2" else c for c in CLIENTS]
+    placed = method.aggregate(method.admit(state, unknown), {"c2": untrained}, 3)
+    assert placed.cluster_of("c2") == placed.cluster_of("c0")  # the smallest
+
+
+def test_a_site_without_a_group_joins_the_nearest_cluster_of_an_oracle() -> None:
+    there = [c for c in CLIENTS if c.id != "b2"]
+    unknown = [replace(c, group=None) if c.id == "b2" else c for c in CLIENTS]
+    method, state = make(allocation="oracle", clients=there)
+    state, _ = run(method, method.admit(state, unknown), 2)
+    assert groups_of(state) == TRUTH
+
+
 def test_a_late_clients_shared_head_starts_its_group() -> None:
     method, state = make(head="shared", experts=2)
     present = {c.id for c in CLIENTS if c.group != "c"}

@@ -84,9 +84,16 @@ class FedLEASE(Method[FedLEASEState]):
         return FedLEASEState(base, {c.id: c.group or "" for c in clients}, {c.id: c.labels or () for c in clients})
 
     def admit(self, state: FedLEASEState, clients: Sequence[ClientInfo]) -> FedLEASEState:
-        """With the labels of late clients, where heads are shared: they get the head of their cluster and labels."""
-        late = {c.id: c.labels or () for c in clients if c.id not in state.labels}
-        return replace(state, labels={**state.labels, **late}) if late and self.plan.head == "shared" else state
+        """With the groups of late clients, which place them in a control, and their labels, where heads are shared.
+
+        A client without a group is nobody's in a control by groups; it joins the nearest cluster.
+        """
+        named = [c for c in clients if c.group is not None or self.settings.allocation != "oracle"]
+        groups = {c.id: c.group or "" for c in named if c.id not in state.groups}
+        labels = {c.id: c.labels or () for c in clients if c.id not in state.labels and self.plan.head == "shared"}
+        if not groups and not labels:
+            return state
+        return replace(state, groups={**state.groups, **groups}, labels={**state.labels, **labels})
 
     def configure(
         self, state: FedLEASEState, clients: Sequence[ClientInfo], rnd: int

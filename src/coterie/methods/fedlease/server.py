@@ -12,6 +12,7 @@ from coterie.methods.fedlease.allocation import Allocation
 from coterie.methods.fedlease.dealing import dealt
 from coterie.methods.fedlease.download import reported, wanted
 from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
+from coterie.methods.fedlease.late import placed
 from coterie.methods.fedlease.representation import mean_representations, without_representation
 from coterie.methods.fedlease.routing import slots_of
 from coterie.methods.fedlease.settings import FedLEASESettings
@@ -53,10 +54,13 @@ class Server:
         replies = dict(sorted(replies.items()))
         if state.allocation is None:
             warm = {**state.warm, **replies}
-            fit = self._without_outlying(state, warm)
+            known = self._known(state, warm)
+            fit = self._without_outlying(state, known)
             if len(fit) < self.settings.needed:
                 return replace(state, warm=warm)
-            return self._allocate(replace(state, warm={}, outlying=tuple(sorted(warm.keys() - fit.keys()))), fit)
+            outlying = tuple(sorted(known.keys() - fit.keys()))
+            state = self._allocate(replace(state, warm={}, outlying=outlying), fit)
+            return self.add_late(state, {c: reply for c, reply in warm.items() if c not in known})
         late = {c: r for c, r in replies.items() if state.cluster_of(c) is None}
         present = {c: r for c, r in replies.items() if c not in late}
         state = self._with_use(self._average(state, present), present, rnd)
@@ -124,6 +128,11 @@ class Server:
     def _warm_starts(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> dict[ClientId, Tensors]:
         infos = {c: ClientInfo(c, 0, labels=state.labels.get(c)) for c in replies}
         return {c: warm_start(self.settings, self.plan, state.base, infos[c]) for c in replies}
+
+    def _known(self, state: FedLEASEState, warm: Mapping[ClientId, Reply]) -> Mapping[ClientId, Reply]:
+        """The warm-up LoRAs of the clients that will be clustered: a control takes those whose group is known."""
+        learned = self.settings.allocation == "learned"
+        return {c: reply for c, reply in warm.items() if learned or c in state.groups}
 
     def _without_outlying(self, state: FedLEASEState, warm: Mapping[ClientId, Reply]) -> Mapping[ClientId, Reply]:
         """The warm-up LoRAs without those that resemble too few others; all of them without ``[robust]``."""
@@ -193,12 +202,11 @@ class Server:
         return replace(state, experts=experts, routers=routers, heads=heads, error=relative_error(errors))
 
     def add_late(self, state: FedLEASEState, late: Mapping[ClientId, Reply]) -> FedLEASEState:
-        """Clients that made up their warm-up join the expert, and its cluster, whose mean is nearest to theirs."""
+        """Clients that made up their warm-up join a cluster, and one of its experts (:mod:`.late`)."""
         if not late or state.allocation is None:
             return state
-        sent = [reply.tensors for reply in late.values()]
-        joined = allocation.nearest(self.settings, state.starts, state.allocation, sent)
-        return self._move(state, dict(zip(late, joined, strict=True)), late)
+        sent = {c: reply.tensors for c, reply in late.items()}
+        return self._move(state, placed(self.settings, state.starts, state.allocation, state.groups, sent), late)
 
     def _recluster(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Clients whose texts have come nearer to another cluster's move there; the experts stay as they are."""
