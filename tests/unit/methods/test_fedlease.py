@@ -386,6 +386,7 @@ def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
         make(clients=CLIENTS[:2])
     with pytest.raises(CoterieError, match="warmup_rounds = 9 leaves no round"):
         make(warmup_rounds=9)
+    assert make(distance="representation", warmup_rounds=9)  # clusters come after round 1
     with pytest.raises(CoterieError, match=r"oracle.*needs a group"):
         make(allocation="oracle", clients=[replace(c, group=None) for c in CLIENTS])
     with pytest.raises(CoterieError, match="no target"):

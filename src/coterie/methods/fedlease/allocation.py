@@ -87,10 +87,10 @@ def check(settings: FedLEASESettings, plan: Plan, clients: Sequence[ClientInfo])
             '[method] download = "used" chooses among the experts of others, which routing = "own" does not send; '
             "remove one of the two"
         )
-    if settings.warmup_rounds >= plan.rounds:
+    if (last := settings.clustered_after) >= plan.rounds:
+        named = f"warmup_rounds = {last}" if last == settings.warmup_rounds else 'distance = "representation"'
         raise CoterieError(
-            f"[method] warmup_rounds = {settings.warmup_rounds} leaves no round for the experts; "
-            f"raise [run] rounds above it (now {plan.rounds})"
+            f"[method] {named} leaves no round for the experts; raise [run] rounds above {last} (now {plan.rounds})"
         )
 
 
