@@ -235,6 +235,30 @@ def test_with_own_start_an_expert_that_others_have_trained_is_used_as_it_is() ->
     assert not torch.equal(bank.tensors[key], personal["b1"].tensors[key._replace(expert=0)])
 
 
+@pytest.mark.parametrize("router", ["cluster", "personal"])
+def test_with_own_start_a_lora_is_kept_until_a_reply_counts(router: str) -> None:
+    """b1 trains in rounds 3 and 4, but its cluster's replies are lost, and then in a round that counts."""
+    method, state = make(expert_start="own", router=router)
+    state, personal = run(method, state, 2)
+    me, lost = INFO["b1"], {c.id for c in CLIENTS if c.group != "b"}
+    own = state.cluster_of("b1")
+    assert own is not None
+    key, before = Key("q", own, Part.B), [personal["b1"].tensors[Key("q", 0, Part.B)]]
+    for rnd in (3, 4):
+        one_round(method, state, personal, rnd, {"b0", "b1", "b2"})  # nobody hears of it
+        state = one_round(method, state, personal, rnd, lost)
+        bank = method.bank(method.configure(state, [me], rnd + 1)["b1"], me, personal["b1"])
+        assert bank.tensors[key].any()
+        assert not any(bank.tensors[key].equal(b) for b in before)  # each training is kept
+        before.append(bank.tensors[key])
+    state = one_round(method, state, personal, 5)
+    state = one_round(method, state, personal, 6)
+    bank = method.bank(method.configure(state, [me], 7)["b1"], me, personal["b1"])
+    assert torch.equal(bank.tensors[key], state.experts[key])
+    assert {k.part for k in personal["b1"].tensors} <= {Part.HEAD, Part.ROUTER}
+    assert personal["b1"].info == {}
+
+
 def test_with_too_few_warm_up_loras_the_warm_up_goes_on() -> None:
     method, state = make()
     personal: dict[str, Personal] = {}

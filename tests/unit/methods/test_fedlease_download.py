@@ -47,7 +47,8 @@ class Run:
         self.personal = {c.id: self.method.begin(halves.BASE, c) for c in CLIENTS}
         self.sent: dict[str, Instruction] = {}
 
-    def round(self, only: Any = None) -> Run:
+    def round(self, only: Any = None, lost: Any = ()) -> Run:
+        """A round of all clients, or of ``only`` these; the replies of those in ``lost`` do not reach the server."""
         self.rnd += 1
         self.sent = dict(self.method.configure(self.state, [c for c in CLIENTS if not only or c.id in only], self.rnd))
         replies = {}
@@ -58,7 +59,7 @@ class Run:
                 of(self.state, INFO[client], self.rnd) for of in (self.method.expects, self.method.expects_info)
             )
             assert fault_of(replies[client], shapes, 1e9, 99, info) is None
-        after = self.method.aggregate(self.state, replies, self.rnd)
+        after = self.method.aggregate(self.state, {c: r for c, r in replies.items() if c not in lost}, self.rnd)
         self.state = codec.decode(FedLEASEState, codec.encode(after))
         return self
 
@@ -132,19 +133,41 @@ def test_a_client_that_was_away_is_counted_from_the_round_in_which_it_received_a
 
 
 def test_a_late_client_and_one_that_moves_are_sent_all() -> None:
-    run = Run(allocation="learned", experts=3).round(set(INFO) - {"c2"}).round().round()
+    """With this threshold a client's use of its old expert does not ask for all three."""
+    run = Run(allocation="learned", experts=3, download_threshold=0.3).round(set(INFO) - {"c2"}).round().round()
     assert run.experts_sent()["c2"] == [0, 1, 2]
-    moved = run.method._server._move(run.state, {"a0": 2}, {"a0": Reply()})
+    own = run.state.expert_of("a0")
+    moved = run.method._server._move(run.state, {"a0": (own + 1) % 3}, {"a0": Reply()})  # type: ignore[operator]
     ins = run.method.configure(moved, CLIENTS, 4)
     assert len({k.expert for k in ins["a0"].tensors if k.part is Part.A}) == 3
-    assert len({k.expert for k in ins["a1"].tensors if k.part is Part.A}) == 2
+    assert len({k.expert for k in ins["a1"].tensors if k.part is Part.A}) == 1
 
 
 def test_with_own_starts_a_copy_is_not_taken_for_the_clients_lora() -> None:
-    run = Run(expert_start="own").round().round().round()
+    """The expert of b is untrained until a reply of its clients counts. They have copies, of expert 0 among others."""
+    of_b = {"b0", "b1", "b2"}
+    run = Run(expert_start="own", download_threshold=0.3).round().round(lost=of_b)
+    for _ in range(2):
+        run.round(lost=of_b)
+        for client in of_b:
+            ins = run.method.configure(run.state, CLIENTS, run.rnd + 1)[client]
+            bank, personal = run.method.bank(ins, INFO[client], run.personal[client]), run.personal[client]
+            for part in (Part.A, Part.B):
+                assert torch.equal(bank.tensors[Key("q", 1, part)], personal.tensors[Key("q", 1, part)])
+            assert bank.tensors[Key("q", 1, Part.B)].any()
+            assert personal.tensors[Key("q", 0, Part.B)].any()  # the copy
+            assert not torch.equal(bank.tensors[Key("q", 1, Part.A)], personal.tensors[Key("q", 0, Part.A)])
+    run.personal["b0"] = Personal(
+        {key: v for key, v in run.personal["b0"].tensors.items() if key.expert != 1}, {"copies": [0, 2]}
+    )
+    ins = run.method.configure(run.state, CLIENTS, run.rnd + 1)["b0"]
+    bank = run.method.bank(ins, INFO["b0"], run.personal["b0"])
+    assert not bank.tensors[Key("q", 1, Part.B)].any()  # with copies alone, it starts from what it was sent
+    run.round().round()
     for client, ins in run.sent.items():
         bank, own = run.method.bank(ins, INFO[client], run.personal[client]), ins.info["own"]
         assert torch.equal(bank.tensors[Key("q", own, Part.B)], ins.tensors[Key("q", own, Part.B)])
+        assert Key("q", own, Part.B) not in run.personal[client].tensors
 
 
 def test_withheld_experts_stay_withheld() -> None:

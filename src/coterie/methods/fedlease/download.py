@@ -17,12 +17,12 @@ client that has lost them uses B = 0 and reports nothing, so that it is sent all
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from coterie.methods.fedlease.settings import FedLEASESettings
-from coterie.methods.parts import lora_of, part_of, start_lora
+from coterie.methods.parts import head_of, lora_of, part_of, start_lora
 from coterie.methods.plan import Plan
 from coterie.requests import Observe, Observed, Program
 from coterie.types import Bank, BaseSpec, Instruction, Part, Personal, Range, Reply, Target, Tensors
@@ -30,6 +30,7 @@ from coterie.types import Bank, BaseSpec, Instruction, Part, Personal, Range, Re
 USE = "expert_use"  # in a reply's info
 ROWS = 100  # of a client, at most, over which its use is measured
 _COPIES = "copies"  # in a client's personal info: the experts that its tensors are copies of
+_OWN = "own_lora"  # there too: the number of the LoRA that is the client's own; before it has a cluster, 0
 _ROUNDING = 1e-3
 
 
@@ -75,9 +76,17 @@ def stand_ins(ins: Instruction, personal: Personal, plan: Plan) -> Tensors:
     return {key: value for each in (copies, starts) for tensors in each.values() for key, value in tensors.items()}
 
 
-def has_copies(personal: Personal) -> bool:
-    """Whether A and B of the client's personal state are copies of experts, and not a LoRA of its own."""
-    return _COPIES in personal.info
+def own_lora(personal: Personal, new: int) -> Tensors:
+    """The LoRA of the client's own in its personal state, as expert ``new``; empty where A and B are all copies."""
+    number = personal.info.get(_OWN, None if _COPIES in personal.info else 0)
+    return {} if number is None else lora_of(personal.tensors, int(number), new=new)
+
+
+def with_own_lora(personal: Personal, lora: Tensors, number: int) -> Personal:
+    """``personal`` with the client's head, this LoRA of its own as expert ``number``, and no other A and B."""
+    info = {name: value for name, value in personal.info.items() if name != _OWN}
+    info |= {_OWN: number} if lora else {}
+    return replace(personal, tensors={**head_of(personal.tensors), **lora}, info=info)
 
 
 def kept_copies(ins: Instruction, personal: Personal, bank: Bank) -> Personal:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from coterie.methods.base import Method, Onboarded, newcomers_own
 from coterie.methods.fedlease import allocation
-from coterie.methods.fedlease.download import USE, has_copies, kept_copies, measured, num_experts, stand_ins, use_range
+from coterie.methods.fedlease.download import (
+    USE,
+    kept_copies,
+    measured,
+    num_experts,
+    own_lora,
+    stand_ins,
+    use_range,
+    with_own_lora,
+)
 from coterie.methods.fedlease.released import released
 from coterie.methods.fedlease.representation import (
     representation_shapes,
@@ -23,7 +32,6 @@ from coterie.methods.fedlease.state import FedLEASEState, without_names
 from coterie.methods.findings import AggregationError, Clusters, Finding, Values
 from coterie.methods.parts import (
     Shapes,
-    head_of,
     head_shapes,
     lora_of,
     lora_shapes,
@@ -162,7 +170,8 @@ class FedLEASE(Method[FedLEASEState]):
             return self._warmed_up(ins, me, personal, trained, representation)
         lora, router = lora_of(trained.tensors), router_of(trained.tensors)
         travels, stays = (lora, router) if self.settings.router == "personal" else (lora | router, {})
-        kept = replace(personal, tensors=head_of(personal.tensors))
+        # Its reply may not count, so it keeps its LoRA until it is sent an expert that is trained.
+        kept = with_own_lora(personal, lora if self._starts_own(ins) else {}, int(ins.info["own"]))
         use: dict[str, dict[str, float]] = {}
         if "experts" in ins.info:
             use = yield from measured(ins, personal, replace(bank, tensors={**bank.tensors, **trained.tensors}))
@@ -176,8 +185,7 @@ class FedLEASE(Method[FedLEASEState]):
             return Bank(with_head(lora_of(personal.tensors), ins, personal), scaling=scaling, dropout=dropout)
         own = int(ins.info["own"])
         mine = {} if self.settings.routing == "own" else router_of(personal.tensors) or self._router(ins)
-        if self.settings.expert_start == "own" and not has_copies(personal) and _untrained(ins.tensors, own):
-            mine |= lora_of(personal.tensors, 0, new=own)
+        mine |= own_lora(personal, own) if self._starts_own(ins) else {}
         experts = {**ins.tensors, **stand_ins(ins, personal, self.plan)}
         return Bank(with_head({**experts, **mine}, ins, personal), gate_of(self.settings, own), scaling, dropout)
 
@@ -205,6 +213,10 @@ class FedLEASE(Method[FedLEASEState]):
         widths = {key.module: value.shape[1] for key, value in of_a.items()}
         base = BaseSpec(tuple(Target(module, d_in, 0) for module, d_in in widths.items()))
         return router_of(ins.tensors) or start_router(base, self.plan, slots_of(self.settings, num_experts(ins)))
+
+    def _starts_own(self, ins: Instruction) -> bool:
+        """Whether the client uses a LoRA of its own, because nobody's training of its expert has counted yet."""
+        return self.settings.expert_start == "own" and _untrained(ins.tensors, int(ins.info["own"]))
 
     def _trainable(self, bank: Bank, own: int) -> frozenset[Key]:
         parts = (Part.ROUTER, Part.HEAD) if self.settings.head == "trained" else (Part.ROUTER,)
