@@ -171,6 +171,24 @@ def test_auto_finds_one_cluster_where_nothing_stands_out(monkeypatch: pytest.Mon
     game.round(trained)
 
 
+@pytest.mark.parametrize("distance", ["auto", "B"])
+def test_clusters_of_a_few_clients_say_so(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"distance": distance, "warmup_rounds": 1}
+    game = play(monkeypatch, LARGE, **settings)
+    game.round(trained, only=[c.id for c in LARGE if int(c.id[1]) < 2])
+    some = "Only 6 of 18 clients had sent what clusters are made of; the others join the nearest. If that is too few, "
+    for _ in range(2):
+        found = find(game.method.describe(game.state), Clusters)
+        assert found is not None
+        assert found.choice.endswith(f". {some}raise [run] cohort")
+        game.round(trained)  # the others join, which changes nothing in how the clusters were chosen
+    whole = play(monkeypatch, LARGE, **settings)
+    whole.round(trained)
+    found = find(whole.method.describe(whole.state), Clusters)
+    assert found is not None
+    assert "Only" not in found.choice
+
+
 @pytest.mark.parametrize("head", ["personal", "shared"])
 @pytest.mark.parametrize("distance", ["representation", "auto"])
 def test_a_client_whose_texts_changed_moves_and_experts_stay(

@@ -15,6 +15,12 @@ def grounds_of(made: Nested) -> str:
     return sentence
 
 
+def of_some(choice: str, sent: int, there: int) -> str:
+    """``choice``, how the clusters were chosen, and that only ``sent`` of ``there`` clients decided it."""
+    some = f"Only {sent} of {there} clients had sent what clusters are made of; the others join the nearest"
+    return ". ".join([*([choice] if choice else []), f"{some}. If that is too few, raise [run] cohort"])
+
+
 def _by_texts(made: Nested) -> str:
     text = f"{_clusters(max(made.labels) + 1)}: {_clusters(max(made.texts) + 1)} by texts"
     if not made.by_texts:

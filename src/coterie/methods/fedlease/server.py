@@ -11,12 +11,14 @@ from coterie.methods.fedlease import allocation
 from coterie.methods.fedlease.allocation import Allocation
 from coterie.methods.fedlease.dealing import dealt
 from coterie.methods.fedlease.download import reported, wanted
+from coterie.methods.fedlease.grounds import of_some
 from coterie.methods.fedlease.heads import averaged_heads, cluster_heads, moved_heads
 from coterie.methods.fedlease.late import placed
 from coterie.methods.fedlease.representation import mean_representations, without_representation
 from coterie.methods.fedlease.routing import slots_of
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.fedlease.state import FedLEASEState
+from coterie.methods.findings import Clusters
 from coterie.methods.parts import (
     label_space,
     lora_of,
@@ -158,6 +160,7 @@ class Server:
         robust = self.plan.robust
         least = robust.min_group if robust.active else 1  # a group without a majority would be at a bad member's mercy
         allocated = allocation.allocate(self.settings, self.plan.seed, warm, state.groups, least)
+        allocated = self._with_grounds(state, allocated)
         allocated = dealt(self.settings, allocated, {c: r.num_examples for c, r in replies.items()})
         replies = self._agreed(state, allocated, replies)
         number = allocated.num_experts
@@ -176,6 +179,14 @@ class Server:
         averaged = self._average(state, sent)
         started = state if self.settings.expert_start == "own" else averaged
         return replace(started, starts={**averaged.experts, **mean_representations(allocated.experts, warm)})
+
+    def _with_grounds(self, state: FedLEASEState, allocated: Allocation) -> Allocation:
+        """``allocated``, which says so where it was learned from fewer clients than there are."""
+        sent, there = len(allocated.order) + len(state.outlying), len(state.groups)
+        if self.settings.allocation != "learned" or sent >= there:
+            return allocated
+        choice = allocated.grounds or Clusters(allocated.clusters, allocated.silhouettes).choice
+        return replace(allocated, grounds=of_some(choice, sent, there))
 
     def _average(self, state: FedLEASEState, replies: Mapping[ClientId, Reply]) -> FedLEASEState:
         """Every expert as the mean over its clients that replied, every router and head as that over its cluster's.
