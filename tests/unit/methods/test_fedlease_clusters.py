@@ -13,6 +13,7 @@ import torch
 import halves
 from coterie import codec
 from coterie.engines.checks import fault_of
+from coterie.methods.fedlease.allocation import Allocation, nearest
 from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.fedlease.state import FedLEASEState
@@ -213,6 +214,30 @@ def test_a_client_whose_texts_changed_moves_and_experts_stay(
     for _ in range(3):
         game.round(trained)
     assert clusters(game) == moved
+
+
+def test_reclustering_compares_with_what_the_clusters_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = play(monkeypatch, distance="representation", recluster_every=2, experts=3)
+    game.round(trained)
+    monkeypatch.setattr(halves, "observed", lambda r, c: directions(r, replace(c, group="d") if c.group == "b" else c))
+    sent = game.round(trained)
+    assert clusters(game) == TRUTH
+    for module in ("q", "v"):
+        key = Key(module, NO_EXPERT, Part.EMBEDDING)
+        now = torch.stack([sent[f"b{i}"].tensors[key] for i in range(3)]).mean(0)
+        torch.testing.assert_close(game.state.starts[key._replace(expert=game.state.expert_of("b0"))], now)
+
+
+def test_a_large_cluster_draws_the_mean_that_late_clients_are_centred_by() -> None:
+    """Between the centres of two clusters, but further from the large one than the mean over all clients is."""
+    numbers = {**{f"a{i}": 0 for i in range(9)}, "b0": 1}
+    key, at = Key("q", 0, Part.EMBEDDING), Key("q", NO_EXPERT, Part.EMBEDDING)
+    starts = {key: torch.tensor([1.0, 0.0]), key._replace(expert=1): torch.tensor([0.0, 1.0])}
+    late = [{at: torch.tensor(point)} for point in ([0.7, 0.3], [0.95, 0.05])]
+    made = Allocation(numbers, {}, tuple(numbers), torch.zeros(10, 10))
+    assert nearest(FedLEASESettings(distance="representation"), starts, made, late) == [1, 0]
+    even = replace(made, clusters={f"{g}{i}": e for e, g in enumerate("ab") for i in range(5)})
+    assert nearest(FedLEASESettings(distance="representation"), starts, even, late) == [0, 0]
 
 
 def test_the_last_client_of_a_cluster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
