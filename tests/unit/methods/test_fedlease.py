@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from coterie import codec
+from coterie.methods.fedlease.allocation import Allocation
+from coterie.methods.fedlease.late import placed
 from coterie.methods.fedlease.method import FedLEASE
 from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.fedlease.state import FedLEASEState
@@ -312,6 +314,14 @@ def test_a_late_site_of_a_control_joins_its_group_though_no_sum_has_its_lora() -
     unknown = [replace(c, group=None) if c.id == "c2" else c for c in known]
     placed = method.aggregate(method.admit(state, unknown), {"c2": untrained}, 3)
     assert placed.cluster_of("c2") == placed.cluster_of("a0")  # the smallest
+
+
+def test_a_late_site_of_random_clusters_joins_the_smallest_whatever_its_group() -> None:
+    groups = {"a0": "a", "a1": "a", "b0": "b", "late": "a"}
+    made = Allocation({"a0": 0, "a1": 0, "b0": 1}, {}, (), torch.zeros(0, 0))
+    for allocation, expert in (("random", 1), ("oracle", 0)):
+        settings = FedLEASESettings(allocation=allocation)  # type: ignore[arg-type]
+        assert placed(settings, {}, made, groups, {"late": {}}) == {"late": expert}
 
 
 def test_a_site_without_a_group_joins_the_nearest_cluster_of_an_oracle() -> None:
