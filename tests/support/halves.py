@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from coterie import codec
-from coterie.engines.checks import bank_fault, fault_of
+from coterie.engines.bank_checks import bank_fault
+from coterie.engines.checks import fault_of
 from coterie.ops.streams import stream
 from coterie.requests import Answer, ClientProgram, Observe, Observed, Program, Request, Score, Scored, Train, Trained
 from coterie.types import (

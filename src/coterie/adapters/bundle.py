@@ -37,7 +37,7 @@ class Bundle:
 def write_bundle(folder: Path, bank: Bank, about: About, *, fan_in_fan_out: bool = False) -> None:
     """Write ``bank`` and ``about`` to ``folder``; where the gate is ``constant`` or ``signed``, also a PEFT adapter."""
     write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, about)))
-    expert = one_lora(bank) if bank.gate.name in ("constant", "signed") else {}
+    expert = _adapter_of(bank)
     if not expert:
         return
     from coterie.adapters.write import ranks_of, write_adapter  # PEFT takes a second to import
@@ -52,6 +52,15 @@ def write_bundle(folder: Path, bank: Bank, about: About, *, fan_in_fan_out: bool
         head={key: value for key, value in bank.tensors.items() if key.part is Part.HEAD},
         fan_in_fan_out=fan_in_fan_out,
     )
+
+
+def bundle_fault(bank: Bank) -> str | None:
+    """Why :func:`write_bundle` cannot write ``bank``, whose experts each have an A and a B, or None."""
+    try:
+        _adapter_of(bank)
+    except CoterieError as fault:
+        return str(fault)
+    return None
 
 
 def read_bundle(folder: Path) -> tuple[Bank, About]:
@@ -93,11 +102,17 @@ def _older(kind: type[Bundle2]) -> Callable[[bytes], Bundle]:
 _READERS: Mapping[int, Callable[[bytes], Bundle]] = {2: _older(Bundle2), 3: _older(Bundle3), 4: _present}
 
 
+def _adapter_of(bank: Bank) -> dict[Key, Tensor]:
+    """What is written as a PEFT adapter: empty where tokens change the weights, or there are no experts."""
+    return one_lora(bank) if bank.gate.name in ("constant", "signed") else {}
+
+
 def one_lora(bank: Bank) -> dict[Key, Tensor]:
     """All experts as one, which they are with the gate ``constant`` or ``signed``. Empty without experts.
 
     The rows of A are under each other, the columns of B beside each other. The weights of the gate ``signed`` are in B;
-    experts that weigh 0 are left out, unless all of a module do.
+    experts that weigh 0 are left out, unless all of a module do. Raises :class:`CoterieError` for options and routers
+    that do not fit the gate ``signed``.
     """
     by_module: dict[str, list[Key]] = {}
     for key in sorted(key for key in bank.tensors if key.part is Part.A):
@@ -118,6 +133,10 @@ def _weights(bank: Bank, module: str, keys: Sequence[Key]) -> dict[Key, float]:
     """The weight of each of a module's experts, given by their A's ``keys``: 1, or that of the gate ``signed``."""
     weights, routed = dict.fromkeys(keys, 1.0), [key for key in keys if key.expert != SHARED]
     if bank.gate.name == "signed" and routed:
-        g = signed(bank.tensors[Key(module, NO_EXPERT, Part.ROUTER)], None, **bank.gate.options_for(module))
-        weights |= dict(zip(routed, g[0].tolist(), strict=True))
+        router = bank.tensors.get(Key(module, NO_EXPERT, Part.ROUTER))
+        try:
+            g = signed(router, None, **bank.gate.options_for(module))
+            weights |= dict(zip(routed, g[0].tolist(), strict=True))
+        except (TypeError, ValueError) as fault:
+            raise CoterieError(f"{module}, gate 'signed': {fault}") from fault
     return weights

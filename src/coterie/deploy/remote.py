@@ -19,8 +19,9 @@ from coterie.deploy.exchange import Arrival, Exchange, Unanswered
 from coterie.deploy.limits import EVALUATION, bank_limit
 from coterie.deploy.sites import Sites
 from coterie.energy import SOURCES, Energy
+from coterie.engines.bank_checks import bank_fault
 from coterie.engines.base import Delivery, Evaluation, Stream
-from coterie.engines.checks import bank_fault, evaluation_fault, is_number
+from coterie.engines.checks import evaluation_fault, is_number
 from coterie.engines.encode_once import EncodedOnce
 from coterie.flower.message import Message
 from coterie.methods.base import Method

@@ -15,7 +15,7 @@ from torch import Tensor
 from coterie.engines.base import Evaluation
 from coterie.requests import Observed, Optim
 from coterie.text import TEXT, name_fault, plain_text
-from coterie.types import Bank, BaseSpec, ClientInfo, Key, Part, Range, Reply
+from coterie.types import BaseSpec, ClientInfo, Key, Range, Reply
 
 DTYPE = torch.float32  # of all that trains, whatever the base's dtype; a mean keeps the dtype of its first tensor
 MOST = 1e15  # for any number that a client reports
@@ -57,7 +57,7 @@ def _fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound:
     if surplus := sorted(reply.tensors.keys() - expected.keys()):
         return f"the reply has {_some(surplus)}, which was not requested"
     for key, value in reply.tensors.items():
-        if fault := _tensor_fault(key, value, expected[key]):
+        if fault := tensor_fault(key, value, expected[key]):
             return fault
     norm = float(sum(value.double().square().sum() for value in reply.tensors.values())) ** 0.5
     if norm > norm_bound:
@@ -67,7 +67,8 @@ def _fault_of(reply: Reply, expected: Mapping[Key, tuple[int, ...]], norm_bound:
     return None
 
 
-def _tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None:
+def tensor_fault(key: Key, value: Tensor, shape: tuple[int, ...]) -> str | None:
+    """Why a client's tensor is refused, or None: it has this shape and :data:`DTYPE`, and its values are finite."""
     if tuple(value.shape) != shape:
         return f"{key} has the shape {list(value.shape)}, not {list(shape)}"
     if value.dtype != DTYPE:
@@ -154,34 +155,6 @@ def _usage_fault(observed: Observed, modules: Collection[str], rows: int) -> str
         if not good or not row.expert or not all(type(e) is int and -2 <= e < _SIZE for e in row.expert):
             return f"its usage of {module} has numbers out of range"
     return None
-
-
-def bank_fault(bank: Bank, spec: BaseSpec, labels: Sequence[str] | None) -> str | None:
-    """Why a site's ``bank`` cannot be written, or None: it fits the base, each A its B, and all values are finite."""
-    shapes = {p.name: p.shape_for(len(labels or ())) for p in spec.head}
-    sizes = {t.name: (t.d_in, t.d_out) for t in spec.targets}
-    for key, value in bank.tensors.items():
-        shape = shapes.get(key.module) if key.part is Part.HEAD else _expected_shape(key, value, sizes.get(key.module))
-        if shape is None:
-            return f"the base has no {shown(str(key))}"
-        if fault := _tensor_fault(key, value, shape):
-            return fault
-    for part, other in ((Part.A, Part.B), (Part.B, Part.A)):
-        for key in (key for key in bank.tensors if key.part is part):
-            pair = bank.tensors.get(key._replace(part=other))
-            if pair is None or pair.shape[int(other is Part.B)] != bank.tensors[key].shape[int(part is Part.B)]:
-                return f"{key} has no {other.value} of its rank"
-    if not is_number(bank.scaling) or not is_number(bank.dropout, 0, 1):
-        return "its scaling or its dropout is out of range"
-    fault = json_fault({"name": bank.gate.name, "all": dict(bank.gate.options), "each": dict(bank.gate.per_module)})
-    return f"its gate {fault}" if fault else None
-
-
-def _expected_shape(key: Key, value: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...] | None:
-    """The shape that the tensor of an expert or a router should have: one side is free."""
-    if sizes is None or key.part is Part.EMBEDDING or value.ndim != 2 or not value.numel():
-        return None
-    return (sizes[1], value.shape[1]) if key.part is Part.B else (value.shape[0], sizes[0])
 
 
 def site_fault(info: ClientInfo, spec: BaseSpec) -> str | None:
