@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coterie.data.clients import SAFE_ID
-from coterie.data.rows import SPLITS
 from coterie.flower.message import KINDS
 from coterie.secure.steps import STEPS
 from coterie.types import ClientId, CoterieError, ExportedAs, Json
@@ -24,6 +23,7 @@ _TYPES: dict[str, type] = {
     "kept_rounds": list,
     "terms": dict,
 }
+_SPLITS = ("validation", "test")  # that a server may have scored
 _MOST = 1000  # rounds in a list
 _MAX = 10**6  # a site's files of states have six digits
 
@@ -58,8 +58,11 @@ def read_head(head: Mapping[str, Json]) -> Head:
             raise CoterieError(f"the message's {name} is not of the type {wanted.__name__}")
         if wanted is int and not 0 <= head[name] < _MAX:
             raise CoterieError(f"the message's {name} is {head[name]}; it must be at least 0 and below {_MAX}")
-    if not isinstance(splits, list) or not all(split in SPLITS for split in splits):
-        raise CoterieError(f"the message's splits are not among {', '.join(SPLITS)}")
+    if not isinstance(splits, list) or not all(split in _SPLITS for split in splits):
+        raise CoterieError(
+            f"the message's splits are not among {', '.join(_SPLITS)}: a site scores no other rows for a server, "
+            "because the loss of training rows says whether a text is among them"
+        )
     if export not in ("best", "last"):
         raise CoterieError("the message's export is neither best nor last")
     if not SAFE_ID.fullmatch(head["run"]):

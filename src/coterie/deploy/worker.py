@@ -164,7 +164,8 @@ class Worker:
             raise CoterieError("this site sends no metrics in a run with [privacy]: they would have no noise")
         if not self.site.policy.upload_metrics:
             raise CoterieError("this site sends no metrics ([policy] upload_metrics)")
-        usage = head.usage and self.site.policy.upload_usage
+        last = head.rnd >= run.config.run.rounds  # [privacy], which can end a run before, refuses every evaluation
+        usage = head.usage and self.site.policy.upload_usage and last
         return Message({}, evaluate_client(run.client, run.method, body, head.rnd, head.splits, usage).blob)
 
     def _bank(self, run: Run, head: Head, body: bytes) -> Message:

@@ -141,6 +141,22 @@ def test_metrics_usage_and_banks_are_sent_only_as_agreed(fedit: tuple[Any, bytes
     assert given.answer(bank).body
 
 
+def test_usage_is_answered_after_the_last_round_alone(tmp_path: Path) -> None:
+    config = flower_sites.server_config(sites.config(tmp_path, method="fedlease"), run={"rounds": 3})
+    clients = [CLIENT, "place-0", "size-0"]
+    staff = flower_sites.workers(tmp_path, clients)
+    engine = flower_sites.engine_over(config, staff, sites=tuple(clients))
+    engine.sites.gather(0, 10)
+    method = flower_sites.method_of(config)
+    made = method.configure(method.init(engine.spec, engine.clients), engine.clients, 1)
+    told = {}
+    for rnd in (0, 1, 2, 3, 4):
+        asked = dict(engine.evaluate(method, made, rnd, ("validation", "test"), usage=True))
+        assert all(sorted(each.scores) == ["test", "validation"] for each in asked.values())
+        told[rnd] = {client for client, each in asked.items() if each.observed is not None}
+    assert told == {0: set(), 1: set(), 2: set(), 3: set(clients), 4: set(clients)}
+
+
 def test_how_the_rows_use_the_experts_stays_where_that_was_agreed() -> None:
     reply = Reply({}, 3, {"loss": 0.5, "importance": {"q": 1.0}, "use": {"one": 0.5}})
     method = SmartFed(SmartFedSettings(pool="x"), Plan())
@@ -157,8 +173,12 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "since": ({"since": -1}, "since is -1; it must be at least 0"),
     "keep": ({"kind": "evaluate", "keep": -7}, "keep is -7; it must be at least 0"),
     "large": ({"kind": "query.bank", "round": 10**9}, "below 1000000"),
-    "splits": ({"kind": "evaluate", "splits": 3}, "splits are not among train, validation, test"),
-    "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are not among train, validation, test"),
+    "splits": ({"kind": "evaluate", "splits": 3}, "splits are not among validation, test"),
+    "split": ({"kind": "evaluate", "splits": ["../x"]}, "splits are not among validation, test"),
+    "training rows": (
+        {"kind": "evaluate", "splits": ["test", "train"]},
+        "the loss of training rows says whether a text",
+    ),
     "export": ({"kind": "query.bank", "export": "worst"}, "export is neither best nor last"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
     "terms": ({"terms": {}}, "not the terms of a Coterie server"),
