@@ -147,6 +147,16 @@ class PrivacySettings(Section):
 
 
 @dataclass(frozen=True)
+class StandIn(Reply):
+    """A reply that its client did not send: noise for a group of which nobody replied."""
+
+
+def sent_by_clients(replies: Mapping[ClientId, Reply]) -> dict[ClientId, Reply]:
+    """``replies`` without stand-ins, for what a state keeps of single clients."""
+    return {client: reply for client, reply in replies.items() if not isinstance(reply, StandIn)}
+
+
+@dataclass(frozen=True)
 class Made:
     """The replies with noisy tensors; ``digest`` names the values before the noise, ``kinds`` what was released."""
 
@@ -243,8 +253,8 @@ class Released:
         """``replies`` with what the groups' noisy sums say.
 
         ``everyone`` has a reply of every client: those that sent nothing send their start, an update of 0. A group of
-        which nobody replied is noise all the same; its first member stands in for it, without embeddings, which would
-        be noise that looks like a measurement.
+        which nobody replied is noise all the same; its first member stands in for it (:class:`StandIn`), without
+        embeddings, which would be noise that looks like a measurement.
         """
         updates = {c: cut(self.settings, replies[c].tensors, starts[c]) for c in sorted(replies)}
         sums = [_sum(updates, group, everyone) for group in groups]
@@ -269,7 +279,7 @@ class Released:
         for c, values in alone.items():
             made[c] |= {k: _moved(starts[c], k, v) for k, v in self._noisy(values, purpose, f"client {c}").items()}
         kinds = kinds_of(key for c in made for key in made[c])
-        return Made({c: replace(everyone[c], tensors=made[c]) for c in made}, digest, kinds)
+        return Made({c: _with(everyone[c], made[c], c in replies) for c in made}, digest, kinds)
 
     def _noisy(self, values: Vector, *purpose: str | int) -> Vector:
         return {
@@ -278,6 +288,10 @@ class Released:
             * self.noise.normal(tuple(value.shape), *purpose, str(key))
             for key, value in values.items()
         }
+
+
+def _with(reply: Reply, tensors: Tensors, sent: bool) -> Reply:
+    return replace(reply, tensors=tensors) if sent else StandIn(tensors, reply.num_examples, reply.info)
 
 
 def _sum(updates: Mapping[ClientId, Vector], group: Group, everyone: Mapping[ClientId, Reply]) -> Vector:

@@ -70,6 +70,43 @@ def test_what_a_sampled_cohort_sends_is_in_a_group(tmp_path: Path, name: str, se
     assert sent
 
 
+def test_only_clients_that_replied_hold_smartfeds_pool_and_one_that_lost_it_stays_in_its_group(tmp_path: Path) -> None:
+    made = private(tmp_path, "smartfed", {})
+    method, state = made.method, made.method.init(halves.BASE, CLIENTS)
+    spaces = {client.id: label_space(client) for client in CLIENTS}
+    holders = []
+    for rnd, drawn in enumerate(({}, {"b": {}, "d": {}}, {"d": {"lacks_pool": True}}, {"d": {}}), start=1):
+        everyone, _ = made.everyone(halves.BASE, state, {}, rnd)
+        replies: dict[str, Reply] = {c: replace(everyone[c], info=info) for c, info in drawn.items()}
+        before = state
+        state = method.aggregate(state, made.released(halves.BASE, state, replies, spaces, rnd), rnd)
+        assert any(not state.routers[key].equal(before.routers[key]) for key in state.routers), "noise, whoever replied"
+        holders.append(state.holders)
+    assert holders == [(), ("b", "d"), ("b",), ("b", "d")]
+    assert {c for c, ins in method.configure(state, CLIENTS, 5).items() if ins.info["sent"]} == {*"acef"}
+
+
+@pytest.mark.parametrize("name", ["fedamole", "fedlease"])
+def test_a_stand_in_joins_nothing(tmp_path: Path, name: str) -> None:
+    """What a state keeps of single clients is of those that sent something: a stand-in has no embeddings."""
+    others = [*CLIENTS[:5], replace(CLIENTS[5], labels=("x", "y", "z"))]
+    there = [*others, replace(others[5], id="e-late")]
+    made = private(tmp_path, name, SMALL[name], cohort=1.0)
+    made.clients, spaces = there, {client.id: label_space(client) for client in there}
+    state: Any = made.method.init(halves.BASE, others)
+    stood_in = []
+    for rnd in range(1, 5):
+        state = made.method.admit(state, there)
+        everyone, _ = made.everyone(halves.BASE, state, {}, rnd)
+        replies = {c: everyone[c] for c in ("abcde" if rnd > 2 else "abcdef")}
+        released = made.released(halves.BASE, state, replies, spaces, rnd)
+        stood_in += sorted(released.keys() - replies.keys())
+        state = made.method.aggregate(state, released, rnd)
+    joined = state.clients if name == "fedamole" else sorted(state.allocation.clusters)
+    assert tuple(joined) == tuple("abcdef")
+    assert ("e-late" in stood_in) == (name == "fedamole")  # in fedlease a client without a cluster is in no group
+
+
 def test_fedlease_by_known_groups_and_the_averages_are_admitted(tmp_path: Path) -> None:
     for name in ("fedit", "ffa_lora", "rolora"):
         private(tmp_path, name, {})

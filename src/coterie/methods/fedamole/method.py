@@ -45,6 +45,7 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.privacy import sent_by_clients
 from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
 from coterie.ops.assign import Limits, assign, check
@@ -150,7 +151,7 @@ class FedAMoLE(Method[FedAMoLEState]):
 
     def aggregate(self, state: FedAMoLEState, replies: Mapping[ClientId, Reply], rnd: int) -> FedAMoLEState:
         first = rnd == 1 or self._waits(state, rnd - 1)
-        weight, state = weights_of(replies, self.settings.weighting), with_late(state, replies)
+        weight, state = weights_of(replies, self.settings.weighting), with_late(state, sent_by_clients(replies))
         known = replied(state.token_embeddings)
         state = replace(state, heads=mean_heads(state.heads, replies, weight), **self._average(state, replies, weight))
         if rnd >= self.plan.rounds or self.settings.assignment in ("static", "oracle"):

@@ -22,6 +22,7 @@ from coterie.methods.parts import (
     weights_of,
     with_head,
 )
+from coterie.methods.privacy import sent_by_clients
 from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
 from coterie.methods.smartfed.budgets import (
@@ -40,12 +41,13 @@ from coterie.methods.smartfed.pools import (
     check_base,
     check_settings,
     frozen_of,
-    lacks_pool,
+    holders_after,
     left_out,
     named_for,
     names_in,
     pool_in,
     sizes_of,
+    taking_part,
 )
 from coterie.methods.smartfed.quotas import mean_numbers, measure, rows_left, starved
 from coterie.methods.smartfed.released import released
@@ -187,12 +189,11 @@ class SmartFed(Method[SmartFedState]):
     def groups(
         self, state: SmartFedState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
     ) -> Sequence[Group]:
-        return grouped(replies, {c: "" for c, reply in replies.items() if not lacks_pool(reply)}, spaces)
+        return grouped(replies, dict.fromkeys(taking_part(self.plan, replies), ""), spaces)
 
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
-        lacking = {c for c in replies if lacks_pool(replies[c])}
-        state = replace(state, holders=tuple(c for c in state.holders if c not in lacking))
-        replies = {c: reply for c, reply in replies.items() if c not in lacking}
+        state = replace(state, holders=holders_after(state.holders, replies))
+        replies = taking_part(self.plan, replies)
         return self._average(state, replies) if replies else state
 
     def _average(self, state: SmartFedState, replies: Mapping[ClientId, Reply]) -> SmartFedState:
@@ -205,8 +206,7 @@ class SmartFed(Method[SmartFedState]):
             fresh={key: merged[key] for key in state.fresh},
             trained={key: merged[key] for key in state.trained},
             heads=mean_heads(state.heads, replies, weight),
-            holders=tuple(sorted({*state.holders, *replies})),
-            budgets=reported(state.budgets, replies),
+            budgets=reported(state.budgets, sent_by_clients(replies)),
         )
         measured = {c: replies[c].info for c in weight if {"importance", "use"} <= replies[c].info.keys()}
         return self._eeqa(state, measured, weight) if measured else state

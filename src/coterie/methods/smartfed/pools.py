@@ -11,8 +11,22 @@ from torch import Tensor
 
 from coterie.adapters.pool import BOUND, Adapter, Pool, cut, match_modules, norms, out_of_line, put_back, read_pool
 from coterie.methods.parts import lora_of
+from coterie.methods.plan import Plan
+from coterie.methods.privacy import sent_by_clients
 from coterie.methods.smartfed.settings import SmartFedSettings
-from coterie.types import SHARED, Bank, BaseSpec, CoterieError, Instruction, Key, Part, PrivateError, Reply, Tensors
+from coterie.types import (
+    SHARED,
+    Bank,
+    BaseSpec,
+    ClientId,
+    CoterieError,
+    Instruction,
+    Key,
+    Part,
+    PrivateError,
+    Reply,
+    Tensors,
+)
 
 WHOLE = (Part.ROUTER, Part.HEAD)  # parts that train wherever they are
 _ROBUST_BOUND = 3.0  # times the median of the other adapters' norms, with [robust]
@@ -144,6 +158,21 @@ def frozen_of(
 def lacks_pool(reply: Reply) -> bool:
     """Whether the client lacked the pool, and so trained nothing."""
     return reply.info.get("lacks_pool") is True
+
+
+def holders_after(before: Iterable[ClientId], replies: Mapping[ClientId, Reply]) -> tuple[ClientId, ...]:
+    """Who has the pool after a round: those from ``before`` and those that replied, except who says to lack it."""
+    lacking = {client for client, reply in replies.items() if lacks_pool(reply)}
+    return tuple(sorted({*before, *sent_by_clients(replies)} - lacking))
+
+
+def taking_part(plan: Plan, replies: Mapping[ClientId, Reply]) -> dict[ClientId, Reply]:
+    """The replies that are averaged: not those of clients that lacked the pool.
+
+    Where the server adds noise, those too: what they sent is their start, an update of 0, and without them the average
+    would show who took part.
+    """
+    return {c: reply for c, reply in replies.items() if plan.privacy.by_server or not lacks_pool(reply)}
 
 
 @dataclass(frozen=True)
