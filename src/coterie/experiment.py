@@ -169,9 +169,9 @@ def finish(
     as_set = config.run.export == "last" or exported.rnd == summary.best_round
     about = about_export(config, opened.root, exported.rnd, config.run.export if as_set else "last")
     _export(opened, exported, about, folder)
-    write_json(folder / SUMMARY, summary.to_json())  # a run with a summary is finished
     if private:
-        private.finish()
+        private.finish()  # first: nothing that is stopped after the summary is done again
+    write_json(folder / SUMMARY, summary.to_json())  # a run with a summary is finished
     _report(folder, listen)
     return summary
 

@@ -15,6 +15,7 @@ import tiny
 from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.experiment import run
+from coterie.files import write_json
 from coterie.methods.fedit import FedIT
 from coterie.methods.plan import Plan
 from coterie.methods.privacy import PrivacySettings
@@ -26,6 +27,7 @@ from coterie.runs.ledger import LEDGER, read_ledger
 from coterie.runs.private import KEY, kept_noise
 from coterie.runs.rounds import Runner
 from coterie.runs.settings import RoundSettings
+from coterie.runs.summary import SUMMARY
 from coterie.types import CoterieError
 from stop_run import stop_run
 
@@ -139,6 +141,30 @@ def test_a_killed_round_is_released_once(
     assert made.privacy.releases == {"updates": 2}
     assert (made.rounds, made.privacy.stopped) == (2, "")
     assert all(torch.equal(seen[-1].lora[key], value) for key, value in states[0].items())
+
+
+def test_a_run_that_is_killed_as_it_ends_leaves_no_key(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed just before the summary or just after it, which makes the run finished: the noise has no key any more."""
+    mine = config(folder, {**SEEDED, "noise_source": "secure"}, rounds=1)
+    for when in ("before", "after"):
+
+        def killed(path: Path, value: Any, when: str = when) -> None:
+            if when == "after":
+                write_json(path, value)
+            raise KilledError
+
+        out = tmp_path / when
+        with monkeypatch.context() as patch:
+            patch.setattr("coterie.experiment.write_json", killed)
+            with pytest.raises(KilledError):
+                run(mine, out, root=folder)
+        assert (out / SUMMARY).exists() == (when == "after")
+        assert not (out / KEY).exists()
+        assert run(mine, out, root=folder, resume=True).rounds == 1
+        assert not (out / KEY).exists()
+        assert len(read_ledger(out).entries) == 1
 
 
 def test_a_ledger_that_is_lost_comes_back_from_the_checkpoint(
