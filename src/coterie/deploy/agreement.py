@@ -13,6 +13,7 @@ from coterie import __version__
 from coterie.config.deployment import SiteSettings
 from coterie.config.load import check_config
 from coterie.config.sections import Config
+from coterie.deploy.head import MOST
 from coterie.deploy.private_site import check_privacy_of_sites
 from coterie.flower.message import Message
 from coterie.methods.registry import method_named
@@ -43,6 +44,7 @@ class Agreement:
     (:func:`coterie.deploy.base_digest.base_digest`); empty: that of the first site.
     ``max_rows`` is the most training rows that a site may report: its weight in means goes by them. ``unprotected``
     says why the rows of a site that is new would have no protection, where ``[privacy]`` counts rows; None: they do.
+    ``starts``: the earlier attempts, and the round that each went back to.
     """
 
     run: str
@@ -58,6 +60,7 @@ class Agreement:
     greeting: float = 60.0
     base: str = ""
     max_rows: int = 10_000_000
+    starts: Sequence[tuple[int, int]] = ()
     unprotected: Callable[[ClientInfo], str | None] = lambda info: None
 
     @property
@@ -80,10 +83,11 @@ class Agreement:
         """A message of this run; ``details`` is what only messages of its kind have in their head.
 
         ``since`` is the round whose state this attempt starts from, ``keep`` the oldest round that is still needed,
-        beside the rounds ``kept_rounds``.
+        beside the rounds ``kept_rounds``. The head also has the newest of ``starts``.
         """
         head: dict[str, Json] = {"kind": kind, "client": client, "round": rnd, "run": self.run, "attempt": self.attempt}
         head |= {"since": since, "keep": keep, "kept_rounds": list(kept_rounds)}
+        head |= {"starts": [list(start) for start in self.starts[-MOST:]]}
         head |= {"patience": self.deadline, "terms": dict(self.terms), **(details or {})}
         return Message(head, body)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -21,18 +21,25 @@ class Attempt:
     """``number`` counts the starts; the sites keep the run's personal state under the id ``run``.
 
     ``keys`` is the site that owns a key, by the key's SHA-256. ``onboard``: the sites that join the run after its end.
+    ``starts``: the attempts that went back to a round, each with that round (attempts of older versions are not in it).
     """
 
     run: str
     number: int
     keys: Mapping[str, ClientId]
     onboard: Sequence[ClientId] = ()
+    starts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def earlier(self) -> tuple[tuple[int, int], ...]:
+        """``starts`` without this attempt's own."""
+        return tuple(start for start in self.starts if start[0] < self.number)
 
 
 def read_attempt(folder: Path) -> Attempt:
     """The newest attempt of the run in ``folder``."""
     saved = read_json_as(folder / _FILE, _SAVED)
-    return Attempt(saved.run, saved.attempt, saved.keys, saved.onboard)
+    return Attempt(saved.run, saved.attempt, saved.keys, saved.onboard, saved.starts)
 
 
 def begin_attempt(folder: Path, keys: Mapping[str, ClientId], onboard: Sequence[ClientId] = ()) -> Attempt:
@@ -41,10 +48,20 @@ def begin_attempt(folder: Path, keys: Mapping[str, ClientId], onboard: Sequence[
         (folder / _EARLIER_FILE).rename(folder / _FILE)
     old = read_attempt(folder) if (folder / _FILE).exists() else None
     run = old.run if old else f"{folder.name[:60]}-{secrets.token_hex(8)}"
-    attempt = Attempt(run, old.number + 1 if old else 1, dict(keys), onboard)
-    saved = {"run": attempt.run, "attempt": attempt.number, "keys": dict(keys)}
-    write_json(folder / _FILE, saved | ({"onboard": list(onboard)} if onboard else {}))
+    attempt = Attempt(run, old.number + 1 if old else 1, dict(keys), onboard, old.starts if old else ())
+    _write(folder, attempt)
     return attempt
+
+
+def record_start(folder: Path, rnd: int) -> None:
+    """Record that the newest attempt starts from round ``rnd``: what sites did after it is undone."""
+    attempt = read_attempt(folder)
+    _write(folder, replace(attempt, starts=(*attempt.earlier, (attempt.number, rnd))))
+
+
+def _write(folder: Path, attempt: Attempt) -> None:
+    saved = {"run": attempt.run, "attempt": attempt.number, "keys": dict(attempt.keys), "starts": attempt.starts}
+    write_json(folder / _FILE, saved | ({"onboard": list(attempt.onboard)} if attempt.onboard else {}))
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class _Saved:
     attempt: int
     keys: dict[str, ClientId]
     onboard: tuple[ClientId, ...] = ()
+    starts: tuple[tuple[int, int], ...] = ()
 
 
 _SAVED = TypeAdapter(_Saved)

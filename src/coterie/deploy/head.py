@@ -24,14 +24,15 @@ _TYPES: dict[str, type] = {
     "terms": dict,
 }
 _SPLITS = ("validation", "test")  # that a server may have scored
-_MOST = 1000  # rounds in a list
+MOST = 1000  # rounds in a list
 _MAX = 10**6  # a site's files of states have six digits
 
 
 @dataclass(frozen=True)
 class Head:
     """See :meth:`coterie.deploy.agreement.Agreement.message`. ``splits`` and ``usage`` are for evaluation,
-    ``export`` for the bank that the site writes, ``step`` for a secure sum."""
+    ``export`` for the bank that the site writes, ``step`` for a secure sum; ``starts``: earlier attempts, and
+    the round that each went back to."""
 
     kind: str
     client: ClientId
@@ -46,6 +47,7 @@ class Head:
     usage: bool = False
     export: ExportedAs = "last"
     step: str = ""
+    starts: tuple[tuple[int, int], ...] = ()
 
 
 def read_head(head: Mapping[str, Json]) -> Head:
@@ -67,8 +69,8 @@ def read_head(head: Mapping[str, Json]) -> Head:
         raise CoterieError("the message's export is neither best nor last")
     if not SAFE_ID.fullmatch(head["run"]):
         raise CoterieError("the message's run is not a valid folder name")
-    if len(head["kept_rounds"]) > _MOST or not all(type(rnd) is int and 0 <= rnd < _MAX for rnd in head["kept_rounds"]):
-        raise CoterieError(f"the message's kept_rounds is not a list of at most {_MOST} rounds")
+    if not _are_rounds(head["kept_rounds"]):
+        raise CoterieError(f"the message's kept_rounds is not a list of at most {MOST} rounds")
     if (step := head.get("step", "")) not in ("", *STEPS):
         raise CoterieError(f"the message's step is not one of {', '.join(STEPS)}")
     values = {name: head[name] for name in _TYPES if name not in ("round", "kept_rounds")}
@@ -80,7 +82,21 @@ def read_head(head: Mapping[str, Json]) -> Head:
         usage=bool(head.get("usage")),
         export=export,
         step=step,
+        starts=_starts(head),
     )
+
+
+def _starts(head: Mapping[str, Json]) -> tuple[tuple[int, int], ...]:
+    starts = head.get("starts", [])  # an older server does not say them
+    if not isinstance(starts, list) or not all(_are_rounds(start, 2) and len(start) == 2 for start in starts):
+        raise CoterieError("the message's starts are not pairs of an attempt and a round")
+    if len(starts) > MOST:
+        raise CoterieError(f"the message has more than {MOST} starts")
+    return tuple((attempt, rnd) for attempt, rnd in starts)
+
+
+def _are_rounds(value: Json, most: int = MOST) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(type(n) is int and 0 <= n < _MAX for n in value)
 
 
 def digest_of(terms: Mapping[str, object]) -> str:

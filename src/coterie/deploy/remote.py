@@ -35,13 +35,14 @@ T = TypeVar("T")
 class RemoteEngine:
     """See the module. ``since`` is the round that this attempt starts from, ``keep`` the oldest that it needs.
 
-    It needs the rounds ``kept_rounds`` too.
+    It needs the rounds ``kept_rounds`` too. ``started`` is called with ``since`` before a site goes back to it.
     """
 
     sites: Sites
     since: int = 0
     keep: int = 0
     kept_rounds: tuple[int, ...] = ()
+    started: Callable[[int], None] = lambda rnd: None
     _earlier: Unanswered = field(default_factory=Unanswered)
 
     @property
@@ -121,6 +122,7 @@ class RemoteEngine:
     def restore(self, rnd: int) -> None:
         """Note in every message that the site has to go back to its state after round ``rnd``, which it does once."""
         self.since = rnd
+        self.started(rnd)
 
     def state_rounds(self, rnd: int) -> Mapping[str, Mapping[ClientId, int]]:
         """Nothing for the server to check: each site keeps its own state."""

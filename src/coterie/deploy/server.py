@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from coterie import codec
@@ -15,7 +16,7 @@ from coterie.config.load import check_config
 from coterie.config.sections import Config
 from coterie.data.rows import FederatedData
 from coterie.deploy.agreement import Agreement, terms_of
-from coterie.deploy.attempt import Attempt, read_attempt
+from coterie.deploy.attempt import Attempt, read_attempt, record_start
 from coterie.deploy.base_digest import digest_here
 from coterie.deploy.events import Finished, Joined, ServerStarted, Stopped
 from coterie.deploy.head import digest_of
@@ -104,7 +105,7 @@ def run(transport: Transport, folder: Path, journal: Journal) -> Summary:
             _write_known(folder, sites.known, config)
 
     sites = Sites(transport, agreement, note, known)
-    engine = RemoteEngine(sites)
+    engine = RemoteEngine(sites, started=partial(record_start, folder))
     opened = Opened(config, method, engine, FederatedData((), {}), root)
     journal(ServerStarted(agreement.attempt, agreement.sites))
     sites.gather(config.federation.at_least, config.federation.wait)
@@ -176,6 +177,7 @@ def agreement_of(config: Config, attempt: Attempt) -> Agreement:
         deadline=settings.deadline,
         greeting=settings.greeting,
         max_rows=settings.max_rows,
+        starts=attempt.earlier,
     )
 
 

@@ -289,6 +289,35 @@ def test_a_server_that_died_goes_on_with_the_sites_states_of_its_checkpoint(name
     assert {d.error for d in stale.values()} == {"the message is from attempt 1, but attempt 2 has begun"}
 
 
+@pytest.mark.parametrize(
+    ("starts", "left"),
+    [(((1, 0), (2, 1)), [1, 4]), (((1, 0), (2, 1), (3, 2)), [1, 4]), (((1, 0), (2, 2)), [1, 2, 4]), ((), [1, 2, 4])],
+    ids=["one missed", "two missed", "nothing undone", "a server that does not say"],
+)
+def test_a_site_that_missed_a_start_goes_back_as_far_as_that_start_did(
+    starts: tuple[tuple[int, int], ...], left: list[int], tmp_path: Path
+) -> None:
+    config = flower_sites.server_config(sites.config(tmp_path, method="feddpa"), run={"rounds": 9})
+    staff = flower_sites.workers(tmp_path, CLIENTS[:1])
+    engine = flower_sites.engine_over(config, staff, sites=tuple(staff))
+    engine.sites.gather(0, 10)
+    method = flower_sites.method_of(config)
+    state = method.init(engine.spec, engine.clients)
+    ((client, worker),) = staff.items()
+
+    def train(attempt: int, since: int, rnd: int, starts: tuple[tuple[int, int], ...] = ()) -> None:
+        of = replace(engine.sites.agreement, attempt=attempt, starts=starts)
+        body = codec.encode(method.configure(state, engine.clients, rnd)[client])
+        answer = worker.answer(of.message("train", client, rnd, body=body, since=since))
+        assert "error" not in answer.head
+
+    train(1, 0, 1)
+    train(1, 0, 2)  # undone by the start of attempt 2, which the site misses
+    train(4, 3, 4, starts)
+    kept = (worker.state / "run" / "personal" / client).iterdir()
+    assert sorted(int(path.stem) for path in kept) == left
+
+
 @pytest.mark.parametrize("name", ["fedlease", "fedit"])
 def test_a_site_may_join_and_another_leave_between_two_starts(name: str, tmp_path: Path) -> None:
     path = sites.config(tmp_path, method=name)

@@ -19,7 +19,7 @@ import sites
 from coterie import codec
 from coterie.artifacts.onboard import onboard
 from coterie.deploy import server
-from coterie.deploy.attempt import begin_attempt
+from coterie.deploy.attempt import begin_attempt, read_attempt
 from coterie.deploy.base_digest import digest_here
 from coterie.deploy.events import Exchanged, Finished, Joined, Refused
 from coterie.deploy.hello import Hello
@@ -90,6 +90,28 @@ def attempt(
 
     grid = InProcessGrid({11 + i: answering(c) for i, c in enumerate(there)}, spoil=spoil)
     server.run(GridTransport(grid, pause=0.01), out, Journal(out / JOURNAL))
+
+
+def test_every_message_says_where_earlier_attempts_began(tmp_path: Path) -> None:
+    sites.config(tmp_path, method="fedit")
+    told: list[tuple[int, object]] = []
+
+    def sees(client: str, message: Message, answer: Message) -> None:
+        told.append((message.head["attempt"], message.head["starts"]))
+
+    out = tmp_path / "out"
+    with pytest.raises(DiedError):
+        attempt(tmp_path, FIRST, FIRST, dies_in="2", sees=sees)
+    old = json.loads((out / "attempt.json").read_text())
+    assert old.pop("starts") == [[1, 0]]
+    with pytest.raises(DiedError):
+        attempt(tmp_path, FIRST, FIRST, dies_in="3", sees=sees)
+    attempt(tmp_path, FIRST, FIRST, sees=sees)
+    assert read_attempt(out).starts == ((1, 0), (2, 1), (3, 2))
+    assert {(n, str(starts)) for n, starts in told} == {(1, "[]"), (2, "[[1, 0]]"), (3, "[[1, 0], [2, 1]]")}
+    write_json(out / "attempt.json", old)  # as older versions wrote it
+    assert read_attempt(out).starts == ()
+    assert begin_attempt(out, {}).number == 2
 
 
 def who_took_part(folder: Path) -> tuple[set[str], set[str]]:

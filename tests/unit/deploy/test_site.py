@@ -179,6 +179,8 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
         {"kind": "evaluate", "splits": ["test", "train"]},
         "the loss of training rows says whether a text",
     ),
+    "starts": ({"starts": [[1, 0], [2]]}, "starts are not pairs of an attempt and a round"),
+    "many starts": ({"starts": [[1, 0]] * 1001}, "more than 1000 starts"),
     "export": ({"kind": "query.bank", "export": "worst"}, "export is neither best nor last"),
     "client": ({"client": "size-0"}, "this is mood-0, the message is for size-0"),
     "terms": ({"terms": {}}, "not the terms of a Coterie server"),
