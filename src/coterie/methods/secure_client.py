@@ -18,6 +18,7 @@ from coterie.secure.session import SecureSumError, Session
 from coterie.types import ClientId, Reply, Tensors
 
 _CALCULATED = 1e-6  # relative: each side calculates the noise by itself
+_STEPS = 4.0  # of the grid, which the largest value of an update has to move a sum by
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def update_of(reply: Reply, start: Tensors, clip: float, noise: SumNoise | None 
 def vector_of(update: Update, client: ClientId, session: Session, noise: SumNoise | None = None) -> Integers:
     """A client's vector for ``session``, with its part of the ``noise``.
 
-    Raises :class:`SecureSumError` if the session is not about its update.
+    Raises :class:`SecureSumError` if the session is not about its update, or its weights and grid would round the
+    update away, which leaves the sum to the other members.
     """
     share = weighs(session.most_examples, update.examples) / session.total
     mine = {}
@@ -66,6 +68,12 @@ def vector_of(update: Update, client: ClientId, session: Session, noise: SumNois
     if noise:
         return np.concatenate([noise.encoded(client, mine, share, session), beside])
     values = share * np.concatenate([value.flatten().numpy() for value in mine.values()])
+    steps = float(np.abs(values).max(initial=0.0)) * 2.0 ** (bits - 1) / bound
+    if 0 < steps < _STEPS:
+        raise SecureSumError(
+            f"with its weight of {share:.3g}, this client's update is {steps:.2g} steps of the grid at most, and "
+            f"{_STEPS:g} are needed; raise [secure_aggregation] bits, or lower clip"
+        )
     return np.concatenate([fixed_point.encode(values.clip(-bound, bound), bound, bits), beside])
 
 
@@ -89,6 +97,11 @@ def check_session(
         raise SecureSumError(f"the session is of round {session.rnd} of another run or attempt, not of round {rnd}")
     if uniform != (session.most_examples == 0) or (uniform and session.total != len(session.members)):
         raise SecureSumError("the session weighs clients in another way than the method does")
+    if not uniform and session.total > len(session.members) * session.most_examples * (1 + _CALCULATED):
+        raise SecureSumError(
+            f"the session's weights are divided by {session.total:g}, and its {len(session.members)} sites have at "
+            f"most {session.most_examples} examples each"
+        )
     if session.start != tuple(begun.of(key) for key, _ in layout_of(session)):
         raise SecureSumError("the session's sites start from other values than this site was sent")
     if session.instruction != begun.instruction:
