@@ -213,9 +213,7 @@ class Worker:
         if head.attempt < last:
             raise CoterieError(f"the message is from attempt {head.attempt}, but attempt {last} has begun")
         if head.attempt > last and head.kind != "query.hello":  # before that a server has not read its checkpoint
-            missed = [
-                rnd for attempt, rnd in head.starts if attempt > last
-            ]  # each has undone what came after its round
+            missed = [rnd for attempt, rnd in head.starts if attempt > last]  # each undid what came after its round
             run.client.states.restore(min([head.since, *missed]))
             write_json(path, head.attempt)
         run.client.states.prune(head.keep, head.kept_rounds)
