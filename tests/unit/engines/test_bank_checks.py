@@ -39,9 +39,9 @@ def experts(*numbers: int, rank: int = RANK, module: str = "q") -> dict[Key, Ten
     return pairs
 
 
-def bank(gate: GateSpec, router: tuple[int, ...] | None, *numbers: int, **more: Mapping[Key, Tensor]) -> Bank:
+def bank(gate: GateSpec, router: tuple[int, ...] | None, *numbers: int, more: dict[Key, Tensor] | None = None) -> Bank:
     tensors = experts(*(numbers or (0, 1, 2)))
-    return Bank(tensors | ({} if router is None else {ROUTER: torch.ones(router)}) | more.get("more", {}), gate)
+    return Bank(tensors | ({} if router is None else {ROUTER: torch.ones(router)}) | (more or {}), gate)
 
 
 def signed(options: Mapping[str, object] | None = None, **each: Mapping[str, object]) -> GateSpec:
