@@ -16,7 +16,6 @@ from coterie.methods.fedlease.settings import FedLEASESettings
 from coterie.methods.fedlease.state import FedLEASEState
 from coterie.methods.findings import Clusters, Values, find
 from coterie.methods.plan import Plan
-from coterie.methods.privacy import StandIn
 from coterie.ops.streams import stream
 from coterie.requests import Train, Trained
 from coterie.types import BaseSpec, ClientInfo, CoterieError, HeadParameter, Key, Part, Personal, Reply, Target
@@ -44,14 +43,8 @@ def train(request: Train, client: ClientInfo) -> Trained:
 
 
 def one_round(
-    method: FedLEASE,
-    state: FedLEASEState,
-    personal: dict[str, Personal],
-    rnd: int,
-    only: Any = None,
-    lost: Any = (),
+    method: FedLEASE, state: FedLEASEState, personal: dict[str, Personal], rnd: int, only: Any = None
 ) -> FedLEASEState:
-    """The state after a round of ``only`` some clients; noise stands in for the replies that are ``lost``."""
     cohort = [c for c in CLIENTS if only is None or c.id in only]
     replies = {}
     for client, ins in method.configure(state, cohort, rnd).items():
@@ -65,7 +58,6 @@ def one_round(
         expected = method.expects(state, me, rnd)
         assert {k: tuple(v.shape) for k, v in result.reply.tensors.items()} == dict(expected)
         replies[client], personal[client] = result.reply, result.personal
-    replies |= {c: StandIn(replies[c].tensors, replies[c].num_examples) for c in lost}
     state = method.aggregate(state, replies, rnd)
     return codec.decode(FedLEASEState, codec.encode(state))  # what a crash would leave of it
 
@@ -280,20 +272,6 @@ def test_with_too_few_warm_up_loras_the_warm_up_goes_on() -> None:
     assert state.allocation is not None
     assert set(state.allocation.clusters) == {"a0", "b0", "c0", "c1", "a1"}
     assert state.warm == {}
-
-
-def test_noise_that_stands_in_for_a_client_is_not_clustered() -> None:
-    method, state = make()
-    personal: dict[str, Personal] = {}
-    state = one_round(method, state, personal, 1)
-    state = one_round(method, state, personal, 2, lost={"b2"})
-    assert state.cluster_of("b2") is None
-    assert one_round(method, state, personal, 3, lost={"b2"}).cluster_of("b2") is None
-    state = one_round(method, state, personal, 3)
-    assert groups_of(state) == TRUTH
-    moved = one_round(method, state, personal, 4, only={"a0"}, lost={"a0"})
-    key = next(iter(state.experts))._replace(expert=state.expert_of("a0"))
-    assert not torch.equal(moved.experts[key], state.experts[key]), "who is in a group has its noise in the mean"
 
 
 def test_late_clients_of_the_controls_are_placed_by_the_control() -> None:

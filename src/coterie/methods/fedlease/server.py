@@ -31,7 +31,6 @@ from coterie.methods.parts import (
     weights_of,
 )
 from coterie.methods.plan import Plan
-from coterie.methods.privacy import sent_by_clients
 from coterie.methods.robust import Group, aggregated, alone, grouped
 from coterie.ops.mean import mean, relative_error
 from coterie.types import BaseSpec, ClientId, ClientInfo, Instruction, Json, Key, Part, Reply, Tensors
@@ -56,7 +55,7 @@ class Server:
             return state
         replies = dict(sorted(replies.items()))
         if state.allocation is None:
-            warm = {**state.warm, **sent_by_clients(replies)}
+            warm = {**state.warm, **replies}
             known = self._known(state, warm)
             fit = self._without_outlying(state, known)
             if len(fit) < self.settings.needed:
@@ -64,8 +63,8 @@ class Server:
             outlying = tuple(sorted(known.keys() - fit.keys()))
             state = self._allocate(replace(state, warm={}, outlying=outlying), fit)
             return self.add_late(state, {c: reply for c, reply in warm.items() if c not in known})
-        late = {c: r for c, r in sent_by_clients(replies).items() if state.cluster_of(c) is None}
-        present = {c: r for c, r in replies.items() if state.cluster_of(c) is not None}
+        late = {c: r for c, r in replies.items() if state.cluster_of(c) is None}
+        present = {c: r for c, r in replies.items() if c not in late}
         state = self._with_use(self._average(state, present), present, rnd)
         return self._recluster(self.add_late(state, late), present)
 
