@@ -75,7 +75,8 @@ def test_only_clients_that_replied_hold_smartfeds_pool_and_one_that_lost_it_stay
     method, state = made.method, made.method.init(halves.BASE, CLIENTS)
     spaces = {client.id: label_space(client) for client in CLIENTS}
     holders = []
-    for rnd, drawn in enumerate(({}, {"b": {}, "d": {}}, {"d": {"lacks_pool": True}}, {"d": {}}), start=1):
+    rounds: list[dict[str, dict[str, Any]]] = [{}, {"b": {}, "d": {}}, {"d": {"lacks_pool": True}}, {"d": {}}]
+    for rnd, drawn in enumerate(rounds, start=1):
         everyone, _ = made.everyone(halves.BASE, state, {}, rnd)
         replies: dict[str, Reply] = {c: replace(everyone[c], info=info) for c, info in drawn.items()}
         before = state
