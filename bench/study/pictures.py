@@ -45,7 +45,7 @@ def by_round(records: Mapping[str, Record], curves: Mapping[str, Curves]) -> Fig
 
     A line is the mean over seeds, a band their range. Methods that have no colour of their own are grey.
     """
-    figure = Figure(figsize=(7.6, 2.7), layout="constrained")
+    figure = Figure(figsize=(7.2, 2.55), layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for ax, (name, record) in zip(panels, records.items(), strict=True):
         for variant, row in record.variants.items():
