@@ -45,7 +45,9 @@ def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
         config.label2id = {label: i for i, label in enumerate(about.labels)}
         config.problem_type = "single_label_classification"
     base.model.save_pretrained(folder)
-    base.tokenizer.model_max_length = min(about.max_length, base.longest or about.max_length)
+    limits = [base.longest, about.max_length if about.task == "classification" else None]
+    if known := [limit for limit in limits if limit]:
+        base.tokenizer.model_max_length = min(known)
     base.tokenizer.save_pretrained(folder)
     _copy_vocabularies(base, folder)
     write_about(folder, about)

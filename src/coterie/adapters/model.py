@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from coterie.adapters.about import About, is_here
-from coterie.adapters.bundle import BUNDLE_FILE
+from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
 from coterie.data.settings import Columns
 from coterie.data.tasks import make_task
 from coterie.inference.answers import Answer, Rejected
@@ -173,6 +173,17 @@ def unclear_columns(client: str) -> CoterieError:
         f"{whose} come from datasets with different columns: give the columns of yours, as in --column text=body, or "
         "columns=Columns(...)"
     )
+
+
+def read_client(folder: Path, client: str | None) -> tuple[Bank, About]:
+    """The bundle of ``client`` in a run's ``folder``, or that in the folder of a bundle, which is its client's alone.
+
+    Raises :class:`CoterieError` that says what is there.
+    """
+    bank, about = read_bundle(bundle_folder(folder, client))
+    if client is not None and about.client != client:
+        raise CoterieError(f"{folder} is the bundle of {about.client}, not of {client}; give the run's folder")
+    return bank, about
 
 
 def bundle_folder(folder: Path, client: str | None) -> Path:

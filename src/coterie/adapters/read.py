@@ -27,6 +27,7 @@ from coterie.types import CoterieError, Json, Key, Part
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PREFIX = "base_model.model."
+_LARGEST_ALPHA = 1e6
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
 
 # Keys of adapter_config.json that say where an adapter came from or where it sits, but do not change what its tensors
@@ -62,8 +63,10 @@ class AdapterFolder:
     left_out: tuple[str, ...]
 
 
-def experts_of(run: Path) -> list[str]:
+def experts_of(run: Path, named: bool = False) -> list[str]:
     """The folders of a run's experts, which are adapters, as sources for :func:`build_pool`.
+
+    ``named`` after the run too: experts of several runs may have the same names.
 
     Raises :class:`CoterieError` for a folder without any.
     """
@@ -73,7 +76,7 @@ def experts_of(run: Path) -> list[str]:
             f"{run} has no experts to make a pool from; give the folder of a finished run whose server has "
             "experts, such as FedLEASE's or FedIT's"
         )
-    return [str(folder) for folder in folders]
+    return [f"{run.resolve().name}-{folder.name}={folder}" if named else str(folder) for folder in folders]
 
 
 def build_pool(sources: Sequence[str], base: str | None = None) -> Pool:
@@ -221,7 +224,10 @@ def _split(raw: Mapping[str, Tensor]) -> tuple[dict[tuple[str, Part], Tensor], l
         inner = name.removeprefix(_PREFIX)
         match = _LORA.fullmatch(inner)
         if match:
-            parts[match["module"], Part(match["part"])] = value
+            key = match["module"], Part(match["part"])
+            if key in parts:
+                raise CoterieError(f"the adapter holds more than one lora_{key[1].value} of {key[0]}; keep one adapter")
+            parts[key] = value
         else:
             other.append(inner)
     return parts, other
@@ -252,7 +258,7 @@ def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> 
         alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
     except re.error as fault:
         raise CoterieError(f"{folder}: rank_pattern or alpha_pattern is not a regular expression: {fault}") from fault
-    if stated != rank or not isinstance(alpha, (int, float)):
+    if stated != rank or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST_ALPHA:
         raise CoterieError(f"{folder}: {module} has rank {rank}; {CONFIG_FILE} says r = {stated}, alpha = {alpha}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from coterie.adapters.about import About
-from coterie.adapters.bundle import read_bundle
-from coterie.adapters.model import base_of, bundle_folder, check_base, unclear_columns
+from coterie.adapters.model import base_of, check_base, read_client, unclear_columns
 from coterie.artifacts.load import reading_of
 from coterie.comparison.cross import data_of
 from coterie.compute.loading import eval_rows, workplaces
@@ -168,7 +167,7 @@ def open_client(
     device: str | None = None,
 ) -> Client:
     """The bank of ``client`` in ``folder`` with a base to score it on."""
-    bank, about = read_bundle(bundle_folder(folder, client))
+    bank, about = read_client(folder, client)
     columns = columns or reading_of(folder, about.client)[0]
     if not (folder / "config.json").is_file():
         loaded = base_of(bank, about, base, device=device or "cpu")

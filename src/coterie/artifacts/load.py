@@ -10,8 +10,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.adapters.about import About
-from coterie.adapters.bundle import BUNDLE_FILE, read_bundle
-from coterie.adapters.model import ClientModel, Placing, adapted_modules, bundle_folder, model_of, path_of
+from coterie.adapters.bundle import BUNDLE_FILE
+from coterie.adapters.model import ClientModel, Placing, adapted_modules, model_of, path_of, read_client
 from coterie.artifacts.newcomer import newcomer_bundle
 from coterie.config.check import checked
 from coterie.config.load import section_of
@@ -56,7 +56,7 @@ def load(
     elif labels is not None:
         raise CoterieError("labels are for someone new: the model of a client has its own; leave out one of the two")
     else:
-        loaded = model_of(*read_bundle(bundle_folder(path, client)), base, placing)
+        loaded = model_of(*read_client(path, client), base, placing)
     columns, tokens = reading_of(path, loaded.client)
     return replace(loaded, columns=columns, max_new_tokens=tokens or loaded.max_new_tokens)
 

@@ -36,7 +36,8 @@ def build(
     from coterie.adapters.pool import write_pool
     from coterie.adapters.read import build_pool, experts_of
 
-    of_runs = [source for each in run or () for source in experts_of(each)]
+    runs = run or []
+    of_runs = [source for each in runs for source in experts_of(each, named=len(runs) > 1)]
     pool = build_pool([*(adapters or ()), *(more or ()), *of_runs], base)
     write_pool(folder, pool)
     show(folder)

@@ -216,7 +216,7 @@ class Runner(Generic[S]):
 
     def _check_quorum(self, made: RoundDone, cohort: int, replies: int) -> None:
         """Raises :class:`CoterieError`, and logs the round, where too few of its clients' replies can be used."""
-        needed = max(bool(cohort), math.ceil(self.settings.quorum * cohort))
+        needed = max(int(cohort > 0), math.ceil(self.settings.quorum * cohort))
         if fault := quorum_fault(made.round, replies, cohort, made.failed, needed):
             self.log.add(replace(made, peak_memory_bytes=peak_memory(), privacy=self._spent()))
             raise CoterieError(fault)

@@ -172,6 +172,7 @@ REFUSED = {
     "layers twice": ({"layer_replication": [[0, 2]]}, "repeats layers"),
     "a key from later": ({"use_telepathy": True}, "use_telepathy"),
     "a wrong rank": ({"r": 5}, "says r = 5"),
+    "an alpha beyond all floats": ({"lora_alpha": 10**400}, "has rank 4"),
 }
 
 
@@ -181,6 +182,15 @@ def test_what_rank_one_experts_cannot_represent_is_refused_with_the_reason(case:
     folder = edit(adapter(tmp_path, "llama"), **changes)
     with pytest.raises(CoterieError, match=reason):
         read_adapter(folder)
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    file = adapter(tmp_path, "llama") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name.replace("lora_A", "lora_A.other"): tensors[name] + 1}, file)
+    with pytest.raises(CoterieError, match=r"more than one lora_A of .*; keep one adapter"):
+        read_adapter(tmp_path / "a")
 
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
@@ -240,6 +250,15 @@ def test_the_commands_build_and_show_and_a_damaged_pool_is_told(tmp_path: Path) 
         read_pool(place)
     with pytest.raises(CoterieError, match="coterie pool build"):
         read_pool(tmp_path)
+
+
+def test_experts_of_several_runs_are_named_after_their_runs(tmp_path: Path) -> None:
+    for seed, run in enumerate(("one", "two")):
+        adapter(tmp_path, "llama", f"{run}/experts/expert-0", seed=seed)
+    runs = [word for run in ("one", "two") for word in ("--run", str(tmp_path / run))]
+    done = CliRunner().invoke(app, ["pool", "build", str(tmp_path / "pool"), *runs], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert [made.name for made in read_pool(tmp_path / "pool").adapters] == ["one-expert-0", "two-expert-0"]
 
 
 def louder(folder: Path, times: float) -> Path:

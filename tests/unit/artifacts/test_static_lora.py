@@ -22,7 +22,7 @@ from coterie.adapters.bundle import read_bundle, write_bundle
 from coterie.adapters.merge import write_merged
 from coterie.artifacts.card import check_card
 from coterie.artifacts.evaluate import open_client
-from coterie.artifacts.export import export
+from coterie.artifacts.export import _static, export
 from coterie.artifacts.static import mean_weights, static_bank
 from coterie.cli.main import app
 from coterie.compute.client import LocalCompute
@@ -131,6 +131,24 @@ def test_signed_weights_are_exported_exactly_and_need_no_rows(tmp_path: Path) ->
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         assert torch.allclose(merged(**batch).logits, routed.model(**batch).logits, atol=1e-4)
+
+
+def test_a_client_without_a_router_needs_no_rows_even_where_its_run_is(tmp_path: Path) -> None:
+    run = bundles.finished(tmp_path, gate="constant")
+    north = open_client(run / "clients" / "north", None)
+    (run / "config.json").write_text("{}")  # of a federation, whose rows are at its sites
+    static, measured = _static(run, north, None, None)
+    assert measured is None
+    expected = static_bank(north.bank, {}, None).tensors
+    assert static.tensors.keys() == expected.keys()
+    assert all(torch.equal(static.tensors[key], value) for key, value in expected.items())
+
+
+def test_a_bundle_does_not_answer_for_another_client(tmp_path: Path) -> None:
+    north = bundles.finished(tmp_path) / "clients" / "north"
+    assert coterie.load(north, "north").client == "north"
+    with pytest.raises(CoterieError, match=r"is the bundle of north, not of south; give the run's folder"):
+        coterie.load(north, "south")
 
 
 def test_response_weights_keep_their_signs(tmp_path: Path) -> None:
@@ -242,7 +260,10 @@ def test_merged_and_loaded_models_end_a_text_where_training_did(
     config.save_pretrained(tmp_path / "model")
     export(run / "clients" / "north", None, tmp_path / "merged", form="merged")
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == ends
-    assert coterie.load(run, "north").model.generation_config.eos_token_id == ends
+    loaded = coterie.load(run, "north")
+    assert loaded.model.generation_config.eos_token_id == ends
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.model_max_length == loaded.tokenizer.model_max_length, "prompts are not cut like a run's rows"
 
 
 # the model card -------------------------------------------------------------------------------------------------------

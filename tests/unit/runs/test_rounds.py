@@ -317,6 +317,12 @@ def test_a_resumed_run_gives_up_what_its_last_commit_had_no_time_to(tmp_path: Pa
     assert engine.told == [("restore", 3), ("prune", 2)]
 
 
+def test_a_round_of_one_needs_one_reply(tmp_path: Path) -> None:
+    method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
+    with pytest.raises(CoterieError, match="0 of 1 clients sent a usable reply, but the quorum is 1 "):
+        Runner(method, Compute(lambda c, rnd, reply: None, number=1), RoundSettings(3, 0), tmp_path).run()
+
+
 def test_half_of_five_is_three(tmp_path: Path) -> None:
     engine = Compute(lambda c, rnd, reply: reply if c in ("c0", "c1") else None, number=5)
     method = method_named("fedit")(method_named("fedit").Settings(), Plan(rank=2, rounds=3))
