@@ -92,7 +92,13 @@ def _mean_router(banks: Banks, served: Served) -> Bank:
     for number, newest in _newest(banks, served).items():
         if not _withheld(banks, number, newest):
             experts |= newest
-    return Bank(_routed(banks, _some(experts)), banks[0].gate, banks[0].scaling)
+    return Bank(_routed(banks, _some(experts)), _usual_gate(banks), banks[0].scaling)
+
+
+def _usual_gate(banks: Banks) -> GateSpec:
+    """The gate that most clients have: a weak device may activate fewer experts (SmartFed's budgets)."""
+    gates = [bank.gate for bank in banks]
+    return max(gates, key=gates.count)
 
 
 def _unclear(banks: Banks, served: Served) -> set[int]:

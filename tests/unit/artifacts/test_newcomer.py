@@ -107,6 +107,11 @@ def test_a_pools_newcomer_has_the_pool_with_the_routers_mean() -> None:
     assert torch.equal(logits(newcomer_bank([bank, bank])), logits(bank))
 
 
+def test_a_pools_newcomer_activates_as_many_experts_as_most_clients() -> None:
+    weak, bank = (tiny.bank(OVER, 4, rank=1, gate="top_k", options={"k": k}) for k in (1, 3))
+    assert newcomer_bank([weak, bank, bank]).gate == bank.gate
+
+
 @pytest.mark.parametrize("gate", [GateSpec("top_k", {"k": 3}), GateSpec("signed", {"k": 3})])
 def test_a_router_keeps_the_rows_of_the_experts_that_all_have(gate: GateSpec) -> None:
     """The second client has one expert less, and another value of one more: two of the four are common."""
