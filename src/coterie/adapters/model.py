@@ -135,7 +135,7 @@ def base_of(
             placement=Placement(how.device_map) if how.device_map is not None else None,
         )
     except CoterieError as fault:
-        if base:
+        if base or is_here(about):
             raise
         was = f", which was in {about.base_path} where it was exported" if about.base_path else ""
         raise CoterieError(f"no base {about.base!r} here{was}: give its folder as base=... ({fault})") from fault

@@ -151,6 +151,12 @@ def test_a_bundle_does_not_answer_for_another_client(tmp_path: Path) -> None:
         coterie.load(north, "south")
 
 
+def test_a_device_that_is_not_here_is_not_taken_for_a_missing_base(tmp_path: Path) -> None:
+    north = bundles.finished(tmp_path) / "clients" / "north"
+    with pytest.raises(CoterieError, match=r"^\[engine\] device = 'nonsense'"):
+        coterie.load(north, device="nonsense")
+
+
 def test_response_weights_keep_their_signs(tmp_path: Path) -> None:
     folder = bundles.finished(tmp_path, gate="response") / "clients" / "north"
     bank, about = read_bundle(folder)
