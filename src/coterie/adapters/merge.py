@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from coterie.adapters.about import About, write_about
+from coterie.adapters.model import limit_inputs
 from coterie.inference.generate import end_texts
 from coterie.nn.base import Base
 from coterie.nn.locate import folder_here
@@ -45,9 +46,7 @@ def write_merged(folder: Path, base: Base, bank: Bank, about: About) -> None:
         config.label2id = {label: i for i, label in enumerate(about.labels)}
         config.problem_type = "single_label_classification"
     base.model.save_pretrained(folder)
-    limits = [base.longest, about.max_length if about.task == "classification" else None]
-    if known := [limit for limit in limits if limit]:
-        base.tokenizer.model_max_length = min(known)
+    limit_inputs(base, about)
     base.tokenizer.save_pretrained(folder)
     _copy_vocabularies(base, folder)
     write_about(folder, about)

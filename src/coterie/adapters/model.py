@@ -105,14 +105,19 @@ def model_of(bank: Bank, about: About, base: str | None, placing: Placing) -> Cl
     if about.task == "classification" and labels:
         config.id2label = dict(enumerate(labels))  # the number of labels follows from it
         config.label2id = {label: i for i, label in enumerate(labels)}
-    limits = [loaded.longest, about.max_length if about.task == "classification" else None]
-    if known := [limit for limit in limits if limit is not None]:
-        loaded.tokenizer.model_max_length = min(known)
+    limit_inputs(loaded, about)
     return ClientModel(
         loaded.model, loaded.tokenizer, labels, about.task, about.client, about.method, about.round, bank,
         about.max_length, carried.now.rows, prompt_cache=loaded.prompt_cache,
         max_new_tokens=about.texts.max_new_tokens if about.texts else NEW_TOKENS,
     )  # fmt: skip
+
+
+def limit_inputs(base: Base, about: About) -> None:
+    """Have the tokenizer cut texts where the base ends, and texts to classify where the run cut them, too."""
+    limits = [base.longest, about.max_length if about.task == "classification" else None]
+    if known := [limit for limit in limits if limit is not None]:
+        base.tokenizer.model_max_length = min(known)
 
 
 def base_of(

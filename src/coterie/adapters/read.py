@@ -125,7 +125,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
         raw = load(blob)
     except SafetensorError as fault:
         raise CoterieError(f"{folder / WEIGHTS_FILE} is damaged: {fault}") from fault
-    parts, other = _split(raw)
+    parts, other = _split(folder, raw)
     tensors: dict[tuple[str, Part], Tensor] = {}
     for module in sorted({module for module, _ in parts}):
         a, b = (parts.get((module, part)) for part in (Part.A, Part.B))
@@ -216,7 +216,7 @@ def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
         raise CoterieError(f"{folder}: {key} = {value!r}; {why}")
 
 
-def _split(raw: Mapping[str, Tensor]) -> tuple[dict[tuple[str, Part], Tensor], list[str]]:
+def _split(folder: Path, raw: Mapping[str, Tensor]) -> tuple[dict[tuple[str, Part], Tensor], list[str]]:
     """A and B by module and part, and the names of all other tensors."""
     parts: dict[tuple[str, Part], Tensor] = {}
     other = []
@@ -226,7 +226,9 @@ def _split(raw: Mapping[str, Tensor]) -> tuple[dict[tuple[str, Part], Tensor], l
         if match:
             key = match["module"], Part(match["part"])
             if key in parts:
-                raise CoterieError(f"the adapter holds more than one lora_{key[1].value} of {key[0]}; keep one adapter")
+                raise CoterieError(
+                    f"{folder} holds more than one lora_{key[1].value} of {key[0]}; keep one of its LoRAs"
+                )
             parts[key] = value
         else:
             other.append(inner)
@@ -258,8 +260,10 @@ def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> 
         alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
     except re.error as fault:
         raise CoterieError(f"{folder}: rank_pattern or alpha_pattern is not a regular expression: {fault}") from fault
-    if stated != rank or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST_ALPHA:
+    if stated != rank or not isinstance(alpha, (int, float)):
         raise CoterieError(f"{folder}: {module} has rank {rank}; {CONFIG_FILE} says r = {stated}, alpha = {alpha}")
+    if rank < 1 or not abs(alpha) <= _LARGEST_ALPHA:
+        raise CoterieError(f"{folder}: the rank of {module} is below 1, or its alpha not within {_LARGEST_ALPHA:g}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

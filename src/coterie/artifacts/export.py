@@ -75,19 +75,13 @@ def _static(folder: Path, client: Client, rank: int | None, data: Path | None) -
         given = client.rows_of(data)
         static = static_bank(client.bank, mean_weights(client, given, "test"), rank)
         return static, cost(client, static, given, "test", str(data))
-    if not (folder / "config.json").is_file():
-        if not weighs_alike(client.bank):
-            raise CoterieError(
-                f"{folder} holds a bundle without its run, and its gate weighs experts by the text: give labelled rows "
-                "with --data FILE"
-            )
-        return static_bank(client.bank, {}, rank), None
     try:
         own = own_rows(folder, client.about.client)
-    except CoterieError:
-        if not weighs_alike(client.bank):
-            raise
-        return static_bank(client.bank, {}, rank), None  # rows would only measure it, and they are not here
+    except CoterieError as fault:
+        if weighs_alike(client.bank):
+            return static_bank(client.bank, {}, rank), None  # rows would only measure it
+        text = "its gate weighs experts by the text: give labelled rows with --data FILE"
+        raise CoterieError(f"{client.about.client}: {text} ({fault})") from fault
     static = static_bank(client.bank, mean_weights(client, own, _split_of(own)), rank)
     if not own.splits["test"]:
         return static, None

@@ -172,7 +172,7 @@ REFUSED = {
     "layers twice": ({"layer_replication": [[0, 2]]}, "repeats layers"),
     "a key from later": ({"use_telepathy": True}, "use_telepathy"),
     "a wrong rank": ({"r": 5}, "says r = 5"),
-    "an alpha beyond all floats": ({"lora_alpha": 10**400}, "has rank 4"),
+    "an alpha beyond all floats": ({"lora_alpha": 10**400}, "its alpha not within 1e"),
 }
 
 
@@ -189,7 +189,7 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     name = next(name for name in tensors if "lora_A" in name)
     save_file({**tensors, name.replace("lora_A", "lora_A.other"): tensors[name] + 1}, file)
-    with pytest.raises(CoterieError, match=r"more than one lora_A of .*; keep one adapter"):
+    with pytest.raises(CoterieError, match=r"more than one lora_A of .*; keep one"):
         read_adapter(tmp_path / "a")
 
 
