@@ -97,8 +97,10 @@ def multiplier_for(epsilon: float, delta: float, planned: tuple[Noised, ...]) ->
     Raises :class:`CoterieError` where there is none.
     """
 
+    counts = Counter(planned)
+
     def cost(multiplier: float) -> float:
-        made = [Noised(multiplier * of.multiplier, of.sampled, of.members, of.drawn) for of in planned]
+        made = {replace(of, multiplier=multiplier * of.multiplier): times for of, times in counts.items()}
         return spent(made, delta).epsilon
 
     if not planned:

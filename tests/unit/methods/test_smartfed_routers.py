@@ -105,6 +105,13 @@ def test_response_starts_with_the_experts_whose_a_responds() -> None:
     torch.testing.assert_close(torch.stack([v.norm() for v in a.values()]), torch.ones(len(a)))
 
 
+def test_response_over_whole_adapters_of_several_ranks_is_refused() -> None:
+    """Its |A x| would have another length for each expert."""
+    with pytest.raises(CoterieError, match=r"adapters of one rank, and the pool has 2, 3 in .*; set granularity"):
+        made(router="response", granularity="adapter")
+    made(router="signed", granularity="adapter")
+
+
 def test_comparable_experts_compute_the_same_and_trained_ones_stay() -> None:
     pieces = cut(read_pool(Path(pools.for_tiny())).tensors)
     some = sorted(pieces)[0]

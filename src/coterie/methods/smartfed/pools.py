@@ -55,6 +55,19 @@ def check_settings(settings: SmartFedSettings, pool: Pool) -> None:
         raise CoterieError(
             f"[method] floor = {settings.floor} is above active = {settings.active}, the mean over matrices; lower it"
         )
+    if settings.whole and settings.router == "response":
+        _check_one_rank(pool)
+
+
+def _check_one_rank(pool: Pool) -> None:
+    """Raises :class:`CoterieError` if the pool's adapters have several ranks in a module, and A x several lengths."""
+    for module in pool.modules:
+        ranks = sorted({adapter.ranks[module] for adapter in pool.adapters if module in adapter.ranks})
+        if len(ranks) > 1:
+            raise CoterieError(
+                '[method] router = "response" with granularity = "adapter" needs adapters of one rank, and the pool '
+                f'has {", ".join(map(str, ranks))} in {module}; set granularity = "rank", or another router'
+            )
 
 
 def left_out(settings: SmartFedSettings, pool: Pool, robust: bool) -> dict[str, str]:
