@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.console import Console
 import sites
 from coterie import experiment
 from coterie.cli.progress import listener
-from coterie.comparison import Comparison, compare, jobs, page, processes
+from coterie.comparison import Comparison, compare, jobs, page, processes, study
 from coterie.comparison.cross import read_cross
 from coterie.config.load import load_config
 from coterie.methods.fedit import FedIT
@@ -241,7 +242,9 @@ def test_tuning_needs_validation_rows(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["local-train.epochs-1-1000"]
 
 
-def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path) -> None:
+def test_every_model_on_the_rows_of_clients_with_the_same_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     call = partial(compare, path, out, overrides=FEW)
     before = call(methods=["fedit", "local"])
@@ -272,6 +275,15 @@ def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path)
     call(methods=["local"], cross=True, say=said.append)
     assert [text for text in said if "not evaluated on other clients' rows: no bundle.safetensors" in text]
     assert record(out)["variants"]["local"]["beyond"] is None
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(study, "_CROSS", replace(study._CROSS, measure=breaks))
+    (out / "compare.md").unlink()
+    call(methods=["local"], cross=True, say=said.append)
+    assert "local-0: not evaluated on other clients' rows: RuntimeError: out of memory" in said
+    assert (out / "compare.md").exists()
 
 
 def test_newcomers_take_no_part_and_join_every_run_afterwards(tmp_path: Path) -> None:

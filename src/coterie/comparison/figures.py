@@ -55,11 +55,10 @@ def record_of(comparison: Comparison, target: float | None = None) -> Record:
     from the best variant."""
     summaries = [run.summary for runs in comparison.done.values() for run in runs.values()]
     primary, last = summaries[-1].primary, summaries[-1]
-    split = "validation" if all(s.mean.get("validation") for s in summaries) else "test"
-    means = {v: _mean([_of(run.summary, split) for run in runs.values()]) for v, runs in comparison.done.items()}
+    means = {v: _mean([_of(run.summary, "validation") for run in runs.values()]) for v, runs in comparison.done.items()}
     best = best_of(means, primary)
     aim = target if target is not None else _target(means[best], primary) if best else None
-    figures = {v: _figures(v, runs, split, aim) for v, runs in comparison.done.items()}
+    figures = {v: _figures(v, runs, aim) for v, runs in comparison.done.items()}
     if best is not None:
         figures = against_best(figures, means, best, primary)
     return Record(
@@ -67,7 +66,6 @@ def record_of(comparison: Comparison, target: float | None = None) -> Record:
         variants={v: replace(row, tuned=comparison.choices.get(v)) for v, row in figures.items()},
         best=best,
         target=aim,
-        target_split=split if aim is not None else None,
         missing=comparison.missing,
         clusters=_clusters(comparison.results),
         versions=last.versions,
@@ -122,8 +120,8 @@ def bytes_by_round(folder: Path) -> dict[int, int]:
     return by_round
 
 
-def _figures(variant: str, by_seed: Mapping[int, Done], split: str, target: float | None) -> Figures:
-    runs = [_run(seed, run, split, target) for seed, run in by_seed.items()]
+def _figures(variant: str, by_seed: Mapping[int, Done], target: float | None) -> Figures:
+    runs = [_run(seed, run, target) for seed, run in by_seed.items()]
     first = next(iter(by_seed.values())).summary
     groups = {client: row.group for client, row in first.clients.items()}
     return figures_of(variant, runs, first.method or variant.partition(":")[0], first.evaluated, groups)
@@ -164,7 +162,7 @@ def figures_of(
     )
 
 
-def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
+def _run(seed: int, run: Done, target: float | None) -> RunFigures:
     summary = run.summary
     worst = summary.worst
     cross = read_cross(run.folder)
@@ -185,7 +183,7 @@ def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
         bytes_up=summary.bytes.up,
         bytes_down=summary.bytes.down,
         seconds=summary.seconds,
-        target=_reached(run, split, target) if target is not None else None,
+        target=_reached(run, target) if target is not None else None,
         home=home,
         beyond=beyond,
         newcomers=joined.mean(summary.primary) if joined else None,
@@ -193,11 +191,11 @@ def _run(seed: int, run: Done, split: str, target: float | None) -> RunFigures:
     )
 
 
-def _reached(run: Done, split: str, target: float) -> Reached | None:
+def _reached(run: Done, target: float) -> Reached | None:
     metric = run.summary.primary
     spent = bytes_by_round(run.folder)
     for event in evaluations(run.folder):
-        value = event.mean.get(split, {}).get(metric)
+        value = event.mean.get("validation", {}).get(metric)
         if value is not None and (value == target or better(metric, value, target)):
             return Reached(event.round, spent.get(event.round, 0))
     return None

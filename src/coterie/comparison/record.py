@@ -116,8 +116,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Record:
-    """A whole comparison. ``best`` has the best validation mean, references such as centralised aside; ``target`` is
-    derived from it unless it was given.
+    """A whole comparison. ``best`` has the best validation mean, references such as centralised aside, and is None
+    where there are no validation data: test data choose nothing. ``target`` is derived from it unless it was given.
 
     ``versions`` and ``machine`` are those of the last run that finished, ``commit`` is that of Coterie's checkout.
     """
@@ -127,7 +127,6 @@ class Record:
     format: int = FORMAT
     best: str | None = None
     target: float | None = None
-    target_split: str | None = None
     missing: Sequence[Missing] = ()
     clusters: Mapping[str, Mapping[ClientId, int]] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)

@@ -134,8 +134,9 @@ def _afterwards(study: Study, comparison: Comparison, say: Say) -> bool:
         say(f"{folder.name}: {after.what}")
         try:
             after.measure(folder, cache)
-        except CoterieError as fault:
-            say(f"{folder.name}: {after.not_done}: {fault}")
+        except FAULTS as fault:
+            kind = "" if isinstance(fault, CoterieError) else f"{type(fault).__name__}: "
+            say(f"{folder.name}: {after.not_done}: {kind}{fault}")
     return bool(left)
 
 

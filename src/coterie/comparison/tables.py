@@ -47,7 +47,7 @@ def overview(record: Record) -> Grid:
         ("against the best other", [Cell(_difference(row.against, record)) for row in rows]),
         ("p (Holm)", [Cell(p_value(row.against)) for row in rows]),
         (
-            f"rounds to {number(record.target, metric)} on {record.target_split or 'validation'}",
+            f"rounds to {number(record.target, metric)} on validation",
             _costs([row.target_round for row in rows], "{:.3g}".format),
         ),
         ("bytes", _costs([row.bytes for row in rows], size)),
@@ -95,18 +95,20 @@ def by_client(record: Record) -> Grid:
 def markdown(record: Record) -> str:
     """Both tables and their notes, in Markdown."""
     parts = [_markdown(table) for table in (overview(record), by_client(record))]
-    return "\n".join([*parts, *(f"- {note}" for note in notes(record)), ""])
+    return "\n".join([*parts, *(f"- {note}" for note in (*_missing(record), *notes(record))), ""])
 
 
 def latex(record: Record) -> str:
-    """Both tables in LaTeX, for the package booktabs; as comments, where methods are not compared alike."""
-    first = [r"% \usepackage{booktabs}", *(f"% {note}" for note in _unlike(record))]
+    """Both tables in LaTeX, for booktabs; as comments, where methods are not compared alike and what is missing."""
+    first = [r"% \usepackage{booktabs}", *(f"% {note}" for note in (*_unlike(record), *_missing(record)))]
     return "\n".join([*first, *(_latex(table) for table in (overview(record), by_client(record)))])
 
 
 def notes(record: Record) -> list[str]:
     """What a reader of the tables has to know."""
     texts = _unlike(record)
+    if record.best is None and len(contenders(record.variants)) > 1:
+        texts.append("No method is called the best: that goes by validation data, and not every run has any.")
     if any(row.interval for row in record.variants.values()):
         texts.append("±: half of the 95% interval over seeds (Student's t).")
     if any(row.against for row in record.variants.values()):
@@ -155,12 +157,21 @@ def _unlike(record: Record) -> list[str]:
     return texts
 
 
+def _missing(record: Record) -> list[str]:
+    """The runs without a result."""
+    return [
+        f"No result of {' '.join([entry.variant, *entry.settings])}, seed {entry.seed} ({entry.why}): "
+        f"{' '.join(entry.reason.split())}"
+        for entry in record.missing
+    ]
+
+
 def leader(record: Record) -> str:
     """Which variant has the best mean, as a sentence; nothing where none is known."""
     if record.best is None:
         return ""
     names = "".join(f", {title} aside" for title in _aside(record))
-    return f"{record.variants[record.best].title} has the best {record.target_split or 'validation'} mean{names}."
+    return f"{record.variants[record.best].title} has the best validation mean{names}."
 
 
 def _aside(record: Record) -> list[str]:

@@ -14,6 +14,7 @@ import coterie
 from coterie.comparison.figures import record_of
 from coterie.comparison.jobs import Missing
 from coterie.comparison.record import FORMAT, Against, Figures, Record, RunFigures, read_record, write_record
+from coterie.comparison.tables import notes
 from coterie.comparison.tuning import Choice
 from coterie.ops.statistics import Interval, bootstrap_interval, holm, sign_flip_p
 from coterie.runs.summary import ClientSummary, Worst
@@ -98,7 +99,18 @@ def test_one_variant_alone_and_runs_without_test_data_have_no_test() -> None:
     alone = record_of(compared({"fedit": {0: of_clients(HIGH, 0.9)}}))
     assert (alone.best, alone.variants["fedit"].against) == ("fedit", None)
     nothing = record_of(compared({"fedit": {0: without_test()}, "local": {0: without_test()}}))
+    assert any("No method is called the best" in note for note in notes(nothing))
     assert (nothing.best, nothing.target, nothing.variants["fedit"].against) == (None, None, None)
+
+
+def test_test_data_choose_nothing() -> None:
+    """A variant with a run that has no validation data may be ahead on test data, and is not the best."""
+    without = replace(of_clients(HIGH, 0.9), mean={"test": {"accuracy": 0.9}})
+    fedit = {0: of_clients(LOW, 0.2)}
+    made = record_of(compared({"local": {0: without}, "fedit": fedit}))
+    assert (made.best, made.target) == ("fedit", pytest.approx(0.95 * 0.2))
+    none = record_of(compared({"local": {0: without}, "fedit": {0: without}}))
+    assert (none.best, none.target, none.variants["local"].against) == (None, None, None)
 
 
 def test_rounds_and_bytes_to_a_target(tmp_path: Path) -> None:
@@ -116,7 +128,7 @@ def test_rounds_and_bytes_to_a_target(tmp_path: Path) -> None:
         "fedit": {0: of_clients(HIGH, 0.8)}, "local": {0: of_clients(HIGH, 0.8), 1: of_clients(HIGH, 0.2)},
     }  # fmt: skip
     made = record_of(compared(results, tmp_path))
-    assert (made.best, made.target, made.target_split) == ("fedit", pytest.approx(0.76), "validation")
+    assert (made.best, made.target) == ("fedit", pytest.approx(0.76))
     assert (made.variants["fedit"].target_round, made.variants["fedit"].target_bytes) == (2, 28)
     reached = [run.target and run.target.round for run in made.variants["local"].runs]
     assert (reached, made.variants["local"].target_round) == ([1, None], None)
