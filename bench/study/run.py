@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, banking, datasets
+from claims import SYSTEMS
 from joined import check_rounds, publish
 
 from coterie.comparison import compare
@@ -30,8 +31,10 @@ HERE = Path(__file__).parent
 METHODS = (
     "fedlease", "local", "fedsa_lora", "ifca", "fedit", "feddpa", "fedalt", "fedamole", "fdlora", "ffa_lora", "fedprox",
     "flexlora", "hetlora", "flora", "fedex_lora", "rolora", "centralised",
+    *(form for forms in SYSTEMS.values() for form in forms),
 )  # fmt: skip
 RATES = "train.learning_rate=1e-3,2e-3,4e-3"
+TUNING = {"four-tasks": 9, "clinc150": 16, "sick": 9}  # rounds of the runs that choose the rate
 
 
 def main() -> None:
@@ -62,6 +65,7 @@ def main() -> None:
             methods=[method],
             seeds=[int(seed) for seed in chosen.seeds.split(",")],
             tune=[_tuned(before, method) or RATES],
+            tune_rounds=TUNING[chosen.federation],
             jobs=chosen.jobs,
             target=before.target if before else None,
             say=lambda text: print(text, flush=True),

@@ -214,6 +214,18 @@ def test_tuning_chooses_on_validation_with_another_seed_and_goes_on(tmp_path: Pa
     assert fewer.choices["fedit"] == made.choices["fedit"]
 
 
+def test_tuning_may_have_fewer_rounds_than_what_is_reported(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    tune = ["train.learning_rate=1e-9,0.02"]
+    made = compare(path, out, methods=["local"], overrides=["run.rounds=2"], tune=tune, tune_rounds=1)
+    rounds = {p.name: json.loads((p / "summary.json").read_text())["rounds"] for p in out.iterdir() if p.is_dir()}
+    chosen = "local-train.learning_rate-0.02"
+    assert rounds == {"local-train.learning_rate-1e-9-1000": 1, f"{chosen}-1000": 1, f"{chosen}-0": 2}
+    assert made.choices["local"].rounds == record(out)["variants"]["local"]["tuned"]["rounds"] == 1
+    alone = compare(path, out, methods=["local"], overrides=["run.rounds=2"], tune=["train.learning_rate=0.02"])
+    assert alone.choices["local"].rounds is None
+
+
 def test_a_value_that_fails_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = jobs.run
 

@@ -74,6 +74,7 @@ def compare(
     jobs: Jobs = 1,
     tune: Tune = None,
     tune_seed: Annotated[int | None, typer.Option(min=0, help="the seed of tuning, which is not reported")] = None,
+    tune_rounds: Annotated[int | None, typer.Option(min=1, help="the rounds of tuning; default the config's")] = None,
     target: Target = None,
     cross: Cross = False,
 ) -> None:
@@ -93,6 +94,7 @@ def compare(
             jobs=jobs,
             tune=tune or (),
             tune_with=tune_seed,
+            tune_rounds=tune_rounds,
             target=target,
             cross=cross,
             watch=partial(listener if jobs == 1 else lines, console.out),

@@ -26,8 +26,9 @@ class Study:
     """What to compare: ``variants`` with ``seeds`` on the federation of ``raw``, each run in a folder below ``folder``.
 
     Relative paths in ``raw`` start at ``root``. ``jobs`` processes work at a time; with 1 the runs are in this process.
-    ``choosing`` says that the variants are all methods, of which some may not fit the task. ``target`` is a mean that
-    rounds are counted to. With ``cross`` every client's model is also scored on other clients' test rows.
+    Tuning uses the seed ``tune_with`` and ``tune_rounds`` rounds, by default the config's. ``choosing`` says that the
+    variants are all methods, of which some may not fit the task. ``target`` is a mean that rounds are counted to. With
+    ``cross`` every client's model is also scored on other clients' test rows.
     """
 
     raw: Raw
@@ -38,6 +39,7 @@ class Study:
     jobs: int = 1
     grid: Grid = field(default_factory=lambda: Grid({}))
     tune_with: int | None = None
+    tune_rounds: int | None = None
     target: float | None = None
     choosing: bool = False
     cross: bool = False
@@ -53,6 +55,7 @@ def compare(
     jobs: int = 1,
     tune: Sequence[str] = (),
     tune_with: int | None = None,
+    tune_rounds: int | None = None,
     target: float | None = None,
     cross: bool = False,
     watch: Watch = silent,
@@ -63,24 +66,17 @@ def compare(
     ``all`` stands for every registered method that fits the task. A run that has finished is reused, one that was cut
     short continues, one that fails does not stop the others. ``jobs`` runs are carried out at a time. ``tune`` lists
     settings with the values to try, as ``train.learning_rate=1e-3,2e-3``: each method takes what is best on validation
-    data with the seed ``tune_with``. With ``cross`` every client's model is also scored on the test rows of other
-    clients with the same labels. Clients that ``[data] newcomers`` names join every run after its end. Writes
-    ``compare.json``, and ``compare.html`` with its tables. Raises :class:`CoterieError` for settings that cannot work.
+    data with the seed ``tune_with``, in runs of ``tune_rounds`` rounds (default: the config's). With ``cross`` every
+    client's model is also scored on the test rows of other clients with the same labels. Clients that ``[data]
+    newcomers`` names join every run after its end. Writes ``compare.json``, and ``compare.html`` with its tables.
+    Raises :class:`CoterieError` for settings that cannot work.
     """
     path = Path(config)
     study = Study(
-        override(load_raw(path), overrides),
-        variants_of(methods),
-        tuple(dict.fromkeys(seeds)),
-        Path(out),
-        path.parent,
-        jobs,
-        grid_of(tune),
-        tune_with,
-        target,
-        choosing=ALL in {name.strip() for name in methods},
-        cross=cross,
-    )
+        override(load_raw(path), overrides), variants_of(methods), tuple(dict.fromkeys(seeds)), Path(out), path.parent,
+        jobs=jobs, grid=grid_of(tune), tune_with=tune_with, tune_rounds=tune_rounds, target=target,
+        choosing=ALL in {name.strip() for name in methods}, cross=cross,
+    )  # fmt: skip
     return carry_out(study, watch, say)
 
 
@@ -158,7 +154,8 @@ def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list
     seed = tune_seed(study.tune_with, study.seeds)
     points = {variant: study.grid.points(variant) for variant in study.variants}
     several = ((v, seed, point) for v, mine in points.items() for point in mine if len(mine) > 1)
-    jobs, faults = _jobs(study, several)
+    shorter = [f"run.rounds={study.tune_rounds}"] if study.tune_rounds else []
+    jobs, faults = _jobs(replace(study, raw=override(study.raw, shorter)), several)
     tried: dict[str, dict[Point, Ended]] = {}
     with closing(_ended(study, jobs, watch, say)) as all_ended:
         for ended in all_ended:
@@ -173,7 +170,7 @@ def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list
         if choice is None or busy:
             missing.append((busy or own)[0])
         elif choice.settings:
-            choices[variant] = choice
+            choices[variant] = replace(choice, rounds=study.tune_rounds if choice.tried else None)
             edge = f" ({', '.join(choice.at_edge)} at the edge of the grid)" if choice.at_edge else ""
             say(f"{variant}: tuning chose {' '.join(choice.settings)}{edge}")
     return choices, missing

@@ -18,13 +18,14 @@ class Choice:
     """What tuning chose: ``settings``, from the validation mean of everything that was ``tried`` (None: it failed).
 
     ``at_edge`` names the keys whose chosen number is the lowest or the highest that was tried: a wider grid may have a
-    better one.
+    better one. ``rounds`` are those of the runs that chose, where these were not the reported runs'.
     """
 
     settings: Point
     seed: int
     tried: Mapping[str, float | None]
     at_edge: tuple[str, ...] = ()
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
