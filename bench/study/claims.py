@@ -16,14 +16,15 @@ from coterie.comparison.variants import contenders, title_of
 from coterie.ops.metrics import better
 from coterie.ops.statistics import holm
 
-# Each system, and the forms of it that are nearer to the paper; the last one is the paper's.
+# Each system, and the forms of it that are nearer to the paper, with their titles; the last one is the paper's.
 SYSTEMS = {
-    "fedlease": ("fedlease:distance=B",),
-    "fedamole": (
-        "fedamole:clients_per_expert=2",
-        "fedamole:embed=after:embed_rows=held_out:prototype=experts:inertia=0",
-    ),
+    "fedlease": {"fedlease:distance=B": "FedLEASE, clusters of B"},
+    "fedamole": {
+        "fedamole:clients_per_expert=2": "FedAMoLE, two clients per expert",
+        "fedamole:embed=after:embed_rows=held_out:prototype=experts:inertia=0": "FedAMoLE as published",
+    },
 }
+_TITLES = {variant: title for forms in SYSTEMS.values() for variant, title in forms.items()}
 _BASELINES = 3
 _HEAD = ("federation", "method", "against", "points", "ahead", "p (Holm)", "bytes", "operations")
 
@@ -53,6 +54,12 @@ def claims_of(records: Mapping[str, Record]) -> list[Claim]:
     ]
 
 
+def named(record: Record) -> Record:
+    """``record`` with the titles of this page."""
+    rows = {variant: replace(row, title=_title(variant)) for variant, row in record.variants.items()}
+    return replace(record, variants=rows)
+
+
 def best_baselines(record: Record) -> list[str]:
     """The three best methods by validation that are neither ours nor a reference; of equals, those named first."""
     means = {v: row.validation for v, row in contenders(record.variants).items() if row.method not in SYSTEMS}
@@ -79,7 +86,7 @@ def _claims(federation: str, record: Record) -> Iterable[Claim]:
 
 
 def _cells(claim: Claim) -> list[str]:
-    found, metric, names = claim.found, claim.metric, [claim.federation, claim.mine.title, title_of(claim.name)]
+    found, metric, names = claim.found, claim.metric, [claim.federation, claim.mine.title, _title(claim.name)]
     if found is None:
         return [*names, "not run", *[MISSING] * (len(_HEAD) - len(names) - 1)]
     low, high = (signed(value, metric) for value in found.interval)
@@ -92,6 +99,10 @@ def _cells(claim: Claim) -> list[str]:
         _times([(mine.bytes_up + mine.bytes_down, other.bytes_up + other.bytes_down) for mine, other in pairs]),
         _times([(mine.gflop, other.gflop) for mine, other in pairs if mine.gflop and other.gflop]),
     ]  # fmt: skip
+
+
+def _title(variant: str) -> str:
+    return _TITLES.get(variant) or title_of(variant)
 
 
 def _pairs(claim: Claim) -> list[tuple[RunFigures, RunFigures]]:

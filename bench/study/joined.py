@@ -16,13 +16,17 @@ from coterie.comparison.paired import against_best
 from coterie.comparison.record import Figures, Record, read_record, write_record
 from coterie.comparison.tables import settings_of
 from coterie.files import read_json, write_json
+from coterie.methods.findings import Clusters, find
 from coterie.runs.entries import plain
+from coterie.runs.summary import SUMMARY, read_summary
 from coterie.types import CoterieError
 
 Curves = Mapping[str, Mapping[str, Mapping[str, float]]]
+ByRun = Mapping[str, Mapping[str, Any]]  # by method and seed
 PLACES, MADE = "places", "made"  # machines with commits; by method and seed: the number of its place
 AGAIN = "run the study again"
 BY_ROUND = "by_round"  # by method, seed and round: the mean validation metric
+CLUSTERS = "clusters_by_seed"  # by method and seed: the number of each client's cluster, where a method has clusters
 
 
 def check_rounds(published: Record, rounds: int) -> None:
@@ -73,9 +77,13 @@ def publish(measured: Path, published: Path, methods: Sequence[str], anew: bool 
         run: made[run[0]][str(run[1])] if now[run] == before.get(run) else places.index(here) for run in sorted(now)
     }
     found = {name: {str(seed): place for (of, seed), place in by_run.items() if of == name} for name in record.variants}
-    by_round = _joined_curves(curves_of(published) if old else {}, _curves(new, measured.parent), found)
+    earlier = read_json(published, AGAIN) if old else {}
+    more = {
+        name: _joined(earlier.get(name, {}), of(new, measured.parent), found)
+        for name, of in ((BY_ROUND, _curves), (CLUSTERS, _clusters))
+    }
     write_record(published, record)
-    write_json(published, {**read_json(published, AGAIN), PLACES: places, MADE: found, BY_ROUND: by_round})
+    write_json(published, {**read_json(published, AGAIN), PLACES: places, MADE: found, **more})
     return record
 
 
@@ -94,10 +102,23 @@ def _curves(record: Record, above: Path) -> Curves:
     return found
 
 
-def _joined_curves(old: Curves, new: Curves, made: Mapping[str, Mapping[str, int]]) -> Curves:
-    """``new`` where it has a run that is published, else ``old``."""
+def _clusters(record: Record, above: Path) -> ByRun:
+    """The clusters that the runs of ``record`` have found, whose folders are below ``above``."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in record.variants.items():
+        for run in row.runs:
+            path = above / run.folder / SUMMARY
+            clusters = find(read_summary(path).findings, Clusters) if path.exists() else None
+            if clusters:
+                found.setdefault(name, {})[str(run.seed)] = dict(clusters.members)
+    return found
+
+
+def _joined(old: ByRun, new: ByRun, made: Mapping[str, Mapping[str, int]]) -> ByRun:
+    """``new`` where it has something of a run that is published, else ``old``."""
     both = {name: {**old.get(name, {}), **new.get(name, {})} for name in made}
-    return {name: {seed: curve for seed, curve in both[name].items() if seed in made[name]} for name in made}
+    kept = {name: {seed: of for seed, of in both[name].items() if seed in made[name]} for name in made}
+    return {name: of for name, of in kept.items() if of}
 
 
 def _row(name: str, old: Figures | None, new: Figures | None) -> Figures:

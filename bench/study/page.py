@@ -1,10 +1,12 @@
 """Writes the study's tables into docs/results/study.md, and its pictures, from the published figures.
 
 python bench/study/page.py
+python bench/study/page.py --pdf FOLDER    # only the pictures, as PDF
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Mapping
@@ -28,22 +30,34 @@ _LEFT_OUT = ("time", "operations", "tuned to")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pdf", type=Path, metavar="FOLDER", help="write only the pictures, as PDF, into this folder")
+    folder = parser.parse_args().pdf
     records = published()
+    by_title = titled(records)
+    drawn = {
+        GAINS: pictures.gains(by_title),
+        ROUNDS: pictures.by_round(by_title, {FEDERATIONS[name]: curves_of(_published(name)) for name in records}),
+    }
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, figure in drawn.items():
+            figure.savefig(folder / f"{path.stem}.pdf")
+        return
     text = PAGE.read_text()
     for name, record in records.items():
         text = filled(text, name, table(record))
-    by_title = titled(records)
     text = filled(text, "claims", claims.table(claims.claims_of(by_title)))
     PAGE.write_text(text)
-    png(pictures.gains(by_title), GAINS)
-    png(pictures.by_round(by_title, {FEDERATIONS[name]: curves_of(_published(name)) for name in records}), ROUNDS)
-    print(f"{PAGE}\n{GAINS}\n{ROUNDS}")
+    for path, figure in drawn.items():
+        png(figure, path)
+    print(PAGE, *drawn, sep="\n")
 
 
 def published() -> dict[str, Record]:
     """The published comparison of each federation."""
     records = {name: read_record(_published(name)) for name in FEDERATIONS}
-    return {name: record for name, record in records.items() if record is not None}
+    return {name: claims.named(record) for name, record in records.items() if record is not None}
 
 
 def titled(records: Mapping[str, Record]) -> dict[str, Record]:

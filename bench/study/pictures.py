@@ -17,7 +17,13 @@ from coterie.report.plots.style import styled
 
 ALONE = "local"
 _REACH = (-100, 100)  # all gains
-_NAMED = {"fedlease": PALETTE[1], "fedamole": PALETTE[3], "fedit": PALETTE[0], ALONE: PALETTE[2]}  # others are grey
+_NAMED = {  # others are grey
+    "fedlease": PALETTE[1],
+    "fedamole": PALETTE[3],
+    "fedex_lora": PALETTE[4],
+    "fedit": PALETTE[0],
+    ALONE: PALETTE[2],
+}
 
 
 @styled
@@ -45,7 +51,7 @@ def by_round(records: Mapping[str, Record], curves: Mapping[str, Curves]) -> Fig
 
     A line is the mean over seeds, a band their range. Methods that have no colour of their own are grey.
     """
-    figure = Figure(figsize=(7.2, 2.55), layout="constrained")
+    figure = Figure(figsize=(7.0, 2.6), layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for ax, (name, record) in zip(panels, records.items(), strict=True):
         for variant, row in record.variants.items():
@@ -55,7 +61,8 @@ def by_round(records: Mapping[str, Record], curves: Mapping[str, Curves]) -> Fig
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.grid(axis="y")
     panels[0].set_ylabel("validation accuracy, %")
-    panels[0].legend(loc="lower right", fontsize=8)
+    drawn = {line.get_label(): line for ax in panels for line in ax.lines if not str(line.get_label()).startswith("_")}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn) or 1, fontsize=8)
     return figure
 
 
