@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,6 +19,8 @@ import pictures
 from _harness import RESULTS
 from joined import curves_of
 
+from coterie.comparison.figures import best_of, figures_of
+from coterie.comparison.paired import against_best
 from coterie.comparison.record import Figures, Record, read_record
 from coterie.comparison.tables import overview, settings_of
 from coterie.report.plots import png
@@ -34,20 +37,18 @@ def main() -> None:
     parser.add_argument("--pdf", type=Path, metavar="FOLDER", help="write only the pictures, as PDF, into this folder")
     folder = parser.parse_args().pdf
     records = published()
-    by_title = titled(records)
-    drawn = {
-        GAINS: pictures.gains(by_title),
-        ROUNDS: pictures.by_round(by_title, {FEDERATIONS[name]: curves_of(_published(name)) for name in records}),
-    }
+    alike = {name: common(record) for name, record in records.items()}
+    curves = {FEDERATIONS[name]: curves_of(_published(name)) for name in records}
+    drawn = {GAINS: pictures.gains(titled(alike)), ROUNDS: pictures.by_round(titled(alike), curves)}
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         for path, figure in drawn.items():
             figure.savefig(folder / f"{path.stem}.pdf")
         return
     text = PAGE.read_text()
-    for name, record in records.items():
+    for name, record in alike.items():
         text = filled(text, name, table(record))
-    text = filled(text, "claims", claims.table(claims.claims_of(by_title)))
+    text = filled(text, "claims", claims.table(claims.claims_of(titled(records))))
     PAGE.write_text(text)
     for path, figure in drawn.items():
         png(figure, path)
@@ -63,6 +64,20 @@ def published() -> dict[str, Record]:
 def titled(records: Mapping[str, Record]) -> dict[str, Record]:
     """The records by the titles of their federations."""
     return {FEDERATIONS[name]: record for name, record in records.items()}
+
+
+def common(record: Record) -> Record:
+    """``record`` of the seeds alone that every method has, so that the means of a table are of the same seeds."""
+    seeds = set.intersection(*({run.seed for run in row.runs} for row in record.variants.values()))
+    rows = {}
+    for variant, row in record.variants.items():
+        runs = [run for run in row.runs if run.seed in seeds]
+        made = figures_of(variant, runs, row.method, row.evaluated, row.groups)
+        rows[variant] = replace(made, title=row.title, tuned=row.tuned)
+    means = {variant: row.validation for variant, row in rows.items()}
+    best = best_of(means, record.primary)
+    assert best is not None  # a study is tuned on validation data
+    return replace(record, variants=against_best(rows, means, best, record.primary), best=best)
 
 
 def filled(text: str, name: str, new: str) -> str:

@@ -55,7 +55,8 @@ def by_round(records: Mapping[str, Record], curves: Mapping[str, Curves]) -> Fig
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for ax, (name, record) in zip(panels, records.items(), strict=True):
         for variant, row in record.variants.items():
-            _curve(ax, list(curves[name].get(variant, {}).values()), _NAMED.get(variant), row.title)
+            seeds = [curve for seed, curve in curves[name].get(variant, {}).items() if int(seed) in row.seeds]
+            _curve(ax, seeds, _NAMED.get(variant), row.title)
         ax.set_title(name)
         ax.set_xlabel("round")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

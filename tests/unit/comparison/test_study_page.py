@@ -25,9 +25,16 @@ def test_the_page_has_the_published_figures(page: ModuleType) -> None:
     records = page.published()
     assert set(records) == set(page.FEDERATIONS)
     for name, record in records.items():
-        assert page.filled(text, name, page.table(record)) == text, "run: python bench/study/page.py"
+        assert page.filled(text, name, page.table(page.common(record))) == text, "run: python bench/study/page.py"
     claims = page.claims.table(page.claims.claims_of(page.titled(records)))
     assert page.filled(text, "claims", claims) == text, "run: python bench/study/page.py"
+
+
+def test_a_table_is_of_the_seeds_that_every_method_has(page: ModuleType) -> None:
+    """The claims take all seeds that a pair has."""
+    few = {"fedit": {0: LOW, 1: LOW}, "local": {0: ALONE, 1: ALONE}}
+    made = page.common(record_of(compared({**few, "fedlease": {0: HIGH, 1: HIGH, 2: LOW}}), target=0.8))
+    assert made == record_of(compared({**few, "fedlease": {0: HIGH, 1: HIGH}}), target=0.8)
 
 
 def test_a_block_is_replaced_and_a_missing_one_is_named(page: ModuleType) -> None:
