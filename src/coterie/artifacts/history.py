@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,16 @@ COLUMNS = ("run", "method", "seed", "state", "metric", "test", "worst", "bytes")
 
 @dataclass(frozen=True)
 class RunEntry:
-    """A run's folder, its settings by dotted key, and its summary, None until it is finished."""
+    """A run's folder, its settings by dotted key, and its summary, None until it is finished.
+
+    ``fault`` says what is wrong with a run that cannot be read, which has no summary and perhaps no settings.
+    """
 
     folder: Path
     settings: Mapping[str, object]
     summary: Summary | None
     round: int | None
+    fault: str = ""
 
     @property
     def method(self) -> str:
@@ -43,7 +47,9 @@ class RunEntry:
 
     @property
     def state(self) -> str:
-        """``finished``, or how far it is."""
+        """``finished``, or how far it is; ``damaged`` where it cannot be read."""
+        if self.fault:
+            return "damaged"
         if self.summary:
             return "finished"
         return f"round {self.round or 0} of {self.settings.get('run.rounds', '?')}"
@@ -55,21 +61,41 @@ class RunEntry:
 
 
 def runs_in(folder: Path) -> list[RunEntry]:
-    """Every run in ``folder`` and below it, by name. Raises :class:`CoterieError` where there is none."""
+    """Every run in ``folder`` and below it, by name; one that cannot be read says why.
+
+    Raises :class:`CoterieError` where there is none.
+    """
     found = sorted(path.parent for path in folder.rglob("config.json") if _is_run(path))
     if not found:
         raise CoterieError(f"there is no run in {folder} or below it")
-    return [entry_of(path) for path in found]
+    return [_entry_or_fault(path) for path in found]
 
 
 def entry_of(folder: Path) -> RunEntry:
-    """The run in ``folder``. Raises :class:`CoterieError` where there is none."""
+    """The run in ``folder``. Raises :class:`CoterieError` where there is none, and for one that cannot be read."""
+    return _with_summary(_begun(folder))
+
+
+def _entry_or_fault(folder: Path) -> RunEntry:
+    entry = RunEntry(folder, {}, None, None)
+    try:
+        entry = _begun(folder)
+        return _with_summary(entry)
+    except CoterieError as fault:
+        return replace(entry, fault=str(fault))
+
+
+def _begun(folder: Path) -> RunEntry:
     raw, _ = read_config(folder)
     settings = dict(flat(raw))
     settings.setdefault("method.name", method_name(raw))
     settings.setdefault("run.seed", section_of(raw, "run").get("seed", 0))
-    summary = read_summary(folder / SUMMARY) if (folder / SUMMARY).is_file() else None
-    return RunEntry(folder, settings, summary, newest_round(folder / "checkpoints"))
+    return RunEntry(folder, settings, None, newest_round(folder / "checkpoints"))
+
+
+def _with_summary(entry: RunEntry) -> RunEntry:
+    path = entry.folder / SUMMARY
+    return replace(entry, summary=read_summary(path)) if path.is_file() else entry
 
 
 def chosen(entries: Sequence[RunEntry], filters: Sequence[str], sort: str) -> list[RunEntry]:
@@ -124,7 +150,7 @@ def results(folder: Path | str) -> DataFrame:
 
     The columns are ``run``, ``method``, ``seed``, ``best_round``, ``client``, ``group``, the client's rows
     (``num_train`` ...), its bytes, and its metrics (``test_accuracy``, ``validation_loss`` ...).
-    Raises :class:`CoterieError` without pandas, and where there is no run.
+    Raises :class:`CoterieError` without pandas, where there is no run, and for a run that cannot be read.
     """
     try:
         from pandas import DataFrame
@@ -134,6 +160,8 @@ def results(folder: Path | str) -> DataFrame:
 
 
 def _rows(folder: Path, entry: RunEntry) -> Iterator[dict[str, object]]:
+    if entry.fault:
+        raise CoterieError(entry.fault)
     if entry.summary is None:
         return
     run = {
@@ -151,8 +179,11 @@ def _rows(folder: Path, entry: RunEntry) -> Iterator[dict[str, object]]:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a config.json is a run's: a model's has that name too."""
-    content = read_json(path)
+    """Whether a config.json is a run's: a model's has that name too. A damaged one may be."""
+    try:
+        content = read_json(path)
+    except CoterieError:
+        return True
     return isinstance(content, dict) and {"root", "config"} <= content.keys()
 
 

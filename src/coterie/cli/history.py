@@ -32,9 +32,10 @@ def runs(
     from coterie.report.tables import MISSING, words
     from coterie.units import size
 
-    rows = []
-    for entry in chosen(runs_in(folder), where or (), sort):
-        row = [str(entry.folder), entry.method, str(entry.seed), entry.state]
+    rows, found = [], runs_in(folder)
+    for entry in chosen(found, where or (), sort):
+        known = [entry.method, str(entry.seed)] if entry.settings else [MISSING, MISSING]
+        row = [str(entry.folder), *known, entry.state]
         if summary := entry.summary:
             worst = number(summary.worst.value if summary.worst else None, summary.primary)
             row += [words(summary.primary), number(entry.test, summary.primary), worst]
@@ -43,6 +44,9 @@ def runs(
             row += [MISSING] * 4
         rows.append(tuple(row))
     show_aligned(COLUMNS, rows)
+    for entry in found:
+        if entry.fault:
+            say(f"note: {entry.fault}")
 
 
 def diff(

@@ -71,6 +71,27 @@ def test_the_commands_show_runs_and_differences(folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("no difference") == 3
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "known"),
+    [
+        ("summary.json", '{"mean": {"te', ["fedlease", "0"]),
+        ("summary.json", "[1, 2]", ["fedlease", "0"]),
+        ("config.json", '{"root": "/', ["-", "-"]),
+    ],
+)
+def test_a_damaged_run_hides_no_other(
+    file: str, content: str, known: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a" / file).write_text(content)
+    app(["runs", str(folder)], standalone_mode=False)
+    _, damaged, *others, note = capsys.readouterr().out.splitlines()
+    assert damaged.split()[:4] == [str(folder / "a"), *known, "damaged"]
+    assert [row.split()[0] for row in others] == [str(folder / "c"), str(folder / "more" / "b")]
+    assert note.startswith(f"note: {folder / 'a' / file} is ")
+    with pytest.raises(CoterieError, match=file):
+        coterie.results(folder)
+
+
 def test_a_difference_has_both_values(folder: Path) -> None:
     found = differences(folder / "a", folder / "more" / "b")
     assert [(d.name, d.before, d.after) for d in found["settings"]] == [("run.seed", "0", "7")]
