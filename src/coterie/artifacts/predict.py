@@ -19,6 +19,7 @@ from coterie.inference.records import READERS, Located, Read, as_json_line, read
 from coterie.types import CoterieError
 
 STDIN = "-"
+_STDOUT = Path("/dev/stdout")
 Write = Callable[[Mapping[str, object]], None]
 
 
@@ -45,13 +46,16 @@ def predict_file(
 
     An answer is a row with its own columns and those of :data:`COLUMNS`, each after ``prefix``. ``writes`` is jsonl or
     csv, by default what the name of ``out`` ends in. ``reject`` is called with the reason for every row without an
-    answer, which is left out; ``watch`` after every row.
+    answer, which is left out; ``watch`` after every row. An ``out`` that is no regular file (a pipe, a device) is
+    written to as it is.
     Raises :class:`CoterieError` for a file that cannot be read, for an ``out`` that cannot be written or that is
     ``file``, and for rows that have a column of an answer already.
     """
+    kind = writes or ("csv" if out and out.suffix.lower() == ".csv" else "jsonl")
+    if out and out.exists() and _STDOUT.exists() and out.samefile(_STDOUT):
+        out = None  # by any of its names, and wherever it leads: no file is to take its place
     _check_out(out, file, writes)
     progress = Progress()
-    kind = writes or ("csv" if out and out.suffix.lower() == ".csv" else "jsonl")
     own = [prefix + name for name in COLUMNS[predictor.task.kind]]
     with _output(out, kind) as write:
         for row, answer in predictor.answers(_checked(_rows(file, reads), own)):
@@ -109,11 +113,16 @@ def _columns(answer: Answer, prefix: str) -> dict[str, object]:
 
 @contextmanager
 def _output(out: Path | None, kind: str) -> Iterator[Write]:
-    """A function that writes one row. A file appears under its name once all rows are in it."""
+    """A function that writes one row. A regular file appears under its name once all rows are in it."""
     if out is None:
         with _standard_output() as file:
             yield _writer(file, kind)
         return
+    if out.exists() and not out.is_file():
+        with out.open("w", encoding="utf-8", newline="") as file:
+            yield _writer(file, kind)
+        return
+    out = out.resolve()  # of a link, the file that it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

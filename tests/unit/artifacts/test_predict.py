@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -246,6 +247,35 @@ def test_answers_that_could_not_be_written_are_refused_before_there_are_any(
         assert text in " ".join(errors.split())
     assert rows.read_text() == "text\na\n"
     assert command(run, rows, "--client", "north", "--out", tmp_path / "answers", "--format", "csv")[0] == 0
+
+
+def test_an_out_that_is_no_regular_file_is_written_to(run: Path, tmp_path: Path, command: Command) -> None:
+    """Answers go into a pipe or a device, and to the file that a link leads to; none of these becomes a file."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
+    arguments = (run, tmp_path / "rows.jsonl", "--client", "north")
+    _, expected, _ = command(*arguments)
+    pipe, link, device = tmp_path / "pipe", tmp_path / "link.jsonl", tmp_path / "device.jsonl"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert command(*arguments, "--out", pipe, "--format", "jsonl")[:2] == (0, "")
+    assert os.read(reader, 10_000).decode() == expected
+    os.close(reader)
+    link.symlink_to("answers.jsonl")
+    device.symlink_to("/dev/zero")
+    for out in (link, device):
+        assert command(*arguments, "--out", out)[:2] == (0, "")
+    assert (tmp_path / "answers.jsonl").read_text() == expected
+    assert (pipe.is_fifo(), link.is_symlink(), device.is_char_device()) == (True, True, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "answers.jsonl", "device.jsonl", "link.jsonl", "pipe", "rows.jsonl",
+    ]  # fmt: skip
+
+
+def test_an_out_that_is_standard_output_is_not_opened(run: Path, tmp_path: Path, command: Command) -> None:
+    """It may lead to a file, which others write to as well."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
+    arguments = (run, tmp_path / "rows.jsonl", "--client", "north")
+    assert command(*arguments, "--out", "/dev/stdout")[:2] == (0, command(*arguments)[1])
 
 
 def test_a_rows_columns_are_those_of_the_run(tmp_path: Path, command: Command) -> None:
