@@ -84,7 +84,7 @@ def name_of(tensors: Tensors) -> str:
 
 
 def write_pool(folder: Path, pool: Pool) -> None:
-    """Write ``pool`` to ``folder``. Raises :class:`CoterieError` if another pool is there."""
+    """Write ``pool`` to ``folder``. Raises :class:`CoterieError` if another pool is there, or one that is damaged."""
     path = folder / POOL_FILE
     if path.exists() and read_pool(folder).name != pool.name:
         raise CoterieError(f"{folder} already holds another pool; give another folder, or delete that pool")
@@ -112,15 +112,20 @@ def _read(path: Path, changed: int) -> Pool:
         pool = decode(Pool, path.read_bytes())
     except CodecError as fault:
         raise PrivateError(
-            f"{path} is damaged or was written by another version of Coterie; build the pool again ({fault})"
+            f"{path} is damaged or was written by another version of Coterie ({fault}); {_again(path)}"
         ) from fault
     if pool.format != _FORMAT:
-        raise PrivateError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; build the pool again")
+        raise PrivateError(f"{path} has format {pool.format}, this Coterie reads {_FORMAT}; {_again(path)}")
     if pool.name != name_of(pool.tensors):
-        raise PrivateError(f"{path} does not match its SHA-256; build the pool again")
+        raise PrivateError(f"{path} does not match its SHA-256; {_again(path)}")
     if why := _fault_of_record(pool.adapters) or _fault_of_tensors(pool):
-        raise PrivateError(f"{path} {why}; build the pool again")
+        raise PrivateError(f"{path} {why}; {_again(path)}")
     return pool
+
+
+def _again(path: Path) -> str:
+    """What to do about a pool that cannot be read. Nothing replaces it: another version may read it."""
+    return f"delete that file, and build the pool again with `coterie pool build {path.parent} ...`"
 
 
 def _fault_of_record(adapters: Sequence[Adapter]) -> str:

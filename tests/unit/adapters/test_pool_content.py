@@ -15,7 +15,7 @@ from torch import Tensor
 import pools
 import tiny
 from coterie.adapters.pool import POOL_FILE, Pool, name_of, read_pool, write_pool
-from coterie.types import Key, Part, PrivateError
+from coterie.types import CoterieError, Key, Part, PrivateError
 
 FIRST = Key("encoder.layer.0.attention.self.query", 0, Part.A)
 CRAFTED: dict[str, tuple[Callable[[Pool], Pool], str]] = {
@@ -61,5 +61,20 @@ def test_a_pool_whose_hash_is_right_is_refused_if_its_content_is_not(case: str, 
     craft, why = CRAFTED[case]
     pool = craft(pools.made(tiny.targets(tiny.model("bert")), {"one": 3, "two": 2}))
     write_pool(tmp_path, replace(pool, name=name_of(pool.tensors)))
-    with pytest.raises(PrivateError, match=rf"{POOL_FILE} {why}.*; build the pool again$"):
+    with pytest.raises(PrivateError, match=rf"{POOL_FILE} {why}.*; delete that file, and build the pool again with "):
         read_pool(tmp_path)
+
+
+def test_a_damaged_pool_is_not_replaced_and_the_error_says_which_file_to_delete(tmp_path: Path) -> None:
+    pool, path = pools.made(tiny.targets(tiny.model("bert")), {"one": 3}), tmp_path / POOL_FILE
+    write_pool(tmp_path, pool)
+    path.write_bytes(damaged := path.read_bytes()[:-100])
+    with pytest.raises(CoterieError) as told:
+        write_pool(tmp_path, pool)
+    assert str(told.value).startswith(f"{path} is damaged ")
+    fix = f"; delete that file, and build the pool again with `coterie pool build {tmp_path} ...`"
+    assert str(told.value).endswith(fix)
+    assert path.read_bytes() == damaged
+    path.unlink()
+    write_pool(tmp_path, pool)
+    assert read_pool(tmp_path).name == pool.name
