@@ -40,7 +40,7 @@ from coterie.methods.plan import Plan
 from coterie.methods.registry import method_named, methods
 from coterie.nn.base import Base, load_base
 from coterie.requests import ClientProgram, Observe, Optim, Request, Score, Train
-from coterie.types import FOLDED, Bank, ClientResult, CoterieError, GateSpec, Instruction, Key, Part, Personal, Reply
+from coterie.types import FOLDED, Bank, ClientResult, CoterieError, Instruction, Key, Part, Personal, Reply
 from few_rounds import OPTIM, ROUNDS, SETTINGS, ranks_of
 from thinned import PUBLISHED, thinned
 
@@ -492,6 +492,30 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert furthest(plain, checked) < 1e-9
 
 
+@pytest.mark.parametrize("gate", ["softmax", "slot_top_k", "similarity", "scaled_dot_product", "response"])
+def test_clients_without_a_router_share_batches_with_those_that_have_one(gate: str) -> None:
+    """As those that take part for the first time do, in methods that give a router later."""
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
+    options = {"slot_top_k": {"own": 1}, "scaled_dot_product": {"k": 1}, "similarity": {"scale": 0.5}}.get(gate, {})
+    slots = 1 if gate == "similarity" else None
+    asked: dict[str, Request] = {}
+    for i, client in enumerate(clients):
+        routed = {"gate": gate, "options": options, "experts": 2, "slots": slots} if i % 2 else {"experts": 1}
+        bank = some_bank(workplace, labels_of(client), i, rank=2, dropout=0.2, **routed)
+        asked[client.info.id] = Train(bank, frozenset(k for k in bank.tensors if k.part is not Part.ROUTER), OPTIM)
+    same(workplace, asked)
+
+
+def test_without_dropout_folded_ranks_may_differ() -> None:
+    workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
+    asked: dict[str, Request] = {}
+    for i, client in enumerate(clients):
+        bank = some_bank(workplace, labels_of(client), i, experts=1, rank=2)
+        bank = replace(bank, tensors={**bank.tensors, **(folded(workplace, i) if i else {})})
+        asked[client.info.id] = Train(bank, frozenset(key for key in bank.tensors if key.expert != FOLDED), OPTIM)
+    same(workplace, asked)
+
+
 # what cannot share a batch, and what fails ---------------------------------------------------------------------------
 
 
@@ -503,11 +527,9 @@ def test_what_cannot_share_a_batch_is_answered_alone(unlike: str) -> None:
         bank = some_bank(workplace, labels_of(client), i, experts=2, rank=2, dropout=0.1)
         if unlike == "dropout":
             bank = replace(bank, dropout=0.1 * (i % 2))
-        if unlike == "gate" and i % 2:
-            changed = tiny.bank(workplace.base.spec.targets, 2, 2, gate="scaled_dot_product", dtype=torch.float64)
-            bank = replace(
-                bank, tensors={**bank.tensors, **changed.tensors}, gate=GateSpec("scaled_dot_product", {"k": 1})
-            )
+        if unlike == "gate":
+            gate, options = ("scaled_dot_product", {"k": 1}) if i % 2 else ("softmax", {})
+            bank = some_bank(workplace, labels_of(client), i, experts=2, rank=2, gate=gate, options=options)
         if unlike == "ranks":
             made = some_bank(workplace, labels_of(client), i, experts=2, rank=[1, 3])
             bank = replace(made, dropout=0.1, own_masks=True)

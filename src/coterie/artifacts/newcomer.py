@@ -37,9 +37,10 @@ def newcomer_bundle(folder: Path) -> tuple[Bank, About]:
     read = [read_bundle(path) for path in folders]
     banks, about = [bank for bank, _ in read], read[0][1]
     labels = about.labels if len({of.labels for _, of in read}) == 1 else None
-    head = _mean_part(banks, Part.HEAD) if labels or about.task != "classification" else {}
-    served = _served(folder) if _versions(banks) else {}
-    if about.method == "fedlease" and (lost := _unclear(banks, served)):  # with download = "used"
+    routed = _routed_alike(banks)
+    head = _mean_part(routed, Part.HEAD) if labels or about.task != "classification" else {}
+    served = _served(folder) if _versions(routed) else {}
+    if about.method == "fedlease" and (lost := _unclear(routed, served)):  # with download = "used"
         raise CoterieError(
             f"the clients hold different versions of expert {min(lost)}, and {folder / 'experts'} does not have one of "
             "them: restore that folder of the run, or name a client"
@@ -60,14 +61,26 @@ def newcomer_bank(banks: Banks, served: Served | None = None) -> Bank:
     - SmartFed, FedLEASE with plain top-k or a softmax, and other gates over experts that all have: the experts with the
       mean of the routers.
     - FedDPA: what all clients have, with a gate of 1.
+
+    Clients that have no router yet where others have one count for FedDPA only. No round has drawn them, or FedLEASE
+    has put them in no cluster.
     """
+    routed = _routed_alike(banks)
+    if routed[0].gate.name == "similarity":
+        return _common_alone(banks)
+    make = _BY_GATE.get(routed[0].gate.name)
+    return make(routed) if make else _mean_router(routed, served or {})
+
+
+def _routed_alike(banks: Banks) -> Banks:
+    """The banks with the gate that routes, if any does. Raises :class:`CoterieError` where several do."""
     names = {bank.gate.name for bank in banks}
-    if len(names) > 1:
+    routing = (names - {"constant"}) or names
+    if len(routing) > 1:
         raise CoterieError(
-            f"the clients' gates differ ({', '.join(sorted(names))}), so there is no model for a newcomer"
+            f"the clients' gates differ ({', '.join(sorted(routing))}), so there is no model for a newcomer"
         )
-    make = _BY_GATE.get(names.pop())
-    return make(banks) if make else _mean_router(banks, served or {})
+    return [bank for bank in banks if bank.gate.name in routing]
 
 
 def _mean_lora(banks: Banks) -> Bank:
@@ -240,5 +253,4 @@ _BY_GATE: Mapping[str, Callable[[Banks], Bank]] = {
     "constant": _mean_lora,
     "slot_top_k": _without_own,
     "scaled_dot_product": _shared_alone,
-    "similarity": _common_alone,
 }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.nn.bank import BankLayer
-from coterie.nn.many_gates import Group, gate_kind, routes_by
+from coterie.nn.many_gates import Group, gate_kind, routes_of
 from coterie.nn.many_per_row import NOTHING, ByRow, Piece
 from coterie.nn.many_products import AddMany, Picked, ProjectMany, times, weigh
 from coterie.nn.products import padded
@@ -87,15 +87,15 @@ class ManyLayer:
         known = [layer for layer in layers if layer is not None]
         like = known[0]
         settings = {
-            (one.dropout, one.own_masks, routes_by(one.gate), one.folded_rank, one.columns.dtype) for one in known
+            (one.dropout, one.own_masks, one.folded_rank if one.dropout else 0, one.columns.dtype) for one in known
         }
-        if len(settings) > 1:
-            raise UnlikeError(
-                f"{like.module}: banks that differ in dropout, kind of gate, folded ranks or dtype: {settings}"
-            )
+        routes = routes_of(known)
+        if len(settings) > 1 or len(routes) > 1:
+            what = "dropout, kind of gate, folded ranks or dtype"
+            raise UnlikeError(f"{like.module}: banks that differ in {what}: {settings}, {routes}")
         self.layers, self.now, self.module = list(layers), now, like.module
-        self.dropout, self.own_masks, self.folded = like.dropout, like.own_masks, like.folded_rank
-        (self.by_output, self.by_row), self.row_scores = routes_by(like.gate), RowScores()
+        ((self.dropout, self.own_masks, self.folded, _),) = settings
+        ((self.by_output, self.by_row),), self.row_scores = routes, RowScores()
         self.rank = max(one.columns.shape[0] for one in known)
         self.slots = max(one.slots for one in known)
         self.experts = max(len(one.experts) for one in known)

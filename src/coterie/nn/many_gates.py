@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +26,11 @@ class Group:
 def routes_by(gate: str) -> tuple[bool, bool]:
     """Whether the gate routes by the experts' outputs, and by whole rows."""
     return routes_by_output(gate), routes_by_row(gate)
+
+
+def routes_of(layers: Iterable[BankLayer]) -> set[tuple[bool, bool]]:
+    """What :func:`routes_by` says of the layers' gates. One that is constant goes with any other."""
+    return {routes_by(layer.gate) for layer in layers if layer.gate != "constant"} or {routes_by("constant")}
 
 
 def gate_kind(layer: BankLayer | None) -> tuple[object, ...] | None:

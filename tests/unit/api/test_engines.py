@@ -63,9 +63,19 @@ def alone(north: coterie.ClientModel, request: Generate) -> str:
     return str(north.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("gate", ["slot_top_k", "similarity", "scaled_dot_product", "constant"])
-def test_every_client_classifies_as_it_does_alone(gate: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, gate=gate)
+@pytest.mark.parametrize(
+    ("gate", "never"),
+    [
+        ("slot_top_k", ""),
+        ("similarity", ""),
+        ("similarity", "south"),
+        ("scaled_dot_product", ""),
+        ("scaled_dot_product", "east"),
+        ("constant", ""),
+    ],
+)
+def test_every_client_classifies_as_it_does_alone(gate: str, never: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, gate=gate, never=never)
     requests = [Encode(i % 3, ((text, None), ("pair", text))) for i, text in enumerate([*TEXTS, *TEXTS[:3]])]
     with served(run) as models:
         logs = run_all(Encoding(models, rows=5), requests)
@@ -131,9 +141,11 @@ def test_a_prompt_is_read_whole_where_predict_keeps_its_end(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("arch", tiny.DECODERS)
-@pytest.mark.parametrize("gate", ["slot_top_k", "similarity"])
-def test_texts_of_many_clients_join_and_leave_and_are_those_of_each_alone(arch: str, gate: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, arch, gate)
+@pytest.mark.parametrize(("gate", "never"), [("slot_top_k", ""), ("similarity", ""), ("similarity", "south")])
+def test_texts_of_many_clients_join_and_leave_and_are_those_of_each_alone(
+    arch: str, gate: str, never: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, arch, gate, never=never)
     requests = [Generate(i % 3, text, max_tokens=4 + 5 * (i % 2)) for i, text in enumerate([*TEXTS, *TEXTS[::-1]])]
     own = [coterie.load(run, client) for client in CLIENTS]
     with served(run) as models:

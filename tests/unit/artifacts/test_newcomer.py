@@ -129,6 +129,26 @@ def test_a_router_keeps_the_rows_of_the_experts_that_all_have(gate: GateSpec) ->
     logits(made)
 
 
+@pytest.mark.parametrize("gate", ["slot_top_k", "softmax"])
+def test_clients_without_a_router_are_left_out_where_others_have_one(gate: str) -> None:
+    """As FedLEASE's that no round has drawn, whose LoRA is at its start, under the number of another's expert."""
+    options = {"own": 0} if gate == "slot_top_k" else {}
+    never, bank = tiny.bank(OVER, seed=7, zero_b=True), tiny.bank(OVER, 3, gate=gate, options=options)
+    alone, made = newcomer_bank([bank, bank]), newcomer_bank([never, bank, bank])
+    assert made.gate == alone.gate == GateSpec("softmax")
+    assert made.tensors.keys() == alone.tensors.keys()
+    assert all(torch.equal(value, alone.tensors[key]) for key, value in made.tensors.items())
+
+
+def test_feddpas_newcomer_has_the_global_expert_if_only_one_client_took_part() -> None:
+    drawn = tiny.bank(OVER, 2, gate="similarity", options={"scale": 0.5}, slots=1)
+    never = replace(drawn, tensors=lora_of(drawn.tensors, 0), gate=GateSpec())
+    made = newcomer_bank([drawn, never])
+    assert made.gate == GateSpec()
+    assert made.tensors.keys() == never.tensors.keys()
+    assert all(torch.equal(value, never.tensors[key]) for key, value in made.tensors.items())
+
+
 COPIES = {0: (1,), 1: (0, 2), 2: (0, 1)}  # by client, whose own expert has its number: those it holds an older copy of
 
 
@@ -170,7 +190,10 @@ def test_a_withheld_expert_is_left_out_whatever_the_gate() -> None:
 @pytest.mark.parametrize(
     ("banks", "why"),
     [
-        ([tiny.bank(OVER), tiny.bank(OVER, 2, gate="softmax")], "the clients' gates differ"),
+        (
+            [tiny.bank(OVER, 2, gate=gate) for gate in ("constant", "softmax", "top_k")],
+            r"the clients' gates differ \(softmax, top_k\)",
+        ),
         ([tiny.bank(OVER, 2, gate="softmax", seed=i) for i in (0, 1)], "have no expert in common"),
         (
             [tiny.bank(OVER, 2, gate="slot_top_k", options={"own": 0}, seed=i) for i in (0, 1)],
