@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -472,8 +472,9 @@ def test_the_summary_of_a_run(tmp_path: Path) -> None:
 
 def test_a_comparison_marks_the_best_of_every_row() -> None:
     console = terminal()
-    results = {"fedlease": {0: scaled(0.8, describe={"clusters": {"north": 1, "south": 0}})}, "fedit": {0: summary()}}
-    comparison.show(console, compared(results), Path("runs/x"))
+    results = {"fedlease": scaled(0.8, describe={"clusters": {"north": 1, "south": 0}}), "fedit": summary()}
+    seen = {m: {0: replace(s, mean=s.mean | {"validation": s.mean["test"]})} for m, s in results.items()}
+    comparison.show(console, compared(seen), Path("runs/x"))
     assert isinstance(console.file, io.StringIO)
     bold = re.findall(r"\x1b\[1m([\d.]+)\x1b\[0m", console.file.getvalue())
     assert bold == ["25.0", "75.0", "50.0", "50.0", "25.0"]  # three rows of clients and their mean, two columns
