@@ -53,6 +53,12 @@ def twin(client: ClientData, name: str) -> ClientData:
     return replace(client, info=replace(client.info, id=name))
 
 
+def shortened(client: ClientData, rows: int) -> ClientData:
+    """The client with only its first ``rows`` training rows."""
+    splits = {**client.splits, "train": client.splits["train"][:rows]}
+    return replace(client, info=replace(client.info, num_train=rows), splits=splits)
+
+
 def make(
     name: str,
     *,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import short_runs
 from coterie import codec
 from coterie.methods.fedlease.allocation import Allocation
 from coterie.methods.fedlease.late import placed
@@ -19,6 +21,7 @@ from coterie.methods.plan import Plan
 from coterie.ops.streams import stream
 from coterie.requests import Train, Trained
 from coterie.types import BaseSpec, ClientInfo, CoterieError, HeadParameter, Key, Part, Personal, Reply, Target
+from workplaces import equal_bits
 
 BASE = BaseSpec((Target("q", 6, 5), Target("v", 6, 5)), (HeadParameter("score.weight", (-1, 6), "normal"),))
 CLIENTS = [ClientInfo(f"{g}{i}", 10 + i, labels=(g, "no"), group=g) for g in "abc" for i in range(3)]
@@ -426,3 +429,21 @@ def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
         make(allocation="oracle", clients=[replace(c, group=None) for c in CLIENTS])
     with pytest.raises(CoterieError, match="no target"):
         make()[0].begin(BaseSpec(()), CLIENTS[0])
+
+
+# with a model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+def test_with_one_cluster_it_is_fedit_bit_for_bit(head: str, tmp_path: Path) -> None:
+    """After a warm-up of one round, which starts from FedIT's A and is averaged into the one expert."""
+    rows = {"mood-0": 10, "mood-1": 7, "size-0": 4}
+    over = [short_runs.shortened(c, rows[c.info.id]) for c in short_runs.clients(*rows)]
+    method = short_runs.make("fedlease", head=head, rounds=3, experts=1, warmup_rounds=1, weighting="examples")
+    ended = short_runs.run(method, over, tmp_path / "fedlease", rounds=3)
+    fedit = short_runs.run(short_runs.make("fedit", head=head, rounds=3), over, tmp_path / "fedit", rounds=3)
+    assert equal_bits(method.experts(ended.state)["expert-0"], fedit.state.lora)
+    assert ended.state.error == fedit.state.error
+    for client in rows:
+        tensors = {key: value for key, value in ended.tensors(client).items() if key.part is not Part.ROUTER}
+        assert equal_bits(tensors, dict(fedit.tensors(client)))
