@@ -35,6 +35,7 @@ CLIENTS = tuple(
 R = TypeVar("R")
 Training = Callable[[Train, ClientInfo], Trained]
 Scoring = Callable[[Score, ClientInfo], list[Scored]]
+Observing = Callable[[Observe, ClientInfo], Observed]
 
 
 def moved(request: Train, client: ClientInfo) -> Trained:
@@ -68,7 +69,11 @@ def still(request: Train, client: ClientInfo) -> Trained:
 
 
 def driven(
-    program: Program[R], client: ClientInfo, train: Training = moved, score: Scoring = alike
+    program: Program[R],
+    client: ClientInfo,
+    train: Training = moved,
+    score: Scoring = alike,
+    observe: Observing | None = None,
 ) -> tuple[R, list[Request]]:
     """What a program returns, and what it asked for."""
     asked: list[Request] = []
@@ -86,7 +91,7 @@ def driven(
             case Score():
                 answer = score(request, client)
             case Observe():
-                answer = observed(request, client)
+                answer = (observe or observed)(request, client)
 
 
 def finished(program: ClientProgram, client: ClientInfo, train: Training = moved) -> tuple[ClientResult, Train]:
@@ -109,7 +114,13 @@ class Play:
         self.asked: dict[str, list[Request]] = {}
         self.rnd = 0
 
-    def round(self, train: Training = moved, only: Sequence[str] = (), score: Scoring = alike) -> dict[str, Reply]:
+    def round(
+        self,
+        train: Training = moved,
+        only: Sequence[str] = (),
+        score: Scoring = alike,
+        observe: Observing | None = None,
+    ) -> dict[str, Reply]:
         """One round over ``only`` (all): every reply is checked as an engine does; returns what was sent."""
         self.rnd += 1
         cohort = [c for c in self.clients.values() if not only or c.id in only]
@@ -118,7 +129,7 @@ class Play:
             me = self.clients[client]
             sent = codec.decode(Instruction, codec.encode(ins))
             program = self.method.client(sent, me, self.own(me))
-            result, self.asked[client] = driven(program, me, train, score)
+            result, self.asked[client] = driven(program, me, train, score, observe)
             expected = self.method.expects(self.state, me, self.rnd)
             info = self.method.expects_info(self.state, me, self.rnd)
             assert fault_of(result.reply, expected, 1e4, me.num_train, info) is None

@@ -10,8 +10,8 @@ import torch
 from coterie.methods.findings import Values
 from coterie.methods.flexlora import FlexLoRA
 from coterie.methods.plan import MethodSettings, Plan
-from coterie.types import ClientInfo, Part, Reply, Tensors
-from halves import BASE, CLIENTS, Play, mean_of_products, parts, products, still
+from coterie.types import Part, Tensors
+from halves import CLIENTS, Play, mean_of_products, parts, products, still
 
 FULL = 8  # no product of BASE has a higher rank
 
@@ -96,17 +96,6 @@ def test_clients_that_do_not_move_leave_the_model_as_it_is(ranks: Any) -> None:
     before = products(play.state.lora)
     play.round(still, only=["client-1", "client-3"] if ranks else [])
     close(play.state.lora, 1.0, before)
-
-
-def test_clients_with_equal_data_are_one_client() -> None:
-    """The mean of the same products is that product, whatever the weights."""
-    twins = [ClientInfo("client-0", n, labels=("yes", "no")) for n in (10, 25)]
-    both, alone = make(), make()
-    one = Play(alone, twins[:1])
-    reply = one.round()["client-0"]
-    state = both.init(BASE, [ClientInfo(c, 10, labels=("yes", "no")) for c in ("a", "b")])
-    state = both.aggregate(state, {"a": Reply(reply.tensors, 10), "b": Reply(reply.tensors, 25)}, 1)
-    close(state.lora, 1.0, products(one.state.lora))
 
 
 def test_directions_that_no_client_of_a_round_has_can_still_learn() -> None:

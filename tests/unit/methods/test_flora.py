@@ -15,7 +15,7 @@ from coterie.methods.parts import start_lora
 from coterie.methods.plan import Plan
 from coterie.methods.products import FoldingSettings
 from coterie.requests import Train
-from coterie.types import FOLDED, ClientInfo, Key, Part, Reply
+from coterie.types import FOLDED, Key, Part
 from halves import BASE, CLIENTS, Play, mean_of_products, products, still
 
 
@@ -103,15 +103,6 @@ def test_clients_that_do_not_move_leave_the_model_as_it_is() -> None:
     before = products(play.state.folded)
     play.round(still)
     close(products(play.state.folded), before)
-
-
-def test_clients_with_equal_data_are_one_client() -> None:
-    alone = Play(make(), [ClientInfo("a", 10, labels=("yes", "no"))])
-    reply = alone.round()["a"]
-    twins = make()
-    state = twins.init(BASE, [ClientInfo(c, 10, labels=("yes", "no")) for c in "ab"])
-    state = twins.aggregate(state, {"a": Reply(reply.tensors, 10), "b": Reply(reply.tensors, 25)}, 1)
-    close(products(state.folded), products(alone.state.folded))
 
 
 def test_a_client_that_lost_its_state_or_missed_rounds_has_the_whole_sum() -> None:

@@ -16,7 +16,7 @@ from coterie.methods.plan import MethodSettings, Plan
 from coterie.ops.mean import mean
 from coterie.requests import LastRanks, Train, Trained
 from coterie.types import ClientInfo, Key, Part, Reply
-from halves import BASE, Play, moved, products, still
+from halves import Play, moved, products, still
 
 KEYS = [Key(module, 0, part) for module in "qv" for part in (Part.A, Part.B)]
 
@@ -183,13 +183,3 @@ def test_clients_that_do_not_move_leave_the_model_as_it_is() -> None:
         if train is still:
             for key in KEYS:
                 torch.testing.assert_close(play.state.lora[key], before[key])
-
-
-def test_clients_with_equal_data_are_one_client() -> None:
-    alone = Play(make(), [ClientInfo("a", 10, labels=("yes", "no"))])
-    reply = alone.round()["a"]
-    twins = make()
-    state = twins.init(BASE, [ClientInfo(c, 10, labels=("yes", "no")) for c in "ab"])
-    state = twins.aggregate(state, {"a": Reply(reply.tensors, 10), "b": Reply(reply.tensors, 25)}, 1)
-    for key in KEYS:
-        torch.testing.assert_close(state.lora[key], alone.state.lora[key])
