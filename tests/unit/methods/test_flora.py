@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie import codec
 from coterie.methods.findings import Values
 from coterie.methods.flora import FLoRA
 from coterie.methods.parts import start_lora
@@ -73,14 +72,6 @@ def test_every_round_starts_from_a_fresh_lora_beside_a_frozen_sum() -> None:
         assert not any(torch.equal(one, earlier) for earlier in starts)
         starts.append(one)
     assert torch.equal(starts[0], start_lora(BASE, Plan(rank=1))[Key("q", 0, Part.A)])
-
-
-def test_one_list_of_equal_ranks_is_no_list() -> None:
-    one, other = Play(make()), Play(make((2, 2)))
-    for _ in range(2):
-        one.round()
-        other.round()
-        assert codec.encode(one.state.folded) == codec.encode(other.state.folded)
 
 
 def test_a_bound_on_the_rank_keeps_the_nearest_matrix() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from coterie.methods.parts import lora_of, start_lora
+from coterie import codec
+from coterie.methods.parts import head_of, lora_of, start_lora
 from coterie.methods.plan import Plan
 from coterie.methods.ranks import Ranks, at_client, first_ranks, on_server, padded_to, rank_of, start_ranks
+from coterie.methods.registry import method_named, methods
 from coterie.types import ClientInfo, CoterieError, Part
-from halves import BASE, CLIENTS, products
+from halves import BASE, CLIENTS, Play, products
 
 NAMES = [c.id for c in CLIENTS]
 
@@ -80,3 +82,35 @@ def test_fewer_ranks_and_more() -> None:
 def test_names_are_sorted_as_text() -> None:
     clients = [ClientInfo(f"c{i}", 1) for i in range(11)]
     assert start_ranks(Plan(ranks=(1, 2)), clients).of("c10") == 1  # c0, c1, c10, c2: the third
+
+
+# the methods that allow them -----------------------------------------------------------------------------------------
+
+MIXED = sorted(name for name, kind in methods().items() if kind.mixed_ranks)
+
+
+def played(name: str, head: Any, rank: int, ranks: Any) -> Play:
+    kind = method_named(name)
+    play = Play(kind(kind.Settings(), Plan(rank=rank, ranks=ranks, alpha=4, head=head, rounds=3)))
+    for _ in range(2):
+        play.round()
+    return play
+
+
+@pytest.mark.parametrize("head", ["personal", "shared"])
+@pytest.mark.parametrize("name", MIXED)
+def test_equal_ranks_are_one_rank(name: str, head: str) -> None:
+    """Bit for bit where it is the plan's; with another one on the server's scale, the clients use the same products."""
+    assert {"flexlora", "hetlora", "flora"} <= {*MIXED}
+    plain = played(name, head, 2, ())
+    for ranks in ((2,), {client.id: 2 for client in CLIENTS}):
+        equal = played(name, head, 2, ranks)
+        assert codec.encode(equal.state) == codec.encode(plain.state)
+        assert codec.encode(equal.personal) == codec.encode(plain.personal)
+    banks, others = plain.banks(), played(name, head, 5, (2,)).banks()
+    for client, bank in banks.items():
+        found, expected = (products(of.tensors, of.scaling) for of in (others[client], bank))
+        for module, product in expected.items():
+            torch.testing.assert_close(found[module], product, rtol=0, atol=1e-5)
+        for key, value in head_of(bank.tensors).items():
+            torch.testing.assert_close(others[client].tensors[key], value)
