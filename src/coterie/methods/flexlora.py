@@ -5,7 +5,9 @@
 3. To a client of rank r: B = U_r S_r / s, A = V_r^T, the nearest matrix of rank r to W (section 3 of the paper).
 
 W is never formed: the decomposition comes from QR of the stacked factors (:mod:`coterie.ops.lowrank`), and the server
-keeps its leading part, as many ranks as the largest client has.
+keeps its leading part, as many ranks as the largest client has. The aggregation error is 0, because A and B are never
+averaged separately; all that a round loses is the cut (``cut_error``). What FedIT would have lost on the same replies
+is not reported: beside the other methods' errors it would read as FlexLoRA's.
 
 Differs from the published code (branch FlexLoRA of alibaba/FederatedScope, commit 1cb1ab7): it forms the full W and its
 full decomposition, and fixes alpha = 16. Its clients draw different A at the start; here they have the first rows of
@@ -20,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.methods.base import Method
-from coterie.methods.findings import Finding, Values
+from coterie.methods.findings import AggregationError, Finding, Values
 from coterie.methods.parts import (
     Heads,
     Shapes,
@@ -111,7 +113,7 @@ class FlexLoRA(Method[FlexLoRAState]):
         return {"global": state.lora}
 
     def describe(self, state: FlexLoRAState) -> Sequence[Finding]:
-        return [Values({"cut_error": state.cut})]
+        return [AggregationError(0.0), Values({"cut_error": state.cut})]
 
     def _lora(self, state: FlexLoRAState, client: ClientId) -> Tensors:
         """What ``client`` is sent: the leading ranks, as many as it has."""

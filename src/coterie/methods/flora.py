@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.methods.base import Method
-from coterie.methods.findings import Finding, Values
+from coterie.methods.findings import AggregationError, Finding, Values
 from coterie.methods.parts import (
     Heads,
     Shapes,
@@ -117,7 +117,8 @@ class FLoRA(Method[FLoRAState]):
         return {"global": lora_of(state.folded, FOLDED, new=0)} if state.folded else {}
 
     def describe(self, state: FLoRAState) -> Sequence[Finding]:
-        return [Values({"folded_rank": largest_rank(state.folded)})]
+        exact = AggregationError(0.0)  # it stacks A and B; what ``folded_rank`` cuts off is no error of averaging
+        return [exact, Values({"folded_rank": largest_rank(state.folded)})]
 
     def _fresh(self, ins: Instruction, personal: Personal) -> Tensors:
         """The LoRA that the round starts from: the same for all clients of the round with this rank."""

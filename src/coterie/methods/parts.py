@@ -237,9 +237,9 @@ def weights_of(
 
 
 def mean_error(replies: Sequence[Tensors], weights: Sequence[float]) -> list[tuple[float, float]]:
-    """What averaging A and B separately loses, per module (:func:`~coterie.ops.mean.aggregation_error`).
+    """What averaging A and B separately loses, of each expert (:func:`~coterie.ops.mean.aggregation_error`).
 
-    Each of ``replies`` holds one expert.
+    All of ``replies`` hold the same experts.
     """
     a_keys = sorted(part_of(replies[0], Part.A))
     return [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from coterie.methods.findings import Values
+from coterie.methods.findings import AggregationError, Values
 from coterie.methods.flexlora import FlexLoRA
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.types import Part, Tensors
@@ -40,7 +40,8 @@ def test_at_full_rank_the_model_is_the_exact_mean_of_the_products(ranks: Any, he
         replies = play.round()
         expected = mean_of_products(replies, scales(play))
         close(play.method.experts(play.state)["global"], play.method.plan.scaling, expected)
-        assert play.method.describe(play.state) == [Values({"cut_error": pytest.approx(0.0, abs=1e-5)})]
+        cut = Values({"cut_error": pytest.approx(0.0, abs=1e-5)})
+        assert play.method.describe(play.state) == [AggregationError(0.0), cut]
 
 
 def test_a_client_gets_the_nearest_matrix_of_its_rank() -> None:
@@ -62,7 +63,8 @@ def test_the_error_of_the_cut_is_what_the_svd_leaves_out() -> None:
     kept = products(play.state.lora, play.method.plan.scaling)
     lost = sum(float((whole[m] - kept[m]).square().sum()) for m in whole)
     total = sum(float(product.square().sum()) for product in whole.values())
-    (found,) = play.method.describe(play.state)
+    averaging, found = play.method.describe(play.state)
+    assert averaging == AggregationError(0.0), "products are averaged; only the cut loses something"
     assert found == Values({"cut_error": pytest.approx((lost / total) ** 0.5, rel=1e-5)})
     assert (lost / total) ** 0.5 > 0.1
 

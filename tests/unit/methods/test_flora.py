@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.methods.findings import Values
+from coterie.methods.findings import AggregationError, Values
 from coterie.methods.flora import FLoRA
 from coterie.methods.parts import start_lora
 from coterie.methods.plan import Plan
@@ -47,7 +47,7 @@ def test_the_model_is_the_sum_over_rounds_of_the_exact_mean_of_the_products(rank
         stacked = rnd * (8 if not ranks else 10)
         sizes = {key.module: value.shape[0] for key, value in play.state.folded.items() if key.part is Part.A}
         assert sizes == {"q": min(5, stacked), "v": min(7, stacked)}
-        assert play.method.describe(play.state) == [Values({"folded_rank": min(7, stacked)})]
+        assert play.method.describe(play.state) == [AggregationError(0.0), Values({"folded_rank": min(7, stacked)})]
 
 
 def test_every_round_starts_from_a_fresh_lora_beside_a_frozen_sum() -> None:

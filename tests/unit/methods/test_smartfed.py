@@ -19,7 +19,7 @@ from coterie.adapters.pool import Pool, cut, name_of, read_pool, write_pool
 from coterie.engines.checks import fault_of
 from coterie.methods.base import drive
 from coterie.methods.fedit import FedIT
-from coterie.methods.findings import Notes, Quotas, find
+from coterie.methods.findings import AggregationError, Notes, Quotas, find
 from coterie.methods.parts import start_head
 from coterie.methods.plan import MethodSettings, Plan
 from coterie.methods.robust import RobustSettings
@@ -435,6 +435,35 @@ def test_chosen_adapters_train_and_travel_and_the_rest_stay_as_they_are(granular
     for key in early:
         if key.part is Part.A and key.expert in (0, 1, 2):
             assert torch.equal(early[key], late[key])
+
+
+@pytest.mark.parametrize("granularity", ["rank", "adapter"])
+@pytest.mark.parametrize("fresh", [0, 2])
+@pytest.mark.parametrize("train", [(), ("two",)], ids=str)
+def test_the_error_of_averaging_the_loras_that_train(train: tuple[str, ...], fresh: int, granularity: str) -> None:
+    """Over the fresh expert and the adapters, as they act on the output; routers alone have none."""
+    method = smartfed(granularity=granularity, fresh_rank=fresh, train_experts=train)
+    state, personal = begun(method)
+    assert find(method.describe(state), AggregationError) == (AggregationError(None) if fresh or train else None)
+    replies: dict[str, Reply] = {}
+    for me, step in zip(CLIENTS, (0.5, -1.0), strict=True):
+        replies |= play(method, state, 1, personal, Hand(step=step), me.id)[2]
+    found = find(method.describe(method.aggregate(state, replies, 1)), AggregationError)
+    if not fresh and not train:
+        assert found is None
+        return
+    lost = whole = torch.zeros((), dtype=torch.float64)
+    share = torch.tensor([0.25, 0.75], dtype=torch.float64)  # by rows
+    for key in [key for key in replies["a"].tensors if key.part is Part.A]:
+        pair = (key, key._replace(part=Part.B))
+        a, b = (torch.stack([r.tensors[k].double() for r in replies.values()]) for k in pair)
+        scale = method.plan.scaling if key.expert == SHARED else 1.0
+        exact = scale * torch.einsum("c,cor,cri->oi", share, b, a)
+        apart = scale * torch.einsum("c,cor->or", share, b) @ torch.einsum("c,cri->ri", share, a)
+        lost, whole = lost + (exact - apart).square().sum(), whole + exact.square().sum()
+    expected = float((lost / whole).sqrt())
+    assert found == AggregationError(pytest.approx(expected, rel=1e-4))
+    assert expected > 0.05
 
 
 def test_whole_adapters_as_experts() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.adapters.pool import Pool, match_modules, name_of
 from coterie.methods.base import Method, Onboarded
-from coterie.methods.findings import Adapter, Finding, Notes, Quotas
+from coterie.methods.findings import Adapter, AggregationError, Finding, Notes, Quotas
 from coterie.methods.parts import (
     Heads,
     Shapes,
@@ -25,6 +25,7 @@ from coterie.methods.parts import (
 from coterie.methods.privacy import sent_by_clients
 from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
+from coterie.methods.smartfed.averaging import error_of
 from coterie.methods.smartfed.budgets import (
     BUDGET,
     active_fault,
@@ -84,7 +85,8 @@ class SmartFedState:
 
     ``quotas`` and ``importance`` are by matrix, ``use`` by adapter: its share of the gates' weight. ``trained`` holds
     the adapters that train, each as in the pool; ``fresh`` is the expert beside the pool. ``holders`` have the pool.
-    ``budgets`` are those of clients whose budget of active experts is not the run's.
+    ``budgets`` are those of clients whose budget of active experts is not the run's. ``error`` is that of averaging A
+    and B of ``fresh`` and ``trained`` separately.
     """
 
     pool: str
@@ -100,6 +102,7 @@ class SmartFedState:
     holders: tuple[ClientId, ...] = ()
     notes: tuple[str, ...] = ()
     budgets: Mapping[ClientId, int] = field(default_factory=dict)
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,9 @@ class SmartFed(Method[SmartFedState]):
         return self._average(state, replies) if replies else state
 
     def _average(self, state: SmartFedState, replies: Mapping[ClientId, Reply]) -> SmartFedState:
-        weight = weights_of(replies)
-        keys = _travels(state).keys()
-        merged = mean([{key: replies[c].tensors[key] for key in keys} for c in weight], list(weight.values()))
+        weight, keys = weights_of(replies), _travels(state).keys()
+        uploads, weights = [{key: replies[c].tensors[key] for key in keys} for c in weight], list(weight.values())
+        merged = mean(uploads, weights)
         state = replace(
             state,
             routers={key: merged[key] for key in state.routers},
@@ -207,6 +210,7 @@ class SmartFed(Method[SmartFedState]):
             trained={key: merged[key] for key in state.trained},
             heads=mean_heads(state.heads, replies, weight),
             budgets=reported(state.budgets, sent_by_clients(replies)),
+            error=error_of(uploads, weights, self.plan.scaling),
         )
         measured = {c: replies[c].info for c in weight if {"importance", "use"} <= replies[c].info.keys()}
         return self._eeqa(state, measured, weight) if measured else state
@@ -215,18 +219,12 @@ class SmartFed(Method[SmartFedState]):
         return {"fresh": {key._replace(expert=0): value for key, value in state.fresh.items()}} if state.fresh else {}
 
     def describe(self, state: SmartFedState) -> Sequence[Finding]:
-        quotas = Quotas(
-            {a.name: Adapter(a.first, a.rank) for a in self._pool(state.pool).adapters},
-            {key.module: len(value) for key, value in state.routers.items()},
-            state.quotas,
-            state.importance,
-            state.measured_by,
-            state.use,
-            state.dropped,
-            state.pool,
-            state.budgets,
-        )
-        return [quotas, Notes(state.notes)]
+        adapters = {a.name: Adapter(a.first, a.rank) for a in self._pool(state.pool).adapters}
+        sizes = {key.module: len(value) for key, value in state.routers.items()}
+        measured = (state.importance, state.measured_by, state.use)
+        quotas = Quotas(adapters, sizes, state.quotas, *measured, state.dropped, state.pool, state.budgets)
+        error = [AggregationError(state.error)] if state.fresh or state.trained else []
+        return [quotas, *error, Notes(state.notes)]
 
     # client ------------------------------------------------------------------------------------------------------
 
