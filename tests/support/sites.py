@@ -97,6 +97,7 @@ def config(
     federation(folder / "clients", kind, rows=rows, others=others)
     if kind == "dpo":
         kind = 'generation"\nobjective = "dpo'
+    # Comparisons run local's config with other methods too, so its clients have one rank.
     own = {"fedlease": "warmup_rounds = 1\n", "fedamole": "experts = 8\n"}.get(method, "")
     text = f"""
 [model]
@@ -108,7 +109,7 @@ folder = "clients"
 kind = "{kind}"
 [lora]
 rank = 2
-ranks = {list(ranks_of(method))}
+ranks = {list(ranks_of(method) if method != "local" else ())}
 dropout = 0.1
 [train]
 learning_rate = 0.01

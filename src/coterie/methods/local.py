@@ -1,12 +1,17 @@
-"""Local: every client fine-tunes one LoRA on its own data, and nothing but metrics travels. The lower reference."""
+"""Local: every client fine-tunes one LoRA on its own data, and nothing but metrics travels. The lower reference.
+
+Where clients have ranks of their own (``[lora] ranks``), the server tells each client its rank, and the client starts
+from the first rows of the A of the largest one, as with the other methods.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coterie.methods.base import Method
-from coterie.methods.parts import Shapes, start_head, start_lora, statistics
+from coterie.methods.parts import Shapes, head_of, lora_of, start_head, start_lora, statistics
+from coterie.methods.ranks import Ranks, first_ranks, rank_of, start_ranks
 from coterie.methods.releases import Release
 from coterie.requests import ClientProgram, Train
 from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ClientResult, Instruction, Personal, Reply
@@ -14,7 +19,9 @@ from coterie.types import Bank, BaseSpec, ClientId, ClientInfo, ClientResult, In
 
 @dataclass(frozen=True)
 class LocalState:
-    """The server keeps nothing."""
+    """The clients' ranks: the server keeps nothing else."""
+
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -26,20 +33,25 @@ class Local(Method[LocalState]):
     paper = "-"
     summary = "every client alone"
     no_rules = "nothing is averaged"
+    mixed_ranks = True
     State = LocalState
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> LocalState:
         start_lora(base, self.plan)  # raises for a base without targets
-        return LocalState()
+        return LocalState(start_ranks(self.plan, clients))
 
     def begin(self, base: BaseSpec, me: ClientInfo) -> Personal:
-        return Personal({**start_lora(base, self.plan), **start_head(base, self.plan, me)})
+        """A of the largest rank: :meth:`bank` takes the client's own."""
+        largest = replace(self.plan, rank=self.plan.max_rank)
+        return Personal({**start_lora(base, largest), **start_head(base, self.plan, me)})
 
     def configure(self, state: LocalState, clients: Sequence[ClientInfo], rnd: int) -> Mapping[ClientId, Instruction]:
-        return {client.id: Instruction() for client in clients}
+        ranks = {c.id: {"rank": state.ranks.of(c.id)} if self.plan.ranks else {} for c in clients}
+        return {client: Instruction({}, info) for client, info in ranks.items()}
 
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
-        trained = yield Train(self.bank(ins, me, personal), frozenset(personal.tensors), self.plan.optim)
+        bank = self.bank(ins, me, personal)
+        trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim)
         return ClientResult(Reply({}, me.num_train, statistics(trained)), Personal(trained.tensors))
 
     def expects(self, state: LocalState, me: ClientInfo, rnd: int) -> Shapes:
@@ -52,7 +64,9 @@ class Local(Method[LocalState]):
         return state
 
     def bank(self, ins: Instruction, me: ClientInfo, personal: Personal) -> Bank:
-        return Bank(personal.tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
+        lora = first_ranks(lora_of(personal.tensors), int(ins.info.get("rank", self.plan.rank)))
+        scaling = self.plan.alpha / rank_of(lora)
+        return Bank({**lora, **head_of(personal.tensors)}, scaling=scaling, dropout=self.plan.dropout)
 
 
 METHOD = Local
