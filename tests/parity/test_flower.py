@@ -54,19 +54,26 @@ NAMES = [name for name, kind in methods().items() if not kind.needs_all_rows]
 USED = {"download": "used", "download_threshold": 0.4, "experts_per_cluster": 2}
 EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
 EVERY += [("fedlease", "shared", {"distance": "representation", **USED}, "classification")]
+EVERY += [(name, "personal", {}, kind) for name in NAMES for kind in ("generation", "multiple_choice")]
 EVERY += [("fedlease", "personal", {}, "dpo"), ("smartfed", "shared", {"budgets": {"mood-1": 1}}, "classification")]
 
 
 @pytest.mark.parametrize(
     ("name", "head", "settings", "kind"),
-    thinned(EVERY, lambda name, head, settings, _: head == "personal" or bool(settings) or name in PUBLISHED),
+    thinned(
+        EVERY,
+        lambda name, head, settings, kind: (
+            kind in ("classification", "dpo") and (head == "personal" or bool(settings) or name in PUBLISHED)
+        ),
+    ),
 )
 def test_every_method_ends_with_the_bits_of_the_local_engine(
     name: str, head: str, settings: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
-    path = sites.config(tmp_path, "llama" if kind == "dpo" else "bert", method=name, kind=kind)
-    changes: dict[str, Any] = {"task": {"head": head}} | ({"method": settings} if settings else {})
-    changes |= {"method": {"pool": pools.for_tiny(poisoned=bool(settings)), **settings}} if name == "smartfed" else {}
+    arch = "bert" if kind == "classification" else "llama"
+    path = sites.config(tmp_path, arch, method=name, kind=kind)
+    pool = {"pool": pools.for_tiny(arch, poisoned=bool(settings))} if name == "smartfed" else {}
+    changes: dict[str, Any] = {"task": {"head": head}, "method": {**pool, **settings}}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})
