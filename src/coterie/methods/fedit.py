@@ -1,6 +1,6 @@
 """FedIT (arXiv 2305.05644): one LoRA for all clients; A and B are averaged separately, weighted by examples.
 
-This is federated averaging (FedAvg) of a LoRA.
+This is federated averaging (FedAvg) of a LoRA, as in the authors' code (JayZhang42/FederatedGPT-Shepherd, bcffa00).
 """
 
 from __future__ import annotations

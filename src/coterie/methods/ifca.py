@@ -9,6 +9,8 @@ Differs from the paper: there, K models start at random, and their losses tell t
 B = 0 and have one loss. A tie is drawn by the run's seed and the client, so the first clusters are random. Each LoRA
 has an A of its own. A client compares the LoRAs through its head: a shared one belongs to a cluster and a label space,
 and each LoRA is compared with its own; a personal one was trained with the LoRA that the client had, and favours it.
+The authors' code (jichan3751/ifca, 97db9d1) averages without weights, its clients being of one size, and chooses a
+test client's model by the loss on its test labels; here test rows choose nothing.
 """
 
 from __future__ import annotations

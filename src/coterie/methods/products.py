@@ -1,6 +1,6 @@
 """LoRAs as products B A by module, for methods that average products, not factors (:mod:`coterie.ops.lowrank`).
 
-None of these functions forms a [d_out, d_in] matrix.
+No product is multiplied out: each stays a pair of factors.
 """
 
 from __future__ import annotations

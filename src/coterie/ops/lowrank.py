@@ -1,4 +1,7 @@
-"""Sums of low-rank products B A, cut to a rank, and their norms: no [d_out, d_in] matrix is ever formed."""
+"""Sums of low-rank products B A, cut to a rank, and their norms, from factors B [d_out, r] and A [r, d_in].
+
+Nothing larger than the factors is formed: beside them, matrices of at most [min(d_out, r), min(d_in, r)].
+"""
 
 from __future__ import annotations
 
