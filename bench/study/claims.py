@@ -60,9 +60,18 @@ def named(record: Record) -> Record:
     return replace(record, variants=rows)
 
 
+def common_seeds(record: Record) -> set[int]:
+    """The seeds that every method has: means over other seeds are not alike."""
+    return set.intersection(*({run.seed for run in row.runs} for row in record.variants.values()))
+
+
 def best_baselines(record: Record) -> list[str]:
-    """The three best methods by validation that are neither ours nor a reference; of equals, those named first."""
-    means = {v: row.validation for v, row in contenders(record.variants).items() if row.method not in SYSTEMS}
+    """The three best methods by validation, over the seeds that all have, that are neither ours nor a reference.
+
+    Of equals, those named first.
+    """
+    seeds, others = common_seeds(record), contenders(record.variants)
+    means = {v: _validation(row, seeds) for v, row in others.items() if row.method not in SYSTEMS}
     known = [(v, mean) for v, mean in means.items() if mean is not None]
     more = better(record.primary, 1.0, 0.0)
     return [v for v, _ in sorted(known, key=lambda pair: pair[1], reverse=more)[:_BASELINES]]
@@ -83,6 +92,12 @@ def _claims(federation: str, record: Record) -> Iterable[Claim]:
             other = record.variants.get(name)
             found = against(mine, other, name, record.primary) if other else None
             yield Claim(federation, mine, name, record.primary, other, found)
+
+
+def _validation(row: Figures, seeds: set[int]) -> float | None:
+    """The mean over ``seeds``."""
+    found = [run.validation for run in row.runs if run.seed in seeds and run.validation is not None]
+    return sum(found) / len(found) if found else None
 
 
 def _cells(claim: Claim) -> list[str]:

@@ -68,7 +68,7 @@ def titled(records: Mapping[str, Record]) -> dict[str, Record]:
 
 def common(record: Record) -> Record:
     """``record`` of the seeds alone that every method has, so that the means of a table are of the same seeds."""
-    seeds = set.intersection(*({run.seed for run in row.runs} for row in record.variants.values()))
+    seeds = claims.common_seeds(record)
     rows = {}
     for variant, row in record.variants.items():
         runs = [run for run in row.runs if run.seed in seeds]
