@@ -39,7 +39,7 @@ TUNING = {"four-tasks": 9, "clinc150": 16, "sick": 9}  # rounds of the runs that
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("federation", choices=sorted(path.stem for path in HERE.glob("*.toml")))
+    parser.add_argument("federation", choices=sorted(TUNING))
     parser.add_argument("--methods", default=",".join(METHODS), help="methods and variants, separated by commas")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1)

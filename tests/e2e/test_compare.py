@@ -221,8 +221,14 @@ def test_tuning_may_have_fewer_rounds_than_what_is_reported(tmp_path: Path) -> N
     made = compare(path, out, methods=["local"], overrides=["run.rounds=2"], tune=tune, tune_rounds=1)
     rounds = {p.name: json.loads((p / "summary.json").read_text())["rounds"] for p in out.iterdir() if p.is_dir()}
     chosen = "local-train.learning_rate-0.02"
-    assert rounds == {"local-train.learning_rate-1e-9-1000": 1, f"{chosen}-1000": 1, f"{chosen}-0": 2}
+    tuned = [f"local-train.learning_rate-{rate}-run.rounds-1-1000" for rate in ("1e-9", "0.02")]
+    assert rounds == {**dict.fromkeys(tuned, 1), f"{chosen}-0": 2}
     assert made.choices["local"].rounds == record(out)["variants"]["local"]["tuned"]["rounds"] == 1
+    assert "Rounds of the runs that chose settings: 1." in (out / "compare.md").read_text()
+    compare(path, out, methods=["local"], overrides=["run.rounds=2"], tune=tune)
+    assert json.loads((out / f"{chosen}-1000" / "summary.json").read_text())["rounds"] == 2, "another run"
+    shorter = compare(path, out, methods=["local"], overrides=["run.rounds=2"], tune=[f"{tune[0]},1e-8"], tune_rounds=1)
+    assert shorter.choices["local"].tried.items() > made.choices["local"].tried.items()
     alone = compare(path, out, methods=["local"], overrides=["run.rounds=2"], tune=["train.learning_rate=0.02"])
     assert alone.choices["local"].rounds is None
 
@@ -255,9 +261,7 @@ def test_tuning_needs_validation_rows(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["local-train.epochs-1-1000"]
 
 
-def test_every_model_on_the_rows_of_clients_with_the_same_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_model_on_the_rows_of_clients_with_the_same_labels(tmp_path: Path) -> None:
     path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     call = partial(compare, path, out, overrides=FEW)
     before = call(methods=["fedit", "local"])
@@ -282,9 +286,15 @@ def test_every_model_on_the_rows_of_clients_with_the_same_labels(
     call(methods=["local"], cross=True)
     assert (out / "local-0" / "cross.json").stat().st_mtime_ns == at
 
-    (out / "local-0" / "cross.json").unlink()
+
+def test_what_cannot_be_scored_on_others_rows_is_said_and_the_tables_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    call = partial(compare, path, out, overrides=FEW)
+    call(methods=["local"])
     (out / "local-0" / "clients" / "mood-0" / "bundle.safetensors").unlink()
-    said.clear()
+    said: list[str] = []
     call(methods=["local"], cross=True, say=said.append)
     assert [text for text in said if "not evaluated on other clients' rows: no bundle.safetensors" in text]
     assert record(out)["variants"]["local"]["beyond"] is None

@@ -12,7 +12,7 @@ import numpy as np
 
 from coterie.comparison.figures import bytes_by_round, evaluations
 from coterie.comparison.record import RECORD, Figures, Record, read_record
-from coterie.comparison.tables import by_client, latex, leader, markdown, notes, number, overview
+from coterie.comparison.tables import by_client, latex, leader, markdown, missing, notes, number, overview
 from coterie.files import write_atomic
 from coterie.ops.metrics import better
 from coterie.report import plots
@@ -49,6 +49,7 @@ def write_page(folder: Path, with_pictures: bool = False) -> Path:
             record=record,
             overview=overview(record),
             by_client=by_client(record),
+            missing=missing(record),
             notes=notes(record),
             leader=leader(record),
             pictures=pictures,

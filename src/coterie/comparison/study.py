@@ -13,7 +13,7 @@ from coterie.comparison.figures import Comparison
 from coterie.comparison.jobs import FAULTS, Ended, Job, Missing, Watch, finished, run_here, silent
 from coterie.comparison.newcomers import onboard_newcomers, read_newcomers
 from coterie.comparison.processes import run_apart
-from coterie.comparison.tuning import Choice, Grid, choose, grid_of, tune_seed
+from coterie.comparison.tuning import Choice, Grid, choose, grid_of, rounds_of_tuning, tune_seed
 from coterie.comparison.variants import ALL, Point, config_for, variants_of
 from coterie.config.load import Raw, load_raw, override, section_of
 from coterie.types import CoterieError
@@ -152,10 +152,10 @@ _NEWCOMERS = _After(onboard_newcomers, "newcomers join", "newcomers cannot join"
 def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list[Missing]]:
     """What each variant takes from the grid, and the variants without a choice, with the reason."""
     seed = tune_seed(study.tune_with, study.seeds)
+    rounds = rounds_of_tuning(study.tune_rounds, study.grid)  # in the folder's name too: other rounds are other runs
     points = {variant: study.grid.points(variant) for variant in study.variants}
-    several = ((v, seed, point) for v, mine in points.items() for point in mine if len(mine) > 1)
-    shorter = [f"run.rounds={study.tune_rounds}"] if study.tune_rounds else []
-    jobs, faults = _jobs(replace(study, raw=override(study.raw, shorter)), several)
+    several = ((v, seed, (*point, *rounds)) for v, mine in points.items() for point in mine if len(mine) > 1)
+    jobs, faults = _jobs(study, several)
     tried: dict[str, dict[Point, Ended]] = {}
     with closing(_ended(study, jobs, watch, say)) as all_ended:
         for ended in all_ended:
@@ -164,11 +164,11 @@ def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list
             faults += [ended.missing] if ended.missing else []
     choices, missing = {}, []
     for variant, mine in points.items():
-        choice = _choice(study.grid, seed, [tried.get(variant, {}).get(point) for point in mine], mine)
+        choice = _choice(study.grid, seed, [tried.get(variant, {}).get((*point, *rounds)) for point in mine], mine)
         own = [fault for fault in faults if fault.variant == variant]
-        busy = [fault for fault in own if fault.why == "in use"]
-        if choice is None or busy:
-            missing.append((busy or own)[0])
+        unknown = [fault for fault in own if fault.why in ("in use", "other config")]  # it might have been the best
+        if choice is None or unknown:
+            missing.append((unknown or own)[0])
         elif choice.settings:
             choices[variant] = replace(choice, rounds=study.tune_rounds if choice.tried else None)
             edge = f" ({', '.join(choice.at_edge)} at the edge of the grid)" if choice.at_edge else ""

@@ -95,12 +95,12 @@ def by_client(record: Record) -> Grid:
 def markdown(record: Record) -> str:
     """Both tables and their notes, in Markdown."""
     parts = [_markdown(table) for table in (overview(record), by_client(record))]
-    return "\n".join([*parts, *(f"- {note}" for note in (*_missing(record), *notes(record))), ""])
+    return "\n".join([*parts, *(f"- {note}" for note in (*missing(record), *notes(record))), ""])
 
 
 def latex(record: Record) -> str:
     """Both tables in LaTeX, for booktabs; as comments, where methods are not compared alike and what is missing."""
-    first = [r"% \usepackage{booktabs}", *(f"% {note}" for note in (*_unlike(record), *_missing(record)))]
+    first = [r"% \usepackage{booktabs}", *(f"% {note}" for note in (*_unlike(record), *missing(record)))]
     return "\n".join([*first, *(_latex(table) for table in (overview(record), by_client(record)))])
 
 
@@ -130,6 +130,8 @@ def notes(record: Record) -> list[str]:
             "Newcomers: the mean of the clients that joined after the end; what others trained is frozen, and the rest "
             "is trained on their own rows."
         )
+    for rounds in sorted({row.tuned.rounds for row in record.variants.values() if row.tuned and row.tuned.rounds}):
+        texts.append(f"Rounds of the runs that chose settings: {rounds}.")
     edges: dict[str, list[str]] = {}
     for row in record.variants.values():
         for key in row.tuned.at_edge if row.tuned else ():
@@ -157,7 +159,7 @@ def _unlike(record: Record) -> list[str]:
     return texts
 
 
-def _missing(record: Record) -> list[str]:
+def missing(record: Record) -> list[str]:
     """The runs without a result."""
     return [
         f"No result of {' '.join([entry.variant, *entry.settings])}, seed {entry.seed} ({entry.why}): "

@@ -11,6 +11,7 @@ from coterie.ops.metrics import better
 from coterie.types import CoterieError
 
 SEED = 1000  # of tuning, unless it is a reported one
+ROUNDS = "run.rounds"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,17 @@ def tune_seed(wanted: int | None, reported: Sequence[int]) -> int:
     if wanted in reported:
         raise CoterieError(f"--tune-seed {wanted} is also in --seeds; a seed that chose settings is not reported")
     return wanted
+
+
+def rounds_of_tuning(wanted: int | None, grid: Grid) -> Point:
+    """The setting that gives tuning's runs ``wanted`` rounds. Raises :class:`CoterieError` where it has no place."""
+    if wanted is None:
+        return ()
+    if not grid.values:
+        raise CoterieError(f"--tune-rounds {wanted} without --tune: there is nothing to tune; leave it out")
+    if ROUNDS in grid.values:
+        raise CoterieError(f"--tune-rounds {wanted} and --tune {ROUNDS} both set the rounds; leave one out")
+    return (f"{ROUNDS}={wanted}",)
 
 
 def choose(grid: Grid, seed: int, metric: str, tried: Mapping[Point, float | None]) -> Choice | None:

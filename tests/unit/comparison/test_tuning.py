@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coterie.comparison.tuning import SEED, Grid, choose, grid_of, tune_seed
+from coterie.comparison.tuning import SEED, Grid, choose, grid_of, rounds_of_tuning, tune_seed
 from coterie.types import CoterieError
 
 
@@ -65,3 +65,12 @@ def test_the_seed_of_tuning_is_not_a_reported_one() -> None:
     assert tune_seed(5, [0]) == 5
     with pytest.raises(CoterieError, match="--tune-seed 5 is also in --seeds"):
         tune_seed(5, [0, 5])
+
+
+def test_rounds_of_tuning_need_something_to_tune_and_are_given_once() -> None:
+    assert rounds_of_tuning(None, grid_of([])) == ()
+    assert rounds_of_tuning(9, grid_of(["train.epochs=1,2"])) == ("run.rounds=9",)
+    with pytest.raises(CoterieError, match="--tune-rounds 9 without --tune"):
+        rounds_of_tuning(9, grid_of([]))
+    with pytest.raises(CoterieError, match="both set the rounds"):
+        rounds_of_tuning(9, grid_of(["run.rounds=1,2"]))
