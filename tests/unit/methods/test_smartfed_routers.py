@@ -25,6 +25,7 @@ from coterie.methods.findings import Quotas, find
 from coterie.methods.plan import Plan
 from coterie.methods.smartfed.budgets import budgets_of
 from coterie.methods.smartfed.method import SmartFed, SmartFedState
+from coterie.methods.smartfed.pools import check_ranks
 from coterie.methods.smartfed.routers import comparable, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.nn.attach import attached
@@ -110,6 +111,8 @@ def test_response_over_whole_adapters_of_several_ranks_is_refused() -> None:
     with pytest.raises(CoterieError, match=r"adapters of one rank, and the pool has 2, 3 in .*; set granularity"):
         made(router="response", granularity="adapter")
     made(router="signed", granularity="adapter")
+    settings, pool = SmartFedSettings(router="response", granularity="adapter"), read_pool(Path(pools.for_tiny()))
+    check_ranks(settings, pool, {adapter.name for adapter in pool.adapters if adapter.rank != 2})
 
 
 def test_comparable_experts_compute_the_same_and_trained_ones_stay() -> None:

@@ -40,6 +40,7 @@ from coterie.methods.smartfed.pools import (
     WHOLE,
     Sent,
     check_base,
+    check_ranks,
     check_settings,
     frozen_of,
     holders_after,
@@ -135,6 +136,7 @@ class SmartFed(Method[SmartFedState]):
         check_settings(self.settings, pool)
         check_budgets(self.settings, clients)
         names, out = names_in(pool, base), left_out(self.settings, pool, self.plan.robust.active)
+        check_ranks(self.settings, pool, out)
         fresh = start_lora(base, replace(self.plan, rank=self.settings.fresh_rank or 1), SHARED)
         state = SmartFedState(
             pool=pool.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,14 +55,18 @@ def check_settings(settings: SmartFedSettings, pool: Pool) -> None:
         raise CoterieError(
             f"[method] floor = {settings.floor} is above active = {settings.active}, the mean over matrices; lower it"
         )
-    if settings.whole and settings.router == "response":
-        _check_one_rank(pool)
 
 
-def _check_one_rank(pool: Pool) -> None:
-    """Raises :class:`CoterieError` if the pool's adapters have several ranks in a module, and A x several lengths."""
+def check_ranks(settings: SmartFedSettings, pool: Pool, out: Container[str]) -> None:
+    """Raises :class:`CoterieError` if the router needs adapters of one rank, so that A x has one length, and has not.
+
+    ``out``: the adapters that take no part.
+    """
+    if not settings.whole or settings.router != "response":
+        return
+    part = [adapter for adapter in pool.adapters if adapter.name not in out]
     for module in pool.modules:
-        ranks = sorted({adapter.ranks[module] for adapter in pool.adapters if module in adapter.ranks})
+        ranks = sorted({adapter.ranks[module] for adapter in part if module in adapter.ranks})
         if len(ranks) > 1:
             raise CoterieError(
                 '[method] router = "response" with granularity = "adapter" needs adapters of one rank, and the pool '
