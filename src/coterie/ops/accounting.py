@@ -100,7 +100,9 @@ def multiplier_for(epsilon: float, delta: float, planned: tuple[Noised, ...]) ->
     counts = Counter(planned)
 
     def cost(multiplier: float) -> float:
-        made = {replace(of, multiplier=multiplier * of.multiplier): times for of, times in counts.items()}
+        made: Counter[Noised] = Counter()
+        for of, times in counts.items():
+            made[replace(of, multiplier=multiplier * of.multiplier)] += times  # two may round to one
         return spent(made, delta).epsilon
 
     if not planned:

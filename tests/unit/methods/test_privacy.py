@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import dp_accounting as dp
 import pytest
@@ -152,6 +153,13 @@ def test_a_calculated_multiplier_spends_the_budget_and_hardly_less(of: Noised) -
     multiplier = multiplier_for(3.0, 1e-5, (of,) * 5)
     made = [Noised(multiplier, of.sampled, of.members, of.drawn)] * 5
     assert 2.98 < spent(made, 1e-5).epsilon <= 3.0
+
+
+def test_releases_that_are_alike_once_scaled_are_all_counted() -> None:
+    one = 1.5609756097560976
+    planned = (*(Noised(one),) * 10, *(Noised(math.nextafter(one, 2)),) * 10)
+    multiplier = multiplier_for(3.0, 1e-5, planned)
+    assert spent([replace(of, multiplier=multiplier * of.multiplier) for of in planned], 1e-5).epsilon <= 3.0
 
 
 def test_sampling_amplifies_less_where_a_cohort_has_a_fixed_size() -> None:
