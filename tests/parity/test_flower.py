@@ -73,7 +73,8 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
     arch = "bert" if kind == "classification" else "llama"
     path = sites.config(tmp_path, arch, method=name, kind=kind)
     pool = {"pool": pools.for_tiny(arch, poisoned=bool(settings))} if name == "smartfed" else {}
-    changes: dict[str, Any] = {"task": {"head": head}, "method": {**pool, **settings}}
+    ranks = {"ranks": list(sites.ranks_of(name))}  # of local, too
+    changes: dict[str, Any] = {"task": {"head": head}, "lora": ranks, "method": {**pool, **settings}}
     config = flower_sites.local_config(path, CLIENTS, tmp_path, **changes)
     federation = load_data(config.data, config.task.kind, config.run.seed, tmp_path)
     reference = local.make(config, federation, tmp_path / "here", tmp_path, {})

@@ -262,8 +262,10 @@ def _scale(folder: Path, config: Mapping[str, Json], module: str, rank: int) -> 
         raise CoterieError(f"{folder}: rank_pattern or alpha_pattern is not a regular expression: {fault}") from fault
     if stated != rank or not isinstance(alpha, (int, float)):
         raise CoterieError(f"{folder}: {module} has rank {rank}; {CONFIG_FILE} says r = {stated}, alpha = {alpha}")
-    if rank < 1 or not abs(alpha) <= _LARGEST_ALPHA:
-        raise CoterieError(f"{folder}: the rank of {module} is below 1, or its alpha not within {_LARGEST_ALPHA:g}")
+    if rank < 1:
+        raise CoterieError(f"{folder}: {module} has rank {rank}, so it holds no LoRA; train the adapter again")
+    if not abs(alpha) <= _LARGEST_ALPHA:
+        raise CoterieError(f"{folder}: the alpha of {module} is not within {_LARGEST_ALPHA:g}; check {CONFIG_FILE}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

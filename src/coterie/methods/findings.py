@@ -161,7 +161,11 @@ class Quotas:
 
 @dataclass(frozen=True)
 class AggregationError:
-    """What averaging A and B apart loses: |mean(BA) - mean(B) mean(A)| / |mean(BA)|; None before the first average."""
+    """What averaging A and B apart loses: |mean(BA) - mean(B) mean(A)| / |mean(BA)|; None before the first average.
+
+    It is 0 for a method that averages products (FlexLoRA, FLoRA). FedEx-LoRA averages A and B apart, and its figure is
+    what it then makes up for.
+    """
 
     value: Annotated[float | None, Field(alias="aggregation_error")]
 

@@ -1,7 +1,7 @@
 """Local: every client fine-tunes one LoRA on its own data, and nothing but metrics travels. The lower reference.
 
 Where clients have ranks of their own (``[lora] ranks``), the server tells each client its rank, and the client starts
-from the first rows of the A of the largest one, as with the other methods.
+from the first rows of one A of the largest rank, as with the other methods.
 """
 
 from __future__ import annotations

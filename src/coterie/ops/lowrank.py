@@ -1,7 +1,4 @@
-"""Sums of low-rank products B A, cut to a rank, and their norms, from factors B [d_out, r] and A [r, d_in].
-
-Nothing larger than the factors is formed: beside them, matrices of at most [min(d_out, r), min(d_in, r)].
-"""
+"""Sums of low-rank products B A, cut to a rank, and their norms: from the factors, B A itself is not formed."""
 
 from __future__ import annotations
 

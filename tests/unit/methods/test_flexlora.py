@@ -64,7 +64,7 @@ def test_the_error_of_the_cut_is_what_the_svd_leaves_out() -> None:
     lost = sum(float((whole[m] - kept[m]).square().sum()) for m in whole)
     total = sum(float(product.square().sum()) for product in whole.values())
     averaging, found = play.method.describe(play.state)
-    assert averaging == AggregationError(0.0), "products are averaged; only the cut loses something"
+    assert averaging == AggregationError(0.0)
     assert found == Values({"cut_error": pytest.approx((lost / total) ** 0.5, rel=1e-5)})
     assert (lost / total) ** 0.5 > 0.1
 

@@ -101,7 +101,7 @@ def played(name: str, head: Any, rank: int, ranks: Any) -> Play:
 @pytest.mark.parametrize("name", MIXED)
 def test_equal_ranks_are_one_rank(name: str, head: str) -> None:
     """Bit for bit where it is the plan's; with another one on the server's scale, the clients use the same products."""
-    assert {"flexlora", "hetlora", "flora"} <= {*MIXED}
+    assert {"flexlora", "hetlora", "flora", "local"} <= {*MIXED}
     plain = played(name, head, 2, ())
     for ranks in ((2,), {client.id: 2 for client in CLIENTS}):
         equal = played(name, head, 2, ranks)
