@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="TOML file with a [federation] section")],
+    config: Annotated[Path, typer.Argument(help="TOML file with a section federation")],
     overrides: Set = None,
     folder: Out = None,
     resume: Resume = False,
@@ -55,7 +55,12 @@ def serve(
     from coterie.deploy.agreement import federation_config
     from coterie.deploy.serve import serve as run
 
-    settings = federation_config(override(load_raw(config), overrides or ()))
+    raw = override(load_raw(config), overrides or ())
+    if "federation" not in raw:
+        raise CoterieError(
+            f"{config} has no [federation]: it is for a simulation (`coterie run`); add it, with sites, to serve it"
+        )
+    settings = federation_config(raw)
     folder = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
     how = "continue with the same command and --resume"
     with resumable(folder, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
@@ -106,7 +111,9 @@ def status(folder: Annotated[Path, typer.Argument(help="the folder of the server
 @site.command("check")
 def check_site(
     path: SiteFile,
-    config: Annotated[Path | None, typer.Option(help="the server's config, to check against")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="the server's config; without it, the defaults of a classification are tried")
+    ] = None,
     insecure: Insecure = False,
 ) -> None:
     """Check versions, keys, server, data and model before joining. The exit code is 1 if something is wrong."""
@@ -121,7 +128,7 @@ def check_site(
 @site.command("export")
 def export_site(
     path: SiteFile,
-    run: Annotated[str, typer.Option(help="the run's folder in [site] state; by default the latest")] = "",
+    run: Annotated[str, typer.Option(help="the run's folder in the site's state; by default the latest")] = "",
 ) -> None:
     """Write this site's own experts, as the end of a run does: for a run that ended early, or a disk that was full."""
     from coterie.deploy.site_export import export

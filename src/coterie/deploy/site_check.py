@@ -41,9 +41,9 @@ def check(path: Path, config: Path | None = None, insecure: bool = False) -> Ite
         yield Check(name, str(number))
     yield from key_checks(site, root, insecure)
     yield _server_check(site, root, insecure)
-    run, fault = _run_config(site, config)
+    run, found = _run_config(site, config)
+    yield found
     if run is None:
-        yield fault
         return
     yield from _policy_checks(site, root, run)
     yield from _data_and_model(site, root, run)
@@ -53,7 +53,8 @@ def _run_config(site: SiteSettings, config: Path | None) -> tuple[Config | None,
     try:
         raw = load_raw(config) if config is not None else {}
         served = check_config({**raw, "data": {"clients": [{"id": site.site.id, "train": "at the site"}]}})
-        return config_at(site, terms_of(served)), Check("config", str(config))
+        named = str(config) if config else "none given (--config); tried with the defaults of a classification"
+        return config_at(site, terms_of(served)), Check("config", named)
     except CoterieError as fault:
         return None, Check("config", str(fault), False, "ask whoever runs the server for the config file")
 

@@ -189,6 +189,7 @@ class Worker:
             return Message({"error": failed(client, fault, 0.0).error})
         about = about_export(run.config, self.root, head.rnd, head.export)
         write_own(run.folder / "export", joined.bank, about, client.workplace.base.spec, client.info)
+        log.info("this site's model is in %s", run.folder / "export")
         shown = self.site.policy.upload_metrics and not run.config.privacy.active
         before, after = (joined.before, joined.after) if shown else ({}, {})
         return Message({}, codec.encode(Answer(joined.trained, before, after)))
@@ -198,6 +199,7 @@ class Worker:
         bank = client_bank(run.client, run.method, body, rnd)
         about = about_export(run.config, self.root, rnd, export)
         write_own(run.folder / "export", bank, about, run.client.workplace.base.spec, run.client.info)
+        log.info("this site's model is in %s", run.folder / "export")
         return bank
 
     # runs -------------------------------------------------------------------------------------------------------------

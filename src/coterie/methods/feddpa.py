@@ -140,7 +140,7 @@ class FedDPA(Method[FedDPAState]):
         alone = Bank(tensors, scaling=self.plan.scaling, dropout=self.plan.dropout)
         trained = yield Train(alone, self._keys(GLOBAL, head_is, ins, personal), self.plan.optim)
         kept = yield from self._with_references(ins, personal)
-        return settle(self.plan, of_both(local, trained), me, kept, lora_of(trained.tensors))
+        return settle(self.plan, of_both(local, trained), me, kept, travels=lora_of(trained.tensors))
 
     def after_training(self, ins: Instruction, me: ClientInfo, personal: Personal, trained: Bank) -> BankProgram:
         """The mixture, with the global LoRA as the client has trained it."""

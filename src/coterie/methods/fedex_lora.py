@@ -86,7 +86,7 @@ class FedExLoRA(Method[FedExLoRAState]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, frozenset(k for k in bank.tensors if k.expert != FOLDED), self.plan.optim)
-        return settle(self.plan, trained, me, personal, lora_of(trained.tensors))
+        return settle(self.plan, trained, me, personal, travels=lora_of(trained.tensors))
 
     def expects(self, state: FedExLoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(state.lora, state.heads.of(me.id))

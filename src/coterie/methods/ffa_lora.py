@@ -67,7 +67,7 @@ class FFALoRA(Method[FFALoRAState]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, frozenset(k for k in bank.tensors if k.part is not Part.A), self.plan.optim)
-        return settle(self.plan, trained, me, personal, lora_of(trained.tensors))
+        return settle(self.plan, trained, me, personal, travels=lora_of(trained.tensors))
 
     def onboard(self, welcome: Any, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """As for others, but A stays as it is."""

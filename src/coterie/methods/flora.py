@@ -92,7 +92,7 @@ class FLoRA(Method[FLoRAState]):
         scaling = self.plan.alpha / rank_of(fresh)
         bank = replace(model, tensors={**rescaled(model.tensors, model.scaling / scaling), **fresh}, scaling=scaling)
         trained = yield Train(bank, frozenset(k for k in bank.tensors if k.expert != FOLDED), self.plan.optim)
-        return settle(self.plan, trained, me, personal, fresh)
+        return settle(self.plan, trained, me, personal, travels=fresh)
 
     def expects(self, state: FLoRAState, me: ClientInfo, rnd: int) -> Shapes:
         lora = lora_shapes(state.base, replace(self.plan, rank=state.ranks.of(me.id)))

@@ -62,3 +62,10 @@ def test_without_fastapi_the_command_that_installs_it_is_named(monkeypatch: pyte
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CoterieError, match=r"needs fastapi and uvicorn: pip install 'coterie\[api\]'"):
         commands._check_installed()
+
+
+def test_a_server_needs_a_config_with_its_sites(tmp_path: Path) -> None:
+    (tmp_path / "triage.toml").write_text('[model]\npath = "m"\n[data]\nfolder = "clients"\n[method]\nname = "fedit"\n')
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "triage.toml")])
+    assert isinstance(result.exception, CoterieError)
+    assert "has no [federation]: it is for a simulation (`coterie run`); add it, with sites" in str(result.exception)

@@ -474,6 +474,8 @@ device = "cpu"
     path.write_text(text)
     found = {check.name: check for check in check_site(path, run)}
     assert [name for name, check in found.items() if not check.ok] == ["key", "ca", "server"]
+    assert found["config"].value == str(run)
+    assert "tried with the defaults" in next(c.value for c in check_site(path) if c.name == "config")
     assert "7 train" in found["data"].value or "train" in found["data"].value
     assert "targets, SHA-256" in found["model"].value
     short = run.parent / "short.toml"
