@@ -19,15 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from _harness import arguments, banking, datasets, domain, table, write
+from _paired import against
 
 from coterie.comparison import config_for
 from coterie.comparison.variants import folder_of
 from coterie.config.load import override
 from coterie.experiment import run
 from coterie.methods.findings import Assignment
-from coterie.ops.statistics import bootstrap_interval, holm, sign_flip_p
 from coterie.report.history import by_round, history
 from coterie.report.read import read_run
 
@@ -113,28 +112,11 @@ def rows(chosen: argparse.Namespace, raw: Mapping[str, Any], named: Mapping[str,
 
 
 def against_random(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every variant less random assignment on the same seeds, by round, in points; and two tests that they are alike.
-
-    ``p_seeds`` flips the signs of the seeds' differences, ``p_clients`` those of the clients' (means over the seeds);
-    ``holm``: the latter adjusted for all variants of the round.
-    """
-    of = {(row["name"], row["seed"]): row for row in found}
-    names = [name for name in dict.fromkeys(row["name"] for row in found) if name != CONTROL]
+    """Every variant less random assignment on the same seeds, by round (:func:`_paired.against`)."""
     lines: list[dict[str, Any]] = []
     for rnd in dict.fromkeys(rnd for row in found for rnd in row["accuracy"]):
-        tested = []
-        for name in names:
-            seeds = [seed for of_name, seed in of if of_name == name and (CONTROL, seed) in of]
-            pairs = [(of[name, seed]["clients"][rnd], of[CONTROL, seed]["clients"][rnd]) for seed in seeds]
-            if not pairs:
-                continue
-            table = 100 * np.array([[mine[c] - other[c] for c in sorted(other)] for mine, other in pairs])
-            line = {"name": name, "round": rnd, "seeds": seeds, "points": table.mean(), "by_seed": list(table.mean(1))}
-            line |= {"ahead": int((table.mean(1) > 0).sum()), "interval": list(bootstrap_interval(table))}
-            by_seeds = sign_flip_p(table.mean(1)[None]) if len(seeds) > 1 else 1.0  # one sign shows nothing
-            tested.append(line | {"p_seeds": by_seeds, "p_clients": sign_flip_p(table)})
-        adjusted = holm({line["name"]: line["p_clients"] for line in tested})
-        lines += [line | {"holm": adjusted[line["name"]]} for line in tested]
+        of = {(row["name"], row["seed"]): row["clients"][rnd] for row in found if rnd in row["clients"]}
+        lines += [{"name": line.pop("name"), "round": rnd, **line} for line in against(of, CONTROL)]
     return lines
 
 

@@ -3,10 +3,11 @@
 Eight clients, each with two of four tasks in a ratio of its own: sst2, trec, of which domain a request of CLINC150
 is, and six of its intents in a sixth domain. Every task has most of the rows of two clients and some of the rows of
 two others. Clusters are known (``allocation = "oracle"``, by the task with most of the rows), so that FedLEASE's
-variants differ in routing alone. FedAMoLE, FedIT and local stand beside them. All have the learning rate that FedLEASE
-was tuned to on four tasks.
+variants differ in routing alone. FedAMoLE and baselines stand beside them. All have the learning rate that FedLEASE was
+tuned to on four tasks. Every variant is held against the one without routing.
 
     python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2    # goes on where it was stopped
+    python bench/clusters/mixed.py --out runs/mixed --seeds 0,1,2,3,4,5 --finished    # what there is, without more runs
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import datasets, measured_on, table
+from _paired import against
 
 from coterie.comparison import compare
 from coterie.comparison.variants import folder_of
@@ -30,17 +32,22 @@ INTENTS = ("recipe", "calories", "restaurant_reservation", "how_busy", "cook_tim
 TASKS = ("sst2", "trec", "domains", "intents")
 SHARES = (0.8, 0.7, 0.75, 0.6, 0.7, 0.65, 0.6, 0.8)  # of a client's rows that are of its first task
 ROWS = {"train": 80, "validation": 30, "test": 80}
+CONTROL = "fedlease:routing=own"
+PERSONAL = "fedlease:download=used:router=personal"
 VARIANTS = (
     "fedlease:routing=adaptive",
-    "fedlease:routing=own",
+    CONTROL,
     *(f"fedlease:routing=top_k:top_k={k}" for k in range(1, len(TASKS) + 1)),
     "fedlease:download=used",
-    "fedlease:download=used:router=personal",
+    PERSONAL,
+    *(f"{PERSONAL}:download_threshold=1:download_every={rounds}" for rounds in (4, 6, 12)),
     "fedlease:router=personal",
     "fedamole",
+    "fedex_lora",
     "fedit",
     "local",
 )
+SHOWN = ("name", "points", "interval", "ahead", "p_seeds", "p_clients", "holm")
 QUICK = {"run": {"rounds": 3, "evaluate_every": 3}, "train": {"learning_rate": 2e-3, "batch_size": 8, "epochs": 1}}
 CONFIG = {
     "model": {"path": "minilm", "max_length": 48},
@@ -122,20 +129,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the public datasets")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(VARIANTS))
+    parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few rows and rounds, no figures")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows, methods = [], options.methods.split(",")
     for seed in map(int, options.seeds.split(",")):
-        config, folder = (
-            write_config(datasets(options.data), options.out, seed, options.quick),
-            options.out / f"seed-{seed}",
-        )
-        compare(config, folder, methods=options.methods.split(","), seeds=[seed])
-        for method in options.methods.split(","):
-            summary = json.loads((folder / folder_of(method, seed) / "summary.json").read_text())
-            rows.append({"method": method, **row(summary)})
+        folder = options.out / f"seed-{seed}"
+        if not options.finished:
+            config = write_config(datasets(options.data), options.out, seed, options.quick)
+            compare(config, folder, methods=methods, seeds=[seed])
+        for method in methods:
+            path = folder / folder_of(method, seed) / "summary.json"
+            if path.exists() or not options.finished:
+                rows.append({"method": method, **row(json.loads(path.read_text()))})
     table("routing where clients have two jobs", [{k: v for k, v in of.items() if k != "clients"} for of in rows])
-    found = {"quick": options.quick, "config": CONFIG, "shares": SHARES, "rows": rows, "measured_on": measured_on()}
+    tests = against({(of["method"], of["seed"]): of["clients"] for of in rows}, CONTROL)
+    table("less the own expert alone, in points", [{k: line[k] for k in SHOWN} for line in tests])
+    found = {"quick": options.quick, "config": CONFIG, "shares": SHARES, "rows": rows, "tests": tests}
+    found["measured_on"] = measured_on()
     (options.out / "mixed.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
