@@ -15,6 +15,7 @@ from coterie.cli.console import Markdown, Out, Resume, Set, default_folder, resu
 from coterie.types import CoterieError
 
 if TYPE_CHECKING:
+    from coterie.config.load import Raw
     from coterie.runs.events import Event
 
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: CA, server certificate, a key pair per site.")
@@ -55,12 +56,7 @@ def serve(
     from coterie.deploy.agreement import federation_config
     from coterie.deploy.serve import serve as run
 
-    raw = override(load_raw(config), overrides or ())
-    if "federation" not in raw:
-        raise CoterieError(
-            f"{config} has no [federation]: it is for a simulation (`coterie run`); add it, with sites, to serve it"
-        )
-    settings = federation_config(raw)
+    settings = federation_config(_with_sites(override(load_raw(config), overrides or ()), config))
     folder = folder or default_folder(config.stem, settings.method_name, settings.run.seed)
     how = "continue with the same command and --resume"
     with resumable(folder, how), _ended_by_signal(), listener(console.out, settings.run.rounds) as show:
@@ -82,6 +78,15 @@ def serve(
     if onboard:
         return
     show_summary(console.out, summary, folder)
+
+
+def _with_sites(raw: Raw, path: Path) -> Raw:
+    """``raw``. Raises :class:`CoterieError` for a simulation's config, which any site could join."""
+    if "federation" not in raw:
+        raise CoterieError(
+            f"{path} has no [federation]: it is for a simulation (`coterie run`); add it, with sites, to serve it"
+        )
+    return raw
 
 
 def join(path: SiteFile, insecure: Insecure = False) -> None:

@@ -51,7 +51,7 @@ class FedProx(Method[FedITState]):
         bank, mu = self.bank(ins, me, personal), self.settings.mu
         pull = Proximal(mu, frozenset(ins.tensors)) if mu else None
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim, proximal=pull)
-        return settle(self.plan, trained, me, personal, travels=lora_of(trained.tensors))
+        return settle(self.plan, trained, me, personal, travels=lora_of(bank.tensors))
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> FedITState:
         return self._fedit.init(base, clients)

@@ -89,7 +89,7 @@ class FlexLoRA(Method[FlexLoRAState]):
     def client(self, ins: Instruction, me: ClientInfo, personal: Personal) -> ClientProgram:
         bank = self.bank(ins, me, personal)
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim)
-        return settle(self.plan, trained, me, personal, travels=lora_of(trained.tensors))
+        return settle(self.plan, trained, me, personal, travels=lora_of(bank.tensors))
 
     def expects(self, state: FlexLoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(self._lora(state, me.id), state.heads.of(me.id))

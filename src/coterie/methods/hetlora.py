@@ -112,7 +112,7 @@ class HetLoRA(Method[HetLoRAState]):
         bank, kept = self.bank(ins, me, personal), self._kept(rank_of(ins.tensors))
         last = LastRanks(self.settings.penalty, kept) if kept < rank_of(ins.tensors) else None
         trained = yield Train(bank, frozenset(bank.tensors), self.plan.optim, last_ranks=last)
-        return settle(self.plan, trained, me, personal, travels=lora_of(trained.tensors))
+        return settle(self.plan, trained, me, personal, travels=lora_of(bank.tensors))
 
     def expects(self, state: HetLoRAState, me: ClientInfo, rnd: int) -> Shapes:
         return shapes_of(self._lora(state, me.id), state.heads.of(me.id))

@@ -192,7 +192,8 @@ def settle(
 ) -> ClientResult:
     """The reply with the trained tensors in ``travels``, and the personal state with those in ``stays``.
 
-    The head need not be named: it travels if heads are shared, and stays if they are personal.
+    Of both only the keys count, in their order. The head need not be named: it travels if heads are shared, and stays
+    if they are personal.
     """
     head = head_of(trained.tensors)
     shared = plan.head == "shared"
