@@ -13,7 +13,7 @@ No code is published. The formulas are in the paper (13 equations, one algorithm
 paper's).
 Ours: routers in the experts' own coordinates (``router``), a fresh expert beside the pool (``fresh_rank``), pool
 adapters that train (``train_experts``), adapters dropped for lack of use (``drop_below``), whole adapters as experts
-(``granularity = "adapter"``, a control).
+(``granularity = "adapter"``, a control), dropout on the frozen experts' input in training.
 """
 
 from coterie.methods.smartfed.method import SmartFed
