@@ -233,6 +233,20 @@ def test_tuning_may_have_fewer_rounds_than_what_is_reported(tmp_path: Path) -> N
     assert alone.choices["local"].rounds is None
 
 
+def test_a_run_of_tuning_never_becomes_a_result(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    tune = ["train.learning_rate=1e-9,0.02"]
+    call = partial(compare, path, out, methods=["local"], tune=tune)
+    call(overrides=FEW)
+    other = call(overrides=[*FEW, "train.batch_size=3"])
+    assert not other.done
+    assert {(entry.seed, entry.why) for entry in other.missing} == {(1000, "tuning"), (0, "other config")}
+    again = compare(path, out, methods=["fedit"], overrides=FEW)
+    assert 1000 not in again.done.get("local", {})
+    with pytest.raises(CoterieError, match="--tune-rounds 7 without --tune"):
+        compare(path, out, methods=["fedit"], overrides=FEW, tune_rounds=7)
+
+
 def test_a_value_that_fails_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = jobs.run
 

@@ -22,7 +22,7 @@ from coterie.runs.summary import SUMMARY, Summary, read_summary
 from coterie.types import CoterieError
 
 Watch = Callable[[int, str], AbstractContextManager[Listener]]  # makes a run's listener, from its rounds and its label
-Why = Literal["failed", "does not fit", "in use", "other config"]
+Why = Literal["failed", "does not fit", "in use", "other config", "tuning"]
 
 # What a method with a bug can raise, and a device without memory: the other runs of a long comparison go on.
 FAULTS = (

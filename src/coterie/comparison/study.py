@@ -85,7 +85,8 @@ def carry_out(study: Study, watch: Watch = silent, say: Say = lambda text: None)
 
     Writes ``compare.json`` after every run, and at the end the page and the tables.
     """
-    choices, missing = _tune(study, watch, say) if study.grid.values else ({}, [])
+    rounds = rounds_of_tuning(study.tune_rounds, study.grid)
+    choices, missing = _tune(study, rounds, watch, say) if study.grid.values else ({}, [])
     tuned_out = {entry.variant for entry in missing}
     points = {v: choices[v].settings if v in choices else () for v in study.variants if v not in tuned_out}
     jobs, unfit = _jobs(study, ((v, s, point) for s in study.seeds for v, point in points.items()))
@@ -149,10 +150,12 @@ _CROSS = _After(evaluate_cross, "every client's model on other clients' rows", "
 _NEWCOMERS = _After(onboard_newcomers, "newcomers join", "newcomers cannot join")
 
 
-def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list[Missing]]:
-    """What each variant takes from the grid, and the variants without a choice, with the reason."""
+def _tune(study: Study, rounds: Point, watch: Watch, say: Say) -> tuple[dict[str, Choice], list[Missing]]:
+    """What each variant takes from the grid, and the variants without a choice, with the reason.
+
+    ``rounds`` is a setting of every run of tuning, and in its folder's name: with others it is another run.
+    """
     seed = tune_seed(study.tune_with, study.seeds)
-    rounds = rounds_of_tuning(study.tune_rounds, study.grid)  # in the folder's name too: other rounds are other runs
     points = {variant: study.grid.points(variant) for variant in study.variants}
     several = ((v, seed, (*point, *rounds)) for v, mine in points.items() for point in mine if len(mine) > 1)
     jobs, faults = _jobs(study, several)
@@ -168,12 +171,17 @@ def _tune(study: Study, watch: Watch, say: Say) -> tuple[dict[str, Choice], list
         own = [fault for fault in faults if fault.variant == variant]
         unknown = [fault for fault in own if fault.why in ("in use", "other config")]  # it might have been the best
         if choice is None or unknown:
-            missing.append((unknown or own)[0])
+            missing.append(_of_tuning((unknown or own)[0]))
         elif choice.settings:
             choices[variant] = replace(choice, rounds=study.tune_rounds if choice.tried else None)
             edge = f" ({', '.join(choice.at_edge)} at the edge of the grid)" if choice.at_edge else ""
             say(f"{variant}: tuning chose {' '.join(choice.settings)}{edge}")
     return choices, missing
+
+
+def _of_tuning(fault: Missing) -> Missing:
+    """``fault``, as one that no later comparison takes for a reported run."""
+    return replace(fault, why="tuning") if fault.why == "other config" else fault
 
 
 def _choice(grid: Grid, seed: int, ended: Sequence[Ended | None], points: Sequence[Point]) -> Choice | None:
