@@ -243,6 +243,20 @@ def test_a_run_of_tuning_never_becomes_a_result(tmp_path: Path) -> None:
     assert {(entry.seed, entry.why) for entry in other.missing} == {(1000, "tuning"), (0, "other config")}
     again = compare(path, out, methods=["fedit"], overrides=FEW)
     assert 1000 not in again.done.get("local", {})
+
+
+def test_a_tuned_run_stays_in_the_tables_after_another_config(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
+    compare(path, out, methods=["local"], overrides=FEW, tune=["train.learning_rate=1e-9,0.02"])
+    compare(path, out, methods=["fedit"], overrides=[*FEW, "train.batch_size=3"])
+    assert "local" not in record(out)["variants"]
+    for method in ("ffa_lora", "fedit"):
+        compare(path, out, methods=[method], overrides=FEW)
+        assert record(out)["variants"]["local"]["tuned"]["settings"] == ["train.learning_rate=0.02"]
+
+
+def test_rounds_of_tuning_without_tuning_are_refused(tmp_path: Path) -> None:
+    path, out = sites.config(tmp_path, method="local"), tmp_path / "out"
     with pytest.raises(CoterieError, match="--tune-rounds 7 without --tune"):
         compare(path, out, methods=["fedit"], overrides=FEW, tune_rounds=7)
 

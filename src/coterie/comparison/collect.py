@@ -9,7 +9,7 @@ from pathlib import Path
 from coterie.comparison.figures import Comparison, Done, record_of
 from coterie.comparison.jobs import Job, Missing, finished, missed
 from coterie.comparison.record import RECORD, Record, read_record, write_record
-from coterie.comparison.tuning import Choice
+from coterie.comparison.tuning import SEED, Choice
 from coterie.comparison.variants import Point, config_for
 from coterie.config.load import Raw
 from coterie.runs.summary import SUMMARY
@@ -65,14 +65,21 @@ def collect(
         elif ended and ended.missing:
             changed.append(ended.missing)
     rows = record.variants if record else {}
-    known = {v: row.tuned for v, row in rows.items() if row.tuned and v in done and v not in points}
+    # Of a run that had another config for a while, what it was tuned to is left, and not what else was tried.
+    known = {job.variant: Choice(job.point, SEED, {}) for job in earlier if job.point}
+    known |= {v: row.tuned for v, row in rows.items() if row.tuned}
     here = {*points, *(entry.variant for entry in missing)}
     before = [entry for entry in (record.missing if record else ()) if entry.variant not in here]
     return Comparison(
         {variant: dict(sorted(runs.items())) for variant, runs in done.items()},
-        {**known, **{v: choice for v, choice in choices.items() if v in done}},
+        {v: choice for v, choice in {**_other(known, points), **choices}.items() if v in done},
         _still_missing([*missing, *changed, *before], done),
     )
+
+
+def _other(known: Mapping[str, Choice], points: Mapping[str, Point]) -> dict[str, Choice]:
+    """What is known of variants that are not compared now."""
+    return {variant: choice for variant, choice in known.items() if variant not in points}
 
 
 def _earlier(
