@@ -26,6 +26,7 @@ ELSEWHERE = {
     # a download
     "python examples/fetch_data.py": "tests/unit/test_fetch_data.py",
     "coterie compare examples/four-tasks.toml ": "tests/e2e/test_compare.py",
+    "coterie compare bench/study/four-tasks.toml ": "tests/e2e/test_compare.py",
     # servers, and what needs one
     "coterie serve ": "tests/e2e/test_flower_processes.py",
     "coterie join ": "tests/e2e/test_flower_processes.py",
