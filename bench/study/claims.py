@@ -26,6 +26,7 @@ SYSTEMS = {
 }
 _TITLES = {variant: title for forms in SYSTEMS.values() for variant, title in forms.items()}
 _BASELINES = 3
+_DIGITS = 9  # of a mean: equal means may differ in the last bit
 _HEAD = ("federation", "method", "against", "points", "ahead", "p (Holm)", "bytes", "operations")
 
 
@@ -106,7 +107,7 @@ def _cells(claim: Claim) -> list[str]:
         return [*names, "not run", *[MISSING] * (len(_HEAD) - len(names) - 1)]
     low, high = (signed(value, metric) for value in found.interval)
     pairs = _pairs(claim)
-    seeds = sum(better(metric, mine.mean or 0.0, other.mean or 0.0) for mine, other in pairs)
+    seeds = sum(better(metric, *(round(run.mean or 0.0, _DIGITS) for run in pair)) for pair in pairs)
     clients = found.wins + found.losses + found.ties
     return [
         *names, f"{signed(found.difference, metric)} [{low}, {high}]",
