@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="TOML file with a section federation")],
+    config: Annotated[Path, typer.Argument(help="TOML file with \\[federation]")],
     overrides: Set = None,
     folder: Out = None,
     resume: Resume = False,

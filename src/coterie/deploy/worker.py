@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from coterie import codec
+from coterie.adapters.about import About
 from coterie.compute.batched import FAULTS
 from coterie.compute.client import LocalCompute
 from coterie.compute.join import EPOCHS, join_with
@@ -188,8 +189,7 @@ class Worker:
         except FAULTS as fault:
             return Message({"error": failed(client, fault, 0.0).error})
         about = about_export(run.config, self.root, head.rnd, head.export)
-        write_own(run.folder / "export", joined.bank, about, client.workplace.base.spec, client.info)
-        log.info("this site's model is in %s", run.folder / "export")
+        _write(run, joined.bank, about)
         shown = self.site.policy.upload_metrics and not run.config.privacy.active
         before, after = (joined.before, joined.after) if shown else ({}, {})
         return Message({}, codec.encode(Answer(joined.trained, before, after)))
@@ -198,8 +198,7 @@ class Worker:
         """Write this site's own experts after round ``rnd``, from the instruction in ``body``; returns them."""
         bank = client_bank(run.client, run.method, body, rnd)
         about = about_export(run.config, self.root, rnd, export)
-        write_own(run.folder / "export", bank, about, run.client.workplace.base.spec, run.client.info)
-        log.info("this site's model is in %s", run.folder / "export")
+        _write(run, bank, about)
         return bank
 
     # runs -------------------------------------------------------------------------------------------------------------
@@ -254,6 +253,12 @@ class Worker:
             return load_data(config.data, config.task.kind, config.run.seed, self.root)
         except OSError as fault:
             raise DataError(f"{fault.filename}: {fault.strerror}") from fault
+
+
+def _write(run: Run, bank: Bank, about: About) -> None:
+    """Write this site's model, and say in its log where."""
+    write_own(run.folder / "export", bank, about, run.client.workplace.base.spec, run.client.info)
+    log.info("this site's model is in %s", run.folder / "export")
 
 
 _ATTEMPT = TypeAdapter(int)

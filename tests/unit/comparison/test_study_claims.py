@@ -74,3 +74,12 @@ def test_a_form_without_figures_is_in_the_table_and_is_no_test(claims: ModuleTyp
     line = claims.table(found).splitlines()[2]
     assert line == "| Tasks | FedLEASE | FedLEASE, clusters of B | not run | - | - | - | - |"
     assert found[1].found.p_holm == pytest.approx(3 * 2 / 2**8)
+
+
+def test_means_that_differ_by_rounding_alone_are_not_ahead(claims: ModuleType) -> None:
+    def run(extra: float, method: str) -> dict[int, Summary]:
+        return {0: made(0.1 + extra, 0.7, method)}
+
+    alike = record_of(compared({"fedlease": run(1e-13, "fedlease"), "fedit": run(0.0, "fedit")}), target=0.8)
+    (line,) = (line for line in claims.table(claims.claims_of({"Tasks": alike})).splitlines() if "FedIT" in line)
+    assert "| 0 of 1 seeds, " in line

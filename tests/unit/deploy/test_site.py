@@ -129,14 +129,18 @@ def test_no_expert_of_a_higher_rank_trains_than_was_agreed(fedit: tuple[Any, byt
             assert f"{key} has rank " in refusal(tmp_path, Message(head(config, kind), changed), policy=policy)
 
 
-def test_metrics_usage_and_banks_are_sent_only_as_agreed(fedit: tuple[Any, bytes], tmp_path: Path) -> None:
+def test_metrics_usage_and_banks_are_sent_only_as_agreed(
+    fedit: tuple[Any, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config, blob = fedit
     ask = Message(head(config, "evaluate", splits=["test"], usage=True), blob)
     assert "sends no metrics" in refusal(tmp_path, ask, policy={"upload_metrics": False})
     bank = Message(head(config, "query.bank"), blob)
     kept = flower_sites.workers(tmp_path, [CLIENT])[CLIENT]
-    assert kept.answer(bank).body == b""
+    with caplog.at_level("INFO", "coterie.site"):
+        assert kept.answer(bank).body == b""
     assert (kept.state / "run" / "export" / "bundle.safetensors").exists()
+    assert f"this site's model is in {kept.state / 'run' / 'export'}" in caplog.text
     given = flower_sites.workers(tmp_path, [CLIENT], policy={"upload_bank": True})[CLIENT]
     assert given.answer(bank).body
 
