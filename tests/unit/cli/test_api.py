@@ -69,3 +69,7 @@ def test_a_server_needs_a_config_with_its_sites(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "triage.toml")])
     assert isinstance(result.exception, CoterieError)
     assert "has no [federation]: it is for a simulation (`coterie run`); add it, with sites" in str(result.exception)
+
+
+def test_the_help_says_what_an_argument_is() -> None:
+    assert "TOML file with [federation]" in CliRunner().invoke(app, ["serve", "--help"]).output
