@@ -7,7 +7,7 @@ sst2's turned round and twice as strong; ``noise``: one with sst2's A and a rand
 accuracy by round, bytes, the adapters' shares of the gates.
 
     python examples/fetch_data.py             # once
-    python bench/reuse/run.py --routers --seeds 0,1,2
+    python bench/reuse/run.py --routers --pools 0,1,2 --seeds 0,1,2
     python bench/reuse/run.py --seeds 0,1     # goes on where it was stopped; runs lie in runs/reuse
 """
 
@@ -54,12 +54,10 @@ MAIN = [
     Case("FedIT", {"name": "fedit"}),
     Case("local", {"name": "local"}),
 ]
-# The rate was chosen with seed 100 from 3, 10, 30, and 30 with a decay of 0.7: .748, .793, .833, .798 after six rounds.
-SIGNED = {**SMARTFED, "router": "signed", "router_rate": 30.0}
-ROUTERS = [
-    Case("SmartFed, signed", SIGNED),
-    Case("SmartFed, signed, poisoned", SIGNED, "pool-poisoned"),
-]
+# The rate of signed was chosen with seed 100 from 3, 10, 30, and 30 with a decay of 0.7: .748, .793, .833, .798 after
+# six rounds; those of the others with --rates.
+RATES = {"signed": 30.0, "response": 10.0, "mixing": 10.0}
+ROUTERS = {"": SMARTFED, **{f", {r}": {**SMARTFED, "router": r, "router_rate": rate} for r, rate in RATES.items()}}
 MORE = [
     Case("SmartFed, K 8", {"name": "smartfed", "active": 8}),
     Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 2}),
@@ -84,8 +82,26 @@ def plan(first: bool) -> Iterator[tuple[str, Case, int]]:
 
 
 def plan_of_routers() -> Iterator[tuple[str, Case, int]]:
-    """The two routers with the pool and with the poisoned one, and FedIT, where a module does the same job."""
-    yield from (("sst2 again", case, SHORT) for case in (MAIN[3], MAIN[0], *ROUTERS, POISONED[0]))
+    """Each router with the pool and with the poisoned one, and FedIT, where a module does the same job."""
+    yield "sst2 again", MAIN[3], SHORT
+    for name, method in ROUTERS.items():
+        yield "sst2 again", Case(f"SmartFed{name or ', K 4'}", method), SHORT
+        yield "sst2 again", Case(f"SmartFed{name or ', K 4'}, poisoned", method, "pool-poisoned"), SHORT
+
+
+def plan_of_rates() -> Iterator[tuple[str, Case, int]]:
+    """The routers of a few numbers with several rates, to choose from."""
+    for router in RATES:
+        for rate in (3.0, 10.0, 30.0):
+            method = {**SMARTFED, "router": router, "router_rate": rate}
+            yield "sst2 again", Case(f"SmartFed, {router}, rate {rate:g}", method), SHORT
+
+
+def planned(options: argparse.Namespace, first: bool) -> Iterator[tuple[str, Case, int]]:
+    """What the options ask for."""
+    if options.rates:
+        return plan_of_rates()
+    return plan_of_routers() if options.routers else plan(first)
 
 
 def targets(data: Path) -> dict[str, dict[str, Any]]:
@@ -122,15 +138,15 @@ def config(data: dict[str, Any], method: Mapping[str, Any], seed: int, rounds: i
     }
 
 
-def make_modules(work: Path, data: Path, cache: dict[str, Any]) -> dict[str, Path]:
-    """The adapters' folders by name."""
+def make_modules(work: Path, data: Path, cache: dict[str, Any], draw: int) -> dict[str, Path]:
+    """The adapters' folders by name; ``draw`` of their rows."""
     found = {}
     for name in MODULES:
         out = work / "modules" / name
         if not (out / "summary.json").exists():
             rows = {"train_rows": 1500, "validation_rows": 8, "test_rows": 200}
             alone = {"datasets": [str(data / name)], **rows}
-            made = config(alone, {"name": "fedit"}, 0, 1, batch_size=16)
+            made = config(alone, {"name": "fedit"}, draw, 1, batch_size=16)
             run(check_config(made), out, root=work, resume=(out / "config.json").exists(), cache=cache)
         accuracy = json.loads((out / "summary.json").read_text())["mean"]["test"]["accuracy"]
         print(f"module {name}: test accuracy {accuracy:.3f}", flush=True)
@@ -190,7 +206,10 @@ def row_of(out: Path, rounds: int) -> dict[str, Any]:
 def show(found: list[dict[str, Any]]) -> None:
     for target, rounds in dict.fromkeys((row["target"], row["rounds"]) for row in found):
         here = [row for row in found if (row["target"], row["rounds"]) == (target, rounds)]
-        shown = [{"case": row["case"], "seed": row["seed"], **row["accuracy"], "KiB": row["KiB"]} for row in here]
+        shown = [
+            {"case": row["case"], "seed": row["seed"], "pool": row["pool"], **row["accuracy"], "KiB": row["KiB"]}
+            for row in here
+        ]
         table(f"{target}: test accuracy by round, mean over the clients", shown)
         shares = [{"case": row["case"], "seed": row["seed"], **row["use"]} for row in here if row.get("use")]
         if shares:
@@ -204,33 +223,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them")
     parser.add_argument("--routers", action="store_true", help="compare SmartFed's routers alone, on sst2 again")
+    parser.add_argument("--rates", action="store_true", help="only try rates of the routers, on sst2 again; no JSON")
+    parser.add_argument("--pools", default="0", help="draws of the modules' rows, with commas between them")
     parser.add_argument("--only", default="", help="only what has these words in 'target, case;', with | between them")
     parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     work, data, cache = options.work.resolve(), datasets(options.data).resolve(), dict[str, Any]()
-    pools = make_pools(work, make_modules(work, data, cache))
     rows, found = targets(data), []
     seeds = list(map(int, options.seeds.split(",")))
-    for seed in seeds:
-        for target, case, rounds in plan_of_routers() if options.routers else plan(seed == seeds[0]):
-            if not all(word in f"{target}, {case.name};" for word in options.only.split("|")):
-                continue
-            smartfed = case.method["name"] == "smartfed"
-            method = {**case.method, "pool": str(pools[case.pool])} if smartfed else case.method
-            long = f"-{rounds}" if rounds != SHORT else ""
-            out = work / "runs" / f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
-            made = check_config(config(rows[target], method, seed, rounds))
-            if not (out / "summary.json").exists():
-                if options.finished:
+    for draw in map(int, options.pools.split(",")):
+        place = work / f"draw-{draw}" if draw else work
+        pools = make_pools(place, make_modules(place, data, cache, draw))
+        for seed in seeds:
+            for target, case, rounds in planned(options, seed == seeds[0]):
+                if not all(word in f"{target}, {case.name};" for word in options.only.split("|")):
                     continue
-                run(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
-            row = {"target": target, "case": case.name, "seed": seed, "rounds": rounds}
-            found.append(row | row_of(out, rounds))
-            print(target, case.name, seed, *(f"{v:.3f}" for v in found[-1]["accuracy"].values()), flush=True)
+                smartfed = case.method["name"] == "smartfed"
+                method = {**case.method, "pool": str(pools[case.pool])} if smartfed else case.method
+                long = f"-{rounds}" if rounds != SHORT else ""
+                name = f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
+                out = (place if smartfed else work) / "runs" / name
+                made = check_config(config(rows[target], method, seed, rounds))
+                if not (out / "summary.json").exists():
+                    if options.finished:
+                        continue
+                    run(made, out, root=work, resume=(out / "config.json").exists(), cache=cache)
+                row = {"target": target, "case": case.name, "seed": seed, "pool": draw, "rounds": rounds}
+                found.append(row | row_of(out, rounds))
+                print(target, case.name, seed, draw, *(f"{v:.3f}" for v in found[-1]["accuracy"].values()), flush=True)
     show(found)
-    if options.only:
+    if options.only or options.rates:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     name = "reuse-routers" if options.routers else "reuse"

@@ -37,7 +37,7 @@ MODULES: dict[str, list[Task]] = {
 
 @dataclass(frozen=True)
 class Modules:
-    """The modules of a pool: which draw of their rows, of which form and rank.
+    """The modules of a pool: which draw of their rows, of which form and rank, and for which draw of the base.
 
     In the hard form the special skills' modules have seen digits alone. In the easy form one list in four of sort's and
     mirror's was in letters, and they had twice the rows: the pool fits the targets.
@@ -46,12 +46,18 @@ class Modules:
     draw: int = 0
     form: str = "hard"
     rank: int = 4
+    base: int = 0
 
     @property
     def name(self) -> str:
         """What sets the folders of these modules apart, with a hyphen before it; "" for the first hard ones."""
-        parts = (self.form.removeprefix("hard"), f"rank-{self.rank}" if self.rank != 4 else "", str(self.draw or ""))
-        return "".join(f"-{part}" for part in parts if part)
+        parts = (self.form.removeprefix("hard"), f"rank-{self.rank}" if self.rank != 4 else "", self.base_name)
+        return "".join(f"-{part}" for part in (*parts, str(self.draw or "")) if part)
+
+    @property
+    def base_name(self) -> str:
+        """What sets the folders of this draw of the base apart; "" for the first."""
+        return f"base-{self.base}" if self.base else ""
 
     def of(self, name: str) -> Modules:
         """These for the module ``name``: hard and easy ones share what is the same in both."""

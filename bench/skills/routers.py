@@ -1,10 +1,10 @@
 """SmartFed's routers against FedIT, over draws of the pool and seeds: rounds to FedIT's best, bytes, poison.
 
 The federations of bench/skills/run.py: sort in letters, mirror in letters with 10% of the rows, a skill that no module
-has (with a fresh expert beside the whole pool, and beside two modules), sort with a poisoned module in the pool. The
-rate of every method (FedIT's learning rate, the routers' ``router_rate``) is the best of several for sort on a seed
-that is not reported, by the mean over the rounds of its accuracy there. FedIT has ten rounds; SmartFed has six, and ten
-where it must not fall behind later.
+has (with a fresh expert beside the whole pool, and beside two modules), sort with a poisoned module in the pool. A pool
+is drawn with its base: another draw of both. The rate of every method (FedIT's learning rate, the routers'
+``router_rate`` and ``router_decay``) is the best of several for sort with the hard pools, on a seed that is not
+reported, by its accuracy there, the mean over pools and rounds.
 
     python bench/skills/routers.py --form hard --pools 0,1,2 --seeds 0,1,2    # resumable; runs in runs/skills
 """
@@ -29,15 +29,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, measured_on, table
 
 HELD_BACK = 100  # the seed on which rates are chosen
+ROUNDS = 10
 FEDIT = "FedIT"
+
+
+Rate = tuple[float, float]  # the routers' rate, a factor of the learning rate of prepare.py, and their decay
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A method with its settings, and the rates to choose from, as factors of the learning rate of prepare.py."""
+    """A method with its settings, and the rates to choose from."""
 
     method: Mapping[str, Any]
-    rates: tuple[float, ...]
+    rates: tuple[Rate, ...]
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,11 @@ class Setting:
 
 
 KINDS = {
-    FEDIT: Kind({"name": "fedit"}, (0.5, 1, 2)),
-    "paper": Kind({"name": "smartfed"}, (1,)),
-    "signed": Kind({"name": "smartfed", "router": "signed"}, (20, 40)),
-    "signed, decay": Kind({"name": "smartfed", "router": "signed", "router_decay": 0.7}, (30,)),
-    "response": Kind({"name": "smartfed", "router": "response"}, (20,)),
+    FEDIT: Kind({"name": "fedit"}, ((0.5, 1), (1, 1), (2, 1))),
+    "paper": Kind({"name": "smartfed"}, ((1, 1), (2, 1))),
+    "signed": Kind({"name": "smartfed", "router": "signed"}, ((20, 1), (40, 1), (20, 0.9), (30, 0.7))),
+    "response": Kind({"name": "smartfed", "router": "response"}, ((10, 1), (20, 1), (20, 0.9))),
+    "mixing": Kind({"name": "smartfed", "router": "mixing"}, ((5, 1), (10, 1), (20, 1), (10, 0.9))),
 }
 SETTINGS = {
     "sort": Setting("sort in letters"),
@@ -67,70 +71,61 @@ SETTINGS = {
 }
 
 
-def case_of(kind: str, rate: float, setting: Setting, fedits: float, rounds: int) -> Case:
+def case_of(kind: str, rate: Rate, setting: Setting, fedits: float, rounds: int) -> Case:
     """``fedits``: FedIT's rate, which a fresh expert gets too."""
+    factor, decay = rate
+    method, more = {**KINDS[kind].method}, {"run": {"rounds": rounds}}
     if kind == FEDIT:
-        return Case(
-            f"{kind}, rate {rate:g}", KINDS[kind].method, more={"train": {"learning_rate": LEARNING_RATE * rate}}
-        )
-    fresh = {"fresh_rank": 8, "fresh_rate": fedits} if setting.fresh else {}
-    added = f", fresh {fedits:g}" if fresh else ""
-    added += ", poisoned" * setting.poisoned + ", narrow" * setting.narrow
-    method, more = {**KINDS[kind].method, "router_rate": rate, **fresh}, {"run": {"rounds": rounds}}
-    decay = f", decay {method['router_decay']:g}" if "router_decay" in method else ""
-    return Case(
-        f"{kind.split(',')[0]}, rate {rate:g}{decay}{added}",
-        method,
-        poisoned=setting.poisoned,
-        narrow=setting.narrow,
-        more=more,
-    )
+        more["train"] = {"learning_rate": LEARNING_RATE * factor}
+        return Case(f"{kind}, rate {factor:g}", method, more=more)
+    method |= {"router_rate": factor} | ({"router_decay": decay} if decay < 1 else {})
+    method |= {"fresh_rank": 8, "fresh_rate": fedits} if setting.fresh else {}
+    name = f"{kind}, rate {factor:g}" + (f", decay {decay:g}" if decay < 1 else "")
+    name += f", fresh {fedits:g}" * setting.fresh + ", poisoned" * setting.poisoned + ", narrow" * setting.narrow
+    return Case(name, method, poisoned=setting.poisoned, narrow=setting.narrow, more=more)
 
 
 class Routers:
-    """The runs of one form of the bench, which are made where they are not finished."""
+    """The runs of one form of the bench over these ``pools``, which are made where they are not finished."""
 
-    def __init__(self, work: Path, form: str, quick: bool, finished: bool) -> None:
-        self.work, self.form, self.quick, self.finished = work, form, quick, finished
+    def __init__(self, work: Path, form: str, pools: Sequence[int], quick: bool, finished: bool) -> None:
+        self.work, self.form, self.pools, self.quick, self.finished = work, form, pools, quick, finished
         self.benches: dict[Modules, Bench] = {}
-        self.rates: dict[str, float] = {}
+        self.rates: dict[str, Rate] = {}
         self.tried: list[dict[str, Any]] = []
 
-    def row(self, kind: str, rate: float, name: str, seed: int, pool: int) -> dict[str, Any] | None:
+    def row(self, kind: str, rate: Rate, name: str, seed: int, pool: int) -> dict[str, Any] | None:
         """A run; None for one that is not finished, where none is to be made."""
         setting = SETTINGS[name]
-        modules = Modules(pool, "hard" if seed == HELD_BACK else self.form)
+        modules = Modules(pool, "hard" if seed == HELD_BACK or kind == FEDIT else self.form, base=pool)
         if modules not in self.benches:
             self.benches[modules] = Bench(self.work, self.quick, modules)
-        bench, rounds = self.benches[modules], 10 if setting.fresh or seed == HELD_BACK else 6
-        fedits = self.rate(FEDIT) if setting.fresh and kind != FEDIT else 1
-        case = case_of(kind, rate, setting, fedits, 2 if self.quick else rounds)
+        bench = self.benches[modules]
+        fedits = self.rate(FEDIT)[0] if setting.fresh and kind != FEDIT else 1
+        case = case_of(kind, rate, setting, fedits, 2 if self.quick else ROUNDS)
         if self.finished and not (bench.place(setting.target, case, setting.share, seed) / "summary.json").exists():
             return None
         row = bench.run(setting.target, case, setting.share, seed)
         print(f"{name}, {case.name}, seed {seed}, pool {pool}:", *(f"{a:.2f}" for a in row["accuracy"]), flush=True)
         return {"setting": name, "kind": kind, "rate": rate, **row}
 
-    def rate(self, kind: str) -> float:
-        """The best rate for sort, with the seed that is held back and the first hard pool."""
+    def rate(self, kind: str) -> Rate:
+        """The best rate for sort, with the seed that is held back and the hard pools."""
         if kind not in self.rates:
             rates = KINDS[kind].rates[:1] if self.quick else KINDS[kind].rates
-            tried = {rate: self.row(kind, rate, "sort", HELD_BACK, 0) for rate in rates}
-            reached = {rate: mean(row["accuracy"]) for rate, row in tried.items() if row}
-            self.tried += [
-                {"kind": kind, "rate": rate, "accuracy": row["accuracy"]} for rate, row in tried.items() if row
-            ]
+            tried = {rate: [self.row(kind, rate, "sort", HELD_BACK, pool) for pool in self.pools] for rate in rates}
+            known = {rate: [row["accuracy"] for row in rows if row] for rate, rows in tried.items()}
+            reached = {rate: mean(map(mean, found)) for rate, found in known.items() if found}
+            self.tried += [{"kind": kind, "rate": rate, "accuracy": known[rate]} for rate in reached]
             self.rates[kind] = max(reached, key=reached.__getitem__) if reached else rates[0]
         return self.rates[kind]
 
-    def rows(self, pools: Sequence[int], seeds: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, seeds: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, Any]]:
         for name in names:
             for seed in seeds:
-                for pool in pools:
+                for pool in self.pools:
                     for kind in KINDS:
-                        if (pool == pools[0] or kind != FEDIT) and (
-                            row := self.row(kind, self.rate(kind), name, seed, pool)
-                        ):
+                        if row := self.row(kind, self.rate(kind), name, seed, pool):
                             yield row
 
 
@@ -138,30 +133,32 @@ def against_fedit(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each row beside FedIT's of the same federation.
 
     ``rounds``: to FedIT's best; ``times``: how many times fewer than FedIT's own; ``bytes``: a round's, after the one
-    in which the pool is sent, as a share of FedIT's; ``behind``: by how much at the worst round.
+    in which the pool is sent, as a share of FedIT's; ``behind``: by how much at the worst round; ``lost``: how many
+    rounds more than without the poisoned module.
     """
-    fedit = {(row["setting"], row["seed"]): row for row in rows if row["kind"] == FEDIT}
+    by = {(row["setting"], row["kind"], row["pool"], row["seed"]): row for row in rows}
     found = []
     for row in rows:
-        base = fedit.get((row["setting"], row["seed"]))
+        base = by.get((row["setting"], FEDIT, row["pool"], row["seed"]))
         if base is None or row["kind"] == FEDIT:
             continue
         best = max(base["accuracy"])
         needed, at = first_at(base["accuracy"], best), first_at(row["accuracy"], best)
-        found.append(
-            {
-                **{name: row[name] for name in ("setting", "kind", "seed", "pool", "rate")},
-                "last": row["accuracy"][-1],
-                "FedIT": best,
-                "rounds": at,
-                "FedIT's": needed,
-                "times": needed / at if needed and at else None,
-                "bytes": mean(row["bytes"][1:]) / mean(base["bytes"][1:]),
-                "behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=False)),
-                **({"poison": [use["poison"] for use in row["uses"]]} if "poison" in row.get("use", {}) else {}),
-            }
-        )
+        one = {name: row[name] for name in ("setting", "kind", "seed", "pool", "rate")}
+        one |= {"last": row["accuracy"][-1], "FedIT": best, "rounds": at, "FedIT's": needed}
+        one |= {"times": needed / at if needed and at else None, "bytes": _a_round(row) / _a_round(base)}
+        one |= {"behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=False))}
+        if "poison" in row.get("use", {}):
+            one["poison"] = [use["poison"] for use in row["uses"]]
+            clean = by.get(("sort", row["kind"], row["pool"], row["seed"]))
+            before = first_at(clean["accuracy"], best) if clean else None
+            one["lost"] = at - before if at and before else None
+        found.append(one)
     return found
+
+
+def _a_round(row: Mapping[str, Any]) -> float:
+    return mean(row["bytes"][1:])
 
 
 def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -172,6 +169,7 @@ def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         reached = [row["rounds"] for row in here if row["rounds"]]
         of = {"setting": name, "kind": kind, "runs": len(here), "there": len(reached)}
         of |= {"last": mean(row["last"] for row in here), "FedIT": mean(row["FedIT"] for row in here)}
+        of |= {"ahead at last": sum(row["last"] > row["FedIT"] for row in here)}
         of |= {"rounds": f"{min(reached)}-{max(reached)}"} if reached else {}
         of |= {"times": mean(row["times"] or 0.0 for row in here), "bytes": mean(row["bytes"] for row in here)}
         of |= {"behind": max(row["behind"] for row in here)}
@@ -188,7 +186,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/skills"), help="base, modules, pools and runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0,1,2", help="of the clients' rows and of training")
-    parser.add_argument("--pools", default="0,1,2", help="draws of the modules' rows")
+    parser.add_argument("--pools", default="0,1,2", help="draws of the base and of the modules' rows")
     parser.add_argument("--settings", default=";".join(SETTINGS), help="with ; between them")
     parser.add_argument("--finished", action="store_true", help="make no run, only write down those that are finished")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
@@ -199,8 +197,8 @@ def main() -> None:
     names = options.settings.split(";")
     if options.quick:
         pools, seeds, names = [0], [0], names[:1]
-    routers = Routers(options.work.resolve(), options.form, options.quick, options.finished)
-    rows = list(routers.rows(pools, seeds, names))
+    routers = Routers(options.work.resolve(), options.form, pools, options.quick, options.finished)
+    rows = list(routers.rows(seeds, names))
     found = against_fedit(rows)
     table("against FedIT: means over pools and seeds", averaged(found))
     options.out.mkdir(parents=True, exist_ok=True)

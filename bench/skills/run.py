@@ -95,7 +95,7 @@ def plan(quick: bool, first: bool) -> Iterator[tuple[str, Case, int]]:
 class Bench:
     def __init__(self, work: Path, quick: bool, modules: Modules = FIRST) -> None:
         self.work, self.quick, self.made_of = work, quick, modules
-        self.base = make_base(work / "base", 3 if quick else 500)
+        self.base = make_base(work / (modules.base_name or "base"), 3 if quick else 500, modules.base)
         self.modules = {name: self._module(name, modules.tasks(name), modules.of(name)) for name in MODULES}
         self.pool = self._pool("", self.modules)
 
@@ -144,6 +144,7 @@ class Bench:
     def place(self, target: str, case: Case, share: int, seed: int) -> Path:
         reuses = case.merged > 0 or case.method["name"] == "smartfed"
         of = f"-pool{self.made_of.name}" if reuses and self.made_of.name else ""
+        of = of if reuses or not self.made_of.base else f"-{self.made_of.base_name}"
         return self.work / "runs" / f"{target}-{share}-{case.name}-{seed}{of}".replace(" ", "-")
 
     def run(self, target: str, case: Case, share: int, seed: int) -> dict[str, Any]:

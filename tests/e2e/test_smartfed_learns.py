@@ -59,7 +59,10 @@ def poisoned(pool: Pool) -> Pool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", [{"router": "signed", "router_rate": 4.0}, {"router": "response"}])
+@pytest.mark.parametrize(
+    "router",
+    [{"router": "signed", "router_rate": 4.0}, {"router": "mixing", "router_rate": 4.0}, {"router": "response"}],
+)
 def test_weights_of_the_experts_learn_it_too(tmp_path: Path, router: dict[str, Any]) -> None:
     tiny.folder(tmp_path / "model", "llama")
     sites.federation(tmp_path / "clients", "generation", clients=2, rows=16)

@@ -50,11 +50,11 @@ def test_a_run_without_experts_makes_no_pool(tmp_path: Path) -> None:
         experts_of(tmp_path)
 
 
-def test_routers_of_a_few_numbers_go_through_a_run_and_signed_ones_end_as_one_lora(site: Path) -> None:
+def test_routers_of_a_few_numbers_go_through_a_run_and_some_end_as_one_lora(site: Path) -> None:
     """Each client alone, and all in one pass: the same within floating point."""
     whole = load_config(site / "smart.toml").model_dump(mode="json")
     losses = {}
-    for router in ("signed", "response"):
+    for router in ("signed", "mixing", "response"):
         for together in (1, 5):
             changed = {
                 "method": {**whole["method"], "router": router},
@@ -66,7 +66,7 @@ def test_routers_of_a_few_numbers_go_through_a_run_and_signed_ones_end_as_one_lo
         assert losses[router, 1] == pytest.approx(losses[router, 5], rel=1e-4)
         beside = [folder / ADAPTER_FOLDER for folder in (out / "clients").iterdir()]
         assert len(beside) == 5
-        assert all(folder.exists() == (router == "signed") for folder in beside)
+        assert all(folder.exists() == (router != "response") for folder in beside)
 
 
 def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:

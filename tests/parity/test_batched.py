@@ -330,7 +330,7 @@ def optims() -> list[Optim]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("gate", ["constant", "softmax", "slot_top_k", "top_k", "signed", "response"])
+@pytest.mark.parametrize("gate", ["constant", "softmax", "slot_top_k", "top_k", "signed", "response", "mixing"])
 def test_clients_may_differ_in_everything(gate: str, dropout: float) -> None:
     """Other optimisers, steps, experts, ranks, scalings, labels, and what trains, for every client."""
     workplace, clients = make_workplace(), loaded("classification", torch.float64)[1]
@@ -340,7 +340,8 @@ def test_clients_may_differ_in_everything(gate: str, dropout: float) -> None:
         options = {"slot_top_k": {"own": i % experts}, "top_k": {"k": 1 + i % 2}, "signed": {"k": i % 3}}.get(gate, {})
         bank = some_bank(
             workplace, labels_of(client), i, gate=gate, options=options, experts=experts, dropout=dropout,
-            shared=2 if i == 4 else 0, rank=2 if gate == "response" else [1 + (i + e) % 3 for e in range(experts)],
+            shared=2 if i == 4 else 0,
+            rank={"response": 2, "mixing": 1}.get(gate, [1 + (i + e) % 3 for e in range(experts)]),
         )  # fmt: skip
         keys = sorted(bank.tensors)
         trainable = frozenset(keys if i % 2 else [key for key in keys if key.expert == experts - 1 or i == 2])

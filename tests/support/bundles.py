@@ -39,7 +39,10 @@ def finished(
     about = tiny.about(base="model", base_path=str(base), task=kind, method="fedlease", labels=LABELS if head else None)
     for seed, client in enumerate(("north", "south")):
         own = {"own": seed} if gate == "slot_top_k" else options
-        made_bank = tiny.bank(tiny.targets(made, targets), experts, gate=gate, options=own, slots=slots, seed=seed)
+        rank = 1 if gate == "mixing" else 4
+        made_bank = tiny.bank(
+            tiny.targets(made, targets), experts, rank, gate=gate, options=own, slots=slots, seed=seed
+        )
         bank = Bank({**made_bank.tensors, **head}, made_bank.gate, made_bank.scaling)
         write_bundle(folder / "run" / "clients" / client, bank, replace(about, client=client))
     return folder / "run"

@@ -186,7 +186,7 @@ def bank(
             draw(Key(target.name, expert, Part.B), target.d_out, r)
             if zero_b:
                 tensors[Key(target.name, expert, Part.B)].zero_()
-        if columns := {"signed": 1, "response": 4}.get(gate):
+        if columns := {"signed": 1, "response": 4, "mixing": 1 + experts}.get(gate):
             draw(Key(target.name, NO_EXPERT, Part.ROUTER), experts, columns)
         elif wanted:
             draw(Key(target.name, NO_EXPERT, Part.ROUTER), wanted, target.d_in)

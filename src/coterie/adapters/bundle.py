@@ -17,11 +17,13 @@ from coterie.adapters.about import About
 from coterie.adapters.older import Bundle2, Bundle3
 from coterie.codec import CodecError, decode, encode, plain_field
 from coterie.files import write_atomic
-from coterie.nn.gates import signed
+from coterie.nn.gates import gate_named, mixes
+from coterie.nn.mixing import check_ranks, matrix_of
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part
 
 BUNDLE_FILE = "bundle.safetensors"
 ADAPTER_FOLDER = "adapter"
+ALIKE = ("constant", "signed", "mixing")  # gates that no token changes
 _FORMAT = 4
 
 
@@ -35,7 +37,7 @@ class Bundle:
 
 
 def write_bundle(folder: Path, bank: Bank, about: About, *, fan_in_fan_out: bool = False) -> None:
-    """Write ``bank`` and ``about`` to ``folder``; where the gate is ``constant`` or ``signed``, also a PEFT adapter."""
+    """Write ``bank`` and ``about`` to ``folder``; where no token changes the gate, also a PEFT adapter."""
     write_atomic(folder / BUNDLE_FILE, encode(Bundle(bank, about)))
     expert = _adapter_of(bank)
     if not expert:
@@ -104,39 +106,44 @@ _READERS: Mapping[int, Callable[[bytes], Bundle]] = {2: _older(Bundle2), 3: _old
 
 def _adapter_of(bank: Bank) -> dict[Key, Tensor]:
     """What is written as a PEFT adapter: empty where tokens change the weights, or there are no experts."""
-    return one_lora(bank) if bank.gate.name in ("constant", "signed") else {}
+    return one_lora(bank) if bank.gate.name in ALIKE else {}
 
 
 def one_lora(bank: Bank) -> dict[Key, Tensor]:
-    """All experts as one, which they are with the gate ``constant`` or ``signed``. Empty without experts.
+    """All experts as one, which they are with a gate that no token changes. Empty without experts.
 
-    The rows of A are under each other, the columns of B beside each other. The weights of the gate ``signed`` are in B;
-    experts that weigh 0 are left out, unless all of a module do. Raises :class:`CoterieError` for options and routers
-    that do not fit the gate ``signed``.
+    The rows of A are under each other, the columns of B beside each other. The weights of the gates ``signed`` and
+    ``mixing`` are in B; experts that weigh 0 are left out, unless all of a module do. Raises :class:`CoterieError` for
+    options and routers that do not fit the gate.
     """
     by_module: dict[str, list[Key]] = {}
     for key in sorted(key for key in bank.tensors if key.part is Part.A):
         by_module.setdefault(key.module, []).append(key)
     tensors: dict[Key, Tensor] = {}
     for module, keys in by_module.items():
-        weights = _weights(bank, module, keys)
-        keys = [key for key in keys if weights[key]] or keys
-        b = [bank.tensors[key._replace(part=Part.B)] for key in keys]
-        tensors[Key(module, 0, Part.A)] = torch.cat([bank.tensors[key] for key in keys])
-        tensors[Key(module, 0, Part.B)] = torch.cat(
-            [w if (g := weights[key]) == 1 else w * g for key, w in zip(keys, b, strict=True)], dim=1
-        )
+        columns = _columns(bank, module, keys)
+        tensors[Key(module, 0, Part.A)] = torch.cat([bank.tensors[key] for key in columns])
+        tensors[Key(module, 0, Part.B)] = torch.cat(list(columns.values()), dim=1)
     return tensors
 
 
-def _weights(bank: Bank, module: str, keys: Sequence[Key]) -> dict[Key, float]:
-    """The weight of each of a module's experts, given by their A's ``keys``: 1, or that of the gate ``signed``."""
-    weights, routed = dict.fromkeys(keys, 1.0), [key for key in keys if key.expert != SHARED]
-    if bank.gate.name == "signed" and routed:
-        router = bank.tensors.get(Key(module, NO_EXPERT, Part.ROUTER))
-        try:
-            g = signed(router, None, **bank.gate.options_for(module))
-            weights |= dict(zip(routed, g[0].tolist(), strict=True))
-        except (TypeError, ValueError) as fault:
-            raise CoterieError(f"{module}, gate 'signed': {fault}") from fault
-    return weights
+def _columns(bank: Bank, module: str, keys: Sequence[Key]) -> dict[Key, Tensor]:
+    """B of a module's experts, by their A's ``keys``, with the gate's weights in it; without those that weigh 0."""
+    b = {key: bank.tensors[key._replace(part=Part.B)] for key in keys}
+    routed = [key for key in keys if key.expert != SHARED]
+    if bank.gate.name == "constant" or not routed:
+        return b
+    router = bank.tensors.get(Key(module, NO_EXPERT, Part.ROUTER))
+    try:
+        g = gate_named(bank.gate.name)(router, None, **bank.gate.options_for(module))
+        if g is None or router is None:
+            return b
+        if mixes(bank.gate.name):
+            check_ranks([b[key].shape[1] for key in routed])
+            mixed = torch.cat([b[key] for key in routed], dim=1) @ matrix_of(router).to(b[keys[0]].dtype)
+            return b | dict(zip(routed, mixed.split(1, dim=1), strict=True))
+        weights = dict(zip(routed, g[0].tolist(), strict=True))
+    except (TypeError, ValueError) as fault:
+        raise CoterieError(f"{module}, gate {bank.gate.name!r}: {fault}") from fault
+    left = [key for key in keys if weights.get(key, 1)] or keys
+    return {key: b[key] if (weight := weights.get(key, 1)) == 1 else b[key] * weight for key in left}

@@ -2,8 +2,8 @@
 
     W x = W0 x + s sum_e mean_t(g_te) B_e A_e x
 
-What a gate decides per token is lost; :func:`cost` says what that costs on rows. The gates ``constant`` and ``signed``
-decide nothing per token: their static form is exact and needs no rows.
+What a gate decides per token is lost; :func:`cost` says what that costs on rows. The gates ``constant``, ``signed`` and
+``mixing`` decide nothing per token: their static form is exact and needs no rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from coterie.adapters.bundle import one_lora
+from coterie.adapters.bundle import ALIKE, one_lora
 from coterie.artifacts.evaluate import Client
 from coterie.compute.client import LocalCompute
 from coterie.data.rows import ClientData
@@ -50,18 +50,18 @@ def mean_weights(client: Client, rows: ClientData, split: str) -> Usage:
 
 def weighs_alike(bank: Bank) -> bool:
     """Whether the gate weighs the experts of all texts alike, so that a static form needs no rows."""
-    return bank.gate.name in ("constant", "signed")
+    return bank.gate.name in ALIKE
 
 
 def static_bank(bank: Bank, usage: Usage, rank: int | None = None) -> Bank:
     """``bank`` as one expert per module with a gate of 1, and its head.
 
-    Experts weigh what ``usage`` says, and 1 in a module outside it. With the gate ``signed``, they weigh what the bank
-    says. Its rank is the sum of the experts' ranks, or ``rank``: then the nearest product of that rank, by QR and the
-    singular values of a small matrix. Experts that no token uses are left out.
+    Experts weigh what ``usage`` says, and 1 in a module outside it. With the gates ``signed`` and ``mixing``, they
+    weigh what the bank says. Its rank is the sum of the experts' ranks, or ``rank``: then the nearest product of that
+    rank, by QR and the singular values of a small matrix. Experts that no token uses are left out.
     """
     tensors: dict[Key, Tensor] = {key: value for key, value in bank.tensors.items() if key.part is Part.HEAD}
-    if bank.gate.name == "signed":
+    if weighs_alike(bank) and bank.gate.name != "constant":
         bank = replace(bank, tensors=one_lora(bank))
     for module in sorted({key.module for key in bank.tensors if key.part is Part.A}):
         keys = sorted(key for key in bank.tensors if key.module == module and key.part is Part.A)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.nn.gates import balance_loss, gate_named, routes_by_output, routes_by_row
+from coterie.nn.gates import balance_loss, gate_named, mixes, routes_by_output, routes_by_row
+from coterie.nn.mixing import mixing_of
 from coterie.nn.per_row import PerRow, watched
 from coterie.nn.products import Add, Project, Ranks, Span, padded
 from coterie.nn.rows import RowMask, RowScores, row_directions
@@ -113,6 +114,7 @@ class BankLayer:
             self.record_directions(row_directions(x.detach(), self.now.rows))
         if g is not None and self.now.probe is not None:
             g = self.now.probe(self, g)
+        h, g = self._mixed(h, g)
         return self._add(output.contiguous(), h, g, self._again(x, g))
 
     def record(self, p: Tensor | None, routed: Tensor, g: Tensor | None) -> None:
@@ -287,6 +289,17 @@ class BankLayer:
     def spread(self, g: Tensor | None, like: Tensor) -> Tensor | None:
         """Weights of a table as a view [n, e] for the n tokens of ``like`` [n, R], in its dtype; others as they are."""
         return g if g is None or self.table is None else g.to(like.dtype).expand(len(like), -1)
+
+    def mixing(self, rank: int) -> Tensor | None:
+        """What a gate that mixes adds to the weights, [rank, rank], over A x of all experts; None for other gates."""
+        if self.table is None or not mixes(self.gate):
+            return None
+        return mixing_of(self.table, rank, self.shared_rank)
+
+    def _mixed(self, h: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The outputs [n, R] of a gate that mixes, and no weights; ``h`` and ``g`` as they are for other gates."""
+        mixing = self.mixing(h.shape[1])
+        return (h, g) if mixing is None else (self.ranks.weigh(h, g) + h @ mixing.to(h.dtype).T, None)
 
     def _by_expert(self, routed: Tensor) -> Tensor | None:
         """z [n, e, r], or None where the routed experts' ranks differ or were not computed."""

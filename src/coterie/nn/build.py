@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from coterie.nn.bank import BankLayer, Pass
-from coterie.nn.gates import gate_named, routes_by_expert
+from coterie.nn.gates import gate_named, mixes, routes_by_expert
+from coterie.nn.mixing import check_ranks
 from coterie.nn.placement import device_of, hooks_of, without_hooks
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
@@ -158,6 +159,8 @@ def _check_gate(layer: BankLayer) -> None:
     if FOLDED in layer.experts and layer.gate != "constant":
         raise CoterieError(f"{where}: a bank with a folded expert has the gate 'constant'")
     try:
+        if mixes(layer.gate):
+            check_ranks(layer.ranks.each[int(layer.has_shared) :])
         inspect.signature(gate_named(layer.gate)).bind(p, None, **layer.options)
         g = layer.weights(p, routed)
     except (TypeError, ValueError) as fault:

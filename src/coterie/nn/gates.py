@@ -170,6 +170,18 @@ def signed(p: Tensor | None, z: Tensor | None, *, k: int = 0) -> Tensor:
     return _largest(_table(p, 1)[:, 0].unsqueeze(0), k)
 
 
+@by_expert
+def mixing(p: Tensor | None, z: Tensor | None) -> Tensor:
+    """g = w, a signed weight for each expert of rank 1; C mixes what their A make of x (:mod:`coterie.nn.mixing`).
+
+    Shapes: p = [w, C] [e, 1 + e], g [1, e].
+    """
+    p = _routed(p)
+    if p.shape[-1] != 1 + len(p):
+        raise ValueError(f"a router of {p.shape[-1]} numbers for each of {len(p)} experts; it must have {1 + len(p)}")
+    return p[:, 0].unsqueeze(0)
+
+
 @by_output
 @by_expert
 def response(p: Tensor | None, z: Tensor | None, *, k: int = 0) -> Tensor:
@@ -223,6 +235,11 @@ def routes_by_row(gate: str) -> bool:
 def routes_by_expert(gate: str) -> bool:
     """Whether a gate is marked with :func:`by_expert`."""
     return gate in _BY_EXPERT
+
+
+def mixes(gate: str) -> bool:
+    """Whether the layer mixes the experts' A x before their B, too (:mod:`coterie.nn.mixing`)."""
+    return gate == mixing.__name__
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.nn.bank import BankLayer
-from coterie.nn.many_gates import Group, gate_kind, routes_of
+from coterie.nn.many_gates import Group, gate_kind, mixed, routes_of
 from coterie.nn.many_per_row import NOTHING, ByRow, Piece
 from coterie.nn.many_products import AddMany, Picked, ProjectMany, times, weigh
 from coterie.nn.products import padded
@@ -176,6 +176,7 @@ class ManyLayer:
     def _add(self, y: Tensor, h: Tensor, g: Tensor | None) -> Tensor:
         columns = self.now.of(self.columns).to(y.dtype)
         owner = None if self.each else self.now.of(self.owner)
+        h, g = mixed([self.layers[c] for c in self.now.active], h, g, owner)
         scaling, by_row = self._scaling(), self._by_row()
         trained = NOTHING if by_row else self._trained(of_columns=True, start=0, stop=self.rank)
         done: Tensor = AddMany.apply(y, h, g, columns, owner, scaling, trained, *trained.parameters)  # type: ignore[no-untyped-call]

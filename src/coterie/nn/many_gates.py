@@ -1,15 +1,17 @@
-"""Which of the clients that share a pass can also share a gate."""
+"""Which of the clients that share a pass can also share a gate, and the mixing of each one's experts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from coterie.nn.bank import BankLayer
 from coterie.nn.gates import routes_by_output, routes_by_row
+from coterie.nn.many_products import weigh
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,15 @@ def gate_kind(layer: BankLayer | None) -> tuple[object, ...] | None:
     options = json.dumps(layer.options, sort_keys=True)
     own = None if layer.table is None else id(layer)
     return layer.gate, options, layer.ranks.each, layer.slots, layer.has_shared, own
+
+
+def mixed(
+    layers: Sequence[BankLayer | None], h: Tensor, g: Tensor | None, owner: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The outputs [c, n, R], and no weights, if a client's gate mixes; else ``h`` [c, n, R] and ``g`` as they are."""
+    each = [None if layer is None else layer.mixing(h.shape[2]) for layer in layers]
+    if all(mixing is None for mixing in each):
+        return h, g
+    none = h.new_zeros(h.shape[2], h.shape[2])
+    mixing = torch.stack([none if one is None else one.to(h.dtype) for one in each])
+    return weigh(h, g, owner) + h @ mixing.mT, None

@@ -232,14 +232,16 @@ def test_a_folder_without_a_good_bundle_is_an_error_that_says_where(tmp_path):
         read_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("k", [0, 2])
-def test_weights_that_no_token_changes_are_one_lora(tmp_path, k):
-    """The gate signed: its weights are in the adapter's B, and what weighs 0 is left out."""
+@pytest.mark.parametrize(("gate", "k"), [("signed", 0), ("signed", 2), ("mixing", 0)])
+def test_weights_that_no_token_changes_are_one_lora(tmp_path, gate, k):
+    """The gates signed and mixing: their weights are in the adapter's B, and what weighs 0 is left out."""
     model = model_of("bert")
     experts = {key: v for e in range(4) for key, v in expert_for(model, 1, e).items()} | expert_for(model, 3, SHARED)
     modules = sorted({key.module for key in experts})
-    tables = {Key(m, NO_EXPERT, Part.ROUTER): torch.randn(4, 1, generator=stream(2, m)).double() for m in modules}
-    bank = Bank({**experts, **tables, **head_for(model, LABELS)}, GateSpec("signed", {"k": k}), scaling=0.3)
+    size = (4, 5 if gate == "mixing" else 1)
+    tables = {Key(m, NO_EXPERT, Part.ROUTER): torch.randn(size, generator=stream(2, m)).double() for m in modules}
+    spec = GateSpec(gate, {"k": k} if k else {})
+    bank = Bank({**experts, **tables, **head_for(model, LABELS)}, spec, scaling=0.3)
     write_bundle(tmp_path, bank, tiny.about())
     expected = ours(model, read_bundle(tmp_path)[0])
     torch.testing.assert_close(through_peft(model, tmp_path / "adapter"), expected, atol=1e-5, rtol=1e-5)

@@ -119,8 +119,9 @@ def test_merged_weights_are_a_model_of_their_own(folder: Path, tmp_path: Path) -
     assert ModelCard.load(tmp_path / "merged" / "README.md").data.library_name == "transformers"
 
 
-def test_signed_weights_are_exported_exactly_and_need_no_rows(tmp_path: Path) -> None:
-    north = bundles.finished(tmp_path, gate="signed") / "clients" / "north"
+@pytest.mark.parametrize("gate", ["signed", "mixing"])
+def test_weights_that_no_token_changes_are_exported_exactly_and_need_no_rows(gate: str, tmp_path: Path) -> None:
+    north = bundles.finished(tmp_path, gate=gate) / "clients" / "north"
     for form in ("static", "merged"):
         export(north, None, tmp_path / form, form=form)  # type: ignore[arg-type]
     written, expected = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "static", north / "adapter"))

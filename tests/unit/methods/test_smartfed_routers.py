@@ -38,7 +38,7 @@ BASE = describe(tiny.model("bert"))
 ME = ClientInfo("a", 10, labels=("x", "y"))
 WEAK = ClientInfo("weak", 10, labels=("x", "y"))
 N = 5  # experts of a matrix: adapters of rank 3 and 2
-TABLES = {"signed": 1, "response": 2}
+TABLES = {"signed": 1, "mixing": 1 + N, "response": 2}
 
 
 def made(
@@ -74,13 +74,16 @@ def test_a_table_travels_instead_of_rows_as_wide_as_the_input(router: str) -> No
     assert made(router="response", router_rank=2)[1].routers.popitem()[1].shape == (N, 6)
 
 
-def test_signed_starts_as_the_whole_pool_at_the_budgets_share() -> None:
-    """With K = N it is the plain sum of the pool's adapters."""
-    bank = bank_of(router="signed", active=N)
-    assert bank.gate.name == "signed"
+@pytest.mark.parametrize("router", ["signed", "mixing"])
+def test_signed_weights_start_as_the_whole_pool_at_the_budgets_share(router: str) -> None:
+    """With K = N they are the plain sum of the pool's adapters, and nothing is mixed."""
+    bank = bank_of(router=router, active=N)
+    assert bank.gate.name == router
     plain = {k: v for k, v in bank.tensors.items() if k.part is not Part.ROUTER}
     torch.testing.assert_close(effect(bank), effect(Bank(plain)), rtol=0, atol=1e-9)
-    assert tables(bank_of(router="signed", active=2)).unique().tolist() == pytest.approx([0.4])
+    at_two = [v for k, v in bank_of(router=router, active=2).tensors.items() if k.part is Part.ROUTER]
+    assert torch.stack([v[:, 0] for v in at_two]).unique().tolist() == pytest.approx([0.4])
+    assert not any(v[:, 1:].any() for v in at_two)
 
 
 def test_no_adapter_comes_first_where_a_few_are_active() -> None:
@@ -93,6 +96,14 @@ def test_no_adapter_comes_first_where_a_few_are_active() -> None:
 
 def tables(bank: Bank) -> Tensor:
     return torch.cat([v.flatten() for k, v in bank.tensors.items() if k.part is Part.ROUTER])
+
+
+@pytest.mark.parametrize(
+    ("unfit", "named"), [({"granularity": "adapter"}, "granularity"), ({"sparse": True}, "sparse")]
+)
+def test_mixing_needs_all_experts_of_rank_1(unfit: dict[str, Any], named: str) -> None:
+    with pytest.raises(CoterieError, match=f'router = "mixing" mixes all experts of rank 1, which {named} = '):
+        made(router="mixing", **unfit)
 
 
 def test_response_starts_with_the_experts_whose_a_responds() -> None:
@@ -126,7 +137,7 @@ def test_comparable_experts_compute_the_same_and_trained_ones_stay() -> None:
             torch.testing.assert_close(scaled[b] @ scaled[key], pieces[b] @ a)
 
 
-@pytest.mark.parametrize("router", TABLES)
+@pytest.mark.parametrize("router", ["signed", "response"])
 def test_only_sparse_tables_have_quotas(router: str) -> None:
     _, dense, _ = made(router=router, active=2)
     assert set(dense.quotas.values()) == {N}
@@ -176,14 +187,17 @@ def rates_in(rnd: int, **settings: Any) -> Mapping[Key, float]:
     return seen[0].rates
 
 
-def test_dropped_adapters_take_their_rows_of_the_table_with_them() -> None:
-    method, state, _ = made(router="response", drop_below=0.5)
-    use = {"one": 1.0, "two": 0.0}
-    info = {"importance": dict.fromkeys({k.module for k in state.routers}, 1.0), "use": use}
-    state = method.aggregate(state, {"a": Reply(state.routers, 10, info)}, 1)
-    assert state.dropped == ("two",)
-    assert {tuple(v.shape) for v in state.routers.values()} == {(3, 2)}
-    assert set(state.quotas.values()) == {3}
+@pytest.mark.parametrize("router", ["mixing", "response"])
+def test_dropped_adapters_take_their_rows_of_the_table_with_them(router: str) -> None:
+    """What the table mixes into them goes too: the columns that are left are those of the rows that are."""
+    method, state, _ = made(router=router, drop_below=0.5)
+    routers = {key: torch.arange(float(v.numel())).view_as(v) for key, v in state.routers.items()}
+    info = {"importance": dict.fromkeys({k.module for k in routers}, 1.0), "use": {"one": 0.0, "two": 1.0}}
+    after = method.aggregate(state, {"a": Reply(routers, 10, info)}, 1)
+    assert after.dropped == ("one",)
+    columns = {"mixing": [0, 4, 5], "response": [0, 1]}[router]
+    assert all(torch.equal(v, routers[key][3:][:, columns]) for key, v in after.routers.items())
+    assert set(after.quotas.values()) == {2}
 
 
 @pytest.mark.parametrize("router", [{}, {"router": "signed", "sparse": True}])
@@ -220,6 +234,7 @@ def test_importance_of_fewer_active_experts_counts_as_that_of_all() -> None:
     [
         ({"budgets": {"nobody": 2}}, "'nobody', which is not a client"),
         ({"budgets": {"a": 2}, "router": "signed"}, "sparse = true"),
+        ({"budgets": {"a": 2}, "router": "mixing"}, "choose another router, or leave it out"),
     ],
 )
 def test_budgets_that_cannot_work_say_so(settings: dict[str, Any], message: str) -> None:

@@ -34,10 +34,16 @@ GATES: dict[str, dict[str, Any]] = {
     "scaled_dot_product": {"k": 2},
     "signed": {},
     "response": {},
+    "mixing": {},
 }
 BY_OUTPUT = ("scaled_dot_product", "response")
-RANKS = {"alike": [3, 3, 3], "apart": [1, 4, 2], "one": [2, 2]}
-PAIRS = [(gate, ranks) for gate in GATES for ranks in RANKS if not (gate in BY_OUTPUT and ranks == "apart")]
+RANKS = {"alike": [3, 3, 3], "apart": [1, 4, 2], "one": [2, 2], "cut": [1, 1, 1]}
+PAIRS = [
+    (gate, ranks)
+    for gate in GATES
+    for ranks in RANKS
+    if not (gate in BY_OUTPUT and ranks == "apart") and (gate != "mixing" or ranks == "cut")
+]
 
 
 def linear(dtype: torch.dtype = torch.float64, kind: type[nn.Module] = nn.Linear, seed: int = 0) -> nn.Sequential:
@@ -52,7 +58,7 @@ def inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def make_bank(gate: str = "slot_top_k", ranks: list[int] | None = None, shared: int = 0, **more: Any) -> Bank:
-    ranks = ranks or [3, 3, 3]
+    ranks = ranks or [1 if gate == "mixing" else 3] * 3
     more.setdefault("dtype", torch.float64)
     return tiny.bank([TARGET], len(ranks), ranks, gate=gate, options=GATES[gate], shared=shared, **more)
 
@@ -63,7 +69,7 @@ def by_loop(module: nn.Module, bank: Bank, values: dict[Key, Tensor], x: Tensor)
     experts = sorted(key.expert for key in values if key.part is Part.A)
     routed = [e for e in experts if e != SHARED]
     g = torch.ones(len(rows), len(routed), dtype=x.dtype)
-    if bank.gate.name in ("signed", "response"):
+    if bank.gate.name in ("signed", "response", "mixing"):
         table = values[Key("0", NO_EXPERT, Part.ROUTER)]
         g = table[:, 0].expand(len(rows), -1)
         if bank.gate.name == "response":
@@ -86,6 +92,9 @@ def by_loop(module: nn.Module, bank: Bank, values: dict[Key, Tensor], x: Tensor)
     for e in experts:
         weight = 1 if e == SHARED else g[:, routed.index(e), None]
         y = y + bank.scaling * weight * (rows @ values[Key("0", e, Part.A)].T @ values[Key("0", e, Part.B)].T)
+        for f in routed if bank.gate.name == "mixing" and e != SHARED else []:
+            found = rows @ values[Key("0", f, Part.A)].T * table[routed.index(e), 1 + routed.index(f)] / 10
+            y = y + bank.scaling * (found @ values[Key("0", e, Part.B)].T)
     return y.reshape(*x.shape[:-1], D_OUT)
 
 
@@ -137,7 +146,7 @@ def test_gradcheck(gate: str, ranks: str, dropout: float, own_masks: bool) -> No
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_frozen_tensor_changes_nothing_for_the_others(gate: str, dropout: float) -> None:
-    bank = make_bank(gate, [3, 3, 3], shared=2, dropout=dropout)
+    bank = make_bank(gate, shared=2, dropout=dropout)
     everything, x_everything = gradients(bank, set(bank.tensors))
     assert everything.keys() == bank.tensors.keys()
     keys = sorted(bank.tensors)
@@ -279,10 +288,15 @@ def test_two_products_and_no_wait_however_many_experts(gate: str, ranks: str) ->
         with Watch() as in_training:
             module(x)
         counts.add((watch.count - 1, in_training.count - 1, sum(watch.found.values()) - watch.found["clone"]))
-    own = 2 if gate == "response" else 0  # of U and V^T, among the experts' weights
+    own = {"response": 2, "mixing": 1}.get(gate, 0)  # of U and V^T, or C, among the experts' weights
     assert {two for two, _, _ in counts} == {2 + own}
-    assert {three for _, three, _ in counts} == {(2 if gate in ("constant", "signed") else 3) + own}
+    assert {three for _, three, _ in counts} == {(2 if gate in ("constant", "signed", "mixing") else 3) + own}
     assert len(counts) == 1  # nor any other operation more (a copy where the rows are padded aside)
+
+
+def test_only_experts_of_rank_1_are_mixed() -> None:
+    with pytest.raises(CoterieError, match="0, gate 'mixing': it mixes experts of rank 1 alone"):
+        attach(linear(), make_bank("mixing", [1, 2, 1]))
 
 
 def test_two_products_for_one_expert() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.nn.gates import gates, response, signed, slot_top_k, softmax, top_k
+from coterie.nn.gates import gates, mixing, response, signed, slot_top_k, softmax, top_k
 from coterie.ops.streams import stream
 
 torch.set_num_threads(1)
@@ -167,6 +167,7 @@ def test_response_prefers_the_experts_whose_a_responds() -> None:
         (response, 1, {}, "it must have 2, or an even number more"),
         (response, 3, {}, "it must have 2, or an even number more"),
         (signed, 1, {"k": -1}, "k is -1"),
+        (mixing, 3, {}, "a router of 3 numbers for each of 3 experts; it must have 4"),
     ],
 )
 def test_tables_of_other_sizes_are_refused(gate: Callable, columns: int, options: dict[str, int], message: str) -> None:

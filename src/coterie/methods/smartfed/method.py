@@ -258,7 +258,7 @@ class SmartFed(Method[SmartFedState]):
         """The pool's experts and the fresh one. If there is one, s is its scale, and the pool's B is divided by s."""
         sent, s = self._sent(ins), self.plan.scaling if self.settings.fresh_rank else 1.0
         pool = sent.cut({**self._pool_of(ins, me, personal), **sent.training})
-        if self.settings.router == "response":
+        if self.settings.router in ("mixing", "response"):
             pool = comparable(pool, sent.cut(sent.training))
         experts = {key: v / s if key.part is Part.B else v for key, v in pool.items()}
         fresh = {key: value for key, value in ins.tensors.items() if key.expert == SHARED}
@@ -316,7 +316,8 @@ class SmartFed(Method[SmartFedState]):
         starving = starved(active, modules, state.use, below, whole)
         dropped = [name for name in starving if name not in self.settings.train_experts][: len(active) - 1]
         left = [a for a in active if a.name not in dropped]
-        routers = rows_left(state.routers, modules, active, left, whole)
+        mixing = self.settings.router == "mixing"
+        routers = rows_left(state.routers, modules, active, left, whole, mixing)
         return replace(state, routers=routers, dropped=(*state.dropped, *dropped)) if dropped else state
 
     # steps of the client -----------------------------------------------------------------------------------------

@@ -55,6 +55,12 @@ def check_settings(settings: SmartFedSettings, pool: Pool) -> None:
         raise CoterieError(
             f"[method] floor = {settings.floor} is above active = {settings.active}, the mean over matrices; lower it"
         )
+    if settings.router == "mixing" and (settings.whole or settings.sparse):
+        unfit = 'granularity = "adapter"' if settings.whole else "sparse = true"
+        raise CoterieError(
+            f'[method] router = "mixing" mixes all experts of rank 1, which {unfit} does not leave; take that out, or '
+            "choose another router"
+        )
 
 
 def check_ranks(settings: SmartFedSettings, pool: Pool, out: Container[str]) -> None:

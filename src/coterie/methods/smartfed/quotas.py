@@ -78,10 +78,11 @@ def rows_left(
     before: Sequence[Adapter],
     left: Sequence[Adapter],
     whole: bool,
+    mixing: bool = False,
 ) -> dict[Key, Tensor]:
     """The routers with the rows of the adapters that are ``left``. A matrix that none of them adapts loses its router.
 
-    ``modules`` names the target of each of the pool's modules.
+    ``modules`` names the target of each of the pool's modules. ``mixing``: so are the columns after the first.
     """
     kept = {}
     for module, target in modules.items():
@@ -89,5 +90,6 @@ def rows_left(
         rows = [i for i, number in enumerate(numbers(before, module, whole)) if number in remaining]
         if rows:
             key = Key(target, NO_EXPERT, Part.ROUTER)
-            kept[key] = routers[key][rows]
+            columns = [0, *(1 + row for row in rows)] if mixing else slice(None)
+            kept[key] = routers[key][rows][:, columns]
     return kept

@@ -17,8 +17,9 @@ def start_routers(settings: SmartFedSettings, seed: int, shapes: Mapping[str, tu
 
     ``paper``: W [N, d_in], as ``torch.nn.Linear``. ``signed``: w [N, 1] = K/N, so that N experts that weigh alike add
     up to the budget; with ``sparse`` 1, because only K of them are active, and at most a thousandth more, at random,
-    or else the pool's first adapters would be. ``response``: [w, m, U, V] [N, 2 + 2q], w and m half of K/N each (of 1
-    with ``sparse``), U = 0: the first round prefers the experts whose A responds to the client's text.
+    or else the pool's first adapters would be. ``mixing``: [w, C] [N, 1 + N], w = K/N and C = 0. ``response``:
+    [w, m, U, V] [N, 2 + 2q], w and m half of K/N each (of 1 with ``sparse``), U = 0: the first round prefers the
+    experts whose A responds to the client's text.
     """
     return {
         Key(module, NO_EXPERT, Part.ROUTER): _start(settings, module, seed, *shape)
@@ -34,6 +35,8 @@ def _start(settings: SmartFedSettings, module: str, seed: int, experts: int, wid
     if settings.router == "signed":
         started = torch.full((experts, 1), each)
         return started + 1e-3 * torch.rand(experts, 1, generator=draw) if settings.sparse else started
+    if settings.router == "mixing":
+        return torch.cat([torch.full((experts, 1), each), torch.zeros(experts, experts)], dim=1)
     halves, q = torch.full((experts, 2), each / 2), settings.router_rank
     random = torch.randn(experts, q, generator=draw) * experts**-0.5
     return torch.cat([halves, torch.zeros(experts, q), random], dim=1)

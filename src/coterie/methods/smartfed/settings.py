@@ -37,10 +37,10 @@ class SmartFedSettings(MethodSettings):
     floor: int = Field(
         2, ge=1, description="active experts that every matrix keeps; with only one, a router cannot learn"
     )
-    router: Literal["paper", "signed", "response"] = Field(
+    router: Literal["paper", "signed", "mixing", "response"] = Field(
         "paper",
         description="paper: softmax over W x per token; signed: a signed weight for each expert, all tokens alike; "
-        "response: that, and a part that follows |A x|",
+        "mixing: that, and any combination of A x before B; response: signed, and a part that follows |A x|",
     )
     router_rank: int = Field(0, ge=0, description="rank of response's mixing of |A x| over experts; 0: each its own")
     sparse: bool = Field(
