@@ -31,9 +31,10 @@ from _harness import RESULTS, measured_on, table
 HELD_BACK = 100  # the seed on which rates are chosen
 ROUNDS = 10
 FEDIT = "FedIT"
+SMARTFED = {"name": "smartfed"}
 
 
-Rate = tuple[float, float]  # the routers' rate, a factor of the learning rate of prepare.py, and their decay
+Rate = tuple[float, float]  # a factor of the learning rate of prepare.py, and of itself from round to round
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Setting:
 
 
 KINDS = {
-    FEDIT: Kind({"name": "fedit"}, ((0.5, 1), (1, 1), (2, 1))),
-    "paper": Kind({"name": "smartfed"}, ((1, 1), (2, 1))),
-    "signed": Kind({"name": "smartfed", "router": "signed"}, ((20, 1), (40, 1), (20, 0.9), (30, 0.7))),
-    "response": Kind({"name": "smartfed", "router": "response"}, ((10, 1), (20, 1), (20, 0.9))),
-    "mixing": Kind({"name": "smartfed", "router": "mixing"}, ((5, 1), (10, 1), (20, 1), (10, 0.9))),
+    FEDIT: Kind({"name": "fedit"}, ((0.5, 1), (1, 1), (2, 1), (1, 0.9))),
+    "paper": Kind(SMARTFED, ((0.5, 1), (1, 1), (2, 1), (1, 0.9))),
+    "signed": Kind(SMARTFED | {"router": "signed"}, ((20, 1), (40, 1), (80, 1), (20, 0.9), (40, 0.9), (30, 0.7))),
+    "response": Kind(SMARTFED | {"router": "response"}, ((5, 1), (10, 1), (20, 1), (10, 0.9), (20, 0.9))),
+    "mixing": Kind(SMARTFED | {"router": "mixing"}, ((5, 1), (10, 1), (20, 1), (10, 0.9), (20, 0.9))),
 }
 SETTINGS = {
     "sort": Setting("sort in letters"),
@@ -75,12 +76,12 @@ def case_of(kind: str, rate: Rate, setting: Setting, fedits: float, rounds: int)
     """``fedits``: FedIT's rate, which a fresh expert gets too."""
     factor, decay = rate
     method, more = {**KINDS[kind].method}, {"run": {"rounds": rounds}}
+    name = f"{kind}, rate {factor:g}" + (f", decay {decay:g}" if decay < 1 else "")
     if kind == FEDIT:
-        more["train"] = {"learning_rate": LEARNING_RATE * factor}
-        return Case(f"{kind}, rate {factor:g}", method, more=more)
+        more["train"] = {"learning_rate": LEARNING_RATE * factor, "round_decay": decay}
+        return Case(name, method, more=more)
     method |= {"router_rate": factor} | ({"router_decay": decay} if decay < 1 else {})
     method |= {"fresh_rank": 8, "fresh_rate": fedits} if setting.fresh else {}
-    name = f"{kind}, rate {factor:g}" + (f", decay {decay:g}" if decay < 1 else "")
     name += f", fresh {fedits:g}" * setting.fresh + ", poisoned" * setting.poisoned + ", narrow" * setting.narrow
     return Case(name, method, poisoned=setting.poisoned, narrow=setting.narrow, more=more)
 
@@ -102,10 +103,15 @@ class Routers:
             self.benches[modules] = Bench(self.work, self.quick, modules)
         bench = self.benches[modules]
         fedits = self.rate(FEDIT)[0] if setting.fresh and kind != FEDIT else 1
-        case = case_of(kind, rate, setting, fedits, 2 if self.quick else ROUNDS)
+        rounds = 2 if self.quick else ROUNDS
+        case = case_of(kind, rate, setting, fedits, rounds)
         if self.finished and not (bench.place(setting.target, case, setting.share, seed) / "summary.json").exists():
             return None
         row = bench.run(setting.target, case, setting.share, seed)
+        if len(row["accuracy"]) != rounds:
+            raise SystemExit(
+                f"{bench.place(setting.target, case, setting.share, seed)} has not {rounds} rounds: remove it"
+            )
         print(f"{name}, {case.name}, seed {seed}, pool {pool}:", *(f"{a:.2f}" for a in row["accuracy"]), flush=True)
         return {"setting": name, "kind": kind, "rate": rate, **row}
 
@@ -115,7 +121,7 @@ class Routers:
             rates = KINDS[kind].rates[:1] if self.quick else KINDS[kind].rates
             tried = {rate: [self.row(kind, rate, "sort", HELD_BACK, pool) for pool in self.pools] for rate in rates}
             known = {rate: [row["accuracy"] for row in rows if row] for rate, rows in tried.items()}
-            reached = {rate: mean(map(mean, found)) for rate, found in known.items() if found}
+            reached = {rate: mean(map(mean, of)) for rate, of in known.items() if len(of) == len(self.pools)}
             self.tried += [{"kind": kind, "rate": rate, "accuracy": known[rate]} for rate in reached]
             self.rates[kind] = max(reached, key=reached.__getitem__) if reached else rates[0]
         return self.rates[kind]

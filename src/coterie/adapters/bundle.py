@@ -18,7 +18,7 @@ from coterie.adapters.older import Bundle2, Bundle3
 from coterie.codec import CodecError, decode, encode, plain_field
 from coterie.files import write_atomic
 from coterie.nn.gates import gate_named, mixes
-from coterie.nn.mixing import check_ranks, matrix_of
+from coterie.ops.mixing import check_ranks, matrix_of
 from coterie.types import NO_EXPERT, SHARED, Bank, CoterieError, Key, Part
 
 BUNDLE_FILE = "bundle.safetensors"
@@ -139,7 +139,9 @@ def _columns(bank: Bank, module: str, keys: Sequence[Key]) -> dict[Key, Tensor]:
         if g is None or router is None:
             return b
         if mixes(bank.gate.name):
-            check_ranks([b[key].shape[1] for key in routed])
+            check_ranks(b[key].shape[1] for key in routed)
+            if len(router) != len(routed):
+                raise ValueError(f"a router of {len(router)} rows for {len(routed)} experts")
             mixed = torch.cat([b[key] for key in routed], dim=1) @ matrix_of(router).to(b[keys[0]].dtype)
             return b | dict(zip(routed, mixed.split(1, dim=1), strict=True))
         weights = dict(zip(routed, g[0].tolist(), strict=True))

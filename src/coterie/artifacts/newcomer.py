@@ -15,7 +15,9 @@ from coterie.adapters.about import About
 from coterie.adapters.bundle import BUNDLE_FILE, one_lora, read_bundle
 from coterie.adapters.read import read_adapter
 from coterie.methods.parts import lora_of
+from coterie.nn.gates import mixes
 from coterie.ops.lowrank import compact, stacked
+from coterie.ops.mixing import of_some
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, GateSpec, Key, Part, Tensors
 
 Banks = Sequence[Bank]
@@ -180,13 +182,17 @@ def _owned(banks: Banks) -> dict[Key, Tensor]:
 
 
 def _routed(banks: Banks, experts: dict[Key, Tensor]) -> dict[Key, Tensor]:
-    """The ``experts``, which all clients have, and of the routers the mean of these experts' rows."""
+    """The ``experts``, which all clients have, and of the routers the mean of these experts' rows.
+
+    Of routers that mix, the part that mixes these experts with each other.
+    """
+    some: Callable[[Tensor, list[int]], Tensor] = of_some if mixes(banks[0].gate.name) else Tensor.__getitem__
     numbers = [_numbers(bank.tensors) for bank in banks]
     routers: dict[Key, Tensor] = {}
     for module, kept in _numbers(experts).items():
         key = Key(module, NO_EXPERT, Part.ROUTER)
         rows = [
-            bank.tensors[key][[of[module].index(number) for number in kept]]
+            some(bank.tensors[key], [of[module].index(number) for number in kept])
             for bank, of in zip(banks, numbers, strict=True)
             if key in bank.tensors
         ]

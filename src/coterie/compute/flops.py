@@ -21,7 +21,7 @@ from coterie.types import FOLDED, SHARED, Bank, Key, Part
 
 _FORWARD, _INPUT, _OWN = 2, 2, 2
 _PARTS = (Part.A, Part.B, Part.ROUTER)
-# What of an expert that a gate does not pick is not needed. signed and response have gradients for all experts.
+# What of an expert that a gate does not pick is not needed. signed, mixing and response have gradients for all experts.
 _SPARED = {"top_k": (Part.A, Part.B), "scaled_dot_product": (Part.B,)}
 _TOP_K = ("top_k", "num_experts_per_tok")  # what routers, their blocks and configs call it
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie.adapters.bundle import bundle_fault
 from coterie.engines.checks import is_number, json_fault, shown, tensor_fault
 from coterie.nn.gates import Gate, gate_named, mixes, routes_by_expert
-from coterie.nn.mixing import check_ranks
+from coterie.ops.mixing import check_ranks
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, BaseSpec, CoterieError, Json, Key, Part, Tensors
 
 # What a gate raises for options and routers that do not suit it; one of an installed package may not check them first.

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.nn.gates import balance_loss, gate_named, mixes, routes_by_output, routes_by_row
-from coterie.nn.mixing import mixing_of
 from coterie.nn.per_row import PerRow, watched
 from coterie.nn.products import Add, Project, Ranks, Span, padded
 from coterie.nn.rows import RowMask, RowScores, row_directions
+from coterie.ops.mixing import mixing_of, sizes_of
 from coterie.ops.streams import stream
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Key, Part
 
@@ -121,7 +121,7 @@ class BankLayer:
         """Collect what the pass asks for, from p [n, s], A_cat x of the routed experts and g [n, e] (None: no gate)."""
         if g is not None:
             if self.now.usage is not None:
-                self._record_usage(g, self.now.usage)
+                self._record_usage(self._used(g), self.now.usage)
             if self.now.balance is not None:
                 self.now.balance.append(self._balance(p, routed, g))
         if self.now.embeddings is not None:
@@ -311,6 +311,12 @@ class BankLayer:
     def _balance(self, p: Tensor | None, routed: Tensor, g: Tensor) -> Tensor:
         counted = None if self.now.mask is None else self.now.mask.reshape(-1).to(g.device)
         return balance_loss(self.gate, p, self._by_expert(routed), g[:, int(self.has_shared) :], counted)
+
+    def _used(self, g: Tensor) -> Tensor:
+        """g; for a gate that mixes, how much each expert counts, in g's shape."""
+        if self.table is None or not mixes(self.gate):
+            return g
+        return torch.cat([g[0, : int(self.has_shared)], sizes_of(self.table.detach()).to(g)]).expand_as(g)
 
     def _record_usage(self, g: Tensor, usage: dict[str, Tensor]) -> None:
         real = self._counted(g)

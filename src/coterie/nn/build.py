@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from coterie.nn.bank import BankLayer, Pass
 from coterie.nn.gates import gate_named, mixes, routes_by_expert
-from coterie.nn.mixing import check_ranks
 from coterie.nn.placement import device_of, hooks_of, without_hooks
 from coterie.nn.products import Ranks, Span, padded
 from coterie.nn.spec import linear_sizes
+from coterie.ops.mixing import check_ranks
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Tensors
 
 

@@ -172,7 +172,9 @@ def signed(p: Tensor | None, z: Tensor | None, *, k: int = 0) -> Tensor:
 
 @by_expert
 def mixing(p: Tensor | None, z: Tensor | None) -> Tensor:
-    """g = w, a signed weight for each expert of rank 1; C mixes what their A make of x (:mod:`coterie.nn.mixing`).
+    """g = w, a signed weight for each expert of rank 1; with C what one's A finds may reach another's B.
+
+    The layer computes the part with C: see :mod:`coterie.ops.mixing`.
 
     Shapes: p = [w, C] [e, 1 + e], g [1, e].
     """
@@ -238,7 +240,7 @@ def routes_by_expert(gate: str) -> bool:
 
 
 def mixes(gate: str) -> bool:
-    """Whether the layer mixes the experts' A x before their B, too (:mod:`coterie.nn.mixing`)."""
+    """Whether the layer also mixes the experts' A x (:mod:`coterie.ops.mixing`)."""
     return gate == mixing.__name__
 
 

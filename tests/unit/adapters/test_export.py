@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import tiny
-from coterie.adapters.bundle import BUNDLE_FILE, Bundle, read_bundle, write_bundle
+from coterie.adapters.bundle import BUNDLE_FILE, Bundle, one_lora, read_bundle, write_bundle
 from coterie.adapters.write import write_adapter
 from coterie.codec import encode
 from coterie.nn.attach import attached
@@ -230,6 +230,16 @@ def test_a_folder_without_a_good_bundle_is_an_error_that_says_where(tmp_path):
     path.write_bytes(encode(Bundle(bank, tiny.about(), format=99)))
     with pytest.raises(CoterieError, match="has format 99"):
         read_bundle(tmp_path)
+
+
+def test_a_router_that_does_not_fit_the_experts_to_mix_is_an_error():
+    experts = {key: v for e in range(2) for key, v in expert_for(model_of("bert"), 1, e).items()}
+    for rows in (1, 3):
+        table = {
+            Key(module, NO_EXPERT, Part.ROUTER): torch.ones(rows, 1 + rows) for module in {k.module for k in experts}
+        }
+        with pytest.raises(CoterieError, match=f"gate 'mixing': a router of {rows} rows for 2 experts"):
+            one_lora(Bank({**experts, **table}, GateSpec("mixing")))
 
 
 @pytest.mark.parametrize(("gate", "k"), [("signed", 0), ("signed", 2), ("mixing", 0)])

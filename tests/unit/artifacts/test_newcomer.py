@@ -107,6 +107,18 @@ def test_a_pools_newcomer_has_the_pool_with_the_routers_mean() -> None:
     assert torch.equal(logits(newcomer_bank([bank, bank])), logits(bank))
 
 
+def test_a_mixing_router_keeps_what_it_mixes_of_the_experts_that_all_have() -> None:
+    """The second client has another value of one expert more: of C, the column of that expert goes, too."""
+    first, drawn = (tiny.bank(OVER, 3, rank=1, gate="mixing", seed=seed).tensors for seed in (0, 5))
+    second = {key: drawn[key] if key.expert in (1, NO_EXPERT) else value for key, value in first.items()}
+    made = newcomer_bank([Bank(tensors, GateSpec("mixing")) for tensors in (first, second)])
+    for target in OVER:
+        key = Key(target.name, NO_EXPERT, Part.ROUTER)
+        expected = ((first[key] + drawn[key]) / 2)[[0, 2]][:, [0, 1, 3]]
+        assert torch.allclose(made.tensors[key], expected)
+    logits(made)
+
+
 def test_a_pools_newcomer_activates_as_many_experts_as_most_clients() -> None:
     weak, bank = (tiny.bank(OVER, 4, rank=1, gate="top_k", options={"k": k}) for k in (1, 3))
     assert newcomer_bank([weak, bank, bank]).gate == bank.gate

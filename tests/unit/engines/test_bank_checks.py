@@ -55,6 +55,7 @@ GOOD = {
     "signed, the shared expert alone": bank(signed(), None, SHARED),
     "response": bank(GateSpec("response"), (3, 6)),
     "mixing": bank(GateSpec("mixing"), (2, 3), 0, 1, more=experts(0, 1, rank=1)),
+    "mixing, the shared expert alone": bank(GateSpec("mixing"), None, SHARED),
     "top-k": bank(GateSpec("top_k", {"k": 2, "scale": "active"}), (3, D_IN)),
     "top-k, an integer for a number": bank(GateSpec("top_k", {"k": 2, "scale": 2}), (3, D_IN)),
     "slots": bank(GateSpec("slot_top_k", {"own": 1}), (5, D_IN)),
@@ -76,7 +77,7 @@ BAD = {
     "too few rows": (bank(signed(), (2, 1)), "q:-:router has the shape [2, 1], not [3, 1]"),
     "a row for the shared expert": (bank(signed(), (3, 1), SHARED, 0, 1), "has the shape [3, 1], not [2, 1]"),
     "too many numbers": (bank(signed(), (3, 2)), "a router of 2 numbers for each expert; it must have 1"),
-    "mixing of more ranks": (bank(GateSpec("mixing"), (3, 4)), "q, gate 'mixing': it mixes experts of rank 1 alone"),
+    "mixing of more ranks": (bank(GateSpec("mixing"), (3, 4)), "q, gate 'mixing': it can only mix experts of rank 1"),
     "mixing with too few columns": (
         bank(GateSpec("mixing"), (2, 2), 0, 1, more=experts(0, 1, rank=1)),
         "a router of 2 numbers for each of 2 experts; it must have 3",

@@ -102,7 +102,7 @@ def tables(bank: Bank) -> Tensor:
     ("unfit", "named"), [({"granularity": "adapter"}, "granularity"), ({"sparse": True}, "sparse")]
 )
 def test_mixing_needs_all_experts_of_rank_1(unfit: dict[str, Any], named: str) -> None:
-    with pytest.raises(CoterieError, match=f'router = "mixing" mixes all experts of rank 1, which {named} = '):
+    with pytest.raises(CoterieError, match=f'router = "mixing" needs all experts, of rank 1 each; remove {named} = '):
         made(router="mixing", **unfit)
 
 

@@ -19,6 +19,7 @@ from coterie.nn.attach import Attached, attach
 from coterie.nn.bank import BankLayer
 from coterie.nn.gates import gates, routes_by_row
 from coterie.nn.products import dropped
+from coterie.ops.mixing import sizes_of
 from coterie.ops.streams import stream
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, CoterieError, Key, Part, Target
 
@@ -295,8 +296,26 @@ def test_two_products_and_no_wait_however_many_experts(gate: str, ranks: str) ->
 
 
 def test_only_experts_of_rank_1_are_mixed() -> None:
-    with pytest.raises(CoterieError, match="0, gate 'mixing': it mixes experts of rank 1 alone"):
+    with pytest.raises(CoterieError, match="0, gate 'mixing': it can only mix experts of rank 1"):
         attach(linear(), make_bank("mixing", [1, 2, 1]))
+
+
+def test_a_module_without_experts_to_mix_has_its_shared_expert() -> None:
+    module, bank = linear(), make_bank("mixing", shared=2)
+    alone = {key: value for key, value in bank.tensors.items() if key.expert == SHARED}
+    wanted = by_loop(module, Bank(alone), alone, inputs())
+    attach(module, Bank(alone, bank.gate))
+    assert torch.equal(module(inputs()), wanted)
+
+
+def test_the_use_of_a_mixed_expert_counts_what_it_gives_to_others() -> None:
+    module, bank = linear(), make_bank("mixing", shared=2)
+    table = bank.tensors[Key("0", NO_EXPERT, Part.ROUTER)]
+    attached = attach(module, bank)
+    attached.now.usage = {}
+    module(inputs())
+    (usage,) = attached.now.usage.values()
+    torch.testing.assert_close(usage[0] / 10, torch.cat([torch.ones(1).double(), sizes_of(table)]))
 
 
 def test_two_products_for_one_expert() -> None:

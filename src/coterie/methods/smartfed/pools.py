@@ -58,8 +58,7 @@ def check_settings(settings: SmartFedSettings, pool: Pool) -> None:
     if settings.router == "mixing" and (settings.whole or settings.sparse):
         unfit = 'granularity = "adapter"' if settings.whole else "sparse = true"
         raise CoterieError(
-            f'[method] router = "mixing" mixes all experts of rank 1, which {unfit} does not leave; take that out, or '
-            "choose another router"
+            f'[method] router = "mixing" needs all experts, of rank 1 each; remove {unfit}, or choose another router'
         )
 
 

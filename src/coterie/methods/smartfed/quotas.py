@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.adapters.pool import Adapter
 from coterie.methods.smartfed.pools import numbers
+from coterie.ops.mixing import of_some
 from coterie.requests import Observe, Observed, Program, Score
 from coterie.types import NO_EXPERT, SHARED, Bank, Json, Key, Part
 
@@ -82,7 +83,7 @@ def rows_left(
 ) -> dict[Key, Tensor]:
     """The routers with the rows of the adapters that are ``left``. A matrix that none of them adapts loses its router.
 
-    ``modules`` names the target of each of the pool's modules. ``mixing``: so are the columns after the first.
+    ``modules`` names the target of each of the pool's modules. ``mixing``: of a router that mixes, columns go too.
     """
     kept = {}
     for module, target in modules.items():
@@ -90,6 +91,5 @@ def rows_left(
         rows = [i for i, number in enumerate(numbers(before, module, whole)) if number in remaining]
         if rows:
             key = Key(target, NO_EXPERT, Part.ROUTER)
-            columns = [0, *(1 + row for row in rows)] if mixing else slice(None)
-            kept[key] = routers[key][rows][:, columns]
+            kept[key] = of_some(routers[key], rows) if mixing else routers[key][rows]
     return kept
