@@ -113,7 +113,8 @@ class Routers:
                 f"{bench.place(setting.target, case, setting.share, seed)} has not {rounds} rounds: remove it"
             )
         print(f"{name}, {case.name}, seed {seed}, pool {pool}:", *(f"{a:.2f}" for a in row["accuracy"]), flush=True)
-        return {"setting": name, "kind": kind, "rate": rate, **row}
+        kept = {what: value for what, value in row.items() if what not in ("quotas", "importance", "bytes_up", "share")}
+        return {"setting": name, "kind": kind, "rate": rate, **kept}
 
     def rate(self, kind: str) -> Rate:
         """The best rate for sort, with the seed that is held back and the hard pools."""
@@ -185,6 +186,16 @@ def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+def _lines(content: Mapping[str, Any]) -> str:
+    """JSON with a line for each row of a list, which is a quarter of what a line for each number takes."""
+    parts = []
+    for name, value in content.items():
+        rows = isinstance(value, list)
+        text = "[\n" + ",\n".join("  " + json.dumps(row) for row in value) + "\n ]" if rows else json.dumps(value)
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny runs, no figures")
@@ -212,7 +223,7 @@ def main() -> None:
     content |= {"rates": routers.rates, "tried": routers.tried}
     content |= {"mean": averaged(found), "against": found, "rows": rows, "measured_on": measured_on()}
     name = "routers" if options.form == "hard" else f"routers-{options.form}"
-    (options.out / f"skills-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.out / f"skills-{name}.json").write_text(_lines(content) + "\n")
 
 
 if __name__ == "__main__":
