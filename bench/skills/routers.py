@@ -113,7 +113,8 @@ class Routers:
                 f"{bench.place(setting.target, case, setting.share, seed)} has not {rounds} rounds: remove it"
             )
         print(f"{name}, {case.name}, seed {seed}, pool {pool}:", *(f"{a:.2f}" for a in row["accuracy"]), flush=True)
-        kept = {what: value for what, value in row.items() if what not in ("quotas", "importance", "bytes_up", "share")}
+        left_out = {"quotas", "importance", "bytes_up", "share"} | ({"use", "uses"} if not setting.poisoned else set())
+        kept = {what: value for what, value in row.items() if what not in left_out}
         return {"setting": name, "kind": kind, "rate": rate, **kept}
 
     def rate(self, kind: str) -> Rate:
@@ -169,7 +170,10 @@ def _a_round(row: Mapping[str, Any]) -> float:
 
 
 def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The means over pools and seeds, the least and the most rounds; a run that never got there counts as none."""
+    """The means over pools and seeds, the least and the most rounds; that of ``times`` over the runs that got there.
+
+    ``poison`` is its largest share by round 3: the second measurement, because ``quota_interval`` is 2.
+    """
     made = []
     for name, kind in dict.fromkeys((row["setting"], row["kind"]) for row in found):
         here = [row for row in found if (row["setting"], row["kind"]) == (name, kind)]
@@ -178,10 +182,11 @@ def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         of |= {"last": mean(row["last"] for row in here), "FedIT": mean(row["FedIT"] for row in here)}
         of |= {"ahead at last": sum(row["last"] > row["FedIT"] for row in here)}
         of |= {"rounds": f"{min(reached)}-{max(reached)}"} if reached else {}
-        of |= {"times": mean(row["times"] or 0.0 for row in here), "bytes": mean(row["bytes"] for row in here)}
+        times = [row["times"] for row in here if row["times"]]
+        of |= {"times": mean(times) if times else None, "bytes": mean(row["bytes"] for row in here)}
         of |= {"behind": max(row["behind"] for row in here)}
         if "poison" in here[0]:
-            of["poison"] = max(row["poison"][min(2, len(row["poison"]) - 1)] for row in here)
+            of["poison"] = max(row["poison"][min(1, len(row["poison"]) - 1)] for row in here)
         made.append(of)
     return made
 
