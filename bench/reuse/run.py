@@ -7,6 +7,7 @@ sst2's turned round and twice as strong; ``noise``: one with sst2's A and a rand
 accuracy by round, bytes, the adapters' shares of the gates.
 
     python examples/fetch_data.py             # once
+    python bench/reuse/run.py --rates         # the routers' rates, on a seed that is not reported
     python bench/reuse/run.py --routers --pools 0,1,2 --seeds 0,1,2
     python bench/reuse/run.py --seeds 0,1     # goes on where it was stopped; runs lie in runs/reuse
 """
@@ -54,12 +55,13 @@ MAIN = [
     Case("FedIT", {"name": "fedit"}),
     Case("local", {"name": "local"}),
 ]
-# Each router's rate is the best of these on seed 100 and the first pool, by the mean over six rounds (--rates).
+HELD_BACK = 100
+# Each router's rate is the best of these on the seed that is held back and the first pool, by the mean over six rounds.
 TRIED = {"paper": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)} | dict.fromkeys(
-    ("signed", "response", "mixing"), (10.0, 30.0, 60.0, 120.0, 240.0)
+    ("signed", "response", "mixing"), (3.0, 10.0, 30.0, 60.0, 120.0, 240.0)
 )
 RATES = {"paper": 8.0, "signed": 120.0, "response": 30.0, "mixing": 120.0}
-ROUTERS = {router: {**SMARTFED, "router": router, "router_rate": rate} for router, rate in RATES.items()}
+
 MORE = [
     Case("SmartFed, K 8", {"name": "smartfed", "active": 8}),
     Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 2}),
@@ -86,17 +88,20 @@ def plan(first: bool) -> Iterator[tuple[str, Case, int]]:
 def plan_of_routers() -> Iterator[tuple[str, Case, int]]:
     """Each router with the pool and with the poisoned one, and FedIT, where a module does the same job."""
     yield "sst2 again", MAIN[3], SHORT
-    for router, method in ROUTERS.items():
-        yield "sst2 again", Case(f"SmartFed, {router}", method), SHORT
-        yield "sst2 again", Case(f"SmartFed, {router}, poisoned", method, "pool-poisoned"), SHORT
+    for router, rate in RATES.items():
+        yield "sst2 again", routed(router, rate), SHORT
+        yield "sst2 again", routed(router, rate, "pool-poisoned"), SHORT
 
 
 def plan_of_rates() -> Iterator[tuple[str, Case, int]]:
     """The routers with several rates, to choose from."""
-    for router, rates in TRIED.items():
-        for rate in rates:
-            method = {**SMARTFED, "router": router, "router_rate": rate}
-            yield "sst2 again", Case(f"SmartFed, {router}, rate {rate:g}", method), SHORT
+    yield from (("sst2 again", routed(router, rate), SHORT) for router, rates in TRIED.items() for rate in rates)
+
+
+def routed(router: str, rate: float, pool: str = "pool") -> Case:
+    """SmartFed with a router and its rate."""
+    name = f"SmartFed, {router}, rate {rate:g}" + (", poisoned" if pool == "pool-poisoned" else "")
+    return Case(name, {**SMARTFED, "router": router, "router_rate": rate}, pool)
 
 
 def planned(options: argparse.Namespace, first: bool) -> Iterator[tuple[str, Case, int]]:
@@ -213,7 +218,11 @@ def show(found: list[dict[str, Any]]) -> None:
             for row in here
         ]
         table(f"{target}: test accuracy by round, mean over the clients", shown)
-        shares = [{"case": row["case"], "seed": row["seed"], **row["use"]} for row in here if row.get("use")]
+        shares = [
+            {"case": row["case"], "seed": row["seed"], "pool": row["pool"], **row["use"]}
+            for row in here
+            if row.get("use")
+        ]
         if shares:
             table(f"{target}: the adapters' shares of the gates' weight at the last measurement", shares)
 
@@ -234,8 +243,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     work, data, cache = options.work.resolve(), datasets(options.data).resolve(), dict[str, Any]()
     rows, found = targets(data), []
-    seeds = list(map(int, options.seeds.split(",")))
-    for draw in map(int, options.pools.split(",")):
+    seeds = [HELD_BACK] if options.rates else list(map(int, options.seeds.split(",")))
+    draws = list(map(int, options.pools.split(",")))
+    for draw in draws:
         place = work / f"draw-{draw}" if draw else work
         pools = make_pools(place, make_modules(place, data, cache, draw))
         for seed in seeds:
@@ -243,6 +253,8 @@ def main() -> None:
                 if not all(word in f"{target}, {case.name};" for word in options.only.split("|")):
                     continue
                 smartfed = case.method["name"] == "smartfed"
+                if not smartfed and draw != draws[0]:
+                    continue  # it has no pool
                 method = {**case.method, "pool": str(pools[case.pool])} if smartfed else case.method
                 long = f"-{rounds}" if rounds != SHORT else ""
                 name = f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")

@@ -1,10 +1,10 @@
-"""SmartFed's routers against FedIT, over draws of the pool and seeds: rounds to FedIT's best, bytes, poison.
+"""SmartFed's routers against FedIT, over draws of the base and its pool and over seeds: rounds to FedIT's best, bytes.
 
 The federations of bench/skills/run.py: sort in letters, mirror in letters with 10% of the rows, a skill that no module
-has (with a fresh expert beside the whole pool, and beside two modules), sort with a poisoned module in the pool. A pool
-is drawn with its base: another draw of both. The rate of every method (FedIT's learning rate, the routers'
-``router_rate`` and ``router_decay``) is the best of several for sort with the hard pools, on a seed that is not
-reported, by its accuracy there, the mean over pools and rounds.
+has (with a fresh expert beside the pool), sort with a poisoned module in the pool. Each draw has a base and a pool of
+its own. Every method's rate (FedIT's learning rate, the routers' ``router_rate``) and its decay are chosen from several
+on a seed that is not reported: those with the best mean accuracy over rounds and pools, for sort with the hard pools. A
+fresh expert has FedIT's rate, without a decay.
 
     python bench/skills/routers.py --form hard --pools 0,1,2 --seeds 0,1,2    # resumable; runs in runs/skills
 """
@@ -53,7 +53,6 @@ class Setting:
     share: int = 100
     fresh: bool = False
     poisoned: bool = False
-    narrow: bool = False
 
 
 KINDS = {
@@ -67,7 +66,6 @@ SETTINGS = {
     "sort": Setting("sort in letters"),
     "mirror, 10%": Setting("mirror in letters", 10),
     "unrelated": Setting("unrelated", fresh=True),
-    "unrelated, narrow pool": Setting("unrelated", fresh=True, narrow=True),
     "sort, poisoned": Setting("sort in letters", poisoned=True),
 }
 
@@ -82,8 +80,8 @@ def case_of(kind: str, rate: Rate, setting: Setting, fedits: float, rounds: int)
         return Case(name, method, more=more)
     method |= {"router_rate": factor} | ({"router_decay": decay} if decay < 1 else {})
     method |= {"fresh_rank": 8, "fresh_rate": fedits} if setting.fresh else {}
-    name += f", fresh {fedits:g}" * setting.fresh + ", poisoned" * setting.poisoned + ", narrow" * setting.narrow
-    return Case(name, method, poisoned=setting.poisoned, narrow=setting.narrow, more=more)
+    name += f", fresh {fedits:g}" * setting.fresh + ", poisoned" * setting.poisoned
+    return Case(name, method, poisoned=setting.poisoned, more=more)
 
 
 class Routers:
@@ -155,7 +153,7 @@ def against_fedit(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         one = {name: row[name] for name in ("setting", "kind", "seed", "pool", "rate")}
         one |= {"last": row["accuracy"][-1], "FedIT": best, "rounds": at, "FedIT's": needed}
         one |= {"times": needed / at if needed and at else None, "bytes": _a_round(row) / _a_round(base)}
-        one |= {"behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=False))}
+        one |= {"behind": max(b - a for a, b in zip(row["accuracy"], base["accuracy"], strict=True))}
         if "poison" in row.get("use", {}):
             one["poison"] = [use["poison"] for use in row["uses"]]
             clean = by.get(("sort", row["kind"], row["pool"], row["seed"]))
@@ -186,7 +184,7 @@ def averaged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         of |= {"times": mean(times) if times else None, "bytes": mean(row["bytes"] for row in here)}
         of |= {"behind": max(row["behind"] for row in here)}
         if "poison" in here[0]:
-            of["poison"] = max(row["poison"][min(1, len(row["poison"]) - 1)] for row in here)
+            of["poison"] = max(row["poison"][1] for row in here)
         made.append(of)
     return made
 
