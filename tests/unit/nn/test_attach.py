@@ -296,7 +296,7 @@ def faults() -> dict[str, tuple[Any, str]]:
         "A without B": (change(q1_B=None), r"no .*query:1:B"),
         "B without A": (change(q1_A=None), r"query:1:B, but no matching A"),
         "router alone": (change(**{"bert.x:-:router": torch.ones(5, 32)}), r"bert.x:-:router, but no matching A"),
-        "unknown gate": (gate("slot_topk"), "unknown gate 'slot_topk'; the gates are constant, mixing, response, scaled"),
+        "unknown gate": (gate("slot_topk"), "unknown gate 'slot_topk'; the gates are constant, mixing, response"),
         "unknown option": (gate("slot_top_k", own=1, k=2), "query.*'k'"),
         "missing option": (gate("slot_top_k"), "'own'"),
         "own expert that is none": (gate("slot_top_k", own=3), "own = 3"),
