@@ -108,7 +108,7 @@ class Routers:
         row = bench.run(setting.target, case, setting.share, seed)
         if len(row["accuracy"]) != rounds:
             raise SystemExit(
-                f"{bench.place(setting.target, case, setting.share, seed)} has not {rounds} rounds: remove it"
+                f"{bench.place(setting.target, case, setting.share, seed)} does not have {rounds} rounds: remove it"
             )
         print(f"{name}, {case.name}, seed {seed}, pool {pool}:", *(f"{a:.2f}" for a in row["accuracy"]), flush=True)
         left_out = {"quotas", "importance", "bytes_up", "share"} | ({"use", "uses"} if not setting.poisoned else set())

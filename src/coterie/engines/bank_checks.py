@@ -11,8 +11,7 @@ from torch import Tensor
 
 from coterie.adapters.bundle import bundle_fault
 from coterie.engines.checks import is_number, json_fault, shown, tensor_fault
-from coterie.nn.gates import Gate, gate_named, mixes, routes_by_expert
-from coterie.ops.mixing import check_ranks
+from coterie.nn.gates import Gate, gate_named, routes_by_expert
 from coterie.types import FOLDED, NO_EXPERT, SHARED, Bank, BaseSpec, CoterieError, Json, Key, Part, Tensors
 
 # What a gate raises for options and routers that do not suit it; one of an installed package may not check them first.
@@ -109,8 +108,6 @@ def _trial_fault(gate: Gate, options: Mapping[str, Json], router: Tensor | None,
     p = router if by_expert or router is None else torch.zeros(1, len(router))
     z = torch.zeros(1, len(ranks), ranks[0]) if len(set(ranks)) == 1 else None
     try:
-        if mixes(gate.__name__):
-            check_ranks(ranks)
         g = gate(p, z, **options)
     except _MISFITS as fault:
         return str(fault)

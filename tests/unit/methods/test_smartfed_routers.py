@@ -112,9 +112,13 @@ def test_response_starts_with_the_experts_whose_a_responds() -> None:
     assert table[:, :2].tolist() == [[pytest.approx(0.2)] * 2] * N
     assert not table[:, 2:4].any()
     assert table[:, 4:].any()
-    a = {key: value for key, value in bank_of(router="response").tensors.items() if key.part is Part.A}
+
+
+@pytest.mark.parametrize("router", ["mixing", "response"])
+def test_what_each_a_finds_has_one_scale(router: str) -> None:
+    a = [value for key, value in bank_of(router=router).tensors.items() if key.part is Part.A]
     assert len(a) == N * len(BASE.targets)
-    torch.testing.assert_close(torch.stack([v.norm() for v in a.values()]), torch.ones(len(a)))
+    torch.testing.assert_close(torch.stack([v.norm() for v in a]), torch.ones(len(a)))
 
 
 def test_response_over_whole_adapters_of_several_ranks_is_refused() -> None:
