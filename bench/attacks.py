@@ -55,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedamole of two": {**FEDAMOLE, "clients_per_expert": 2},
     "fedamole as published": {**FEDAMOLE, **PUBLISHED},
     "smartfed": {"name": "smartfed", "active": 4},
+    "smartfed as published": {"name": "smartfed", "active": 4, "router": "paper"},
     "fedlease by B": {"name": "fedlease", "warmup_rounds": 1, "distance": "B"},
 }
 SHOWN = {
@@ -64,6 +65,7 @@ SHOWN = {
     "fedamole of two": "FedAMoLE, two clients per expert",
     "fedamole as published": "FedAMoLE as published",
     "smartfed": "SmartFed",
+    "smartfed as published": "SmartFed as published",
     "fedlease by B": "FedLEASE, by B",
 }
 CHOSEN = "clip + multi_krum"  # what docs/robustness.md recommends

@@ -103,7 +103,7 @@ class Bench:
         if not (out / "summary.json").exists():
             settings: dict[str, Any] = {"name": method}
             if method == "smartfed":
-                settings["pool"] = str(self.pool())
+                settings |= {"pool": str(self.pool()), "router": "paper"}  # the published figures are of this
             if method == "fedamole":
                 settings["clients_per_expert"] = 2  # the published figures are of this
             clients = make_clients(self.work / "clients" / str(seed), seed, 0.05 if self.quick else 1.0)

@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedit": {},
     "fedlease": {"distance": "B", "warmup_rounds": 1, "max_experts": 3},
     "fedamole": {"experts": 6, **PAPER},
-    "smartfed": {"active": 3, "fresh_rank": 2},
+    "smartfed": {"router": "paper", "active": 3, "fresh_rank": 2},
 }
 ENGINES = {"local": {}, "batched": {"clients_per_batch": 3}, "flower-sim": {"name": "flower-sim"}}
 VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
@@ -43,7 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
         "method": {"name": "fedlease", "distance": "B", "expert_start": "own", "router": "personal", "warmup_rounds": 1}
     },
     "fedamole-static": {"method": {"name": "fedamole", "experts": 6, "assignment": "static", **PAPER}},
-    "smartfed-trained": {"method": {"name": "smartfed", "active": 3, "train_experts": ["two"], "drop_below": 0.1}},
+    "smartfed-trained": {
+        "method": {"name": "smartfed", "router": "paper", "active": 3, "train_experts": ["two"], "drop_below": 0.1}
+    },
     "fedit-bfloat16": {"method": {"name": "fedit"}, "engine": {"precision": "bfloat16"}},
 }
 IGNORED = {

@@ -30,8 +30,8 @@ from coterie.data.rows import TextRow
 from coterie.experiment import run
 
 ROUNDS = 9
-SMARTFED = {"name": "smartfed", "active": 4}
-SIGNED = {"router": "signed", "router_rate": 30.0}
+SMARTFED = {"name": "smartfed", "router": "paper", "active": 4}
+SIGNED = {"router": "signed", "router_rate": 30.0, "router_decay": 1.0}
 CASES: dict[str, Mapping[str, Any]] = {
     "FedIT": {"name": "fedit"},
     "FedLEASE": {"name": "fedlease", "warmup_rounds": 1, "max_experts": 6},

@@ -9,6 +9,7 @@ accuracy by round, bytes, the adapters' shares of the gates.
     python examples/fetch_data.py             # once
     python bench/reuse/run.py --rates         # the routers' rates, on a seed that is not reported
     python bench/reuse/run.py --routers --pools 0,1,2 --seeds 0,1,2
+    python bench/reuse/run.py --untuned --pools 0,1,2 --seeds 0,1,2
     python bench/reuse/run.py --seeds 0,1     # goes on where it was stopped; runs lie in runs/reuse
 """
 
@@ -47,7 +48,7 @@ class Case:
     pool: str = "pool"  # or one with a poisoned module
 
 
-SMARTFED = {"name": "smartfed", "active": 4}
+SMARTFED = {"name": "smartfed", "router": "paper", "active": 4}
 MAIN = [
     Case("SmartFed, K 4", SMARTFED),
     Case("SmartFed, K 4 + fresh", {**SMARTFED, "fresh_rank": 4}),
@@ -63,13 +64,13 @@ TRIED = {"paper": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)} | dict.fromkeys(
 RATES = {"paper": 8.0, "signed": 120.0, "response": 30.0, "mixing": 120.0}
 
 MORE = [
-    Case("SmartFed, K 8", {"name": "smartfed", "active": 8}),
-    Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 2}),
-    Case("scale one", {"name": "smartfed", "active": 8, "gate_scale": "one"}),
+    Case("SmartFed, K 8", {**SMARTFED, "active": 8}),
+    Case("whole-LoRA routing", {**SMARTFED, "granularity": "adapter", "active": 2}),
+    Case("scale one", {**SMARTFED, "active": 8, "gate_scale": "one"}),
 ]
 POISONED = [
     Case("SmartFed, K 4, poisoned", SMARTFED, "pool-poisoned"),
-    Case("SmartFed, K 8, poisoned", {"name": "smartfed", "active": 8}, "pool-poisoned"),
+    Case("SmartFed, K 8, poisoned", {**SMARTFED, "active": 8}, "pool-poisoned"),
     Case("SmartFed, K 4, poisoned, drop_below 0.75", {**SMARTFED, "drop_below": 0.75}, "pool-poisoned"),
     Case("SmartFed, K 4, noise", SMARTFED, "pool-noise"),
     Case("SmartFed, K 4, noise, drop_below 0.5", {**SMARTFED, "drop_below": 0.5}, "pool-noise"),
@@ -93,6 +94,15 @@ def plan_of_routers() -> Iterator[tuple[str, Case, int]]:
         yield "sst2 again", routed(router, rate, "pool-poisoned"), SHORT
 
 
+def plan_of_untuned() -> Iterator[tuple[str, Case, int]]:
+    """The paper's router and the default one, with the rates that they have where none are set."""
+    for router in ("paper", "signed"):
+        method = {**SMARTFED, "router": router}
+        yield "sst2 again", Case(f"SmartFed, {router}", method), SHORT
+        yield "sst2 again", Case(f"SmartFed, {router}, poisoned", method, "pool-poisoned"), SHORT
+        yield "clinc150", Case(f"SmartFed, {router} + fresh", {**method, "fresh_rank": 4}), LONG
+
+
 def plan_of_rates() -> Iterator[tuple[str, Case, int]]:
     """The routers with several rates, to choose from."""
     yield from (("sst2 again", routed(router, rate), SHORT) for router, rates in TRIED.items() for rate in rates)
@@ -101,13 +111,15 @@ def plan_of_rates() -> Iterator[tuple[str, Case, int]]:
 def routed(router: str, rate: float, pool: str = "pool") -> Case:
     """SmartFed with a router and its rate."""
     name = f"SmartFed, {router}, rate {rate:g}" + (", poisoned" if pool == "pool-poisoned" else "")
-    return Case(name, {**SMARTFED, "router": router, "router_rate": rate}, pool)
+    return Case(name, {**SMARTFED, "router": router, "router_rate": rate, "router_decay": 1.0}, pool)
 
 
 def planned(options: argparse.Namespace, first: bool) -> Iterator[tuple[str, Case, int]]:
     """What the options ask for."""
     if options.rates:
         return plan_of_rates()
+    if options.untuned:
+        return plan_of_untuned()
     return plan_of_routers() if options.routers else plan(first)
 
 
@@ -234,6 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: bench/results)")
     parser.add_argument("--seeds", default="0", help="with commas between them")
     parser.add_argument("--routers", action="store_true", help="compare SmartFed's routers alone, on sst2 again")
+    parser.add_argument("--untuned", action="store_true", help="compare two routers with the rates that are theirs")
     parser.add_argument("--rates", action="store_true", help="only try rates of the routers, on sst2 again; no JSON")
     parser.add_argument("--pools", default="0", help="draws of the modules' rows, with commas between them")
     parser.add_argument("--only", default="", help="only what has these words in 'target, case;', with | between them")
@@ -253,8 +266,8 @@ def main() -> None:
                 if not all(word in f"{target}, {case.name};" for word in options.only.split("|")):
                     continue
                 smartfed = case.method["name"] == "smartfed"
-                if not smartfed and draw != draws[0]:
-                    continue  # it has no pool
+                if draw != draws[0] and (not smartfed or (options.untuned and rounds == LONG)):
+                    continue  # it has no pool, or takes long
                 method = {**case.method, "pool": str(pools[case.pool])} if smartfed else case.method
                 long = f"-{rounds}" if rounds != SHORT else ""
                 name = f"{target}-{case.name}-{seed}{long}".replace(" ", "-").replace(",", "")
@@ -271,7 +284,7 @@ def main() -> None:
     if options.only or options.rates:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    name = "reuse-routers" if options.routers else "reuse"
+    name = "reuse-untuned" if options.untuned else "reuse-routers" if options.routers else "reuse"
     content = {"bench": name, "quick": False, "rows": found, "measured_on": measured_on()}
     (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 

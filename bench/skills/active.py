@@ -29,7 +29,7 @@ from _harness import RESULTS, measured_on, table
 TARGET, SHARE, N = "sort in letters", 100, 40
 BUDGETS = (2, 3, 4, 8, N)
 IMPORTANCES = ("first_order", "gate_mass", "ablation")
-ROUTERS: dict[str, dict[str, Any]] = {"paper": {}, "signed": {"router": "signed", "sparse": True}}
+ROUTERS: dict[str, dict[str, Any]] = {"paper": {"router": "paper"}, "signed": {"router": "signed", "sparse": True}}
 
 
 def cases(routers: Sequence[str], budgets: Sequence[int]) -> Iterator[tuple[dict[str, Any], Case]]:

@@ -57,7 +57,7 @@ class Setting:
 
 KINDS = {
     FEDIT: Kind({"name": "fedit"}, ((0.5, 1), (1, 1), (2, 1), (1, 0.9))),
-    "paper": Kind(SMARTFED, ((0.5, 1), (1, 1), (2, 1), (1, 0.9))),
+    "paper": Kind(SMARTFED | {"router": "paper"}, ((0.5, 1), (1, 1), (2, 1), (1, 0.9))),
     "signed": Kind(SMARTFED | {"router": "signed"}, ((20, 1), (40, 1), (80, 1), (20, 0.9), (40, 0.9), (30, 0.7))),
     "response": Kind(SMARTFED | {"router": "response"}, ((5, 1), (10, 1), (20, 1), (10, 0.9), (20, 0.9))),
     "mixing": Kind(SMARTFED | {"router": "mixing"}, ((5, 1), (10, 1), (20, 1), (10, 0.9), (20, 0.9))),
@@ -78,7 +78,7 @@ def case_of(kind: str, rate: Rate, setting: Setting, fedits: float, rounds: int)
     if kind == FEDIT:
         more["train"] = {"learning_rate": LEARNING_RATE * factor, "round_decay": decay}
         return Case(name, method, more=more)
-    method |= {"router_rate": factor} | ({"router_decay": decay} if decay < 1 else {})
+    method |= {"router_rate": factor, "router_decay": decay}
     method |= {"fresh_rank": 8, "fresh_rate": fedits} if setting.fresh else {}
     name += f", fresh {fedits:g}" * setting.fresh + ", poisoned" * setting.poisoned
     return Case(name, method, poisoned=setting.poisoned, more=more)

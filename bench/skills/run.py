@@ -53,27 +53,28 @@ class Case:
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-FRESH = {"name": "smartfed", "fresh_rank": 8}
+PAPER = {"name": "smartfed", "router": "paper"}
+FRESH = {**PAPER, "fresh_rank": 8}
 MAIN = [
-    Case("SmartFed", {"name": "smartfed"}),
+    Case("SmartFed", PAPER),
     Case("SmartFed + fresh", FRESH),
     Case("FedIT", {"name": "fedit"}),
     Case("FedIT from merge", {"name": "fedit"}, merged=1.0),
-    Case("whole-LoRA routing", {"name": "smartfed", "granularity": "adapter", "active": 3}),
+    Case("whole-LoRA routing", {**PAPER, "granularity": "adapter", "active": 3}),
     Case("local", {"name": "local"}),
 ]
-NO_EEQA = Case("no EEQA", {"name": "smartfed", "quota": "uniform"})
+NO_EEQA = Case("no EEQA", {**PAPER, "quota": "uniform"})
 ABLATIONS = [
-    Case("by a matrix's sum", {"name": "smartfed", "per_active": False}),
-    Case("greedy quotas", {"name": "smartfed", "quota": "greedy"}),
-    Case("gate_mass", {"name": "smartfed", "importance": "gate_mass"}),
-    Case("scale one", {"name": "smartfed", "gate_scale": "one"}),
-    Case("K 4", {"name": "smartfed", "active": 4}),
-    Case("K 16", {"name": "smartfed", "active": 16}),
-    Case("poisoned", {"name": "smartfed"}, poisoned=True),
+    Case("by a matrix's sum", {**PAPER, "per_active": False}),
+    Case("greedy quotas", {**PAPER, "quota": "greedy"}),
+    Case("gate_mass", {**PAPER, "importance": "gate_mass"}),
+    Case("scale one", {**PAPER, "gate_scale": "one"}),
+    Case("K 4", {**PAPER, "active": 4}),
+    Case("K 16", {**PAPER, "active": 16}),
+    Case("poisoned", PAPER, poisoned=True),
 ]
 NARROW = [  # no mixture of two modules swaps: the parts of the whole pool do
-    Case("SmartFed, narrow pool", {"name": "smartfed", "active": 4}, narrow=True),
+    Case("SmartFed, narrow pool", {**PAPER, "active": 4}, narrow=True),
     Case("SmartFed + fresh, narrow pool", {**FRESH, "active": 4}, narrow=True),
 ]
 

@@ -61,14 +61,18 @@ def poisoned(pool: Pool) -> Pool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "router",
-    [{"router": "signed", "router_rate": 4.0}, {"router": "mixing", "router_rate": 4.0}, {"router": "response"}],
+    [
+        {"router": "signed", "router_rate": 4.0},
+        {"router": "mixing", "router_rate": 4.0},
+        {"router": "response", "router_rate": 1.0},
+    ],
 )
 def test_weights_of_the_experts_learn_it_too(tmp_path: Path, router: dict[str, Any]) -> None:
     tiny.folder(tmp_path / "model", "llama")
     sites.federation(tmp_path / "clients", "generation", clients=2, rows=16)
     (_, _, alone), _ = ran(tmp_path, "teacher", {"name": "fedit"}, 3)
     write_pool(tmp_path / "pool", poisoned(build_pool([str(tmp_path / "teacher" / "experts" / "global")])))
-    method = {"name": "smartfed", "pool": "pool", "active": 2, "quota_interval": 1, **router}
+    method = {"name": "smartfed", "pool": "pool", "active": 2, "quota_interval": 1, "router_decay": 1.0, **router}
     losses, use = ran(tmp_path, "smart", method, 3)
     assert losses[2] < losses[1] < losses[0]
     assert losses[2] < alone + 0.1
@@ -84,8 +88,10 @@ def test_routing_takes_the_module_that_helps_and_leaves_the_poisoned_one(tmp_pat
     write_pool(tmp_path / "pool", pool)
 
     method = {"name": "smartfed", "pool": "pool", "active": 2, "quota_interval": 1}
-    losses, use = ran(tmp_path, "smart", method, 3)
+    losses, use = ran(tmp_path, "smart", {**method, "router": "paper"}, 3)
     assert losses[2] < losses[1] < losses[0]
     poison = [share["poison"] for share in use]
     assert 0.5 > poison[0] > poison[1] > poison[2]
     assert poison[2] < 0.35
+    (by_default,), _ = ran(tmp_path, "default", method, 1)
+    assert by_default < losses[2]

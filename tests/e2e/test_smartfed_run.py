@@ -40,7 +40,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     run(load_config(path), folder / "lease", root=folder)
     app(["pool", "build", str(folder / "pool"), "--run", str(folder / "lease")], standalone_mode=False)
     assert len(read_pool(folder / "pool").adapters) == len(list((folder / "lease" / "experts").iterdir())) >= 2
-    text = path.read_text().replace("warmup_rounds = 1", 'pool = "pool"\nactive = 3\nfresh_rank = 1')
+    text = path.read_text().replace("warmup_rounds = 1", 'pool = "pool"\nrouter = "paper"\nactive = 3\nfresh_rank = 1')
     (folder / "smart.toml").write_text(text.replace('"fedlease"', '"smartfed"'))
     return folder
 

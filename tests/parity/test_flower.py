@@ -55,7 +55,10 @@ USED = {"download": "used", "download_threshold": 0.4, "experts_per_cluster": 2}
 EVERY = [(name, head, {}, "classification") for name in NAMES for head in ("personal", "shared")]
 EVERY += [("fedlease", "shared", {"distance": "representation", **USED}, "classification")]
 EVERY += [(name, "personal", {}, kind) for name in NAMES for kind in ("generation", "multiple_choice")]
-EVERY += [("fedlease", "personal", {}, "dpo"), ("smartfed", "shared", {"budgets": {"mood-1": 1}}, "classification")]
+EVERY += [
+    ("fedlease", "personal", {}, "dpo"),
+    ("smartfed", "shared", {"router": "paper", "budgets": {"mood-1": 1}}, "classification"),
+]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,8 @@ def test_every_method_ends_with_the_bits_of_the_local_engine(
 
 
 def test_a_site_with_few_active_experts_trains_as_a_client_with_a_budget(tmp_path: Path) -> None:
-    path, changes = sites.config(tmp_path, method="smartfed"), {"method": {"pool": pools.for_tiny(), "active": 3}}
+    method = {"pool": pools.for_tiny(), "router": "paper", "active": 3}
+    path, changes = sites.config(tmp_path, method="smartfed"), {"method": method}
     states, joined = {}, {}
     for place, budgets, active in (("site", {}, 1), ("server", {"mood-1": 1}, None)):
         config = flower_sites.server_config(path, **{**changes, "method": {**changes["method"], "budgets": budgets}})

@@ -14,6 +14,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fedamole": {"experts": 6, "dropout_masks": "per_expert", "padding": "counted"},
     "hetlora": {"prune": 0.7, "penalty": 1.0},
     "smartfed": {
+        "router": "paper",
         "active": 3,
         "budgets": {"mood-0": 1},
         "fresh_rank": 2,

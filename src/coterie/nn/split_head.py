@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from coterie.nn.first_token import same_logits, trial_inputs
 
-_TOLERANCE = 5e-6  # the head in parts rounds otherwise
 # What a forward pass raises where its body is not what it usually is: a decoder of some other build.
 _OTHER_BUILD = (RuntimeError, AttributeError, TypeError, IndexError, ValueError)
 
@@ -64,7 +63,7 @@ def split_head(model: nn.Module) -> SplitHead | None:
 def _works(cut: SplitHead, model: nn.Module, inputs: Mapping[str, Tensor], whole: Tensor) -> bool:
     try:
         parts = cut.hidden(model, inputs).flatten(0, 1).split(5)
-        return same_logits(whole, torch.cat([cut.logits(model, part) for part in parts]).view_as(whole), _TOLERANCE)
+        return same_logits(whole, torch.cat([cut.logits(model, part) for part in parts]).view_as(whole))
     except _OTHER_BUILD:
         return False
 

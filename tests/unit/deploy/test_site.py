@@ -406,7 +406,7 @@ def test_site_check_quotes_a_row_that_cannot_be_tokenised(tmp_path: Path) -> Non
 
 def test_a_sites_limit_of_active_experts_is_in_what_it_reports(tmp_path: Path) -> None:
     config = flower_sites.server_config(
-        sites.config(tmp_path, method="smartfed"), method={"pool": pools.for_tiny(), "active": 3}
+        sites.config(tmp_path, method="smartfed"), method={"pool": pools.for_tiny(), "router": "paper", "active": 3}
     )
     worker = flower_sites.workers(tmp_path, [CLIENT], site={"active": 1})[CLIENT]
     hello = codec.decode(Hello, worker.answer(Message(head(config, "query.hello"))).body)

@@ -51,7 +51,7 @@ M = len(BASE.targets)
 
 def smartfed(folder: Path | str | None = None, head: Any = "personal", **settings: Any) -> SmartFed:
     plan = Plan(rank=4, alpha=8, dropout=0.0, head=head)
-    return SmartFed(SmartFedSettings(pool=str(folder or pools.for_tiny()), **settings), plan)
+    return SmartFed(SmartFedSettings(pool=str(folder or pools.for_tiny()), **{"router": "paper", **settings}), plan)
 
 
 class Hand:
@@ -481,7 +481,15 @@ def test_whole_adapters_as_experts() -> None:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no pool": ({"pool": ""}, "coterie pool build"),
     "no such adapter": ({"train_experts": ("three",)}, "the pool has no adapter 'three'; it has one, two"),
-    "floors above the budget": ({"floor": 4, "active": 3}, "above active"),
+    "floors above the budget": ({"router": "paper", "floor": 4, "active": 3}, "above active"),
+    "quotas where all are active": (
+        {"quota": "greedy"},
+        'quota does nothing with router = "signed".* router = "paper"',
+    ),
+    "a floor where all are active": ({"router": "response", "floor": 1}, 'floor does nothing with router = "response"'),
+    "a total that is the paper's": ({"sparse": True, "gate_scale": "one"}, "gate_scale does nothing"),
+    "a rank that is response's": ({"router_rank": 2}, 'router_rank does nothing .* set router = "response"'),
+    "the paper's are sparse": ({"router": "paper", "sparse": True}, 'sparse does nothing .* set router = "signed"'),
 }
 
 

@@ -30,7 +30,7 @@ from coterie.methods.smartfed.routers import comparable, start_routers
 from coterie.methods.smartfed.settings import SmartFedSettings
 from coterie.nn.attach import attached
 from coterie.nn.spec import describe
-from coterie.requests import Train, Trained
+from coterie.requests import Optim, Train, Trained
 from coterie.types import NO_EXPERT, SHARED, Bank, ClientInfo, CoterieError, Instruction, Key, Part, Personal, Reply
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ TABLES = {"signed": 1, "mixing": 1 + N, "response": 2}
 def made(
     fresh: int = 0, clients: Sequence[ClientInfo] = (), **settings: Any
 ) -> tuple[SmartFed, SmartFedState, Instruction]:
-    chosen = SmartFedSettings(pool=str(pools.for_tiny()), fresh_rank=fresh, **settings)
+    chosen = SmartFedSettings(pool=str(pools.for_tiny()), fresh_rank=fresh, **{"router": "paper", **settings})
     method = SmartFed(chosen, Plan(rank=4, alpha=8, dropout=0.0, head="personal"))
     state = method.init(BASE, clients or [ME])
     return method, state, method.configure(state, [ME], 2)[ME.id]
@@ -174,9 +174,28 @@ def test_the_routers_rate_alone_decays_from_round_to_round() -> None:
         }  # fmt: skip
 
 
-def rates_in(rnd: int, **settings: Any) -> Mapping[Key, float]:
+@pytest.mark.parametrize(("router", "rate"), [("paper", 0.004), ("signed", 0.2), ("mixing", 0.1), ("response", 0.1)])
+def test_a_router_has_a_rate_and_a_decay_of_its_own_where_none_are_set(router: str, rate: float) -> None:
+    """Whatever the learning rate of the rest, unless it is the paper's router."""
+    decay = 1.0 if router == "paper" else 0.9
+    for rnd in (1, 3):
+        for key, factor in rates_in(rnd, 0.004, fresh=2, router=router).items():
+            wanted = rate * decay ** (rnd - 1) if key.part is Part.ROUTER else 0.004
+            assert 0.004 * factor == pytest.approx(wanted)
+    steady = rates_in(3, router=router, router_rate=7.0, router_decay=1.0)
+    assert {factor for key, factor in steady.items() if key.part is Part.ROUTER} == {7.0}
+
+
+def test_the_default_router_is_signed_and_the_papers_is_a_setting() -> None:
+    state = SmartFed(SmartFedSettings(pool=str(pools.for_tiny())), Plan()).init(BASE, [ME])
+    assert {tuple(value.shape) for value in state.routers.values()} == {(N, 1)}
+    assert {tuple(value.shape) for value in made(router="paper")[1].routers.values()} == {(N, 32)}
+
+
+def rates_in(rnd: int, learning_rate: float = 0.002, **settings: Any) -> Mapping[Key, float]:
     """The factors on the learning rates in the request to train of round ``rnd``."""
     method, _, _ = made(**settings)
+    method = replace(method, plan=replace(method.plan, optim=Optim(learning_rate=learning_rate)))
     ins = method.configure(method.init(BASE, [ME]), [ME], rnd)[ME.id]
     seen: list[Train] = []
 

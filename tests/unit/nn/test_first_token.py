@@ -58,7 +58,7 @@ def test_encoders_that_read_the_first_token_are_cut(arch: str, dtype: torch.dtyp
         with cut.only(model):
             cut_logits = model(**inputs).logits
         assert seen == [9, 1]
-        torch.testing.assert_close(cut_logits, before, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(cut_logits, before, rtol=5e-6, atol=5e-6)
         assert torch.equal(model(**inputs).logits, before)
         assert seen == [9, 1, 9]
 

@@ -10,7 +10,7 @@ from coterie.methods.plan import MethodSettings
 
 
 class FedLEASESettings(MethodSettings):
-    """FedLEASE's settings; the defaults are the paper's."""
+    """FedLEASE's settings; the defaults are the paper's, but for ``distance``, whose published value is ``B``."""
 
     warmup_rounds: int = Field(
         5,

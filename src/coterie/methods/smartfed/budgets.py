@@ -20,7 +20,8 @@ BUDGET = "active"  # in an instruction's info and in the reply's: the client's b
 def active_fault(settings: SmartFedSettings) -> str:
     """Why no client can activate fewer experts than the run; "" if one can."""
     if settings.routes_all:
-        fix = "choose another router" if settings.router == "mixing" else "set [method] sparse = true"
+        other = 'set [method] sparse = true or router = "paper"'
+        fix = "choose another router" if settings.router == "mixing" else other
         return f'with router = "{settings.router}" every expert is active; {fix}, or leave it out'
     return ""
 

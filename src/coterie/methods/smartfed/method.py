@@ -115,7 +115,7 @@ class SmartFed(Method[SmartFedState]):
     name = "smartfed"
     title = "SmartFed"
     paper = "arXiv 2512.00902 (ICML 2026)"
-    summary = "existing LoRAs cut into rank-1 experts; routers train, with an elastic quota per matrix"
+    summary = "existing LoRAs cut into rank-1 experts; only a router over them trains"
     Settings = SmartFedSettings
     State = SmartFedState
     instructs_alike = False
@@ -240,7 +240,7 @@ class SmartFed(Method[SmartFedState]):
             return ClientResult(Reply(ins.tensors, me.num_train, {**budget, "lacks_pool": True}), personal)
         bank = self.bank(ins, me, personal)
         trainable = sent.trainable(bank)
-        rates = self.settings.rates(trainable, ins.info.get(DECAYED, 1.0))
+        rates = self.settings.rates(trainable, ins.info.get(DECAYED, 1.0), self.plan.optim.learning_rate)
         trained = yield Train(bank, trainable, self.plan.optim, rates=rates)
         after = replace(bank, tensors={**bank.tensors, **trained.tensors})
         own = {key: v for key, v in trained.tensors.items() if key.part in WHOLE or key.expert == SHARED}
@@ -268,7 +268,7 @@ class SmartFed(Method[SmartFedState]):
     def onboard(self, welcome: Instruction, base: BaseSpec, me: ClientInfo) -> Program[Onboarded]:
         """As any method, with the learning rates of a first round."""
         found = yield from super().onboard(welcome, base, me)
-        return replace(found, rates=self.settings.rates(found.trainable, 1.0))
+        return replace(found, rates=self.settings.rates(found.trainable, 1.0, self.plan.optim.learning_rate))
 
     # steps of the server -----------------------------------------------------------------------------------------
 

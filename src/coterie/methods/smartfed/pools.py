@@ -13,7 +13,7 @@ from coterie.adapters.pool import BOUND, Adapter, Pool, cut, match_modules, norm
 from coterie.methods.parts import lora_of
 from coterie.methods.plan import Plan
 from coterie.methods.privacy import sent_by_clients
-from coterie.methods.smartfed.settings import SmartFedSettings
+from coterie.methods.smartfed.settings import ROUTER_OF, SmartFedSettings
 from coterie.types import (
     SHARED,
     Bank,
@@ -51,7 +51,12 @@ def check_settings(settings: SmartFedSettings, pool: Pool) -> None:
     known = [adapter.name for adapter in pool.adapters]
     if unknown := sorted({*settings.train_experts} - {*known}):
         raise CoterieError(f"[method] train_experts: the pool has no adapter {unknown[0]!r}; it has {', '.join(known)}")
-    if settings.floor > settings.active:
+    if idle := settings.idle():
+        raise CoterieError(
+            f'[method] {idle} does nothing with router = "{settings.router}"; remove it, or set router = '
+            f'"{ROUTER_OF[idle]}"'
+        )
+    if settings.floor > settings.active and not settings.routes_all:
         raise CoterieError(
             f"[method] floor = {settings.floor} is above active = {settings.active}, the mean over matrices; lower it"
         )

@@ -12,6 +12,15 @@ from coterie.methods.plan import MethodSettings
 from coterie.types import SHARED, Key, Part
 
 DECAYED = "router_decayed"
+# The learning rates of our routers where none is set, and what is left of them from round to round. Their weights are
+# of the size of 1 whatever the base, so their rates do not follow that of [train].
+_RATES, _DECAY = {"signed": 0.2, "mixing": 0.1, "response": 0.1}, 0.9
+# A router for which these are, for the message about one for which they are not.
+ROUTER_OF = {
+    "router_rank": "response",
+    "sparse": "signed",
+    **dict.fromkeys(("gate_scale", "quota", "per_active", "floor"), "paper"),
+}
 
 
 class SmartFedSettings(MethodSettings):
@@ -37,10 +46,10 @@ class SmartFedSettings(MethodSettings):
     floor: int = Field(
         2, ge=1, description="active experts that every matrix keeps; with only one, a router cannot learn"
     )
-    router: Literal["paper", "signed", "mixing", "response"] = Field(
-        "paper",
-        description="paper: softmax over W x per token; signed: a signed weight for each expert, all tokens alike; "
-        "mixing: that, and any combination of A x before B; response: signed, and a part that follows |A x|",
+    router: Literal["signed", "mixing", "response", "paper"] = Field(
+        "signed",
+        description="signed: a signed weight for each expert, all tokens alike; mixing: that, and any combination of "
+        "A x before B; response: signed, and a part that follows |A x|; paper: softmax over W x per token, with EEQA",
     )
     router_rank: int = Field(0, ge=0, description="rank of response's mixing of |A x| over experts; 0: each its own")
     sparse: bool = Field(
@@ -49,9 +58,18 @@ class SmartFedSettings(MethodSettings):
     gate_scale: Literal["active", "one", "budget"] = Field(
         "active", description="paper: what the K weights of a token add up to: K, 1, or active whatever K is"
     )
-    router_rate: float = Field(1.0, gt=0, description="the routers' learning rate, times that of [train]")
+    router_rate: float = Field(
+        0.0,
+        ge=0,
+        description="the routers' learning rate, times that of [train]; 0: 1 for paper; for signed a rate of 0.2, for "
+        "mixing and response of 0.1, whatever that of [train]",
+    )
     router_decay: float = Field(
-        1.0, gt=0, le=1, description="the routers' learning rate is multiplied by this every round, beside round_decay"
+        0.0,
+        ge=0,
+        le=1,
+        description="the routers' learning rate is multiplied by this every round, beside round_decay; 0: 1 for paper, "
+        "else 0.9",
     )
     head_rate: float = Field(1.0, gt=0, description="the head's learning rate, times that of [train]")
     fresh_rate: float = Field(1.0, gt=0, description="the fresh expert's learning rate, times that of [train]")
@@ -91,13 +109,26 @@ class SmartFedSettings(MethodSettings):
         """Whether every expert is active on every token, whatever the quotas."""
         return self.router != "paper" and not self.sparse
 
+    def idle(self) -> str:
+        """The name of a setting that is not at its default and that the router does not use; "" if there is none."""
+        unused = {
+            "router_rank": self.router != "response",
+            "sparse": self.router == "paper",
+            "gate_scale": self.router != "paper",
+            **dict.fromkeys(("quota", "per_active", "floor"), self.routes_all),
+        }
+        fields = type(self).model_fields
+        return next((name for name, idle in unused.items() if idle and getattr(self, name) != fields[name].default), "")
+
     def decayed(self, rnd: int) -> dict[str, float]:
         """For an instruction's info: what is left of the routers' learning rate in round ``rnd``."""
-        return {DECAYED: self.router_decay ** (rnd - 1)} if self.router_decay < 1 else {}
+        decay = self.router_decay or (_DECAY if self.router in _RATES else 1.0)
+        return {DECAYED: decay ** (rnd - 1)} if decay < 1 else {}
 
-    def rates(self, trainable: Iterable[Key], decayed: float) -> dict[Key, float]:
-        """The factors on the learning rates of tensors; ``decayed``: what is left of the routers'."""
-        parts = {Part.ROUTER: self.router_rate * decayed, Part.HEAD: self.head_rate}
+    def rates(self, trainable: Iterable[Key], decayed: float, rate: float) -> dict[Key, float]:
+        """The factors on ``rate``, the run's learning rate, by tensor; ``decayed``: what is left of the routers'."""
+        router = self.router_rate or (_RATES[self.router] / rate if self.router in _RATES else 1.0)
+        parts = {Part.ROUTER: router * decayed, Part.HEAD: self.head_rate}
         return {key: self.fresh_rate if key.expert == SHARED else parts.get(key.part, 1.0) for key in trainable}
 
     def located(self, root: Path) -> Self:
