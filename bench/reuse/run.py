@@ -30,11 +30,13 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import RESULTS, datasets, measured_on, table
 
+from coterie.adapters.bundle import read_bundle
 from coterie.adapters.pool import POOL_FILE, write_pool
 from coterie.adapters.read import WEIGHTS_FILE, build_pool
 from coterie.config.load import check_config
 from coterie.experiment import run
 from coterie.ops.streams import stream
+from coterie.types import Part
 
 MODULES = ("sst2", "trec", "mrpc", "sick")
 TRAIN = {"learning_rate": 2e-3, "batch_size": 8, "epochs": 2}
@@ -101,6 +103,7 @@ def plan_of_untuned() -> Iterator[tuple[str, Case, int]]:
         yield "sst2 again", Case(f"SmartFed, {router}", method), SHORT
         yield "sst2 again", Case(f"SmartFed, {router}, poisoned", method, "pool-poisoned"), SHORT
         yield "clinc150", Case(f"SmartFed, {router} + fresh", {**method, "fresh_rank": 4}), LONG
+    yield "sst2 again", Case("SmartFed, signed, poisoned", method, "pool-poisoned"), SHORT // 2  # for its weights then
 
 
 def plan_of_rates() -> Iterator[tuple[str, Case, int]]:
@@ -219,7 +222,27 @@ def row_of(out: Path, rounds: int) -> dict[str, Any]:
         told |= event["describe"]
     kept = {name: told[name] for name in ("use", "dropped") if name in told}
     uses = [e["describe"]["use"] for e in trained if "use" in e["describe"]]
-    return {"accuracy": accuracy, "loss": loss, "KiB": moved // 1024, **kept, **({"uses": uses} if uses else {})}
+    signed = json.loads((out / "config.json").read_text())["config"]["method"].get("router") == "signed"
+    weights = mean_weights(out, events) if signed else {}
+    more = {"uses": uses} if uses else {}
+    return {"accuracy": accuracy, "loss": loss, "KiB": moved // 1024, **kept, **more, **weights}
+
+
+def mean_weights(out: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each adapter's mean weight at the end of a run with ``signed`` routers, over its ranks and the matrices.
+
+    Below 0 an adapter is turned round. ``forward``: the share of its weights above 0 in the sum of all by size. The
+    clients' routers are the same.
+    """
+    adapters = next(e for e in events if e["event"] == "start_state")["describe"]["adapters"]
+    bank, _ = read_bundle(min((out / "clients").iterdir()))
+    routers = torch.stack([value[:, 0] for key, value in sorted(bank.tensors.items()) if key.part is Part.ROUTER])
+    of = {name: routers[:, first : first + rank] for name, (first, rank) in adapters.items()}
+    size = routers.abs().sum()
+    return {
+        "weights": {name: float(weights.mean()) for name, weights in of.items()},
+        "forward": {name: float(weights.clamp(min=0).sum() / size) for name, weights in of.items()},
+    }
 
 
 def show(found: list[dict[str, Any]]) -> None:
