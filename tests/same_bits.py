@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # further cases of the reference engine
         "method": {"name": "fedlease", "distance": "B", "expert_start": "own", "router": "personal", "warmup_rounds": 1}
     },
     "fedamole-static": {"method": {"name": "fedamole", "experts": 6, "assignment": "static", **PAPER}},
+    "smartfed-signed": {"method": {"name": "smartfed", "fresh_rank": 2}},
     "smartfed-trained": {
         "method": {"name": "smartfed", "router": "paper", "active": 3, "train_experts": ["two"], "drop_below": 0.1}
     },

@@ -147,7 +147,7 @@ def targets(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def config(data: dict[str, Any], method: Mapping[str, Any], seed: int, rounds: int, **train: Any) -> dict[str, Any]:
-    run: dict[str, Any] = {"rounds": rounds, "seed": seed}
+    run: dict[str, Any] = {"rounds": rounds, "seed": seed} | ({"export": "last"} if rounds < SHORT else {})
     engine = {"threads": torch.get_num_threads(), "device": "cpu", "clients_per_batch": "auto"}
     return {
         "model": {"path": "minilm", "max_length": 48},
@@ -229,7 +229,7 @@ def row_of(out: Path, rounds: int) -> dict[str, Any]:
 
 
 def mean_weights(out: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each adapter's mean weight at the end of a run with ``signed`` routers, over its ranks and the matrices.
+    """Each adapter's mean weight in the exported round of a run with ``signed`` routers, over ranks and matrices.
 
     Below 0 an adapter is turned round. ``forward``: the share of its weights above 0 in the sum of all by size. The
     clients' routers are the same.

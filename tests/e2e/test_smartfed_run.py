@@ -117,6 +117,21 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
     assert "Budgets of clients" in (whole / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_with_weights_that_learn_more_slowly_each_round_ends_with_the_same_bits(site: Path) -> None:
+    """The default router; its report has no quotas, because every expert is active."""
+    whole, parts = site / "whole-signed", site / "parts-signed"
+    config = load_config(site / "smart.toml", ["method.router=signed"])
+    run(config, whole, root=site)
+    stop_run(run, config, parts, root=site, when=lambda event: isinstance(event, ClientDone) and event.round == 3)
+    run(config, parts, root=site, resume=True)
+    for client in (whole / "clients").iterdir():
+        ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
+        assert codec.encode(ours) == codec.encode(theirs)
+    report = (whole / "report.html").read_text(encoding="utf-8")
+    assert "Use of the adapters by round" in report
+    assert "Where the active experts go" not in report
+
+
 def test_a_run_with_another_base_than_the_pools_is_refused_and_an_untold_one_noted(site: Path) -> None:
     config = load_config(site / "smart.toml")
     file = Path(resolve(config.model.path, site)) / "model.safetensors"

@@ -69,7 +69,7 @@ class SiteIdentity(Section):
         None,
         ge=1,
         description="for a weak machine: the most experts per matrix and token that this site activates, on average "
-        "(SmartFed); without it, as many as the run",
+        "(SmartFed with the paper's router, or sparse); without it, as many as the run",
     )
 
 

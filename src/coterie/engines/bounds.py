@@ -59,7 +59,11 @@ def usual_rate(optim: Optim, rnd: int) -> float:
 
 
 def large_updates(
-    sizes: Mapping[ClientId, Sizes], steps: Mapping[ClientId, int], bound: float, rate: float = 0.0
+    sizes: Mapping[ClientId, Sizes],
+    steps: Mapping[ClientId, int],
+    bound: float,
+    rate: float = 0.0,
+    factors: Mapping[Part, float] = {},
 ) -> dict[ClientId, str]:
     """Why clients are left out whose update is more than ``bound`` times the round's median, in any part.
 
@@ -67,7 +71,8 @@ def large_updates(
     moves a number about as far in each step. The ratio counts up to 4, because a client's rows are what it claims.
 
     Where most clients have stopped learning, the median says little about the others. So nobody is left out for an
-    update of at most 2 ``rate`` sqrt(steps), as large as any that training makes (:func:`usual_rate`).
+    update of at most 2 ``rate`` sqrt(steps), as large as any that training makes (:func:`usual_rate`); ``factors``
+    are those of parts that train faster or more slowly.
     """
     faults: dict[ClientId, str] = {}
     for part in Part:
@@ -78,7 +83,9 @@ def large_updates(
         usual = median(steps[client] for client in having)
         for client, size in having.items():
             longer = min(max(steps[client] / usual, 1.0), _MOST_STEPS)
-            trained = 0.0 if part is Part.EMBEDDING else _FURTHEST * rate * math.sqrt(longer * usual)
+            trained = (
+                0.0 if part is Part.EMBEDDING else _FURTHEST * factors.get(part, 1.0) * rate * math.sqrt(longer * usual)
+            )
             if size > max(bound * longer * middle, trained):
                 more = f"; its steps allow {longer:.3g} times that" if longer > 1 else ""
                 faults[client] = (

@@ -104,6 +104,10 @@ class Method(ABC, Generic[S]):
         """Why no client can activate fewer experts than the run (``[site] active``); "" if one can."""
         return f"{self.name} activates the same experts at every client; leave it out"
 
+    def fastest(self, rnd: int) -> Mapping[Part, float]:
+        """The largest factors on ``[train] learning_rate`` in round ``rnd``, by part; 1 for those that are not here."""
+        return {}
+
     # server ----------------------------------------------------------------------------------------------------------
 
     @abstractmethod

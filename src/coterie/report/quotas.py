@@ -21,7 +21,8 @@ def show(quotas: Quotas, run: Run) -> Iterator[Picture | Table]:
     matrices = layers_and_matrices(quotas.sizes)
     active, sizes = ({matrices[m]: n for m, n in of.items() if m in matrices} for of in (quotas.active, quotas.sizes))
     note = "Experts that a token uses at a time, of those that the matrix has."
-    yield Picture("quotas", "Where the active experts go", plots.quota_map(active, sizes), note)
+    if active != sizes:
+        yield Picture("quotas", "Where the active experts go", plots.quota_map(active, sizes), note)
     usage = sorted(run.usage.items(), key=lambda item: natural(item[0]))
     use = {client: adapter_use(of, quotas.adapters) for client, of in usage}
     if any(use.values()):

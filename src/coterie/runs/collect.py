@@ -72,7 +72,8 @@ class Training(Generic[S]):
                 self.log.listen(ClientDone(rnd, client, made.entries[client], fault))
         optim = self.method.plan.optim
         steps = {client: optim.steps_on(infos[client].num_train) for client in sizes}
-        for client, fault in large_updates(sizes, steps, self.settings.update_bound, usual_rate(optim, rnd)).items():
+        rate, factors = usual_rate(optim, rnd), self.method.fastest(rnd)
+        for client, fault in large_updates(sizes, steps, self.settings.update_bound, rate, factors).items():
             made.leave_out(client, fault)
         return made
 

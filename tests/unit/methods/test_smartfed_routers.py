@@ -18,11 +18,13 @@ import tiny
 from coterie import codec
 from coterie.adapters.pool import cut, read_pool
 from coterie.compute.join import join_with
+from coterie.engines.bounds import large_updates
 from coterie.engines.checks import fault_of
 from coterie.methods.base import drive
 from coterie.methods.fedit import FedIT
 from coterie.methods.findings import Quotas, find
 from coterie.methods.plan import Plan
+from coterie.methods.robust import RobustSettings, aggregated
 from coterie.methods.smartfed.budgets import budgets_of
 from coterie.methods.smartfed.method import SmartFed, SmartFedState
 from coterie.methods.smartfed.pools import check_ranks
@@ -182,8 +184,44 @@ def test_a_router_has_a_rate_and_a_decay_of_its_own_where_none_are_set(router: s
         for key, factor in rates_in(rnd, 0.004, fresh=2, router=router).items():
             wanted = rate * decay ** (rnd - 1) if key.part is Part.ROUTER else 0.004
             assert 0.004 * factor == pytest.approx(wanted)
-    steady = rates_in(3, router=router, router_rate=7.0, router_decay=1.0)
-    assert {factor for key, factor in steady.items() if key.part is Part.ROUTER} == {7.0}
+    for steady in (
+        rates_in(3, router=router, router_rate=7.0),
+        rates_in(3, router=router, router_rate=7.0, router_decay=1.0),
+    ):
+        assert {factor for key, factor in steady.items() if key.part is Part.ROUTER} == {7.0}
+
+
+def test_an_honest_router_that_moves_while_others_rest_is_not_left_out() -> None:
+    """At a rate of .2 six steps move a weight by .2 sqrt 6 and more; at that of [train] they could not."""
+    moved = {"a": 0.001, "b": 0.002, "rest": 0.001, "c": 0.15, "d": 5.0}
+    sizes = {client: {Part.ROUTER: far} for client, far in moved.items()}
+    steps = dict.fromkeys(sizes, 6)
+    method = made(router="signed")[0]
+    assert method.fastest(1)[Part.ROUTER] == pytest.approx(0.2 / method.plan.optim.learning_rate)
+    for smart, left_out in ((method, ["d"]), (made(router="paper")[0], ["c", "d"])):
+        rate = smart.plan.optim.learning_rate
+        assert [*large_updates(sizes, steps, 10, rate, smart.fastest(1))] == left_out
+
+
+def test_a_rule_sees_a_fresh_expert_apart_from_weights_that_move_a_hundred_times_as_far() -> None:
+    """A bad fresh expert is shorter than what the routers of honest clients differ by, and yet has no weight."""
+    method, state, _ = made(router="signed", fresh=2)
+    rule = replace(method, plan=replace(method.plan, robust=RobustSettings(rule="krum")))
+    draw, replies = torch.Generator().manual_seed(0), {}
+    for client in "abcd":
+        steps = {Part.ROUTER: 1.0, Part.A: 0.01, Part.B: 0.01}
+        moved = {k: v + steps[k.part] * torch.ones_like(v) for k, v in {**state.routers, **state.fresh}.items()}
+        moved |= {k: v + 0.5 * torch.randn(v.shape, generator=draw) for k, v in moved.items() if k.part is Part.ROUTER}
+        bad = {k: state.fresh[k] - 0.05 for k in state.fresh} if client == "d" else {}
+        replies[client] = Reply({**moved, **bad}, 10)
+    spaces = dict.fromkeys(replies, "")
+    groups = rule.groups(state, replies, spaces)
+    assert [{key.part for key in group.keys} for group in groups] == [{Part.A, Part.B}, {Part.ROUTER}]
+    assert len(method.groups(state, replies, spaces)) == 1
+    starts = {client: {**state.routers, **state.fresh} for client in replies}
+    after, _ = aggregated(rule.plan.robust, groups, replies, starts)
+    for key, value in state.fresh.items():
+        torch.testing.assert_close(after["a"].tensors[key], value + 0.01)
 
 
 def test_the_default_router_is_signed_and_the_papers_is_a_setting() -> None:
@@ -257,7 +295,7 @@ def test_importance_of_fewer_active_experts_counts_as_that_of_all() -> None:
     [
         ({"budgets": {"nobody": 2}}, "'nobody', which is not a client"),
         ({"budgets": {"a": 2}, "router": "signed"}, "sparse = true"),
-        ({"budgets": {"a": 2}, "router": "mixing"}, "choose another router, or leave it out"),
+        ({"budgets": {"a": 2}, "router": "mixing"}, 'router = "paper", or leave it out'),
     ],
 )
 def test_budgets_that_cannot_work_say_so(settings: dict[str, Any], message: str) -> None:
@@ -339,8 +377,10 @@ def test_no_bound_of_the_pool_is_below_what_is_usual(bound: float) -> None:
     assert [SmartFedSettings(pool_bound=fine).pool_bound for fine in (0.0, 1.0, 1e9)] == [0.0, 1.0, 1e9]
 
 
-def test_a_newcomer_trains_with_the_methods_learning_rates() -> None:
-    method, state, _ = made(router="signed", router_rate=30.0, head_rate=3.0, router_decay=0.5)
+@pytest.mark.parametrize(("settings", "rate"), [({"router_rate": 30.0, "router_decay": 0.5}, 30.0), ({}, 100.0)])
+def test_a_newcomer_trains_with_the_methods_learning_rates(settings: dict[str, float], rate: float) -> None:
+    """Those of a first round; 100 times .002 is the routers' own."""
+    method, state, _ = made(router="signed", head_rate=3.0, **settings)
     requests: list[Train] = []
 
     class Local:
@@ -354,4 +394,4 @@ def test_a_newcomer_trains_with_the_methods_learning_rates() -> None:
     join_with(method, method.welcome(state, WEAK), Local(), epochs=1)
     (request,) = requests
     assert request.rates.keys() == request.trainable
-    assert {(key.part, rate) for key, rate in request.rates.items()} == {(Part.ROUTER, 30.0), (Part.HEAD, 3.0)}
+    assert {(key.part, factor) for key, factor in request.rates.items()} == {(Part.ROUTER, rate), (Part.HEAD, 3.0)}

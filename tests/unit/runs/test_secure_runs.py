@@ -75,12 +75,16 @@ def run(
 SIX = ("mood-0", "mood-1", "mood-2", "size-0", "size-1", "place-0")
 
 
-@pytest.mark.parametrize("name", sorted(methods().keys() - REFUSED))
-def test_sums_are_those_of_plain_averaging_up_to_the_grid(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, {}) for name in sorted(methods().keys() - REFUSED)), ("smartfed", {"router": "signed"})]
+)
+def test_sums_are_those_of_plain_averaging_up_to_the_grid(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     # FedLEASE's clusters share a router from round 2 on; another round of training spreads the last bits' differences.
     rounds, tolerance = (2, 1e-3) if name == "fedlease" else (1, 2e-6)
-    plain, _ = run(made(name, SecureAggregationSettings(), **no_usage(name)), tmp_path / "plain", SIX, rounds=rounds)
-    hidden, heard = run(made(name, ON), tmp_path / "hidden", SIX, rounds=rounds)
+    more = {**more, "budgets": {}} if more else no_usage(name)
+    plain, _ = run(made(name, SecureAggregationSettings(), **more), tmp_path / "plain", SIX, rounds=rounds)
+    more.pop("quota", None)
+    hidden, heard = run(made(name, ON, **more), tmp_path / "hidden", SIX, rounds=rounds)
     mine, theirs = leaves(hidden), leaves(plain)
     compared = [path for path in theirs if "distances" not in path]
     assert len(compared) >= 4

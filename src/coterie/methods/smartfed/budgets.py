@@ -15,13 +15,13 @@ from coterie.ops.quota import RULES
 from coterie.types import ClientId, ClientInfo, CoterieError, Key, Reply
 
 BUDGET = "active"  # in an instruction's info and in the reply's: the client's budget, where it is not the run's
+_FIX = 'set [method] sparse = true or router = "paper"'
 
 
 def active_fault(settings: SmartFedSettings) -> str:
     """Why no client can activate fewer experts than the run; "" if one can."""
     if settings.routes_all:
-        other = 'set [method] sparse = true or router = "paper"'
-        fix = "choose another router" if settings.router == "mixing" else other
+        fix = 'set [method] router = "paper"' if settings.router == "mixing" else _FIX
         return f'with router = "{settings.router}" every expert is active; {fix}, or leave it out'
     return ""
 

@@ -25,7 +25,7 @@ from coterie.methods.parts import (
 from coterie.methods.privacy import sent_by_clients
 from coterie.methods.releases import Release
 from coterie.methods.robust import Group, grouped
-from coterie.methods.smartfed.averaging import error_of
+from coterie.methods.smartfed.averaging import error_of, routers_apart
 from coterie.methods.smartfed.budgets import (
     BUDGET,
     active_fault,
@@ -129,6 +129,9 @@ class SmartFed(Method[SmartFedState]):
     def active_fault(self) -> str:
         return active_fault(self.settings)
 
+    def fastest(self, rnd: int) -> Mapping[Part, float]:
+        return self.settings.fastest(rnd, self.plan.optim.learning_rate)
+
     # server ------------------------------------------------------------------------------------------------------
 
     def init(self, base: BaseSpec, clients: Sequence[ClientInfo]) -> SmartFedState:
@@ -181,10 +184,9 @@ class SmartFed(Method[SmartFedState]):
     def expects_info(self, state: SmartFedState, me: ClientInfo, rnd: int) -> Mapping[str, Range]:
         """Importance by matrix and use by adapter; optional, because a site may keep them to itself. And its budget."""
         adapters = {a.name for a in self._pool(state.pool).adapters} - {*state.dropped}
-        modules = {key.module for key in state.routers}
         budget = budget_of(self.settings, me)
         return ({} if budget is None else {BUDGET: Range(budget, budget, whole=True)}) | {
-            "importance": Range(names=frozenset(modules), optional=True),
+            "importance": Range(names=frozenset(key.module for key in state.routers), optional=True),
             "use": Range(names=frozenset(adapters), optional=True),
         }
 
@@ -194,7 +196,8 @@ class SmartFed(Method[SmartFedState]):
     def groups(
         self, state: SmartFedState, replies: Mapping[ClientId, Reply], spaces: Mapping[ClientId, str]
     ) -> Sequence[Group]:
-        return grouped(replies, dict.fromkeys(taking_part(self.plan, replies), ""), spaces)
+        made = grouped(replies, dict.fromkeys(taking_part(self.plan, replies), ""), spaces)
+        return routers_apart(made) if self.plan.robust.active and self.settings.router != "paper" else made
 
     def aggregate(self, state: SmartFedState, replies: Mapping[ClientId, Reply], rnd: int) -> SmartFedState:
         state = replace(state, holders=holders_after(state.holders, replies))
@@ -316,8 +319,7 @@ class SmartFed(Method[SmartFedState]):
         starving = starved(active, modules, state.use, below, whole)
         dropped = [name for name in starving if name not in self.settings.train_experts][: len(active) - 1]
         left = [a for a in active if a.name not in dropped]
-        mixing = self.settings.router == "mixing"
-        routers = rows_left(state.routers, modules, active, left, whole, mixing)
+        routers = rows_left(state.routers, modules, active, left, whole, self.settings.router == "mixing")
         return replace(state, routers=routers, dropped=(*state.dropped, *dropped)) if dropped else state
 
     # steps of the client -----------------------------------------------------------------------------------------

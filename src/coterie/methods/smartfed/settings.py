@@ -39,12 +39,19 @@ class SmartFedSettings(MethodSettings):
     granularity: Literal["rank", "adapter"] = Field(
         "rank", description="adapter: whole LoRAs are the experts, a gate for each (a control)"
     )
-    active: int = Field(8, ge=1, description="active experts per matrix and token, on average: the budget of EEQA")
+    active: int = Field(
+        8,
+        ge=1,
+        description="active experts per matrix and token, on average: the budget of EEQA; where all are active, what a "
+        "matrix's weights add up to at the start",
+    )
     budgets: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="active for single clients, by id: weak devices activate fewer experts, down to 1"
     )
     floor: int = Field(
-        2, ge=1, description="active experts that every matrix keeps; with only one, a router cannot learn"
+        2,
+        ge=1,
+        description="paper, or sparse: active experts that every matrix keeps; with only one, paper cannot learn",
     )
     router: Literal["signed", "mixing", "response", "paper"] = Field(
         "signed",
@@ -61,26 +68,26 @@ class SmartFedSettings(MethodSettings):
     router_rate: float = Field(
         0.0,
         ge=0,
-        description="the routers' learning rate, times that of [train]; 0: 1 for paper; for signed a rate of 0.2, for "
-        "mixing and response of 0.1, whatever that of [train]",
+        description="the routers' learning rate, times that of [train]; 0: the router's own, which is that of [train] "
+        "for paper and, whatever that is, 0.2 for signed and 0.1 for mixing and response",
     )
     router_decay: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="the routers' learning rate is multiplied by this every round, beside round_decay; 0: 1 for paper, "
-        "else 0.9",
+        description="the routers' learning rate is multiplied by this every round, beside round_decay; 0: by 0.9 if it "
+        "is their own, else by 1",
     )
     head_rate: float = Field(1.0, gt=0, description="the head's learning rate, times that of [train]")
     fresh_rate: float = Field(1.0, gt=0, description="the fresh expert's learning rate, times that of [train]")
     quota: Literal["proportional", "greedy", "uniform"] = Field(
-        "proportional", description="how importance becomes quotas; uniform: no EEQA"
+        "proportional", description="paper, or sparse: how importance becomes quotas; uniform: no EEQA"
     )
     importance: Literal["first_order", "gate_mass", "ablation"] = Field(
-        "first_order", description="what clients measure for EEQA"
+        "first_order", description="what clients measure, for EEQA and for the report"
     )
     per_active: bool = Field(
-        True, description="divide the budget by importance per active expert, not by the matrix's sum"
+        True, description="paper, or sparse: divide the budget by importance per active expert, not by a matrix's sum"
     )
     quota_interval: int = Field(2, ge=1, description="rounds from one measurement to the next; the first is round 1")
     measure_examples: int = Field(64, ge=0, description="training examples used in a measurement; 0: all")
@@ -120,15 +127,29 @@ class SmartFedSettings(MethodSettings):
         fields = type(self).model_fields
         return next((name for name, idle in unused.items() if idle and getattr(self, name) != fields[name].default), "")
 
+    @property
+    def own_rate(self) -> bool:
+        """Whether the routers' learning rate is their own, whatever that of ``[train]``."""
+        return self.router in _RATES and not self.router_rate
+
     def decayed(self, rnd: int) -> dict[str, float]:
         """For an instruction's info: what is left of the routers' learning rate in round ``rnd``."""
-        decay = self.router_decay or (_DECAY if self.router in _RATES else 1.0)
+        decay = self.router_decay or (_DECAY if self.own_rate else 1.0)
         return {DECAYED: decay ** (rnd - 1)} if decay < 1 else {}
+
+    def fastest(self, rnd: int, rate: float) -> dict[Part, float]:
+        """The largest factors on ``rate``, the run's learning rate, of what trains in round ``rnd``, by part."""
+        return self._by_part(self.decayed(rnd).get(DECAYED, 1.0), rate) | (
+            dict.fromkeys((Part.A, Part.B), max(1.0, self.fresh_rate) if self.fresh_rank else 1.0)
+        )
+
+    def _by_part(self, decayed: float, rate: float) -> dict[Part, float]:
+        router = _RATES[self.router] / rate if self.own_rate else self.router_rate or 1.0
+        return {Part.ROUTER: router * decayed, Part.HEAD: self.head_rate}
 
     def rates(self, trainable: Iterable[Key], decayed: float, rate: float) -> dict[Key, float]:
         """The factors on ``rate``, the run's learning rate, by tensor; ``decayed``: what is left of the routers'."""
-        router = self.router_rate or (_RATES[self.router] / rate if self.router in _RATES else 1.0)
-        parts = {Part.ROUTER: router * decayed, Part.HEAD: self.head_rate}
+        parts = self._by_part(decayed, rate)
         return {key: self.fresh_rate if key.expert == SHARED else parts.get(key.part, 1.0) for key in trainable}
 
     def located(self, root: Path) -> Self:
