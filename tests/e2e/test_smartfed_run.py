@@ -96,17 +96,25 @@ def test_a_run_exports_a_pool_that_the_next_run_routes_over(site: Path) -> None:
     assert max(states) < kept.stat().st_size
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
-    """One client has a budget of its own: it is in its bundle, in the record and in the report."""
-    whole, parts = site / "whole", site / "parts"
-    config = load_config(site / "smart.toml", ["method.budgets={mood-0 = 1}"])
+def stopped_and_not(site: Path, setting: str, rnd: int) -> Path:
+    """The folder of a run that went through; one that was stopped in round ``rnd`` has the same bundles."""
+    whole, parts = site / f"whole-{rnd}", site / f"parts-{rnd}"
+    config = load_config(site / "smart.toml", [setting])
     run(config, whole, root=site)
-    stop_run(run, config, parts, root=site, when=lambda event: isinstance(event, ClientDone) and event.round == 2)
+    stop_run(run, config, parts, root=site, when=lambda event: isinstance(event, ClientDone) and event.round == rnd)
     run(config, parts, root=site, resume=True)
     for client in (whole / "clients").iterdir():
-        ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
+        ours, theirs = (read_bundle(folder / "clients" / client.name)[0] for folder in (whole, parts))
         assert codec.encode(ours) == codec.encode(theirs)
-        ks = [options["k"] for options in ours.gate.per_module.values()]
+    return whole
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
+    """One client has a budget of its own: it is in its bundle, in the record and in the report."""
+    whole = stopped_and_not(site, "method.budgets={mood-0 = 1}", 2)
+    for client in (whole / "clients").iterdir():
+        bank, _ = read_bundle(client)
+        ks = [options["k"] for options in bank.gate.per_module.values()]
         assert sum(ks) == len(ks) * (1 if client.name == "mood-0" else 3)
     summary = read_summary(whole / "summary.json")
     assert summary.describe["budgets"] == {"mood-0": 1}
@@ -119,14 +127,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(site: Path) -> None:
 
 def test_a_run_with_weights_that_learn_more_slowly_each_round_ends_with_the_same_bits(site: Path) -> None:
     """The default router; its report has no quotas, because every expert is active."""
-    whole, parts = site / "whole-signed", site / "parts-signed"
-    config = load_config(site / "smart.toml", ["method.router=signed"])
-    run(config, whole, root=site)
-    stop_run(run, config, parts, root=site, when=lambda event: isinstance(event, ClientDone) and event.round == 3)
-    run(config, parts, root=site, resume=True)
-    for client in (whole / "clients").iterdir():
-        ours, theirs = (read_bundle(run / "clients" / client.name)[0] for run in (whole, parts))
-        assert codec.encode(ours) == codec.encode(theirs)
+    whole = stopped_and_not(site, "method.router=signed", 3)
     report = (whole / "report.html").read_text(encoding="utf-8")
     assert "Use of the adapters by round" in report
     assert "Where the active experts go" not in report
