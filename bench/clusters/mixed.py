@@ -44,6 +44,8 @@ VARIANTS = (
     "fedlease:router=personal",
     "fedamole",
     "fedex_lora",
+    "flexlora",
+    "ifca",
     "fedit",
     "local",
 )
