@@ -204,6 +204,12 @@ def test_an_update_out_of_line_is_left_out_once_all_have_come(tmp_path: Path) ->
     assert not loose.lora[KEY].equal(state.lora[KEY])
 
 
+def test_a_part_that_a_method_trains_faster_may_move_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method_named("fedit"), "fastest", lambda self, rnd: {Part.A: 1e6} if rnd == 2 else {})
+    run(tmp_path, lambda c, rnd, reply: with_tensor(reply, lambda t: t - 51) if c == "c3" else reply)
+    assert [list(event["failed"]) for event in events(tmp_path, "round")] == [["c3"], [], ["c3"]]
+
+
 def test_who_still_learns_is_not_out_of_line_where_the_others_have_stopped(tmp_path: Path) -> None:
     def moved(client: str, rnd: int, reply: Reply) -> Reply:
         return with_tensor(reply, lambda t: t - 1 + (1e-3 if client == "c3" else 1e-5))  # everyone had added 1

@@ -10,7 +10,7 @@ from coterie.methods.plan import MethodSettings
 
 
 class FedLEASESettings(MethodSettings):
-    """FedLEASE's settings; the defaults are the paper's, but for ``distance``, whose published value is ``B``."""
+    """FedLEASE's settings; the defaults are the paper's, except ``distance`` (the paper's is ``B``)."""
 
     warmup_rounds: int = Field(
         5,
